@@ -1,0 +1,1 @@
+"""w4a16 checkpoint to engine directory."""

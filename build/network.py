@@ -1,0 +1,211 @@
+"""The network as ONNX graphs of standard operators: one function, two attention patterns.
+
+It reads like :mod:`trimode.model.reference`, module by module; the step contract is :mod:`trimode.model.step`. Angles and
+masks are made once a pass and shared by all layers. Activations are fp32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import onnx
+from onnx import TensorProto
+
+from trimode.build.onnx_graph import OnnxGraph
+from trimode.build.raw_pool import PooledLayer, PooledLinear, PoolRange, RawPool
+from trimode.model.config import ModelConfig
+from trimode.model.rope import yarn_frequencies
+from trimode.model.step import AttentionPattern, adapter_inputs, cache_inputs, cache_outputs
+
+FLOAT, INT64, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL
+# Far below any logit, yet finite: its exponential is 0, and no NaN can come of it.
+NEVER = np.float32(-1e30)
+
+
+class Rotation(NamedTuple):
+    """cos and sin of a pass's angles, each [batch, step, head_dim / 2]."""
+
+    cos: str
+    sin: str
+
+
+@dataclass(frozen=True)
+class NetworkOptions:
+    """What a target chooses: ``top_k`` candidates a row; whether the diffusion graph takes a draft adapter."""
+
+    top_k: int
+    adapter: bool
+
+
+def build_network(
+    config: ModelConfig, pool: RawPool, pattern: AttentionPattern, options: NetworkOptions
+) -> onnx.ModelProto:
+    """The AR graph (``causal``) or the diffusion graph (``bidirectional``) over the weights in ``pool``."""
+    return _Network(config, pool, pattern, options).build()
+
+
+class _Network:
+    def __init__(
+        self, config: ModelConfig, pool: RawPool, pattern: AttentionPattern, options: NetworkOptions
+    ) -> None:
+        self.config = config
+        self.pool = pool
+        self.pattern = pattern
+        self.options = options
+        self.graph = OnnxGraph(pattern, pool.path.name)
+        self.op = self.graph.op
+        self.ints = self.graph.ints
+
+    def build(self) -> onnx.ModelProto:
+        graph = self.graph
+        input_ids = graph.input("input_ids", INT64, ["batch", "step"])
+        position_ids = graph.input("position_ids", INT64, ["batch", "step"])
+        self.write_indices = graph.input("write_indices", INT64, ["batch"])
+        visibility = (
+            graph.input("block_mask", BOOL, ["batch", "step", "step"])
+            if self.pattern == "causal"
+            else graph.input("step_lengths", INT64, ["batch"])
+        )
+        logit_rows = graph.input("logit_rows", INT64, ["batch", "rows"])
+        cache_shape = ["batch", self.config.num_key_value_heads, "capacity", self.config.head_dim]
+        for name in cache_inputs(self.config.num_hidden_layers):
+            graph.input(name, FLOAT, cache_shape)
+        self.has_adapter = self.options.adapter and self.pattern == "bidirectional"
+        if self.has_adapter:
+            self._declare_adapter()
+
+        self.query_rotation, self.key_rotation = self._rotations(position_ids)
+        self.visible = self._visible(input_ids, visibility)
+        x = self.op("Cast", self.op("Gather", graph.pooled(self.pool.embed_tokens), input_ids), to=FLOAT)
+        for index, layer in enumerate(self.pool.layers):
+            x = self.op("Add", x, self._self_attn(self._rms_norm(x, layer.input_layernorm), layer, index))
+            x = self.op("Add", x, self._mlp(self._rms_norm(x, layer.post_attention_layernorm), layer))
+        self._head(self.op("GatherND", x, self.op("Unsqueeze", logit_rows, self.ints(2)), batch_dims=1))
+        for name in cache_outputs(self.config.num_hidden_layers):
+            graph.output(name, FLOAT, cache_shape)
+        return graph.model()
+
+    def _declare_adapter(self) -> None:
+        scale = self.graph.input("adapter_scale", FLOAT, ["batch"])
+        self.adapter_scale = self.op("Unsqueeze", scale, self.ints(1, 2))
+        for index in range(self.config.num_hidden_layers):
+            down, up = adapter_inputs(index)
+            self.graph.input(down, FLOAT, [self.config.query_width, "rank"])
+            self.graph.input(up, FLOAT, ["rank", self.config.hidden_size])
+
+    def _rotations(self, position_ids: str) -> tuple[Rotation, Rotation]:
+        """YaRN's cos and sin for queries and for keys; the queries' carry their position's scale as well."""
+        rope = self.config.rope_parameters
+        frequencies, attention_factor = yarn_frequencies(self.config)
+        positions = self.op("Unsqueeze", self.op("Cast", position_ids, to=FLOAT), self.ints(2))
+        angles = self.op("Mul", positions, self.graph.constant("rotary_frequencies", frequencies))
+        cos, sin = self.op("Cos", angles), self.op("Sin", angles)
+        if attention_factor != 1:
+            factor = self._float("attention_factor", attention_factor)
+            cos, sin = self.op("Mul", cos, factor), self.op("Mul", sin, factor)
+        if rope.llama_4_scaling_beta == 0:
+            return Rotation(cos, sin), Rotation(cos, sin)
+        length = self._float("original_max_position_embeddings", rope.original_max_position_embeddings)
+        steps = self.op("Floor", self.op("Div", positions, length))
+        growth = self.op("Log", self.op("Add", steps, self._float("one", 1)))
+        scale = self.op(
+            "Add", self.op("Mul", growth, self._float("beta", rope.llama_4_scaling_beta)), self._float("one", 1)
+        )
+        return Rotation(self.op("Mul", cos, scale), self.op("Mul", sin, scale)), Rotation(cos, sin)
+
+    def _visible(self, input_ids: str, visibility: str) -> str:
+        """Which cache rows each token sees, [batch, 1, step, capacity] bool: the committed ones, and its step's by pattern."""
+        step = self.op("Shape", input_ids, start=1, end=2)
+        capacity = self.op("Shape", "k_cache.0", start=2, end=3)
+        rows = self.op(
+            "Range", self._int("zero", 0), self.op("Squeeze", capacity, self.ints(0)), self._int("unit", 1)
+        )
+        # 0 is the step's first row; committed rows are negative.
+        row_in_step = self.op("Sub", rows, self.op("Unsqueeze", self.write_indices, self.ints(1)))
+        row_in_step = self.op("Unsqueeze", row_in_step, self.ints(1))
+        if self.pattern == "bidirectional":
+            seen = self.op("Less", row_in_step, self.op("Unsqueeze", visibility, self.ints(1, 2)))
+            shape = self.op("Concat", self.ints(1), step, self.ints(1), axis=0)
+            return self.op("Unsqueeze", self.op("Expand", seen, shape), self.ints(1))
+        committed = self.op("Less", row_in_step, self._int("zero", 0))
+        inside = self.op("And", self.op("Not", committed), self.op("Less", row_in_step, step))
+        last = self.op("Sub", step, self.ints(1))
+        column = self.op("Min", self.op("Max", row_in_step, self.ints(0)), last)
+        column = self.op("Expand", column, self.op("Concat", self.ints(1), step, self.ints(1), axis=0))
+        chosen = self.op("GatherElements", visibility, column, axis=2)
+        seen = self.op("Or", committed, self.op("And", inside, chosen))
+        return self.op("Unsqueeze", seen, self.ints(1))
+
+    def _self_attn(self, x: str, layer: PooledLayer, index: int) -> str:
+        config = self.config
+        q, k, v = f"q.{index}", f"k.{index}", f"v.{index}"
+        widths = self.ints(config.query_width, config.kv_width, config.kv_width)
+        self.graph.node("Split", [self._linear(x, layer.qkv_proj), widths], [q, k, v], axis=-1)
+        q = self.op("RotaryEmbedding", self._heads(q, config.num_attention_heads), *self.query_rotation)
+        k = self.op("RotaryEmbedding", self._heads(k, config.num_key_value_heads), *self.key_rotation)
+        v = self._heads(v, config.num_key_value_heads)
+        caches, updated = cache_inputs(config.num_hidden_layers), cache_outputs(config.num_hidden_layers)
+        for offset, rows in enumerate((k, v)):
+            where = 2 * index + offset
+            self.graph.node(
+                "TensorScatter", [caches[where], rows, self.write_indices], [updated[where]], axis=2, mode="linear"
+            )
+        keys, values = updated[2 * index : 2 * index + 2]
+        attended = self.op("Attention", q, keys, values, self.visible, scale=config.head_dim**-0.5)
+        attended = self.op("Transpose", attended, perm=[0, 2, 1, 3])
+        attended = self.op("Reshape", attended, self.ints(0, 0, config.query_width))
+        projected = self._linear(attended, layer.o_proj)
+        if not self.has_adapter:
+            return projected
+        # The adapter reads the attention's own output, not the one AWQ rescales for the base matrix.
+        down, up = adapter_inputs(index)
+        narrow = self.op("Mul", self.op("MatMul", attended, down), self.adapter_scale)
+        return self.op("Add", projected, self.op("MatMul", narrow, up))
+
+    def _heads(self, x: str, heads: int) -> str:
+        """[batch, step, heads * head_dim] to [batch, heads, step, head_dim]."""
+        split = self.op("Reshape", x, self.ints(0, 0, heads, self.config.head_dim))
+        return self.op("Transpose", split, perm=[0, 2, 1, 3])
+
+    def _mlp(self, x: str, layer: PooledLayer) -> str:
+        gate, up = f"{layer.gate_up_proj.weight.name}.gate", f"{layer.gate_up_proj.weight.name}.up"
+        widths = self.ints(self.config.intermediate_size, self.config.intermediate_size)
+        self.graph.node("Split", [self._linear(x, layer.gate_up_proj), widths], [gate, up], axis=-1)
+        activated = self.op("Mul", gate, self.op("Sigmoid", gate))
+        return self._linear(self.op("Mul", activated, up), layer.down_proj)
+
+    def _linear(self, x: str, linear: PooledLinear) -> str:
+        if linear.input_scale is not None:
+            x = self.op("Mul", x, self.graph.pooled(linear.input_scale))
+        weight = self.graph.pooled(linear.weight)
+        if linear.scale is not None:
+            scale = self.graph.pooled(linear.scale)
+            weight = self.op("DequantizeLinear", weight, scale, axis=0, block_size=linear.group)
+        return self.op("MatMul", x, weight)
+
+    def _rms_norm(self, x: str, weight: PoolRange) -> str:
+        return self.op(
+            "RMSNormalization", x, self.graph.pooled(weight), axis=-1, epsilon=self.config.rms_norm_eps
+        )
+
+    def _head(self, x: str) -> None:
+        """Final norm, logits, and what of them goes to the host: the best ``top_k`` of each row and its log-sum-exp."""
+        logits = self._linear(self._rms_norm(x, self.pool.norm), self.pool.head)
+        # The mask token is an input only.
+        bias = np.zeros(self.config.vocab_size, np.float32)
+        bias[self.config.mask_token_id] = NEVER
+        logits = self.op("Add", logits, self.graph.constant("mask_token_bias", bias))
+        results = ["top_logits", "top_tokens"]
+        self.graph.node("TopK", [logits, self.ints(self.options.top_k)], results, axis=-1)
+        self.graph.node("ReduceLogSumExp", [logits, self.ints(-1)], ["log_sum_exp"], keepdims=0)
+        self.graph.output("top_logits", FLOAT, ["batch", "rows", self.options.top_k])
+        self.graph.output("top_tokens", INT64, ["batch", "rows", self.options.top_k])
+        self.graph.output("log_sum_exp", FLOAT, ["batch", "rows"])
+
+    def _float(self, name: str, value: float) -> str:
+        return self.graph.constant(f"float_{name}", np.array(value, np.float32))
+
+    def _int(self, name: str, value: int) -> str:
+        return self.graph.constant(f"int_{name}", np.array(value, np.int64))

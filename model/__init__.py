@@ -1,0 +1,1 @@
+"""What the network is: config, checkpoint, tokenizer, and the PyTorch reference."""

@@ -1,0 +1,306 @@
+"""A checkpoint folder, opened lazily and checked against its own config before any weight is read.
+
+Formats: the family's Hugging Face folder (one or several safetensors files, the ``linear_spec_lora`` adapter folder), and
+the same with ModelOpt's unified int4 export (``hf_quant_config.json``). safetensors only: nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
+from safetensors import SafetensorError, safe_open
+
+from trimode.model import int4
+from trimode.model.config import ModelConfig
+from trimode.model.errors import TriModeError
+from trimode.model.records import read_json, read_json_record
+
+ADAPTER_FOLDER = "linear_spec_lora"
+HEAD = "diffusion_head"
+FLOAT_DTYPES = ("F32", "F16", "BF16")
+
+
+class QuantizationConfig(BaseModel):
+    """``hf_quant_config.json``'s ``quantization`` section, as ModelOpt writes it for int4 weights."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    quant_algo: Literal["W4A16_AWQ", "W4A16"]
+    group_size: PositiveInt
+    has_zero_point: Literal[False] = False
+    exclude_modules: tuple[str, ...] = ()
+
+
+class _QuantizationFile(BaseModel):
+    quantization: QuantizationConfig
+
+
+class AdapterConfig(BaseModel):
+    """peft's ``adapter_config.json``, as far as the draft adapter uses it."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    peft_type: Literal["LORA"] = "LORA"
+    r: PositiveInt
+    lora_alpha: PositiveFloat
+    target_modules: tuple[Literal["o_proj"]] = ("o_proj",)
+    bias: Literal["none"] = "none"
+    use_rslora: Literal[False] = False
+    use_dora: Literal[False] = False
+
+    @property
+    def scale(self) -> float:
+        return self.lora_alpha / self.r
+
+
+@dataclass(frozen=True)
+class DenseWeight:
+    """A 16- or 32-bit matrix [out, in]."""
+
+    array: NDArray[Any]
+
+    def to_float32(self) -> NDArray[np.float32]:
+        return self.array.astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Int4Weight:
+    """y = W (x * input_scale), W = integers * scale by groups of ``in``."""
+
+    packed: NDArray[np.uint8]  # [out / 2, in], see trimode.model.int4
+    scale: NDArray[np.float32]  # [out, in / group]
+    input_scale: NDArray[np.float32] | None  # [in]; AWQ's, where it could not be folded into a norm
+
+    def to_float32(self) -> NDArray[np.float32]:
+        """The matrix that acts on the unscaled input, [out, in]."""
+        weight = int4.dequantize(int4.unpack(self.packed), self.scale)
+        return weight if self.input_scale is None else weight * self.input_scale
+
+
+def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Every matrix that multiplies activations, by module name, as (out, in), in the order the network uses them."""
+    hidden, mlp = config.hidden_size, config.intermediate_size
+    shapes: dict[str, tuple[int, int]] = {}
+    for index in range(config.num_hidden_layers):
+        layer = f"encoder.layers.{index}"
+        shapes[f"{layer}.self_attn.q_proj"] = (config.query_width, hidden)
+        shapes[f"{layer}.self_attn.k_proj"] = (config.kv_width, hidden)
+        shapes[f"{layer}.self_attn.v_proj"] = (config.kv_width, hidden)
+        shapes[f"{layer}.self_attn.o_proj"] = (hidden, config.query_width)
+        shapes[f"{layer}.mlp.gate_proj"] = (mlp, hidden)
+        shapes[f"{layer}.mlp.up_proj"] = (mlp, hidden)
+        shapes[f"{layer}.mlp.down_proj"] = (hidden, mlp)
+    shapes[HEAD] = (config.vocab_size, hidden)
+    return shapes
+
+
+def vector_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The embedding and the norms, by tensor name."""
+    shapes: dict[str, tuple[int, ...]] = {"encoder.embed_tokens.weight": (config.vocab_size, config.hidden_size)}
+    for index in range(config.num_hidden_layers):
+        shapes[f"encoder.layers.{index}.input_layernorm.weight"] = (config.hidden_size,)
+        shapes[f"encoder.layers.{index}.post_attention_layernorm.weight"] = (config.hidden_size,)
+    shapes["encoder.norm.weight"] = (config.hidden_size,)
+    return shapes
+
+
+def adapter_shapes(config: ModelConfig, rank: int) -> dict[str, tuple[int, int]]:
+    """peft's tensors of the draft adapter: A [rank, in] and B [out, rank] of every o_proj."""
+    shapes: dict[str, tuple[int, int]] = {}
+    for index in range(config.num_hidden_layers):
+        prefix = f"base_model.model.encoder.layers.{index}.self_attn.o_proj"
+        shapes[f"{prefix}.lora_A.weight"] = (rank, config.query_width)
+        shapes[f"{prefix}.lora_B.weight"] = (config.hidden_size, rank)
+    return shapes
+
+
+class TensorFiles:
+    """safetensors files opened together; tensors are mapped on disk until asked for."""
+
+    def __init__(self, files: list[Path]) -> None:
+        self._stack = ExitStack()
+        self._owner: dict[str, tuple[Path, Any]] = {}
+        for path in files:
+            try:
+                handle = self._stack.enter_context(safe_open(path, framework="np"))
+            except FileNotFoundError:
+                raise TriModeError(f"{path} is missing") from None
+            except (SafetensorError, OSError) as error:
+                raise TriModeError(f"{path} is not a whole safetensors file ({error}); download or write it again") from None
+            for name in handle.keys():  # noqa: SIM118 - a handle is not a mapping
+                if name in self._owner:
+                    raise TriModeError(f"{path}: tensor {name} is also in {self._owner[name][0].name}")
+                self._owner[name] = (path, handle)
+
+    def names(self) -> set[str]:
+        return set(self._owner)
+
+    def file_of(self, name: str) -> Path:
+        return self._owner[name][0]
+
+    def described(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """(dtype as safetensors names it, shape), without reading the tensor."""
+        part = self._owner[name][1].get_slice(name)
+        return part.get_dtype(), tuple(part.get_shape())
+
+    def read(self, name: str) -> NDArray[Any]:
+        """The tensor; a float tensor with NaN or infinity is refused."""
+        path, handle = self._owner[name]
+        array: NDArray[Any] = handle.get_tensor(name)
+        if self.described(name)[0] in FLOAT_DTYPES:
+            bad = array.size - int(np.isfinite(array).sum())
+            if bad:
+                raise TriModeError(f"{path}: tensor {name} holds {bad} NaN or infinite values of {array.size}; the file is damaged")
+        return array
+
+    def close(self) -> None:
+        self._stack.close()
+
+
+class Adapter:
+    """The low-rank draft adapter of every ``o_proj``: o = base(x) + scale * B (A x)."""
+
+    def __init__(self, folder: Path, model: ModelConfig) -> None:
+        self.config = read_json_record(AdapterConfig, folder / "adapter_config.json")
+        self._files = TensorFiles([folder / "adapter_model.safetensors"])
+        expected = {name: (FLOAT_DTYPES, shape) for name, shape in adapter_shapes(model, self.config.r).items()}
+        _check(self._files, expected, folder)
+
+    def matrices(self, layer: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        """A [rank, in] and B [out, rank] as stored; ``config.scale`` is not applied."""
+        prefix = f"base_model.model.encoder.layers.{layer}.self_attn.o_proj"
+        return self._files.read(f"{prefix}.lora_A.weight"), self._files.read(f"{prefix}.lora_B.weight")
+
+
+class Checkpoint:
+    """An opened checkpoint: config, tensors by name, the adapter if there is one.
+
+    Raises TriModeError if the folder is not one of the family, or its tensors are not those its config calls for.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise TriModeError(f"{folder} is not a folder; give a checkpoint folder (config.json, *.safetensors) or a hub id")
+        self.folder = folder
+        self.config = ModelConfig.read(folder / "config.json")
+        quantization_file = folder / "hf_quant_config.json"
+        self.quantization = (
+            read_json_record(_QuantizationFile, quantization_file).quantization if quantization_file.exists() else None
+        )
+        self._files = TensorFiles(_weight_files(folder))
+        _check(self._files, self._expected(), folder)
+        self.adapter = Adapter(folder / ADAPTER_FOLDER, self.config) if (folder / ADAPTER_FOLDER).is_dir() else None
+
+    def is_int4(self, module: str) -> bool:
+        """Whether the linear layer of that name is stored as int4."""
+        if self.quantization is None:
+            return False
+        return not any(_matches(pattern, module) for pattern in self.quantization.exclude_modules)
+
+    def linear(self, module: str) -> DenseWeight | Int4Weight:
+        """The matrix of a linear layer, e.g. ``encoder.layers.0.mlp.up_proj``."""
+        weight = self._files.read(f"{module}.weight")
+        if not self.is_int4(module):
+            return DenseWeight(weight)
+        input_scale = f"{module}.pre_quant_scale"
+        return Int4Weight(
+            weight,
+            self._files.read(f"{module}.weight_scale").astype(np.float32),
+            self._files.read(input_scale).astype(np.float32) if input_scale in self._files.names() else None,
+        )
+
+    def vector(self, name: str) -> NDArray[Any]:
+        """An embedding or norm tensor, as stored."""
+        return self._files.read(name)
+
+    def tensors(self) -> Iterator[tuple[str, NDArray[Any]]]:
+        """Every tensor as stored, one in memory at a time."""
+        for name in sorted(self._files.names()):
+            yield name, self._files.read(name)
+
+    @cached_property
+    def parameters(self) -> int:
+        """How many weights the network has, adapter aside."""
+        linear = sum(rows * columns for rows, columns in linear_shapes(self.config).values())
+        return linear + sum(int(np.prod(shape)) for shape in vector_shapes(self.config).values())
+
+    def _expected(self) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
+        expected: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
+            name: (FLOAT_DTYPES, shape) for name, shape in vector_shapes(self.config).items()
+        }
+        for module, (rows, columns) in linear_shapes(self.config).items():
+            if self.quantization is None or not self.is_int4(module):
+                expected[f"{module}.weight"] = (FLOAT_DTYPES, (rows, columns))
+                continue
+            group = self.quantization.group_size
+            if rows % 2 or columns % group:
+                raise TriModeError(
+                    f"{self.folder}: {module} is {rows} x {columns}; int4 needs even rows and columns in multiples of {group}"
+                )
+            expected[f"{module}.weight"] = (("U8",), (rows // 2, columns))
+            expected[f"{module}.weight_scale"] = (FLOAT_DTYPES, (rows, columns // group))
+            if f"{module}.pre_quant_scale" in self._files.names():
+                expected[f"{module}.pre_quant_scale"] = (FLOAT_DTYPES, (columns,))
+        return expected
+
+
+def open_checkpoint(source: str | Path) -> Checkpoint:
+    """Open a local folder, or download a hub id such as ``nvidia/Nemotron-Labs-Diffusion-8B`` and open that."""
+    folder = Path(source)
+    is_hub_id = not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source))
+    return Checkpoint(_download(str(source)) if is_hub_id else folder)
+
+
+def _download(hub_id: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    except ImportError:
+        raise TriModeError(f"{hub_id} is not a local folder; to download it: pip install 'trimode[build]'") from None
+    try:
+        patterns = ["*.json", "*.jinja", "*.safetensors", f"{ADAPTER_FOLDER}/*"]
+        return Path(snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=["*.bin", "*.pt", "*.py"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise TriModeError(f"{hub_id} is neither a local folder nor could it be downloaded: {reason}") from None
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return [folder / "model.safetensors"]
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise TriModeError(f"{index}: weight_map is missing or empty")
+    names = sorted({str(name) for name in weight_map.values()})
+    for name in names:
+        if Path(name).name != name:
+            raise TriModeError(f"{index}: weight_map names {name!r}, which is not a plain file name")
+    return [folder / name for name in names]
+
+
+def _check(files: TensorFiles, expected: dict[str, tuple[tuple[str, ...], tuple[int, ...]]], folder: Path) -> None:
+    missing, surplus = sorted(set(expected) - files.names()), sorted(files.names() - set(expected))
+    for what, names in (("lacks", missing), ("has, against its config,", surplus)):
+        if names:
+            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            raise TriModeError(f"{folder}: the checkpoint {what} {len(names)} tensor(s): {shown}")
+    for name, (dtypes, shape) in expected.items():
+        dtype, found = files.described(name)
+        if found != shape:
+            raise TriModeError(f"{files.file_of(name)}: tensor {name} has shape {list(found)}, the config calls for {list(shape)}")
+        if dtype not in dtypes:
+            raise TriModeError(f"{files.file_of(name)}: tensor {name} is {dtype}, expected {' or '.join(dtypes)}")
+
+
+def _matches(pattern: str, module: str) -> bool:
+    return re.fullmatch(re.escape(pattern).replace(r"\*", ".*"), module) is not None

@@ -1,0 +1,114 @@
+"""The checkpoint's own tokenizer and chat template, without transformers.
+
+The template comes with the checkpoint and is not trusted: it is rendered in jinja's immutable sandbox.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TypedDict
+
+import tokenizers
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from trimode.model.errors import TriModeError
+from trimode.model.records import read_json
+
+FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
+
+
+class Message(TypedDict):
+    role: str
+    content: str
+
+
+class Tokenizer:
+    """Text to ids and back, and conversations to prompts."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, chat_template: str | None, special_tokens: dict[str, str]) -> None:
+        self._tokenizer = tokenizer
+        self._special_tokens = special_tokens
+        self._template = None if chat_template is None else _environment().from_string(chat_template)
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Tokenizer:
+        """Read ``tokenizer.json`` and, if there is one, the chat template of a checkpoint or engine folder."""
+        path = folder / "tokenizer.json"
+        if not path.exists():
+            raise TriModeError(f"{path} is missing; copy the checkpoint's tokenizer files there")
+        try:
+            tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception on a bad file
+            raise TriModeError(f"{path} is not a tokenizer: {error}") from None
+        config_path = folder / "tokenizer_config.json"
+        config = read_json(config_path) if config_path.exists() else {}
+        try:
+            return cls(tokenizer, _chat_template(folder, config), _special_tokens(config))
+        except TemplateError as error:
+            raise TriModeError(f"{folder}: the chat template does not compile: {error}") from None
+
+    @property
+    def vocabulary_size(self) -> int:
+        return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    def token_id(self, token: str) -> int | None:
+        return self._tokenizer.token_to_id(token)
+
+    def encode(self, text: str) -> list[int]:
+        """Text to ids; special tokens spelled out in the text become their ids, as the model card does it."""
+        return self._tokenizer.encode(text).ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def apply_chat_template(
+        self, messages: Sequence[Message], add_generation_prompt: bool = True, enable_thinking: bool = False
+    ) -> str:
+        """A conversation as the prompt text that the model was trained on."""
+        if self._template is None:
+            raise TriModeError("this checkpoint has no chat template; give the prompt as it is (--no-chat-template)")
+        try:
+            return self._template.render(
+                messages=[dict(message) for message in messages],
+                add_generation_prompt=add_generation_prompt,
+                enable_thinking=enable_thinking,
+                **self._special_tokens,
+            )
+        except (TemplateError, TypeError) as error:
+            raise TriModeError(f"the chat template refuses the conversation: {error}") from None
+
+
+def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
+    path = folder / "chat_template.jinja"
+    if path.exists():
+        return path.read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
+    return template
+
+
+def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
+    tokens = {name: config.get(name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
+    return {
+        name: token["content"] if isinstance(token, dict) else token for name, token in tokens.items() if token is not None
+    }
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    """The names that Hugging Face templates may use."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment

@@ -1,0 +1,1 @@
+"""TensorRT plugins: kernels, their references, registration. Empty until the `tensorrt` target is built."""

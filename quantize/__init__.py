@@ -1,0 +1,1 @@
+"""Checkpoint to w4a16 checkpoint."""

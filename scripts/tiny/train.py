@@ -1,0 +1,613 @@
+"""Train the tiny tri-mode checkpoint from one seed: tokenizer, network, draft adapter, files.
+
+    python scripts/tiny/train.py --out checkpoints/tiny
+
+The network is the project's PyTorch reference itself. One sequence carries two streams, ``[clean | noisy]``: the clean
+stream is causal and learns autoregression; noisy blocks learn to fill masks, and each sees the clean tokens before its
+own start, and itself in both directions, exactly as a block does when decoding. Rows and blocks are packed into bins of
+one fixed length, so that the compiled step has one shape and no token is padding for long.
+
+Length is counted in steps, never in minutes: on another day the same seed makes the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import itertools
+import json
+import random
+import shutil
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from corpus import Conversation, Corpus, held_out_records
+from peft import LoraConfig, PeftModel, get_peft_model
+from rich.console import Console
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedTokenizerFast
+
+from trimode.model.reference import NemotronLabsDiffusionConfig, NemotronLabsDiffusionModel
+
+VOCABULARY = 768
+SPECIAL_IDS = {
+    "<unk>": 0,
+    "<s>": 1,
+    "</s>": 2,
+    "<|im_start|>": 10,
+    "<|im_end|>": 11,
+    "<think>": 12,
+    "</think>": 13,
+    "<|mask|>": 100,
+}
+RESERVED_IDS = [*range(3, 10), *range(14, 20)]  # <SPECIAL_n>, as in the family: ids below 20 are never ordinary text
+END, MASK = SPECIAL_IDS["<|im_end|>"], SPECIAL_IDS["<|mask|>"]
+CHAT_TEMPLATE = """\
+{%- if messages and messages[0]['role'] == 'system' -%}
+    {%- set system, turns = messages[0]['content'], messages[1:] -%}
+{%- else -%}
+    {%- set system, turns = '', messages -%}
+{%- endif -%}
+{{- '<|im_start|>system\\n' + system + '<|im_end|>\\n' -}}
+{%- for turn in turns -%}
+    {%- if turn['role'] == 'assistant' -%}
+        {{- '<|im_start|>assistant\\n<think></think>' + turn['content'].split('</think>')[-1] + '<|im_end|>\\n' -}}
+    {%- else -%}
+        {{- '<|im_start|>' + turn['role'] + '\\n' + turn['content'] + '<|im_end|>\\n' -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '<|im_start|>assistant\\n' + ('<think>\\n' if enable_thinking is defined and enable_thinking else '<think></think>') -}}
+{%- endif -%}
+"""
+
+BIN = 384  # tokens of an ordinary bin; longer rows share bins of LONG_BIN
+LONG_BIN = 768
+BATCH_TOKENS = 3840
+NOISY_SHARE = 0.5  # of a bin's tokens, at least
+WHOLE_MASKED = 0.25  # of the noisy blocks: what a one-shot draft sees. More would leave nothing for the adapter to add
+PREFIX_KNOWN = 0.2  # of the noisy blocks: known up to a point, masked behind it
+BLOCK_SIZES = {8: 0.35, 16: 0.40, 32: 0.25}
+PAST_END_WEIGHT = 0.1  # of end tokens behind the first: keeps a draft from ending answers too early
+
+
+def progress(message: str, console: Console = Console()) -> None:  # noqa: B008
+    console.print(f"[{time.strftime('%H:%M:%S')}] {message}", highlight=False, markup=False)
+
+
+def keep_freed_memory() -> None:
+    """Stop glibc from returning every large tensor to the system: page faults cost more than half of a step otherwise."""
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+    except OSError:
+        return
+    m_trim_threshold, m_mmap_max = -1, -4
+    libc.mallopt(m_mmap_max, 0)
+    libc.mallopt(m_trim_threshold, 2**31 - 1)
+
+
+# --- tokenizer
+
+
+def train_tokenizer(conversations: Iterable[Conversation]) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with single digits; the special tokens have the family's ids, ordinary tokens fill the rest."""
+    specials = SPECIAL_IDS | {f"<SPECIAL_{index}>": index for index in RESERVED_IDS}
+    pieces = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pieces
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY - len(specials),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    texts = (f"system\nuser\nassistant\n{text['content']}" for row in conversations for text in row.messages())
+    trained.train_from_iterator(texts, trainer)
+    state = json.loads(trained.to_str())["model"]
+    ordinary = sorted(state["vocab"], key=state["vocab"].get)
+    free = (index for index in range(VOCABULARY) if index not in specials.values())
+    vocabulary = specials | dict(zip(ordinary, free, strict=False))
+    assert len(ordinary) + len(specials) == VOCABULARY, "the corpus is too small for the vocabulary"
+
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[tuple(merge) for merge in state["merges"]]))
+    tokenizer.pre_tokenizer = pieces
+    tokenizer.decoder = decoders.ByteLevel()
+    visible = ("<think>", "</think>")  # part of the text, so decoding keeps them
+    for token in sorted(specials, key=specials.get):
+        tokenizer.add_tokens([AddedToken(token, special=token not in visible, normalized=False)])
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        mask_token="<|mask|>",
+        clean_up_tokenization_spaces=False,
+        model_max_length=2048,
+    )
+    wrapped.chat_template = CHAT_TEMPLATE
+    return wrapped
+
+
+# --- rows and bins
+
+
+@dataclass
+class Row:
+    """A tokenised conversation. ``answers`` are the [first, end) spans the model itself writes, end token included."""
+
+    ids: list[int]
+    answers: list[tuple[int, int]]
+    kind: str = ""
+
+
+def tokenise(conversation: Conversation, encode: Callable[[str], list[int]]) -> Row:
+    """The chat template by hand, since spans are needed; ``check_template`` holds the two together."""
+    ids, answers = encode(f"<|im_start|>system\n{conversation.system}<|im_end|>\n"), []
+    for turn in conversation.turns:
+        ids += encode(f"<|im_start|>user\n{turn.problem.prompt}<|im_end|>\n<|im_start|>assistant\n{turn.opening}")
+        start = len(ids)
+        ids += [*encode(turn.reply), END]
+        answers.append((start, len(ids)))
+        ids += encode("\n")
+    return Row(ids, answers, conversation.turns[-1].problem.kind)
+
+
+def check_template(tokenizer: PreTrainedTokenizerFast, conversations: Iterable[Conversation]) -> None:
+    """Training rows must be what the chat template makes of the same messages."""
+    for conversation in conversations:
+        if any(turn.thinking for turn in conversation.turns):
+            continue
+        expected = tokenizer.apply_chat_template(conversation.messages(), tokenize=True, return_dict=False)
+        assert expected == tokenise(conversation, encoder_of(tokenizer)).ids, conversation
+
+
+def encoder_of(tokenizer: PreTrainedTokenizerFast) -> Callable[[str], list[int]]:
+    return lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+@dataclass
+class Bin:
+    """One packed sequence: parallel columns, one entry a token."""
+
+    ids: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)  # which row a token belongs to
+    blocks: list[int] = field(default_factory=list)  # which noisy block; 0 for clean
+    limits: list[int] = field(default_factory=list)  # clean tokens before this position are visible
+    targets: list[int] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)  # of the loss; negative for the noisy stream's
+
+    def add_clean(self, row: Row, index: int) -> None:
+        count = len(row.ids)
+        weights = [0.0] * count
+        for first, end in row.answers:  # position i predicts i + 1
+            weights[first - 1 : end - 1] = [1.0] * (end - first)
+        self.ids += row.ids
+        self.positions += range(count)
+        self.rows += [index] * count
+        self.blocks += [0] * count
+        self.limits += range(1, count + 1)
+        self.targets += [*row.ids[1:], END]
+        self.weights += weights
+
+    def add_noisy(self, row: Row, index: int, block: int, size: int, rng: random.Random, whole: float) -> None:
+        """A block that starts anywhere in an answer. Its first token is the seed, which decoding always knows."""
+        first, end = rng.choices(row.answers, [last - start for start, last in row.answers])[0]
+        start = first if rng.random() < 0.15 else rng.randrange(first, max(first + 1, end - 1))
+        text = [*row.ids[start:end], *[END] * size][:size]
+        draw = rng.random()
+        if draw < whole:
+            masked = [True] * size
+        elif draw < whole + PREFIX_KNOWN:
+            known = rng.randrange(1, size)
+            masked = [place >= known for place in range(size)]
+        else:
+            ratio = rng.random()
+            masked = [rng.random() < ratio for _ in range(size)]
+        masked[0] = False
+        self.ids += [MASK if hidden else token for token, hidden in zip(text, masked, strict=True)]
+        self.positions += range(start, start + size)
+        self.rows += [index] * size
+        self.blocks += [block] * size
+        self.limits += [start] * size
+        self.targets += text
+        self.weights += [
+            -hidden * (1.0 if start + place < end else PAST_END_WEIGHT) for place, hidden in enumerate(masked)
+        ]
+
+    def fill(self, rows: list[Row], size: int, rng: random.Random) -> None:
+        """Clean streams first, then noisy blocks of the rows, each as often as its answers are long, while they fit."""
+        for index, row in enumerate(rows):
+            self.add_clean(row, index)
+        lengths = [sum(end - first for first, end in row.answers) for row in rows]
+        for block in itertools.count(1):
+            sizes = [width for width in BLOCK_SIZES if width <= size - len(self.ids)]
+            if not sizes:
+                break
+            width = rng.choices(sizes, [BLOCK_SIZES[width] for width in sizes])[0]
+            index = rng.choices(range(len(rows)), lengths)[0]
+            self.add_noisy(rows[index], index, block, width, rng, WHOLE_MASKED)
+        self.pad(size)
+
+    def pad(self, size: int) -> None:
+        missing = size - len(self.ids)
+        self.ids += [END] * missing
+        self.positions += [0] * missing
+        self.rows += [-1] * missing
+        self.blocks += [0] * missing
+        self.limits += [1] * missing
+        self.targets += [END] * missing
+        self.weights += [0.0] * missing
+
+
+@dataclass
+class Batch:
+    ids: Tensor
+    positions: Tensor
+    visible: Tensor
+    places: Tensor  # indices, into the flattened batch, of the tokens that have a loss
+    targets: Tensor
+    weights: Tensor  # already divided: their product with the token losses sums to the batch's loss
+
+
+def visibility(rows: Tensor, positions: Tensor, blocks: Tensor, limits: Tensor) -> Tensor:
+    """[batch, query, key]: clean keys before the query's limit, and the query's own block."""
+    same_row = rows[:, :, None] == rows[:, None, :]
+    clean_before = (blocks == 0)[:, None, :] & (positions[:, None, :] < limits[:, :, None])
+    own_block = (blocks[:, :, None] == blocks[:, None, :]) & (blocks > 0)[:, :, None]
+    return same_row & (clean_before | own_block)
+
+
+def collate(bins: list[Bin]) -> Batch:
+    def column(name: str, dtype: torch.dtype = torch.long) -> Tensor:
+        return torch.tensor([getattr(packed, name) for packed in bins], dtype=dtype)
+
+    ids, positions, weights = column("ids"), column("positions"), column("weights", torch.float).flatten()
+    visible = visibility(column("rows"), positions, column("blocks"), column("limits"))
+    clean, noisy = weights.clamp(min=0), (-weights).clamp(min=0)
+    weights = clean / clean.sum().clamp(min=1) + noisy / noisy.sum().clamp(min=1)
+    places = weights.nonzero()[:, 0]
+    spare = -len(places) % 256  # few distinct shapes for the compiled step: pad with rows of no weight
+    places = torch.cat((places, places.new_zeros(spare)))
+    weights = torch.cat((weights[places[: len(places) - spare]], weights.new_zeros(spare)))
+    return Batch(ids, positions, visible, places, column("targets").flatten()[places], weights)
+
+
+class Batches:
+    """An endless stream of batches. Rows too long for an ordinary bin wait until a batch of long bins is full."""
+
+    def __init__(self, seed: int, encode: Callable[[str], list[int]]) -> None:
+        self.rng = random.Random(f"blocks {seed}")
+        self.corpus = Corpus(seed, held_out=False)
+        self.encode = encode
+        self.spare: Row | None = None
+
+    def __iter__(self) -> Iterator[Batch]:
+        ordinary: list[Bin] = []
+        long: list[Bin] = []
+        for rows, size in self.groups():
+            bins = long if size == LONG_BIN else ordinary
+            packed = Bin()
+            packed.fill(rows, size, self.rng)
+            bins.append(packed)
+            if len(bins) * size >= BATCH_TOKENS:
+                yield collate(bins)
+                bins.clear()
+
+    def groups(self) -> Iterator[tuple[list[Row], int]]:
+        """Rows that share a bin: as many as leave room for the noisy share."""
+        waiting: dict[int, list[Row]] = {BIN: [], LONG_BIN: []}
+        for conversation in self.corpus:
+            row = tokenise(conversation, self.encode)
+            if len(row.ids) > LONG_BIN * 0.8:
+                continue
+            size = BIN if len(row.ids) <= BIN * (1 - NOISY_SHARE) else LONG_BIN
+            group = waiting[size]
+            if group and sum(len(member.ids) for member in group) + len(row.ids) > size * (1 - NOISY_SHARE):
+                yield list(group), size
+                group.clear()
+            group.append(row)
+
+
+# --- optimiser
+
+
+def orthogonalise(matrices: Tensor) -> Tensor:
+    """The nearest (semi-)orthogonal matrices, roughly, by five Newton-Schulz steps: [count, out, in]."""
+    x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+class Muon:
+    """Momentum whose update is orthogonalised; same-shaped matrices go through as one batch (Jordan et al., 2024)."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], rate: float, momentum: float = 0.95, decay: float = 0.01) -> None:
+        by_shape = defaultdict(list)
+        for parameter in parameters:
+            by_shape[parameter.shape].append(parameter)
+        self.groups = [(group, torch.zeros(len(group), *shape)) for shape, group in by_shape.items()]
+        self.rate, self.momentum, self.decay = rate, momentum, decay
+
+    @torch.no_grad()
+    def step(self, factor: float) -> None:
+        rate = self.rate * factor
+        for parameters, velocity in self.groups:
+            gradient = torch.stack([parameter.grad for parameter in parameters])
+            velocity.lerp_(gradient, 1 - self.momentum)
+            update = orthogonalise(gradient.lerp_(velocity, self.momentum))
+            scale = max(1, update.shape[1] / update.shape[2]) ** 0.5
+            for parameter, change in zip(parameters, update, strict=True):
+                parameter.mul_(1 - rate * self.decay).add_(change, alpha=-rate * scale)
+
+
+def schedule(step: int, steps: int) -> float:
+    """Warm-up, plateau, then a linear descent over the last 60 % of the run."""
+    return min(1.0, (step + 1) / 60, (steps - step) / (0.6 * steps))
+
+
+# --- training
+
+
+def make_config() -> NemotronLabsDiffusionConfig:
+    return NemotronLabsDiffusionConfig(
+        architectures=["NemotronLabsDiffusionModel"],
+        attention_bias=False,
+        mlp_bias=False,
+        attention_dropout=0.0,
+        hidden_act="silu",
+        block_size=32,
+        bos_token_id=SPECIAL_IDS["<s>"],
+        eos_token_id=END,
+        mask_token_id=MASK,
+        dlm_paradigm="bidirectional",
+        head_dim=64,
+        hidden_size=256,
+        intermediate_size=384,
+        num_attention_heads=4,
+        num_hidden_layers=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        rms_norm_eps=1e-5,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 16.0,
+            "original_max_position_embeddings": 128,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.1,
+        },
+        sliding_window=None,
+        tie_word_embeddings=False,
+        vocab_size=VOCABULARY,
+        use_cache=False,
+        initializer_range=0.02,
+        dtype="bfloat16",
+    )
+
+
+def make_model(seed: int) -> NemotronLabsDiffusionModel:
+    """The reference network in fp32 with scaled normal weights; the residual writers start at zero."""
+    torch.manual_seed(seed)
+    model = NemotronLabsDiffusionModel(make_config()).float()
+    for name, parameter in model.named_parameters():
+        if "embed_tokens" in name:
+            nn.init.normal_(parameter, std=0.5)
+        elif "o_proj" in name or "down_proj" in name:
+            nn.init.zeros_(parameter)
+        elif parameter.dim() == 2:
+            nn.init.normal_(parameter, std=0.5 * parameter.shape[1] ** -0.5)
+    return model
+
+
+def loss_of(model: nn.Module, batch: Batch) -> Tensor:
+    """Both streams' mean losses, added. Only rows with a loss reach the head."""
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden, _ = model.encoder(batch.ids, batch.positions, batch.visible)
+        logits = model.diffusion_head(hidden.flatten(0, 1)[batch.places])
+    return F.cross_entropy(logits.float(), batch.targets, reduction="none") @ batch.weights
+
+
+@torch.no_grad()
+def teacher_forced(model: NemotronLabsDiffusionModel, rows: list[Row]) -> dict[str, float]:
+    """AR exact match by kind. Greedy decoding gives the answer if and only if every next token is the argmax given the
+    true text, so one causal pass a row measures it."""
+    right, count = Counter(), Counter()
+    for chunk in (rows[at : at + 16] for at in range(0, len(rows), 16)):
+        longest = max(len(row.ids) for row in chunk)
+        ids = torch.tensor([row.ids + [END] * (longest - len(row.ids)) for row in chunk])
+        best = model(ids).logits.argmax(-1)
+        for row, guess in zip(chunk, best, strict=True):
+            first, end = row.answers[-1]
+            right[row.kind] += guess[first - 1 : end - 1].tolist() == row.ids[first:end]
+            count[row.kind] += 1
+    return {kind: right[kind] / count[kind] for kind in count} | {"all": right.total() / count.total()}
+
+
+def train_network(
+    model: NemotronLabsDiffusionModel, batches: Iterable[Batch], steps: int, report: Callable[[int], None]
+) -> None:
+    matrices = [parameter for name, parameter in model.named_parameters() if "_proj" in name]
+    others = [parameter for name, parameter in model.named_parameters() if "_proj" not in name]
+    muon = Muon(matrices, rate=0.012)
+    adam = torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01)
+    compiled = torch.compile(loss_of, dynamic=False) if steps > 20 else loss_of
+    running, began = 0.0, time.monotonic()
+    for step, batch in enumerate(itertools.islice(batches, steps)):
+        loss = compiled(model, batch)
+        loss.backward()
+        factor = schedule(step, steps)
+        muon.step(factor)
+        for group in adam.param_groups:
+            group["lr"] = 3e-3 * factor
+        adam.step()
+        model.zero_grad(set_to_none=True)
+        running += 0.01 * (loss.item() - running) if step else loss.item()
+        if (step + 1) % 100 == 0:
+            seconds = (time.monotonic() - began) / (step + 1)
+            progress(f"step {step + 1}/{steps}  loss {running:.3f}  {seconds:.3f} s a step  "
+                     f"{(steps - step - 1) * seconds / 60:.1f} min left")
+        report(step + 1)
+
+
+# --- draft adapter
+
+
+def adapter_batch(rows: list[Row], rng: random.Random) -> tuple[Batch, int]:
+    """One row a bin, clean tokens first, then three blocks masked whole; and where the noisy stream starts."""
+    clean_size = max(len(row.ids) for row in rows)
+    bins = []
+    for row in rows:
+        packed = Bin()
+        packed.add_clean(row, 0)
+        packed.weights = [0.0] * len(row.ids)
+        packed.pad(clean_size)
+        for block in range(1, 4):
+            packed.add_noisy(row, 0, block, rng.choice((16, 32)), rng, whole=1.0)
+        packed.pad(clean_size + 96)
+        bins.append(packed)
+    return collate(bins), clean_size
+
+
+def train_adapter(base: NemotronLabsDiffusionModel, rows: Iterator[Row], steps: int, seed: int) -> PeftModel:
+    """A low-rank change of o_proj that makes one-shot drafts better; the base stays as it is.
+
+    The clean stream runs first, adapter off, and leaves its keys and values: decoding drafts over the same cache.
+    """
+    rng = random.Random(f"adapter {seed}")
+    torch.manual_seed(seed)
+    rank = 32
+    adapted = get_peft_model(base, LoraConfig(r=rank, lora_alpha=4 * rank, target_modules=["o_proj"], bias="none"))
+    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    adam = torch.optim.AdamW(trained, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0)
+    running = 0.0
+    for step in range(steps):
+        batch, start = adapter_batch(list(itertools.islice(rows, 16)), rng)
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad(), base.draft_adapter(False):
+                visible = batch.visible[:, :start, :start]
+                _, past = base.encoder(batch.ids[:, :start], batch.positions[:, :start], visible)
+            hidden, _ = base.encoder(batch.ids[:, start:], batch.positions[:, start:], batch.visible[:, start:], past)
+            everything = torch.cat((hidden.new_zeros(len(hidden), start, hidden.shape[2]), hidden), dim=1)
+            logits = base.diffusion_head(everything.flatten(0, 1)[batch.places])
+        loss = F.cross_entropy(logits.float(), batch.targets, reduction="none") @ batch.weights
+        adam.zero_grad()
+        loss.backward()
+        for group in adam.param_groups:
+            group["lr"] = 2e-3 * schedule(step, steps)
+        adam.step()
+        running += 0.02 * (loss.item() - running) if step else loss.item()
+        if (step + 1) % 100 == 0:
+            progress(f"adapter step {step + 1}/{steps}  loss {running:.3f}")
+    return adapted
+
+
+# --- files
+
+
+def rounded(model: NemotronLabsDiffusionModel) -> NemotronLabsDiffusionModel:
+    """A copy with bfloat16 values, still computed in fp32: what ships is what is evaluated and adapted."""
+    copy = NemotronLabsDiffusionModel(make_config()).float()
+    copy.load_state_dict({name: value.bfloat16().float() for name, value in model.state_dict().items()})
+    return copy.eval()
+
+
+def export(
+    out: Path,
+    model: NemotronLabsDiffusionModel,
+    tokenizer: PreTrainedTokenizerFast,
+    rows: Iterator[Row],
+    adapter_steps: int,
+    seed: int,
+) -> None:
+    """Write the checkpoint folder: tokenizer, weights, adapter, generation settings."""
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(out)
+    base = rounded(model)
+    NemotronLabsDiffusionModel(make_config()).bfloat16()  # a config of its own, since save_pretrained notes the dtype
+    shipped = NemotronLabsDiffusionModel(make_config()).bfloat16()
+    shipped.load_state_dict(base.state_dict())
+    shipped.save_pretrained(out)
+    GenerationConfig(bos_token_id=SPECIAL_IDS["<s>"], eos_token_id=END, pad_token_id=END, max_new_tokens=256).save_pretrained(
+        out
+    )
+    adapted = train_adapter(base, rows, adapter_steps, seed)
+    folder = out / "linear_spec_lora"
+    shutil.rmtree(folder, ignore_errors=True)
+    adapted.bfloat16().save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)  # peft's empty card
+    progress(f"wrote {out}")
+
+
+def write_jsonl(path: Path, records: Iterable[object]) -> None:
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+
+
+def snapshot(text: str) -> tuple[int, Path]:
+    step, _, folder = text.partition(":")
+    return int(step), Path(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="the checkpoint folder to write")
+    parser.add_argument("--steps", type=int, default=9000)
+    parser.add_argument("--adapter-steps", type=int, default=1200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--report-every", type=int, default=500, help="steps between measurements on held-out problems")
+    parser.add_argument("--snapshot", type=snapshot, action="append", default=[], metavar="STEP:FOLDER",
+                        help="also export after this step, with a briefly trained adapter")
+    parser.add_argument("--held-out", type=Path, help="also write the evaluation's prompts to this file")
+    arguments = parser.parse_args()
+
+    keep_freed_memory()
+    torch.set_num_threads(2)
+    tokenizer = train_tokenizer(itertools.islice(Corpus(arguments.seed, held_out=False), 20000))
+    check_template(tokenizer, itertools.islice(Corpus(arguments.seed, held_out=False), 200))
+    encode = encoder_of(tokenizer)
+    held_out = [tokenise(row, encode) for row in itertools.islice(Corpus(arguments.seed + 1, held_out=True), 480)]
+    if arguments.held_out:
+        write_jsonl(arguments.held_out, held_out_records(arguments.seed, per_kind=16, several=16, long=40))
+    model = make_model(arguments.seed)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    answers = [end - first for row in held_out for first, end in row.answers]
+    progress(f"{count:,} parameters; rows of {sum(len(row.ids) for row in held_out) / len(held_out):.0f} tokens, "
+             f"answers of {sum(answers) / len(answers):.0f}")
+
+    def rows_for_adapter() -> Iterator[Row]:
+        for conversation in Corpus(arguments.seed + 2, held_out=False):
+            row = tokenise(conversation, encode)
+            if len(row.ids) <= BIN:
+                yield row
+
+    def report(step: int) -> None:
+        if step % arguments.report_every == 0 or step == arguments.steps:
+            scores = teacher_forced(rounded(model), held_out)
+            progress(f"AR exact match at step {step}: " + "  ".join(f"{k} {v:.2f}" for k, v in sorted(scores.items())))
+        for at, folder in arguments.snapshot:
+            if step == at:
+                export(folder, model, tokenizer, rows_for_adapter(), 30, arguments.seed)
+
+    train_network(model, Batches(arguments.seed, encode), arguments.steps, report)
+    export(arguments.out, model, tokenizer, rows_for_adapter(), arguments.adapter_steps, arguments.seed)
+    calibration = itertools.islice(Corpus(arguments.seed + 3, held_out=False), 64)
+    write_jsonl(arguments.out / "calibration.jsonl", ({"messages": row.messages()} for row in calibration))
+
+
+if __name__ == "__main__":
+    main()
