@@ -93,7 +93,7 @@ class TriModeGeneration:
                 block = self._masked_block(emitted[-1], min(size, ending.remaining(emitted)), prompt)
                 quotas = even_quotas(int((block == self.config.mask_token_id).sum()), steps or size)
                 while (masked := block == self.config.mask_token_id).any() and not ending.ends_before_a_mask(block, masked):
-                    logits = self._bidirectional_logits(block, cache)
+                    logits = self._bidirectional_logits(block, cache, adapter=False)
                     passes += 1
                     tokens = self._draw(logits, temperature)
                     confidence = logits.softmax(-1).gather(-1, tokens[:, None])[:, 0].masked_fill(~masked, -1)
@@ -143,8 +143,7 @@ class TriModeGeneration:
             while not ending.reached(emitted):
                 block = self._masked_block(emitted[-1], min(size, ending.remaining(emitted)), prompt)
                 while (masked := block == self.config.mask_token_id).any():
-                    with self.draft_adapter(True):
-                        logits = self._bidirectional_logits(block, cache)
+                    logits = self._bidirectional_logits(block, cache, adapter=True)
                     passes += 1
                     confidence, tokens = logits.softmax(-1).max(-1)
                     confidence = confidence.masked_fill(~masked, -1)
@@ -169,9 +168,10 @@ class TriModeGeneration:
         with self.draft_adapter(False):
             return self._pass(tokens, cache, causal)
 
-    def _bidirectional_logits(self, block: Tensor, cache: list[KeyValue]) -> Tensor:
+    def _bidirectional_logits(self, block: Tensor, cache: list[KeyValue], adapter: bool) -> Tensor:
         """One bidirectional pass that leaves the cache as it is; row i predicts position i itself."""
-        return self._pass(block, cache, bidirectional)[0]
+        with self.draft_adapter(adapter):
+            return self._pass(block, cache, bidirectional)[0]
 
     def _pass(self, tokens: Tensor, cache: list[KeyValue], pattern: Callable[..., Tensor]) -> tuple[Tensor, list[KeyValue]]:
         past, step = cache[0][0].shape[2] if cache else 0, len(tokens)

@@ -275,10 +275,7 @@ def collate(bins: list[Bin]) -> Batch:
     clean, noisy = weights.clamp(min=0), (-weights).clamp(min=0)
     weights = clean / clean.sum().clamp(min=1) + noisy / noisy.sum().clamp(min=1)
     places = weights.nonzero()[:, 0]
-    spare = -len(places) % 256  # few distinct shapes for the compiled step: pad with rows of no weight
-    places = torch.cat((places, places.new_zeros(spare)))
-    weights = torch.cat((weights[places[: len(places) - spare]], weights.new_zeros(spare)))
-    return Batch(ids, positions, visible, places, column("targets").flatten()[places], weights)
+    return Batch(ids, positions, visible, places, column("targets").flatten()[places], weights[places])
 
 
 class Batches:
@@ -415,11 +412,11 @@ def make_model(seed: int) -> NemotronLabsDiffusionModel:
     return model
 
 
-def loss_of(model: nn.Module, batch: Batch) -> Tensor:
+def loss_of(encoder: Callable[..., tuple[Tensor, object]], head: nn.Module, batch: Batch) -> Tensor:
     """Both streams' mean losses, added. Only rows with a loss reach the head."""
     with torch.autocast("cpu", torch.bfloat16):
-        hidden, _ = model.encoder(batch.ids, batch.positions, batch.visible)
-        logits = model.diffusion_head(hidden.flatten(0, 1)[batch.places])
+        hidden, _ = encoder(batch.ids, batch.positions, batch.visible)
+        logits = head(hidden.flatten(0, 1)[batch.places])
     return F.cross_entropy(logits.float(), batch.targets, reduction="none") @ batch.weights
 
 
@@ -446,10 +443,11 @@ def train_network(
     others = [parameter for name, parameter in model.named_parameters() if "_proj" not in name]
     muon = Muon(matrices, rate=0.012)
     adam = torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01)
-    compiled = torch.compile(loss_of, dynamic=False) if steps > 20 else loss_of
+    torch._dynamo.config.automatic_dynamic_shapes = False  # two shapes of bin, each compiled for itself
+    encoder = torch.compile(model.encoder) if steps > 20 else model.encoder
     running, began = 0.0, time.monotonic()
     for step, batch in enumerate(itertools.islice(batches, steps)):
-        loss = compiled(model, batch)
+        loss = loss_of(encoder, model.diffusion_head, batch)
         loss.backward()
         factor = schedule(step, steps)
         muon.step(factor)

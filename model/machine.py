@@ -1,0 +1,27 @@
+"""What of this machine a CPU engine depends on."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+# The extensions by which ONNX Runtime's kernels choose their weight layouts.
+_EXTENSIONS = frozenset(
+    "avx avx2 fma avx512f avx512bw avx512vl avx512_vnni avx512_bf16 avx_vnni amx_tile amx_int8 amx_bf16 "
+    "asimd asimddp i8mm bf16 sve sve2 sme sme2".split()
+)
+
+
+def instruction_set() -> str:
+    """Architecture and the vector extensions that matter, e.g. ``x86_64: avx avx2 fma``."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    flags: set[str] = set()
+    for line in lines:
+        name, _, value = line.partition(":")
+        if name.strip() in ("flags", "Features"):
+            flags = set(value.split())
+            break
+    return f"{platform.machine()}: {' '.join(sorted(flags & _EXTENSIONS))}".strip()

@@ -1,0 +1,128 @@
+"""The engine directory, format 1: the contract between the builder and the runtime.
+
+```
+manifest.json        this record
+ar/, diffusion/      model.onnx (target cpu)
+weights/pool.bin     every constant of the network once, loaded by both engines
+weights/adapter.safetensors   the draft adapter, if the checkpoint has one: the diffusion engine's inputs
+tokenizer/           the checkpoint's tokenizer files
+```
+A directory is written under another name and renamed when whole; loading checks every file against its size and hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
+
+from trimode.model.config import ModelConfig
+from trimode.model.errors import TriModeError
+from trimode.model.records import read_json_record
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+POOL = "weights/pool.bin"
+ADAPTER = "weights/adapter.safetensors"
+TOKENIZER = "tokenizer"
+
+
+def _inside(path: str) -> str:
+    parts = PurePosixPath(path).parts
+    if not parts or ".." in parts or PurePosixPath(path).is_absolute():
+        raise ValueError("the path leaves the engine directory")
+    return path
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class EngineFile(_Record):
+    path: Annotated[str, AfterValidator(_inside)]
+    bytes: NonNegativeInt
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class PoolEntry(_Record):
+    """A constant of the pool; ``packed`` are the bytes of its kernel-ready copy, where the target keeps one."""
+
+    name: str
+    offset: NonNegativeInt
+    bytes: NonNegativeInt
+    packed_offset: NonNegativeInt | None = None
+    packed_bytes: NonNegativeInt = 0
+
+
+class Precision(_Record):
+    """Types as stored and computed: ``int4`` weights carry fp32 scales by ``group`` inputs."""
+
+    linear: Literal["int4", "fp32"]
+    head: Literal["int4", "fp32"]
+    embedding: Literal["bf16", "fp16", "fp32"]
+    activations: Literal["fp32"]
+    kv_cache: Literal["fp32"]
+    group: PositiveInt | None
+
+
+class Limits(_Record):
+    """``capacity``: longest sequence in tokens. ``prefill_step``: tokens of a prefill pass. ``top_k``: candidates a row."""
+
+    capacity: PositiveInt
+    prefill_step: PositiveInt
+    top_k: PositiveInt
+
+
+class AdapterEntry(_Record):
+    rank: PositiveInt
+    scale: float
+
+
+class Manifest(_Record):
+    format_version: Literal[1]
+    target: Literal["cpu"]
+    source: str
+    quantization: str
+    model: ModelConfig
+    precision: Precision
+    limits: Limits
+    adapter: AdapterEntry | None
+    parameters: PositiveInt
+    # The kernel-ready copies of the pool are laid out for these; another machine needs a build of its own.
+    instruction_set: str
+    onnxruntime: str
+    tools: dict[str, str]
+    pool: tuple[PoolEntry, ...]
+    files: tuple[EngineFile, ...]
+
+    @classmethod
+    def read(cls, engine: Path) -> Manifest:
+        if not engine.is_dir():
+            raise TriModeError(f"{engine} is not an engine directory; build one with `trimode build CHECKPOINT {engine}`")
+        return read_json_record(cls, engine / MANIFEST)
+
+
+def hash_file(path: Path, advanced: Callable[[int], None] = lambda _bytes: None) -> str:
+    """sha256 in hex; ``advanced`` is told the bytes read since the last call."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+            advanced(len(chunk))
+    return digest.hexdigest()
+
+
+def verify_files(engine: Path, manifest: Manifest) -> None:
+    """Check every file of the engine; raises TriModeError that names the first one that is not as built."""
+    remedy = f"build the engine again: trimode build CHECKPOINT {engine}"
+    for entry in manifest.files:
+        path = engine / entry.path
+        if not path.is_file():
+            raise TriModeError(f"{path} is missing; {remedy}")
+        if path.stat().st_size != entry.bytes:
+            raise TriModeError(f"{path} has {path.stat().st_size} bytes, the manifest says {entry.bytes}; {remedy}")
+        if hash_file(path) != entry.sha256:
+            raise TriModeError(f"{path} was changed after the build (sha256 differs from the manifest); {remedy}")

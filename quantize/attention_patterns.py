@@ -1,0 +1,57 @@
+"""Both attention patterns over one text, as decoding runs them: what AWQ is calibrated and judged on.
+
+Calibrated on causal text alone, the activation statistics lack what half of all passes see: mask tokens, and attention
+to the future.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from trimode.model.reference import NemotronLabsDiffusionModel
+from trimode.model.reference_decoding import causal
+
+
+class PatternLogits(NamedTuple):
+    causal: Tensor  # [tokens, vocabulary]
+    bidirectional: Tensor  # [blocks * block size, vocabulary]
+
+
+@torch.no_grad()
+def both_patterns(model: NemotronLabsDiffusionModel, tokens: list[int]) -> PatternLogits:
+    """One causal pass over the text, and one bidirectional pass over its blocks, each behind its own clean prefix."""
+    ids = torch.tensor([tokens], device=model.device)
+    length = len(tokens)
+    positions = torch.arange(length, device=model.device)
+    hidden, cache = model.encoder(ids, positions[None], causal(1, length, 0, model.device))
+    causal_logits = model.diffusion_head(hidden)[0]
+
+    size = min(model.config.block_size, length - 1)
+    starts = torch.arange(1, length - size + 1, size, device=model.device)
+    block_positions = starts[:, None] + torch.arange(size, device=model.device)
+    blocks = ids[0, block_positions]
+    blocks[masked_positions(len(blocks), size).to(model.device)] = model.config.mask_token_id
+    # All blocks in one batch: every one gets the whole text as its past, of which it sees what lies before its start.
+    visible = torch.ones(len(blocks), size, length + size, dtype=torch.bool, device=model.device)
+    visible[:, :, :length] = (positions < starts[:, None])[:, None]
+    past = [(k.expand(len(blocks), -1, -1, -1), v.expand(len(blocks), -1, -1, -1)) for k, v in cache]
+    hidden, _ = model.encoder(blocks, block_positions, visible, past)
+    return PatternLogits(causal_logits, model.diffusion_head(hidden).flatten(0, 1))
+
+
+def masked_positions(blocks: int, size: int) -> Tensor:
+    """[blocks, size] bool. Even blocks are fresh (a seed, then masks only); odd ones are at some point of denoising.
+
+    The first token is always clean, the last always masked, and the draws are the same every time: AWQ runs the
+    calibration twice and compares.
+    """
+    generator = torch.Generator().manual_seed(0)
+    masked_share = torch.rand(blocks, 1, generator=generator)
+    masked = torch.rand(blocks, size, generator=generator) < masked_share
+    masked[0::2] = True
+    masked[:, -1] = True
+    masked[:, 0] = False
+    return masked

@@ -1,0 +1,131 @@
+"""``trimode quantize``: a 16-bit checkpoint to ModelOpt's unified int4 checkpoint."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+from trimode.model.atomic_folder import atomic_folder
+from trimode.model.checkpoint import ADAPTER_FOLDER, HEAD, Checkpoint, linear_shapes
+from trimode.model.errors import TriModeError
+from trimode.model.records import read_json
+from trimode.quantize.calibration import calibration_tokens
+from trimode.quantize.modelopt_format import QUANT_CONFIG_FILE, hf_quant_config, quantization_config
+from trimode.quantize.progress import Progress, no_progress
+from trimode.quantize.quiet import quiet
+from trimode.quantize.report import REPORT_FILE, CalibrationReport, QuantizationReport, weight_errors
+from trimode.quantize.round_to_nearest import write_rounded
+from trimode.quantize.safetensors_stream import INDEX
+
+METHODS = ("awq", "rtn")
+HEADS = ("int4", "16bit")
+MIN_GROUP = 16
+COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*")
+# Rewritten, or of the source alone.
+NOT_COPIED = {"config.json", INDEX, REPORT_FILE}
+
+
+def quantize_checkpoint(
+    checkpoint: Checkpoint,
+    out: Path,
+    *,
+    method: Literal["awq", "rtn"],
+    group: int = 128,
+    head: Literal["int4", "16bit"] = "16bit",
+    calibration: Path | None = None,
+    progress: Progress = no_progress,
+) -> QuantizationReport:
+    """Write the checkpoint to the folder ``out`` with int4 linear layers, all of it or nothing.
+
+    ``group``: input channels that share a scale. ``awq`` needs the ``[build]`` extra and calibration text (JSONL, the
+    checkpoint's own ``calibration.jsonl`` unless given); ``rtn`` needs neither. The adapter and the embedding stay as
+    they are, and so does the head unless ``head`` is ``int4``; AWQ rescales norms. Raises TriModeError.
+    """
+    _check_options(checkpoint, method, group, head, calibration)
+    modules = [module for module in linear_shapes(checkpoint.config) if head == "int4" or module != HEAD]
+    _check_shapes(checkpoint, modules, group)
+    texts = calibration_tokens(checkpoint, calibration) if method == "awq" else []
+    with atomic_folder(out) as folder:
+        _copy_companions(checkpoint.folder, folder)
+        _write_json(folder / "config.json", _config(checkpoint, head))
+        _write_json(folder / QUANT_CONFIG_FILE, hf_quant_config(group, int4_head=head == "int4"))
+        calibrated: CalibrationReport | None = None
+        if method == "awq":
+            calibrated = _awq(checkpoint, folder, texts, group, head == "int4", progress)
+        else:
+            write_rounded(checkpoint, folder, modules, group, progress)
+        report = QuantizationReport(
+            method=method,
+            group=group,
+            head=head,
+            weight_error=weight_errors(checkpoint, Checkpoint(folder), modules, progress),
+            calibration=calibrated,
+        )
+        (folder / REPORT_FILE).write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    return report
+
+
+def _awq(
+    checkpoint: Checkpoint, folder: Path, texts: list[list[int]], group: int, int4_head: bool, progress: Progress
+) -> CalibrationReport:
+    with quiet(progress) as aloud:
+        try:
+            from trimode.quantize import awq
+        except ImportError as error:
+            raise TriModeError(
+                f"--method awq needs {error.name}: pip install 'trimode[build]', or use --method rtn"
+            ) from None
+        before = awq.write_awq(checkpoint, folder, texts, group, int4_head, aloud)
+        return awq.calibration_report(Checkpoint(folder), texts, before)
+
+
+def _check_options(checkpoint: Checkpoint, method: str, group: int, head: str, calibration: Path | None) -> None:
+    for option, value, allowed in (("--method", method, METHODS), ("--head", head, HEADS)):
+        if value not in allowed:
+            raise TriModeError(f"{option} {value} is unknown; give one of {', '.join(allowed)}")
+    if group < MIN_GROUP or group & (group - 1):
+        raise TriModeError(f"--group {group}: a group is a power of two, at least {MIN_GROUP} (128 is usual)")
+    if calibration is not None and method != "awq":
+        raise TriModeError(
+            f"--calibration {calibration}: --method {method} uses none; leave it out, or use --method awq"
+        )
+    if checkpoint.quantization is not None:
+        raise TriModeError(f"{checkpoint.folder} is int4 already; give the 16-bit checkpoint it was made from")
+
+
+def _check_shapes(checkpoint: Checkpoint, modules: list[str], group: int) -> None:
+    shapes = linear_shapes(checkpoint.config)
+    for module in modules:
+        rows, columns = shapes[module]
+        if rows % 2:
+            raise TriModeError(
+                f"{checkpoint.folder}: {module} has {rows} rows, and int4 packs pairs; leave it in 16 bit"
+            )
+        if columns % group:
+            fitting = math.gcd(group, *(shapes[name][1] for name in modules))
+            remedy = f"use --group {fitting}" if fitting >= MIN_GROUP else "the checkpoint cannot be int4"
+            raise TriModeError(
+                f"{checkpoint.folder}: {module} has {columns} columns, not a multiple of {group}; {remedy}"
+            )
+
+
+def _copy_companions(source: Path, folder: Path) -> None:
+    """Tokenizer, template, generation settings and licence; the adapter as it is, unquantised."""
+    for pattern in COPIED:
+        for path in source.glob(pattern):
+            if path.is_file() and path.name not in NOT_COPIED:
+                shutil.copyfile(path, folder / path.name)
+    if (source / ADAPTER_FOLDER).is_dir():
+        shutil.copytree(source / ADAPTER_FOLDER, folder / ADAPTER_FOLDER)
+
+
+def _config(checkpoint: Checkpoint, head: str) -> dict[str, Any]:
+    config: dict[str, Any] = read_json(checkpoint.folder / "config.json")
+    return config | {"quantization_config": quantization_config(int4_head=head == "int4")}
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

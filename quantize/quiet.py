@@ -1,0 +1,36 @@
+"""Keeping other libraries' chatter off the terminal."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+
+from trimode.quantize.progress import Progress
+
+
+@contextmanager
+def quiet(progress: Progress) -> Iterator[Progress]:
+    """Silence prints, progress bars, warnings and logs below ERROR; the progress yielded still reaches the user."""
+    stdout, stderr, disabled = sys.stdout, sys.stderr, logging.root.manager.disable
+
+    def aloud(stage: str, done: int, total: int) -> None:
+        with redirect_stdout(stdout), redirect_stderr(stderr):
+            progress(stage, done, total)
+
+    with (
+        Path(os.devnull).open("w") as nowhere,
+        redirect_stdout(nowhere),
+        redirect_stderr(nowhere),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield aloud
+        finally:
+            logging.disable(disabled)

@@ -1,0 +1,123 @@
+"""Target ``cpu``: two ONNX Runtime sessions over one mapped weight pool, bound to the KV pool's own memory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
+
+from trimode.model.errors import TriModeError
+from trimode.model.machine import instruction_set
+from trimode.model.manifest import ADAPTER, POOL, Manifest
+from trimode.model.step import AttentionPattern, cache_inputs, cache_outputs
+from trimode.runtime.executor import Candidates, Step
+from trimode.runtime.kv_pool import KvPool
+
+_FOLDERS: dict[AttentionPattern, str] = {"causal": "ar", "bidirectional": "diffusion"}
+
+
+class CpuExecutor:
+    """Loads ``ar/`` and ``diffusion/`` of an engine directory; raises TriModeError if they are not for this machine."""
+
+    def __init__(self, engine: Path, manifest: Manifest, threads: int | None = None) -> None:
+        _refuse_foreign_layout(engine, manifest)
+        model = manifest.model
+        self.pool = KvPool(
+            model.num_hidden_layers, model.num_key_value_heads, model.head_dim, manifest.limits.capacity
+        )
+        self._top_k = manifest.limits.top_k
+        self._caches = list(
+            zip(cache_inputs(model.num_hidden_layers), cache_outputs(model.num_hidden_layers), strict=True)
+        )
+        self._adapter = load_file(engine / ADAPTER) if manifest.adapter else {}
+        self._sessions = {
+            pattern: _load(engine, folder, threads or len(os.sched_getaffinity(0)))
+            for pattern, folder in _FOLDERS.items()
+        }
+        # A binding of the caches is good until the pool moves.
+        self._bindings: dict[tuple[AttentionPattern, int, int], ort.IOBinding] = {}
+        self._bound_generation = self.pool.generation
+
+    def run(self, step: Step) -> Candidates:
+        self.pool.reserve(step.rows_written)
+        binding = self._binding(step)
+        inputs: dict[str, NDArray[np.generic]] = {
+            "input_ids": step.input_ids,
+            "position_ids": step.position_ids,
+            "write_indices": step.write_indices,
+            "logit_rows": step.logit_rows,
+        }
+        if step.pattern == "causal":
+            assert step.block_mask is not None
+            inputs["block_mask"] = step.block_mask
+        else:
+            assert step.step_lengths is not None
+            assert step.adapter is not None
+            inputs["step_lengths"] = step.step_lengths
+            if self._adapter:
+                inputs["adapter_scale"] = step.adapter.astype(np.float32)
+        for name, array in inputs.items():
+            binding.bind_cpu_input(name, np.ascontiguousarray(array))
+        rows = step.logit_rows.shape
+        candidates = Candidates(
+            logits=np.empty((*rows, self._top_k), np.float32),
+            tokens=np.empty((*rows, self._top_k), np.int64),
+            log_sum_exp=np.empty(rows, np.float32),
+        )
+        for name, array in zip(("top_logits", "top_tokens", "log_sum_exp"), candidates, strict=True):
+            binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        self._sessions[step.pattern].run_with_iobinding(binding)
+        return candidates
+
+    def _binding(self, step: Step) -> ort.IOBinding:
+        """A binding whose caches are the step's slots of the pool, inputs and outputs at the same addresses."""
+        if self._bound_generation != self.pool.generation:
+            self._bindings.clear()
+            self._bound_generation = self.pool.generation
+        key = (step.pattern, step.first_slot, step.batch)
+        if key not in self._bindings:
+            binding = self._sessions[step.pattern].io_binding()
+            for (name, updated), buffer in zip(self._caches, self.pool.buffers, strict=True):
+                rows = buffer[step.first_slot : step.first_slot + step.batch]
+                place = ("cpu", 0, np.float32, rows.shape, rows.ctypes.data)
+                binding.bind_input(name, *place)
+                binding.bind_output(updated, *place)
+            if step.pattern == "bidirectional":
+                for name, array in self._adapter.items():
+                    binding.bind_cpu_input(name, array)
+            self._bindings[key] = binding
+        return self._bindings[key]
+
+
+def _refuse_foreign_layout(engine: Path, manifest: Manifest) -> None:
+    """The pool's packed copies fit one kernel library on one instruction set; others would compute nonsense from them."""
+    remedy = f"build it again here: trimode build CHECKPOINT {engine}"
+    if manifest.onnxruntime != ort.__version__:
+        raise TriModeError(
+            f"{engine} was built with onnxruntime {manifest.onnxruntime}, this is {ort.__version__}; {remedy}"
+        )
+    if manifest.instruction_set != instruction_set():
+        raise TriModeError(
+            f"{engine} was built for another processor ({manifest.instruction_set}; this is {instruction_set()}); {remedy}"
+        )
+
+
+def _load(engine: Path, folder: str, threads: int) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # done by the build
+    options.intra_op_num_threads = threads
+    # The engines take turns; a pool that spins would take the other's cores.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", str((engine / POOL).parent)
+    )
+    path = engine / folder / "model.onnx"
+    try:
+        return ort.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime raises its own unrelated exception types
+        raise TriModeError(f"{path} cannot be loaded by onnxruntime: {str(error).splitlines()[0]}") from None

@@ -1,0 +1,78 @@
+"""The KV pool: one buffer a layer for keys and one for values, shared by both engines.
+
+Sequences sit in slots 0 .. n - 1, so a step binds a run of slots without a copy. A freed slot is filled by the last one.
+Slots and rows are added by doubling, so that a pass costs about what its true lengths cost.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trimode.model.errors import TriModeError
+
+FIRST_ROWS = 128
+
+
+class KvPool:
+    """``buffers[2 * layer]`` holds keys, ``buffers[2 * layer + 1]`` values: [slots, kv_heads, rows, head_dim] fp32."""
+
+    def __init__(self, layers: int, kv_heads: int, head_dim: int, capacity: int) -> None:
+        self.capacity = capacity
+        self._layers = layers
+        self._kv_heads = kv_heads
+        self._head_dim = head_dim
+        self.buffers = self._allocate(1, min(FIRST_ROWS, capacity))
+        self.active = 0
+        # Counts reallocations: who holds addresses of the buffers compares it.
+        self.generation = 0
+
+    @property
+    def slots(self) -> int:
+        return self.buffers[0].shape[0]
+
+    @property
+    def rows(self) -> int:
+        return self.buffers[0].shape[2]
+
+    def acquire(self) -> int:
+        """A slot for a new sequence: always the first one past the active ones."""
+        if self.active == self.slots:
+            self._resize(self.slots * 2, self.rows)
+        self.active += 1
+        return self.active - 1
+
+    def release(self, slot: int) -> int:
+        """Give a slot back. The last active sequence moves into it; returns that sequence's former slot."""
+        if not 0 <= slot < self.active:
+            raise ValueError(f"slot {slot} is not active; {self.active} are")
+        last = self.active - 1
+        if slot != last:
+            for buffer in self.buffers:
+                buffer[slot] = buffer[last]
+        self.active = last
+        return last
+
+    def reserve(self, rows: int) -> None:
+        """Make room for sequences of ``rows`` tokens; raises TriModeError past the engine's capacity."""
+        if rows > self.capacity:
+            raise TriModeError(f"a sequence of {rows} tokens exceeds the engine's capacity of {self.capacity}")
+        if rows > self.rows:
+            grown = self.rows
+            while grown < rows:
+                grown *= 2
+            self._resize(self.slots, min(grown, self.capacity))
+
+    def _resize(self, slots: int, rows: int) -> None:
+        old, old_rows = self.buffers, self.rows
+        self.buffers = []
+        for grown in self._allocate(slots, rows):
+            previous = old.pop(0)
+            grown[: self.active, :, :old_rows] = previous[: self.active]
+            self.buffers.append(grown)
+        self.generation += 1
+
+    def _allocate(self, slots: int, rows: int) -> list[NDArray[np.float32]]:
+        # Zeros, not garbage: rows past a sequence are masked, but a NaN there would still spread through a product with 0.
+        shape = (slots, self._kv_heads, rows, self._head_dim)
+        return [np.zeros(shape, np.float32) for _ in range(2 * self._layers)]
