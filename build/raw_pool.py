@@ -140,7 +140,7 @@ class _Writer:
     ) -> PoolRange:
         offset = -(-self._file.tell() // ALIGNMENT) * ALIGNMENT
         self._file.seek(offset)
-        self._file.write(np.ascontiguousarray(array).data)
+        self._file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         return PoolRange(
             name, ONNX_DTYPES[array.dtype] if dtype is None else dtype, shape or array.shape, offset, array.nbytes
         )

@@ -100,7 +100,7 @@ class Manifest(_Record):
 
     @classmethod
     def read(cls, engine: Path) -> Manifest:
-        if not engine.is_dir():
+        if not (engine / MANIFEST).is_file():
             raise TriModeError(f"{engine} is not an engine directory; build one with `trimode build CHECKPOINT {engine}`")
         return read_json_record(cls, engine / MANIFEST)
 

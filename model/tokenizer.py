@@ -14,6 +14,7 @@ from typing import Any, TypedDict
 import tokenizers
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers.decoders import DecodeStream
 
 from trimode.model.errors import TriModeError
 from trimode.model.records import read_json
@@ -64,6 +65,10 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def step(self, stream: DecodeStream, token: int) -> str | None:
+        """The text that ``token`` completes in an incremental decoding, if it completes any."""
+        return stream.step(self._tokenizer, token)
 
     def apply_chat_template(
         self, messages: Sequence[Message], add_generation_prompt: bool = True, enable_thinking: bool = False

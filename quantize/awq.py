@@ -96,6 +96,7 @@ def _export(model: NemotronLabsDiffusionModel, scratch: Path) -> dict[str, Tenso
 
     model.save_pretrained = keep
     export_hf_checkpoint(model, export_dir=scratch)
+    del model.save_pretrained  # or the model keeps itself in memory
     return exported
 
 

@@ -1,0 +1,236 @@
+"""The ``trimode`` command: quantize, build, info, generate.
+
+What a user can mend is told in one line on stderr, with exit code 2. Long work shows its progress on stderr, so that
+stdout stays the answer alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn, get_args
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from trimode.model.checkpoint import open_checkpoint
+from trimode.model.errors import TriModeError
+from trimode.model.manifest import Manifest
+from trimode.runtime.decoding import DecodingOptions, Mode
+from trimode.runtime.engine import Engine
+from trimode.runtime.text_stream import TextStream
+
+USAGE_ERROR = 2
+INTERRUPTED = 130
+
+DEFAULTS = DecodingOptions()
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+
+
+def main() -> None:
+    """Entry point: every error that is not a bug of ours ends in one line."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        commands.main(standalone_mode=False)
+    except TriModeError as error:
+        _fail(str(error), USAGE_ERROR)
+    except click.ClickException as error:
+        _fail(error.format_message(), USAGE_ERROR)
+    except (KeyboardInterrupt, click.Abort):
+        _fail("interrupted; nothing half-written was kept", INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of our output has gone; there is nobody to tell.
+        sys.stderr.close()
+        sys.exit(1)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"trimode: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="trimode")
+def commands() -> None:
+    """Build and run tri-mode language models: autoregression, block diffusion and self-speculation from one checkpoint."""
+
+
+@commands.command()
+@click.argument("checkpoint")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--method", type=click.Choice(["awq", "rtn"]), default="awq", show_default=True)
+@click.option("--group", default=128, show_default=True, help="Input channels that share a scale.")
+@click.option("--head", type=click.Choice(["int4", "16bit"]), default="16bit", show_default=True)
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    help="JSONL of texts or conversations for AWQ [default: the checkpoint's calibration.jsonl].",
+)
+@json_option
+def quantize(
+    checkpoint: str, out: Path, method: Any, group: int, head: Any, calibration: Path | None, as_json: bool
+) -> None:
+    """Quantise CHECKPOINT (a folder or a hub id) to w4a16, into the new folder OUT."""
+    from trimode.quantize import quantize_checkpoint
+
+    with _progress() as progress:
+        report = quantize_checkpoint(
+            open_checkpoint(checkpoint),
+            out,
+            method=method,
+            group=group,
+            head=head,
+            calibration=calibration,
+            progress=progress,
+        )
+    if as_json:
+        print(report.model_dump_json())
+        return
+    worst = max(report.weight_error, key=lambda module: report.weight_error[module])
+    mean = sum(report.weight_error.values()) / len(report.weight_error)
+    print(f"{out}: {len(report.weight_error)} matrices to int4 by {method}, groups of {group}")
+    print(f"relative weight error: mean {mean:.4f}, worst {report.weight_error[worst]:.4f} ({worst})")
+
+
+@commands.command()
+@click.argument("checkpoint")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--target", type=click.Choice(["cpu"]), default="cpu", show_default=True)
+@click.option("--capacity", type=click.IntRange(min=1), help="Longest sequence in tokens [default: the model's].")
+@click.option("--prefill-step", type=click.IntRange(min=1), default=256, show_default=True, help="Tokens a prefill pass.")
+@click.option("--top-k", type=click.IntRange(min=1), default=64, show_default=True, help="Candidates a row reports.")
+@json_option
+def build(
+    checkpoint: str, out: Path, target: Any, capacity: int | None, prefill_step: int, top_k: int, as_json: bool
+) -> None:
+    """Build the AR and the diffusion engine of CHECKPOINT into the new folder OUT."""
+    try:
+        from trimode.build.engine import build_engine
+    except ModuleNotFoundError as error:
+        raise TriModeError(f"building needs the package {error.name}: pip install 'trimode[build]'") from None
+
+    with _progress() as progress:
+        manifest = build_engine(
+            open_checkpoint(checkpoint),
+            out,
+            target=target,
+            capacity=capacity,
+            prefill_step=prefill_step,
+            top_k=top_k,
+            progress=progress,
+        )
+    _print_manifest(out, manifest, as_json)
+
+
+@commands.command()
+@click.argument("engine", type=click.Path(path_type=Path))
+@json_option
+def info(engine: Path, as_json: bool) -> None:
+    """Say what the engine directory ENGINE is."""
+    _print_manifest(engine, Manifest.read(engine), as_json)
+
+
+@commands.command()
+@click.option("--engine", required=True, type=click.Path(path_type=Path), help="Engine directory.")
+@click.option("--prompt", required=True, help="The user's message, or - to read it from stdin.")
+@click.option("--mode", type=click.Choice(get_args(Mode)), default=DEFAULTS.mode, show_default=True)
+@click.option("--block-length", default=DEFAULTS.block_length, show_default=True, help="Tokens of a block.")
+@click.option(
+    "--threshold", default=DEFAULTS.threshold, show_default=True, help="Confidence that settles a diffusion token."
+)
+@click.option(
+    "--draft-threshold",
+    default=DEFAULTS.draft_threshold,
+    show_default=True,
+    help="The same in self-speculation's drafts; 0 drafts a block in one pass.",
+)
+@click.option("--max-tokens", default=DEFAULTS.max_tokens, show_default=True)
+@click.option("--temperature", default=DEFAULTS.temperature, show_default=True, help="0 is greedy.")
+@click.option("--seed", default=DEFAULTS.seed, show_default=True)
+@click.option("--no-adapter", is_flag=True, help="Draft without the adapter.")
+@click.option("--no-chat-template", is_flag=True, help="Give the prompt to the model as it is.")
+@json_option
+def generate(
+    engine: Path, prompt: str, no_adapter: bool, no_chat_template: bool, as_json: bool, **decoding: Any
+) -> None:
+    """Answer one prompt."""
+    options = DecodingOptions(**decoding, adapter=not no_adapter)
+    text = _read_prompt(prompt)
+    loaded = Engine(engine)
+    if not no_chat_template:
+        text = loaded.tokenizer.apply_chat_template([{"role": "user", "content": text}])
+    stream = TextStream(loaded.tokenizer)
+
+    def show(tokens: list[int]) -> None:
+        print(stream.feed(tokens), end="", flush=True)
+
+    result = loaded.generate(loaded.tokenizer.encode(text), options, on_tokens=(lambda _: None) if as_json else show)
+    if as_json:
+        print(json.dumps(dataclasses.asdict(result), ensure_ascii=False))
+        return
+    print(stream.finish())
+    accepted = "-" if result.mean_acceptance is None else f"{result.mean_acceptance:.2f}"
+    print(
+        f"[{result.mode}: {result.completion_tokens} tokens in {result.seconds:.2f} s, {accepted} tokens a cycle, "
+        f"{result.finish_reason}]",
+        file=sys.stderr,
+    )
+
+
+def _read_prompt(prompt: str) -> str:
+    if prompt == "-":
+        try:
+            prompt = sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
+        except UnicodeDecodeError as error:
+            raise TriModeError(f"the prompt on stdin is not UTF-8 (byte {error.start})") from None
+    if not prompt.strip():
+        raise TriModeError("the prompt is empty; give some text to --prompt")
+    return prompt
+
+
+def _print_manifest(engine: Path, manifest: Manifest, as_json: bool) -> None:
+    if as_json:
+        print(manifest.model_dump_json())
+        return
+    model, precision = manifest.model, manifest.precision
+    stored = sum(entry.bytes for entry in manifest.files)
+    linear = precision.linear if precision.group is None else f"{precision.linear} in groups of {precision.group}"
+    rows = {
+        "engine": f"{engine} (format {manifest.format_version}, target {manifest.target})",
+        "made from": f"{manifest.source}, quantisation {manifest.quantization}",
+        "model": f"{manifest.parameters:,} parameters, {model.num_hidden_layers} layers of {model.hidden_size}, "
+        f"{model.num_attention_heads} query and {model.num_key_value_heads} KV heads of {model.head_dim}",
+        "weights": f"{linear}; head {precision.head}, embedding {precision.embedding}",
+        "activations, KV": f"{precision.activations}, {precision.kv_cache}",
+        "draft adapter": "none" if manifest.adapter is None else f"rank {manifest.adapter.rank}",
+        "limits": f"{manifest.limits.capacity} tokens, prefill by {manifest.limits.prefill_step}, "
+        f"{manifest.limits.top_k} candidates a row",
+        "on disk": f"{stored / 1e6:.1f} MB in {len(manifest.files)} files",
+        "made for": f"onnxruntime {manifest.onnxruntime} on {manifest.instruction_set}",
+    }
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in rows.items():
+        table.add_row(name, value)
+    Console(highlight=False).print(table)
+
+
+@contextmanager
+def _progress() -> Iterator[Any]:
+    """Bars on stderr, one for each stage that the work reports."""
+    columns = (TextColumn("{task.description:>10}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield report

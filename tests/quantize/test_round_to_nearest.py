@@ -1,0 +1,115 @@
+"""Round to nearest is ModelOpt's, bit for bit, in bounded memory and without torch."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from trimode.model.checkpoint import HEAD, Checkpoint, DenseWeight, Int4Weight, linear_shapes, vector_shapes
+from trimode.model.loading import load_reference
+from trimode.quantize import quantize_checkpoint
+from trimode.quantize.safetensors_stream import TensorSpec, write_tensors
+
+
+@pytest.fixture(scope="module")
+def modelopt_export(source: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ModelOpt's own round to nearest of the same checkpoint, written by its own exporter."""
+    import modelopt.torch.quantization as mtq
+    import torch
+    from modelopt.torch.export import export_hf_checkpoint
+
+    out = tmp_path_factory.mktemp("modelopt_rtn")
+    model = load_reference(source, dtype=torch.bfloat16, adapter=False)
+    config = copy.deepcopy(mtq.INT4_BLOCKWISE_WEIGHT_ONLY_CFG)
+    config["quant_cfg"].append({"quantizer_name": f"*{HEAD}*", "enable": False})
+    mtq.quantize(model, config)
+    export_hf_checkpoint(model, export_dir=out)
+    return out
+
+
+def test_tensors_are_modelopts_bit_for_bit(rounded: Checkpoint, modelopt_export: Path) -> None:
+    ours = load_file(rounded.folder / "model.safetensors")
+    theirs = load_file(modelopt_export / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert sum(array.dtype == np.uint8 for array in ours.values()) == 14
+    for name, array in theirs.items():
+        assert ours[name].dtype == array.dtype, name
+        assert np.array_equal(ours[name], array), name
+
+
+def test_quantisation_json_is_modelopts(rounded: Checkpoint, modelopt_export: Path) -> None:
+    for file, section in (("hf_quant_config.json", None), ("config.json", "quantization_config")):
+        ours, theirs = (json.loads((folder / file).read_text()) for folder in (rounded.folder, modelopt_export))
+        assert (ours == theirs) if section is None else (ours[section] == theirs[section])
+
+
+def test_the_rest_is_left_as_it_is(source: Checkpoint, rounded: Checkpoint) -> None:
+    for name in (*vector_shapes(source.config), f"{HEAD}.weight"):
+        assert np.array_equal(source.vector(name), rounded.vector(name))
+        assert source.vector(name).dtype == rounded.vector(name).dtype
+
+
+def test_no_weight_is_further_than_half_a_step_away(source: Checkpoint, rounded: Checkpoint) -> None:
+    for module in linear_shapes(source.config):
+        before, after = source.linear(module), rounded.linear(module)
+        if module == HEAD:
+            assert isinstance(after, DenseWeight)
+            continue
+        assert isinstance(after, Int4Weight)
+        step = np.repeat(after.scale, before.to_float32().shape[1] // after.scale.shape[1], axis=1)
+        assert np.all(np.abs(after.to_float32() - before.to_float32()) <= step * 0.5001), module
+
+
+def test_an_int4_head(source: Checkpoint, tmp_path: Path) -> None:
+    report = quantize_checkpoint(source, tmp_path / "out", method="rtn", group=64, head="int4")
+    quantized = Checkpoint(tmp_path / "out")
+    head = quantized.linear(HEAD)
+    assert isinstance(head, Int4Weight)
+    assert head.scale.shape == (source.config.vocab_size, 2)
+    assert 0.05 < report.weight_error[HEAD] < 0.15
+    load_reference(quantized)
+
+
+def test_torch_is_not_imported(random_checkpoint: Path, tmp_path: Path) -> None:
+    script = (
+        "import sys; from pathlib import Path\n"
+        "from trimode.model.checkpoint import Checkpoint; from trimode.quantize import quantize_checkpoint\n"
+        f"quantize_checkpoint(Checkpoint(Path({str(random_checkpoint)!r})), Path({str(tmp_path / 'out')!r}), method='rtn')\n"
+        "assert not {'torch', 'transformers', 'modelopt'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_memory_is_bounded_by_the_largest_tensor(random_checkpoint: Path, tmp_path: Path) -> None:
+    """48 MiB of weights whose largest tensor is 3 MiB pass through less than 24 MiB: copies of one, never all."""
+    folder = tmp_path / "large"
+    folder.mkdir()
+    config = json.loads((random_checkpoint / "config.json").read_text())
+    config |= {"hidden_size": 512, "intermediate_size": 3072, "num_hidden_layers": 5, "num_attention_heads": 8}
+    (folder / "config.json").write_text(json.dumps(config))
+    # The shapes come from an existing, smaller checkpoint's config record.
+    model_config = Checkpoint(random_checkpoint).config.model_validate(config)
+    shapes = {f"{module}.weight": shape for module, shape in linear_shapes(model_config).items()}
+    shapes |= vector_shapes(model_config)
+    dtype = np.dtype(ml_dtypes.bfloat16)
+    random = np.random.default_rng(0)
+    specs = [TensorSpec(name, dtype, shape) for name, shape in shapes.items()]
+    write_tensors(folder, specs, (random.standard_normal(spec.shape, np.float32).astype(dtype) for spec in specs))
+    checkpoint = Checkpoint(folder)
+    total, largest = sum(spec.bytes for spec in specs), max(spec.bytes for spec in specs)
+    assert total > 16 * largest
+
+    tracemalloc.start()
+    quantize_checkpoint(checkpoint, tmp_path / "out", method="rtn")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert largest < peak < 10 * largest
