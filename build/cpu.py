@@ -1,7 +1,8 @@
 """Target ``cpu``: both graphs optimised for ONNX Runtime, over one file of kernel-ready weights.
 
-ONNX Runtime optimises each graph offline and writes its constants with their packed copies to a file of its own. The two
-files hold the same constants; they become one (:mod:`trimode.build.prepacked_pool`), and both sessions map its pages.
+ONNX Runtime optimises each graph offline and writes its constants with their packed copies to a file of its own. The
+two files hold the same constants; they become one (:mod:`trimode.build.prepacked_pool`), and both sessions map its
+pages.
 """
 
 from __future__ import annotations
@@ -17,16 +18,18 @@ from trimode.build.prepacked_pool import merge_pools
 from trimode.build.raw_pool import Progress, write_raw_pool
 from trimode.model.checkpoint import Checkpoint
 from trimode.model.errors import TriModeError
-from trimode.model.manifest import POOL, PoolEntry
+from trimode.model.manifest import POOL, Activations, PoolEntry
 from trimode.model.step import AttentionPattern
 
 ENGINES: tuple[tuple[str, AttentionPattern], ...] = (("ar", "causal"), ("diffusion", "bidirectional"))
+# MatMulNBits computes in fp32 at level 1; at 4 it rounds its input to 8 bits and is several times as fast.
+_ACCURACY_LEVELS: dict[Activations, str] = {"fp32": "1", "int8": "4"}
 # Constants below this stay in the graph: shapes and scalars.
 POOLED_FROM_BYTES = 1024
 
 
 def build_cpu_engines(
-    checkpoint: Checkpoint, folder: Path, options: NetworkOptions, progress: Progress
+    checkpoint: Checkpoint, folder: Path, options: NetworkOptions, activations: Activations, progress: Progress
 ) -> tuple[PoolEntry, ...]:
     """Write ``ar/model.onnx``, ``diffusion/model.onnx`` and the pool into ``folder``; returns the pool's ranges."""
     with TemporaryDirectory(dir=folder) as temporary:
@@ -40,13 +43,13 @@ def build_cpu_engines(
             onnx.checker.check_model(source)
             models.append(folder / name / "model.onnx")
             models[-1].parent.mkdir()
-            _optimise(source, models[-1])
+            _optimise(source, models[-1], activations)
         progress("graphs", len(ENGINES), len(ENGINES))
     (folder / POOL).parent.mkdir()
     return merge_pools(models, folder / POOL)
 
 
-def _optimise(source: Path, result: Path) -> None:
+def _optimise(source: Path, result: Path, activations: Activations) -> None:
     options = ort.SessionOptions()
     options.log_severity_level = 3  # the warning that the result is for this machine only: the manifest says so
     options.optimized_model_filepath = str(result)
@@ -54,8 +57,7 @@ def _optimise(source: Path, result: Path) -> None:
         "session.optimized_model_external_initializers_file_name": Path(POOL).name,
         "session.optimized_model_external_initializers_min_size_in_bytes": str(POOLED_FROM_BYTES),
         "session.save_external_prepacked_constant_initializers": "1",
-        # Level 4: int8 activations inside the int4 product, the fast kernels.
-        "session.qdq_matmulnbits_accuracy_level": "4",
+        "session.qdq_matmulnbits_accuracy_level": _ACCURACY_LEVELS[activations],
     }.items():
         options.add_session_config_entry(key, value)
     try:

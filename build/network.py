@@ -1,7 +1,7 @@
 """The network as ONNX graphs of standard operators: one function, two attention patterns.
 
-It reads like :mod:`trimode.model.reference`, module by module; the step contract is :mod:`trimode.model.step`. Angles and
-masks are made once a pass and shared by all layers. Activations are fp32.
+It reads like :mod:`trimode.model.reference`, module by module; the step contract is :mod:`trimode.model.step`. Angles
+and masks are made once a pass and shared by all layers. Activations are fp32.
 """
 
 from __future__ import annotations
@@ -47,9 +47,7 @@ def build_network(
 
 
 class _Network:
-    def __init__(
-        self, config: ModelConfig, pool: RawPool, pattern: AttentionPattern, options: NetworkOptions
-    ) -> None:
+    def __init__(self, config: ModelConfig, pool: RawPool, pattern: AttentionPattern, options: NetworkOptions) -> None:
         self.config = config
         self.pool = pool
         self.pattern = pattern
@@ -116,12 +114,12 @@ class _Network:
         return Rotation(self.op("Mul", cos, scale), self.op("Mul", sin, scale)), Rotation(cos, sin)
 
     def _visible(self, input_ids: str, visibility: str) -> str:
-        """Which cache rows each token sees, [batch, 1, step, capacity] bool: the committed ones, and its step's by pattern."""
+        """Which cache rows each token sees, [batch, 1, step, capacity] bool: the committed ones, and its step's by
+        pattern.
+        """
         step = self.op("Shape", input_ids, start=1, end=2)
         capacity = self.op("Shape", "k_cache.0", start=2, end=3)
-        rows = self.op(
-            "Range", self._int("zero", 0), self.op("Squeeze", capacity, self.ints(0)), self._int("unit", 1)
-        )
+        rows = self.op("Range", self._int("zero", 0), self.op("Squeeze", capacity, self.ints(0)), self._int("unit", 1))
         # 0 is the step's first row; committed rows are negative.
         row_in_step = self.op("Sub", rows, self.op("Unsqueeze", self.write_indices, self.ints(1)))
         row_in_step = self.op("Unsqueeze", row_in_step, self.ints(1))
@@ -186,9 +184,7 @@ class _Network:
         return self.op("MatMul", x, weight)
 
     def _rms_norm(self, x: str, weight: PoolRange) -> str:
-        return self.op(
-            "RMSNormalization", x, self.graph.pooled(weight), axis=-1, epsilon=self.config.rms_norm_eps
-        )
+        return self.op("RMSNormalization", x, self.graph.pooled(weight), axis=-1, epsilon=self.config.rms_norm_eps)
 
     def _head(self, x: str) -> None:
         """Final norm, logits, and what of them goes to the host: the best ``top_k`` of each row and its log-sum-exp."""

@@ -1,8 +1,8 @@
 """The ``cpu`` target's weight pool: what ONNX Runtime wrote for two graphs, as one file that both name.
 
-Optimising a graph offline leaves its constants, each followed by the kernel's packed copy, in a file in no fixed order. The
-two graphs' constants are the same bytes under the same names; that is checked range by range while they are copied into
-one file in order of their names, and both graphs are pointed at it.
+Optimising a graph offline leaves its constants, each followed by the kernel's packed copy, in a file in no fixed order.
+The two graphs' constants are the same bytes under the same names; that is checked range by range while they are copied
+into one file in order of their names, and both graphs are pointed at it.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class _Constant:
 def merge_pools(models: list[Path], pool: Path) -> tuple[PoolEntry, ...]:
     """Write one pool for the optimised ``models``, point them at it, remove their own; returns the pool's ranges.
 
-    Every model's data file lies beside it under the name of ``pool``. Raises RuntimeError that names the constant in which
-    two models differ.
+    Every model's data file lies beside it under the name of ``pool``. Raises RuntimeError that names the constant in
+    which two models differ.
     """
     graphs = [onnx.load(model, load_external_data=False) for model in models]
     constants = [_constants(graph) for graph in graphs]

@@ -1,7 +1,7 @@
 """A checkpoint folder, opened lazily and checked against its own config before any weight is read.
 
-Formats: the family's Hugging Face folder (one or several safetensors files, the ``linear_spec_lora`` adapter folder), and
-the same with ModelOpt's unified int4 export (``hf_quant_config.json``). safetensors only: nothing is unpickled.
+Formats: the family's Hugging Face folder (one or several safetensors files, the ``linear_spec_lora`` adapter folder),
+and the same with ModelOpt's unified int4 export (``hf_quant_config.json``). safetensors only: nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -136,7 +136,9 @@ class TensorFiles:
             except FileNotFoundError:
                 raise TriModeError(f"{path} is missing") from None
             except (SafetensorError, OSError) as error:
-                raise TriModeError(f"{path} is not a whole safetensors file ({error}); download or write it again") from None
+                raise TriModeError(
+                    f"{path} is not a whole safetensors file ({error}); download or write it again"
+                ) from None
             for name in handle.keys():  # noqa: SIM118 - a handle is not a mapping
                 if name in self._owner:
                     raise TriModeError(f"{path}: tensor {name} is also in {self._owner[name][0].name}")
@@ -160,7 +162,9 @@ class TensorFiles:
         if self.described(name)[0] in FLOAT_DTYPES:
             bad = array.size - int(np.isfinite(array).sum())
             if bad:
-                raise TriModeError(f"{path}: tensor {name} holds {bad} NaN or infinite values of {array.size}; the file is damaged")
+                raise TriModeError(
+                    f"{path}: tensor {name} holds {bad} NaN or infinite values of {array.size}; the file is damaged"
+                )
         return array
 
     def close(self) -> None:
@@ -190,7 +194,9 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
-            raise TriModeError(f"{folder} is not a folder; give a checkpoint folder (config.json, *.safetensors) or a hub id")
+            raise TriModeError(
+                f"{folder} is not a folder; give a checkpoint folder (config.json, *.safetensors) or a hub id"
+            )
         self.folder = folder
         self.config = ModelConfig.read(folder / "config.json")
         quantization_file = folder / "hf_quant_config.json"
@@ -245,7 +251,8 @@ class Checkpoint:
             group = self.quantization.group_size
             if rows % 2 or columns % group:
                 raise TriModeError(
-                    f"{self.folder}: {module} is {rows} x {columns}; int4 needs even rows and columns in multiples of {group}"
+                    f"{self.folder}: {module} is {rows} x {columns}; int4 needs even rows and columns in "
+                    f"multiples of {group}"
                 )
             expected[f"{module}.weight"] = (("U8",), (rows // 2, columns))
             expected[f"{module}.weight_scale"] = (FLOAT_DTYPES, (rows, columns // group))
@@ -298,7 +305,9 @@ def _check(files: TensorFiles, expected: dict[str, tuple[tuple[str, ...], tuple[
     for name, (dtypes, shape) in expected.items():
         dtype, found = files.described(name)
         if found != shape:
-            raise TriModeError(f"{files.file_of(name)}: tensor {name} has shape {list(found)}, the config calls for {list(shape)}")
+            raise TriModeError(
+                f"{files.file_of(name)}: tensor {name} has shape {list(found)}, the config calls for {list(shape)}"
+            )
         if dtype not in dtypes:
             raise TriModeError(f"{files.file_of(name)}: tensor {name} is {dtype}, expected {' or '.join(dtypes)}")
 

@@ -1,7 +1,7 @@
 """The family's ``config.json`` as a checked record.
 
-Sizes are read, never assumed. A value that would change the network into one that TriMode does not compute is refused by
-name; fields that only steer training (there are many, and they vary between releases) are left alone.
+Sizes are read, never assumed. A value that would change the network into one that TriMode does not compute is refused
+by name; fields that only steer training (there are many, and they vary between releases) are left alone.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ class ModelConfig(BaseModel):
     def _consistent(self) -> ModelConfig:
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
-                f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads {self.num_key_value_heads}"
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd; rotary embedding needs pairs")
@@ -91,10 +92,11 @@ class ModelConfig(BaseModel):
                 raise ValueError(f"{name} {token} is outside vocab_size {self.vocab_size}")
         if self.mask_token_id in self.eos_token_id:
             raise ValueError(f"mask_token_id {self.mask_token_id} is also an eos_token_id")
-        if self.rope_parameters.original_max_position_embeddings > self.max_position_embeddings:
+        original = self.rope_parameters.original_max_position_embeddings
+        if original > self.max_position_embeddings:
             raise ValueError(
-                "rope_parameters.original_max_position_embeddings "
-                f"{self.rope_parameters.original_max_position_embeddings} exceeds max_position_embeddings {self.max_position_embeddings}"
+                f"rope_parameters.original_max_position_embeddings {original} exceeds "
+                f"max_position_embeddings {self.max_position_embeddings}"
             )
         return self
 

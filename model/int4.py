@@ -1,7 +1,8 @@
 """The int4 weight format of ModelOpt's unified checkpoints, as plain arithmetic.
 
-A linear layer's matrix is [out, in], symmetric, with one scale for each row and group of ``in``: W = q * scale. ``weight``
-packs two's-complement nibbles along *out*: byte [i, j] holds row 2i in its low nibble and row 2i+1 in its high one.
+A linear layer's matrix is [out, in], symmetric, with one scale for each row and group of ``in``: W = q * scale.
+``weight`` packs two's-complement nibbles along *out*: byte [i, j] holds row 2i in its low nibble and row 2i+1 in its
+high one.
 """
 
 from __future__ import annotations

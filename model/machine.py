@@ -6,10 +6,10 @@ import platform
 from pathlib import Path
 
 # The extensions by which ONNX Runtime's kernels choose their weight layouts.
-_EXTENSIONS = frozenset(
-    "avx avx2 fma avx512f avx512bw avx512vl avx512_vnni avx512_bf16 avx_vnni amx_tile amx_int8 amx_bf16 "
-    "asimd asimddp i8mm bf16 sve sve2 sme sme2".split()
-)
+_EXTENSIONS = {
+    *("avx", "avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16", "avx_vnni"),
+    *("amx_tile", "amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm", "bf16", "sve", "sve2", "sme", "sme2"),
+}
 
 
 def instruction_set() -> str:

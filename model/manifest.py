@@ -23,6 +23,8 @@ from trimode.model.config import ModelConfig
 from trimode.model.errors import TriModeError
 from trimode.model.records import read_json_record
 
+Activations = Literal["fp32", "int8"]
+
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 POOL = "weights/pool.bin"
@@ -58,18 +60,23 @@ class PoolEntry(_Record):
 
 
 class Precision(_Record):
-    """Types as stored and computed: ``int4`` weights carry fp32 scales by ``group`` inputs."""
+    """Types as stored and computed: ``int4`` weights carry fp32 scales by ``group`` inputs.
+
+    ``activations``: ``int8`` means that the inputs of int4 products are rounded to 8 bits, all else being fp32.
+    """
 
     linear: Literal["int4", "fp32"]
     head: Literal["int4", "fp32"]
     embedding: Literal["bf16", "fp16", "fp32"]
-    activations: Literal["fp32"]
+    activations: Activations
     kv_cache: Literal["fp32"]
     group: PositiveInt | None
 
 
 class Limits(_Record):
-    """``capacity``: longest sequence in tokens. ``prefill_step``: tokens of a prefill pass. ``top_k``: candidates a row."""
+    """``capacity``: longest sequence in tokens. ``prefill_step``: tokens of a prefill pass. ``top_k``: candidates a
+    row.
+    """
 
     capacity: PositiveInt
     prefill_step: PositiveInt
@@ -101,7 +108,9 @@ class Manifest(_Record):
     @classmethod
     def read(cls, engine: Path) -> Manifest:
         if not (engine / MANIFEST).is_file():
-            raise TriModeError(f"{engine} is not an engine directory; build one with `trimode build CHECKPOINT {engine}`")
+            raise TriModeError(
+                f"{engine} is not an engine directory; build one with `trimode build CHECKPOINT {engine}`"
+            )
         return read_json_record(cls, engine / MANIFEST)
 
 

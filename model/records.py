@@ -39,6 +39,8 @@ def describe(error: ValidationError) -> str:
     findings = []
     for finding in error.errors(include_url=False):
         field = ".".join(str(part) for part in finding["loc"]) or "file"
-        got = "" if finding["type"] == "missing" or isinstance(finding["input"], dict) else f" (got {finding['input']!r})"
+        got = (
+            "" if finding["type"] == "missing" or isinstance(finding["input"], dict) else f" (got {finding['input']!r})"
+        )
         findings.append(f"{field}: {finding['msg'].removeprefix('Value error, ')}{got}")
     return "; ".join(findings)

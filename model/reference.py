@@ -4,7 +4,8 @@ A Ministral-3 decoder (RMSNorm, grouped-query attention, SwiGLU, YaRN rotary emb
 autoregression and diffusion. The mode is nothing but the attention pattern, so ``visible`` is an input and the network
 knows no modes. Module names are the checkpoint's tensor names.
 
-Importing this module registers the family with transformers, so ``AutoModel.from_pretrained(folder)`` needs no remote code.
+Importing this module registers the family with transformers, so ``AutoModel.from_pretrained(folder)`` needs no remote
+code.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class RMSNorm(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding in the half-split (NeoX) form: x [batch, heads, step, head_dim], cos and sin [batch, 1, step, head_dim]."""
+    """Rotary embedding, half-split (NeoX) form: x [batch, heads, step, dim], cos, sin [batch, 1, step, dim]."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
@@ -155,7 +156,6 @@ class NemotronLabsDiffusionModel(TriModeGeneration, PreTrainedModel):
     config_class = NemotronLabsDiffusionConfig
     config: NemotronLabsDiffusionConfig
     base_model_prefix = ""
-    _no_split_modules = ["Layer"]
     _supports_sdpa = True
 
     def __init__(self, config: NemotronLabsDiffusionConfig) -> None:

@@ -1,12 +1,12 @@
-"""The three decoding modes on the PyTorch reference, with the model card's signatures: the oracle of every decoding test.
-
+"""The three decoding modes on the PyTorch reference, with the model card's signatures: the oracle of every decoding
+test.
 One sequence at a time, one plain loop a mode. In all modes the *seed* is the last emitted token whose KV row is not yet
-committed; the cache holds causal rows only. Every function returns ``(ids, nfe)``: prompt and continuation, ended after an
-end token or at ``max_new_tokens`` exactly, and the number of forward passes made, prefill included.
+committed; the cache holds causal rows only. Every function returns ``(ids, nfe)``: prompt and continuation, ended after
+an end token or at ``max_new_tokens`` exactly, and the number of forward passes made, prefill included.
 
-Source: technical report arXiv 2607.05722 and the model card. Where upstream's remote code is at fault (batch 1 only, output
-beyond ``max_new_tokens``, a finished row that stops the others, a thinking budget that leaves text and cache different) this
-follows the paper. The mask token is never a candidate, in any mode.
+Source: technical report arXiv 2607.05722 and the model card. Where upstream's remote code is at fault (batch 1 only,
+output beyond ``max_new_tokens``, a finished row that stops the others, a thinking budget that leaves text and cache
+different) this follows the paper. The mask token is never a candidate, in any mode.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ class TriModeGeneration:
         max_thinking_tokens: int | None = None,
         end_think_token_id: int | None = None,
     ) -> tuple[Tensor, int]:
-        """Block diffusion: denoise a block in bidirectional passes that commit nothing, then commit it in one causal pass.
+        """Block diffusion: denoise a block in bidirectional passes that commit nothing, then commit it in one causal
+        pass.
 
         A denoise pass settles the most confident masked position and, with ``threshold``, every other one whose
         confidence reaches it; without, an even share of the masks for ``steps`` passes a block (``block_length`` passes
@@ -92,7 +93,9 @@ class TriModeGeneration:
             while not ending.reached(emitted):
                 block = self._masked_block(emitted[-1], min(size, ending.remaining(emitted)), prompt)
                 quotas = even_quotas(int((block == self.config.mask_token_id).sum()), steps or size)
-                while (masked := block == self.config.mask_token_id).any() and not ending.ends_before_a_mask(block, masked):
+                while (masked := block == self.config.mask_token_id).any() and not ending.ends_before_a_mask(
+                    block, masked
+                ):
                     logits = self._bidirectional_logits(block, cache, adapter=False)
                     passes += 1
                     tokens = self._draw(logits, temperature)
@@ -130,10 +133,9 @@ class TriModeGeneration:
         threshold: float = 0.0,
     ) -> tuple[Tensor, int]:
         """Linear self-speculation: diffusion drafts a block (adapter on), one causal pass verifies it (adapter off).
-
         Emits the AR row's token while it equals the draft, and one more: exactly AR's greedy tokens, or draws from AR's
-        distribution. Drafts are greedy at any temperature. With ``threshold`` > 0 the draft is refined pass by pass until
-        every position is settled.
+        distribution. Drafts are greedy at any temperature. With ``threshold`` > 0 the draft is refined pass by pass
+        until every position is settled.
         """
         size = block_length or self.config.block_size
 
@@ -173,7 +175,9 @@ class TriModeGeneration:
         with self.draft_adapter(adapter):
             return self._pass(block, cache, bidirectional)[0]
 
-    def _pass(self, tokens: Tensor, cache: list[KeyValue], pattern: Callable[..., Tensor]) -> tuple[Tensor, list[KeyValue]]:
+    def _pass(
+        self, tokens: Tensor, cache: list[KeyValue], pattern: Callable[..., Tensor]
+    ) -> tuple[Tensor, list[KeyValue]]:
         past, step = cache[0][0].shape[2] if cache else 0, len(tokens)
         positions = torch.arange(past, past + step, device=tokens.device)[None]
         hidden, present = self.encoder(tokens[None], positions, pattern(1, step, past, tokens.device), cache or None)

@@ -1,6 +1,7 @@
 """YaRN's rotary frequencies in numpy, for executors that have no torch.
 
-Source: YaRN, arXiv 2309.00071, section 3.2 (NTK-by-parts); the same numbers as transformers' ``yarn``, which the reference uses.
+Source: YaRN, arXiv 2309.00071, section 3.2 (NTK-by-parts); the same numbers as transformers' ``yarn``, which the
+reference uses.
 """
 
 from __future__ import annotations
@@ -15,9 +16,8 @@ from trimode.model.config import ModelConfig
 
 def yarn_frequencies(config: ModelConfig) -> tuple[NDArray[np.float32], float]:
     """(angle per position of each pair of a head [head_dim / 2], the factor that cos and sin carry).
-
-    Pairs that turn more than ``beta_fast`` times within the original length keep their frequency; those that turn less than
-    ``beta_slow`` times are slowed by ``factor``; between the two the change is linear in the pair's index.
+    Pairs that turn more than ``beta_fast`` times within the original length keep their frequency; those that turn less
+    than ``beta_slow`` times are slowed by ``factor``; between the two the change is linear in the pair's index.
     """
     rope, dim = config.rope_parameters, config.head_dim
     length = rope.original_max_position_embeddings

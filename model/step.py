@@ -1,21 +1,28 @@
 """The step contract: what both engines of every target take and give.
 
-A step is S tokens for each of B sequences, written to the KV pool from row ``write_indices`` (the rows committed so far) on.
+A step is S tokens for each of B sequences, written to the KV pool from row ``write_indices`` (the rows committed so
+far) on.
 
-| input | shape | meaning |
-|---|---|---|
-| ``input_ids``, ``position_ids`` | [B, S] | tokens of this step and their absolute positions |
-| ``write_indices`` | [B] | first KV row that this step writes |
-| ``block_mask`` (AR) | [B, S, S] bool | which tokens of the step each one sees; the committed rows are always visible. Lower triangle: causal; a tree's ancestors: tree verification; rows of padding see themselves |
-| ``step_lengths`` (diffusion) | [B] | real tokens of the step; all of them see each other |
-| ``logit_rows`` | [B, R] | rows of the step that need logits |
-| ``adapter_scale`` (diffusion) | [B] | 1: with the draft adapter; 0: without |
-| ``adapter_down.i`` [query width, rank], ``adapter_up.i`` [rank, hidden] (diffusion) | | the draft adapter, its scale folded into ``up`` |
-| ``k_cache.i``, ``v_cache.i`` | [B, KV heads, capacity, head dim] | the KV pool; each output ``*_out.i`` aliases its input |
+==========================================  ======================  =================================================
+input                                       shape                   meaning
+==========================================  ======================  =================================================
+``input_ids``, ``position_ids``             [B, S]                  tokens of this step, their absolute positions
+``write_indices``                           [B]                     first KV row that this step writes
+``block_mask`` (AR)                         [B, S, S] bool          which tokens of the step each one sees
+``step_lengths`` (diffusion)                [B]                     real tokens of the step; all see each other
+``logit_rows``                              [B, R]                  rows of the step that need logits
+``adapter_scale`` (diffusion)               [B]                     1: with the draft adapter; 0: without
+``adapter_down.i`` (diffusion)              [query width, rank]     the draft adapter's A, transposed
+``adapter_up.i`` (diffusion)                [rank, hidden]          its B, transposed, with its scale
+``k_cache.i``, ``v_cache.i``                [B, KV heads, C, D]     the KV pool: C rows of D; ``*_out.i`` alias them
+==========================================  ======================  =================================================
 
-Outputs: ``top_logits`` and ``top_tokens`` [B, R, k], best first, and ``log_sum_exp`` [B, R] over the whole vocabulary; the
-mask token has no probability. Rows below ``write_indices`` are never changed. In the AR engine row i predicts position
-i + 1, in the diffusion engine position i itself.
+``block_mask``: a lower triangle is causal, a tree's ancestors verify a tree, and a row of padding sees itself. The rows
+already committed are visible to every token.
+
+Outputs: ``top_logits`` and ``top_tokens`` [B, R, k], best first, and ``log_sum_exp`` [B, R] over the whole vocabulary;
+the mask token has no probability. Rows below ``write_indices`` are never changed. In the AR engine row i predicts
+position i + 1, in the diffusion engine position i itself.
 """
 
 from __future__ import annotations

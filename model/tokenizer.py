@@ -19,7 +19,13 @@ from tokenizers.decoders import DecodeStream
 from trimode.model.errors import TriModeError
 from trimode.model.records import read_json
 
-FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 
 
 class Message(TypedDict):
@@ -30,7 +36,9 @@ class Message(TypedDict):
 class Tokenizer:
     """Text to ids and back, and conversations to prompts."""
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, chat_template: str | None, special_tokens: dict[str, str]) -> None:
+    def __init__(
+        self, tokenizer: tokenizers.Tokenizer, chat_template: str | None, special_tokens: dict[str, str]
+    ) -> None:
         self._tokenizer = tokenizer
         self._special_tokens = special_tokens
         self._template = None if chat_template is None else _environment().from_string(chat_template)
@@ -100,7 +108,9 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
 def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
     tokens = {name: config.get(name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
     return {
-        name: token["content"] if isinstance(token, dict) else token for name, token in tokens.items() if token is not None
+        name: token["content"] if isinstance(token, dict) else token
+        for name, token in tokens.items()
+        if token is not None
     }
 
 

@@ -1,7 +1,8 @@
 """Both attention patterns over one text, as decoding runs them: what AWQ is calibrated and judged on.
 
 Calibrated on causal text alone, the activation statistics lack what half of all passes see: mask tokens, and attention
-to the future.
+to the future. awq_lite weighs all passes alike, so one of each a text gives both patterns half the say, as drafting and
+verifying do.
 """
 
 from __future__ import annotations

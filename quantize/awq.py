@@ -11,6 +11,7 @@ import copy
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def write_awq(
     model = load_reference(checkpoint, adapter=False)
     before = _compared_logits(model, texts)
     steps = 2 * len(texts)  # awq_lite runs the loop twice: activation statistics, then the search
-    done = iter(range(1, steps + 1))
+    done = count(1)
 
     def forward_loop(model: NemotronLabsDiffusionModel) -> None:
         for text in texts:
@@ -85,8 +86,7 @@ def _modelopt_config(group: int, int4_head: bool) -> dict[str, Any]:
 def _export(model: NemotronLabsDiffusionModel, scratch: Path) -> dict[str, Tensor]:
     """ModelOpt's unified export, kept in memory.
 
-    Written by ModelOpt, it would hold the unquantised tensors in calibration's float32, and again in the source's dtype
-    after we had rewritten them.
+    Written by ModelOpt, its unquantised tensors would be in calibration's float32, and would have to be written again.
     """
     exported: dict[str, Tensor] = {}
 

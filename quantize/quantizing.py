@@ -101,9 +101,8 @@ def _check_shapes(checkpoint: Checkpoint, modules: list[str], group: int) -> Non
     for module in modules:
         rows, columns = shapes[module]
         if rows % 2:
-            raise TriModeError(
-                f"{checkpoint.folder}: {module} has {rows} rows, and int4 packs pairs; leave it in 16 bit"
-            )
+            remedy = "use --head 16bit" if module == HEAD else "the checkpoint cannot be int4"
+            raise TriModeError(f"{checkpoint.folder}: {module} has {rows} rows, and int4 packs pairs; {remedy}")
         if columns % group:
             fitting = math.gcd(group, *(shapes[name][1] for name in modules))
             remedy = f"use --group {fitting}" if fitting >= MIN_GROUP else "the checkpoint cannot be int4"

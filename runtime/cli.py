@@ -22,7 +22,7 @@ from rich.table import Table
 
 from trimode.model.checkpoint import open_checkpoint
 from trimode.model.errors import TriModeError
-from trimode.model.manifest import Manifest
+from trimode.model.manifest import Activations, Manifest
 from trimode.runtime.decoding import DecodingOptions, Mode
 from trimode.runtime.engine import Engine
 from trimode.runtime.text_stream import TextStream
@@ -59,7 +59,7 @@ def _fail(message: str, code: int) -> NoReturn:
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="trimode")
 def commands() -> None:
-    """Build and run tri-mode language models: autoregression, block diffusion and self-speculation from one checkpoint."""
+    """Build and run tri-mode language models: AR, block diffusion and self-speculation from one checkpoint."""
 
 
 @commands.command()
@@ -104,12 +104,19 @@ def quantize(
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--target", type=click.Choice(["cpu"]), default="cpu", show_default=True)
 @click.option("--capacity", type=click.IntRange(min=1), help="Longest sequence in tokens [default: the model's].")
-@click.option("--prefill-step", type=click.IntRange(min=1), default=256, show_default=True, help="Tokens a prefill pass.")
+@click.option(
+    "--prefill-step", type=click.IntRange(min=1), default=256, show_default=True, help="Tokens a prefill pass."
+)
 @click.option("--top-k", type=click.IntRange(min=1), default=64, show_default=True, help="Candidates a row reports.")
+@click.option(
+    "--activations",
+    type=click.Choice(get_args(Activations)),
+    default="fp32",
+    show_default=True,
+    help="int8: faster int4 products on large models, less exact.",
+)
 @json_option
-def build(
-    checkpoint: str, out: Path, target: Any, capacity: int | None, prefill_step: int, top_k: int, as_json: bool
-) -> None:
+def build(checkpoint: str, out: Path, as_json: bool, **options: Any) -> None:
     """Build the AR and the diffusion engine of CHECKPOINT into the new folder OUT."""
     try:
         from trimode.build.engine import build_engine
@@ -117,15 +124,7 @@ def build(
         raise TriModeError(f"building needs the package {error.name}: pip install 'trimode[build]'") from None
 
     with _progress() as progress:
-        manifest = build_engine(
-            open_checkpoint(checkpoint),
-            out,
-            target=target,
-            capacity=capacity,
-            prefill_step=prefill_step,
-            top_k=top_k,
-            progress=progress,
-        )
+        manifest = build_engine(open_checkpoint(checkpoint), out, **options, progress=progress)
     _print_manifest(out, manifest, as_json)
 
 

@@ -13,11 +13,11 @@ from safetensors.numpy import load_file
 from trimode.model.errors import TriModeError
 from trimode.model.machine import instruction_set
 from trimode.model.manifest import ADAPTER, POOL, Manifest
-from trimode.model.step import AttentionPattern, cache_inputs, cache_outputs
-from trimode.runtime.executor import Candidates, Step
+from trimode.model.step import cache_inputs, cache_outputs
+from trimode.runtime.executor import BidirectionalStep, Candidates, CausalStep, Step
 from trimode.runtime.kv_pool import KvPool
 
-_FOLDERS: dict[AttentionPattern, str] = {"causal": "ar", "bidirectional": "diffusion"}
+_FOLDERS: dict[type[Step], str] = {CausalStep: "ar", BidirectionalStep: "diffusion"}
 
 
 class CpuExecutor:
@@ -26,23 +26,20 @@ class CpuExecutor:
     def __init__(self, engine: Path, manifest: Manifest, threads: int | None = None) -> None:
         _refuse_foreign_layout(engine, manifest)
         model = manifest.model
-        self.pool = KvPool(
-            model.num_hidden_layers, model.num_key_value_heads, model.head_dim, manifest.limits.capacity
-        )
+        self.pool = KvPool(model.num_hidden_layers, model.num_key_value_heads, model.head_dim, manifest.limits.capacity)
         self._top_k = manifest.limits.top_k
         self._caches = list(
             zip(cache_inputs(model.num_hidden_layers), cache_outputs(model.num_hidden_layers), strict=True)
         )
         self._adapter = load_file(engine / ADAPTER) if manifest.adapter else {}
         self._sessions = {
-            pattern: _load(engine, folder, threads or len(os.sched_getaffinity(0)))
-            for pattern, folder in _FOLDERS.items()
+            kind: _load(engine, folder, threads or len(os.sched_getaffinity(0))) for kind, folder in _FOLDERS.items()
         }
         # A binding of the caches is good until the pool moves.
-        self._bindings: dict[tuple[AttentionPattern, int, int], ort.IOBinding] = {}
+        self._bindings: dict[tuple[type[Step], int, int], ort.IOBinding] = {}
         self._bound_generation = self.pool.generation
 
-    def run(self, step: Step) -> Candidates:
+    def run(self, step: CausalStep | BidirectionalStep) -> Candidates:
         self.pool.reserve(step.rows_written)
         binding = self._binding(step)
         inputs: dict[str, NDArray[np.generic]] = {
@@ -51,12 +48,9 @@ class CpuExecutor:
             "write_indices": step.write_indices,
             "logit_rows": step.logit_rows,
         }
-        if step.pattern == "causal":
-            assert step.block_mask is not None
+        if isinstance(step, CausalStep):
             inputs["block_mask"] = step.block_mask
         else:
-            assert step.step_lengths is not None
-            assert step.adapter is not None
             inputs["step_lengths"] = step.step_lengths
             if self._adapter:
                 inputs["adapter_scale"] = step.adapter.astype(np.float32)
@@ -70,7 +64,7 @@ class CpuExecutor:
         )
         for name, array in zip(("top_logits", "top_tokens", "log_sum_exp"), candidates, strict=True):
             binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-        self._sessions[step.pattern].run_with_iobinding(binding)
+        self._sessions[type(step)].run_with_iobinding(binding)
         return candidates
 
     def _binding(self, step: Step) -> ort.IOBinding:
@@ -78,15 +72,15 @@ class CpuExecutor:
         if self._bound_generation != self.pool.generation:
             self._bindings.clear()
             self._bound_generation = self.pool.generation
-        key = (step.pattern, step.first_slot, step.batch)
+        key = (type(step), step.first_slot, step.batch)
         if key not in self._bindings:
-            binding = self._sessions[step.pattern].io_binding()
+            binding = self._sessions[type(step)].io_binding()
             for (name, updated), buffer in zip(self._caches, self.pool.buffers, strict=True):
                 rows = buffer[step.first_slot : step.first_slot + step.batch]
                 place = ("cpu", 0, np.float32, rows.shape, rows.ctypes.data)
                 binding.bind_input(name, *place)
                 binding.bind_output(updated, *place)
-            if step.pattern == "bidirectional":
+            if isinstance(step, BidirectionalStep):
                 for name, array in self._adapter.items():
                     binding.bind_cpu_input(name, array)
             self._bindings[key] = binding
@@ -94,7 +88,7 @@ class CpuExecutor:
 
 
 def _refuse_foreign_layout(engine: Path, manifest: Manifest) -> None:
-    """The pool's packed copies fit one kernel library on one instruction set; others would compute nonsense from them."""
+    """The pool's packed copies fit one kernel library and instruction set; others would make nonsense of them."""
     remedy = f"build it again here: trimode build CHECKPOINT {engine}"
     if manifest.onnxruntime != ort.__version__:
         raise TriModeError(
@@ -102,7 +96,8 @@ def _refuse_foreign_layout(engine: Path, manifest: Manifest) -> None:
         )
     if manifest.instruction_set != instruction_set():
         raise TriModeError(
-            f"{engine} was built for another processor ({manifest.instruction_set}; this is {instruction_set()}); {remedy}"
+            f"{engine} was built for another processor ({manifest.instruction_set}; this is {instruction_set()}); "
+            f"{remedy}"
         )
 
 

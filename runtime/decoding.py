@@ -8,8 +8,8 @@ Every cycle drafts zero or more bidirectional passes until its block is full, th
 | ``linear_spec`` | b | 1, or until filled with a draft threshold | the longest matching run, and one more token |
 | ``diffusion`` | b | until filled | the whole block, and one more token |
 
-So AR is speculation with a block of one. A :class:`Sequence` is one request's state: it says which pass it needs next and
-absorbs what the pass found, so that sequences of all modes can share a batch.
+So AR is speculation with a block of one. A :class:`Sequence` is one request's state: it says which pass it needs next
+and absorbs what the pass found, so that sequences of all modes can share a batch.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ FinishReason = Literal["stop", "length"]
 class DecodingOptions:
     """How one request decodes.
 
-    block_length: tokens of a block, seed included. threshold: diffusion settles every position at least this probable, and
-    the best one always. draft_threshold: the same for self-speculation's drafts; 0 settles all in one pass.
+    block_length: tokens of a block, seed included. threshold: diffusion settles every position at least this probable,
+    and the best one always. draft_threshold: the same for self-speculation's drafts; 0 settles all in one pass.
     adapter: use the draft adapter in self-speculation. Raises TriModeError for a value that makes no sense.
     """
 

@@ -14,15 +14,16 @@ from trimode.model.manifest import TOKENIZER, Manifest, verify_files
 from trimode.model.tokenizer import Tokenizer
 from trimode.runtime.cpu_executor import CpuExecutor
 from trimode.runtime.decoding import DecodingOptions, FinishReason, Mode, Pass, PassCounts, Sequence
-from trimode.runtime.executor import Executor, Step
+from trimode.runtime.executor import BidirectionalStep, CausalStep, Executor
 
 
 @dataclass(frozen=True)
 class Generation:
     """A finished answer. ``token_ids`` ends with the end token if there was one; ``text`` is without special tokens.
 
-    tokens_per_forward: tokens by draft and commit passes, both counted. mean_acceptance: tokens a commit. Both leave the
-    first token out, which the prefill gives, and are None if there was no pass after the prefill. seconds: wall time.
+    tokens_per_forward: tokens by draft and commit passes, both counted. mean_acceptance: tokens a commit. Both leave
+    the first token out, which the prefill gives, and are None if there was no pass after the prefill. seconds: wall
+    time.
     """
 
     text: str
@@ -55,8 +56,8 @@ class Engine:
         on_tokens: Callable[[list[int]], None] = lambda _tokens: None,
     ) -> Generation:
         """Decode one prompt to its end; ``on_tokens`` hears the tokens of each pass that emits some.
-
-        Raises TriModeError if a prompt token is not of the vocabulary, or prompt and ``max_tokens`` exceed the capacity.
+        Raises TriModeError if a prompt token is not of the vocabulary, or prompt and ``max_tokens`` exceed the
+        capacity.
         """
         begun = time.perf_counter()
         self._refuse(prompt, options)
@@ -97,13 +98,13 @@ class Engine:
                 raise TriModeError(f"prompt token {token} is outside the model's vocabulary of {vocabulary}")
 
 
-def _step(sequence: Sequence, needed: Pass, slot: int) -> Step:
+def _step(sequence: Sequence, needed: Pass, slot: int) -> CausalStep | BidirectionalStep:
     """A pass of one sequence as a step of batch 1."""
     ids, rows, write = needed.tokens[None], needed.rows[None], np.array([sequence.committed])
     if needed.kind != "draft":
-        return Step.causal(slot, ids, write, rows)
+        return CausalStep.chain(slot, ids, write, rows)
     length, adapter = np.array([len(needed.tokens)]), np.array([sequence.uses_adapter])
-    return Step.bidirectional(slot, ids, write, rows, length, adapter)
+    return BidirectionalStep.block(slot, ids, write, rows, length, adapter)
 
 
 def _ratio(amount: int, parts: int) -> float | None:

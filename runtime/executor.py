@@ -8,7 +8,6 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from trimode.model.step import AttentionPattern
 from trimode.runtime.kv_pool import KvPool
 
 Ints = NDArray[np.int64]
@@ -16,17 +15,13 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Step:
-    """One pass over slots ``first_slot`` .. ``first_slot + B - 1``; shapes and meaning as in :mod:`trimode.model.step`."""
+    """One pass over the slots from ``first_slot`` on; shapes and meaning as in :mod:`trimode.model.step`."""
 
-    pattern: AttentionPattern
     first_slot: int
     input_ids: Ints  # [B, S]
     position_ids: Ints  # [B, S]
     write_indices: Ints  # [B]
     logit_rows: Ints  # [B, R]
-    block_mask: NDArray[np.bool_] | None = None  # [B, S, S], causal steps
-    step_lengths: Ints | None = None  # [B], bidirectional steps
-    adapter: NDArray[np.bool_] | None = None  # [B], bidirectional steps: draft adapter on or off
 
     @property
     def batch(self) -> int:
@@ -37,16 +32,31 @@ class Step:
         """How far the step reaches into the KV pool."""
         return int(self.write_indices.max()) + self.input_ids.shape[1]
 
+
+@dataclass(frozen=True)
+class CausalStep(Step):
+    """A pass of the AR engine."""
+
+    block_mask: NDArray[np.bool_]  # [B, S, S]
+
     @classmethod
-    def causal(cls, first_slot: int, input_ids: Ints, write_indices: Ints, logit_rows: Ints) -> Step:
-        """Each token sees the committed rows and the step's tokens up to itself."""
+    def chain(cls, first_slot: int, input_ids: Ints, write_indices: Ints, logit_rows: Ints) -> CausalStep:
+        """Plain text: each token sees the step's tokens up to itself, and positions follow the committed rows."""
         batch, size = input_ids.shape
         mask = np.broadcast_to(np.tril(np.ones((size, size), np.bool_)), (batch, size, size))
         positions = write_indices[:, None] + np.arange(size)
-        return cls("causal", first_slot, input_ids, positions, write_indices, logit_rows, block_mask=mask)
+        return cls(first_slot, input_ids, positions, write_indices, logit_rows, mask)
+
+
+@dataclass(frozen=True)
+class BidirectionalStep(Step):
+    """A pass of the diffusion engine."""
+
+    step_lengths: Ints  # [B]
+    adapter: NDArray[np.bool_]  # [B], draft adapter on or off
 
     @classmethod
-    def bidirectional(
+    def block(
         cls,
         first_slot: int,
         input_ids: Ints,
@@ -54,19 +64,10 @@ class Step:
         logit_rows: Ints,
         step_lengths: Ints,
         adapter: NDArray[np.bool_],
-    ) -> Step:
-        """Each token sees the committed rows and all ``step_lengths`` real tokens of its step."""
+    ) -> BidirectionalStep:
+        """A block a sequence, right after its committed rows."""
         positions = write_indices[:, None] + np.arange(input_ids.shape[1])
-        return cls(
-            "bidirectional",
-            first_slot,
-            input_ids,
-            positions,
-            write_indices,
-            logit_rows,
-            step_lengths=step_lengths,
-            adapter=adapter,
-        )
+        return cls(first_slot, input_ids, positions, write_indices, logit_rows, step_lengths, adapter)
 
 
 class Candidates(NamedTuple):
@@ -82,6 +83,6 @@ class Executor(Protocol):
 
     pool: KvPool
 
-    def run(self, step: Step) -> Candidates:
-        """One pass; writes the step's KV rows, whichever the pattern."""
+    def run(self, step: CausalStep | BidirectionalStep) -> Candidates:
+        """One pass; writes the step's KV rows, whichever the engine."""
         ...

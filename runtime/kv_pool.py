@@ -1,7 +1,7 @@
 """The KV pool: one buffer a layer for keys and one for values, shared by both engines.
 
-Sequences sit in slots 0 .. n - 1, so a step binds a run of slots without a copy. A freed slot is filled by the last one.
-Slots and rows are added by doubling, so that a pass costs about what its true lengths cost.
+Sequences sit in slots 0 .. n - 1, so a step binds a run of slots without a copy. A freed slot is filled by the last
+one. Slots and rows are added by doubling, so that a pass costs about what its true lengths cost.
 """
 
 from __future__ import annotations
@@ -73,6 +73,6 @@ class KvPool:
         self.generation += 1
 
     def _allocate(self, slots: int, rows: int) -> list[NDArray[np.float32]]:
-        # Zeros, not garbage: rows past a sequence are masked, but a NaN there would still spread through a product with 0.
+        # Zeros, not garbage: rows past a sequence are masked, but 0 times a NaN there would be a NaN.
         shape = (slots, self._kv_heads, rows, self._head_dim)
         return [np.zeros(shape, np.float32) for _ in range(2 * self._layers)]

@@ -9,6 +9,9 @@ import pytest
 from transformers import logging as transformers_logging
 
 from tests.random_checkpoint import write_random_checkpoint
+from trimode.build.engine import build_engine
+from trimode.model.checkpoint import Checkpoint
+from trimode.quantize import quantize_checkpoint
 
 transformers_logging.disable_progress_bar()
 transformers_logging.set_verbosity_error()
@@ -34,3 +37,25 @@ def heldout() -> list[dict]:
     """Held-out problems: {"kind", "messages", "answer"}."""
     lines = (ROOT / "tests" / "data" / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
+
+
+@pytest.fixture(scope="session")
+def random_engine(random_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The random network as an fp32 engine that reports every token of the vocabulary, hence whole logits."""
+    out = tmp_path_factory.mktemp("engine") / "fp32"
+    build_engine(Checkpoint(random_checkpoint), out, top_k=768)
+    return out
+
+
+@pytest.fixture(scope="session")
+def random_int4_checkpoint(random_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("checkpoint") / "int4"
+    quantize_checkpoint(Checkpoint(random_checkpoint), out, method="rtn", head="int4")
+    return out
+
+
+@pytest.fixture(scope="session")
+def random_int4_engine(random_int4_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("engine") / "int4"
+    build_engine(Checkpoint(random_int4_checkpoint), out, top_k=768)
+    return out

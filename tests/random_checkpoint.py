@@ -17,7 +17,15 @@ CHAT_TEMPLATE = """\
 {{ message.content }}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {{ '<think>\n' if enable_thinking else '<think></think>' }}{% endif %}"""
-NAMED_TOKENS = {0: "<unk>", 1: "<s>", 10: "<|im_start|>", 11: "<|im_end|>", 12: "<think>", 13: "</think>", 100: "<|mask|>"}
+NAMED_TOKENS = {
+    0: "<unk>",
+    1: "<s>",
+    10: "<|im_start|>",
+    11: "<|im_end|>",
+    12: "<think>",
+    13: "</think>",
+    100: "<|mask|>",
+}
 
 
 def config_fields(**changes: Any) -> dict[str, Any]:

@@ -537,11 +537,14 @@ def export(
     """Write the checkpoint folder: tokenizer, weights, adapter, generation settings."""
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(out)
+    settings = out / "tokenizer_config.json"
+    described = json.loads(settings.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}  # any transformers has it
+    settings.write_text(json.dumps(described, indent=2) + "\n")
     base = rounded(model)
-    NemotronLabsDiffusionModel(make_config()).bfloat16()  # a config of its own, since save_pretrained notes the dtype
     shipped = NemotronLabsDiffusionModel(make_config()).bfloat16()
     shipped.load_state_dict(base.state_dict())
     shipped.save_pretrained(out)
+    (out / "model.safetensors").chmod(0o644)
     GenerationConfig(bos_token_id=SPECIAL_IDS["<s>"], eos_token_id=END, pad_token_id=END, max_new_tokens=256).save_pretrained(
         out
     )

@@ -1,31 +1,20 @@
-"""A random tiny checkpoint in the family's format, and what quantisation makes of it."""
+"""The random checkpoint with channels that differ and text to calibrate on, and what quantisation makes of it."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from tokenizers import Tokenizer, models, pre_tokenizers
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
 
-from trimode.model.checkpoint import ADAPTER_FOLDER, Checkpoint
-from trimode.model.reference import NemotronLabsDiffusionConfig, NemotronLabsDiffusionModel
+from trimode.model.checkpoint import Checkpoint
 from trimode.quantize import quantize_checkpoint
-
-ROPE = {
-    "rope_type": "yarn",
-    "rope_theta": 1e4,
-    "factor": 16.0,
-    "original_max_position_embeddings": 16,
-    "beta_fast": 32.0,
-    "beta_slow": 1.0,
-    "mscale": 1.0,
-    "mscale_all_dim": 1.0,
-    "llama_4_scaling_beta": 0.1,
-}
-TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -35,60 +24,34 @@ def _one_thread() -> None:
 
 
 @pytest.fixture(scope="session")
-def random_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """bf16, two layers, an adapter that matters, and a few input channels of ``o_proj`` far larger than the others."""
-    folder = tmp_path_factory.mktemp("random_checkpoint")
-    torch.manual_seed(0)
-    model = NemotronLabsDiffusionModel(
-        NemotronLabsDiffusionConfig(
-            vocab_size=320,
-            hidden_size=128,
-            intermediate_size=256,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=32,
-            max_position_embeddings=256,
-            rope_parameters=ROPE,
-            block_size=8,
-            mask_token_id=300,
-            eos_token_id=301,
-            bos_token_id=302,
-        )
-    )
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.normal_(std=0.06)
-            else:
-                parameter.uniform_(0.5, 1.5)
-        # Mostly the embedding speaks, so that the logits of a random network stand quantisation as a trained one's do.
-        model.encoder.embed_tokens.weight *= 4
-        for layer in model.encoder.layers:
-            layer.self_attn.v_proj.weight *= torch.randn(64, 1).mul(1.5).exp()
-    model.bfloat16().save_pretrained(folder)
-    adapted = get_peft_model(model, LoraConfig(r=8, lora_alpha=32, target_modules=["o_proj"]))
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.06)
-    adapted.save_pretrained(folder / ADAPTER_FOLDER)
+def source(random_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """Calmer than the random checkpoint, whose logits rounding throws about; input channels differ in size, as in a
+    trained network (through norms, and ``v_proj`` before ``o_proj``); the adapter has a say.
+    """
+    folder = tmp_path_factory.mktemp("quantize") / "source"
+    shutil.copytree(random_checkpoint, folder)
+    random = np.random.default_rng(0)
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({character: index for index, character in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
-    lines = [
-        json.dumps({"messages": [{"role": "user", "content": f"{n} and {n}?"}, {"role": "assistant", "content": f"{2 * n}, surely."}]})
-        for n in range(4, 8)
-    ]
-    (folder / "calibration.jsonl").write_text("\n".join([*lines, json.dumps({"text": "Plain text, of one length or another."})]))
-    return folder
+    def changed(name: str, weight: NDArray[Any]) -> NDArray[Any]:
+        if "v_proj" in name:
+            rows = np.exp(1.5 * random.standard_normal((len(weight), 1), np.float32))
+            return weight * (rows / np.sqrt(np.square(rows).mean()))
+        if "norm" in name:
+            return weight * np.exp(0.7 * random.standard_normal(weight.shape, np.float32))
+        calm = any(projection in name for projection in ("q_proj", "k_proj", "gate_proj", "up_proj", "down_proj"))
+        return weight * (0.3 if calm else 2.0 if "lora_B" in name else 1.0)
 
-
-@pytest.fixture(scope="session")
-def source(random_checkpoint: Path) -> Checkpoint:
-    return Checkpoint(random_checkpoint)
+    for file in (folder / "model.safetensors", folder / "linear_spec_lora" / "adapter_model.safetensors"):
+        weights = load_file(file)
+        scaled = {
+            name: changed(name, weight.astype(np.float32)).astype(weight.dtype) for name, weight in weights.items()
+        }
+        save_file(scaled, file, {"format": "pt"})
+    chats = [[("user", f"{n} and {n}?"), ("assistant", f"{2 * n}, surely; nothing else will do.")] for n in range(4, 8)]
+    lines = [json.dumps({"messages": [{"role": role, "content": content} for role, content in chat]}) for chat in chats]
+    text = {"text": "Plain text of some length, so that there is more than one block of it to go through."}
+    (folder / "calibration.jsonl").write_text("\n".join([*lines, json.dumps(text)]))
+    return Checkpoint(folder)
 
 
 @pytest.fixture(scope="session")

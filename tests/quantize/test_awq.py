@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ def drafts(model: NemotronLabsDiffusionModel, tokens: list[int], adapter: bool =
 
 
 @pytest.fixture(scope="module")
-def tokens(source: Checkpoint) -> list[int]:
+def tokens() -> list[int]:
     """Not among the calibration texts."""
     return torch.randint(0, 256, (65,), generator=torch.Generator().manual_seed(3)).tolist()
 
@@ -67,11 +68,8 @@ def test_tensors_are_modelopts_in_the_checkpoints_own_dtype(
 
 
 def test_quantisation_json_is_modelopts(awq: Checkpoint, modelopt_export: Path) -> None:
-    for file in ("hf_quant_config.json", "config.json"):
-        ours, theirs = (json.loads((folder / file).read_text()) for folder in (awq.folder, modelopt_export))
-        theirs["dtype"] = ours.get("dtype")  # theirs is calibration's float32
-        ours["dtype"] = ours.get("dtype")
-        assert ours == theirs
+    ours, theirs = (_quantisation_json(folder) for folder in (awq.folder, modelopt_export))
+    assert ours == theirs
 
 
 def test_the_head_is_left_alone_unless_told(source: Checkpoint, awq: Checkpoint, awq_with_head: Checkpoint) -> None:
@@ -89,7 +87,7 @@ def test_the_group_is_honoured(awq: Checkpoint, awq_with_head: Checkpoint) -> No
     for checkpoint, group in ((awq, 128), (awq_with_head, 64)):
         weight = checkpoint.linear("encoder.layers.0.mlp.down_proj")
         assert isinstance(weight, Int4Weight)
-        assert weight.scale.shape == (128, 256 // group)
+        assert weight.scale.shape == (128, 384 // group)
 
 
 def test_logits_are_near_in_both_patterns(
@@ -99,7 +97,6 @@ def test_logits_are_near_in_both_patterns(
     for checkpoint in (awq, awq_with_head):
         found = both_patterns(load_reference(checkpoint, adapter=False), tokens)
         for f, e in zip(found, expected, strict=True):
-            print('NEAR',relative_error(f,e))
             assert relative_error(f, e) < 0.25
 
 
@@ -119,8 +116,7 @@ def test_awq_loses_less_than_rounding_where_channels_differ(
         x = torch.cat([part.flatten(0, 1) for part in inputs])
         expected = x @ _matrix(source, module).T
         losses = [relative_error(x @ _matrix(c, module).T, expected) for c in (awq, rounded)]
-        print('LOSS',losses)
-        assert losses[0] < 0.9 * losses[1]
+        assert losses[0] < 0.85 * losses[1]
 
 
 def test_the_adapter_sees_the_raw_input(source: Checkpoint, awq: Checkpoint, tokens: list[int]) -> None:
@@ -129,15 +125,16 @@ def test_the_adapter_sees_the_raw_input(source: Checkpoint, awq: Checkpoint, tok
     without = relative_error(drafts(load_reference(source), tokens, adapter=False), expected)
     right = relative_error(drafts(load_reference(awq), tokens), expected)
     wrong = relative_error(drafts(_with_adapter_on_rescaled_input(awq), tokens), expected)
-    print('ADAPTER',without,right,wrong)
-    assert without > 0.5, "the adapter does too little for this test to mean anything"
-    assert right < 0.25
-    assert wrong > 1.5 * right
+    assert without > 0.3, "the adapter does too little for this test to mean anything"
+    assert right < 0.2
+    assert wrong > 2 * right
 
 
 def test_the_adapter_is_copied_byte_for_byte(source: Checkpoint, awq: Checkpoint) -> None:
     assert awq.adapter is not None
-    files = sorted(path.relative_to(source.folder) for path in (source.folder / "linear_spec_lora").rglob("*") if path.is_file())
+    files = sorted(
+        path.relative_to(source.folder) for path in (source.folder / "linear_spec_lora").rglob("*") if path.is_file()
+    )
     assert len(files) >= 2
     for file in files:
         assert (awq.folder / file).read_bytes() == (source.folder / file).read_bytes()
@@ -147,12 +144,19 @@ def test_the_report_says_what_was_measured(source: Checkpoint, awq: Checkpoint) 
     report = QuantizationReport.model_validate_json((awq.folder / "quantization_report.json").read_text())
     assert (report.method, report.group, report.head) == ("awq", 128, "16bit")
     assert report.weight_error.keys() == {module for module in linear_shapes(source.config) if module != HEAD}
-    # q/k/v and gate/up count the part of the scale that moved into the norm: left out, the error is about 1.
-    assert all(0.05 < error < 0.2 for error in report.weight_error.values())
+    for module, error in report.weight_error.items():
+        # The part of the scale that moved into the norm counts: without it, the error would be 0.5 and more. o_proj's
+        # error by weight is high on purpose: AWQ lets its small inputs' weights bear it.
+        assert 0.05 < error < (0.6 if module.endswith("o_proj") else 0.2), module
     assert report.calibration is not None
     assert report.calibration.texts == 5
-    assert 0.01 < report.calibration.causal_logit_error < 0.3
-    assert 0.01 < report.calibration.bidirectional_logit_error < 0.3
+    assert 0.01 < report.calibration.causal_logit_error < 0.2
+    assert 0.01 < report.calibration.bidirectional_logit_error < 0.2
+
+
+def _quantisation_json(folder: Path) -> tuple[Any, Any]:
+    files = [json.loads((folder / name).read_text()) for name in ("hf_quant_config.json", "config.json")]
+    return files[0], files[1]["quantization_config"]
 
 
 def _matrix(checkpoint: Checkpoint, module: str) -> Tensor:

@@ -17,7 +17,10 @@ def test_both_forms_are_read_and_blank_lines_passed_over(source: Checkpoint, tmp
     file = tmp_path / "calibration.jsonl"
     file.write_text('{"messages": [{"role": "user", "content": "Hi there"}]}\n\n{"text": "Plain"}\n')
     tokenizer = Tokenizer.from_folder(source.folder)
-    assert calibration_tokens(source, file) == [tokenizer.encode("<|user|>Hi there"), tokenizer.encode("Plain")]
+    assert calibration_tokens(source, file) == [
+        tokenizer.encode("<|im_start|>user\nHi there<|im_end|>\n"),
+        tokenizer.encode("Plain"),
+    ]
 
 
 def test_the_checkpoints_own_file_is_the_default(source: Checkpoint) -> None:
@@ -56,9 +59,9 @@ def test_a_bad_line_is_named(source: Checkpoint, tmp_path: Path, second_line: st
 
 
 def test_missing_and_empty_files(source: Checkpoint, tmp_path: Path) -> None:
-    with pytest.raises(TriModeError, match="nowhere.jsonl is missing; check --calibration"):
+    with pytest.raises(TriModeError, match=r"nowhere\.jsonl is missing; check --calibration"):
         calibration_tokens(source, tmp_path / "nowhere.jsonl")
     empty = tmp_path / "empty.jsonl"
     empty.write_text("\n\n")
-    with pytest.raises(TriModeError, match="empty.jsonl is empty"):
+    with pytest.raises(TriModeError, match=r"empty\.jsonl is empty"):
         calibration_tokens(source, empty)

@@ -1,0 +1,122 @@
+"""Opening a checkpoint: what is missing, surplus, misshapen or damaged is named, and nothing is read before its time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from trimode.model.checkpoint import Checkpoint, open_checkpoint
+from trimode.model.errors import TriModeError
+
+UP = "encoder.layers.1.mlp.up_proj.weight"
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture
+def copy(random_checkpoint: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(random_checkpoint, tmp_path / "copy"))
+
+
+def edit(change: Callable[[dict[str, np.ndarray]], object], file: str = WEIGHTS) -> Callable[[Path], object]:
+    def apply(folder: Path) -> None:
+        tensors = load_file(folder / file)
+        change(tensors)
+        save_file(tensors, folder / file)
+
+    return apply
+
+
+def truncate(folder: Path) -> None:
+    data = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(data[: len(data) // 2])
+
+
+def escape(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {UP: "../secret.safetensors"}}))
+
+
+BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no config": (lambda folder: (folder / "config.json").unlink(), r"config\.json is missing"),
+    "no weights": (lambda folder: (folder / WEIGHTS).unlink(), r"model\.safetensors is missing"),
+    "truncated": (truncate, r"model\.safetensors is not a whole safetensors file"),
+    "missing tensor": (edit(lambda tensors: tensors.pop(UP)), f"lacks 1 tensor.*{UP}"),
+    "surplus tensor": (edit(lambda tensors: tensors.update(extra=np.zeros(2, np.float32))), "has, against .*extra"),
+    "wrong shape": (
+        edit(lambda tensors: tensors.update({UP: np.zeros((384, 64), ml_dtypes.bfloat16)})),
+        rf"{UP} has shape \[384, 64\], the config calls for \[384, 128\]",
+    ),
+    "wrong type": (edit(lambda tensors: tensors.update({UP: np.zeros((384, 128), np.int32)})), f"{UP} is I32"),
+    "path that leaves": (escape, "not a plain file name"),
+    "adapter of another rank": (
+        lambda folder: (folder / "linear_spec_lora/adapter_config.json").write_text('{"r": 4, "lora_alpha": 16}'),
+        "lora_A",
+    ),
+    "adapter on another module": (
+        lambda folder: (folder / "linear_spec_lora/adapter_config.json").write_text(
+            '{"r": 8, "lora_alpha": 32, "target_modules": ["q_proj"]}'
+        ),
+        "target_modules",
+    ),
+    "unknown quantisation": (
+        lambda folder: (folder / "hf_quant_config.json").write_text(
+            '{"quantization": {"quant_algo": "NVFP4", "group_size": 16}}'
+        ),
+        "quant_algo",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_checkpoint_is_refused_by_name(copy: Path, case: str) -> None:
+    damage, message = BROKEN[case]
+    damage(copy)
+    with pytest.raises(TriModeError, match=message) as caught:
+        Checkpoint(copy)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_tensor_that_is_not_finite_is_refused_when_it_is_read(copy: Path, value: float) -> None:
+    def poison(tensors: dict[str, np.ndarray]) -> None:
+        tensors[UP][3, 5] = value
+
+    edit(poison)(copy)
+    checkpoint = Checkpoint(copy)
+    checkpoint.linear("encoder.layers.0.mlp.up_proj")
+    with pytest.raises(TriModeError, match=f"{UP} holds 1 NaN or infinite"):
+        checkpoint.linear("encoder.layers.1.mlp.up_proj")
+
+
+def test_shards_are_the_same_checkpoint(copy: Path, random_checkpoint: Path) -> None:
+    tensors = load_file(copy / WEIGHTS)
+    names = sorted(tensors)
+    weight_map = {}
+    for number, part in enumerate((names[::2], names[1::2])):
+        file = f"model-{number}.safetensors"
+        save_file({name: tensors[name] for name in part}, copy / file)
+        weight_map |= dict.fromkeys(part, file)
+    (copy / WEIGHTS).unlink()
+    (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    whole = dict(Checkpoint(random_checkpoint).tensors())
+    sharded = dict(Checkpoint(copy).tensors())
+    assert whole.keys() == sharded.keys()
+    assert all(np.array_equal(whole[name], sharded[name]) for name in whole)
+
+
+def test_neither_folder_nor_reachable_hub_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(TriModeError, match="nobody/nothing is neither a local folder nor could it be downloaded"):
+        open_checkpoint("nobody/nothing")
+
+
+def test_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(TriModeError, match="is not a folder"):
+        open_checkpoint(tmp_path / "absent")

@@ -1,0 +1,94 @@
+"""config.json: read as it is, refused by name where it is not the family's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.random_checkpoint import config_fields
+from trimode.model.config import ModelConfig
+from trimode.model.errors import TriModeError
+
+
+def read(folder: Path, fields: dict[str, Any]) -> ModelConfig:
+    path = folder / "config.json"
+    path.write_text(json.dumps(fields))
+    return ModelConfig.read(path)
+
+
+PUBLISHED = {
+    "3B": {"hidden_size": 3072, "num_hidden_layers": 26, "intermediate_size": 9216},
+    "8B": {"hidden_size": 4096, "num_hidden_layers": 34, "intermediate_size": 14336},
+    "14B": {"hidden_size": 5120, "num_hidden_layers": 40, "intermediate_size": 16384},
+}
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_published_shapes(tmp_path: Path, size: str) -> None:
+    shape = PUBLISHED[size] | {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
+    # Training knobs and loader fields of the published file; none concerns inference.
+    training = {
+        "ar_loss_weight": 1.0,
+        "dlm_paradigm": "bidirectional",
+        "auto_map": {"AutoModel": "x.Y"},
+        "dtype": "bfloat16",
+    }
+    config = read(tmp_path, config_fields(**shape, vocab_size=131072, max_position_embeddings=262144) | training)
+    assert (config.query_width, config.kv_width) == (4096, 1024)
+    assert config.hidden_size == PUBLISHED[size]["hidden_size"]
+
+
+def test_several_end_tokens(tmp_path: Path) -> None:
+    assert read(tmp_path, config_fields(eos_token_id=[11, 2])).eos_token_id == (11, 2)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "another model": ({"model_type": "llama"}, "model_type"),
+    "another activation": ({"hidden_act": "gelu"}, "hidden_act"),
+    "biases": ({"attention_bias": True}, "attention_bias"),
+    "tied head": ({"tie_word_embeddings": True}, "tie_word_embeddings"),
+    "sliding window": ({"sliding_window": 4096}, "sliding_window"),
+    "heads that do not divide": ({"num_key_value_heads": 3}, "num_key_value_heads 3"),
+    "odd head": ({"head_dim": 31}, "head_dim 31"),
+    "mask outside the vocabulary": ({"mask_token_id": 768}, "mask_token_id 768"),
+    "mask that ends": ({"mask_token_id": 11}, "mask_token_id 11"),
+    "zero layers": ({"num_hidden_layers": 0}, "num_hidden_layers"),
+    "original length beyond the maximum": ({"max_position_embeddings": 256}, "original_max_position_embeddings 512"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_by_name(tmp_path: Path, case: str) -> None:
+    changes, named = REFUSED[case]
+    with pytest.raises(TriModeError, match=named) as caught:
+        read(tmp_path, config_fields(**changes))
+    assert "config.json" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"rope_type": "linear"}, "rope_parameters.rope_type"),
+        ({"factor": 0.5}, "rope_parameters.factor"),
+        ({"beta_fast": 1.0}, "beta_fast"),
+        ({"short_factor": [1.0]}, "rope_parameters.short_factor"),
+        ({"rope_theta": float("nan")}, "rope_parameters.rope_theta"),
+    ],
+)
+def test_rope_refused_by_name(tmp_path: Path, change: dict[str, Any], named: str) -> None:
+    fields = config_fields()
+    fields["rope_parameters"] = fields["rope_parameters"] | change
+    with pytest.raises(TriModeError, match=named):
+        read(tmp_path, fields)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "\xff"])
+def test_not_a_config(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_bytes(content.encode("latin-1"))
+    with pytest.raises(TriModeError, match=r"config\.json"):
+        ModelConfig.read(path)

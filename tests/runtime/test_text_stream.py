@@ -1,0 +1,33 @@
+"""Streaming: the pieces join to the whole text, and no piece is ever half a character."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trimode.model.tokenizer import Tokenizer
+from trimode.runtime.text_stream import TextStream
+
+
+@settings(deadline=None)
+@given(text=st.text(max_size=30), cuts=st.lists(st.integers(1, 5), max_size=40))
+def test_pieces_join_to_the_text(random_checkpoint: Path, text: str, cuts: list[int]) -> None:
+    tokenizer = Tokenizer.from_folder(random_checkpoint)
+    tokens = [12, *tokenizer.encode(text), 11]  # special tokens are silent
+    stream, pieces = TextStream(tokenizer), []
+    while tokens:
+        size = cuts.pop() if cuts else 3
+        pieces.append(stream.feed(tokens[:size]))
+        tokens = tokens[size:]
+    assert all("\ufffd" not in piece for piece in pieces) or "\ufffd" in text
+    assert "".join(pieces) + stream.finish() == text
+
+
+def test_an_unfinished_character_comes_at_the_end_only(random_checkpoint: Path) -> None:
+    tokenizer = Tokenizer.from_folder(random_checkpoint)
+    tokens = tokenizer.encode("é🙂")[:-1]
+    stream = TextStream(tokenizer)
+    assert stream.feed(tokens) == "é"
+    assert stream.finish() == tokenizer.decode(tokens).removeprefix("é")
