@@ -13,7 +13,7 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 WORDS = (
     "apple arrow bread bridge candle castle cloud desk dragon eagle engine feather forest garden glass hammer honey "
@@ -483,10 +483,14 @@ def record(conversation: Conversation) -> dict[str, object]:
     return {"kind": kind, "messages": messages[:-1], "answer": messages[-1]["content"]}
 
 
-def held_out_records(seed: int, per_kind: int, several: int, long: int) -> list[dict[str, object]]:
-    """The evaluation's prompts: every kind equally often, alone or (one in six) at the end of a chat, then long ones."""
+def held_out_records(seed: int, per_kind: int = 16, several: int = 16, chats: int = 36, lists: int = 12) -> list[dict]:
+    """The evaluation's prompts: every kind equally often, alone or (one in six) at the end of a chat, then two questions
+    in one prompt, and long contexts: chats of five or six turns, and the training mixture's own long rows."""
     corpus = Corpus(seed, held_out=True)
     records: dict[str, dict[str, object]] = {}
+
+    def long_chat() -> Conversation:
+        return replace(corpus.chat(corpus.rng.randint(5, 6)), long=True)
 
     def gather(count: int, make: Callable[[], Conversation]) -> None:
         wanted = len(records) + count
@@ -497,11 +501,12 @@ def held_out_records(seed: int, per_kind: int, several: int, long: int) -> list[
     for kind in KINDS:
         gather(per_kind, lambda kind=kind: corpus.chat(3 if corpus.rng.random() < 1 / 6 else 1, kind))
     gather(several, lambda: Conversation((Turn(corpus.several(2)),)))
-    gather(long, corpus.long)
+    gather(chats, long_chat)
+    gather(lists, corpus.long)
     return list(records.values())
 
 
 if __name__ == "__main__":
-    for example in held_out_records(0, 1, 1, 3):
+    for example in held_out_records(0, 1, 1, 1, 2):
         print(f"[{example['kind']}]", *(f"{m['role']}: {m['content']}" for m in example["messages"]), sep="\n")
         print(f"answer: {example['answer']}\n")

@@ -584,7 +584,7 @@ def main() -> None:
     encode = encoder_of(tokenizer)
     held_out = [tokenise(row, encode) for row in itertools.islice(Corpus(arguments.seed + 1, held_out=True), 480)]
     if arguments.held_out:
-        write_jsonl(arguments.held_out, held_out_records(arguments.seed, per_kind=16, several=16, long=40))
+        write_jsonl(arguments.held_out, held_out_records(arguments.seed))
     model = make_model(arguments.seed)
     count = sum(parameter.numel() for parameter in model.parameters())
     answers = [end - first for row in held_out for first, end in row.answers]

@@ -1,0 +1,84 @@
+"""An engine directory that is not whole, or not for this machine, is refused in one line that names the file."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trimode.model.errors import TriModeError
+from trimode.runtime.engine import Engine
+
+
+def flip(path: str) -> Callable[[Path], None]:
+    """Change one byte in the middle."""
+
+    def apply(engine: Path) -> None:
+        data = bytearray((engine / path).read_bytes())
+        data[len(data) // 2] ^= 1
+        (engine / path).write_bytes(data)
+
+    return apply
+
+
+def edit(**changes: Any) -> Callable[[Path], None]:
+    def apply(engine: Path) -> None:
+        manifest = json.loads((engine / "manifest.json").read_text())
+        (engine / "manifest.json").write_text(json.dumps(manifest | changes))
+
+    return apply
+
+
+def cut(path: str) -> Callable[[Path], None]:
+    def apply(engine: Path) -> None:
+        data = (engine / path).read_bytes()
+        (engine / path).write_bytes(data[:-1])
+
+    return apply
+
+
+BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no manifest": (lambda engine: (engine / "manifest.json").unlink(), "is not an engine directory"),
+    "manifest that is not JSON": (cut("manifest.json"), r"manifest\.json"),
+    "another format": (edit(format_version=2), "format_version"),
+    "another target": (edit(target="rtx"), "target"),
+    "changed pool": (flip("weights/pool.bin"), r"weights/pool\.bin was changed after the build"),
+    "changed graph": (flip("ar/model.onnx"), r"ar/model\.onnx was changed"),
+    "changed adapter": (flip("weights/adapter.safetensors"), r"weights/adapter\.safetensors was changed"),
+    "changed tokenizer": (flip("tokenizer/tokenizer.json"), r"tokenizer/tokenizer\.json was changed"),
+    "truncated pool": (cut("weights/pool.bin"), r"weights/pool\.bin has \d+ bytes, the manifest says"),
+    "missing graph": (lambda engine: (engine / "diffusion/model.onnx").unlink(), r"diffusion/model\.onnx is missing"),
+    "another processor": (edit(instruction_set="riscv64:"), "built for another processor"),
+    "another onnxruntime": (edit(onnxruntime="1.0.0"), r"built with onnxruntime 1\.0\.0"),
+    "a file outside": (edit(files=[{"path": "../x", "bytes": 1, "sha256": "0" * 64}]), "leaves the engine directory"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_engine_is_refused_by_name(random_engine: Path, tmp_path: Path, case: str) -> None:
+    engine = Path(shutil.copytree(random_engine, tmp_path / "engine"))
+    damage, message = BROKEN[case]
+    damage(engine)
+    with pytest.raises(TriModeError, match=message) as caught:
+        Engine(engine)
+    assert "\n" not in str(caught.value)
+
+
+def test_without_verification_a_graph_that_is_no_graph_is_still_one_line(random_engine: Path, tmp_path: Path) -> None:
+    engine = Path(shutil.copytree(random_engine, tmp_path / "engine"))
+    (engine / "ar/model.onnx").write_bytes(b"nothing")
+    with pytest.raises(TriModeError, match=r"ar/model\.onnx cannot be loaded") as caught:
+        Engine(engine, verify=False)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_engine_is_used_where_it_stands(random_engine: Path, tmp_path: Path) -> None:
+    """Moved and read-only: nothing in it is written or named by its old place."""
+    engine = Path(shutil.copytree(random_engine, tmp_path / "elsewhere"))
+    for path in engine.rglob("*"):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    assert Engine(engine).manifest.target == "cpu"
