@@ -15,32 +15,37 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
-WORDS = (
+
+def listed(words: str) -> list[str]:
+    return words.split()
+
+
+WORDS = listed(
     "apple arrow bread bridge candle castle cloud desk dragon eagle engine feather forest garden glass hammer honey "
     "island jacket jungle kettle king ladder lemon market mirror moon needle night ocean orange paper pencil planet "
     "queen quilt river rocket salt silver spoon table tiger train umbrella valley violin water window winter yard zebra"
-).split()
-NAMES = (
+)
+NAMES = listed(
     "Ada Amir Anna Ben Carla Chen David Elena Emil Farah Finn Grace Hugo Ines Ivan Jack Jana Kofi Lara Leo Lina Luca "
     "Maya Mia Milo Nina Noah Nora Omar Oskar Paul Petra Rosa Ruben Sami Sara Theo Tina Vera Zoe"
-).split()
-CITIES = (
+)
+CITIES = listed(
     "Athens Berlin Bergen Cairo Dakar Delhi Dublin Geneva Hanoi Krakow Lagos Lima Lisbon London Madrid Milan Nairobi "
     "Oslo Paris Porto Prague Quito Rome Seoul Tokyo Vienna"
-).split()
-HOBBIES = (
+)
+HOBBIES = listed(
     "chess football dancing painting cooking reading sailing cycling hiking tennis swimming singing climbing gardening "
     "photography astronomy"
-).split()
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-MONTHS = "January February March April May June July August September October November December".split()
-VERBS = "shift scale update change adjust convert correct set next fix".split()
-NOUNS = "price speed score weight height level total value time size count rate".split()
-ONES = (
+)
+DAYS = listed("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
+MONTHS = listed("January February March April May June July August September October November December")
+VERBS = listed("shift scale update change adjust convert correct set next fix")
+NOUNS = listed("price speed score weight height level total value time size count rate")
+ONES = listed(
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
     "eighteen nineteen"
-).split()
-TENS = "_ _ twenty thirty forty fifty sixty seventy eighty ninety".split()
+)
+TENS = listed("_ _ twenty thirty forty fifty sixty seventy eighty ninety")
 FINDS = {  # what a story's hero finds, and where
     "shells": "the beach",
     "berries": "the forest",
@@ -167,9 +172,7 @@ def work_difference(a: int, b: int) -> str:
         short = x - y - borrow < 0
         result = x + 10 * short - y - borrow
         borrow = int(short)
-        steps.append(
-            f"{COLUMNS[place]}: {x + 10 * short}-{taken}={result}" + ("." if last else f", borrow {borrow}.")
-        )
+        steps.append(f"{COLUMNS[place]}: {x + 10 * short}-{taken}={result}" + ("." if last else f", borrow {borrow}."))
     return " ".join(steps)
 
 
@@ -224,7 +227,8 @@ def make_percent(rng: random.Random) -> Problem:
     tenth, times = rng.randint(10, 99), rng.randint(2, 9)
     prompt = rng.choice((f"What is {times}0% of {tenth}0?", f"Find {times}0 percent of {tenth}0."))
     work = f"10% of {tenth}0 is {tenth}. {work_product(tenth, times)}"
-    return Problem("percent", (f"product {tenth} {times}",), prompt, work, f"So {times}0% of {tenth}0 is {tenth * times}.")
+    final = f"So {times}0% of {tenth}0 is {tenth * times}."
+    return Problem("percent", (f"product {tenth} {times}",), prompt, work, final)
 
 
 def make_convert(rng: random.Random) -> Problem:
@@ -243,8 +247,8 @@ def make_sort(rng: random.Random) -> Problem:
     numbers = rng.sample(range(10, 100), rng.randint(3, 6))
     descending = rng.random() < 0.5
     ends = "high to low" if descending else "low to high"
-    listed = ", ".join(map(str, numbers))
-    prompt = rng.choice((f"Sort from {ends}: {listed}.", f"Put these numbers in order from {ends}: {listed}."))
+    items = ", ".join(map(str, numbers))
+    prompt = rng.choice((f"Sort from {ends}: {items}.", f"Put these numbers in order from {ends}: {items}."))
     ordered = sorted(numbers, reverse=descending)
     final = f"From {ends}: {', '.join(map(str, ordered))}."
     return Problem("sort", (f"sort {ordered}",), prompt, "", final)
@@ -255,16 +259,16 @@ def make_alphabet(rng: random.Random) -> Problem:
     for word in WORDS:
         by_letter.setdefault(word[0], []).append(word)
     words = [rng.choice(by_letter[letter]) for letter in rng.sample(sorted(by_letter), rng.randint(3, 5))]
-    listed = ", ".join(words)
-    prompt = rng.choice((f"Sort by alphabet: {listed}.", f"Put these words in alphabetical order: {listed}."))
+    items = ", ".join(words)
+    prompt = rng.choice((f"Sort by alphabet: {items}.", f"Put these words in alphabetical order: {items}."))
     final = f"In alphabetical order: {', '.join(sorted(words))}."
     return Problem("alphabet", (f"alphabet {sorted(words)}",), prompt, "", final)
 
 
 def make_reverse(rng: random.Random) -> Problem:
     words = rng.sample(WORDS, rng.randint(3, 6))
-    listed = ", ".join(words)
-    prompt = rng.choice((f"Reverse this list: {listed}.", f"Write these words in reverse order: {listed}."))
+    items = ", ".join(words)
+    prompt = rng.choice((f"Reverse this list: {items}.", f"Write these words in reverse order: {items}."))
     return Problem("reverse", (f"reverse {words}",), prompt, "", f"In reverse order: {', '.join(reversed(words))}.")
 
 
@@ -272,11 +276,11 @@ def make_count(rng: random.Random) -> Problem:
     choice = rng.sample(WORDS, 3)
     words = [rng.choice(choice) for _ in range(rng.randint(5, 9))]
     wanted = rng.choice(words)
-    listed, count, aloud = ", ".join(words), 0, []
+    items, count, aloud = ", ".join(words), 0, []
     for word in words:
         count += word == wanted
         aloud.append(f"{word} {count}" if word == wanted else word)
-    prompt = rng.choice((f"How often is {wanted} in this list: {listed}?", f"Count {wanted} in this list: {listed}."))
+    prompt = rng.choice((f"How often is {wanted} in this list: {items}?", f"Count {wanted} in this list: {items}."))
     work = f"{', '.join(aloud)}."
     final = f"So {wanted} is there {count} time{'s' * (count != 1)}."
     return Problem("count", (f"count {wanted} {words}",), prompt, work, final)
@@ -327,7 +331,8 @@ def make_calendar(rng: random.Random) -> Problem:
             f"Name the {unit} that comes {steps} {unit}s {word} {names[start]}.",
         )
     )
-    return Problem("calendar", (f"calendar {start} {names[start]} {steps * direction}",), prompt, work, f"So it is {passed[-1]}.")
+    key = f"calendar {start} {names[start]} {steps * direction}"
+    return Problem("calendar", (key,), prompt, work, f"So it is {passed[-1]}.")
 
 
 def make_spell(rng: random.Random) -> Problem:
@@ -376,8 +381,8 @@ def counted(rng: random.Random, length: int) -> Problem:
 
 def numbered(rng: random.Random, length: int) -> Problem:
     words = [rng.choice(WORDS) for _ in range(length)]
-    listed = ", ".join(words)
-    prompt = rng.choice((f"Make a numbered list: {listed}.", f"Number these words: {listed}."))
+    items = ", ".join(words)
+    prompt = rng.choice((f"Make a numbered list: {items}.", f"Number these words: {items}."))
     final = "\n".join(f"{index}. {word}" for index, word in enumerate(words, 1))
     return Problem("numbered", (f"numbered {words}",), prompt, "", final)
 
@@ -484,8 +489,8 @@ def record(conversation: Conversation) -> dict[str, object]:
 
 
 def held_out_records(seed: int, per_kind: int = 16, several: int = 16, chats: int = 36, lists: int = 12) -> list[dict]:
-    """The evaluation's prompts: every kind equally often, alone or (one in six) at the end of a chat, then two questions
-    in one prompt, and long contexts: chats of five or six turns, and the training mixture's own long rows."""
+    """The evaluation's prompts: every kind equally often, alone or (one in six) at the end of a chat; two questions in
+    one prompt; long contexts, that is chats of five or six turns, and the training mixture's own long rows."""
     corpus = Corpus(seed, held_out=True)
     records: dict[str, dict[str, object]] = {}
 

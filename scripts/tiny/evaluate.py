@@ -3,8 +3,8 @@
     python scripts/tiny/evaluate.py checkpoints/tiny --data tests/data/heldout.jsonl --json scores.json
 
 Exact match of the whole answer in every mode, by kind and by where in the context the answer ends; tokens a cycle of
-linear self-speculation with and without the draft adapter. Every prompt is decoded both ways, so the adapter's gain has a
-paired interval: prompts are resampled, and both arms with them.
+linear self-speculation with and without the draft adapter. Every prompt is decoded both ways, so the adapter's gain has
+a paired interval: prompts are resampled, and both arms with them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 from rich.console import Console
 from rich.progress import track
@@ -120,7 +119,9 @@ def evaluate(folder: Path, data: Path, limit: int | None) -> dict[str, Any]:
     runs = {"ar": decode_all(examples, lambda ids: model.ar_generate(ids, MAX_NEW_TOKENS), "AR")}
     for size in BLOCKS:
         runs[f"diffusion {size}"] = decode_all(
-            examples, lambda ids, size=size: model.generate(ids, MAX_NEW_TOKENS, size, threshold=0.9), f"dLM, block {size}"
+            examples,
+            lambda ids, size=size: model.generate(ids, MAX_NEW_TOKENS, size, threshold=0.9),
+            f"dLM, block {size}",
         )
     speculations: dict[str, dict[int, list[Decoded]]] = {"without": {}, "with": {}}
     for arm, by_size in speculations.items():
@@ -149,8 +150,8 @@ def evaluate(folder: Path, data: Path, limit: int | None) -> dict[str, Any]:
             for name, members in groups_of(examples, tokenizer).items()
         },
         "diffusion_tokens_a_pass": {
-            size: sum(len(r.tokens) for r in runs[f"diffusion {size}"]) / sum(r.passes for r in runs[f"diffusion {size}"])
-            for size in BLOCKS
+            size: sum(len(result.tokens) for result in results) / sum(result.passes for result in results)
+            for size, results in ((size, runs[f"diffusion {size}"]) for size in BLOCKS)
         },
         "equal_to_ar": {
             f"{arm} {size}": sum(a.tokens == b.tokens for a, b in zip(results, runs["ar"], strict=True))

@@ -64,7 +64,7 @@ CHAT_TEMPLATE = """\
     {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
-    {{- '<|im_start|>assistant\\n' + ('<think>\\n' if enable_thinking is defined and enable_thinking else '<think></think>') -}}
+    {{- '<|im_start|>assistant\\n' + ('<think>\\n' if enable_thinking | default(false) else '<think></think>') -}}
 {%- endif -%}
 """
 
@@ -83,7 +83,7 @@ def progress(message: str, console: Console = Console()) -> None:  # noqa: B008
 
 
 def keep_freed_memory() -> None:
-    """Stop glibc from returning every large tensor to the system: page faults cost more than half of a step otherwise."""
+    """Stop glibc from returning every large tensor to the system: page faults cost half of a step otherwise."""
     try:
         libc = ctypes.CDLL("libc.so.6")
     except OSError:
@@ -125,11 +125,11 @@ def train_tokenizer(conversations: Iterable[Conversation]) -> PreTrainedTokenize
         tokenizer.add_tokens([AddedToken(token, special=token not in visible, normalized=False)])
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        unk_token="<unk>",
-        bos_token="<s>",
-        eos_token="<|im_end|>",
-        pad_token="<|im_end|>",
-        mask_token="<|mask|>",
+        unk_token="<unk>",  # noqa: S106
+        bos_token="<s>",  # noqa: S106
+        eos_token="<|im_end|>",  # noqa: S106
+        pad_token="<|im_end|>",  # noqa: S106
+        mask_token="<|mask|>",  # noqa: S106
         clean_up_tokenization_spaces=False,
         model_max_length=2048,
     )
@@ -332,7 +332,9 @@ def orthogonalise(matrices: Tensor) -> Tensor:
 class Muon:
     """Momentum whose update is orthogonalised; same-shaped matrices go through as one batch (Jordan et al., 2024)."""
 
-    def __init__(self, parameters: Iterable[nn.Parameter], rate: float, momentum: float = 0.95, decay: float = 0.01) -> None:
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], rate: float, momentum: float = 0.95, decay: float = 0.01
+    ) -> None:
         by_shape = defaultdict(list)
         for parameter in parameters:
             by_shape[parameter.shape].append(parameter)
@@ -459,8 +461,10 @@ def train_network(
         running += 0.05 * (loss.item() - running) if step else loss.item()
         if (step + 1) % 50 == 0:
             seconds = (time.monotonic() - began) / (step + 1)
-            progress(f"step {step + 1}/{steps}  loss {running:.3f}  {seconds:.3f} s a step  "
-                     f"{(steps - step - 1) * seconds / 60:.1f} min left")
+            progress(
+                f"step {step + 1}/{steps}  loss {running:.3f}  {seconds:.3f} s a step  "
+                f"{(steps - step - 1) * seconds / 60:.1f} min left"
+            )
         report(step + 1)
 
 
@@ -538,16 +542,17 @@ def export(
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(out)
     settings = out / "tokenizer_config.json"
-    described = json.loads(settings.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}  # any transformers has it
-    settings.write_text(json.dumps(described, indent=2) + "\n")
+    known_everywhere = {"tokenizer_class": "PreTrainedTokenizerFast"}  # transformers 5 writes a name that 4 lacks
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | known_everywhere, indent=2) + "\n")
     base = rounded(model)
     shipped = NemotronLabsDiffusionModel(make_config()).bfloat16()
     shipped.load_state_dict(base.state_dict())
     shipped.save_pretrained(out)
     (out / "model.safetensors").chmod(0o644)
-    GenerationConfig(bos_token_id=SPECIAL_IDS["<s>"], eos_token_id=END, pad_token_id=END, max_new_tokens=256).save_pretrained(
-        out
+    generation = GenerationConfig(
+        bos_token_id=SPECIAL_IDS["<s>"], eos_token_id=END, pad_token_id=END, max_new_tokens=256
     )
+    generation.save_pretrained(out)
     adapted = train_adapter(base, rows, adapter_steps, seed)
     folder = out / "linear_spec_lora"
     shutil.rmtree(folder, ignore_errors=True)
@@ -572,8 +577,14 @@ def main() -> None:
     parser.add_argument("--adapter-steps", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--report-every", type=int, default=500, help="steps between measurements on held-out problems")
-    parser.add_argument("--snapshot", type=snapshot, action="append", default=[], metavar="STEP:FOLDER",
-                        help="also export after this step, with a briefly trained adapter")
+    parser.add_argument(
+        "--snapshot",
+        type=snapshot,
+        action="append",
+        default=[],
+        metavar="STEP:FOLDER",
+        help="also export after this step, with a briefly trained adapter",
+    )
     parser.add_argument("--held-out", type=Path, help="also write the evaluation's prompts to this file")
     arguments = parser.parse_args()
 
@@ -588,8 +599,10 @@ def main() -> None:
     model = make_model(arguments.seed)
     count = sum(parameter.numel() for parameter in model.parameters())
     answers = [end - first for row in held_out for first, end in row.answers]
-    progress(f"{count:,} parameters; rows of {sum(len(row.ids) for row in held_out) / len(held_out):.0f} tokens, "
-             f"answers of {sum(answers) / len(answers):.0f}")
+    progress(
+        f"{count:,} parameters; rows of {sum(len(row.ids) for row in held_out) / len(held_out):.0f} tokens, "
+        f"answers of {sum(answers) / len(answers):.0f}"
+    )
 
     def rows_for_adapter() -> Iterator[Row]:
         for conversation in Corpus(arguments.seed + 2, held_out=False):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def test_the_pools_ranges_lie_apart_and_inside(random_int4_engine: Path) -> None
         if entry.packed_offset is not None:
             ranges.append((entry.packed_offset, entry.packed_bytes))
     ranges.sort()
-    for (offset, length), (following, _) in zip(ranges, ranges[1:], strict=False):
+    for (offset, length), (following, _) in pairwise(ranges):
         assert offset + length <= following
     assert sum(ranges[-1]) <= (random_int4_engine / "weights/pool.bin").stat().st_size
 
@@ -134,7 +135,7 @@ def test_engines_whose_constants_differ_are_not_merged(
             pool.write_bytes(data)
 
     monkeypatch.setattr(cpu, "_optimise", spoil)
-    with pytest.raises(RuntimeError, match="the engines' constant .* differs"):
+    with pytest.raises(RuntimeError, match=r"the engines' constant .* differs"):
         build_engine(Checkpoint(random_checkpoint), tmp_path / "engine")
     assert leftovers(tmp_path) == []
 

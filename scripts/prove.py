@@ -1,0 +1,299 @@
+"""`make prove`: the README's table, measured now: the engines of the shipped checkpoint against the PyTorch reference.
+
+Every row is a bar and what was found. Texts are compared token by token; where a greedy token differs, the margin by
+which the reference preferred its own is told, for a near-tie is no fault and a wide one is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from trimode.build.engine import build_engine
+from trimode.model.checkpoint import Checkpoint
+from trimode.model.loading import load_reference
+from trimode.model.reference import NemotronLabsDiffusionModel
+from trimode.model.reference_decoding import bidirectional, causal
+from trimode.quantize import quantize_checkpoint
+from trimode.runtime.decoding import DecodingOptions
+from trimode.runtime.engine import Engine, Generation
+from trimode.runtime.executor import BidirectionalStep, CausalStep
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCK_LENGTH, MAX_TOKENS = 16, 256
+MODES = ("ar", "diffusion", "linear_spec")
+
+
+@dataclass
+class Row:
+    what: str
+    bar: str
+    found: str
+    holds: bool
+
+
+@dataclass
+class Pair:
+    """An engine and the reference of the same weights."""
+
+    engine: Engine
+    reference: NemotronLabsDiffusionModel
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, default=ROOT / "checkpoints" / "tiny")
+    parser.add_argument("--prompts", type=int, default=200, help="held-out prompts of the largest comparison")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = prove(arguments.checkpoint, Path(folder), arguments.prompts)
+    if arguments.json:
+        print(json.dumps([asdict(row) for row in rows], indent=2))
+    else:
+        table = Table("what", "bar", "found", "holds")
+        for row in rows:
+            table.add_row(row.what, row.bar, row.found, "yes" if row.holds else "[bold red]no")
+        Console(width=150).print(table)
+    sys.exit(0 if all(row.holds for row in rows) else 1)
+
+
+def prove(source: Path, folder: Path, count: int) -> list[Row]:
+    records = [json.loads(line) for line in (ROOT / "tests/data/heldout.jsonl").read_text().splitlines()]
+    quantize_checkpoint(Checkpoint(source), folder / "w4a16", method="awq")
+    whole = Checkpoint(source).config.vocab_size
+    for checkpoint, engine in ((source, "fp32"), (folder / "w4a16", "int4")):
+        build_engine(Checkpoint(checkpoint), folder / engine, top_k=whole)
+    build_engine(Checkpoint(folder / "w4a16"), folder / "engine")
+    fp32 = Pair(Engine(folder / "fp32"), load_reference(Checkpoint(source)))
+    int4 = Pair(Engine(folder / "engine"), load_reference(Checkpoint(folder / "w4a16")))
+    render, encode = int4.engine.tokenizer.apply_chat_template, int4.engine.tokenizer.encode
+    prompts = [encode(render(record["messages"])) for record in records]
+    some = spread(prompts, count)
+
+    return [
+        logits_row("fp32 engine", fp32, 1e-4),
+        logits_row("w4a16 engine", Pair(Engine(folder / "int4"), int4.reference), 2e-2),
+        *(tokens_row(f"fp32 {mode}", fp32, spread(prompts, count // 2), mode, 1.0) for mode in MODES),
+        *(tokens_row(f"w4a16 {mode}", int4, spread(prompts, count // 2), mode, 0.99) for mode in MODES),
+        lossless_row(int4, some),
+        accuracy_row(fp32.engine, int4.engine, prompts, [record["answer"] for record in records]),
+        memory_row(folder / "engine"),
+        adapter_row(int4.engine, some),
+        *speed_rows(int4, spread(prompts, 24)),
+    ]
+
+
+def spread(items: list[Any], count: int) -> list[Any]:
+    """``count`` items, evenly over the list, so that every kind is among them."""
+    return [items[index] for index in np.linspace(0, len(items) - 1, min(count, len(items))).astype(int)]
+
+
+@torch.no_grad()
+def logits_row(name: str, pair: Pair, bar: float) -> Row:
+    """The largest relative L2 distance of logits, over random lengths, of prefill, draft with adapter, and commit."""
+    rng, executor, limits = np.random.default_rng(0), pair.engine.executor, pair.engine.manifest.limits
+    model, worst = pair.engine.manifest.model, 0.0
+    slot, rows = executor.pool.acquire(), np.arange(32)[None]
+    for length in sorted(rng.integers(1, limits.capacity - 32, 12)):
+        ids = rng.integers(0, model.vocab_size, (1, length + 32))
+        ids[ids == model.mask_token_id] += 1
+        prompt, block, past = ids[:, :length], ids[:, length:].copy(), None
+        for begin in range(0, length, limits.prefill_step):
+            chunk = prompt[:, begin : begin + limits.prefill_step]
+            last = np.array([[chunk.shape[1] - 1]])
+            found = executor.run(CausalStep.chain(slot, chunk, np.array([begin]), last))
+            expected, past = reference_pass(pair.reference, chunk, past, causal, False)
+        worst = max(worst, distance(found, expected[:, -1:], model.mask_token_id))
+        masked = np.where(rng.random(block.shape) < 0.7, model.mask_token_id, block)
+        at = np.array([length])
+        found = executor.run(BidirectionalStep.block(slot, masked, at, rows, np.array([32]), np.array([True])))
+        expected, _ = reference_pass(pair.reference, masked, past, bidirectional, True)
+        worst = max(worst, distance(found, expected, model.mask_token_id))
+        found = executor.run(CausalStep.chain(slot, block, at, rows))
+        expected, _ = reference_pass(pair.reference, block, past, causal, False)
+        worst = max(worst, distance(found, expected, model.mask_token_id))
+    executor.pool.release(slot)
+    return Row(
+        f"{name}: logits against the reference, 1 to {limits.capacity} tokens",
+        f"<= {bar:g}",
+        f"{worst:.1e}",
+        worst <= bar,
+    )
+
+
+def reference_pass(reference: Any, ids: Any, past: Any, pattern: Callable[..., Any], adapter: bool) -> tuple[Any, Any]:
+    start = 0 if past is None else past[0][0].shape[2]
+    positions = torch.arange(start, start + ids.shape[1])[None]
+    with reference.draft_adapter(adapter):
+        hidden, present = reference.encoder(torch.from_numpy(ids), positions, pattern(1, ids.shape[1], start), past)
+        return reference.diffusion_head(hidden).numpy(), present
+
+
+def distance(found: Any, expected: Any, mask: int) -> float:
+    dense = np.empty_like(found.logits)
+    np.put_along_axis(dense, found.tokens, found.logits, axis=-1)
+    dense, expected = np.delete(dense, mask, -1), np.delete(expected, mask, -1)
+    return float(np.linalg.norm(dense - expected) / np.linalg.norm(expected))
+
+
+def answer(engine: Engine, prompt: list[int], mode: Any, **options: Any) -> Generation:
+    tokens = min(MAX_TOKENS, engine.manifest.limits.capacity - len(prompt))
+    return engine.generate(
+        prompt, DecodingOptions(**{"mode": mode, "block_length": BLOCK_LENGTH, "max_tokens": tokens} | options)
+    )
+
+
+def reference_answer(pair: Pair, prompt: list[int], mode: str) -> list[int]:
+    ids = torch.tensor([prompt])
+    tokens = min(MAX_TOKENS, pair.engine.manifest.limits.capacity - len(prompt))
+    if mode == "ar":
+        out, _ = pair.reference.ar_generate(ids, tokens)
+    elif mode == "diffusion":
+        out, _ = pair.reference.generate(ids, tokens, block_length=BLOCK_LENGTH, threshold=0.9)
+    else:
+        out, _ = pair.reference.linear_spec_generate(ids, tokens, block_length=BLOCK_LENGTH)
+    return out[0, len(prompt) :].tolist()
+
+
+def tokens_row(name: str, pair: Pair, prompts: list[list[int]], mode: str, bar: float) -> Row:
+    """How many prompts are answered with the reference's very tokens."""
+    equal, exceptions = 0, []
+    for prompt in track(prompts, f"{name} tokens", transient=True, console=Console(stderr=True)):
+        found, expected = answer(pair.engine, prompt, mode).token_ids, reference_answer(pair, prompt, mode)
+        equal += found == expected
+        if found != expected:
+            exceptions.append(margin(pair.reference, prompt, found, expected))
+    told = f"{equal} of {len(prompts)}" + (
+        f"; margins {', '.join(f'{m:.1e}' for m in exceptions)}" if exceptions else ""
+    )
+    return Row(f"{name}: tokens equal to the reference's", f"{bar:.0%}", told, equal >= bar * len(prompts))
+
+
+@torch.no_grad()
+def margin(reference: Any, prompt: list[int], found: list[int], expected: list[int]) -> float:
+    """By how much AR's logit of the expected token exceeds that of the found one, where the texts part."""
+    at = next(i for i, pair in enumerate(zip(found, expected, strict=False)) if pair[0] != pair[1])
+    with reference.draft_adapter(False):
+        logits = reference(torch.tensor([prompt + expected[:at]])).logits[0, -1]
+    return float(logits[expected[at]] - logits[found[at]])
+
+
+def lossless_row(pair: Pair, prompts: list[list[int]]) -> Row:
+    equal, exceptions = 0, []
+    for prompt in track(prompts, "linear_spec against ar", transient=True, console=Console(stderr=True)):
+        found = answer(pair.engine, prompt, "linear_spec").token_ids
+        expected = answer(pair.engine, prompt, "ar").token_ids
+        equal += found == expected
+        if found != expected:
+            exceptions.append(margin(pair.reference, prompt, found, expected))
+    told = f"{equal} of {len(prompts)}" + (
+        f"; margins {', '.join(f'{m:.1e}' for m in exceptions)}" if exceptions else ""
+    )
+    return Row("w4a16 engine: linear_spec emits ar's tokens", "all", told, equal == len(prompts))
+
+
+def accuracy_row(fp32: Engine, int4: Engine, prompts: list[list[int]], answers: list[str]) -> Row:
+    """Exact match of AR's answers, on all held-out prompts."""
+    scores = []
+    for engine, name in ((fp32, "fp32"), (int4, "w4a16")):
+        pairs = list(zip(prompts, answers, strict=True))
+        shown = track(pairs, f"accuracy {name}", transient=True, console=Console(stderr=True))
+        scores.append(100 * statistics.fmean(answer(engine, prompt, "ar").text == text for prompt, text in shown))
+    told = f"{scores[0]:.1f} % fp32, {scores[1]:.1f} % w4a16 of {len(prompts)}"
+    return Row("held-out exact match, w4a16 against fp32", "within 1 point", told, abs(scores[0] - scores[1]) <= 1)
+
+
+MEMORY_PROGRAM = """
+import re, sys
+from pathlib import Path
+import numpy as np
+from trimode.model.manifest import Manifest
+from trimode.runtime import cpu_executor
+from trimode.runtime.executor import BidirectionalStep, CausalStep
+
+engine = Path(sys.argv[1])
+if sys.argv[2] == "1":
+    cpu_executor._FOLDERS = {CausalStep: "ar"}
+executor = cpu_executor.CpuExecutor(engine, Manifest.read(engine))
+ids, at, rows = np.arange(16)[None], np.array([0]), np.arange(16)[None]
+executor.run(CausalStep.chain(0, ids, at, rows))
+if sys.argv[2] == "2":
+    executor.run(BidirectionalStep.block(0, ids, at, rows, np.array([16]), np.array([True])))
+print(re.search(r"^Pss:\\s+(\\d+)", Path("/proc/self/smaps_rollup").read_text(), re.M)[1])
+"""
+
+
+def memory_row(engine: Path) -> Row:
+    """Proportional set size of a process that has run both engines, against one that has run the AR engine alone."""
+    sizes = []
+    for engines in ("1", "2"):
+        command = [sys.executable, "-c", MEMORY_PROGRAM, str(engine), engines]
+        runs = [int(subprocess.run(command, capture_output=True, check=True).stdout) for _ in range(3)]
+        sizes.append(statistics.median(runs) / 1024)
+    ratio = sizes[1] / sizes[0]
+    return Row(
+        "memory (PSS) of both engines against one", "<= 1.15", f"{ratio:.2f} ({sizes[1]:.0f} MiB)", ratio <= 1.15
+    )
+
+
+def adapter_row(engine: Engine, prompts: list[list[int]]) -> Row:
+    """Tokens a cycle with and without the adapter on the same texts; a paired bootstrap over prompts."""
+    cycles, tokens = [], []
+    for prompt in track(prompts, "adapter", transient=True, console=Console(stderr=True)):
+        both = [answer(engine, prompt, "linear_spec", adapter=adapter) for adapter in (True, False)]
+        cycles.append([result.passes.commit for result in both])
+        tokens.append(both[0].completion_tokens - 1)
+    counted, emitted = np.array(cycles), np.array(tokens)
+    rng = np.random.default_rng(0)
+    samples = rng.integers(0, len(prompts), (2000, len(prompts)))
+    gains = emitted[samples].sum(1) / counted[samples, 0].sum(1) - emitted[samples].sum(1) / counted[samples, 1].sum(1)
+    low, high = np.quantile(gains, (0.025, 0.975))
+    rates = emitted.sum() / counted.sum(0)
+    told = f"{rates[1]:.2f} to {rates[0]:.2f} tokens a cycle, +{rates[0] - rates[1]:.2f} [{low:.2f}, {high:.2f}]"
+    return Row("the adapter raises acceptance, block 16", "interval above 0", told, low > 0)
+
+
+def speed_rows(pair: Pair, prompts: list[list[int]]) -> list[Row]:
+    """Tokens a second over whole answers, engine and reference in turn, prompt by prompt; medians of the ratios."""
+    pace: dict[tuple[str, str], list[float]] = {}
+    for prompt in track(prompts, "speed", transient=True, console=Console(stderr=True)):
+        for mode in MODES:
+            begun = time.perf_counter()
+            emitted = len(reference_answer(pair, prompt, mode))
+            pace.setdefault(("reference", mode), []).append(emitted / (time.perf_counter() - begun))
+            result = answer(pair.engine, prompt, mode)
+            pace.setdefault(("engine", mode), []).append(result.completion_tokens / result.seconds)
+    rows = []
+    for mode in MODES:
+        ratio = median_ratio(pace["engine", mode], pace["reference", mode])
+        rate = statistics.median(pace["engine", mode])
+        told = f"{ratio:.1f} ({rate:.0f} tokens a second)"
+        rows.append(Row(f"{mode}: engine against the fp32 reference, tokens a second", ">= 3", told, ratio >= 3))
+    ratio = median_ratio(pace["engine", "linear_spec"], pace["engine", "ar"])
+    rows.append(Row("linear_spec against ar, engine, tokens a second", ">= 1.5", f"{ratio:.2f}", ratio >= 1.5))
+    return rows
+
+
+def median_ratio(numerators: list[float], denominators: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
+
+
+if __name__ == "__main__":
+    main()

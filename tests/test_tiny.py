@@ -1,0 +1,101 @@
+"""The shipped checkpoint through the whole pipeline: real text, real acceptance.
+
+Small samples of what `make prove` measures in full.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from trimode.build.engine import build_engine
+from trimode.model.checkpoint import Checkpoint
+from trimode.model.loading import load_reference
+from trimode.model.reference import NemotronLabsDiffusionModel
+from trimode.quantize import quantize_checkpoint
+from trimode.runtime.decoding import DecodingOptions
+from trimode.runtime.engine import Engine, Generation
+
+pytestmark = pytest.mark.slow
+
+MAX_TOKENS = 200
+
+
+@pytest.fixture(scope="module")
+def w4a16(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped checkpoint by AWQ, as `make demo` makes it."""
+    out = tmp_path_factory.mktemp("tiny") / "w4a16"
+    quantize_checkpoint(Checkpoint(tiny_checkpoint), out, method="awq")
+    return out
+
+
+@pytest.fixture(scope="module")
+def engine(w4a16: Path, tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    out = tmp_path_factory.mktemp("tiny") / "engine"
+    build_engine(Checkpoint(w4a16), out)
+    return Engine(out)
+
+
+@pytest.fixture(scope="module")
+def reference(w4a16: Path) -> NemotronLabsDiffusionModel:
+    return load_reference(Checkpoint(w4a16))
+
+
+@pytest.fixture(scope="module")
+def prompts(engine: Engine, heldout: list[dict]) -> list[list[int]]:
+    """Every tenth held-out problem, so that all kinds are there, long conversations among them."""
+    render = engine.tokenizer.apply_chat_template
+    return [engine.tokenizer.encode(render(record["messages"])) for record in heldout[::10]]
+
+
+def answers(engine: Engine, prompts: list[list[int]], **options: Any) -> list[Generation]:
+    decoding = DecodingOptions(**{"max_tokens": MAX_TOKENS, "block_length": 16} | options)
+    return [engine.generate(prompt, decoding) for prompt in prompts]
+
+
+def test_the_heldout_set_reaches_past_yarns_original_length(engine: Engine, heldout: list[dict]) -> None:
+    original = engine.manifest.model.rope_parameters.original_max_position_embeddings
+    render = engine.tokenizer.apply_chat_template
+    lengths = [len(engine.tokenizer.encode(render(record["messages"]))) for record in heldout]
+    assert sum(length > 2 * original for length in lengths) >= 10
+
+
+def test_linear_spec_is_ar(engine: Engine, prompts: list[list[int]]) -> None:
+    expected = answers(engine, prompts, mode="ar")
+    for options in ({"block_length": 16}, {"block_length": 32, "adapter": False}, {"draft_threshold": 0.5}):
+        found = answers(engine, prompts, mode="linear_spec", **options)
+        assert [answer.token_ids for answer in found] == [answer.token_ids for answer in expected]
+
+
+@pytest.mark.parametrize("mode", ["ar", "linear_spec", "diffusion"])
+def test_tokens_are_the_references(
+    engine: Engine, reference: NemotronLabsDiffusionModel, prompts: list[list[int]], mode: str
+) -> None:
+    decode = {
+        "ar": lambda ids: reference.ar_generate(ids, MAX_TOKENS),
+        "linear_spec": lambda ids: reference.linear_spec_generate(ids, MAX_TOKENS, block_length=16),
+        "diffusion": lambda ids: reference.generate(ids, MAX_TOKENS, block_length=16, threshold=0.9),
+    }[mode]
+    some = prompts[::3]
+    for prompt, answer in zip(some, answers(engine, some, mode=mode), strict=True):
+        out, _ = decode(torch.tensor([prompt]))
+        assert answer.token_ids == out[0, len(prompt) :].tolist()
+
+
+def test_the_adapter_raises_acceptance(engine: Engine, prompts: list[list[int]]) -> None:
+    """By the passes that the same texts take; the texts are equal, so every commit saved is the adapter's."""
+    with_adapter = answers(engine, prompts, mode="linear_spec")
+    without = answers(engine, prompts, mode="linear_spec", adapter=False)
+    assert [answer.token_ids for answer in with_adapter] == [answer.token_ids for answer in without]
+    commits = [sum(answer.passes.commit for answer in many) for many in (with_adapter, without)]
+    assert commits[0] < 0.95 * commits[1]
+
+
+def test_answers_are_mostly_right(engine: Engine, prompts: list[list[int]], heldout: list[dict]) -> None:
+    expected = [record["answer"] for record in heldout[::10]]
+    right = [answer.text == text for answer, text in zip(answers(engine, prompts), expected, strict=True)]
+    assert np.mean(right) > 0.6
