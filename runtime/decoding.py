@@ -124,54 +124,46 @@ class Sequence:
             self.committed += len(done.tokens)
             if self.committed < len(self._prompt):
                 return []
-            return self._emit([self._drawn(found, 0, len(self._prompt))])
-        return self._commit(found)
+            return self._emit(self._drawn(found, [self.committed]).tolist())
+        return self._commit(done, found)
 
     def _fill(self, done: Pass, found: Candidates) -> list[int]:
-        """Settle masked positions of the block by confidence."""
+        """Settle masked positions of the block by confidence, the probability of the token chosen for them."""
         options = self.options
         self._draft_passes_of_block += 1
-        is_diffusion = options.mode == "diffusion"
-        temperature = options.temperature if is_diffusion else 0.0  # self-speculation drafts the likeliest
-        threshold = options.threshold if is_diffusion else options.draft_threshold
-        tokens = np.empty(len(done.rows), np.int64)
-        confidence = np.empty(len(done.rows))
-        for index, row in enumerate(done.rows):
-            logits, candidates = found.logits[0, index], found.tokens[0, index]
-            number = (
-                uniform(options.seed, self.committed + int(row), self._draft_passes_of_block) if temperature else 0.0
-            )
-            tokens[index] = choose(logits, candidates, temperature, number)
-            chosen = np.flatnonzero(candidates == tokens[index])[0]
-            confidence[index] = np.exp(logits[chosen] - found.log_sum_exp[0, index])
+        if options.mode == "diffusion":
+            threshold = options.threshold
+            positions = [self.committed + int(row) for row in done.rows]
+            tokens = self._drawn(found, positions, draw=self._draft_passes_of_block)
+        else:
+            threshold = options.draft_threshold
+            tokens = found.tokens[0, :, 0]  # the likeliest is the likeliest to be accepted, at any temperature
+        logits = found.logits[0][found.tokens[0] == tokens[:, None]]
+        confidence = np.exp(logits - found.log_sum_exp[0])
         settled = confidence >= threshold
         settled[confidence.argmax()] = True
         self._block[done.rows[settled]] = tokens[settled]
-        if is_diffusion and self._ends_before_a_mask():
+        if options.mode == "diffusion" and self._ends_before_a_mask():
             return self._emit(self._block[1:].tolist())
         return []
 
-    def _commit(self, found: Candidates) -> list[int]:
+    def _commit(self, done: Pass, found: Candidates) -> list[int]:
         """Accept the block, or its longest run that the causal rows agree with, and the token that follows."""
+        block = self._block
+        tokens = self._drawn(found, [self.committed + int(row) + 1 for row in done.rows])
         if self.options.mode == "diffusion":
-            accepted = len(self._block)
-            following = self._drawn(found, 0, self.committed + accepted)
-            new = [*self._block[1:].tolist(), following]
+            new = [*block[1:].tolist(), int(tokens[-1])]
         else:
-            new = []
-            for row in range(len(self._block)):
-                new.append(self._drawn(found, row, self.committed + row + 1))
-                if row + 1 < len(self._block) and new[-1] != self._block[row + 1]:
-                    break
-            accepted = len(new)
-        self.committed += accepted
+            differing = np.flatnonzero(tokens[:-1] != block[1:])
+            new = tokens[: int(differing[0]) + 1 if len(differing) else len(block)].tolist()
+        self.committed += len(new)
         return self._emit(new)
 
-    def _drawn(self, found: Candidates, row: int, position: int) -> int:
-        """The token for absolute ``position`` by a causal row."""
+    def _drawn(self, found: Candidates, positions: list[int], draw: int = 0) -> Ints:
+        """A token a row, for these absolute positions."""
         options = self.options
-        number = uniform(options.seed, position) if options.temperature else 0.0
-        return choose(found.logits[0, row], found.tokens[0, row], options.temperature, number)
+        numbers = [uniform(options.seed, position, draw) for position in positions] if options.temperature else []
+        return choose(found.logits[0], found.tokens[0], options.temperature, numbers)
 
     def _emit(self, tokens: list[int]) -> list[int]:
         """Append tokens up to the first end token or the length limit, and lay out the next block."""

@@ -7,6 +7,8 @@ self-speculation emits the very tokens that sampled AR emits with the same seed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,13 +20,15 @@ def uniform(seed: int, position: int, draw: int = 0) -> float:
     return float(np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, draw, position])).random())
 
 
-def choose(logits: NDArray[np.float32], tokens: Ints, temperature: float, number: float) -> int:
-    """One row's token. logits, tokens: [k], best first; ``number`` in [0, 1) is used at temperature > 0 only.
+def choose(logits: NDArray[np.float32], tokens: Ints, temperature: float, numbers: Sequence[float]) -> Ints:
+    """A token a row, [R]. logits, tokens: [R, k], best first. numbers: [R] in [0, 1), used at temperature > 0 only.
 
-    The draw is among the k candidates that the engine reports; their probabilities are renormalised.
+    A draw is among the k candidates that the engine reports; their probabilities are renormalised.
     """
     if temperature == 0:
-        return int(tokens[0])
-    weights = np.exp((logits.astype(np.float64) - logits[0]) / temperature)
-    cumulative = np.cumsum(weights)
-    return int(tokens[np.searchsorted(cumulative, number * cumulative[-1], side="right")])
+        return tokens[:, 0]
+    weights = np.exp((logits.astype(np.float64) - logits[:, :1]) / temperature)
+    cumulative = weights.cumsum(axis=-1)
+    below = cumulative <= np.asarray(numbers)[:, None] * cumulative[:, -1:]
+    chosen: Ints = np.take_along_axis(tokens, below.sum(axis=-1)[:, None], axis=-1)[:, 0]
+    return chosen
