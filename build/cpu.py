@@ -15,10 +15,11 @@ import onnxruntime as ort
 
 from trimode.build.network import NetworkOptions, build_network
 from trimode.build.prepacked_pool import merge_pools
-from trimode.build.raw_pool import Progress, write_raw_pool
+from trimode.build.raw_pool import write_raw_pool
 from trimode.model.checkpoint import Checkpoint
 from trimode.model.errors import TriModeError
 from trimode.model.manifest import POOL, Activations, PoolEntry
+from trimode.model.progress import Progress
 from trimode.model.step import AttentionPattern
 
 ENGINES: tuple[tuple[str, AttentionPattern], ...] = (("ar", "causal"), ("diffusion", "bidirectional"))

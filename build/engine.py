@@ -15,7 +15,6 @@ from safetensors.numpy import save
 
 from trimode.build.cpu import build_cpu_engines
 from trimode.build.network import NetworkOptions
-from trimode.build.raw_pool import Progress
 from trimode.model.atomic_folder import atomic_folder
 from trimode.model.checkpoint import HEAD, Checkpoint
 from trimode.model.errors import TriModeError
@@ -33,6 +32,7 @@ from trimode.model.manifest import (
     Precision,
     hash_file,
 )
+from trimode.model.progress import Progress, no_progress
 from trimode.model.step import adapter_inputs
 from trimode.model.tokenizer import FILES, Tokenizer
 
@@ -54,7 +54,7 @@ def build_engine(
     prefill_step: int = 256,
     top_k: int = 64,
     activations: Activations = "fp32",
-    progress: Progress = lambda _stage, _done, _total: None,
+    progress: Progress = no_progress,
 ) -> Manifest:
     """Build both engines into ``out``.
 

@@ -6,7 +6,6 @@ Both graphs name ranges of this one file, so their constants are the same by con
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -18,10 +17,9 @@ from onnx import TensorProto
 
 from trimode.model.checkpoint import HEAD, Checkpoint, Int4Weight
 from trimode.model.errors import TriModeError
+from trimode.model.progress import Progress
 
 ALIGNMENT = 4096  # a page, so that every tensor can be mapped on its own
-
-Progress = Callable[[str, int, int], None]
 
 ONNX_DTYPES = {
     np.dtype(np.float32): TensorProto.FLOAT,

@@ -24,9 +24,9 @@ from torch import Tensor
 
 from trimode.model.checkpoint import HEAD, Checkpoint
 from trimode.model.loading import load_reference
+from trimode.model.progress import Progress
 from trimode.model.reference import NemotronLabsDiffusionModel
 from trimode.quantize.attention_patterns import PatternLogits, both_patterns
-from trimode.quantize.progress import Progress
 from trimode.quantize.report import CalibrationReport
 from trimode.quantize.safetensors_stream import TensorSpec, write_tensors
 
@@ -52,7 +52,7 @@ def write_awq(
             both_patterns(model, text)
             progress("calibrate", next(done), steps)
 
-    with _scratch_folder() as scratch:
+    with scratch_folder() as scratch:
         mtq.quantize(model, _modelopt_config(group, int4_head), forward_loop)
         exported = _export(model, scratch)
     del model
@@ -120,7 +120,7 @@ def _relative_error(found: list[Tensor], expected: list[Tensor]) -> float:
 
 
 @contextmanager
-def _scratch_folder() -> Iterator[Path]:
+def scratch_folder() -> Iterator[Path]:
     """A temporary folder, used for all temporary files meanwhile: ModelOpt leaves generated code behind in them."""
     previous = tempfile.tempdir
     with tempfile.TemporaryDirectory() as folder:

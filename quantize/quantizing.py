@@ -11,10 +11,10 @@ from typing import Any, Literal
 from trimode.model.atomic_folder import atomic_folder
 from trimode.model.checkpoint import ADAPTER_FOLDER, HEAD, Checkpoint, linear_shapes
 from trimode.model.errors import TriModeError
+from trimode.model.progress import Progress, no_progress
 from trimode.model.records import read_json
 from trimode.quantize.calibration import calibration_tokens
 from trimode.quantize.modelopt_format import QUANT_CONFIG_FILE, hf_quant_config, quantization_config
-from trimode.quantize.progress import Progress, no_progress
 from trimode.quantize.quiet import quiet
 from trimode.quantize.report import REPORT_FILE, CalibrationReport, QuantizationReport, weight_errors
 from trimode.quantize.round_to_nearest import write_rounded

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveInt
 
 from trimode.model.checkpoint import Checkpoint, Int4Weight
-from trimode.quantize.progress import Progress
+from trimode.model.progress import Progress
 from trimode.quantize.row_slices import row_slices
 
 REPORT_FILE = "quantization_report.json"

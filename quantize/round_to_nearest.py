@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from trimode.model import int4
 from trimode.model.checkpoint import Checkpoint, linear_shapes, vector_shapes
-from trimode.quantize.progress import Progress
+from trimode.model.progress import Progress
 from trimode.quantize.row_slices import row_slices
 from trimode.quantize.safetensors_stream import TensorSpec, write_tensors
 

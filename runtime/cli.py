@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 import click
+from rich import progress as bars
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from trimode.model.checkpoint import open_checkpoint
 from trimode.model.errors import TriModeError
 from trimode.model.manifest import Activations, Manifest
+from trimode.model.progress import Progress
 from trimode.runtime.decoding import DecodingOptions, Mode
 from trimode.runtime.engine import Engine
 from trimode.runtime.text_stream import TextStream
@@ -221,15 +222,21 @@ def _print_manifest(engine: Path, manifest: Manifest, as_json: bool) -> None:
 
 
 @contextmanager
-def _progress() -> Iterator[Any]:
+def _progress() -> Iterator[Progress]:
     """Bars on stderr, one for each stage that the work reports."""
-    columns = (TextColumn("{task.description:>10}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-        tasks: dict[str, TaskID] = {}
+    columns = (
+        bars.TextColumn("{task.description:>10}"),
+        bars.BarColumn(),
+        bars.TaskProgressColumn(),
+        bars.TimeElapsedColumn(),
+    )
+    # The stream itself: `sys.stderr` may be redirected while ModelOpt is kept quiet.
+    with bars.Progress(*columns, console=Console(file=sys.stderr), transient=True) as shown:
+        tasks: dict[str, bars.TaskID] = {}
 
         def report(stage: str, done: int, total: int) -> None:
             if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done, total=total)
+                tasks[stage] = shown.add_task(stage, total=total)
+            shown.update(tasks[stage], completed=done, total=total)
 
         yield report

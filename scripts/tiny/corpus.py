@@ -421,9 +421,10 @@ SYSTEMS = ("You are a helpful assistant.", "You are TriMode, a small language mo
 class Corpus:
     """An endless, seeded stream of conversations, all of whose problems are (or are not) held out."""
 
-    def __init__(self, seed: int, held_out: bool) -> None:
+    def __init__(self, seed: int, held_out: bool, emphasis: dict[str, float] | None = None) -> None:
         self.rng = random.Random(f"{seed} {held_out}")
         self.held_out = held_out
+        self.shares = {kind: share * (emphasis or {}).get(kind, 1) for kind, (_, share) in KINDS.items()}
 
     def admit(self, make: Callable[[random.Random], Problem]) -> Problem:
         while True:
@@ -433,7 +434,7 @@ class Corpus:
 
     def problem(self, kind: str | None = None) -> Problem:
         if kind is None:
-            kind = self.rng.choices(list(KINDS), [share for _, share in KINDS.values()])[0]
+            kind = self.rng.choices(list(self.shares), list(self.shares.values()))[0]
         return self.admit(KINDS[kind][0])
 
     def several(self, count: int) -> Problem:

@@ -22,7 +22,7 @@ import shutil
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -76,6 +76,22 @@ WHOLE_MASKED = 0.25  # of the noisy blocks: what a one-shot draft sees. More wou
 PREFIX_KNOWN = 0.2  # of the noisy blocks: known up to a point, masked behind it
 BLOCK_SIZES = {8: 0.35, 16: 0.40, 32: 0.25}
 PAST_END_WEIGHT = 0.1  # of end tokens behind the first: keeps a draft from ending answers too early
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A run of the optimiser from warm-up to zero; ``emphasis`` multiplies kinds' shares in the corpus."""
+
+    steps: int
+    peak: float = 1.0
+    emphasis: dict[str, float] = field(default_factory=dict)
+
+
+STAGES = (
+    Stage(5500),
+    # Kinds that lag after the first stage get another, gentler descent.
+    Stage(700, 0.3, {"range": 3, "calendar": 2, "alphabet": 2.5, "sort": 2.5, "count": 2}),
+)
 
 
 def progress(message: str, console: Console = Console()) -> None:  # noqa: B008
@@ -282,11 +298,10 @@ def collate(bins: list[Bin]) -> Batch:
 class Batches:
     """An endless stream of batches. Rows too long for an ordinary bin wait until a batch of long bins is full."""
 
-    def __init__(self, seed: int, encode: Callable[[str], list[int]]) -> None:
+    def __init__(self, seed: int, encode: Callable[[str], list[int]], emphasis: dict[str, float]) -> None:
         self.rng = random.Random(f"blocks {seed}")
-        self.corpus = Corpus(seed, held_out=False)
+        self.corpus = Corpus(seed, held_out=False, emphasis=emphasis)
         self.encode = encode
-        self.spare: Row | None = None
 
     def __iter__(self) -> Iterator[Batch]:
         ordinary: list[Bin] = []
@@ -440,19 +455,19 @@ def teacher_forced(model: NemotronLabsDiffusionModel, rows: list[Row]) -> dict[s
 
 
 def train_network(
-    model: NemotronLabsDiffusionModel, batches: Iterable[Batch], steps: int, report: Callable[[int], None]
+    model: NemotronLabsDiffusionModel, batches: Iterable[Batch], stage: Stage, report: Callable[[int], None]
 ) -> None:
     matrices = [parameter for name, parameter in model.named_parameters() if "_proj" in name]
     others = [parameter for name, parameter in model.named_parameters() if "_proj" not in name]
     muon = Muon(matrices, rate=0.012)
     adam = torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01)
     torch._dynamo.config.automatic_dynamic_shapes = False  # two shapes of bin, each compiled for itself
-    encoder = torch.compile(model.encoder) if steps > 20 else model.encoder
-    running, began = 0.0, time.monotonic()
+    encoder = torch.compile(model.encoder) if stage.steps > 20 else model.encoder
+    running, began, steps = 0.0, time.monotonic(), stage.steps
     for step, batch in enumerate(itertools.islice(batches, steps)):
         loss = loss_of(encoder, model.diffusion_head, batch)
         loss.backward()
-        factor = schedule(step, steps)
+        factor = stage.peak * schedule(step, steps)
         muon.step(factor)
         for group in adam.param_groups:
             group["lr"] = 3e-3 * factor
@@ -466,6 +481,20 @@ def train_network(
                 f"{(steps - step - 1) * seconds / 60:.1f} min left"
             )
         report(step + 1)
+
+
+def run_stage(
+    model: NemotronLabsDiffusionModel, stage: Stage, batches: Iterable[Batch], held_out: list[Row], every: int
+) -> NemotronLabsDiffusionModel:
+    """Train, telling now and then how each kind does; returns the network as it would ship."""
+
+    def report(step: int) -> None:
+        if step % every == 0 or step == stage.steps:
+            scores = teacher_forced(rounded(model), held_out)
+            progress(f"AR exact match at step {step}: " + "  ".join(f"{k} {v:.2f}" for k, v in sorted(scores.items())))
+
+    train_network(model, batches, stage, report)
+    return rounded(model)
 
 
 # --- draft adapter
@@ -538,22 +567,21 @@ def export(
     adapter_steps: int,
     seed: int,
 ) -> None:
-    """Write the checkpoint folder: tokenizer, weights, adapter, generation settings."""
+    """Write the checkpoint folder: tokenizer, weights (``model``'s are of bfloat16 values), adapter, settings."""
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(out)
     settings = out / "tokenizer_config.json"
     known_everywhere = {"tokenizer_class": "PreTrainedTokenizerFast"}  # transformers 5 writes a name that 4 lacks
     settings.write_text(json.dumps(json.loads(settings.read_text()) | known_everywhere, indent=2) + "\n")
-    base = rounded(model)
     shipped = NemotronLabsDiffusionModel(make_config()).bfloat16()
-    shipped.load_state_dict(base.state_dict())
+    shipped.load_state_dict(model.state_dict())
     shipped.save_pretrained(out)
     (out / "model.safetensors").chmod(0o644)
     generation = GenerationConfig(
         bos_token_id=SPECIAL_IDS["<s>"], eos_token_id=END, pad_token_id=END, max_new_tokens=256
     )
     generation.save_pretrained(out)
-    adapted = train_adapter(base, rows, adapter_steps, seed)
+    adapted = train_adapter(model, rows, adapter_steps, seed)
     folder = out / "linear_spec_lora"
     shutil.rmtree(folder, ignore_errors=True)
     adapted.bfloat16().save_pretrained(folder)
@@ -565,38 +593,26 @@ def write_jsonl(path: Path, records: Iterable[object]) -> None:
     path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
 
 
-def snapshot(text: str) -> tuple[int, Path]:
-    step, _, folder = text.partition(":")
-    return int(step), Path(folder)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the checkpoint folder to write")
-    parser.add_argument("--steps", type=int, default=5500)
-    parser.add_argument("--adapter-steps", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, help="of the first stage, for a short trial: the others shrink with it")
+    parser.add_argument("--adapter-steps", type=int, default=1000)
     parser.add_argument("--report-every", type=int, default=500, help="steps between measurements on held-out problems")
-    parser.add_argument(
-        "--snapshot",
-        type=snapshot,
-        action="append",
-        default=[],
-        metavar="STEP:FOLDER",
-        help="also export after this step, with a briefly trained adapter",
-    )
     parser.add_argument("--held-out", type=Path, help="also write the evaluation's prompts to this file")
     arguments = parser.parse_args()
+    seed = arguments.seed
 
     keep_freed_memory()
     torch.set_num_threads(2)
-    tokenizer = train_tokenizer(itertools.islice(Corpus(arguments.seed, held_out=False), 20000))
-    check_template(tokenizer, itertools.islice(Corpus(arguments.seed, held_out=False), 200))
+    tokenizer = train_tokenizer(itertools.islice(Corpus(seed, held_out=False), 20000))
+    check_template(tokenizer, itertools.islice(Corpus(seed, held_out=False), 200))
     encode = encoder_of(tokenizer)
-    held_out = [tokenise(row, encode) for row in itertools.islice(Corpus(arguments.seed + 1, held_out=True), 480)]
+    held_out = [tokenise(row, encode) for row in itertools.islice(Corpus(seed + 1, held_out=True), 480)]
     if arguments.held_out:
-        write_jsonl(arguments.held_out, held_out_records(arguments.seed))
-    model = make_model(arguments.seed)
+        write_jsonl(arguments.held_out, held_out_records(seed))
+    model = make_model(seed)
     count = sum(parameter.numel() for parameter in model.parameters())
     answers = [end - first for row in held_out for first, end in row.answers]
     progress(
@@ -604,23 +620,20 @@ def main() -> None:
         f"answers of {sum(answers) / len(answers):.0f}"
     )
 
+    for index, stage in enumerate(STAGES):
+        if arguments.steps:
+            stage = replace(stage, steps=max(1, stage.steps * arguments.steps // STAGES[0].steps))
+        batches = Batches(seed + 100 * index, encode, stage.emphasis)
+        model = run_stage(model, stage, batches, held_out, arguments.report_every)
+
     def rows_for_adapter() -> Iterator[Row]:
-        for conversation in Corpus(arguments.seed + 2, held_out=False):
+        for conversation in Corpus(seed + 2, held_out=False):
             row = tokenise(conversation, encode)
             if len(row.ids) <= BIN:
                 yield row
 
-    def report(step: int) -> None:
-        if step % arguments.report_every == 0 or step == arguments.steps:
-            scores = teacher_forced(rounded(model), held_out)
-            progress(f"AR exact match at step {step}: " + "  ".join(f"{k} {v:.2f}" for k, v in sorted(scores.items())))
-        for at, folder in arguments.snapshot:
-            if step == at:
-                export(folder, model, tokenizer, rows_for_adapter(), 30, arguments.seed)
-
-    train_network(model, Batches(arguments.seed, encode), arguments.steps, report)
-    export(arguments.out, model, tokenizer, rows_for_adapter(), arguments.adapter_steps, arguments.seed)
-    calibration = itertools.islice(Corpus(arguments.seed + 3, held_out=False), 64)
+    export(arguments.out, model, tokenizer, rows_for_adapter(), arguments.adapter_steps, seed)
+    calibration = itertools.islice(Corpus(seed + 3, held_out=False), 64)
     write_jsonl(arguments.out / "calibration.jsonl", ({"messages": row.messages()} for row in calibration))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from trimode.model.checkpoint import HEAD, Checkpoint, DenseWeight, Int4Weight, 
 from trimode.model.loading import load_reference
 from trimode.model.reference import NemotronLabsDiffusionModel
 from trimode.quantize.attention_patterns import both_patterns
+from trimode.quantize.awq import scratch_folder
 from trimode.quantize.calibration import calibration_tokens
 from trimode.quantize.report import QuantizationReport
 
@@ -152,6 +154,16 @@ def test_the_report_says_what_was_measured(source: Checkpoint, awq: Checkpoint) 
     assert report.calibration.texts == 5
     assert 0.01 < report.calibration.causal_logit_error < 0.2
     assert 0.01 < report.calibration.bidirectional_logit_error < 0.2
+
+
+def test_files_that_modelopt_leaves_behind_go_with_the_scratch_folder() -> None:
+    usual = tempfile.gettempdir()
+    with scratch_folder() as folder:
+        with tempfile.NamedTemporaryFile(delete=False) as left:
+            pass
+        assert Path(left.name).parent == folder
+    assert not folder.exists()
+    assert tempfile.gettempdir() == usual
 
 
 def _quantisation_json(folder: Path) -> tuple[Any, Any]:
