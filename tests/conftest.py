@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import logging as transformers_logging
 
 from tests.random_checkpoint import write_random_checkpoint
@@ -13,6 +14,8 @@ from trimode.build.engine import build_engine
 from trimode.model.checkpoint import Checkpoint
 from trimode.quantize import quantize_checkpoint
 
+# Matrices this small are slower on more.
+torch.set_num_threads(1)
 transformers_logging.disable_progress_bar()
 transformers_logging.set_verbosity_error()
 

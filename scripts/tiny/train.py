@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from corpus import Conversation, Corpus, held_out_records
+from corpus import REVISED_SHARES, Conversation, Corpus, held_out_records
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -80,17 +80,17 @@ PAST_END_WEIGHT = 0.1  # of end tokens behind the first: keeps a draft from endi
 
 @dataclass(frozen=True)
 class Stage:
-    """A run of the optimiser from warm-up to zero; ``emphasis`` multiplies kinds' shares in the corpus."""
+    """A run of the optimiser from warm-up to zero, on a corpus of its own."""
 
     steps: int
     peak: float = 1.0
-    emphasis: dict[str, float] = field(default_factory=dict)
+    shares: dict[str, float] = field(default_factory=dict)  # of the kinds, where they differ from the corpus's
+    several: float = 0.04  # share of prompts with two questions
 
 
 STAGES = (
     Stage(5500),
-    # Kinds that lag after the first stage get another, gentler descent.
-    Stage(700, 0.3, {"range": 3, "calendar": 2, "alphabet": 2.5, "sort": 2.5, "count": 2}),
+    Stage(700, 0.3, REVISED_SHARES, 0.10),  # a gentler descent on more of the kinds that lag
 )
 
 
@@ -298,9 +298,9 @@ def collate(bins: list[Bin]) -> Batch:
 class Batches:
     """An endless stream of batches. Rows too long for an ordinary bin wait until a batch of long bins is full."""
 
-    def __init__(self, seed: int, encode: Callable[[str], list[int]], emphasis: dict[str, float]) -> None:
+    def __init__(self, seed: int, encode: Callable[[str], list[int]], stage: Stage) -> None:
         self.rng = random.Random(f"blocks {seed}")
-        self.corpus = Corpus(seed, held_out=False, emphasis=emphasis)
+        self.corpus = Corpus(seed, held_out=False, shares=stage.shares, several=stage.several)
         self.encode = encode
 
     def __iter__(self) -> Iterator[Batch]:
@@ -609,7 +609,7 @@ def main() -> None:
     tokenizer = train_tokenizer(itertools.islice(Corpus(seed, held_out=False), 20000))
     check_template(tokenizer, itertools.islice(Corpus(seed, held_out=False), 200))
     encode = encoder_of(tokenizer)
-    held_out = [tokenise(row, encode) for row in itertools.islice(Corpus(seed + 1, held_out=True), 480)]
+    held_out = [tokenise(row, encode) for row in itertools.islice(Corpus(seed + 1, True, REVISED_SHARES), 480)]
     if arguments.held_out:
         write_jsonl(arguments.held_out, held_out_records(seed))
     model = make_model(seed)
@@ -623,17 +623,17 @@ def main() -> None:
     for index, stage in enumerate(STAGES):
         if arguments.steps:
             stage = replace(stage, steps=max(1, stage.steps * arguments.steps // STAGES[0].steps))
-        batches = Batches(seed + 100 * index, encode, stage.emphasis)
+        batches = Batches(seed + 100 * index, encode, stage)
         model = run_stage(model, stage, batches, held_out, arguments.report_every)
 
     def rows_for_adapter() -> Iterator[Row]:
-        for conversation in Corpus(seed + 2, held_out=False):
+        for conversation in Corpus(seed + 2, False, REVISED_SHARES):
             row = tokenise(conversation, encode)
             if len(row.ids) <= BIN:
                 yield row
 
     export(arguments.out, model, tokenizer, rows_for_adapter(), arguments.adapter_steps, seed)
-    calibration = itertools.islice(Corpus(seed + 3, held_out=False), 64)
+    calibration = itertools.islice(Corpus(seed + 3, False, REVISED_SHARES), 64)
     write_jsonl(arguments.out / "calibration.jsonl", ({"messages": row.messages()} for row in calibration))
 
 

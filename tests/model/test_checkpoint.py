@@ -1,4 +1,4 @@
-"""Opening a checkpoint: what is missing, surplus, misshapen or damaged is named, and nothing is read before its time."""
+"""Opening a checkpoint: what is missing, surplus, misshapen or damaged is named, nothing is read before its time."""
 
 from __future__ import annotations
 

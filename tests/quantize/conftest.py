@@ -9,18 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from trimode.model.checkpoint import Checkpoint
 from trimode.quantize import quantize_checkpoint
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    """Matrices this small are slower on more."""
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
