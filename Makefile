@@ -6,7 +6,7 @@ TARGET ?= cpu
 METHOD ?= awq
 NAME = $(notdir $(patsubst %/,%,$(MODEL)))
 ENGINE ?= engines/$(NAME)-$(TARGET)
-QUANTIZED ?= engines/$(NAME)-w4a16
+QUANTIZED ?= engines/$(NAME)-w4a16-$(METHOD)
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -54,12 +54,14 @@ $(VENV)/.dependencies: pyproject.toml
 	@touch $@
 
 $(VENV)/.package: $(VENV)/.dependencies $(SOURCES)
+	rm -rf .setuptools
 	$(BIN)/python -m pip install --quiet --no-deps --force-reinstall .
 	@touch $@
 
 # An engine outlives changes of the code; remove its folder to build it anew.
 $(ENGINE)/manifest.json: | $(VENV)/.package
-	@test -e $(QUANTIZED)/config.json || $(BIN)/trimode quantize $(MODEL) $(QUANTIZED) --method $(METHOD)
-	@$(BIN)/trimode build $(QUANTIZED) $(ENGINE) --target $(TARGET)
+	@test -e $(MODEL)/hf_quant_config.json || test -e $(QUANTIZED)/config.json || \
+		$(BIN)/trimode quantize $(MODEL) $(QUANTIZED) --method $(METHOD) $(if $(CALIBRATION),--calibration $(CALIBRATION))
+	@$(BIN)/trimode build $(if $(wildcard $(MODEL)/hf_quant_config.json),$(MODEL),$(QUANTIZED)) $(ENGINE) --target $(TARGET)
 
 .PHONY: help setup demo build-engine test lint types prove train-tiny clean

@@ -7,6 +7,7 @@ pages.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -64,6 +65,6 @@ def _optimise(source: Path, result: Path, activations: Activations) -> None:
     try:
         ort.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime raises its own unrelated exception types
-        if "No space left" in str(error) or "ENOSPC" in str(error):
+        if re.search("No space left|Failed to (write|flush)", str(error)):
             raise TriModeError(f"{result.parent}: the disk is full; free space and build again") from None
         raise

@@ -22,7 +22,6 @@ from trimode.model.machine import instruction_set
 from trimode.model.manifest import (
     ADAPTER,
     FORMAT_VERSION,
-    MANIFEST,
     TOKENIZER,
     Activations,
     AdapterEntry,
@@ -110,8 +109,8 @@ def build_engine(
             pool=pool,
             files=_hashed_files(folder, progress),
         )
-        (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    return manifest
+        manifest.write(folder)
+    return Manifest.read(out)
 
 
 def _write_adapter(checkpoint: Checkpoint, path: Path) -> AdapterEntry | None:

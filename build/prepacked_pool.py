@@ -131,6 +131,8 @@ def _read_together(files: list[Path], ranges: list[tuple[int, int]]) -> Iterator
             left.append(length)
         while any(left):
             chunks = [handle.read(min(_CHUNK, length)) for handle, length in zip(handles, left, strict=True)]
+            if not all(chunks):
+                raise RuntimeError(f"{files[0].name} ends before its constants do")
             left = [length - len(chunk) for length, chunk in zip(left, chunks, strict=True)]
             yield chunks
     finally:

@@ -19,6 +19,9 @@ def atomic_folder(out: Path) -> Iterator[Path]:
     After an exception, KeyboardInterrupt included, nothing is left of it. Raises TriModeError if ``out`` holds anything
     already, cannot be made, or the disk is full.
     """
+    out = out.resolve()
+    if out.is_mount():
+        raise TriModeError(f"{out} is a mount point and cannot be put in place at once; give a folder inside it")
     _refuse_occupied(out)
     temporary = _make_sibling(out)
     try:
@@ -26,7 +29,7 @@ def atomic_folder(out: Path) -> Iterator[Path]:
         _refuse_occupied(out)  # once more: the work may have taken an hour
         temporary.rename(out)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise TriModeError(
                 f"{out}: the disk is full; nothing was kept. Free some space, or write elsewhere"
             ) from None

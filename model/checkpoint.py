@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import ml_dtypes  # noqa: F401 - without it numpy knows no bfloat16, and safetensors cannot hand one over
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 from safetensors import SafetensorError, safe_open
 
 from trimode.model import int4
@@ -48,7 +47,7 @@ class _QuantizationFile(BaseModel):
 class AdapterConfig(BaseModel):
     """peft's ``adapter_config.json``, as far as the draft adapter uses it."""
 
-    model_config = ConfigDict(extra="ignore", frozen=True)
+    model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
 
     peft_type: Literal["LORA"] = "LORA"
     r: PositiveInt
@@ -57,6 +56,11 @@ class AdapterConfig(BaseModel):
     bias: Literal["none"] = "none"
     use_rslora: Literal[False] = False
     use_dora: Literal[False] = False
+    lora_bias: Literal[False] = False
+    # Layers with ranks or scales of their own, or none at all, would be another adapter.
+    rank_pattern: Annotated[dict[str, int], Field(max_length=0)] = Field(default_factory=dict)
+    alpha_pattern: Annotated[dict[str, float], Field(max_length=0)] = Field(default_factory=dict)
+    layers_to_transform: None = None
 
     @property
     def scale(self) -> float:
@@ -128,11 +132,10 @@ class TensorFiles:
     """safetensors files opened together; tensors are mapped on disk until asked for."""
 
     def __init__(self, files: list[Path]) -> None:
-        self._stack = ExitStack()
         self._owner: dict[str, tuple[Path, Any]] = {}
         for path in files:
             try:
-                handle = self._stack.enter_context(safe_open(path, framework="np"))
+                handle = safe_open(path, framework="np")
             except FileNotFoundError:
                 raise TriModeError(f"{path} is missing") from None
             except (SafetensorError, OSError) as error:
@@ -166,9 +169,6 @@ class TensorFiles:
                     f"{path}: tensor {name} holds {bad} NaN or infinite values of {array.size}; the file is damaged"
                 )
         return array
-
-    def close(self) -> None:
-        self._stack.close()
 
 
 class Adapter:
@@ -264,7 +264,7 @@ class Checkpoint:
 def open_checkpoint(source: str | Path) -> Checkpoint:
     """Open a local folder, or download a hub id such as ``nvidia/Nemotron-Labs-Diffusion-8B`` and open that."""
     folder = Path(source)
-    is_hub_id = not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source))
+    is_hub_id = not folder.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source))
     return Checkpoint(_download(str(source)) if is_hub_id else folder)
 
 
@@ -277,7 +277,7 @@ def _download(hub_id: str) -> Path:
     try:
         patterns = ["*.json", "*.jinja", "*.safetensors", f"{ADAPTER_FOLDER}/*"]
         return Path(snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=["*.bin", "*.pt", "*.py"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise TriModeError(f"{hub_id} is neither a local folder nor could it be downloaded: {reason}") from None
 
@@ -286,7 +286,8 @@ def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         return [folder / "model.safetensors"]
-    weight_map = read_json(index).get("weight_map")
+    content = read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise TriModeError(f"{index}: weight_map is missing or empty")
     names = sorted({str(name) for name in weight_map.values()})

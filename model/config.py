@@ -26,7 +26,7 @@ class RopeParameters(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     rope_type: Literal["yarn"]
-    rope_theta: PositiveFloat
+    rope_theta: Annotated[float, Field(gt=1)]
     factor: Annotated[float, Field(ge=1)]
     original_max_position_embeddings: PositiveInt
     beta_fast: PositiveFloat = 32.0
@@ -56,7 +56,7 @@ class ModelConfig(BaseModel):
     vocab_size: PositiveInt
     hidden_size: PositiveInt
     intermediate_size: PositiveInt
-    num_hidden_layers: PositiveInt
+    num_hidden_layers: Annotated[int, Field(ge=1, le=1000)]
     num_attention_heads: PositiveInt
     num_key_value_heads: PositiveInt
     head_dim: PositiveInt
@@ -64,7 +64,7 @@ class ModelConfig(BaseModel):
     rms_norm_eps: PositiveFloat
     rope_parameters: RopeParameters
     mask_token_id: TokenId
-    eos_token_id: Annotated[tuple[TokenId, ...], BeforeValidator(_as_tuple)]
+    eos_token_id: Annotated[tuple[TokenId, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
     bos_token_id: TokenId
     block_size: PositiveInt = 32
     # Any other value is another network.
@@ -73,6 +73,8 @@ class ModelConfig(BaseModel):
     mlp_bias: Literal[False] = False
     tie_word_embeddings: Literal[False] = False
     sliding_window: None = None
+    rope_scaling: None = None
+    layer_types: tuple[Literal["full_attention"], ...] | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> ModelConfig:

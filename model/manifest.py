@@ -17,10 +17,11 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
 from trimode.model.config import ModelConfig
 from trimode.model.errors import TriModeError
+from trimode.model.progress import Progress, no_progress
 from trimode.model.records import read_json_record
 
 Activations = Literal["fp32", "int8"]
@@ -104,14 +105,36 @@ class Manifest(_Record):
     tools: dict[str, str]
     pool: tuple[PoolEntry, ...]
     files: tuple[EngineFile, ...]
+    # Of all that stands above, so that a changed limit or token id is found as a changed weight is.
+    sha256: str = ""
+
+    @model_validator(mode="after")
+    def _complete(self) -> Manifest:
+        required = {"ar/model.onnx", "diffusion/model.onnx", POOL, f"{TOKENIZER}/tokenizer.json"}
+        if self.adapter is not None:
+            required.add(ADAPTER)
+        if missing := required - {entry.path for entry in self.files}:
+            raise ValueError(f"files lacks {min(missing)}")
+        return self
+
+    def content_hash(self) -> str:
+        return hashlib.sha256(self.model_dump_json(exclude={"sha256"}).encode()).hexdigest()
+
+    def write(self, engine: Path) -> None:
+        sealed = self.model_copy(update={"sha256": self.content_hash()})
+        (engine / MANIFEST).write_text(sealed.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, engine: Path) -> Manifest:
+        """Raises TriModeError if there is none, it is of another format, or it was changed after the build."""
         if not (engine / MANIFEST).is_file():
             raise TriModeError(
                 f"{engine} is not an engine directory; build one with `trimode build CHECKPOINT {engine}`"
             )
-        return read_json_record(cls, engine / MANIFEST)
+        manifest = read_json_record(cls, engine / MANIFEST)
+        if manifest.sha256 != manifest.content_hash():
+            raise TriModeError(f"{engine / MANIFEST} was changed after the build; {_remedy(engine)}")
+        return manifest
 
 
 def hash_file(path: Path, advanced: Callable[[int], None] = lambda _bytes: None) -> str:
@@ -124,14 +147,29 @@ def hash_file(path: Path, advanced: Callable[[int], None] = lambda _bytes: None)
     return digest.hexdigest()
 
 
-def verify_files(engine: Path, manifest: Manifest) -> None:
+def _remedy(engine: Path) -> str:
+    return f"build the engine again: trimode build CHECKPOINT {engine}"
+
+
+def verify_files(engine: Path, manifest: Manifest, progress: Progress = no_progress) -> None:
     """Check every file of the engine; raises TriModeError that names the first one that is not as built."""
-    remedy = f"build the engine again: trimode build CHECKPOINT {engine}"
+    remedy = _remedy(engine)
+    listed = {engine / entry.path for entry in manifest.files} | {engine / MANIFEST}
+    for path in sorted(engine.rglob("*")):
+        if path.is_file() and path not in listed:
+            raise TriModeError(f"{path} is not part of the engine; remove it, or {remedy}")
+    total, done = sum(entry.bytes for entry in manifest.files), 0
+
+    def advanced(count: int) -> None:
+        nonlocal done
+        done += count
+        progress("verify", done, total)
+
     for entry in manifest.files:
         path = engine / entry.path
         if not path.is_file():
             raise TriModeError(f"{path} is missing; {remedy}")
         if path.stat().st_size != entry.bytes:
             raise TriModeError(f"{path} has {path.stat().st_size} bytes, the manifest says {entry.bytes}; {remedy}")
-        if hash_file(path) != entry.sha256:
+        if hash_file(path, advanced) != entry.sha256:
             raise TriModeError(f"{path} was changed after the build (sha256 differs from the manifest); {remedy}")

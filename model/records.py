@@ -21,7 +21,7 @@ def read_json(path: Path) -> Any:
         raise TriModeError(f"{path} is missing") from None
     except (OSError, UnicodeDecodeError) as error:
         raise TriModeError(f"{path} cannot be read: {error}") from None
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise TriModeError(f"{path} is not valid JSON: {error}") from None
 
 

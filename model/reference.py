@@ -149,7 +149,7 @@ class Encoder(nn.Module):
         """Llama-4 temperature tuning, 1 + beta * log(1 + floor(position / original length)); [batch, 1, step, 1]."""
         rope = self.config.rope_parameters
         steps = torch.floor(position_ids[:, None, :, None] / rope["original_max_position_embeddings"])
-        return 1 + rope["llama_4_scaling_beta"] * torch.log(1 + steps)
+        return 1 + rope.get("llama_4_scaling_beta", 0.0) * torch.log(1 + steps)
 
 
 class NemotronLabsDiffusionModel(TriModeGeneration, PreTrainedModel):

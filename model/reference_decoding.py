@@ -108,8 +108,10 @@ class TriModeGeneration:
                         settled[confidence.argmax()] = True
                     block[settled & masked] = tokens[settled & masked]
                 if ending.ends_before_a_mask(block, masked=block == self.config.mask_token_id):
-                    emitted = ending.cut(emitted, block[1:].tolist())
-                    break
+                    finished = ending.cut(emitted, block[1:].tolist())
+                    if ending.reached(finished):
+                        emitted = finished
+                        break
                 logits, cache = self._commit(block, cache)
                 passes += 1
                 before = len(emitted)
@@ -236,6 +238,8 @@ class Ending:
     ) -> None:
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+        if max_thinking_tokens is not None and end_think_token_id is None:
+            raise ValueError("max_thinking_tokens needs end_think_token_id, the token to force")
         self.max_new_tokens = max_new_tokens
         self.end_ids = end_ids
         self.max_thinking_tokens = max_thinking_tokens

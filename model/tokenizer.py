@@ -9,23 +9,46 @@ import json
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import tokenizers
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from pydantic import BaseModel
 from tokenizers.decoders import DecodeStream
 
 from trimode.model.errors import TriModeError
-from trimode.model.records import read_json
+from trimode.model.records import read_json_record
 
-FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
+FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+class _NamedTemplate(BaseModel):
+    name: str
+    template: str
+
+
+class _SpecialToken(BaseModel):
+    content: str
+
+
+class _TokenizerConfig(BaseModel):
+    """The part of ``tokenizer_config.json`` that templates need."""
+
+    chat_template: str | list[_NamedTemplate] | None = None
+    bos_token: str | _SpecialToken | None = None
+    eos_token: str | _SpecialToken | None = None
+    unk_token: str | _SpecialToken | None = None
+    pad_token: str | _SpecialToken | None = None
+
+    def default_template(self) -> str | None:
+        if isinstance(self.chat_template, list):
+            return next((entry.template for entry in self.chat_template if entry.name == "default"), None)
+        return self.chat_template
+
+    def special_tokens(self) -> dict[str, str]:
+        tokens = {name: getattr(self, name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
+        return {name: token if isinstance(token, str) else token.content for name, token in tokens.items() if token}
 
 
 class Message(TypedDict):
@@ -54,18 +77,17 @@ class Tokenizer:
         except Exception as error:  # the library raises bare Exception on a bad file
             raise TriModeError(f"{path} is not a tokenizer: {error}") from None
         config_path = folder / "tokenizer_config.json"
-        config = read_json(config_path) if config_path.exists() else {}
+        config = read_json_record(_TokenizerConfig, config_path) if config_path.exists() else _TokenizerConfig()
+        template_path = folder / "chat_template.jinja"
         try:
-            return cls(tokenizer, _chat_template(folder, config), _special_tokens(config))
+            template = (
+                template_path.read_text(encoding="utf-8") if template_path.exists() else config.default_template()
+            )
+            return cls(tokenizer, template, config.special_tokens())
+        except (OSError, UnicodeDecodeError) as error:
+            raise TriModeError(f"{template_path} cannot be read: {error}") from None
         except TemplateError as error:
             raise TriModeError(f"{folder}: the chat template does not compile: {error}") from None
-
-    @property
-    def vocabulary_size(self) -> int:
-        return self._tokenizer.get_vocab_size(with_added_tokens=True)
-
-    def token_id(self, token: str) -> int | None:
-        return self._tokenizer.token_to_id(token)
 
     def encode(self, text: str) -> list[int]:
         """Text to ids; special tokens spelled out in the text become their ids, as the model card does it."""
@@ -91,27 +113,8 @@ class Tokenizer:
                 enable_thinking=enable_thinking,
                 **self._special_tokens,
             )
-        except (TemplateError, TypeError) as error:
+        except Exception as error:  # a template may divide by zero, index out of range, or raise on purpose
             raise TriModeError(f"the chat template refuses the conversation: {error}") from None
-
-
-def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
-    path = folder / "chat_template.jinja"
-    if path.exists():
-        return path.read_text(encoding="utf-8")
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
-    return template
-
-
-def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
-    tokens = {name: config.get(name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
-    return {
-        name: token["content"] if isinstance(token, dict) else token
-        for name, token in tokens.items()
-        if token is not None
-    }
 
 
 def _environment() -> ImmutableSandboxedEnvironment:

@@ -51,12 +51,15 @@ def calibration_tokens(checkpoint: Checkpoint, file: Path | None) -> list[list[i
         raise TriModeError(f"{path} is missing; {remedy}")
     tokenizer = Tokenizer.from_folder(checkpoint.folder)
     texts: list[list[int]] = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if len(texts) == MAX_TEXTS:
-                break
-            if line.strip():
-                texts.append(_tokens(line, tokenizer, checkpoint.config.vocab_size, f"{path} line {number}"))
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if len(texts) == MAX_TEXTS:
+                    break
+                if line.strip():
+                    texts.append(_tokens(line, tokenizer, checkpoint.config.vocab_size, f"{path} line {number}"))
+    except UnicodeDecodeError as error:
+        raise TriModeError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from None
     if not texts:
         raise TriModeError(f'{path} is empty; AWQ needs text: lines of {{"text": "..."}} or {{"messages": [...]}}')
     return texts
@@ -65,7 +68,7 @@ def calibration_tokens(checkpoint: Checkpoint, file: Path | None) -> list[list[i
 def _tokens(line: str, tokenizer: Tokenizer, vocabulary: int, where: str) -> list[int]:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise TriModeError(f"{where} is not valid JSON: {error}") from None
     try:
         if isinstance(record, dict) and "messages" in record:

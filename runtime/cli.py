@@ -7,6 +7,7 @@ stdout stays the answer alone.
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import signal
 import sys
@@ -37,19 +38,26 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 
 def main() -> None:
     """Entry point: every error that is not a bug of ours ends in one line."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         commands.main(standalone_mode=False)
     except TriModeError as error:
         _fail(str(error), USAGE_ERROR)
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.ctx.get_help())
+        sys.exit(USAGE_ERROR)
     except click.ClickException as error:
         _fail(error.format_message(), USAGE_ERROR)
     except (KeyboardInterrupt, click.Abort):
-        _fail("interrupted; nothing half-written was kept", INTERRUPTED)
+        _fail("interrupted", INTERRUPTED)
     except BrokenPipeError:
         # The reader of our output has gone; there is nobody to tell.
         sys.stderr.close()
         sys.exit(1)
+    except OSError as error:
+        _fail(f"{error.filename or 'input or output'}: {error.strerror or error}", USAGE_ERROR)
 
 
 def _fail(message: str, code: int) -> NoReturn:
@@ -163,7 +171,8 @@ def generate(
     """Answer one prompt."""
     options = DecodingOptions(**decoding, adapter=not no_adapter)
     text = _read_prompt(prompt)
-    loaded = Engine(engine)
+    with _progress() as progress:
+        loaded = Engine(engine, progress=progress)
     if not no_chat_template:
         text = loaded.tokenizer.apply_chat_template([{"role": "user", "content": text}])
     stream = TextStream(loaded.tokenizer)
@@ -190,6 +199,10 @@ def _read_prompt(prompt: str) -> str:
             prompt = sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
         except UnicodeDecodeError as error:
             raise TriModeError(f"the prompt on stdin is not UTF-8 (byte {error.start})") from None
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise TriModeError("the prompt is not valid text: it holds bytes that are no UTF-8") from None
     if not prompt.strip():
         raise TriModeError("the prompt is empty; give some text to --prompt")
     return prompt

@@ -92,6 +92,7 @@ class Sequence:
         self.emitted: list[int] = []
         self.finish_reason: FinishReason | None = None
         self.passes = PassCounts()
+        self.cycles = 0  # blocks brought to their end
         self._prompt = np.array(prompt, np.int64)
         self._end_ids = frozenset(model.eos_token_id)
         self._mask_id = model.mask_token_id
@@ -144,6 +145,7 @@ class Sequence:
         settled[confidence.argmax()] = True
         self._block[done.rows[settled]] = tokens[settled]
         if options.mode == "diffusion" and self._ends_before_a_mask():
+            self.cycles += 1
             return self._emit(self._block[1:].tolist())
         return []
 
@@ -157,6 +159,7 @@ class Sequence:
             differing = np.flatnonzero(tokens[:-1] != block[1:])
             new = tokens[: int(differing[0]) + 1 if len(differing) else len(block)].tolist()
         self.committed += len(new)
+        self.cycles += 1
         return self._emit(new)
 
     def _drawn(self, found: Candidates, positions: list[int], draw: int = 0) -> Ints:

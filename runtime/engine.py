@@ -11,6 +11,7 @@ import numpy as np
 
 from trimode.model.errors import TriModeError
 from trimode.model.manifest import TOKENIZER, Manifest, verify_files
+from trimode.model.progress import Progress, no_progress
 from trimode.model.tokenizer import Tokenizer
 from trimode.runtime.cpu_executor import CpuExecutor
 from trimode.runtime.decoding import DecodingOptions, FinishReason, Mode, Pass, PassCounts, Sequence
@@ -21,9 +22,9 @@ from trimode.runtime.executor import BidirectionalStep, CausalStep, Executor
 class Generation:
     """A finished answer. ``token_ids`` ends with the end token if there was one; ``text`` is without special tokens.
 
-    tokens_per_forward: tokens by draft and commit passes, both counted. mean_acceptance: tokens a commit. Both leave
-    the first token out, which the prefill gives, and are None if there was no pass after the prefill. seconds: wall
-    time.
+    cycles: blocks brought to their end, by a commit or, in diffusion, by an end token. tokens_per_forward: tokens by
+    draft and commit passes, both counted. mean_acceptance: tokens a cycle. Both leave out the first token, which the
+    prefill gives, and are None if it was the only one. seconds: wall time.
     """
 
     text: str
@@ -33,19 +34,25 @@ class Generation:
     prompt_tokens: int
     completion_tokens: int
     passes: PassCounts
+    cycles: int
     tokens_per_forward: float | None
     mean_acceptance: float | None
     seconds: float
 
 
 class Engine:
-    """Loads an engine directory; every file is checked against the manifest first unless ``verify`` is off."""
+    """Loads an engine directory; every file is checked against the manifest first unless ``verify`` is off.
 
-    def __init__(self, folder: Path, threads: int | None = None, verify: bool = True) -> None:
+    Not for several threads at once: both engines write one KV pool.
+    """
+
+    def __init__(
+        self, folder: Path, threads: int | None = None, verify: bool = True, progress: Progress = no_progress
+    ) -> None:
         self.folder = folder
         self.manifest = Manifest.read(folder)
         if verify:
-            verify_files(folder, self.manifest)
+            verify_files(folder, self.manifest, progress)
         self.tokenizer = Tokenizer.from_folder(folder / TOKENIZER)
         self.executor: Executor = CpuExecutor(folder, self.manifest, threads)
 
@@ -81,8 +88,9 @@ class Engine:
             prompt_tokens=len(prompt),
             completion_tokens=len(tokens),
             passes=passes,
+            cycles=sequence.cycles,
             tokens_per_forward=_ratio(after_prefill, passes.draft + passes.commit),
-            mean_acceptance=_ratio(after_prefill, passes.commit),
+            mean_acceptance=_ratio(after_prefill, sequence.cycles),
             seconds=time.perf_counter() - begun,
         )
 

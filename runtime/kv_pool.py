@@ -51,6 +51,9 @@ class KvPool:
             for buffer in self.buffers:
                 buffer[slot] = buffer[last]
         self.active = last
+        if last == 0 and self.rows > FIRST_ROWS:
+            # The next sequence pays for its own length, not for the longest there ever was.
+            self._resize(self.slots, FIRST_ROWS)
         return last
 
     def reserve(self, rows: int) -> None:
@@ -64,12 +67,11 @@ class KvPool:
             self._resize(self.slots, min(grown, self.capacity))
 
     def _resize(self, slots: int, rows: int) -> None:
-        old, old_rows = self.buffers, self.rows
-        self.buffers = []
-        for grown in self._allocate(slots, rows):
-            previous = old.pop(0)
-            grown[: self.active, :, :old_rows] = previous[: self.active]
-            self.buffers.append(grown)
+        resized = self._allocate(slots, rows)
+        kept = min(rows, self.rows)
+        for new, old in zip(resized, self.buffers, strict=True):
+            new[: self.active, :, :kept] = old[: self.active, :, :kept]
+        self.buffers = resized
         self.generation += 1
 
     def _allocate(self, slots: int, rows: int) -> list[NDArray[np.float32]]:

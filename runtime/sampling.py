@@ -27,7 +27,8 @@ def choose(logits: NDArray[np.float32], tokens: Ints, temperature: float, number
     """
     if temperature == 0:
         return tokens[:, 0]
-    weights = np.exp((logits.astype(np.float64) - logits[:, :1]) / temperature)
+    with np.errstate(over="ignore"):  # a tiny temperature: -inf, whose weight is 0
+        weights = np.exp((logits.astype(np.float64) - logits[:, :1]) / temperature)
     cumulative = weights.cumsum(axis=-1)
     below = cumulative <= np.asarray(numbers)[:, None] * cumulative[:, -1:]
     chosen: Ints = np.take_along_axis(tokens, below.sum(axis=-1)[:, None], axis=-1)[:, 0]

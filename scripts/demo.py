@@ -21,7 +21,12 @@ MODES: dict[str, dict[str, Any]] = {
     "linear_spec, no adapter": {"mode": "linear_spec", "adapter": False},
     "linear_spec": {"mode": "linear_spec"},
 }
-PROMPTS = ("What is 15% of 240?",)
+PROMPTS = (  # problems that the training never saw
+    "What is 60% of 440?",
+    "Write a short story about Milo, who finds 37 stones and later 90 more.",
+    "Make a JSON object: Oskar, football, Berlin, age 84.",
+    "Which month is 6 months before December?",
+)
 
 
 @dataclass
@@ -30,13 +35,13 @@ class Totals:
 
     tokens: int = 0
     seconds: float = 0.0
-    commits: int = 0
+    cycles: int = 0
     passes: int = 0
 
     def add(self, answer: Generation) -> None:
         self.tokens += answer.completion_tokens - 1
         self.seconds += answer.seconds
-        self.commits += answer.passes.commit
+        self.cycles += answer.cycles
         self.passes += answer.passes.draft + answer.passes.commit
 
 
@@ -65,7 +70,7 @@ def main() -> None:
             name,
             f"{total.tokens / total.seconds:.0f}",
             f"{total.tokens / total.passes:.2f}",
-            f"{total.tokens / max(total.commits, 1):.2f}",
+            f"{total.tokens / total.cycles:.2f}",
         )
     console.print(table)
 
