@@ -244,7 +244,8 @@ def _progress() -> Iterator[Progress]:
         bars.TimeElapsedColumn(),
     )
     # The stream itself: `sys.stderr` may be redirected while ModelOpt is kept quiet.
-    with bars.Progress(*columns, console=Console(file=sys.stderr), transient=True) as shown:
+    console = Console(file=sys.stderr)
+    with bars.Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as shown:
         tasks: dict[str, bars.TaskID] = {}
 
         def report(stage: str, done: int, total: int) -> None:

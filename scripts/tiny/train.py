@@ -72,7 +72,7 @@ BIN = 384  # tokens of an ordinary bin; longer rows share bins of LONG_BIN
 LONG_BIN = 768
 BATCH_TOKENS = 3840
 NOISY_SHARE = 0.5  # of a bin's tokens, at least
-WHOLE_MASKED = 0.25  # of the noisy blocks: what a one-shot draft sees. More would leave nothing for the adapter to add
+WHOLE_MASKED = 0.25  # of the noisy blocks: what a one-shot draft sees
 PREFIX_KNOWN = 0.2  # of the noisy blocks: known up to a point, masked behind it
 BLOCK_SIZES = {8: 0.35, 16: 0.40, 32: 0.25}
 PAST_END_WEIGHT = 0.1  # of end tokens behind the first: keeps a draft from ending answers too early
@@ -86,11 +86,15 @@ class Stage:
     peak: float = 1.0
     shares: dict[str, float] = field(default_factory=dict)  # of the kinds, where they differ from the corpus's
     several: float = 0.04  # share of prompts with two questions
+    whole: float = WHOLE_MASKED
+    densest: float = 1.0  # the largest share of a noisy block that is masked, if not all of it
 
 
 STAGES = (
     Stage(5500),
-    Stage(700, 0.3, REVISED_SHARES, 0.10),  # a gentler descent on more of the kinds that lag
+    Stage(750, 0.4, REVISED_SHARES, 0.10),  # a gentler descent on more of the kinds that lag
+    # No nearly whole masks: the base unlearns some one-shot drafting, and the adapter has something to bring back.
+    Stage(400, 0.4, REVISED_SHARES, 0.10, whole=0.0, densest=0.5),
 )
 
 
@@ -215,7 +219,9 @@ class Bin:
         self.targets += [*row.ids[1:], END]
         self.weights += weights
 
-    def add_noisy(self, row: Row, index: int, block: int, size: int, rng: random.Random, whole: float) -> None:
+    def add_noisy(
+        self, row: Row, index: int, block: int, size: int, rng: random.Random, whole: float, densest: float = 1.0
+    ) -> None:
         """A block that starts anywhere in an answer. Its first token is the seed, which decoding always knows."""
         first, end = rng.choices(row.answers, [last - start for start, last in row.answers])[0]
         start = first if rng.random() < 0.15 else rng.randrange(first, max(first + 1, end - 1))
@@ -224,10 +230,10 @@ class Bin:
         if draw < whole:
             masked = [True] * size
         elif draw < whole + PREFIX_KNOWN:
-            known = rng.randrange(1, size)
+            known = rng.randrange(max(1, int(size * (1 - densest))), size)
             masked = [place >= known for place in range(size)]
         else:
-            ratio = rng.random()
+            ratio = rng.random() * densest
             masked = [rng.random() < ratio for _ in range(size)]
         masked[0] = False
         self.ids += [MASK if hidden else token for token, hidden in zip(text, masked, strict=True)]
@@ -240,7 +246,7 @@ class Bin:
             -hidden * (1.0 if start + place < end else PAST_END_WEIGHT) for place, hidden in enumerate(masked)
         ]
 
-    def fill(self, rows: list[Row], size: int, rng: random.Random) -> None:
+    def fill(self, rows: list[Row], size: int, rng: random.Random, stage: Stage) -> None:
         """Clean streams first, then noisy blocks of the rows, each as often as its answers are long, while they fit."""
         for index, row in enumerate(rows):
             self.add_clean(row, index)
@@ -251,7 +257,7 @@ class Bin:
                 break
             width = rng.choices(sizes, [BLOCK_SIZES[width] for width in sizes])[0]
             index = rng.choices(range(len(rows)), lengths)[0]
-            self.add_noisy(rows[index], index, block, width, rng, WHOLE_MASKED)
+            self.add_noisy(rows[index], index, block, width, rng, stage.whole, stage.densest)
         self.pad(size)
 
     def pad(self, size: int) -> None:
@@ -302,6 +308,7 @@ class Batches:
         self.rng = random.Random(f"blocks {seed}")
         self.corpus = Corpus(seed, held_out=False, shares=stage.shares, several=stage.several)
         self.encode = encode
+        self.stage = stage
 
     def __iter__(self) -> Iterator[Batch]:
         ordinary: list[Bin] = []
@@ -309,7 +316,7 @@ class Batches:
         for rows, size in self.groups():
             bins = long if size == LONG_BIN else ordinary
             packed = Bin()
-            packed.fill(rows, size, self.rng)
+            packed.fill(rows, size, self.rng, self.stage)
             bins.append(packed)
             if len(bins) * size >= BATCH_TOKENS:
                 yield collate(bins)
@@ -598,7 +605,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the checkpoint folder to write")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="of the first stage, for a short trial: the others shrink with it")
-    parser.add_argument("--adapter-steps", type=int, default=1000)
+    parser.add_argument("--adapter-steps", type=int, default=800)
     parser.add_argument("--report-every", type=int, default=500, help="steps between measurements on held-out problems")
     parser.add_argument("--held-out", type=Path, help="also write the evaluation's prompts to this file")
     arguments = parser.parse_args()

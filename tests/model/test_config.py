@@ -55,6 +55,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "odd head": ({"head_dim": 31}, "head_dim 31"),
     "mask outside the vocabulary": ({"mask_token_id": 768}, "mask_token_id 768"),
     "mask that ends": ({"mask_token_id": 11}, "mask_token_id 11"),
+    "no end token": ({"eos_token_id": []}, "eos_token_id"),
+    "other layers": ({"layer_types": ["sliding_attention"]}, "layer_types"),
     "zero layers": ({"num_hidden_layers": 0}, "num_hidden_layers"),
     "original length beyond the maximum": ({"max_position_embeddings": 256}, "original_max_position_embeddings 512"),
 }

@@ -20,6 +20,7 @@ JSON_FIELDS = {
     "prompt_tokens",
     "completion_tokens",
     "passes",
+    "cycles",
     "tokens_per_forward",
     "mean_acceptance",
     "seconds",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable
@@ -9,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from trimode.model.errors import TriModeError
+from trimode.model.manifest import Manifest
 from trimode.runtime.engine import Engine
 
 
@@ -26,9 +29,13 @@ def flip(path: str) -> Callable[[Path], None]:
 
 
 def edit(**changes: Any) -> Callable[[Path], None]:
+    """A manifest that says otherwise, with a hash that is right for it where it is a manifest at all."""
+
     def apply(engine: Path) -> None:
-        manifest = json.loads((engine / "manifest.json").read_text())
-        (engine / "manifest.json").write_text(json.dumps(manifest | changes))
+        changed = json.loads((engine / "manifest.json").read_text()) | changes
+        (engine / "manifest.json").write_text(json.dumps(changed))
+        with contextlib.suppress(ValidationError):
+            Manifest.model_validate(changed).write(engine)
 
     return apply
 
@@ -41,11 +48,30 @@ def cut(path: str) -> Callable[[Path], None]:
     return apply
 
 
+def swap(path: str, old: str, new: str) -> Callable[[Path], None]:
+    def apply(engine: Path) -> None:
+        text = (engine / path).read_text()
+        assert old in text
+        (engine / path).write_text(text.replace(old, new))
+
+    return apply
+
+
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "no manifest": (lambda engine: (engine / "manifest.json").unlink(), "is not an engine directory"),
-    "manifest that is not JSON": (cut("manifest.json"), r"manifest\.json"),
+    "manifest that is not JSON": (lambda engine: (engine / "manifest.json").write_text("{"), r"manifest\.json is not valid JSON"),
     "another format": (edit(format_version=2), "format_version"),
     "another target": (edit(target="rtx"), "target"),
+    "changed token id": (
+        swap("manifest.json", '"mask_token_id": 100', '"mask_token_id": 101'),
+        r"manifest\.json was changed",
+    ),
+    "changed limit": (swap("manifest.json", '"top_k": 768', '"top_k": 764'), r"manifest\.json was changed"),
+    "surplus file": (
+        lambda engine: (engine / "tokenizer/chat_template.jinja").write_text("x"),
+        r"chat_template\.jinja is not part of the engine",
+    ),
+    "unlisted files": (edit(files=[]), "files lacks"),
     "changed pool": (flip("weights/pool.bin"), r"weights/pool\.bin was changed after the build"),
     "changed graph": (flip("ar/model.onnx"), r"ar/model\.onnx was changed"),
     "changed adapter": (flip("weights/adapter.safetensors"), r"weights/adapter\.safetensors was changed"),

@@ -78,6 +78,14 @@ def test_rows_grow_by_doubling_up_to_the_capacity() -> None:
         pool.reserve(301)
 
 
+def test_an_empty_pool_is_small_again() -> None:
+    pool = KvPool(layers=1, kv_heads=1, head_dim=2, capacity=1000)
+    pool.reserve(900)
+    pool.release(pool.acquire())
+    assert pool.rows == FIRST_ROWS
+    assert pool.generation == 2
+
+
 def test_a_slot_that_is_not_active_cannot_be_released() -> None:
     pool = KvPool(layers=1, kv_heads=1, head_dim=2, capacity=8)
     with pytest.raises(ValueError, match="slot 0 is not active"):
