@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from trimode.build.onnx_graph import OnnxGraph
+from trimode.build.onnx_graph import OnnxGraph, Shape
 from trimode.build.raw_pool import PooledLayer, PooledLinear, PoolRange, RawPool
 from trimode.model.config import ModelConfig
 from trimode.model.rope import yarn_frequencies
@@ -67,7 +67,7 @@ class _Network:
             else graph.input("step_lengths", INT64, ["batch"])
         )
         logit_rows = graph.input("logit_rows", INT64, ["batch", "rows"])
-        cache_shape = ["batch", self.config.num_key_value_heads, "capacity", self.config.head_dim]
+        cache_shape: Shape = ["batch", self.config.num_key_value_heads, "capacity", self.config.head_dim]
         for name in cache_inputs(self.config.num_hidden_layers):
             graph.input(name, FLOAT, cache_shape)
         self.has_adapter = self.options.adapter and self.pattern == "bidirectional"

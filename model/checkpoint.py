@@ -7,7 +7,7 @@ and the same with ModelOpt's unified int4 export (``hf_quant_config.json``). saf
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -135,7 +135,7 @@ class TensorFiles:
         self._owner: dict[str, tuple[Path, Any]] = {}
         for path in files:
             try:
-                handle = safe_open(path, framework="np")
+                handle: Any = safe_open(path, framework="np")
             except FileNotFoundError:
                 raise TriModeError(f"{path} is missing") from None
             except (SafetensorError, OSError) as error:
@@ -297,7 +297,7 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _check(files: TensorFiles, expected: dict[str, tuple[tuple[str, ...], tuple[int, ...]]], folder: Path) -> None:
+def _check(files: TensorFiles, expected: Mapping[str, tuple[tuple[str, ...], tuple[int, ...]]], folder: Path) -> None:
     missing, surplus = sorted(set(expected) - files.names()), sorted(files.names() - set(expected))
     for what, names in (("lacks", missing), ("has, against its config,", surplus)):
         if names:

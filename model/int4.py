@@ -22,8 +22,8 @@ def unpack(packed: NDArray[np.uint8]) -> NDArray[np.int8]:
 
 def pack(integers: NDArray[np.int8]) -> NDArray[np.uint8]:
     """[out, in] integers in -8..7 to [out / 2, in] bytes; ``out`` must be even."""
-    nibbles = integers.view(np.uint8) & 0x0F
-    return nibbles[0::2] | (nibbles[1::2] << 4)
+    nibbles = integers.view(np.uint8) & np.uint8(0x0F)
+    return (nibbles[0::2] | (nibbles[1::2] << 4)).astype(np.uint8)
 
 
 def quantize(weight: NDArray[np.float32], group: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:

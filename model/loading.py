@@ -29,4 +29,5 @@ def load_reference(
     model.load_state_dict(state, assign=True)
     if adapter and checkpoint.adapter is not None:
         PeftModel.from_pretrained(model, checkpoint.folder, subfolder=ADAPTER_FOLDER)
-    return model.eval()
+    model.eval()
+    return model

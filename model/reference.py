@@ -91,7 +91,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        result: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return result
 
 
 class Layer(nn.Module):
@@ -149,7 +150,8 @@ class Encoder(nn.Module):
         """Llama-4 temperature tuning, 1 + beta * log(1 + floor(position / original length)); [batch, 1, step, 1]."""
         rope = self.config.rope_parameters
         steps = torch.floor(position_ids[:, None, :, None] / rope["original_max_position_embeddings"])
-        return 1 + rope.get("llama_4_scaling_beta", 0.0) * torch.log(1 + steps)
+        beta: float = rope.get("llama_4_scaling_beta", 0.0)
+        return 1 + beta * torch.log(1 + steps)
 
 
 class NemotronLabsDiffusionModel(TriModeGeneration, PreTrainedModel):

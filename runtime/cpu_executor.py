@@ -62,8 +62,13 @@ class CpuExecutor:
             tokens=np.empty((*rows, self._top_k), np.int64),
             log_sum_exp=np.empty(rows, np.float32),
         )
-        for name, array in zip(("top_logits", "top_tokens", "log_sum_exp"), candidates, strict=True):
-            binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        results = {
+            "top_logits": candidates.logits,
+            "top_tokens": candidates.tokens,
+            "log_sum_exp": candidates.log_sum_exp,
+        }
+        for name, result in results.items():
+            binding.bind_output(name, "cpu", 0, result.dtype, result.shape, result.ctypes.data)
         self._sessions[type(step)].run_with_iobinding(binding)
         return candidates
 

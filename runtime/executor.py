@@ -25,12 +25,12 @@ class Step:
 
     @property
     def batch(self) -> int:
-        return self.input_ids.shape[0]
+        return len(self.input_ids)
 
     @property
     def rows_written(self) -> int:
         """How far the step reaches into the KV pool."""
-        return int(self.write_indices.max()) + self.input_ids.shape[1]
+        return int(self.write_indices.max() + self.input_ids.shape[1])
 
 
 @dataclass(frozen=True)

@@ -29,11 +29,11 @@ class KvPool:
 
     @property
     def slots(self) -> int:
-        return self.buffers[0].shape[0]
+        return len(self.buffers[0])
 
     @property
     def rows(self) -> int:
-        return self.buffers[0].shape[2]
+        return int(self.buffers[0].shape[2])
 
     def acquire(self) -> int:
         """A slot for a new sequence: always the first one past the active ones."""

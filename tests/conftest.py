@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import logging as transformers_logging
 
-from tests.random_checkpoint import write_random_checkpoint
+from scripts.random_checkpoint import write_random_checkpoint
 from trimode.build.engine import build_engine
 from trimode.model.checkpoint import Checkpoint
 from trimode.quantize import quantize_checkpoint

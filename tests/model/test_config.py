@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.random_checkpoint import config_fields
+from scripts.random_checkpoint import config_fields
 from trimode.model.config import ModelConfig
 from trimode.model.errors import TriModeError
 

@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoModel, AutoTokenizer, Ministral3Config, Ministral3ForCausalLM
 
-from tests.random_checkpoint import config_fields
+from scripts.random_checkpoint import config_fields
 from trimode.model.checkpoint import Checkpoint
 from trimode.model.loading import load_reference
 from trimode.model.reference import NemotronLabsDiffusionModel

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.random_checkpoint import config_fields
+from scripts.random_checkpoint import config_fields
 from trimode.model.checkpoint import Checkpoint
 from trimode.model.config import ModelConfig
 from trimode.model.errors import TriModeError

@@ -59,7 +59,10 @@ def swap(path: str, old: str, new: str) -> Callable[[Path], None]:
 
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "no manifest": (lambda engine: (engine / "manifest.json").unlink(), "is not an engine directory"),
-    "manifest that is not JSON": (lambda engine: (engine / "manifest.json").write_text("{"), r"manifest\.json is not valid JSON"),
+    "manifest that is not JSON": (
+        lambda engine: (engine / "manifest.json").write_text("{"),
+        r"manifest\.json is not valid JSON",
+    ),
     "another format": (edit(format_version=2), "format_version"),
     "another target": (edit(target="rtx"), "target"),
     "changed token id": (
