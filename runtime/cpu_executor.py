@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -62,7 +63,7 @@ class CpuExecutor:
             tokens=np.empty((*rows, self._top_k), np.int64),
             log_sum_exp=np.empty(rows, np.float32),
         )
-        results = {
+        results: dict[str, NDArray[Any]] = {
             "top_logits": candidates.logits,
             "top_tokens": candidates.tokens,
             "log_sum_exp": candidates.log_sum_exp,

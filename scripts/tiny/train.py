@@ -94,7 +94,7 @@ STAGES = (
     Stage(5500),
     Stage(750, 0.4, REVISED_SHARES, 0.10),  # a gentler descent on more of the kinds that lag
     # No nearly whole masks: the base unlearns some one-shot drafting, and the adapter has something to bring back.
-    Stage(400, 0.4, REVISED_SHARES, 0.10, whole=0.0, densest=0.5),
+    Stage(400, 0.4, REVISED_SHARES, 0.10, whole=0.0, densest=0.7),
 )
 
 
@@ -145,11 +145,11 @@ def train_tokenizer(conversations: Iterable[Conversation]) -> PreTrainedTokenize
         tokenizer.add_tokens([AddedToken(token, special=token not in visible, normalized=False)])
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        unk_token="<unk>",  # noqa: S106
-        bos_token="<s>",  # noqa: S106
-        eos_token="<|im_end|>",  # noqa: S106
-        pad_token="<|im_end|>",  # noqa: S106
-        mask_token="<|mask|>",  # noqa: S106
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        mask_token="<|mask|>",
         clean_up_tokenization_spaces=False,
         model_max_length=2048,
     )
