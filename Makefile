@@ -4,9 +4,11 @@ PYTHON ?= python3
 MODEL ?= checkpoints/tiny
 TARGET ?= cpu
 METHOD ?= awq
+GROUP ?= 128
+CALIBRATION ?=
 NAME = $(notdir $(patsubst %/,%,$(MODEL)))
 ENGINE ?= engines/$(NAME)-$(TARGET)
-QUANTIZED ?= engines/$(NAME)-w4a16-$(METHOD)
+QUANTIZED ?= engines/$(NAME)-w4a16-$(METHOD)$(GROUP)
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -21,7 +23,7 @@ help: ## List the targets
 setup: $(VENV)/.package ## Make .venv and install trimode with everything the other targets need
 
 demo: $(VENV)/.package ## Quantise the shipped checkpoint, build its engines, answer prompts in every mode
-	@$(MAKE) --no-print-directory engines/tiny-cpu/manifest.json ENGINE=engines/tiny-cpu MODEL=checkpoints/tiny TARGET=cpu
+	@$(MAKE) --no-print-directory engines/tiny-cpu/manifest.json ENGINE=engines/tiny-cpu MODEL=checkpoints/tiny GROUP=64
 	@$(BIN)/python scripts/demo.py engines/tiny-cpu
 
 build-engine: $(ENGINE)/manifest.json ## Quantise MODEL (folder or hub id) and build ENGINE for TARGET
@@ -61,7 +63,7 @@ $(VENV)/.package: $(VENV)/.dependencies $(SOURCES)
 # An engine outlives changes of the code; remove its folder to build it anew.
 $(ENGINE)/manifest.json: | $(VENV)/.package
 	@test -e $(MODEL)/hf_quant_config.json || test -e $(QUANTIZED)/config.json || \
-		$(BIN)/trimode quantize $(MODEL) $(QUANTIZED) --method $(METHOD) $(if $(CALIBRATION),--calibration $(CALIBRATION))
+		$(BIN)/trimode quantize $(MODEL) $(QUANTIZED) --method $(METHOD) --group $(GROUP) $(if $(CALIBRATION),--calibration $(CALIBRATION))
 	@$(BIN)/trimode build $(if $(wildcard $(MODEL)/hf_quant_config.json),$(MODEL),$(QUANTIZED)) $(ENGINE) --target $(TARGET)
 
 .PHONY: help setup demo build-engine test lint types prove train-tiny clean

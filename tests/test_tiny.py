@@ -29,7 +29,7 @@ MAX_TOKENS = 200
 def w4a16(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shipped checkpoint by AWQ, as `make demo` makes it."""
     out = tmp_path_factory.mktemp("tiny") / "w4a16"
-    quantize_checkpoint(Checkpoint(tiny_checkpoint), out, method="awq")
+    quantize_checkpoint(Checkpoint(tiny_checkpoint), out, method="awq", group=64)
     return out
 
 
@@ -48,8 +48,11 @@ def reference(w4a16: Path) -> NemotronLabsDiffusionModel:
 @pytest.fixture(scope="module")
 def prompts(engine: Engine, heldout: list[dict]) -> list[list[int]]:
     """Every tenth held-out problem, so that all kinds are there, long conversations among them."""
-    render = engine.tokenizer.apply_chat_template
-    return [engine.tokenizer.encode(render(record["messages"])) for record in heldout[::10]]
+    return encoded(engine, heldout[::10])
+
+
+def encoded(engine: Engine, records: list[dict]) -> list[list[int]]:
+    return [engine.tokenizer.encode(engine.tokenizer.apply_chat_template(record["messages"])) for record in records]
 
 
 def answers(engine: Engine, prompts: list[list[int]], **options: Any) -> list[Generation]:
@@ -59,8 +62,7 @@ def answers(engine: Engine, prompts: list[list[int]], **options: Any) -> list[Ge
 
 def test_the_heldout_set_reaches_past_yarns_original_length(engine: Engine, heldout: list[dict]) -> None:
     original = engine.manifest.model.rope_parameters.original_max_position_embeddings
-    render = engine.tokenizer.apply_chat_template
-    lengths = [len(engine.tokenizer.encode(render(record["messages"]))) for record in heldout]
+    lengths = [len(prompt) for prompt in encoded(engine, heldout)]
     assert sum(length > 2 * original for length in lengths) >= 10
 
 
@@ -86,16 +88,20 @@ def test_tokens_are_the_references(
         assert answer.token_ids == out[0, len(prompt) :].tolist()
 
 
-def test_the_adapter_raises_acceptance(engine: Engine, prompts: list[list[int]]) -> None:
-    """By the passes that the same texts take; the texts are equal, so every commit saved is the adapter's."""
-    with_adapter = answers(engine, prompts, mode="linear_spec")
-    without = answers(engine, prompts, mode="linear_spec", adapter=False)
+def test_the_adapter_raises_acceptance(engine: Engine, heldout: list[dict]) -> None:
+    """By the cycles that the same texts take; the texts are equal, so every cycle saved is the adapter's.
+
+    At block 32: at 16 the base alone drafts most blocks right to their end.
+    """
+    prompts = encoded(engine, heldout[::3])
+    with_adapter = answers(engine, prompts, mode="linear_spec", block_length=32)
+    without = answers(engine, prompts, mode="linear_spec", block_length=32, adapter=False)
     assert [answer.token_ids for answer in with_adapter] == [answer.token_ids for answer in without]
-    commits = [sum(answer.passes.commit for answer in many) for many in (with_adapter, without)]
-    assert commits[0] < 0.95 * commits[1]
+    cycles = [sum(answer.cycles for answer in many) for many in (with_adapter, without)]
+    assert cycles[0] < 0.98 * cycles[1]
 
 
 def test_answers_are_mostly_right(engine: Engine, prompts: list[list[int]], heldout: list[dict]) -> None:
     expected = [record["answer"] for record in heldout[::10]]
     right = [answer.text == text for answer, text in zip(answers(engine, prompts), expected, strict=True)]
-    assert np.mean(right) > 0.6
+    assert np.mean(right) > 0.85

@@ -56,7 +56,7 @@ def with_template(source: Path, folder: Path, template: str) -> Path:
     "template",
     [
         "{{ messages.__class__.__mro__[1].__subclasses__() }}",
-        "{{ raise_exception.__globals__ }}",
+        "{{ raise_exception.__globals__['json'] }}",
         "{{ cycler.__init__.__globals__.os.popen('true').read() }}",
         "{% set _ = messages.append(1) %}",
         "{{ raise_exception('no system turn, please') }}",
