@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import shutil
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -93,16 +95,30 @@ def test_a_build_that_ends_early_leaves_nothing(
         assert "disk is full" in str(caught.value)
 
 
-def test_a_full_disk_under_onnxruntime_is_one_line(
-    random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: Any, **__: Any) -> None:
-        raise RuntimeError("[ONNXRuntimeError] : 1 : FAIL : write: No space left on device")
-
-    monkeypatch.setattr("trimode.build.cpu.ort.InferenceSession", full)
-    with pytest.raises(TriModeError, match="the disk is full"):
-        build_engine(Checkpoint(random_checkpoint), tmp_path / "engine")
+@pytest.mark.parametrize("megabytes", [0.5, 1.1])
+def test_a_disk_that_fills_up_is_one_line(random_int4_checkpoint: Path, tmp_path: Path, megabytes: float) -> None:
+    """A real refusal to write: first of our own file, then, past it, of the larger one that ONNX Runtime writes."""
+    program = (
+        "import resource, sys\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({int(megabytes * 1e6)}, resource.RLIM_INFINITY))\n"
+        "from trimode.runtime.cli import main\n"
+        "main()"
+    )
+    command = [sys.executable, "-c", program, "build", str(random_int4_checkpoint), str(tmp_path / "engine")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 2, result.stderr
+    assert "the disk is full" in result.stderr
+    assert result.stderr.count("\n") == 1
     assert leftovers(tmp_path) == []
+
+
+def test_int8_activations_are_faster_kernels_and_coarser_logits(random_int4_checkpoint: Path, tmp_path: Path) -> None:
+    manifest = build_engine(Checkpoint(random_int4_checkpoint), tmp_path / "engine", activations="int8")
+    assert manifest.precision.activations == "int8"
+    graph = onnx.load(tmp_path / "engine/ar/model.onnx", load_external_data=False).graph
+    products = [node for node in graph.node if node.op_type == "MatMulNBits"]
+    levels = {attribute.i for node in products for attribute in node.attribute if attribute.name == "accuracy_level"}
+    assert levels == {4}
 
 
 def test_an_occupied_folder_is_kept(random_checkpoint: Path, tmp_path: Path) -> None:

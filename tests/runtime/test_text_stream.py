@@ -25,6 +25,16 @@ def test_pieces_join_to_the_text(random_checkpoint: Path, text: str, cuts: list[
     assert "".join(pieces) + stream.finish() == text
 
 
+@settings(deadline=None)
+@given(tokens=st.lists(st.integers(0, 767), max_size=40))
+def test_any_tokens_whatever(random_checkpoint: Path, tokens: list[int]) -> None:
+    """A model may emit bytes that are no UTF-8 at all."""
+    tokenizer = Tokenizer.from_folder(random_checkpoint)
+    stream = TextStream(tokenizer)
+    told = "".join(stream.feed([token]) for token in tokens) + stream.finish()
+    assert told == tokenizer.decode(tokens)
+
+
 def test_an_unfinished_character_comes_at_the_end_only(random_checkpoint: Path) -> None:
     tokenizer = Tokenizer.from_folder(random_checkpoint)
     tokens = tokenizer.encode("é🙂")[:-1]
