@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -104,7 +105,7 @@ def prove(source: Path, folder: Path, count: int) -> list[Row]:
         *accuracy_rows(fp32.engine, int4.engine, prompts, answers),
         memory_row(folder),
         *adapter_rows(int4.engine, some),
-        *speed_rows(int4, spread(prompts, 24)),
+        *speed_rows(int4, spread(prompts, 48)),
     ]
 
 
@@ -167,11 +168,12 @@ def distance(found: Any, expected: Any, mask: int) -> float:
     return float(np.linalg.norm(dense - expected) / np.linalg.norm(expected))
 
 
-def answer(engine: Engine, prompt: list[int], mode: Any, **options: Any) -> Generation:
+def answer(
+    engine: Engine, prompt: list[int], mode: Any, on_tokens: Callable[[list[int]], None] | None = None, **options: Any
+) -> Generation:
     tokens = min(MAX_TOKENS, engine.manifest.limits.capacity - len(prompt))
-    return engine.generate(
-        prompt, DecodingOptions(**{"mode": mode, "block_length": BLOCK_LENGTH, "max_tokens": tokens} | options)
-    )
+    decoding = DecodingOptions(**{"mode": mode, "block_length": BLOCK_LENGTH, "max_tokens": tokens} | options)
+    return engine.generate(prompt, decoding, on_tokens or (lambda _: None))
 
 
 def reference_answer(pair: Pair, prompt: list[int], mode: str) -> list[int]:
@@ -295,36 +297,48 @@ def adapter_rows(engine: Engine, prompts: list[list[int]]) -> list[Row]:
         gain = rates[0] / rates[1] - 1
         if size == BLOCK_LENGTH:
             rows.append(
-                Row("linear_spec without adapter, tokens a cycle, block 16", ">= 4", f"{rates[1]:.2f}", rates[1] >= 4)
+                Row(
+                    "linear_spec without adapter, tokens a cycle, block 16",
+                    ">= 4",
+                    f"{rates[1]:.2f}",
+                    bool(rates[1] >= 4),
+                )
             )
         told = f"{rates[1]:.2f} to {rates[0]:.2f} tokens a cycle, {gain:+.1%} [{low:+.1%}, {high:+.1%}]"
-        rows.append(Row(f"gain of the adapter, block {size}", ">= 10 %", told, gain >= 0.1))
+        rows.append(Row(f"gain of the adapter, block {size}", ">= 10 %", told, bool(gain >= 0.1)))
     return rows
 
 
 def speed_rows(pair: Pair, prompts: list[list[int]]) -> list[Row]:
-    """Tokens a second over whole answers, engine and reference in turn, prompt by prompt; medians of the ratios."""
-    pace: dict[tuple[str, str], list[float]] = {}
+    """Tokens a second over the whole prompt set, engine and reference in turn, prompt by prompt.
+
+    Prefill is included against the reference. Between the modes of the engine it is decoding that differs, and the prefill
+    and its token are left out.
+    """
+    tokens, seconds = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
     for prompt in track(prompts, "speed", transient=True, console=Console(stderr=True)):
         for mode in MODES:
             begun = time.perf_counter()
-            emitted = len(reference_answer(pair, prompt, mode))
-            pace.setdefault(("reference", mode), []).append(emitted / (time.perf_counter() - begun))
-            result = answer(pair.engine, prompt, mode)
-            pace.setdefault(("engine", mode), []).append(result.completion_tokens / result.seconds)
+            tokens["reference", mode] += len(reference_answer(pair, prompt, mode))
+            seconds["reference", mode] += time.perf_counter() - begun
+            heard: list[float] = []
+            begun = time.perf_counter()
+            result = answer(pair.engine, prompt, mode, lambda _, heard=heard: heard.append(time.perf_counter()))
+            ended = time.perf_counter()
+            tokens["engine", mode] += result.completion_tokens
+            seconds["engine", mode] += ended - begun
+            tokens["decoding", mode] += result.completion_tokens - 1
+            seconds["decoding", mode] += ended - heard[0]
+    pace = {key: tokens[key] / seconds[key] for key in tokens}
     rows = []
     for mode in MODES:
-        ratio = median_ratio(pace["engine", mode], pace["reference", mode])
-        rate = statistics.median(pace["engine", mode])
-        told = f"{ratio:.1f} ({rate:.0f} tokens a second)"
+        ratio = pace["engine", mode] / pace["reference", mode]
+        told = f"{ratio:.1f} ({pace['engine', mode]:.0f} against {pace['reference', mode]:.0f})"
         rows.append(Row(f"{mode}: engine against the fp32 reference, tokens a second", ">= 3", told, ratio >= 3))
-    ratio = median_ratio(pace["engine", "linear_spec"], pace["engine", "ar"])
-    rows.append(Row("linear_spec against ar, engine, tokens a second", ">= 1.5", f"{ratio:.2f}", ratio >= 1.5))
+    ratio = pace["decoding", "linear_spec"] / pace["decoding", "ar"]
+    told = f"{ratio:.2f} ({pace['decoding', 'linear_spec']:.0f} against {pace['decoding', 'ar']:.0f})"
+    rows.append(Row("linear_spec against ar, engine, tokens a second after the prefill", ">= 1.5", told, ratio >= 1.5))
     return rows
-
-
-def median_ratio(numerators: list[float], denominators: list[float]) -> float:
-    return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
 
 
 if __name__ == "__main__":

@@ -46,8 +46,8 @@ class Decoded:
 
     @property
     def cycles(self) -> int:
-        """Of linear self-speculation: a draft pass and a verify pass each."""
-        return self.passes // 2
+        """Of linear self-speculation: a draft pass and a verify pass each; a last block of one token has no draft."""
+        return (self.passes + 1) // 2
 
     @property
     def per_cycle_tokens(self) -> int:
