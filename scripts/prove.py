@@ -312,8 +312,8 @@ def adapter_rows(engine: Engine, prompts: list[list[int]]) -> list[Row]:
 def speed_rows(pair: Pair, prompts: list[list[int]]) -> list[Row]:
     """Tokens a second over the whole prompt set, engine and reference in turn, prompt by prompt.
 
-    Prefill is included against the reference. Between the modes of the engine it is decoding that differs, and the prefill
-    and its token are left out.
+    Prefill is included against the reference. Between the modes of the engine it is decoding that differs, and the
+    prefill and its token are left out.
     """
     tokens, seconds = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
     for prompt in track(prompts, "speed", transient=True, console=Console(stderr=True)):
@@ -323,7 +323,7 @@ def speed_rows(pair: Pair, prompts: list[list[int]]) -> list[Row]:
             seconds["reference", mode] += time.perf_counter() - begun
             heard: list[float] = []
             begun = time.perf_counter()
-            result = answer(pair.engine, prompt, mode, lambda _, heard=heard: heard.append(time.perf_counter()))
+            result = answer(pair.engine, prompt, mode, lambda _, at=heard: at.append(time.perf_counter()))
             ended = time.perf_counter()
             tokens["engine", mode] += result.completion_tokens
             seconds["engine", mode] += ended - begun
