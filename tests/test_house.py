@@ -49,22 +49,6 @@ def test_git_keeps_folders_named_build(bare_house: Path) -> None:
         assert run(bare_house, "git", "check-ignore", path).returncode == 1
 
 
-def test_mypy_finds_a_fault_in_the_installed_build_package(bare_house: Path) -> None:
-    """mypy is pointed at installed packages, whose errors it keeps silent unless they are named."""
-    package = bare_house / "site" / "trimode" / "build"
-    package.mkdir(parents=True)
-    (package / "__init__.py").touch()
-    (package / "py.typed").touch()
-    (package / "fault.py").write_text("number: int = 'text'\n")
-    (bare_house / "pyproject.toml").write_text(
-        (bare_house / "pyproject.toml").read_text().replace('plugins = ["pydantic.mypy"]', "")
-    )
-    command = ["env", f"MYPYPATH={bare_house / 'site'}", sys.executable, "-m", "mypy", "--cache-dir=/dev/null"]
-    found = run(bare_house, *command, "--namespace-packages", "-p", "trimode.build")
-    assert found.returncode == 1
-    assert "fault.py:1" in found.stdout
-
-
 def test_the_runtime_decodes_without_torch(random_engine: Path) -> None:
     """In a fresh process where torch and its kin cannot be imported, an answer is generated."""
     program = """
