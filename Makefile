@@ -40,7 +40,7 @@ lint: $(VENV)/.package ## ruff and the floors' import rules
 types: $(VENV)/.package ## mypy on the installed package
 	$(BIN)/mypy $(addprefix -p trimode.,$(PACKAGES))
 
-prove: $(VENV)/.package ## Measure the README's table: engines against the PyTorch reference (about 15 minutes)
+prove: $(VENV)/.package ## Measure the README's table: engines against the PyTorch reference (about 4 minutes)
 	@$(BIN)/python scripts/prove.py
 
 train-tiny: $(VENV)/.package ## Train the shipped checkpoint again from its seed (about an hour)
