@@ -1,13 +1,14 @@
 """The network as ONNX graphs of standard operators: one function, two attention patterns.
 
 It reads like :mod:`trimode.model.reference`, module by module; the step contract is :mod:`trimode.model.step`. Angles
-and masks are made once a pass and shared by all layers. Activations are fp32.
+and masks are made once a pass and shared by all layers. What may differ by target is in :class:`NetworkOptions`; norms,
+softmax and logits are fp32 in every one.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import onnx
@@ -19,6 +20,12 @@ from trimode.model.config import ModelConfig
 from trimode.model.rope import yarn_frequencies
 from trimode.model.step import AttentionPattern, adapter_inputs, cache_inputs, cache_outputs
 
+Real = Literal["fp32", "fp16", "bf16"]
+REAL_TYPES: dict[Real, int] = {
+    "fp32": TensorProto.FLOAT,
+    "fp16": TensorProto.FLOAT16,
+    "bf16": TensorProto.BFLOAT16,
+}
 FLOAT, INT64, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL
 # Far below any logit, yet finite: its exponential is 0, and no NaN can come of it.
 NEVER = np.float32(-1e30)
@@ -33,10 +40,20 @@ class Rotation(NamedTuple):
 
 @dataclass(frozen=True)
 class NetworkOptions:
-    """What a target chooses: ``top_k`` candidates a row; whether the diffusion graph takes a draft adapter."""
+    """What a target chooses.
+
+    top_k: candidates a row. adapter: whether the diffusion graph takes a draft adapter. activations: type of
+    activations, KV pool, scales and adapter. capacity: KV rows if the target needs them fixed. window: attend to the
+    first rows of the KV pool only, as many as the input ``window_rows`` is long. fold_queries: give the queries that
+    share a KV head to the attention as further rows of one head, so that no executor need repeat keys and values.
+    """
 
     top_k: int
     adapter: bool
+    activations: Real = "fp32"
+    capacity: int | None = None
+    window: bool = False
+    fold_queries: bool = False
 
 
 def build_network(
@@ -52,6 +69,7 @@ class _Network:
         self.pool = pool
         self.pattern = pattern
         self.options = options
+        self.real = REAL_TYPES[options.activations]
         self.graph = OnnxGraph(pattern, pool.path.name)
         self.op = self.graph.op
         self.ints = self.graph.ints
@@ -67,34 +85,38 @@ class _Network:
             else graph.input("step_lengths", INT64, ["batch"])
         )
         logit_rows = graph.input("logit_rows", INT64, ["batch", "rows"])
-        cache_shape: Shape = ["batch", self.config.num_key_value_heads, "capacity", self.config.head_dim]
+        capacity = self.options.capacity or "capacity"
+        cache_shape: Shape = ["batch", self.config.num_key_value_heads, capacity, self.config.head_dim]
         for name in cache_inputs(self.config.num_hidden_layers):
-            graph.input(name, FLOAT, cache_shape)
+            graph.input(name, self.real, cache_shape)
+        self.kv_rows = self._kv_rows()
         self.has_adapter = self.options.adapter and self.pattern == "bidirectional"
         if self.has_adapter:
             self._declare_adapter()
 
         self.query_rotation, self.key_rotation = self._rotations(position_ids)
         self.visible = self._visible(input_ids, visibility)
-        x = self.op("Cast", self.op("Gather", graph.pooled(self.pool.embed_tokens), input_ids), to=FLOAT)
+        x = self._cast(self.op("Gather", graph.pooled(self.pool.embed_tokens), input_ids), self.pool.embed_tokens.dtype)
         for index, layer in enumerate(self.pool.layers):
             x = self.op("Add", x, self._self_attn(self._rms_norm(x, layer.input_layernorm), layer, index))
             x = self.op("Add", x, self._mlp(self._rms_norm(x, layer.post_attention_layernorm), layer))
         self._head(self.op("GatherND", x, self.op("Unsqueeze", logit_rows, self.ints(2)), batch_dims=1))
         for name in cache_outputs(self.config.num_hidden_layers):
-            graph.output(name, FLOAT, cache_shape)
+            graph.output(name, self.real, cache_shape)
         return graph.model()
 
     def _declare_adapter(self) -> None:
-        scale = self.graph.input("adapter_scale", FLOAT, ["batch"])
+        scale = self.graph.input("adapter_scale", self.real, ["batch"])
         self.adapter_scale = self.op("Unsqueeze", scale, self.ints(1, 2))
         for index in range(self.config.num_hidden_layers):
             down, up = adapter_inputs(index)
-            self.graph.input(down, FLOAT, [self.config.query_width, "rank"])
-            self.graph.input(up, FLOAT, ["rank", self.config.hidden_size])
+            self.graph.input(down, self.real, [self.config.query_width, "rank"])
+            self.graph.input(up, self.real, ["rank", self.config.hidden_size])
 
     def _rotations(self, position_ids: str) -> tuple[Rotation, Rotation]:
-        """YaRN's cos and sin for queries and for keys; the queries' carry their position's scale as well."""
+        """YaRN's cos and sin for queries and for keys; the queries' carry their position's scale as well. Angles are
+        fp32 whatever the activations: a position past 256 has no exact 16-bit value.
+        """
         rope = self.config.rope_parameters
         frequencies, attention_factor = yarn_frequencies(self.config)
         positions = self.op("Unsqueeze", self.op("Cast", position_ids, to=FLOAT), self.ints(2))
@@ -104,24 +126,40 @@ class _Network:
             factor = self._float("attention_factor", attention_factor)
             cos, sin = self.op("Mul", cos, factor), self.op("Mul", sin, factor)
         if rope.llama_4_scaling_beta == 0:
-            return Rotation(cos, sin), Rotation(cos, sin)
+            return self._rotation(cos, sin), self._rotation(cos, sin)
         length = self._float("original_max_position_embeddings", rope.original_max_position_embeddings)
         steps = self.op("Floor", self.op("Div", positions, length))
         growth = self.op("Log", self.op("Add", steps, self._float("one", 1)))
         scale = self.op(
             "Add", self.op("Mul", growth, self._float("beta", rope.llama_4_scaling_beta)), self._float("one", 1)
         )
-        return Rotation(self.op("Mul", cos, scale), self.op("Mul", sin, scale)), Rotation(cos, sin)
+        queries = self._rotation(self.op("Mul", cos, scale), self.op("Mul", sin, scale))
+        return queries, self._rotation(cos, sin)
+
+    def _rotation(self, cos: str, sin: str) -> Rotation:
+        return Rotation(self._cast(cos, FLOAT), self._cast(sin, FLOAT))
+
+    def _kv_rows(self) -> str:
+        """The numbers of the KV rows that this pass attends to."""
+        if self.options.window:
+            return self.graph.input("window_rows", INT64, ["window"])
+        capacity = self.op("Shape", "k_cache.0", start=2, end=3)
+        return self.op("Range", self._int("zero", 0), self.op("Squeeze", capacity, self.ints(0)), self._int("unit", 1))
 
     def _visible(self, input_ids: str, visibility: str) -> str:
-        """Which cache rows each token sees, [batch, 1, step, capacity] bool: the committed ones, and its step's by
-        pattern.
+        """Which KV rows each token sees, [batch, 1, step, rows] bool, [batch, 1, group * step, rows] for folded
+        queries: the committed ones, and its step's by pattern.
         """
+        seen = self._seen(input_ids, visibility)
+        group = self.config.num_attention_heads // self.config.num_key_value_heads
+        if self.options.fold_queries and group > 1:
+            return self.op("Concat", *[seen] * group, axis=2)
+        return seen
+
+    def _seen(self, input_ids: str, visibility: str) -> str:
         step = self.op("Shape", input_ids, start=1, end=2)
-        capacity = self.op("Shape", "k_cache.0", start=2, end=3)
-        rows = self.op("Range", self._int("zero", 0), self.op("Squeeze", capacity, self.ints(0)), self._int("unit", 1))
         # 0 is the step's first row; committed rows are negative.
-        row_in_step = self.op("Sub", rows, self.op("Unsqueeze", self.write_indices, self.ints(1)))
+        row_in_step = self.op("Sub", self.kv_rows, self.op("Unsqueeze", self.write_indices, self.ints(1)))
         row_in_step = self.op("Unsqueeze", row_in_step, self.ints(1))
         if self.pattern == "bidirectional":
             seen = self.op("Less", row_in_step, self.op("Unsqueeze", visibility, self.ints(1, 2)))
@@ -150,8 +188,12 @@ class _Network:
             self.graph.node(
                 "TensorScatter", [caches[where], rows, self.write_indices], [updated[where]], axis=2, mode="linear"
             )
-        keys, values = updated[2 * index : 2 * index + 2]
+        keys, values = (self._window(name) for name in updated[2 * index : 2 * index + 2])
+        if self.options.fold_queries:
+            q = self.op("Reshape", q, self.ints(0, config.num_key_value_heads, -1, config.head_dim))
         attended = self.op("Attention", q, keys, values, self.visible, scale=config.head_dim**-0.5)
+        if self.options.fold_queries:
+            attended = self.op("Reshape", attended, self.ints(0, config.num_attention_heads, -1, config.head_dim))
         attended = self.op("Transpose", attended, perm=[0, 2, 1, 3])
         attended = self.op("Reshape", attended, self.ints(0, 0, config.query_width))
         projected = self._linear(attended, layer.o_proj)
@@ -161,6 +203,12 @@ class _Network:
         down, up = adapter_inputs(index)
         narrow = self.op("Mul", self.op("MatMul", attended, down), self.adapter_scale)
         return self.op("Add", projected, self.op("MatMul", narrow, up))
+
+    def _window(self, cache: str) -> str:
+        if not self.options.window:
+            return cache
+        rows = self.op("Shape", self.kv_rows)
+        return self.op("Slice", cache, self.ints(0), rows, self.ints(2))
 
     def _heads(self, x: str, heads: int) -> str:
         """[batch, step, heads * head_dim] to [batch, heads, step, head_dim]."""
@@ -183,12 +231,18 @@ class _Network:
             weight = self.op("DequantizeLinear", weight, scale, axis=0, block_size=linear.group)
         return self.op("MatMul", x, weight)
 
+    def _cast(self, x: str, dtype: int) -> str:
+        """``x`` of type ``dtype`` as an activation."""
+        return x if dtype == self.real else self.op("Cast", x, to=self.real)
+
     def _rms_norm(self, x: str, weight: PoolRange) -> str:
         return self.op("RMSNormalization", x, self.graph.pooled(weight), axis=-1, epsilon=self.config.rms_norm_eps)
 
     def _head(self, x: str) -> None:
         """Final norm, logits, and what of them goes to the host: the best ``top_k`` of each row and its log-sum-exp."""
         logits = self._linear(self._rms_norm(x, self.pool.norm), self.pool.head)
+        if self.real != FLOAT:
+            logits = self.op("Cast", logits, to=FLOAT)
         # The mask token is an input only.
         bias = np.zeros(self.config.vocab_size, np.float32)
         bias[self.config.mask_token_id] = NEVER

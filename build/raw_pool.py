@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from trimode.model.checkpoint import HEAD, Checkpoint, Int4Weight
+from trimode.model.checkpoint import HEAD, Checkpoint, DenseWeight, Int4Weight
 from trimode.model.errors import TriModeError
 from trimode.model.progress import Progress
 
@@ -70,11 +70,16 @@ class RawPool:
     head: PooledLinear
 
 
-def write_raw_pool(checkpoint: Checkpoint, path: Path, progress: Progress) -> RawPool:
-    """Stream the checkpoint's weights into ``path``; no more than one layer's matrix is in memory at a time."""
+def write_raw_pool(
+    checkpoint: Checkpoint, path: Path, progress: Progress, real: np.dtype[np.generic] = np.dtype(np.float32)
+) -> RawPool:
+    """Stream the checkpoint's weights into ``path``; no more than one layer's matrix is in memory at a time.
+
+    real: type of scales, norms and matrices that are not int4.
+    """
     layers = checkpoint.config.num_hidden_layers
     with path.open("wb") as file:
-        writer = _Writer(file, checkpoint)
+        writer = _Writer(file, checkpoint, real)
         embed_tokens = writer.embedding()
         pooled = []
         for index in range(layers):
@@ -98,16 +103,17 @@ def write_raw_pool(checkpoint: Checkpoint, path: Path, progress: Progress) -> Ra
 
 
 class _Writer:
-    def __init__(self, file: BinaryIO, checkpoint: Checkpoint) -> None:
+    def __init__(self, file: BinaryIO, checkpoint: Checkpoint, real: np.dtype[np.generic]) -> None:
         self._file = file
         self._checkpoint = checkpoint
+        self._real = real
 
     def embedding(self) -> PoolRange:
         """As stored: a lookup needs no wider type."""
         return self._put("encoder.embed_tokens", self._checkpoint.vector("encoder.embed_tokens.weight"))
 
     def norm(self, module: str) -> PoolRange:
-        return self._put(module, self._checkpoint.vector(f"{module}.weight").astype(np.float32))
+        return self._put(module, self._checkpoint.vector(f"{module}.weight").astype(self._real))
 
     def linear(self, parent: str, *names: str) -> PooledLinear:
         """One matrix, or several that read the same input, side by side along ``out``."""
@@ -116,7 +122,8 @@ class _Writer:
         name = modules[0] if len(names) == 1 else f"{parent}." + "_".join(part.removesuffix("_proj") for part in names)
         int4 = [weight for weight in weights if isinstance(weight, Int4Weight)]
         if not int4:
-            return PooledLinear(self._put(name, np.concatenate([weight.to_float32() for weight in weights]).T))
+            dense = np.concatenate([weight.array.astype(self._real) for weight in weights if isinstance(weight, DenseWeight)])
+            return PooledLinear(self._put(name, dense.T))
         if len(int4) < len(weights) or not _share_input_scale(int4):
             raise TriModeError(
                 f"{self._checkpoint.folder}: {', '.join(modules)} read one input but are quantised differently; "
@@ -124,12 +131,12 @@ class _Writer:
             )
         # ModelOpt packs pairs along `out`; transposed, that is ONNX's packing along the last dimension.
         packed = np.concatenate([weight.packed for weight in int4]).T
-        scale = np.concatenate([weight.scale for weight in int4]).T
+        scale = np.concatenate([weight.scale for weight in int4]).T.astype(self._real)
         input_scale = int4[0].input_scale
         return PooledLinear(
             weight=self._put(name, packed, TensorProto.INT4, (packed.shape[0], packed.shape[1] * 2)),
             scale=self._put(f"{name}.scale", scale),
-            input_scale=None if input_scale is None else self._put(f"{name}.input_scale", input_scale),
+            input_scale=None if input_scale is None else self._put(f"{name}.input_scale", input_scale.astype(self._real)),
             group=packed.shape[0] // scale.shape[0],
         )
 

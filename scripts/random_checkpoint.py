@@ -81,11 +81,11 @@ def write_random_checkpoint(folder: Path, seed: int = 0, rank: int = 8, **config
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
     adapted.save_pretrained(folder / "linear_spec_lora")
-    _write_tokenizer(folder, model.config.vocab_size)
+    write_random_tokenizer(folder, model.config.vocab_size)
     return folder
 
 
-def _write_tokenizer(folder: Path, vocab_size: int) -> None:
+def write_random_tokenizer(folder: Path, vocab_size: int) -> None:
     """Byte-level, unmerged; every id of the vocabulary is a token."""
     special = {index: NAMED_TOKENS.get(index, f"<SPECIAL_{index}>") for index in range(101)}
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
