@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import onnx
 import onnxruntime as ort
 
@@ -21,9 +22,8 @@ from trimode.model.checkpoint import Checkpoint
 from trimode.model.errors import TriModeError
 from trimode.model.manifest import POOL, Activations, PoolEntry
 from trimode.model.progress import Progress
-from trimode.model.step import AttentionPattern
+from trimode.model.step import ENGINES
 
-ENGINES: tuple[tuple[str, AttentionPattern], ...] = (("ar", "causal"), ("diffusion", "bidirectional"))
 # MatMulNBits computes in fp32 at level 1; at 4 it rounds its input to 8 bits and is several times as fast.
 _ACCURACY_LEVELS: dict[Activations, str] = {"fp32": "1", "int8": "4"}
 # Constants below this stay in the graph: shapes and scalars.
@@ -36,7 +36,7 @@ def build_cpu_engines(
     """Write ``ar/model.onnx``, ``diffusion/model.onnx`` and the pool into ``folder``; returns the pool's ranges."""
     with TemporaryDirectory(dir=folder) as temporary:
         scratch = Path(temporary)
-        raw = write_raw_pool(checkpoint, scratch / "raw.bin", progress)
+        raw = write_raw_pool(checkpoint, scratch / "raw.bin", progress, np.dtype(np.float32))
         models = []
         for index, (name, pattern) in enumerate(ENGINES):
             progress("graphs", index, len(ENGINES))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import shutil
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -28,53 +29,76 @@ from trimode.model.manifest import (
     EngineFile,
     Limits,
     Manifest,
+    PoolEntry,
     Precision,
+    Real,
+    RtxEntry,
+    Target,
     hash_file,
 )
 from trimode.model.progress import Progress, no_progress
 from trimode.model.step import adapter_inputs
 from trimode.model.tokenizer import FILES, Tokenizer
 
-Target = Literal["cpu"]
-
-_EMBEDDING_TYPES: dict[np.dtype[np.generic], Literal["bf16", "fp16", "fp32"]] = {
+_EMBEDDING_TYPES: dict[np.dtype[np.generic], Real] = {
     np.dtype(ml_dtypes.bfloat16): "bf16",
     np.dtype(np.float16): "fp16",
     np.dtype(np.float32): "fp32",
 }
 
 
+@dataclass(frozen=True)
+class CpuOptions:
+    """activations: ``int8`` rounds the inputs of int4 products to 8 bits: several times as fast on large matrices, and
+    no longer w4a16.
+    """
+
+    activations: Activations = "fp32"
+
+
+@dataclass(frozen=True)
+class RtxOptions:
+    """sms: compute capabilities, 121 for 12.1. dtype: of activations and KV pool. max_batch, max_step: the largest
+    batch, and the longest step of one, that a pass can have.
+    """
+
+    sms: tuple[int, ...] = (121, 120, 89, 86, 80)
+    dtype: Literal["bf16", "fp16"] = "bf16"
+    max_batch: int = 8
+    max_step: int = 256
+
+
 def build_engine(
     checkpoint: Checkpoint,
     out: Path,
     *,
-    target: Target = "cpu",
+    target: CpuOptions | RtxOptions = CpuOptions(),  # noqa: B008 - frozen
     capacity: int | None = None,
     prefill_step: int = 256,
-    top_k: int = 64,
-    activations: Activations = "fp32",
+    top_k: int | None = None,
     progress: Progress = no_progress,
 ) -> Manifest:
-    """Build both engines into ``out``.
+    """Build both engines into ``out`` for the target whose options are given.
 
-    capacity: longest sequence in tokens (the model's own limit unless told). prefill_step: tokens of a prefill pass.
-    top_k: candidates that each row reports, hence the widest choice that sampling has. activations: ``int8`` rounds the
-    inputs of int4 products to 8 bits: several times as fast on large matrices, and no longer w4a16.
+    capacity: longest sequence in tokens (the model's own limit on a CPU, 4096 on a GPU, which holds all of it at once).
+    prefill_step: tokens of a prefill pass. top_k: candidates that each row reports, hence the widest choice that
+    sampling has; 64 on a CPU, 4 on a GPU, where they cross to the host.
     """
     config = checkpoint.config
+    on_gpu = isinstance(target, RtxOptions)
     limits = Limits(
-        capacity=capacity or config.max_position_embeddings,
-        prefill_step=prefill_step,
-        top_k=min(top_k, config.vocab_size),
+        capacity=capacity or min(config.max_position_embeddings, 4096 if on_gpu else config.max_position_embeddings),
+        prefill_step=min(prefill_step, target.max_step) if isinstance(target, RtxOptions) else prefill_step,
+        top_k=min(top_k or (4 if on_gpu else 64), config.vocab_size),
     )
     if limits.capacity > config.max_position_embeddings:
         raise TriModeError(
             f"capacity {limits.capacity} exceeds the model's max_position_embeddings {config.max_position_embeddings}"
         )
     Tokenizer.from_folder(checkpoint.folder)
+    real: Real = target.dtype if isinstance(target, RtxOptions) else "fp32"
     with atomic_folder(out) as folder:
-        options = NetworkOptions(top_k=limits.top_k, adapter=checkpoint.adapter is not None)
-        pool = build_cpu_engines(checkpoint, folder, options, activations, progress)
+        rtx, pool = _build_target(checkpoint, folder, limits, target, progress)
         adapter = _write_adapter(checkpoint, folder / ADAPTER)
         (folder / TOKENIZER).mkdir()
         for name in FILES:
@@ -84,23 +108,24 @@ def build_engine(
         quantization = checkpoint.quantization
         manifest = Manifest(
             format_version=FORMAT_VERSION,
-            target=target,
+            target="rtx" if on_gpu else "cpu",
             source=checkpoint.folder.resolve().name,
             quantization="none" if quantization is None else quantization.quant_algo,
             model=config,
             precision=Precision(
-                linear="int4" if linear_is_int4 else "fp32",
-                head="int4" if checkpoint.is_int4(HEAD) else "fp32",
+                linear="int4" if linear_is_int4 else real,
+                head="int4" if checkpoint.is_int4(HEAD) else real,
                 embedding=_EMBEDDING_TYPES[checkpoint.vector("encoder.embed_tokens.weight").dtype],
-                activations=activations if linear_is_int4 else "fp32",
-                kv_cache="fp32",
+                activations=target.activations if isinstance(target, CpuOptions) and linear_is_int4 else real,
+                kv_cache=real,
                 group=None if quantization is None else quantization.group_size,
             ),
             limits=limits,
             adapter=adapter,
             parameters=checkpoint.parameters,
-            instruction_set=instruction_set(),
-            onnxruntime=onnxruntime.__version__,
+            instruction_set=None if on_gpu else instruction_set(),
+            onnxruntime=None if on_gpu else onnxruntime.__version__,
+            rtx=rtx,
             tools={
                 "trimode": version("trimode"),
                 "onnx": version("onnx"),
@@ -111,6 +136,32 @@ def build_engine(
         )
         manifest.write(folder)
     return Manifest.read(out)
+
+
+def _build_target(
+    checkpoint: Checkpoint, folder: Path, limits: Limits, target: CpuOptions | RtxOptions, progress: Progress
+) -> tuple[RtxEntry | None, tuple[PoolEntry, ...]]:
+    adapter = checkpoint.adapter is not None
+    if isinstance(target, CpuOptions):
+        options = NetworkOptions(top_k=limits.top_k, adapter=adapter)
+        return None, build_cpu_engines(checkpoint, folder, options, target.activations, progress)
+    try:
+        from trimode.build.rtx import build_rtx_engines
+    except ModuleNotFoundError as error:
+        raise TriModeError(
+            f"target rtx needs the package {error.name}: pip install 'trimode[rtx]' (x86-64 or aarch64 Linux)"
+        ) from None
+    options = NetworkOptions(
+        top_k=limits.top_k,
+        adapter=adapter,
+        activations=target.dtype,
+        capacity=limits.capacity,
+        window=True,
+        fold_queries=True,
+    )
+    return build_rtx_engines(
+        checkpoint, folder, options, target.sms, target.max_batch, target.max_step, progress
+    )
 
 
 def _write_adapter(checkpoint: Checkpoint, path: Path) -> AdapterEntry | None:

@@ -8,7 +8,7 @@ softmax and logits are fp32 in every one.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import onnx
@@ -17,10 +17,10 @@ from onnx import TensorProto
 from trimode.build.onnx_graph import OnnxGraph, Shape
 from trimode.build.raw_pool import PooledLayer, PooledLinear, PoolRange, RawPool
 from trimode.model.config import ModelConfig
+from trimode.model.manifest import Real
 from trimode.model.rope import yarn_frequencies
 from trimode.model.step import AttentionPattern, adapter_inputs, cache_inputs, cache_outputs
 
-Real = Literal["fp32", "fp16", "bf16"]
 REAL_TYPES: dict[Real, int] = {
     "fp32": TensorProto.FLOAT,
     "fp16": TensorProto.FLOAT16,
@@ -96,10 +96,13 @@ class _Network:
 
         self.query_rotation, self.key_rotation = self._rotations(position_ids)
         self.visible = self._visible(input_ids, visibility)
-        x = self._cast(self.op("Gather", graph.pooled(self.pool.embed_tokens), input_ids), self.pool.embed_tokens.dtype)
+        embedding = self.pool.embed_tokens
+        x = self._cast(self.op("Gather", graph.pooled(embedding), input_ids), embedding.dtype)
         for index, layer in enumerate(self.pool.layers):
+            graph.scope = f"layers.{index}/"
             x = self.op("Add", x, self._self_attn(self._rms_norm(x, layer.input_layernorm), layer, index))
             x = self.op("Add", x, self._mlp(self._rms_norm(x, layer.post_attention_layernorm), layer))
+        graph.scope = "head/"
         self._head(self.op("GatherND", x, self.op("Unsqueeze", logit_rows, self.ints(2)), batch_dims=1))
         for name in cache_outputs(self.config.num_hidden_layers):
             graph.output(name, self.real, cache_shape)
@@ -191,7 +194,7 @@ class _Network:
         keys, values = (self._window(name) for name in updated[2 * index : 2 * index + 2])
         if self.options.fold_queries:
             q = self.op("Reshape", q, self.ints(0, config.num_key_value_heads, -1, config.head_dim))
-        attended = self.op("Attention", q, keys, values, self.visible, scale=config.head_dim**-0.5)
+        attended = self.op("Attention", q, keys, values, self.visible, scale=1.0)
         if self.options.fold_queries:
             attended = self.op("Reshape", attended, self.ints(0, config.num_attention_heads, -1, config.head_dim))
         attended = self.op("Transpose", attended, perm=[0, 2, 1, 3])

@@ -27,6 +27,8 @@ class OnnxGraph:
         self._inputs: list[onnx.ValueInfoProto] = []
         self._outputs: list[onnx.ValueInfoProto] = []
         self._initializers: dict[str, TensorProto] = {}
+        # Goes before the names of nodes: compilers report their kernels' sources by them.
+        self.scope = ""
 
     def input(self, name: str, dtype: int, shape: Shape) -> str:
         self._inputs.append(helper.make_tensor_value_info(name, dtype, list(shape)))
@@ -44,7 +46,7 @@ class OnnxGraph:
 
     def node(self, kind: str, inputs: Sequence[str], results: Sequence[str], **attributes: object) -> None:
         """A node whose results are named by the caller."""
-        name = f"{kind}_{len(self._nodes)}"
+        name = f"{self.scope}{kind}_{len(self._nodes)}"
         self._nodes.append(helper.make_node(kind, list(inputs), list(results), name=name, **attributes))
 
     def ints(self, *values: int) -> str:

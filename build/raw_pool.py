@@ -71,7 +71,7 @@ class RawPool:
 
 
 def write_raw_pool(
-    checkpoint: Checkpoint, path: Path, progress: Progress, real: np.dtype[np.generic] = np.dtype(np.float32)
+    checkpoint: Checkpoint, path: Path, progress: Progress, real: np.dtype[np.generic]
 ) -> RawPool:
     """Stream the checkpoint's weights into ``path``; no more than one layer's matrix is in memory at a time.
 
@@ -122,8 +122,8 @@ class _Writer:
         name = modules[0] if len(names) == 1 else f"{parent}." + "_".join(part.removesuffix("_proj") for part in names)
         int4 = [weight for weight in weights if isinstance(weight, Int4Weight)]
         if not int4:
-            dense = np.concatenate([weight.array.astype(self._real) for weight in weights if isinstance(weight, DenseWeight)])
-            return PooledLinear(self._put(name, dense.T))
+            dense = [weight.array.astype(self._real) for weight in weights if isinstance(weight, DenseWeight)]
+            return PooledLinear(self._put(name, np.concatenate(dense).T))
         if len(int4) < len(weights) or not _share_input_scale(int4):
             raise TriModeError(
                 f"{self._checkpoint.folder}: {', '.join(modules)} read one input but are quantised differently; "
@@ -136,7 +136,9 @@ class _Writer:
         return PooledLinear(
             weight=self._put(name, packed, TensorProto.INT4, (packed.shape[0], packed.shape[1] * 2)),
             scale=self._put(f"{name}.scale", scale),
-            input_scale=None if input_scale is None else self._put(f"{name}.input_scale", input_scale.astype(self._real)),
+            input_scale=(
+                None if input_scale is None else self._put(f"{name}.input_scale", input_scale.astype(self._real))
+            ),
             group=packed.shape[0] // scale.shape[0],
         )
 

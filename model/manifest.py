@@ -2,7 +2,8 @@
 
 ```
 manifest.json        this record
-ar/, diffusion/      model.onnx (target cpu)
+ar/, diffusion/      target cpu: model.onnx; target rtx: engine.plan, a TensorRT-RTX plan without its weights,
+                     graph.onnx, what it was compiled from, and layers.json, the kernels it became
 weights/pool.bin     every constant of the network once, loaded by both engines
 weights/adapter.safetensors   the draft adapter, if the checkpoint has one: the diffusion engine's inputs
 tokenizer/           the checkpoint's tokenizer files
@@ -25,6 +26,12 @@ from trimode.model.progress import Progress, no_progress
 from trimode.model.records import read_json_record
 
 Activations = Literal["fp32", "int8"]
+Real = Literal["fp32", "fp16", "bf16"]
+Target = Literal["cpu", "rtx"]
+ENGINE_FILES: dict[Target, tuple[str, ...]] = {
+    "cpu": ("model.onnx",),
+    "rtx": ("engine.plan", "graph.onnx", "layers.json"),
+}
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -61,16 +68,16 @@ class PoolEntry(_Record):
 
 
 class Precision(_Record):
-    """Types as stored and computed: ``int4`` weights carry fp32 scales by ``group`` inputs.
+    """Types as stored and computed: ``int4`` weights carry scales, of the KV pool's type, by ``group`` inputs.
 
     ``activations``: ``int8`` means that the inputs of int4 products are rounded to 8 bits, all else being fp32.
     """
 
-    linear: Literal["int4", "fp32"]
-    head: Literal["int4", "fp32"]
-    embedding: Literal["bf16", "fp16", "fp32"]
-    activations: Activations
-    kv_cache: Literal["fp32"]
+    linear: Literal["int4"] | Real
+    head: Literal["int4"] | Real
+    embedding: Real
+    activations: Literal["int8"] | Real
+    kv_cache: Real
     group: PositiveInt | None
 
 
@@ -89,9 +96,35 @@ class AdapterEntry(_Record):
     scale: float
 
 
+class Splice(_Record):
+    """Bytes of the pool that belong before byte ``plan_offset`` of ``engine.plan``."""
+
+    plan_offset: NonNegativeInt
+    pool_offset: NonNegativeInt
+    bytes: PositiveInt
+
+
+class PlanEntry(_Record):
+    """A plan whose weights lie in the pool. ``private_bytes``: what it has beside them, the file's own length."""
+
+    splices: tuple[Splice, ...]
+    private_bytes: PositiveInt
+
+
+class RtxEntry(_Record):
+    """What the plans were compiled for; ``sms`` are compute capabilities, 121 for 12.1; ``max_step`` in tokens."""
+
+    tensorrt_rtx: str
+    sms: tuple[PositiveInt, ...]
+    max_batch: PositiveInt
+    max_step: PositiveInt
+    ar: PlanEntry
+    diffusion: PlanEntry
+
+
 class Manifest(_Record):
     format_version: Literal[1]
-    target: Literal["cpu"]
+    target: Target
     source: str
     quantization: str
     model: ModelConfig
@@ -99,9 +132,10 @@ class Manifest(_Record):
     limits: Limits
     adapter: AdapterEntry | None
     parameters: PositiveInt
-    # The kernel-ready copies of the pool are laid out for these; another machine needs a build of its own.
-    instruction_set: str
-    onnxruntime: str
+    # Target cpu: the kernel-ready copies of the pool are laid out for these; another machine needs its own build.
+    instruction_set: str | None
+    onnxruntime: str | None
+    rtx: RtxEntry | None
     tools: dict[str, str]
     pool: tuple[PoolEntry, ...]
     files: tuple[EngineFile, ...]
@@ -110,7 +144,10 @@ class Manifest(_Record):
 
     @model_validator(mode="after")
     def _complete(self) -> Manifest:
-        required = {"ar/model.onnx", "diffusion/model.onnx", POOL, f"{TOKENIZER}/tokenizer.json"}
+        engines = {f"{engine}/{name}" for engine in ("ar", "diffusion") for name in ENGINE_FILES[self.target]}
+        required = engines | {POOL, f"{TOKENIZER}/tokenizer.json"}
+        if (self.rtx is None) == (self.target == "rtx"):
+            raise ValueError(f"rtx and target {self.target} contradict each other")
         if self.adapter is not None:
             required.add(ADAPTER)
         if missing := required - {entry.path for entry in self.files}:

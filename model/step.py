@@ -15,6 +15,7 @@ input                                       shape                   meaning
 ``adapter_down.i`` (diffusion)              [query width, rank]     the draft adapter's A, transposed
 ``adapter_up.i`` (diffusion)                [rank, hidden]          its B, transposed, with its scale
 ``k_cache.i``, ``v_cache.i``                [B, KV heads, C, D]     the KV pool: C rows of D; ``*_out.i`` alias them
+``window_rows`` (target rtx)                [W]                     0 .. W - 1: attend to the first W rows of the pool
 ==========================================  ======================  =================================================
 
 ``block_mask``: a lower triangle is causal, a tree's ancestors verify a tree, and a row of padding sees itself. The rows
@@ -30,6 +31,7 @@ from __future__ import annotations
 from typing import Literal
 
 AttentionPattern = Literal["causal", "bidirectional"]
+ENGINES: tuple[tuple[str, AttentionPattern], ...] = (("ar", "causal"), ("diffusion", "bidirectional"))
 
 
 def cache_inputs(layers: int) -> list[str]:

@@ -23,7 +23,7 @@ from rich.table import Table
 
 from trimode.model.checkpoint import open_checkpoint
 from trimode.model.errors import TriModeError
-from trimode.model.manifest import Activations, Manifest
+from trimode.model.manifest import Activations, Manifest, Target
 from trimode.model.progress import Progress
 from trimode.runtime.decoding import DecodingOptions, Mode
 from trimode.runtime.engine import Engine
@@ -63,6 +63,16 @@ def main() -> None:
 def _fail(message: str, code: int) -> NoReturn:
     print(f"trimode: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
+
+
+def _integers(_context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, ...] | None:
+    """Numbers with commas between them."""
+    if text is None:
+        return None
+    try:
+        return tuple(dict.fromkeys(int(part) for part in text.split(",")))
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is not a list of whole numbers", param=parameter) from None
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -111,29 +121,61 @@ def quantize(
 @commands.command()
 @click.argument("checkpoint")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--target", type=click.Choice(["cpu"]), default="cpu", show_default=True)
-@click.option("--capacity", type=click.IntRange(min=1), help="Longest sequence in tokens [default: the model's].")
+@click.option("--target", type=click.Choice(get_args(Target)), default="cpu", show_default=True)
+@click.option(
+    "--capacity",
+    type=click.IntRange(min=1),
+    help="Longest sequence in tokens [default: the model's on cpu, 4096 on rtx].",
+)
 @click.option(
     "--prefill-step", type=click.IntRange(min=1), default=256, show_default=True, help="Tokens a prefill pass."
 )
-@click.option("--top-k", type=click.IntRange(min=1), default=64, show_default=True, help="Candidates a row reports.")
+@click.option("--top-k", type=click.IntRange(min=1), help="Candidates a row reports [default: 64 on cpu, 4 on rtx].")
 @click.option(
     "--activations",
     type=click.Choice(get_args(Activations)),
-    default="fp32",
-    show_default=True,
-    help="int8: faster int4 products on large models, less exact.",
+    help="cpu. int8: faster int4 products on large models, less exact [default: fp32].",
 )
+@click.option(
+    "--sm",
+    "sms",
+    callback=_integers,
+    help="rtx. GPUs by compute capability, 121 for 12.1, with commas [default: 121,120,89,86,80].",
+)
+@click.option("--dtype", type=click.Choice(["bf16", "fp16"]), help="rtx. Activations and KV pool [default: bf16].")
+@click.option("--max-batch", type=click.IntRange(min=1), help="rtx. Sequences a pass [default: 8].")
+@click.option("--max-step", type=click.IntRange(min=1), help="rtx. Tokens a sequence and pass [default: 256].")
 @json_option
-def build(checkpoint: str, out: Path, as_json: bool, **options: Any) -> None:
+def build(
+    checkpoint: str,
+    out: Path,
+    target: str,
+    capacity: int | None,
+    prefill_step: int,
+    top_k: int | None,
+    as_json: bool,
+    **of_target: Any,
+) -> None:
     """Build the AR and the diffusion engine of CHECKPOINT into the new folder OUT."""
     try:
-        from trimode.build.engine import build_engine
+        from trimode.build.engine import CpuOptions, RtxOptions, build_engine
     except ModuleNotFoundError as error:
         raise TriModeError(f"building needs the package {error.name}: pip install 'trimode[build]'") from None
 
+    kind = RtxOptions if target == "rtx" else CpuOptions
+    given = {name: value for name, value in of_target.items() if value is not None}
+    for name in given.keys() - {field.name for field in dataclasses.fields(kind)}:
+        raise TriModeError(f"--{'sm' if name == 'sms' else name.replace('_', '-')} is no option of target {target}")
     with _progress() as progress:
-        manifest = build_engine(open_checkpoint(checkpoint), out, **options, progress=progress)
+        manifest = build_engine(
+            open_checkpoint(checkpoint),
+            out,
+            target=kind(**given),
+            capacity=capacity,
+            prefill_step=prefill_step,
+            top_k=top_k,
+            progress=progress,
+        )
     _print_manifest(out, manifest, as_json)
 
 
@@ -226,12 +268,22 @@ def _print_manifest(engine: Path, manifest: Manifest, as_json: bool) -> None:
         "limits": f"{manifest.limits.capacity} tokens, prefill by {manifest.limits.prefill_step}, "
         f"{manifest.limits.top_k} candidates a row",
         "on disk": f"{stored / 1e6:.1f} MB in {len(manifest.files)} files",
-        "made for": f"onnxruntime {manifest.onnxruntime} on {manifest.instruction_set}",
+        "made for": _made_for(manifest),
     }
     table = Table(show_header=False, box=None, pad_edge=False)
     for name, value in rows.items():
         table.add_row(name, value)
     Console(highlight=False).print(table)
+
+
+def _made_for(manifest: Manifest) -> str:
+    if manifest.rtx is None:
+        return f"onnxruntime {manifest.onnxruntime} on {manifest.instruction_set}"
+    gpus = ", ".join(f"{sm // 10}.{sm % 10}" for sm in manifest.rtx.sms)
+    return (
+        f"TensorRT-RTX {manifest.rtx.tensorrt_rtx} on compute capability {gpus}; batch to {manifest.rtx.max_batch}, "
+        f"step to {manifest.rtx.max_step}"
+    )
 
 
 @contextmanager

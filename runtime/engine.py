@@ -54,6 +54,11 @@ class Engine:
         if verify:
             verify_files(folder, self.manifest, progress)
         self.tokenizer = Tokenizer.from_folder(folder / TOKENIZER)
+        if self.manifest.target != "cpu":
+            raise TriModeError(
+                f"{folder} is an engine for target {self.manifest.target}, which this version builds and audits but "
+                "does not run; build one with --target cpu to generate"
+            )
         self.executor: Executor = CpuExecutor(folder, self.manifest, threads)
 
     def generate(

@@ -1,0 +1,202 @@
+"""Target ``rtx``: both graphs compiled by TensorRT-RTX for named GPUs, over one file of weights.
+
+The builder needs no GPU. Its log is the only account of what it made, so it is read closely: every warning that is not
+on the list below fails the build, and the kernels it names become ``layers.json``. Plans that the builder strips of
+their weights itself (``STRIP_PLAN``) need a GPU already when they are built; so the section is cut out of whole plans.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+import tensorrt_rtx as trt
+
+from trimode.build.kernels import parse_kernels
+from trimode.build.network import NetworkOptions, build_network
+from trimode.build.raw_pool import RawPool, write_raw_pool
+from trimode.build.weight_section import cut_runs, find_shared_runs
+from trimode.model.checkpoint import Checkpoint
+from trimode.model.errors import TriModeError
+from trimode.model.manifest import POOL, PoolEntry, Real, RtxEntry
+from trimode.model.progress import Progress
+from trimode.model.step import ENGINES
+
+NUMPY_TYPES: dict[Real, np.dtype[Any]] = {
+    "fp32": np.dtype(np.float32),
+    "fp16": np.dtype(np.float16),
+    "bf16": np.dtype(ml_dtypes.bfloat16),
+}
+# Of the constants' bytes. The builder folds a few small ones into kernels or widens them; no matrix may be missing.
+LEAST_SHARED = 0.99
+COMPUTE_CAPABILITIES = {75: "SM75", 80: "SM80", 86: "SM86", 89: "SM89", 120: "SM120", 121: "SM121"}
+# What the builder may complain of, and why it is no fault.
+EXPECTED_MESSAGES = {
+    r"Make sure (in|out)put \w+ has Int64 binding": "it does, by the step contract",
+    r"cudaError(NoDevice| 35| 100)|CUDA initialization failure|no CUDA-capable device": "building needs no GPU",
+    r"driver version is insufficient|Unable to determine GPU memory|CUDA lazy loading": "building needs no GPU",
+}
+
+
+class _Log(trt.ILogger):  # type: ignore[misc]
+    """Keeps every message: the kernels are listed among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[str] = []
+        self.complaints: list[str] = []
+
+    def log(self, severity: trt.ILogger.Severity, message: str) -> None:
+        self.messages.append(message)
+        expected = any(re.search(pattern, message) for pattern in EXPECTED_MESSAGES)
+        if severity <= trt.ILogger.Severity.WARNING and not expected:
+            self.complaints.append(message)
+
+
+class _Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+    """Tells the builder's phases, and stops the build on Ctrl-C: exceptions cannot pass through it."""
+
+    def __init__(self, stage: str, progress: Progress) -> None:
+        super().__init__()
+        self._stage = stage
+        self._progress = progress
+        self._steps: dict[str, int] = {}
+        self.interruption: BaseException | None = None
+
+    def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:  # noqa: ARG002
+        self._steps[phase_name] = num_steps
+
+    def step_complete(self, phase_name: str, step: int) -> bool:
+        try:
+            self._progress(f"{self._stage}: {phase_name}", step + 1, self._steps.get(phase_name, step + 1))
+        except BaseException as error:
+            self.interruption = error
+        return self.interruption is None
+
+    def phase_finish(self, phase_name: str) -> None:
+        self._steps.pop(phase_name, None)
+
+
+def build_rtx_engines(
+    checkpoint: Checkpoint,
+    folder: Path,
+    options: NetworkOptions,
+    sms: tuple[int, ...],
+    max_batch: int,
+    max_step: int,
+    progress: Progress,
+) -> tuple[RtxEntry, tuple[PoolEntry, ...]]:
+    """Write both plans, their graphs and kernels, and the pool into ``folder``.
+
+    sms: compute capabilities, 121 for 12.1; the plans run on each of them and on no other.
+    """
+    refuse_unknown_gpus(sms)
+    plans = []
+    with TemporaryDirectory(dir=folder) as temporary:
+        pool = write_raw_pool(checkpoint, Path(temporary) / "raw.bin", progress, NUMPY_TYPES[options.activations])
+        constants = pool.path.stat().st_size
+        probe = _first_bytes(pool)
+        for name, pattern in ENGINES:
+            graph = build_network(checkpoint.config, pool, pattern, options)
+            source = Path(temporary) / f"{name}.onnx"
+            onnx.save(graph, source)
+            target = folder / name
+            target.mkdir()
+            onnx.save(graph, target / "graph.onnx")
+            rank = checkpoint.adapter.config.r if checkpoint.adapter else 0
+            sizes = _Sizes(max_batch, max_step, options.capacity or 0, rank)
+            plans.append(_compile(graph, source, target, sms, sizes, progress))
+    progress("weights", 0, 1)
+    runs = find_shared_runs(*(np.memmap(plan, np.uint8, mode="r") for plan in plans), probe)
+    (folder / POOL).parent.mkdir()
+    ar = cut_runs(plans[0], [(run.first, run.length) for run in runs], folder / POOL)
+    diffusion = cut_runs(plans[1], [(run.second, run.length) for run in runs], None)
+    shared = (folder / POOL).stat().st_size
+    if shared < constants * LEAST_SHARED:
+        raise RuntimeError(
+            f"the plans share {shared} bytes of weights of {constants}: the engines' constants differ, or the builder "
+            "lays them out in another order"
+        )
+    progress("weights", 1, 1)
+    entry = RtxEntry(
+        tensorrt_rtx=trt.__version__,
+        sms=sms,
+        max_batch=max_batch,
+        max_step=max_step,
+        ar=ar,
+        diffusion=diffusion,
+    )
+    pool_entries = []
+    for number, splice in enumerate(ar.splices):
+        pool_entries.append(PoolEntry(name=f"run {number}", offset=splice.pool_offset, bytes=splice.bytes))
+    return entry, tuple(pool_entries)
+
+
+def refuse_unknown_gpus(sms: tuple[int, ...]) -> None:
+    for sm in sms:
+        if sm not in COMPUTE_CAPABILITIES:
+            raise TriModeError(
+                f"--sm {sm}: TensorRT-RTX builds for {', '.join(map(str, COMPUTE_CAPABILITIES))}; "
+                "datacentre parts need the target tensorrt"
+            )
+
+
+class _Sizes:
+    """Least, usual and largest value of each dynamic dimension."""
+
+    def __init__(self, max_batch: int, max_step: int, capacity: int, rank: int) -> None:
+        self._ranges = {
+            "batch": (1, 1, max_batch),
+            "step": (1, min(32, max_step), max_step),
+            "rows": (1, min(32, max_step), max_step),
+            "window": (1, min(512, capacity), capacity),
+            "rank": (rank, rank, rank),
+        }
+
+    def of(self, dims: list[str | int]) -> list[tuple[int, ...]]:
+        return [tuple(self._ranges[dim][at] if isinstance(dim, str) else dim for dim in dims) for at in range(3)]
+
+
+def _compile(
+    graph: onnx.ModelProto, source: Path, target: Path, sms: tuple[int, ...], sizes: _Sizes, progress: Progress
+) -> Path:
+    log = _Log()
+    builder = trt.Builder(log)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse_from_file(str(source)):
+        raise RuntimeError(f"TensorRT-RTX cannot parse {target.name}/graph.onnx: {parser.get_error(0)}")
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # or the kernels are listed by number alone
+    config.num_compute_capabilities = len(sms)
+    for index, sm in enumerate(sms):
+        config.set_compute_capability(getattr(trt.ComputeCapability, COMPUTE_CAPABILITIES[sm]), index)
+    profile = builder.create_optimization_profile()
+    for value in graph.graph.input:
+        dims = [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        if any(isinstance(dim, str) for dim in dims):
+            profile.set_shape(value.name, *sizes.of(dims))
+    config.add_optimization_profile(profile)
+    monitor = _Monitor(target.name, progress)
+    config.progress_monitor = monitor
+    plan = builder.build_serialized_network(network, config)
+    if monitor.interruption is not None:
+        raise monitor.interruption
+    if log.complaints or plan is None:
+        raise RuntimeError(f"TensorRT-RTX on {target.name}/graph.onnx: {'; '.join(log.complaints) or 'no plan'}")
+    path = target / "engine.plan"
+    path.write_bytes(memoryview(plan))
+    (target / "layers.json").write_text(parse_kernels(log.messages).model_dump_json(indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def _first_bytes(pool: RawPool) -> bytes:
+    """Enough of the embedding table to find it in a plan."""
+    with pool.path.open("rb") as file:
+        file.seek(pool.embed_tokens.offset)
+        return file.read(min(4096, pool.embed_tokens.length))

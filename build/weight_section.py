@@ -1,0 +1,160 @@
+"""The weights of two plans, found and cut out, so that the pool holds them once.
+
+A plan carries its constants as a run of bytes in the builder's own order and layout. Plans of graphs that name the same
+constants carry the same run, but for a few bytes that one of the graphs needs and the other does not (the factors of
+the adapter's product, say): these part the run in two. What the two plans share is found and compared byte by byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trimode.model.manifest import PlanEntry, Splice
+
+_CHUNK = 1 << 24
+_ANCHOR = 256  # bytes looked for in the other plan
+_REACH = 1 << 18  # how far apart a private constant can push what follows it, and how far from its end a run is sought
+
+
+class Run(NamedTuple):
+    """Bytes that both plans have: where they begin in each, and how many."""
+
+    first: int
+    second: int
+    length: int
+
+
+class _Region(NamedTuple):
+    """A part of each plan in which runs are sought."""
+
+    first: slice
+    second: slice
+
+
+def find_shared_runs(first: NDArray[np.uint8], second: NDArray[np.uint8], probe: bytes) -> list[Run]:
+    """The shared runs of two plans in their order, beginning with the one around ``probe``, bytes of a large constant.
+
+    Raises RuntimeError if a plan lacks the probe.
+    """
+    whole = _Region(slice(0, len(first)), slice(0, len(second)))
+    middle = _extended(first, second, _find(first, probe), _find(second, probe), whole)
+    return [
+        *_runs_before(first, second, middle),
+        middle,
+        *_runs_after(first, second, middle),
+    ]
+
+
+def cut_runs(plan: Path, runs: list[tuple[int, int]], pool: Path | None) -> PlanEntry:
+    """Take ``runs``, (offset, length) in order, out of the file ``plan``; ``pool``, if given, receives them one after
+    the other. Returns how to put the plan together again.
+    """
+    rest = plan.with_suffix(".rest")
+    splices, kept, pooled = [], 0, 0
+    with plan.open("rb") as source, rest.open("wb") as remainder:
+        target = pool.open("wb") if pool else None
+        try:
+            for offset, length in runs:
+                between = offset - source.tell()
+                _copy(source, remainder, between)
+                kept += between
+                splices.append(Splice(plan_offset=kept, pool_offset=pooled, bytes=length))
+                pooled += length
+                if target:
+                    _copy(source, target, length)
+                else:
+                    source.seek(length, 1)
+            _copy(source, remainder, plan.stat().st_size - source.tell())
+        finally:
+            if target:
+                target.close()
+    rest.replace(plan)
+    return PlanEntry(splices=tuple(splices), private_bytes=plan.stat().st_size)
+
+
+def whole_plan(plan: Path, pool: Path, entry: PlanEntry) -> Iterator[bytes]:
+    """The plan as the builder wrote it, in chunks: nobody need hold it whole."""
+    with plan.open("rb") as rest, pool.open("rb") as weights:
+        for splice in entry.splices:
+            yield from _chunks(rest, splice.plan_offset - rest.tell())
+            weights.seek(splice.pool_offset)
+            yield from _chunks(weights, splice.bytes)
+        yield from _chunks(rest, entry.private_bytes - rest.tell())
+
+
+def _runs_before(first: NDArray[np.uint8], second: NDArray[np.uint8], run: Run) -> list[Run]:
+    found: list[Run] = []
+    while run.first > 2 * _REACH:
+        region = _Region(slice(0, run.first), slice(0, run.second))
+        at = run.first - _REACH
+        near = slice(max(0, run.second - 2 * _REACH), run.second)
+        match = second[near].tobytes().find(first[at : at + _ANCHOR].tobytes())
+        if match < 0:
+            break
+        run = _extended(first, second, at, near.start + match, region)
+        found.insert(0, run)
+    return found
+
+
+def _runs_after(first: NDArray[np.uint8], second: NDArray[np.uint8], run: Run) -> list[Run]:
+    found: list[Run] = []
+    while (end := run.first + run.length) + 2 * _REACH < len(first):
+        start = run.second + run.length
+        region = _Region(slice(end, len(first)), slice(start, len(second)))
+        near = slice(start, start + 2 * _REACH)
+        match = second[near].tobytes().find(first[end + _REACH : end + _REACH + _ANCHOR].tobytes())
+        if match < 0:
+            break
+        run = _extended(first, second, end + _REACH, start + match, region)
+        found.append(run)
+    return found
+
+
+def _extended(
+    first: NDArray[np.uint8], second: NDArray[np.uint8], in_first: int, in_second: int, region: _Region
+) -> Run:
+    """The longest run around a pair of equal places, within the region."""
+    before = _common(
+        first[region.first.start : in_first][::-1],
+        second[region.second.start : in_second][::-1],
+    )
+    after = _common(first[in_first : region.first.stop], second[in_second : region.second.stop])
+    return Run(in_first - before, in_second - before, before + after)
+
+
+def _find(array: NDArray[np.uint8], probe: bytes) -> int:
+    for start in range(0, len(array), _CHUNK):
+        found = array[start : start + _CHUNK + len(probe)].tobytes().find(probe)
+        if found >= 0:
+            return start + found
+    raise RuntimeError("a plan does not hold the embedding table as it is")
+
+
+def _common(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> int:
+    """Length of the longest common beginning."""
+    shortest = min(len(first), len(second))
+    for at in range(0, shortest, _CHUNK):
+        end = min(at + _CHUNK, shortest)
+        differing = np.flatnonzero(first[at:end] != second[at:end])
+        if len(differing):
+            return at + int(differing[0])
+    return shortest
+
+
+def _copy(source: BinaryIO, target: BinaryIO, length: int) -> None:
+    for chunk in _chunks(source, length):
+        target.write(chunk)
+
+
+def _chunks(source: BinaryIO, length: int) -> Iterator[bytes]:
+    while length:
+        chunk = source.read(min(_CHUNK, length))
+        if not chunk:
+            raise RuntimeError(f"{source.name} ends {length} bytes early")
+        length -= len(chunk)
+        yield chunk
