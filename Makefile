@@ -7,6 +7,8 @@ METHOD ?= awq
 GROUP ?= 128
 CALIBRATION ?=
 NAME = $(notdir $(patsubst %/,%,$(MODEL)))
+SHAPE ?= 8b
+AUDITED ?= engines/random-$(SHAPE)
 ENGINE ?= engines/$(NAME)-$(TARGET)
 QUANTIZED ?= engines/$(NAME)-w4a16-$(METHOD)$(GROUP)
 
@@ -43,6 +45,11 @@ types: $(VENV)/.package ## mypy on the installed package
 prove: $(VENV)/.package ## Measure the README's table: engines against the PyTorch reference (about 4 minutes)
 	@$(BIN)/python scripts/prove.py
 
+audit: $(VENV)/.package ## Build the 8B shape with random weights for TensorRT-RTX and audit it (20 GB of disk, 23 GiB of memory)
+	@test -e $(AUDITED)/config.json || $(BIN)/python scripts/random_w4a16_checkpoint.py $(SHAPE) $(AUDITED)
+	@test -e $(AUDITED)-rtx/manifest.json || $(BIN)/trimode build $(AUDITED) $(AUDITED)-rtx --target rtx --sm 121,120,89,86,80 --capacity 32768
+	@$(BIN)/trimode audit $(AUDITED)-rtx --window 512,4096,32768 --plot $(AUDITED)-rtx.png
+
 train-tiny: $(VENV)/.package ## Train the shipped checkpoint again from its seed (about an hour)
 	$(BIN)/python scripts/tiny/train.py --out engines/tiny-trained
 
@@ -52,7 +59,7 @@ clean: ## Remove .venv, engines and caches
 $(VENV)/.dependencies: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet '.[build,dev]'
+	$(BIN)/python -m pip install --quiet '.[build,rtx,dev]'
 	@touch $@
 
 $(VENV)/.package: $(VENV)/.dependencies $(SOURCES)
@@ -66,4 +73,4 @@ $(ENGINE)/manifest.json: | $(VENV)/.package
 		$(BIN)/trimode quantize $(MODEL) $(QUANTIZED) --method $(METHOD) --group $(GROUP) $(if $(CALIBRATION),--calibration $(CALIBRATION))
 	@$(BIN)/trimode build $(if $(wildcard $(MODEL)/hf_quant_config.json),$(MODEL),$(QUANTIZED)) $(ENGINE) --target $(TARGET)
 
-.PHONY: help setup demo build-engine test lint types prove train-tiny clean
+.PHONY: help setup demo audit build-engine test lint types prove train-tiny clean

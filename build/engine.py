@@ -33,7 +33,6 @@ from trimode.model.manifest import (
     Precision,
     Real,
     RtxEntry,
-    Target,
     hash_file,
 )
 from trimode.model.progress import Progress, no_progress
@@ -72,7 +71,7 @@ def build_engine(
     checkpoint: Checkpoint,
     out: Path,
     *,
-    target: CpuOptions | RtxOptions = CpuOptions(),  # noqa: B008 - frozen
+    target: CpuOptions | RtxOptions = CpuOptions(),
     capacity: int | None = None,
     prefill_step: int = 256,
     top_k: int | None = None,
@@ -159,9 +158,7 @@ def _build_target(
         window=True,
         fold_queries=True,
     )
-    return build_rtx_engines(
-        checkpoint, folder, options, target.sms, target.max_batch, target.max_step, progress
-    )
+    return build_rtx_engines(checkpoint, folder, options, target.sms, target.max_batch, target.max_step, progress)
 
 
 def _write_adapter(checkpoint: Checkpoint, path: Path) -> AdapterEntry | None:

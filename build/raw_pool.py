@@ -70,9 +70,7 @@ class RawPool:
     head: PooledLinear
 
 
-def write_raw_pool(
-    checkpoint: Checkpoint, path: Path, progress: Progress, real: np.dtype[np.generic]
-) -> RawPool:
+def write_raw_pool(checkpoint: Checkpoint, path: Path, progress: Progress, real: np.dtype[np.generic]) -> RawPool:
     """Stream the checkpoint's weights into ``path``; no more than one layer's matrix is in memory at a time.
 
     real: type of scales, norms and matrices that are not int4.

@@ -43,11 +43,9 @@ def find_shared_runs(first: NDArray[np.uint8], second: NDArray[np.uint8], probe:
     """
     whole = _Region(slice(0, len(first)), slice(0, len(second)))
     middle = _extended(first, second, _find(first, probe), _find(second, probe), whole)
-    return [
-        *_runs_before(first, second, middle),
-        middle,
-        *_runs_after(first, second, middle),
-    ]
+    runs = [*_runs_before(first, second, middle), middle, *_runs_after(first, second, middle)]
+    # Shorter ones are code: plans of like graphs share kernels too, and those are no weights.
+    return [run for run in runs if run.length >= _REACH]
 
 
 def cut_runs(plan: Path, runs: list[tuple[int, int]], pool: Path | None) -> PlanEntry:

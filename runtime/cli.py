@@ -1,4 +1,4 @@
-"""The ``trimode`` command: quantize, build, info, generate.
+"""The ``trimode`` command: quantize, build, info, audit, generate.
 
 What a user can mend is told in one line on stderr, with exit code 2. Long work shows its progress on stderr, so that
 stdout stays the answer alone.
@@ -185,6 +185,31 @@ def build(
 def info(engine: Path, as_json: bool) -> None:
     """Say what the engine directory ENGINE is."""
     _print_manifest(engine, Manifest.read(engine), as_json)
+
+
+@commands.command()
+@click.argument("engine", type=click.Path(path_type=Path))
+@click.option("--batch", default=1, show_default=True)
+@click.option("--step", "steps", default="1,8,32", show_default=True, callback=_integers, help="Tokens a sequence.")
+@click.option("--window", "windows", default="512,4096", show_default=True, callback=_integers, help="KV rows.")
+@click.option("--gpu", default="dgx-spark", show_default=True, help="Whose time floors to tell.")
+@click.option("--acceptance", default=6.82, show_default=True, help="Tokens a self-speculation cycle.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Write bytes by kind of kernel to this PNG.")
+@json_option
+def audit(engine: Path, plot: Path | None, as_json: bool, **shapes: Any) -> None:
+    """Say kernel by kernel and byte by byte what the engine directory ENGINE (target rtx) will run on a GPU."""
+    try:
+        from trimode.build.audit_report import audit_engine, print_report, write_plot
+    except ModuleNotFoundError as error:
+        raise TriModeError(f"auditing needs the package {error.name}: pip install 'trimode[build]'") from None
+
+    report = audit_engine(engine, **shapes)
+    if plot is not None:
+        write_plot(report, plot)
+    if as_json:
+        print(report.model_dump_json())
+    else:
+        print_report(report, Console(highlight=False))
 
 
 @commands.command()
