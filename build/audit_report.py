@@ -65,19 +65,17 @@ def audit_engine(
                 linear_spec_tokens_per_second=acceptance / (seconds[1] + seconds[2]),
             )
         )
-    rtx = ar.manifest.rtx
-    assert rtx is not None
     # What one plan has between runs of the pool is a constant that the other lacks.
     private = [
         following.plan_offset - splice.plan_offset
-        for entry in (rtx.ar, rtx.diffusion)
+        for entry in (ar.rtx.ar, ar.rtx.diffusion)
         for splice, following in zip(entry.splices, entry.splices[1:], strict=False)
     ]
     return Report(
         engine=str(folder),
         gpu=card.key,
         acceptance=acceptance,
-        weights_shared=sum(splice.bytes for splice in rtx.ar.splices),
+        weights_shared=sum(splice.bytes for splice in ar.rtx.ar.splices),
         weights_private=sum(private),
         cycle_bytes_to_host=cycle_bytes_to_host(ar.manifest, BLOCK_LENGTH),
         passes=passes,
@@ -88,9 +86,7 @@ def audit_engine(
 def print_report(report: Report, console: Console) -> None:
     first = report.passes[0]
     console.print(f"{report.engine}: what the compiled plans will do; nothing here was run on a GPU")
-    table = Table(
-        "engine", "step", "window", "kernels", "a layer", "int4 fused", "alone", "KV copies", "MB", "of floor"
-    )
+    table = _table("engine", "step", "window", "kernels", "a layer", "int4 fused", "alone", "KV copies", "MB", "/floor")
     for row in report.passes:
         table.add_row(
             row.engine,
@@ -113,7 +109,7 @@ def print_report(report: Report, console: Console) -> None:
         f"weights: {report.weights_shared / 1e6:.1f} MB the same in both plans, {report.weights_private} bytes in one "
         f"alone; to the host a self-speculation cycle of {BLOCK_LENGTH}: {report.cycle_bytes_to_host} bytes"
     )
-    floors = Table("window", "AR ms", "draft ms", "verify ms", "AR tok/s", f"linear_spec tok/s at {report.acceptance}")
+    floors = _table("window", "AR ms", "draft ms", "verify ms", "AR tok/s", "linear_spec tok/s")
     for floor in report.floors:
         numbers = (floor.ar_ms, floor.draft_ms, floor.verify_ms, floor.ar_tokens_per_second)
         floors.add_row(
@@ -121,10 +117,11 @@ def print_report(report: Report, console: Console) -> None:
             *(f"{number:.2f}" for number in numbers),
             f"{floor.linear_spec_tokens_per_second:.1f}",
         )
-    console.print(f"time floor on {find_gpu(report.gpu).name}: the plan's bytes at full bandwidth")
+    card = find_gpu(report.gpu).name
+    console.print(f"time floor on {card}: the plan's bytes at full bandwidth, {report.acceptance} tokens a cycle")
     console.print(floors)
     console.print("the roofline against published speeds of the 8B checkpoint (arXiv 2607.05722), one request")
-    published = Table("GPU", "weights", "mode", "published", "floor", "published/floor", "model", "residual")
+    published = _table("GPU", "weights", "mode", "published", "floor", "ratio", "model", "residual")
     for line in published_comparison():
         published.add_row(
             line.gpu,
@@ -137,6 +134,10 @@ def print_report(report: Report, console: Console) -> None:
             f"{line.residual:+.1%}",
         )
     console.print(published)
+
+
+def _table(*columns: str) -> Table:
+    return Table(*columns, box=None, header_style="bold", pad_edge=False)
 
 
 def write_plot(report: Report, path: Path) -> None:
