@@ -19,6 +19,7 @@ from trimode.model.manifest import PlanEntry, Splice
 _CHUNK = 1 << 24
 _ANCHOR = 256  # bytes looked for in the other plan
 _REACH = 1 << 18  # how far apart a private constant can push what follows it, and how far from its end a run is sought
+_DISTANCES = [_REACH, _REACH * 5 // 4, _REACH * 3 // 2, _REACH * 7 // 4]
 
 
 class Run(NamedTuple):
@@ -89,12 +90,11 @@ def _runs_before(first: NDArray[np.uint8], second: NDArray[np.uint8], run: Run) 
     found: list[Run] = []
     while run.first > 2 * _REACH:
         region = _Region(slice(0, run.first), slice(0, run.second))
-        at = run.first - _REACH
         near = slice(max(0, run.second - 2 * _REACH), run.second)
-        match = second[near].tobytes().find(first[at : at + _ANCHOR].tobytes())
-        if match < 0:
+        best = _longest(first, second, [run.first - distance for distance in _DISTANCES], near, region)
+        if best is None:
             break
-        run = _extended(first, second, at, near.start + match, region)
+        run = best
         found.insert(0, run)
     return found
 
@@ -105,12 +105,27 @@ def _runs_after(first: NDArray[np.uint8], second: NDArray[np.uint8], run: Run) -
         start = run.second + run.length
         region = _Region(slice(end, len(first)), slice(start, len(second)))
         near = slice(start, start + 2 * _REACH)
-        match = second[near].tobytes().find(first[end + _REACH : end + _REACH + _ANCHOR].tobytes())
-        if match < 0:
+        best = _longest(first, second, [end + distance for distance in _DISTANCES], near, region)
+        if best is None:
             break
-        run = _extended(first, second, end + _REACH, start + match, region)
+        run = best
         found.append(run)
     return found
+
+
+def _longest(
+    first: NDArray[np.uint8], second: NDArray[np.uint8], places: list[int], near: slice, region: _Region
+) -> Run | None:
+    """The longest run around one of ``places`` of the first plan that is found ``near`` in the second: the bytes at a
+    single place may repeat, as equal scales do.
+    """
+    text = second[near].tobytes()
+    found = []
+    for place in places:
+        match = text.find(first[place : place + _ANCHOR].tobytes())
+        if match >= 0:
+            found.append(_extended(first, second, place, near.start + match, region))
+    return max(found, key=lambda run: run.length, default=None)
 
 
 def _extended(

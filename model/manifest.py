@@ -108,7 +108,7 @@ class PlanEntry(_Record):
     """A plan whose weights lie in the pool. ``private_bytes``: what it has beside them, the file's own length."""
 
     splices: tuple[Splice, ...]
-    private_bytes: PositiveInt
+    private_bytes: NonNegativeInt
 
 
 class RtxEntry(_Record):

@@ -121,7 +121,7 @@ def _random(specs: list[TensorSpec], seed: int) -> Iterator[NDArray[Any]]:
         if spec.dtype == np.uint8:
             yield np.frombuffer(rng.bytes(spec.bytes), np.uint8).reshape(spec.shape)
         elif spec.name.endswith("weight_scale"):
-            yield np.full(spec.shape, SCALE, np.float32).astype(spec.dtype)
+            yield (SCALE * rng.uniform(0.5, 1.5, spec.shape)).astype(spec.dtype)
         elif "norm" in spec.name:
             yield np.ones(spec.shape, spec.dtype)
         else:
