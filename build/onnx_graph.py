@@ -56,7 +56,7 @@ class OnnxGraph:
     def constant(self, name: str, array: NDArray[np.generic]) -> str:
         """A small constant, kept inside the graph; the same name is made once."""
         if name not in self._initializers:
-            self._initializers[name] = numpy_helper.from_array(np.ascontiguousarray(array), name)
+            self._initializers[name] = numpy_helper.from_array(np.asarray(array, order="C"), name)
         return name
 
     def pooled(self, entry: PoolRange) -> str:

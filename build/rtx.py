@@ -48,6 +48,9 @@ class _Log(trt.ILogger):  # type: ignore[misc]
 
     def __init__(self) -> None:
         super().__init__()
+        self.begin()
+
+    def begin(self) -> None:
         self.messages: list[str] = []
         self.complaints: list[str] = []
 
@@ -56,6 +59,10 @@ class _Log(trt.ILogger):  # type: ignore[misc]
         expected = any(re.search(pattern, message) for pattern in EXPECTED_MESSAGES)
         if severity <= trt.ILogger.Severity.WARNING and not expected:
             self.complaints.append(message)
+
+
+# TensorRT keeps the first logger that a process gives it.
+_LOG = _Log()
 
 
 class _Monitor(trt.IProgressMonitor):  # type: ignore[misc]
@@ -99,6 +106,7 @@ def build_rtx_engines(
     plans = []
     with TemporaryDirectory(dir=folder) as temporary:
         pool = write_raw_pool(checkpoint, Path(temporary) / "raw.bin", progress, NUMPY_TYPES[options.activations])
+        checkpoint.unmap()
         constants = pool.path.stat().st_size
         probe = _first_bytes(pool)
         for name, pattern in ENGINES:
@@ -165,7 +173,8 @@ class _Sizes:
 def _compile(
     graph: onnx.ModelProto, source: Path, target: Path, sms: tuple[int, ...], sizes: _Sizes, progress: Progress
 ) -> Path:
-    log = _Log()
+    log = _LOG
+    log.begin()
     builder = trt.Builder(log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)

@@ -19,6 +19,8 @@ from trimode.model.manifest import PlanEntry, Splice
 _CHUNK = 1 << 24
 _ANCHOR = 256  # bytes looked for in the other plan
 _REACH = 1 << 18  # how far apart a private constant can push what follows it, and how far from its end a run is sought
+# Plans of like graphs share kernels' code too, which is no weight; it lies farther apart than constants do.
+_LARGEST_GAP = 1 << 16
 _DISTANCES = [_REACH, _REACH * 5 // 4, _REACH * 3 // 2, _REACH * 7 // 4]
 
 
@@ -44,9 +46,7 @@ def find_shared_runs(first: NDArray[np.uint8], second: NDArray[np.uint8], probe:
     """
     whole = _Region(slice(0, len(first)), slice(0, len(second)))
     middle = _extended(first, second, _find(first, probe), _find(second, probe), whole)
-    runs = [*_runs_before(first, second, middle), middle, *_runs_after(first, second, middle)]
-    # Shorter ones are code: plans of like graphs share kernels too, and those are no weights.
-    return [run for run in runs if run.length >= _REACH]
+    return [*_runs_before(first, second, middle), middle, *_runs_after(first, second, middle)]
 
 
 def cut_runs(plan: Path, runs: list[tuple[int, int]], pool: Path | None) -> PlanEntry:
@@ -92,7 +92,7 @@ def _runs_before(first: NDArray[np.uint8], second: NDArray[np.uint8], run: Run) 
         region = _Region(slice(0, run.first), slice(0, run.second))
         near = slice(max(0, run.second - 2 * _REACH), run.second)
         best = _longest(first, second, [run.first - distance for distance in _DISTANCES], near, region)
-        if best is None:
+        if best is None or _gap(best, run) > _LARGEST_GAP:
             break
         run = best
         found.insert(0, run)
@@ -106,11 +106,16 @@ def _runs_after(first: NDArray[np.uint8], second: NDArray[np.uint8], run: Run) -
         region = _Region(slice(end, len(first)), slice(start, len(second)))
         near = slice(start, start + 2 * _REACH)
         best = _longest(first, second, [end + distance for distance in _DISTANCES], near, region)
-        if best is None:
+        if best is None or _gap(run, best) > _LARGEST_GAP:
             break
         run = best
         found.append(run)
     return found
+
+
+def _gap(run: Run, following: Run) -> int:
+    """The larger of the two plans' private bytes between runs."""
+    return max(following.first - run.first, following.second - run.second) - run.length
 
 
 def _longest(

@@ -207,6 +207,10 @@ class Checkpoint:
         _check(self._files, self._expected(), folder)
         self.adapter = Adapter(folder / ADAPTER_FOLDER, self.config) if (folder / ADAPTER_FOLDER).is_dir() else None
 
+    def unmap(self) -> None:
+        """Give back the mapped pages of tensors read so far; they are mapped anew when asked for."""
+        self._files = TensorFiles(_weight_files(self.folder))
+
     def is_int4(self, module: str) -> bool:
         """Whether the linear layer of that name is stored as int4."""
         if self.quantization is None:

@@ -14,7 +14,7 @@ import onnx
 import pytest
 
 from trimode.build import cpu
-from trimode.build.engine import build_engine
+from trimode.build.engine import CpuOptions, build_engine
 from trimode.model.checkpoint import Checkpoint
 from trimode.model.errors import TriModeError
 from trimode.model.manifest import ADAPTER, Manifest, hash_file
@@ -113,7 +113,9 @@ def test_a_disk_that_fills_up_is_one_line(random_checkpoint: Path, tmp_path: Pat
 
 
 def test_int8_activations_are_faster_kernels_and_coarser_logits(random_int4_checkpoint: Path, tmp_path: Path) -> None:
-    manifest = build_engine(Checkpoint(random_int4_checkpoint), tmp_path / "engine", activations="int8")
+    manifest = build_engine(
+        Checkpoint(random_int4_checkpoint), tmp_path / "engine", target=CpuOptions(activations="int8")
+    )
     assert manifest.precision.activations == "int8"
     graph = onnx.load(tmp_path / "engine/ar/model.onnx", load_external_data=False).graph
     products = [node for node in graph.node if node.op_type == "MatMulNBits"]

@@ -1,0 +1,201 @@
+"""Target rtx: plans built without a GPU, what they share, what the audit counts in them, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from trimode.build import rtx
+from trimode.build.audit import audit_pass, kind_of, read_plans
+from trimode.build.audit_report import audit_engine, write_plot
+from trimode.build.engine import RtxOptions, build_engine
+from trimode.build.kernels import Kernel, KernelTensor
+from trimode.build.weight_section import whole_plan
+from trimode.model.checkpoint import Checkpoint
+from trimode.model.errors import TriModeError
+from trimode.model.manifest import POOL, Manifest, verify_files
+
+OPTIONS = RtxOptions(sms=(121, 89), max_batch=4, max_step=64)
+
+
+@pytest.fixture(scope="module")
+def engine(wide_int4_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("rtx") / "engine"
+    build_engine(Checkpoint(wide_int4_checkpoint), out, target=OPTIONS, capacity=1024)
+    return out
+
+
+@pytest.fixture(scope="module")
+def wide_int4_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two layers of the 3B shape's form, narrow enough to build in seconds."""
+    folder = tmp_path_factory.mktemp("wide") / "checkpoint"
+    script = Path(__file__).parents[2] / "scripts" / "random_w4a16_checkpoint.py"
+    command = [sys.executable, str(script), "3b", str(folder), "--layers", "2", "--vocab-size", "2048"]
+    subprocess.run(command, check=True, capture_output=True)
+    return folder
+
+
+def test_both_plans_share_every_matrix(engine: Path, wide_int4_checkpoint: Path) -> None:
+    manifest = Manifest.read(engine)
+    verify_files(engine, manifest)
+    assert manifest.rtx is not None
+    stored = sum(array.nbytes for _, array in Checkpoint(wide_int4_checkpoint).tensors())
+    assert (engine / POOL).stat().st_size == pytest.approx(stored, rel=0.01)
+    ar, diffusion = manifest.rtx.ar, manifest.rtx.diffusion
+    assert [splice.bytes for splice in ar.splices] == [splice.bytes for splice in diffusion.splices]
+    for name, entry in (("ar", ar), ("diffusion", diffusion)):
+        whole = sum(len(chunk) for chunk in whole_plan(engine / name / "engine.plan", engine / POOL, entry))
+        assert whole == entry.private_bytes + sum(splice.bytes for splice in entry.splices)
+
+
+@pytest.mark.parametrize("step", [1, 8, 32])
+def test_every_int4_matrix_is_fused_and_nothing_dequantises_alone(engine: Path, step: int) -> None:
+    for plan in read_plans(engine):
+        found = audit_pass(plan, 1, step, 512)
+        assert found.int4_products == found.int4_matrices == 9  # four a layer and the head
+        assert found.lone_dequantisations == 0
+
+
+def test_the_audit_counts_what_a_hand_counts(engine: Path, wide_int4_checkpoint: Path) -> None:
+    """int4 products of one token: integers, scales, and 16-bit rows in and out."""
+    checkpoint = Checkpoint(wide_int4_checkpoint)
+    weights = sum(
+        array.nbytes for name, array in checkpoint.tensors() if "proj." in name or name.startswith("diffusion_head")
+    )
+    config = checkpoint.config
+    qkv, mlp = config.query_width + 2 * config.kv_width, config.intermediate_size
+    a_layer = 3 * config.hidden_size + qkv + config.query_width + 2 * mlp + mlp + config.hidden_size
+    rows = 2 * (config.num_hidden_layers * a_layer + config.hidden_size + config.vocab_size)
+    counted = audit_pass(read_plans(engine)[0], 1, 1, 512).bytes_by_kind
+    assert counted["int4 product"] == weights + rows
+    # The window is copied once before the fused attention, K and V, in every layer.
+    window = 512 * config.kv_width * 2
+    assert counted["KV copy"] == config.num_hidden_layers * 2 * 2 * window
+
+
+def test_dimensions_scale_with_the_pass(engine: Path) -> None:
+    plan = read_plans(engine)[0]
+    one, long, wide = (audit_pass(plan, *shape) for shape in ((1, 8, 256), (1, 8, 1024), (4, 8, 256)))
+    assert long.bytes_by_kind["KV copy"] == wide.bytes_by_kind["KV copy"] == 4 * one.bytes_by_kind["KV copy"]
+    assert 1 < one.ratio < long.ratio < 2
+
+
+def test_an_unfused_product_is_counted_as_such() -> None:
+    """The zero in the table can be another number."""
+    tensor = KernelTensor(name="w", dims=(128, 64), dtype="Int4")
+    kernel = Kernel(
+        name="k",
+        kind="kgen",
+        stream=0,
+        inputs=(),
+        constants=(tensor,),
+        outputs=(),
+        sources=("layers.0/DequantizeLinear_3",),
+    )
+    assert kind_of(kernel) == "dequantisation"
+    assert kind_of(kernel.model_copy(update={"sources": (*kernel.sources, "layers.0/MatMul_4")})) == "int4 product"
+
+
+def test_the_report_and_its_picture(engine: Path, tmp_path: Path) -> None:
+    report = audit_engine(engine, 1, (1, 8), (512, 1024), "dgx-spark", 6.82)
+    assert len(report.passes) == 2 * 2 * 2
+    assert 0 < report.weights_private < 4096 < report.weights_shared
+    assert [floor.window for floor in report.floors] == [512, 1024]
+    assert report.floors[0].ar_ms < report.floors[1].ar_ms
+    write_plot(report, tmp_path / "bytes.png")
+    with Image.open(tmp_path / "bytes.png") as picture:
+        assert min(picture.size) > 300
+        assert np.asarray(picture.convert("L")).std() > 10
+
+
+def trimode(*arguments: object) -> subprocess.CompletedProcess[str]:
+    program = [sys.executable, "-c", "from trimode.runtime.cli import main; main()"]
+    return subprocess.run([*program, *map(str, arguments)], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--sm", "90"), "--sm 90: TensorRT-RTX builds for 75, 80, 86, 89, 120, 121"),
+        (("--sm", "12.1"), "'12.1' is not a list of whole numbers"),
+        (("--activations", "int8"), "--activations is no option of target rtx"),
+        (("--capacity", "999999"), "capacity 999999 exceeds"),
+    ],
+)
+def test_what_cannot_be_built_is_one_line(
+    wide_int4_checkpoint: Path, tmp_path: Path, arguments: tuple[str, ...], words: str
+) -> None:
+    found = trimode("build", wide_int4_checkpoint, tmp_path / "out", "--target", "rtx", *arguments)
+    assert found.returncode == 2
+    assert words in found.stderr
+    assert found.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--window", "4096"), "window 4096 is outside the plan's 1 to 1024"),
+        (("--window", "512", "--step", "128"), "step 128 is outside the plan's 1 to 64"),
+        (("--window", "512", "--batch", "9"), "batch 9 is outside the plan's 1 to 4"),
+        (("--window", "512", "--gpu", "h100"), "GPU h100 is not known"),
+    ],
+)
+def test_what_cannot_be_audited_is_one_line(engine: Path, arguments: tuple[str, ...], words: str) -> None:
+    found = trimode("audit", engine, *arguments)
+    assert (found.returncode, found.stdout) == (2, "")
+    assert words in found.stderr
+    assert found.stderr.count("\n") == 1
+
+
+def test_a_cpu_engine_has_no_kernels_to_audit(random_int4_engine: Path) -> None:
+    found = trimode("audit", random_int4_engine)
+    assert found.returncode == 2
+    assert "is for target cpu" in found.stderr
+
+
+def test_the_command_audits_as_json_and_generate_declines(engine: Path) -> None:
+    found = trimode("audit", engine, "--window", "512", "--json")
+    assert json.loads(found.stdout)["passes"][0]["engine"] == "ar"
+    assert found.stderr == ""
+    declined = trimode("generate", "--engine", engine, "--prompt", "hello")
+    assert declined.returncode == 2
+    assert "does not run" in declined.stderr
+
+
+def test_a_warning_of_the_builder_fails_the_build(
+    wide_int4_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every pass of the parser warns that inputs are int64: taken off the list, that is an error."""
+    monkeypatch.setattr(rtx, "EXPECTED_MESSAGES", {k: v for k, v in rtx.EXPECTED_MESSAGES.items() if "Int64" not in k})
+    with pytest.raises(RuntimeError, match="Int64 binding"):
+        build_engine(Checkpoint(wide_int4_checkpoint), tmp_path / "out", target=OPTIONS, capacity=1024)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("stage", ["weights", "ar: ", "diffusion: "])
+def test_an_interrupted_build_leaves_nothing(wide_int4_checkpoint: Path, tmp_path: Path, stage: str) -> None:
+    def interrupt(at: str, done: int, _total: int) -> None:
+        if at.startswith(stage) and done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_engine(
+            Checkpoint(wide_int4_checkpoint), tmp_path / "out", target=OPTIONS, capacity=1024, progress=interrupt
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_the_package_the_remedy_is_named(
+    wide_int4_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "trimode.build.rtx", raising=False)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    with pytest.raises(TriModeError, match=r"pip install 'trimode\[rtx\]'"):
+        build_engine(Checkpoint(wide_int4_checkpoint), tmp_path / "out", target=OPTIONS, capacity=1024)

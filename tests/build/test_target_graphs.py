@@ -1,0 +1,93 @@
+"""The form that a GPU target gives the graph, a window of the KV pool and folded queries, computes what the plain form
+does: the same logits, and the same rows in the same places of the pool.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from numpy.typing import NDArray
+
+from trimode.build.network import NetworkOptions, build_network
+from trimode.build.raw_pool import RawPool, write_raw_pool
+from trimode.model.checkpoint import Checkpoint
+from trimode.model.progress import no_progress
+from trimode.model.step import AttentionPattern, cache_inputs, cache_outputs
+
+CAPACITY, COMMITTED, WINDOW, STEP, BATCH = 256, (40, 93), 128, 12, 2
+
+
+@pytest.fixture(scope="module")
+def checkpoint(random_int4_checkpoint: Path) -> Checkpoint:
+    return Checkpoint(random_int4_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def pool(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> RawPool:
+    path = tmp_path_factory.mktemp("pool") / "raw.bin"
+    return write_raw_pool(checkpoint, path, no_progress, np.dtype(np.float32))
+
+
+def execute(
+    checkpoint: Checkpoint, pool: RawPool, pattern: AttentionPattern, options: NetworkOptions
+) -> dict[str, NDArray[np.generic]]:
+    """One pass over a pool of random rows, in ONNX Runtime."""
+    rng, config = np.random.default_rng(0), checkpoint.config
+    source = pool.path.with_name(f"{pattern}.onnx")
+    onnx.save(build_network(config, pool, pattern, options), source)
+    onnx.checker.check_model(source)
+    write = np.array(COMMITTED)
+    feeds: dict[str, NDArray[np.generic]] = {
+        "input_ids": rng.integers(101, 768, (BATCH, STEP)),
+        "position_ids": write[:, None] + np.arange(STEP),
+        "write_indices": write,
+        "logit_rows": np.tile(np.arange(STEP), (BATCH, 1)),
+        "block_mask": np.tril(rng.random((BATCH, STEP, STEP)) < 0.7) | np.eye(STEP, dtype=bool),
+        "step_lengths": np.array([STEP, STEP - 5]),
+        "adapter_scale": np.array([1, 0], np.float32),
+        "window_rows": np.arange(WINDOW),
+    }
+    cache = (BATCH, config.num_key_value_heads, CAPACITY, config.head_dim)
+    for name in cache_inputs(config.num_hidden_layers):
+        feeds[name] = rng.standard_normal(cache, np.float32)
+    for index in range(config.num_hidden_layers):
+        feeds[f"adapter_down.{index}"] = rng.standard_normal((config.query_width, 8), np.float32) * np.float32(0.1)
+        feeds[f"adapter_up.{index}"] = rng.standard_normal((8, config.hidden_size), np.float32) * np.float32(0.1)
+    session = ort.InferenceSession(str(source), providers=["CPUExecutionProvider"])
+    taken = {value.name: feeds[value.name] for value in session.get_inputs()}
+    names = [value.name for value in session.get_outputs()]
+    return dict(zip(names, session.run(names, taken), strict=True))
+
+
+@pytest.mark.parametrize("pattern", ["causal", "bidirectional"])
+@pytest.mark.parametrize("fold", [False, True])
+@pytest.mark.parametrize("window", [False, True])
+def test_every_form_computes_the_same(
+    checkpoint: Checkpoint, pool: RawPool, pattern: AttentionPattern, fold: bool, window: bool
+) -> None:
+    plain = NetworkOptions(top_k=768, adapter=True)
+    form = NetworkOptions(top_k=768, adapter=True, capacity=CAPACITY, window=window, fold_queries=fold)
+    expected = execute(checkpoint, pool, pattern, plain)
+    found = execute(checkpoint, pool, pattern, form)
+    assert found.keys() == expected.keys() >= set(cache_outputs(checkpoint.config.num_hidden_layers))
+    real = slice(0, STEP - 5)  # all of these are tokens of both sequences
+    for name, array in expected.items():
+        if name in ("top_tokens", "top_logits"):
+            continue
+        np.testing.assert_allclose(found[name], array, rtol=0, atol=2e-4, err_msg=name)
+    np.testing.assert_array_equal(found["top_tokens"][:, real, 0], expected["top_tokens"][:, real, 0])
+
+
+def test_a_window_that_ends_too_early_is_seen(
+    checkpoint: Checkpoint, pool: RawPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The guard above can fail: rows past the window are not attended to."""
+    monkeypatch.setattr(f"{__name__}.WINDOW", 64)
+    plain = execute(checkpoint, pool, "causal", NetworkOptions(top_k=4, adapter=False))
+    form = NetworkOptions(top_k=4, adapter=False, capacity=CAPACITY, window=True, fold_queries=True)
+    differing = np.abs(execute(checkpoint, pool, "causal", form)["log_sum_exp"] - plain["log_sum_exp"])
+    assert differing[0].max() < 1e-3 < differing[1].max()
