@@ -117,7 +117,8 @@ class _Network:
             self.graph.input(up, self.real, ["rank", self.config.hidden_size])
 
     def _rotations(self, position_ids: str) -> tuple[Rotation, Rotation]:
-        """YaRN's cos and sin for queries and for keys; the queries' carry their position's scale as well. Angles are
+        """YaRN's cos and sin for queries and for keys; the queries' carry the scales of their position and of the
+        attention as well. Angles are
         fp32 whatever the activations: a position past 256 has no exact 16-bit value.
         """
         rope = self.config.rope_parameters
@@ -128,14 +129,18 @@ class _Network:
         if attention_factor != 1:
             factor = self._float("attention_factor", attention_factor)
             cos, sin = self.op("Mul", cos, factor), self.op("Mul", sin, factor)
+        # The attention's own scale rides along: compilers would apply its root to every key of the pool as well.
+        softmax_scale = self._float("softmax_scale", self.config.head_dim**-0.5)
         if rope.llama_4_scaling_beta == 0:
-            return self._rotation(cos, sin), self._rotation(cos, sin)
+            queries = self._rotation(self.op("Mul", cos, softmax_scale), self.op("Mul", sin, softmax_scale))
+            return queries, self._rotation(cos, sin)
         length = self._float("original_max_position_embeddings", rope.original_max_position_embeddings)
         steps = self.op("Floor", self.op("Div", positions, length))
         growth = self.op("Log", self.op("Add", steps, self._float("one", 1)))
         scale = self.op(
             "Add", self.op("Mul", growth, self._float("beta", rope.llama_4_scaling_beta)), self._float("one", 1)
         )
+        scale = self.op("Mul", scale, softmax_scale)
         queries = self._rotation(self.op("Mul", cos, scale), self.op("Mul", sin, scale))
         return queries, self._rotation(cos, sin)
 
@@ -252,7 +257,10 @@ class _Network:
         logits = self.op("Add", logits, self.graph.constant("mask_token_bias", bias))
         results = ["top_logits", "top_tokens"]
         self.graph.node("TopK", [logits, self.ints(self.options.top_k)], results, axis=-1)
-        self.graph.node("ReduceLogSumExp", [logits, self.ints(-1)], ["log_sum_exp"], keepdims=0)
+        # The best logit is at hand: ReduceLogSumExp would read the row once more to find it.
+        best = self.op("Slice", "top_logits", self.ints(0), self.ints(1), self.ints(2))
+        total = self.op("ReduceSum", self.op("Exp", self.op("Sub", logits, best)), self.ints(-1), keepdims=0)
+        self.graph.node("Add", [self.op("Log", total), self.op("Squeeze", best, self.ints(2))], ["log_sum_exp"])
         self.graph.output("top_logits", FLOAT, ["batch", "rows", self.options.top_k])
         self.graph.output("top_tokens", INT64, ["batch", "rows", self.options.top_k])
         self.graph.output("log_sum_exp", FLOAT, ["batch", "rows"])

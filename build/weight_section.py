@@ -20,7 +20,7 @@ _CHUNK = 1 << 24
 _ANCHOR = 256  # bytes looked for in the other plan
 _REACH = 1 << 18  # how far apart a private constant can push what follows it, and how far from its end a run is sought
 # Plans of like graphs share kernels' code too, which is no weight; it lies farther apart than constants do.
-_LARGEST_GAP = 1 << 16
+_LARGEST_GAP = 1 << 14
 _DISTANCES = [_REACH, _REACH * 5 // 4, _REACH * 3 // 2, _REACH * 7 // 4]
 
 

@@ -1,4 +1,4 @@
-"""The ``trimode`` command: quantize, build, info, audit, generate.
+"""The ``trimode`` command: quantize, build, info, audit, doctor, generate.
 
 What a user can mend is told in one line on stderr, with exit code 2. Long work shows its progress on stderr, so that
 stdout stays the answer alone.
@@ -26,6 +26,7 @@ from trimode.model.errors import TriModeError
 from trimode.model.manifest import Activations, Manifest, Target
 from trimode.model.progress import Progress
 from trimode.runtime.decoding import DecodingOptions, Mode
+from trimode.runtime.doctor import examine
 from trimode.runtime.engine import Engine
 from trimode.runtime.text_stream import TextStream
 
@@ -185,6 +186,20 @@ def build(
 def info(engine: Path, as_json: bool) -> None:
     """Say what the engine directory ENGINE is."""
     _print_manifest(engine, Manifest.read(engine), as_json)
+
+
+@commands.command()
+@json_option
+def doctor(as_json: bool) -> None:
+    """Say what this machine can build and run."""
+    found = examine()
+    if as_json:
+        print(found.model_dump_json())
+        return
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, finding in found.lines():
+        table.add_row(name, finding)
+    Console(highlight=False).print(table)
 
 
 @commands.command()

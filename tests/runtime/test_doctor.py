@@ -1,0 +1,86 @@
+"""The doctor tells what is there, what is not, and the remedy."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from trimode.runtime import doctor
+
+
+class Driver:
+    """Stands in for libcuda: one GPU of compute capability 12.1, or a driver that does not start."""
+
+    def __init__(self, status: int = 0) -> None:
+        self.status = status
+
+    def cuInit(self, _flags: int) -> int:  # noqa: N802 - CUDA's names
+        return self.status
+
+    def cuDriverGetVersion(self, number: Any) -> int:  # noqa: N802
+        number._obj.value = 13010
+        return 0
+
+    def cuDeviceGetCount(self, count: Any) -> int:  # noqa: N802
+        count._obj.value = 1
+        return 0
+
+    def cuDeviceGet(self, device: Any, index: int) -> int:  # noqa: N802
+        device._obj.value = index
+        return 0
+
+    def cuDeviceGetName(self, name: Any, _size: int, _device: Any) -> int:  # noqa: N802
+        name.value = b"GB10"
+        return 0
+
+    def cuDeviceGetAttribute(self, value: Any, attribute: int, _device: Any) -> int:  # noqa: N802
+        value._obj.value = {75: 12, 76: 1}[attribute]
+        return 0
+
+
+def absent(_name: str) -> None:
+    raise OSError("libcuda.so.1: cannot open shared object file")
+
+
+def test_a_gpu_is_named_with_its_compute_capability(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda _name: Driver())
+    found = doctor.examine()
+    assert found.driver == "CUDA 13.1"
+    assert found.gpus == [doctor.Gpu(name="GB10", compute_capability=121)]
+
+
+@pytest.mark.parametrize(
+    ("library", "words"),
+    [(absent, "none (libcuda.so.1 is not installed)"), (lambda _name: Driver(100), "does not start (CUDA error 100)")],
+)
+def test_a_machine_without_a_gpu(monkeypatch: pytest.MonkeyPatch, library: Any, words: str) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", library)
+    found = doctor.examine()
+    assert words in found.driver
+    assert ("GPU", "none") in found.lines()
+
+
+@pytest.mark.parametrize(
+    ("missing", "target", "remedy"),
+    [
+        ("onnx", "cpu", "trimode[build]"),
+        ("onnx", "rtx", "trimode[build]"),
+        ("tensorrt-rtx-cu13", "rtx", "trimode[rtx]"),
+    ],
+)
+def test_a_missing_package_comes_with_its_remedy(
+    monkeypatch: pytest.MonkeyPatch, missing: str, target: str, remedy: str
+) -> None:
+    monkeypatch.setattr(doctor, "_version", lambda package: None if package == missing else "1.0")
+    assert remedy in doctor.examine().targets[target]
+
+
+def test_the_command_prints_it() -> None:
+    program = [sys.executable, "-c", "from trimode.runtime.cli import main; main()", "doctor"]
+    found = subprocess.run(program, capture_output=True, text=True, check=True)
+    assert "target cpu" in found.stdout
+    assert found.stderr == ""
