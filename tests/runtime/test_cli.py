@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -124,7 +125,9 @@ def test_a_build_that_is_stopped_leaves_nothing(random_checkpoint: Path, tmp_pat
         "cli.main()"
     )
     command = [sys.executable, "-c", program, "build", str(random_checkpoint), str(tmp_path / "engine")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    # A shell that starts the tests in the background has them ignore SIGINT, and their children inherit that.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heed) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"hashing\n"
         time.sleep(0.05)
