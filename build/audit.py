@@ -117,9 +117,8 @@ def audit_pass(plan: Plan, batch: int, step: int, window: int) -> PassAudit:
         plan.manifest.limits.top_k,
         plan.manifest.adapter.rank if plan.manifest.adapter and plan.engine == "diffusion" else 0,
     )
-    bits = Precision(
-        *(4 if stored == "int4" else 16 for stored in (precision.linear, precision.head)), precision.group or 0
-    )
+    layer_bits, head_bits = (4 if stored == "int4" else 16 for stored in (precision.linear, precision.head))
+    bits = Precision(layer_bits, head_bits, precision.group or 0)
     floor, total = floor_bytes(config, shape, bits), sum(by_kind.values())
     int4_head = precision.head == "int4"
     return PassAudit(
