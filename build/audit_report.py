@@ -160,6 +160,7 @@ def write_plot(report: Report, path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("GB a pass, by the compiled kernels (not run)")
     axes.tick_params(labelsize=7)
-    axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, 1.12), ncols=5, frameon=False)
+    axes.margins(y=0.02)
+    figure.legend(fontsize=7, loc="outside upper center", ncols=5, frameon=False)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
