@@ -27,7 +27,7 @@ from pydantic import BaseModel
 from trimode.build.kernels import Kernel, KernelList, KernelTensor
 from trimode.build.roofline import Precision, Shape, floor_bytes, floor_flops
 from trimode.model.errors import TriModeError
-from trimode.model.manifest import Manifest, RtxEntry
+from trimode.model.manifest import GRAPH, KERNELS, Manifest, RtxEntry, verify_file
 from trimode.model.records import read_json_record
 from trimode.model.step import ENGINES
 
@@ -80,17 +80,20 @@ class Plan:
 
 
 def read_plans(folder: Path) -> list[Plan]:
-    """Both plans of an engine directory; raises TriModeError if it is not of target rtx."""
+    """Both plans of an engine directory; raises TriModeError if it is not of target rtx, or what is read was
+    changed after the build.
+    """
     manifest = Manifest.read(folder)
     if manifest.rtx is None:
         raise TriModeError(f"{folder} is for target {manifest.target}; an audit reads the kernels of target rtx")
     plans = []
+    for entry in manifest.files:
+        if entry.path.endswith((KERNELS, GRAPH)):
+            verify_file(folder, entry)
     for name, _ in ENGINES:
-        kernels = read_json_record(KernelList, folder / name / "layers.json").root
+        kernels = read_json_record(KernelList, folder / name / KERNELS).root
         plans.append(
-            Plan(
-                name, manifest, manifest.rtx, kernels, onnx.load(folder / name / "graph.onnx", load_external_data=False)
-            )
+            Plan(name, manifest, manifest.rtx, kernels, onnx.load(folder / name / GRAPH, load_external_data=False))
         )
     return plans
 

@@ -23,7 +23,7 @@ from trimode.build.raw_pool import RawPool, write_raw_pool
 from trimode.build.weight_section import cut_runs, find_shared_runs
 from trimode.model.checkpoint import Checkpoint
 from trimode.model.errors import TriModeError
-from trimode.model.manifest import POOL, PoolEntry, Real, RtxEntry
+from trimode.model.manifest import GRAPH, KERNELS, PLAN, POOL, PoolEntry, Real, RtxEntry
 from trimode.model.progress import Progress
 from trimode.model.step import ENGINES
 
@@ -115,7 +115,7 @@ def build_rtx_engines(
             onnx.save(graph, source)
             target = folder / name
             target.mkdir()
-            onnx.save(graph, target / "graph.onnx")
+            onnx.save(graph, target / GRAPH)
             rank = checkpoint.adapter.config.r if checkpoint.adapter else 0
             sizes = _Sizes(max_batch, max_step, options.capacity or 0, rank)
             plans.append(_compile(graph, source, target, sms, sizes, progress))
@@ -199,9 +199,9 @@ def _compile(
         raise monitor.interruption
     if log.complaints or plan is None:
         raise RuntimeError(f"TensorRT-RTX on {target.name}/graph.onnx: {'; '.join(log.complaints) or 'no plan'}")
-    path = target / "engine.plan"
+    path = target / PLAN
     path.write_bytes(memoryview(plan))
-    (target / "layers.json").write_text(parse_kernels(log.messages).model_dump_json(indent=1) + "\n", encoding="utf-8")
+    (target / KERNELS).write_text(parse_kernels(log.messages).model_dump_json(indent=1) + "\n", encoding="utf-8")
     return path
 
 

@@ -28,9 +28,10 @@ from trimode.model.records import read_json_record
 Activations = Literal["fp32", "int8"]
 Real = Literal["fp32", "fp16", "bf16"]
 Target = Literal["cpu", "rtx"]
+PLAN, GRAPH, KERNELS = "engine.plan", "graph.onnx", "layers.json"
 ENGINE_FILES: dict[Target, tuple[str, ...]] = {
     "cpu": ("model.onnx",),
-    "rtx": ("engine.plan", "graph.onnx", "layers.json"),
+    "rtx": (PLAN, GRAPH, KERNELS),
 }
 
 FORMAT_VERSION = 1
@@ -190,8 +191,8 @@ def _remedy(engine: Path) -> str:
 
 def verify_files(engine: Path, manifest: Manifest, progress: Progress = no_progress) -> None:
     """Check every file of the engine; raises TriModeError that names the first one that is not as built."""
-    remedy = _remedy(engine)
     listed = {engine / entry.path for entry in manifest.files} | {engine / MANIFEST}
+    remedy = _remedy(engine)
     for path in sorted(engine.rglob("*")):
         if path.is_file() and path not in listed:
             raise TriModeError(f"{path} is not part of the engine; remove it, or {remedy}")
@@ -203,10 +204,16 @@ def verify_files(engine: Path, manifest: Manifest, progress: Progress = no_progr
         progress("verify", done, total)
 
     for entry in manifest.files:
-        path = engine / entry.path
-        if not path.is_file():
-            raise TriModeError(f"{path} is missing; {remedy}")
-        if path.stat().st_size != entry.bytes:
-            raise TriModeError(f"{path} has {path.stat().st_size} bytes, the manifest says {entry.bytes}; {remedy}")
-        if hash_file(path, advanced) != entry.sha256:
-            raise TriModeError(f"{path} was changed after the build (sha256 differs from the manifest); {remedy}")
+        verify_file(engine, entry, advanced)
+
+
+def verify_file(engine: Path, entry: EngineFile, advanced: Callable[[int], None] = lambda _bytes: None) -> None:
+    """Check one file of the engine; raises TriModeError if it is not as built."""
+    remedy = _remedy(engine)
+    path = engine / entry.path
+    if not path.is_file():
+        raise TriModeError(f"{path} is missing; {remedy}")
+    if path.stat().st_size != entry.bytes:
+        raise TriModeError(f"{path} has {path.stat().st_size} bytes, the manifest says {entry.bytes}; {remedy}")
+    if hash_file(path, advanced) != entry.sha256:
+        raise TriModeError(f"{path} was changed after the build (sha256 differs from the manifest); {remedy}")

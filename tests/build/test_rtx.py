@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -151,6 +152,21 @@ def test_what_cannot_be_audited_is_one_line(engine: Path, arguments: tuple[str, 
     found = trimode("audit", engine, *arguments)
     assert (found.returncode, found.stdout) == (2, "")
     assert words in found.stderr
+    assert found.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["layers.json", "graph.onnx"])
+@pytest.mark.parametrize("damage", ["changed", "truncated", "missing"])
+def test_a_damaged_engine_is_named(engine: Path, tmp_path: Path, name: str, damage: str) -> None:
+    copy = shutil.copytree(engine, tmp_path / "engine", ignore=shutil.ignore_patterns("pool.bin"))
+    path = copy / "diffusion" / name
+    content = path.read_bytes()
+    path.unlink()
+    if damage != "missing":
+        path.write_bytes(content[:-9] if damage == "truncated" else b"x" + content[1:])
+    found = trimode("audit", copy)
+    assert found.returncode == 2
+    assert f"diffusion/{name}" in found.stderr
     assert found.stderr.count("\n") == 1
 
 
