@@ -8,6 +8,8 @@ their weights itself (``STRIP_PLAN``) need a GPU already when they are built; so
 from __future__ import annotations
 
 import re
+import signal
+import threading
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -65,13 +67,38 @@ class _Log(trt.ILogger):  # type: ignore[misc]
 _LOG = _Log()
 
 
-class _Monitor(trt.IProgressMonitor):  # type: ignore[misc]
-    """Tells the builder's phases, and stops the build on Ctrl-C: exceptions cannot pass through it."""
+class _HeldSignals:
+    """Ctrl-C and SIGTERM while the builder runs: noted, and raised again when it has ended. Raised at once, they would
+    do so inside one of its calls of ours, and it drops exceptions.
+    """
 
-    def __init__(self, stage: str, progress: Progress) -> None:
+    def __init__(self) -> None:
+        self.pending: int | None = None
+
+    def __enter__(self) -> _HeldSignals:
+        on_main_thread = threading.current_thread() is threading.main_thread()
+        numbers = (signal.SIGINT, signal.SIGTERM) if on_main_thread else ()
+        self._former = {number: signal.signal(number, self._note) for number in numbers}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+        if self.pending is not None:
+            signal.raise_signal(self.pending)
+
+    def _note(self, number: int, _frame: object) -> None:
+        self.pending = number
+
+
+class _Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+    """Tells the builder's phases, and stops it for a signal or an exception of the listener."""
+
+    def __init__(self, stage: str, progress: Progress, signals: _HeldSignals) -> None:
         super().__init__()
         self._stage = stage
         self._progress = progress
+        self._signals = signals
         self._steps: dict[str, int] = {}
         self.interruption: BaseException | None = None
 
@@ -83,7 +110,7 @@ class _Monitor(trt.IProgressMonitor):  # type: ignore[misc]
             self._progress(f"{self._stage}: {phase_name}", step + 1, self._steps.get(phase_name, step + 1))
         except BaseException as error:
             self.interruption = error
-        return self.interruption is None
+        return self.interruption is None and self._signals.pending is None
 
     def phase_finish(self, phase_name: str) -> None:
         self._steps.pop(phase_name, None)
@@ -192,9 +219,10 @@ def _compile(
         if any(isinstance(dim, str) for dim in dims):
             profile.set_shape(value.name, *sizes.of(dims))
     config.add_optimization_profile(profile)
-    monitor = _Monitor(target.name, progress)
-    config.progress_monitor = monitor
-    plan = builder.build_serialized_network(network, config)
+    with _HeldSignals() as signals:
+        monitor = _Monitor(target.name, progress, signals)
+        config.progress_monitor = monitor
+        plan = builder.build_serialized_network(network, config)
     if monitor.interruption is not None:
         raise monitor.interruption
     if log.complaints or plan is None:

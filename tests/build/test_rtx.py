@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -205,6 +206,29 @@ def test_an_interrupted_build_leaves_nothing(wide_int4_checkpoint: Path, tmp_pat
         build_engine(
             Checkpoint(wide_int4_checkpoint), tmp_path / "out", target=OPTIONS, capacity=1024, progress=interrupt
         )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_builder_runs_leaves_nothing(
+    wide_int4_checkpoint: Path, tmp_path: Path, number: int
+) -> None:
+    """A real one, raised in the builder's first call of ours: there an exception would be dropped."""
+    program = (
+        "import signal, trimode.build.rtx as rtx, trimode.runtime.cli as cli\n"
+        "start = rtx._Monitor.phase_start\n"
+        "def phase_start(*arguments):\n"
+        f"    signal.raise_signal({int(number)})\n"
+        "    start(*arguments)\n"
+        "rtx._Monitor.phase_start = phase_start\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "cli.main()"
+    )
+    command = [sys.executable, "-c", program, "build", str(wide_int4_checkpoint), str(tmp_path / "out")]
+    found = subprocess.run([*command, "--target", "rtx"], capture_output=True, text=True, check=False)
+    assert found.returncode == 128 + number
+    assert "Traceback" not in found.stderr
+    assert "Exception caught" not in found.stderr
     assert list(tmp_path.iterdir()) == []
 
 
