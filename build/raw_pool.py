@@ -61,9 +61,10 @@ class PooledLayer:
 
 @dataclass(frozen=True)
 class RawPool:
-    """Where every weight of the network lies."""
+    """Where every weight of the network lies; ``stored`` bytes in all, what pads them to pages aside."""
 
     path: Path
+    stored: int
     embed_tokens: PoolRange
     layers: tuple[PooledLayer, ...]
     norm: PoolRange
@@ -97,7 +98,7 @@ def write_raw_pool(checkpoint: Checkpoint, path: Path, progress: Progress, real:
         norm = writer.norm("encoder.norm")
         head = writer.linear("", HEAD)
         progress("weights", layers + 1, layers + 1)
-    return RawPool(path, embed_tokens, tuple(pooled), norm, head)
+    return RawPool(path, writer.stored, embed_tokens, tuple(pooled), norm, head)
 
 
 class _Writer:
@@ -105,6 +106,7 @@ class _Writer:
         self._file = file
         self._checkpoint = checkpoint
         self._real = real
+        self.stored = 0
 
     def embedding(self) -> PoolRange:
         """As stored: a lookup needs no wider type."""
@@ -146,6 +148,7 @@ class _Writer:
         offset = -(-self._file.tell() // ALIGNMENT) * ALIGNMENT
         self._file.seek(offset)
         self._file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        self.stored += array.nbytes
         return PoolRange(
             name, ONNX_DTYPES[array.dtype] if dtype is None else dtype, shape or array.shape, offset, array.nbytes
         )

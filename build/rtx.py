@@ -134,7 +134,6 @@ def build_rtx_engines(
     with TemporaryDirectory(dir=folder) as temporary:
         pool = write_raw_pool(checkpoint, Path(temporary) / "raw.bin", progress, NUMPY_TYPES[options.activations])
         checkpoint.unmap()
-        constants = pool.path.stat().st_size
         probe = _first_bytes(pool)
         for name, pattern in ENGINES:
             graph = build_network(checkpoint.config, pool, pattern, options)
@@ -153,10 +152,10 @@ def build_rtx_engines(
     ar = cut_runs(plans[0], [(run.first, run.length) for run in runs], folder / POOL)
     diffusion = cut_runs(plans[1], [(run.second, run.length) for run in runs], None)
     shared = (folder / POOL).stat().st_size
-    if shared < constants * LEAST_SHARED:
+    if shared < pool.stored * LEAST_SHARED:
         raise RuntimeError(
-            f"the plans share {shared} bytes of weights of {constants}: the engines' constants differ, or the builder "
-            "lays them out in another order"
+            f"the plans share {shared} bytes of weights of {pool.stored}: the engines' constants differ, or lie in "
+            "another order"
         )
     progress("weights", 1, 1)
     entry = RtxEntry(

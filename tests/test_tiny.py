@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from trimode.build.engine import build_engine
+from trimode.build.audit import audit_pass, read_plans
+from trimode.build.engine import RtxOptions, build_engine
 from trimode.model.checkpoint import Checkpoint
 from trimode.model.loading import load_reference
 from trimode.model.reference import NemotronLabsDiffusionModel
@@ -105,3 +106,14 @@ def test_answers_are_mostly_right(engine: Engine, prompts: list[list[int]], held
     expected = [record["answer"] for record in heldout[::10]]
     right = [answer.text == text for answer, text in zip(answers(engine, prompts), expected, strict=True)]
     assert np.mean(right) > 0.85
+
+
+def test_it_compiles_for_gpus_with_every_matrix_fused(w4a16: Path, tmp_path: Path) -> None:
+    """AWQ's input scales, a 16-bit head and the adapter are all in these plans."""
+    out = tmp_path / "rtx"
+    manifest = build_engine(Checkpoint(w4a16), out, target=RtxOptions(sms=(121,)))
+    assert (manifest.precision.linear, manifest.precision.head) == ("int4", "bf16")
+    for plan in read_plans(out):
+        found = audit_pass(plan, 1, 16, 512)
+        assert found.int4_products == found.int4_matrices == 4 * manifest.model.num_hidden_layers
+        assert found.lone_dequantisations == 0
