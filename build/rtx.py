@@ -130,13 +130,15 @@ def build_rtx_engines(
     sms: compute capabilities, 121 for 12.1; the plans run on each of them and on no other.
     """
     refuse_unknown_gpus(sms)
-    plans = []
+    plans, constants = [], []
     with TemporaryDirectory(dir=folder) as temporary:
         pool = write_raw_pool(checkpoint, Path(temporary) / "raw.bin", progress, NUMPY_TYPES[options.activations])
         checkpoint.unmap()
         probe = _first_bytes(pool)
         for name, pattern in ENGINES:
             graph = build_network(checkpoint.config, pool, pattern, options)
+            constants.append(_pooled_constants(graph))
+            _refuse_differing(constants)
             source = Path(temporary) / f"{name}.onnx"
             onnx.save(graph, source)
             target = folder / name
@@ -230,6 +232,23 @@ def _compile(
     path.write_bytes(memoryview(plan))
     (target / KERNELS).write_text(parse_kernels(log.messages).model_dump_json(indent=1) + "\n", encoding="utf-8")
     return path
+
+
+def _pooled_constants(graph: onnx.ModelProto) -> dict[str, str]:
+    """Where in the raw pool each of the graph's matrices and vectors lies."""
+    return {
+        tensor.name: " ".join(f"{field.key} {field.value}" for field in tensor.external_data)
+        for tensor in graph.graph.initializer
+        if tensor.data_location == onnx.TensorProto.EXTERNAL
+    }
+
+
+def _refuse_differing(constants: list[dict[str, str]]) -> None:
+    """Every graph must name the same ranges of the pool as the first: their plans are to share them."""
+    first, last = constants[0], constants[-1]
+    for name in sorted(first.keys() | last.keys()):
+        if first.get(name) != last.get(name):
+            raise RuntimeError(f"the engines' constant {name} differs: {first.get(name)} against {last.get(name)}")
 
 
 def _first_bytes(pool: RawPool) -> bytes:

@@ -7,7 +7,9 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -192,6 +194,23 @@ def test_a_warning_of_the_builder_fails_the_build(
     """Every pass of the parser warns that inputs are int64: taken off the list, that is an error."""
     monkeypatch.setattr(rtx, "EXPECTED_MESSAGES", {k: v for k, v in rtx.EXPECTED_MESSAGES.items() if "Int64" not in k})
     with pytest.raises(RuntimeError, match="Int64 binding"):
+        build_engine(Checkpoint(wide_int4_checkpoint), tmp_path / "out", target=OPTIONS, capacity=1024)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_constant_that_differs_is_named(
+    wide_int4_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second graph takes one norm from another place of the pool."""
+    build = rtx.build_network
+
+    def spoil(config: Any, pool: Any, pattern: Any, options: Any) -> Any:
+        if pattern == "bidirectional":
+            pool = replace(pool, norm=replace(pool.norm, offset=pool.layers[0].input_layernorm.offset))
+        return build(config, pool, pattern, options)
+
+    monkeypatch.setattr(rtx, "build_network", spoil)
+    with pytest.raises(RuntimeError, match=r"constant encoder\.norm differs"):
         build_engine(Checkpoint(wide_int4_checkpoint), tmp_path / "out", target=OPTIONS, capacity=1024)
     assert list(tmp_path.iterdir()) == []
 
