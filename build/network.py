@@ -100,10 +100,15 @@ class _Network:
         x = self._cast(self.op("Gather", graph.pooled(embedding), input_ids), embedding.dtype)
         for index, layer in enumerate(self.pool.layers):
             graph.scope = f"layers.{index}/"
-            x = self.op("Add", x, self._self_attn(self._rms_norm(x, layer.input_layernorm), layer, index))
+            attended = self._attention(self._rms_norm(x, layer.input_layernorm), layer, index)
+            if layer is self.pool.layers[-1]:
+                # Past its keys and values the last layer serves the logits alone.
+                rows = self.op("Unsqueeze", logit_rows, self.ints(2))
+                x, attended = (self.op("GatherND", value, rows, batch_dims=1) for value in (x, attended))
+            x = self.op("Add", x, self._o_proj(attended, layer, index))
             x = self.op("Add", x, self._mlp(self._rms_norm(x, layer.post_attention_layernorm), layer))
         graph.scope = "head/"
-        self._head(self.op("GatherND", x, self.op("Unsqueeze", logit_rows, self.ints(2)), batch_dims=1))
+        self._head(x)
         for name in cache_outputs(self.config.num_hidden_layers):
             graph.output(name, self.real, cache_shape)
         return graph.model()
@@ -182,7 +187,8 @@ class _Network:
         seen = self.op("Or", committed, self.op("And", inside, chosen))
         return self.op("Unsqueeze", seen, self.ints(1))
 
-    def _self_attn(self, x: str, layer: PooledLayer, index: int) -> str:
+    def _attention(self, x: str, layer: PooledLayer, index: int) -> str:
+        """Write the step's keys and values, attend to what is visible; [batch, step, query width]."""
         config = self.config
         q, k, v = f"q.{index}", f"k.{index}", f"v.{index}"
         widths = self.ints(config.query_width, config.kv_width, config.kv_width)
@@ -203,7 +209,9 @@ class _Network:
         if self.options.fold_queries:
             attended = self.op("Reshape", attended, self.ints(0, config.num_attention_heads, -1, config.head_dim))
         attended = self.op("Transpose", attended, perm=[0, 2, 1, 3])
-        attended = self.op("Reshape", attended, self.ints(0, 0, config.query_width))
+        return self.op("Reshape", attended, self.ints(0, 0, config.query_width))
+
+    def _o_proj(self, attended: str, layer: PooledLayer, index: int) -> str:
         projected = self._linear(attended, layer.o_proj)
         if not self.has_adapter:
             return projected
