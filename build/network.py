@@ -191,11 +191,12 @@ class _Network:
         """Write the step's keys and values, attend to what is visible; [batch, step, query width]."""
         config = self.config
         q, k, v = f"q.{index}", f"k.{index}", f"v.{index}"
-        widths = self.ints(config.query_width, config.kv_width, config.kv_width)
-        self.graph.node("Split", [self._linear(x, layer.qkv_proj), widths], [q, k, v], axis=-1)
-        q = self.op("RotaryEmbedding", self._heads(q, config.num_attention_heads), *self.query_rotation)
-        k = self.op("RotaryEmbedding", self._heads(k, config.num_key_value_heads), *self.key_rotation)
-        v = self._heads(v, config.num_key_value_heads)
+        heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+        qkv = self.op("Reshape", self._linear(x, layer.qkv_proj), self.ints(0, 0, sum(heads), config.head_dim))
+        qkv = self.op("Transpose", qkv, perm=[0, 2, 1, 3])
+        self.graph.node("Split", [qkv, self.ints(*heads)], [q, k, v], axis=1)
+        q = self.op("RotaryEmbedding", q, *self.query_rotation)
+        k = self.op("RotaryEmbedding", k, *self.key_rotation)
         caches, updated = cache_inputs(config.num_hidden_layers), cache_outputs(config.num_hidden_layers)
         for offset, rows in enumerate((k, v)):
             where = 2 * index + offset
@@ -225,11 +226,6 @@ class _Network:
             return cache
         rows = self.op("Shape", self.kv_rows)
         return self.op("Slice", cache, self.ints(0), rows, self.ints(2))
-
-    def _heads(self, x: str, heads: int) -> str:
-        """[batch, step, heads * head_dim] to [batch, heads, step, head_dim]."""
-        split = self.op("Reshape", x, self.ints(0, 0, heads, self.config.head_dim))
-        return self.op("Transpose", split, perm=[0, 2, 1, 3])
 
     def _mlp(self, x: str, layer: PooledLayer) -> str:
         gate, up = f"{layer.gate_up_proj.weight.name}.gate", f"{layer.gate_up_proj.weight.name}.up"
