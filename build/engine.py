@@ -142,7 +142,7 @@ def _build_target(
 ) -> tuple[RtxEntry | None, tuple[PoolEntry, ...]]:
     adapter = checkpoint.adapter is not None
     if isinstance(target, CpuOptions):
-        options = NetworkOptions(top_k=limits.top_k, adapter=adapter)
+        options = NetworkOptions(adapter=adapter)
         return None, build_cpu_engines(checkpoint, folder, options, target.activations, progress)
     try:
         from trimode.build.rtx import build_rtx_engines

@@ -42,14 +42,15 @@ class Rotation(NamedTuple):
 class NetworkOptions:
     """What a target chooses.
 
-    top_k: candidates a row. adapter: whether the diffusion graph takes a draft adapter. activations: type of
-    activations, KV pool, scales and adapter. capacity: KV rows if the target needs them fixed. window: attend to the
-    first rows of the KV pool only, as many as the input ``window_rows`` is long. fold_queries: give the queries that
-    share a KV head to the attention as further rows of one head, so that no executor need repeat keys and values.
+    adapter: whether the diffusion graph takes a draft adapter. top_k: candidates a row; None has the pass say how many.
+    activations: type of activations, KV pool, scales and adapter. capacity: KV rows if the target needs them fixed.
+    window: attend to the first rows of the KV pool only, as many as the input ``window_rows`` is long. fold_queries:
+    give the queries that share a KV head to the attention as further rows of one head, so that no executor need repeat
+    keys and values.
     """
 
-    top_k: int
     adapter: bool
+    top_k: int | None = None
     activations: Real = "fp32"
     capacity: int | None = None
     window: bool = False
@@ -259,14 +260,15 @@ class _Network:
         bias = np.zeros(self.config.vocab_size, np.float32)
         bias[self.config.mask_token_id] = NEVER
         logits = self.op("Add", logits, self.graph.constant("mask_token_bias", bias))
-        results = ["top_logits", "top_tokens"]
-        self.graph.node("TopK", [logits, self.ints(self.options.top_k)], results, axis=-1)
+        top_k = self.options.top_k
+        wanted = self.graph.input("top_k", INT64, [1]) if top_k is None else self.ints(top_k)
+        self.graph.node("TopK", [logits, wanted], ["top_logits", "top_tokens"], axis=-1)
         # The best logit is at hand: ReduceLogSumExp would read the row once more to find it.
         best = self.op("Slice", "top_logits", self.ints(0), self.ints(1), self.ints(2))
         total = self.op("ReduceSum", self.op("Exp", self.op("Sub", logits, best)), self.ints(-1), keepdims=0)
         self.graph.node("Add", [self.op("Log", total), self.op("Squeeze", best, self.ints(2))], ["log_sum_exp"])
-        self.graph.output("top_logits", FLOAT, ["batch", "rows", self.options.top_k])
-        self.graph.output("top_tokens", INT64, ["batch", "rows", self.options.top_k])
+        self.graph.output("top_logits", FLOAT, ["batch", "rows", top_k or "top_k"])
+        self.graph.output("top_tokens", INT64, ["batch", "rows", top_k or "top_k"])
         self.graph.output("log_sum_exp", FLOAT, ["batch", "rows"])
 
     def _float(self, name: str, value: float) -> str:
