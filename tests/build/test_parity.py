@@ -30,11 +30,11 @@ class Pair(NamedTuple):
     reference: NemotronLabsDiffusionModel
 
 
-@pytest.fixture(scope="module", params=["fp32", "int4"])
+@pytest.fixture(scope="module", params=["random", "random_int4", "random_unpacked"])
 def pair(request: pytest.FixtureRequest) -> Pair:
-    fp32 = request.param == "fp32"
-    engine: Path = request.getfixturevalue("random_engine" if fp32 else "random_int4_engine")
-    checkpoint: Path = request.getfixturevalue("random_checkpoint" if fp32 else "random_int4_checkpoint")
+    engine: Path = request.getfixturevalue(f"{request.param}_engine")
+    whole = request.param == "random"
+    checkpoint: Path = request.getfixturevalue("random_checkpoint" if whole else "random_int4_checkpoint")
     executor = CpuExecutor(engine, Manifest.read(engine))
     return Pair(executor, load_reference(Checkpoint(checkpoint)))
 
