@@ -127,7 +127,6 @@ class _Network:
         attention as well. Angles are
         fp32 whatever the activations: a position past 256 has no exact 16-bit value.
         """
-        rope = self.config.rope_parameters
         frequencies, attention_factor = yarn_frequencies(self.config)
         positions = self.op("Unsqueeze", self.op("Cast", position_ids, to=FLOAT), self.ints(2))
         angles = self.op("Mul", positions, self.graph.constant("rotary_frequencies", frequencies))
@@ -135,20 +134,21 @@ class _Network:
         if attention_factor != 1:
             factor = self._float("attention_factor", attention_factor)
             cos, sin = self.op("Mul", cos, factor), self.op("Mul", sin, factor)
-        # The attention's own scale rides along: compilers would apply its root to every key of the pool as well.
-        softmax_scale = self._float("softmax_scale", self.config.head_dim**-0.5)
-        if rope.llama_4_scaling_beta == 0:
-            queries = self._rotation(self.op("Mul", cos, softmax_scale), self.op("Mul", sin, softmax_scale))
-            return queries, self._rotation(cos, sin)
-        length = self._float("original_max_position_embeddings", rope.original_max_position_embeddings)
-        steps = self.op("Floor", self.op("Div", positions, length))
-        growth = self.op("Log", self.op("Add", steps, self._float("one", 1)))
-        scale = self.op(
-            "Add", self.op("Mul", growth, self._float("beta", rope.llama_4_scaling_beta)), self._float("one", 1)
-        )
-        scale = self.op("Mul", scale, softmax_scale)
+        scale = self.op("Unsqueeze", self._query_scale(position_ids), self.ints(2))
         queries = self._rotation(self.op("Mul", cos, scale), self.op("Mul", sin, scale))
         return queries, self._rotation(cos, sin)
+
+    def _query_scale(self, position_ids: str) -> str:
+        """1 + beta * log(1 + floor(position / original length)), [batch, step], from a table of its few values.
+
+        The attention's own scale rides along: compilers would apply its root to every key of the pool as well.
+        """
+        rope = self.config.rope_parameters
+        length = rope.original_max_position_embeddings
+        steps = np.arange(-(-self.config.max_position_embeddings // length))
+        table = (1 + rope.llama_4_scaling_beta * np.log1p(steps)) * self.config.head_dim**-0.5
+        step = self.op("Div", position_ids, self._int("original_max_position_embeddings", length))
+        return self.op("Gather", self.graph.constant("query_scale", table.astype(np.float32)), step)
 
     def _rotation(self, cos: str, sin: str) -> Rotation:
         return Rotation(self._cast(cos, FLOAT), self._cast(sin, FLOAT))
