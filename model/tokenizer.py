@@ -96,9 +96,9 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
-    def step(self, stream: DecodeStream, tokens: list[int]) -> str | None:
-        """The text that ``tokens`` complete in an incremental decoding, if they complete any."""
-        return stream.step(self._tokenizer, tokens)
+    def step(self, stream: DecodeStream, token: int) -> str | None:
+        """The text that ``token`` completes in an incremental decoding, if it completes any."""
+        return stream.step(self._tokenizer, token)
 
     def token_id(self, token: str) -> int | None:
         """The id of a special token by its text, None if the vocabulary has none."""
