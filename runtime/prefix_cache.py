@@ -40,7 +40,7 @@ class PrefixCache:
                 break
             found.append(self._touched(next_key))
             key = next_key
-        known = min(sum(block.shape[2] for block in found), len(tokens) - 1)
+        known = min(sum(int(block.shape[2]) for block in found), len(tokens) - 1)
         pool.reserve(known)
         for number, block in enumerate(found):
             start = number * BLOCK
