@@ -69,7 +69,7 @@ def plan_spans(
 def causal_step(span: Span, committed: Many[int]) -> CausalStep:
     """The span as a pass of the AR engine; padding writes past the committed rows, where the next pass writes anew."""
     ids, rows, write = _arrays(span, committed)
-    return CausalStep.chain(span.first, ids, write, rows)
+    return CausalStep.chain(span.first, ids, write, rows, _top_k(span))
 
 
 def bidirectional_step(span: Span, committed: Many[int]) -> BidirectionalStep:
@@ -79,7 +79,7 @@ def bidirectional_step(span: Span, committed: Many[int]) -> BidirectionalStep:
     for member in span.members:
         lengths[member.slot - span.first] = len(member.needed.tokens)
         adapter[member.slot - span.first] = member.adapter
-    return BidirectionalStep.block(span.first, ids, write, rows, lengths, adapter)
+    return BidirectionalStep.block(span.first, ids, write, rows, lengths, adapter, _top_k(span))
 
 
 def _arrays(span: Span, committed: Many[int]) -> tuple[Ints, Ints, Ints]:
@@ -90,6 +90,11 @@ def _arrays(span: Span, committed: Many[int]) -> tuple[Ints, Ints, Ints]:
         ids[slot - span.first, : len(needed.tokens)] = needed.tokens
         rows[slot - span.first, : len(needed.rows)] = needed.rows
     return ids, rows, np.array(committed[span.first : span.last + 1], np.int64)
+
+
+def _top_k(span: Span) -> int | None:
+    wanted = [member.needed.top_k for member in span.members]
+    return None if None in wanted else max(top_k for top_k in wanted if top_k is not None)
 
 
 def _alike(members: list[Member]) -> bool:
