@@ -211,6 +211,8 @@ def _compile(
         raise RuntimeError(f"TensorRT-RTX cannot parse {target.name}/graph.onnx: {parser.get_error(0)}")
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # or the kernels are listed by number alone
+    # The runtime captures passes as CUDA graphs, over memory of its own: the build fails if the graph rules that out.
+    config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     config.num_compute_capabilities = len(sms)
     for index, sm in enumerate(sms):
         config.set_compute_capability(getattr(trt.ComputeCapability, COMPUTE_CAPABILITIES[sm]), index)
