@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.runtime.rtx_double import LibcudaDouble
+from tests.runtime.rtx.rtx_double import LibcudaDouble
 from trimode.runtime import doctor
 
 
