@@ -53,6 +53,23 @@ def test_a_missing_package_comes_with_its_remedy(
     assert remedy in doctor.examine().targets[target]
 
 
+@pytest.mark.parametrize(
+    ("library", "missing", "words"),
+    [
+        (LibcudaDouble(), None, "runs on GB10, if built with --sm 121; builds and audits"),
+        (LibcudaDouble(capability=(9, 0)), None, "does not run: it needs a GPU of compute capability 75, 80, 86"),
+        (LibcudaDouble(100), None, "does not run: it needs an NVIDIA GPU and its driver; builds and audits"),
+        (LibcudaDouble(), "cuda-bindings", "does not run: pip install 'trimode[rtx]'; builds"),
+    ],
+)
+def test_whether_rtx_runs(
+    monkeypatch: pytest.MonkeyPatch, library: LibcudaDouble, missing: str | None, words: str
+) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda _name: library)
+    monkeypatch.setattr(doctor, "_version", lambda package: None if package == missing else "1.0")
+    assert doctor.examine().targets["rtx"].startswith(words)
+
+
 def test_the_command_prints_it() -> None:
     program = [sys.executable, "-c", "from trimode.runtime.cli import main; main()", "doctor"]
     found = subprocess.run(program, capture_output=True, text=True, check=True)
