@@ -60,31 +60,48 @@ def test_tokens_are_the_cpu_targets(fp16: Built, heldout: list[dict], options: d
 
 
 def test_modes_share_a_batch(fp16: Built, machine: Machine, heldout: list[dict]) -> None:
-    """More requests than slots, each in a mode of its own, all at once; each step is one launch and one wait."""
+    """More requests than slots, each in a mode of its own, all at once; each call is one launch and one wait."""
     params = [SamplingParams(max_tokens=40, **options) for options in MODES]
     with LLM(fp16.cpu) as llm:
         expected = [output.outputs[0].token_ids for output in llm.generate(conversations(heldout)[:5], params)]
     with LLM(fp16.rtx, prefix_cache_bytes=0) as llm:
         assert llm._executor.pool.slots == MAX_BATCH
-        steps: list[Any] = []
-        listen(llm._executor, steps)
+        calls = listen(llm._executor)
         waits, launches, captures = machine.cuda.synchronisations, machine.cuda.launches, machine.cuda.captures
         found = [output.outputs[0].token_ids for output in llm.generate(conversations(heldout)[:5], params)]
     assert found == expected
-    assert machine.cuda.synchronisations - waits == len(steps)
-    assert machine.cuda.launches - launches + machine.cuda.captures - captures == len(steps)
+    assert machine.cuda.synchronisations - waits == len(calls)
+    assert machine.cuda.launches - launches + machine.cuda.captures - captures == len(calls)
     assert machine.cuda.launches > machine.cuda.captures
-    assert max(step.batch for step in steps) == MAX_BATCH
+    assert max(step.batch for _, step in calls) == MAX_BATCH
 
 
-def listen(executor: Any, steps: list[Any]) -> None:
-    run = executor.run
+def test_self_speculation_waits_once_a_cycle(fp16: Built, machine: Machine, heldout: list[dict]) -> None:
+    with LLM(fp16.rtx) as llm:
+        calls = listen(llm._executor)
+        params = SamplingParams(max_tokens=40, mode="linear_spec", block_length=16)
+        output = llm.generate(conversations(heldout)[0], params).outputs[0]
+    kinds = [kind for kind, _ in calls]
+    chunks = output.counts.prefill
+    assert kinds == ["run"] * chunks + ["speculate"] * output.counts.cycles
+    assert output.counts.draft == output.counts.commit == output.counts.cycles > 1
+    assert machine.cuda.launches > 0
 
-    def running(step: Any) -> Candidates:
-        steps.append(step)
-        return run(step)
 
-    executor.run = running
+def listen(executor: Any) -> list[tuple[str, Any]]:
+    """The calls to come: their name and their step."""
+    calls: list[tuple[str, Any]] = []
+
+    def listening(name: str, call: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def called(step: Any) -> Any:
+            calls.append((name, step))
+            return call(step)
+
+        return called
+
+    for name in ("run", "speculate"):
+        setattr(executor, name, listening(name, getattr(executor, name)))
+    return calls
 
 
 @pytest.mark.usefixtures("machine")
