@@ -77,14 +77,17 @@ def test_modes_share_a_batch(fp16: Built, machine: Machine, heldout: list[dict])
 
 
 def test_self_speculation_waits_once_a_cycle(fp16: Built, machine: Machine, heldout: list[dict]) -> None:
+    params = SamplingParams(max_tokens=40, mode="linear_spec", block_length=16)
+    with LLM(fp16.cpu) as llm:
+        expected = llm.generate(conversations(heldout)[0], params).outputs[0]
     with LLM(fp16.rtx) as llm:
         calls = listen(llm._executor)
-        params = SamplingParams(max_tokens=40, mode="linear_spec", block_length=16)
         output = llm.generate(conversations(heldout)[0], params).outputs[0]
     kinds = [kind for kind, _ in calls]
     chunks = output.counts.prefill
     assert kinds == ["run"] * chunks + ["speculate"] * output.counts.cycles
     assert output.counts.draft == output.counts.commit == output.counts.cycles > 1
+    assert output.counts == expected.counts  # the same drafts were accepted
     assert machine.cuda.launches > 0
 
 
@@ -359,6 +362,17 @@ def padding_is_seen(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(passes.BoundPass, "put", putting)
 
 
+def padding_sees_nothing(patch: pytest.MonkeyPatch) -> None:
+    put = passes.BoundPass.put
+
+    def putting(self: Any, step: Any) -> None:
+        put(self, step)
+        if "block_mask" in self._views:
+            self._views["block_mask"][:, step.input_ids.shape[1] :] = False
+
+    patch.setattr(passes.BoundPass, "put", putting)
+
+
 def draft_not_handed_over(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(passes.Speculation, "_hand_over", lambda _self: None)
 
@@ -385,6 +399,7 @@ def _padded(bucket: Bucket) -> Bucket:
         (stale_graph, some_of_the_slots),
         (slot_off_by_one, draft_and_commit),
         (padding_is_seen, draft_and_commit),
+        (padding_sees_nothing, draft_and_commit),
         (draft_not_handed_over, speculated),
         (results_taken_early, draft_and_commit),
         (padded_past_the_capacity, up_to_the_capacity),
