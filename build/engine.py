@@ -155,8 +155,9 @@ def _build_target(
         adapter=adapter,
         activations=target.dtype,
         capacity=limits.capacity,
-        window=True,
+        attend_in_place=True,
         fold_queries=True,
+        select_by_product=True,
     )
     return build_rtx_engines(checkpoint, folder, options, target.sms, target.max_batch, target.max_step, progress)
 

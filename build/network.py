@@ -19,7 +19,7 @@ from trimode.build.raw_pool import PooledLayer, PooledLinear, PoolRange, RawPool
 from trimode.model.config import ModelConfig
 from trimode.model.manifest import Real
 from trimode.model.rope import yarn_frequencies
-from trimode.model.step import AttentionPattern, adapter_inputs, cache_inputs, cache_outputs
+from trimode.model.step import AttentionPattern, adapter_inputs, cache_inputs, cache_outputs, cache_views
 
 REAL_TYPES: dict[Real, int] = {
     "fp32": TensorProto.FLOAT,
@@ -32,10 +32,12 @@ NEVER = np.float32(-1e30)
 
 
 class Rotation(NamedTuple):
-    """cos and sin of a pass's angles, each [batch, step, head_dim / 2]."""
+    """cos and sin of a pass's angles, each [batch, step, head_dim / 2], and what queries are multiplied with besides,
+    [batch, 1, step, 1] fp32."""
 
     cos: str
     sin: str
+    query_scale: str
 
 
 @dataclass(frozen=True)
@@ -43,17 +45,23 @@ class NetworkOptions:
     """What a target chooses.
 
     top_k: candidates a row. adapter: whether the diffusion graph takes a draft adapter. activations: type of
-    activations, KV pool, scales and adapter. capacity: KV rows if the target needs them fixed. window: attend to the
-    first rows of the KV pool only, as many as the input ``window_rows`` is long. fold_queries: give the queries that
-    share a KV head to the attention as further rows of one head, so that no executor need repeat keys and values.
+    activations, KV pool, scales and adapter. capacity: KV rows if the target needs them fixed.
+
+    attend_in_place: attend to the KV pool through inputs of its own, ``k_view.i`` and ``v_view.i``, which are the
+    caches' memory under a second name: TensorRT copies a tensor that it writes before it attends to it. fold_queries:
+    give the queries that share a KV head to the attention as further rows of one head, so that no executor need repeat
+    keys and values. select_by_product: take the rows that need logits by a product with ones and zeros, which like the
+    adapter's are activations on both sides: the two numbers that TensorRT scales such products by are then constants of
+    both plans.
     """
 
     top_k: int
     adapter: bool
     activations: Real = "fp32"
     capacity: int | None = None
-    window: bool = False
+    attend_in_place: bool = False
     fold_queries: bool = False
+    select_by_product: bool = False
 
 
 def build_network(
@@ -87,15 +95,16 @@ class _Network:
         logit_rows = graph.input("logit_rows", INT64, ["batch", "rows"])
         capacity = self.options.capacity or "capacity"
         cache_shape: Shape = ["batch", self.config.num_key_value_heads, capacity, self.config.head_dim]
-        for name in cache_inputs(self.config.num_hidden_layers):
+        layers = self.config.num_hidden_layers
+        for name in cache_inputs(layers) + (cache_views(layers) if self.options.attend_in_place else []):
             graph.input(name, self.real, cache_shape)
-        self.kv_rows = self._kv_rows()
         self.has_adapter = self.options.adapter and self.pattern == "bidirectional"
         if self.has_adapter:
             self._declare_adapter()
 
-        self.query_rotation, self.key_rotation = self._rotations(position_ids)
-        self.visible = self._visible(input_ids, visibility)
+        self.rotation = self._rotation(position_ids)
+        step = self.op("Shape", input_ids, start=1, end=2)
+        self.visible = self._visible(step, visibility)
         embedding = self.pool.embed_tokens
         x = self._cast(self.op("Gather", graph.pooled(embedding), input_ids), embedding.dtype)
         for index, layer in enumerate(self.pool.layers):
@@ -103,8 +112,8 @@ class _Network:
             x = self.op("Add", x, self._self_attn(self._rms_norm(x, layer.input_layernorm), layer, index))
             x = self.op("Add", x, self._mlp(self._rms_norm(x, layer.post_attention_layernorm), layer))
         graph.scope = "head/"
-        self._head(self.op("GatherND", x, self.op("Unsqueeze", logit_rows, self.ints(2)), batch_dims=1))
-        for name in cache_outputs(self.config.num_hidden_layers):
+        self._head(self._rows(x, self.op("Unsqueeze", logit_rows, self.ints(2)), step))
+        for name in cache_outputs(layers):
             graph.output(name, self.real, cache_shape)
         return graph.model()
 
@@ -116,11 +125,8 @@ class _Network:
             self.graph.input(down, self.real, [self.config.query_width, "rank"])
             self.graph.input(up, self.real, ["rank", self.config.hidden_size])
 
-    def _rotations(self, position_ids: str) -> tuple[Rotation, Rotation]:
-        """YaRN's cos and sin for queries and for keys; the queries' carry the scales of their position and of the
-        attention as well. Angles are
-        fp32 whatever the activations: a position past 256 has no exact 16-bit value.
-        """
+    def _rotation(self, position_ids: str) -> Rotation:
+        """YaRN's cos and sin. Angles are fp32 whatever the activations: a position past 256 has no exact 16-bit value."""
         rope = self.config.rope_parameters
         frequencies, attention_factor = yarn_frequencies(self.config)
         positions = self.op("Unsqueeze", self.op("Cast", position_ids, to=FLOAT), self.ints(2))
@@ -129,45 +135,32 @@ class _Network:
         if attention_factor != 1:
             factor = self._float("attention_factor", attention_factor)
             cos, sin = self.op("Mul", cos, factor), self.op("Mul", sin, factor)
-        # The attention's own scale rides along: compilers would apply its root to every key of the pool as well.
-        softmax_scale = self._float("softmax_scale", self.config.head_dim**-0.5)
-        if rope.llama_4_scaling_beta == 0:
-            queries = self._rotation(self.op("Mul", cos, softmax_scale), self.op("Mul", sin, softmax_scale))
-            return queries, self._rotation(cos, sin)
-        length = self._float("original_max_position_embeddings", rope.original_max_position_embeddings)
-        steps = self.op("Floor", self.op("Div", positions, length))
-        growth = self.op("Log", self.op("Add", steps, self._float("one", 1)))
-        scale = self.op(
-            "Add", self.op("Mul", growth, self._float("beta", rope.llama_4_scaling_beta)), self._float("one", 1)
-        )
-        scale = self.op("Mul", scale, softmax_scale)
-        queries = self._rotation(self.op("Mul", cos, scale), self.op("Mul", sin, scale))
-        return queries, self._rotation(cos, sin)
+        # The attention's own scale is in here: compilers would apply its root to every key of the pool as well.
+        scale = self._float("softmax_scale", self.config.head_dim**-0.5)
+        if rope.llama_4_scaling_beta != 0:
+            length = self._float("original_max_position_embeddings", rope.original_max_position_embeddings)
+            steps = self.op("Floor", self.op("Div", positions, length))
+            growth = self.op("Log", self.op("Add", steps, self._float("one", 1)))
+            growth = self.op("Mul", growth, self._float("beta", rope.llama_4_scaling_beta))
+            scale = self.op("Mul", self.op("Add", growth, self._float("one", 1)), scale)
+            scale = self.op("Unsqueeze", scale, self.ints(1))
+        return Rotation(self._cast(cos, FLOAT), self._cast(sin, FLOAT), scale)
 
-    def _rotation(self, cos: str, sin: str) -> Rotation:
-        return Rotation(self._cast(cos, FLOAT), self._cast(sin, FLOAT))
-
-    def _kv_rows(self) -> str:
-        """The numbers of the KV rows that this pass attends to."""
-        if self.options.window:
-            return self.graph.input("window_rows", INT64, ["window"])
-        capacity = self.op("Shape", "k_cache.0", start=2, end=3)
-        return self.op("Range", self._int("zero", 0), self.op("Squeeze", capacity, self.ints(0)), self._int("unit", 1))
-
-    def _visible(self, input_ids: str, visibility: str) -> str:
+    def _visible(self, step: str, visibility: str) -> str:
         """Which KV rows each token sees, [batch, 1, step, rows] bool, [batch, 1, group * step, rows] for folded
         queries: the committed ones, and its step's by pattern.
         """
-        seen = self._seen(input_ids, visibility)
+        seen = self._seen(step, visibility)
         group = self.config.num_attention_heads // self.config.num_key_value_heads
         if self.options.fold_queries and group > 1:
             return self.op("Concat", *[seen] * group, axis=2)
         return seen
 
-    def _seen(self, input_ids: str, visibility: str) -> str:
-        step = self.op("Shape", input_ids, start=1, end=2)
+    def _seen(self, step: str, visibility: str) -> str:
+        capacity = self.op("Squeeze", self.op("Shape", "k_cache.0", start=2, end=3), self.ints(0))
+        kv_rows = self.op("Range", self._int("zero", 0), capacity, self._int("unit", 1))
         # 0 is the step's first row; committed rows are negative.
-        row_in_step = self.op("Sub", self.kv_rows, self.op("Unsqueeze", self.write_indices, self.ints(1)))
+        row_in_step = self.op("Sub", kv_rows, self.op("Unsqueeze", self.write_indices, self.ints(1)))
         row_in_step = self.op("Unsqueeze", row_in_step, self.ints(1))
         if self.pattern == "bidirectional":
             seen = self.op("Less", row_in_step, self.op("Unsqueeze", visibility, self.ints(1, 2)))
@@ -184,24 +177,28 @@ class _Network:
 
     def _self_attn(self, x: str, layer: PooledLayer, index: int) -> str:
         config = self.config
-        q, k, v = f"q.{index}", f"k.{index}", f"v.{index}"
-        widths = self.ints(config.query_width, config.kv_width, config.kv_width)
-        self.graph.node("Split", [self._linear(x, layer.qkv_proj), widths], [q, k, v], axis=-1)
-        q = self.op("RotaryEmbedding", self._heads(q, config.num_attention_heads), *self.query_rotation)
-        k = self.op("RotaryEmbedding", self._heads(k, config.num_key_value_heads), *self.key_rotation)
-        v = self._heads(v, config.num_key_value_heads)
-        caches, updated = cache_inputs(config.num_hidden_layers), cache_outputs(config.num_hidden_layers)
-        for offset, rows in enumerate((k, v)):
-            where = 2 * index + offset
-            self.graph.node(
-                "TensorScatter", [caches[where], rows, self.write_indices], [updated[where]], axis=2, mode="linear"
-            )
-        keys, values = (self._window(name) for name in updated[2 * index : 2 * index + 2])
+        heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        q, k, qk, v = f"q.{index}", f"k.{index}", f"qk.{index}", f"v.{index}"
+        qkv = self.op("Reshape", self._linear(x, layer.qkv_proj), self.ints(0, 0, heads + 2 * kv_heads, head_dim))
+        qkv = self.op("Transpose", qkv, perm=[0, 2, 1, 3])
+        self.graph.node("Split", [qkv, self.ints(heads + kv_heads, kv_heads)], [qk, v], axis=1)
+        # Queries and keys turn together, so that one kernel can, and write the step's rows besides.
+        qk = self.op("RotaryEmbedding", qk, self.rotation.cos, self.rotation.sin)
+        self.graph.node("Split", [qk, self.ints(heads, kv_heads)], [q, k], axis=1)
+        q = self._cast(self.op("Mul", self._as_float(q), self.rotation.query_scale), FLOAT)
+        layers = config.num_hidden_layers
+        caches, updated = (names(layers)[2 * index : 2 * index + 2] for names in (cache_inputs, cache_outputs))
+        for cache, rows, result in zip(caches, (k, v), updated, strict=True):
+            self.graph.node("TensorScatter", [cache, rows, self.write_indices], [result], axis=2, mode="linear")
+        keys, values = updated
         if self.options.fold_queries:
-            q = self.op("Reshape", q, self.ints(0, config.num_key_value_heads, -1, config.head_dim))
+            q = self.op("Reshape", q, self.ints(0, kv_heads, -1, head_dim))
+        if self.options.attend_in_place:
+            keys, values = cache_views(layers)[2 * index : 2 * index + 2]
+            q = self._after(q, updated)
         attended = self.op("Attention", q, keys, values, self.visible, scale=1.0)
         if self.options.fold_queries:
-            attended = self.op("Reshape", attended, self.ints(0, config.num_attention_heads, -1, config.head_dim))
+            attended = self.op("Reshape", attended, self.ints(0, heads, -1, head_dim))
         attended = self.op("Transpose", attended, perm=[0, 2, 1, 3])
         attended = self.op("Reshape", attended, self.ints(0, 0, config.query_width))
         projected = self._linear(attended, layer.o_proj)
@@ -212,16 +209,19 @@ class _Network:
         narrow = self.op("Mul", self.op("MatMul", attended, down), self.adapter_scale)
         return self.op("Add", projected, self.op("MatMul", narrow, up))
 
-    def _window(self, cache: str) -> str:
-        if not self.options.window:
-            return cache
-        rows = self.op("Shape", self.kv_rows)
-        return self.op("Slice", cache, self.ints(0), rows, self.ints(2))
+    def _after(self, q: str, updated: list[str]) -> str:
+        """``q`` once the caches are written, which no use of a view's values would say: none of their rows are added.
+        TensorRT drops the addition; that its kernels keep the order is for the build to check.
+        """
+        nothing = [self.op("Slice", cache, self.ints(0), self.ints(0), self.ints(2)) for cache in updated]
+        return self.op("Concat", q, *nothing, axis=2)
 
-    def _heads(self, x: str, heads: int) -> str:
-        """[batch, step, heads * head_dim] to [batch, heads, step, head_dim]."""
-        split = self.op("Reshape", x, self.ints(0, 0, heads, self.config.head_dim))
-        return self.op("Transpose", split, perm=[0, 2, 1, 3])
+    def _rows(self, x: str, logit_rows: str, step: str) -> str:
+        """Those rows of ``x`` [batch, step, hidden] that need logits; ``logit_rows`` [batch, rows, 1]."""
+        if not self.options.select_by_product:
+            return self.op("GatherND", x, logit_rows, batch_dims=1)
+        rows = self.op("Range", self._int("zero", 0), self.op("Squeeze", step, self.ints(0)), self._int("unit", 1))
+        return self.op("MatMul", self.op("Cast", self.op("Equal", logit_rows, rows), to=self.real), x)
 
     def _mlp(self, x: str, layer: PooledLayer) -> str:
         gate, up = f"{layer.gate_up_proj.weight.name}.gate", f"{layer.gate_up_proj.weight.name}.up"
@@ -243,27 +243,42 @@ class _Network:
         """``x`` of type ``dtype`` as an activation."""
         return x if dtype == self.real else self.op("Cast", x, to=self.real)
 
+    def _as_float(self, x: str) -> str:
+        return x if self.real == FLOAT else self.op("Cast", x, to=FLOAT)
+
     def _rms_norm(self, x: str, weight: PoolRange) -> str:
         return self.op("RMSNormalization", x, self.graph.pooled(weight), axis=-1, epsilon=self.config.rms_norm_eps)
 
     def _head(self, x: str) -> None:
         """Final norm, logits, and what of them goes to the host: the best ``top_k`` of each row and its log-sum-exp."""
         logits = self._linear(self._rms_norm(x, self.pool.norm), self.pool.head)
-        if self.real != FLOAT:
-            logits = self.op("Cast", logits, to=FLOAT)
         # The mask token is an input only.
         bias = np.zeros(self.config.vocab_size, np.float32)
         bias[self.config.mask_token_id] = NEVER
-        logits = self.op("Add", logits, self.graph.constant("mask_token_bias", bias))
-        results = ["top_logits", "top_tokens"]
-        self.graph.node("TopK", [logits, self.ints(self.options.top_k)], results, axis=-1)
+        possible = self.op("Add", self._as_float(logits), self.graph.constant("mask_token_bias", bias))
+        if self.real == FLOAT:
+            results = ["top_logits", "top_tokens"]
+            self.graph.node("TopK", [possible, self.ints(self.options.top_k)], results, axis=-1)
+        else:
+            self._top_of_narrow(logits)
         # The best logit is at hand: ReduceLogSumExp would read the row once more to find it.
         best = self.op("Slice", "top_logits", self.ints(0), self.ints(1), self.ints(2))
-        total = self.op("ReduceSum", self.op("Exp", self.op("Sub", logits, best)), self.ints(-1), keepdims=0)
+        total = self.op("ReduceSum", self.op("Exp", self.op("Sub", possible, best)), self.ints(-1), keepdims=0)
         self.graph.node("Add", [self.op("Log", total), self.op("Squeeze", best, self.ints(2))], ["log_sum_exp"])
         self.graph.output("top_logits", FLOAT, ["batch", "rows", self.options.top_k])
         self.graph.output("top_tokens", INT64, ["batch", "rows", self.options.top_k])
         self.graph.output("log_sum_exp", FLOAT, ["batch", "rows"])
+
+    def _top_of_narrow(self, logits: str) -> None:
+        """The best of 16-bit logits, sought in them as they are: a row in fp32 is twice the bytes, written and read
+        again. So the mask token is among the candidates, and of one candidate more it becomes the last.
+        """
+        more = min(self.options.top_k + 1, self.config.vocab_size)
+        self.graph.node("TopK", [logits, self.ints(more)], ["found", "tokens"], axis=-1)
+        is_mask = self.op("Equal", "tokens", self._int("mask_token", self.config.mask_token_id))
+        found = self.op("Where", is_mask, self._float("never", NEVER), self._as_float("found"))
+        self.graph.node("TopK", [found, self.ints(self.options.top_k)], ["top_logits", "order"], axis=-1)
+        self.graph.node("GatherElements", ["tokens", "order"], ["top_tokens"], axis=2)
 
     def _float(self, name: str, value: float) -> str:
         return self.graph.constant(f"float_{name}", np.array(value, np.float32))
