@@ -55,8 +55,8 @@ _MATRICES_A_LAYER = 4  # qkv, o, gate_up, down
 
 
 class PassAudit(BaseModel):
-    """One pass of one engine. Bytes are of device memory; ``kernels_a_layer``: of most layers. ``ratio`` is to the floor;
-    so are ``ratio_whole_pool``, if the attention reads the tiles that its list leaves out as well, and
+    """One pass of one engine. Bytes are of device memory; ``kernels_a_layer``: of most layers. ``ratio`` is to the
+    floor; so are ``ratio_whole_pool``, if the attention reads the tiles that its list leaves out as well, and
     ``ratio_with_cache``.
     """
 
@@ -282,11 +282,11 @@ class _Sizes:
             used = self._values(self._reads, self._readers[tensor.name])
             known = prod(size for size in tensor.dims if size > 0)
             shapes = [[self._shapes[name] for name in names] for names in (made & used, made, used)]
-            alike = [[prod(shape) for shape in choice if _fits(shape, tensor.dims)] for choice in shapes]
+            alike = [[_broadcast_volume(shape, tensor.dims) for shape in choice] for choice in shapes]
             reshaped = [[prod(shape) for shape in choice if prod(shape) % known == 0] for choice in shapes[:2]]
             for volumes in (*alike, *reshaped):
-                if volumes:
-                    return min(volumes)
+                if found := [volume for volume in volumes if volume]:
+                    return min(found)
         self.unresolved += 1
         return 0
 
@@ -296,9 +296,12 @@ class _Sizes:
         return {name for name in names & self._made if name in self._shapes}
 
 
-def _fits(shape: tuple[int, ...], dims: tuple[int, ...]) -> bool:
-    """Whether ``dims``, some of them open, may be of that shape."""
-    return len(shape) == len(dims) and all(dim in (-1, size) for size, dim in zip(shape, dims, strict=True))
+def _broadcast_volume(shape: tuple[int, ...], dims: tuple[int, ...]) -> int:
+    """Elements of a tensor of ``dims``, some of them open, that holds a value of that shape, once for all along a
+    dimension of 1; 0 if it cannot."""
+    if len(shape) != len(dims) or any(dim not in (-1, 1, size) for size, dim in zip(shape, dims, strict=True)):
+        return 0
+    return prod(size for size, dim in zip(shape, dims, strict=True) if dim != 1)
 
 
 def _shapes(graph: onnx.ModelProto, dims: dict[str, int]) -> dict[str, tuple[int, ...]]:

@@ -92,18 +92,7 @@ def print_report(report: Report, console: Console) -> None:
     first = report.passes[0]
     console.print(f"{report.engine}: what the compiled plans will do; nothing here was run on a GPU")
     table = _table(
-        "engine",
-        "step",
-        "window",
-        "kernels",
-        "a layer",
-        "int4 fused",
-        "alone",
-        "KV copies",
-        "MB",
-        "/floor",
-        "whole pool",
-        "cache",
+        "engine", "step", "window", "kernels", "a layer", "int4", "alone", "copies", "MB", "/floor", "whole", "cache"
     )
     for row in report.passes:
         table.add_row(
@@ -122,10 +111,10 @@ def print_report(report: Report, console: Console) -> None:
         )
     console.print(table)
     console.print(
-        f"batch {first.batch}; int4 fused: matrices whose product reads the integers; alone: kernels that dequantise "
-        f"only; whole pool: /floor if the attention read the rows past the window too; cache: /floor if what the next kernel "
-        f"reads stays in the L2 of {find_gpu(report.gpu).name}; {first.unresolved} tensors of the masks' bookkeeping are "
-        "not counted"
+        f"batch {first.batch}; int4: matrices whose product reads the integers; alone: kernels that dequantise only; "
+        "copies: of keys and values; /floor: bytes against the floor; whole: if the attention read the pool past the "
+        f"window too; cache: if what the very next kernel reads stays in the L2 of {find_gpu(report.gpu).name}; "
+        f"{first.unresolved} tensors of the builder's bookkeeping are not counted"
     )
     console.print(
         f"weights: {report.weights_shared / 1e6:.1f} MB the same in both plans, {report.weights_private} bytes in one "

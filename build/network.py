@@ -78,6 +78,8 @@ class _Network:
         self.pattern = pattern
         self.options = options
         self.real = REAL_TYPES[options.activations]
+        # Queries of a head that are rows of another.
+        self.folded = config.num_attention_heads // config.num_key_value_heads if options.fold_queries else 1
         self.graph = OnnxGraph(pattern, pool.path.name)
         self.op = self.graph.op
         self.ints = self.graph.ints
@@ -126,7 +128,7 @@ class _Network:
             self.graph.input(up, self.real, ["rank", self.config.hidden_size])
 
     def _rotation(self, position_ids: str) -> Rotation:
-        """YaRN's cos and sin. Angles are fp32 whatever the activations: a position past 256 has no exact 16-bit value."""
+        """YaRN's. Angles are fp32 whatever the activations: a position past 256 has no exact 16-bit value."""
         rope = self.config.rope_parameters
         frequencies, attention_factor = yarn_frequencies(self.config)
         positions = self.op("Unsqueeze", self.op("Cast", position_ids, to=FLOAT), self.ints(2))
@@ -151,9 +153,8 @@ class _Network:
         queries: the committed ones, and its step's by pattern.
         """
         seen = self._seen(step, visibility)
-        group = self.config.num_attention_heads // self.config.num_key_value_heads
-        if self.options.fold_queries and group > 1:
-            return self.op("Concat", *[seen] * group, axis=2)
+        if self.folded > 1 and self.pattern == "causal":
+            return self.op("Concat", *[seen] * self.folded, axis=2)
         return seen
 
     def _seen(self, step: str, visibility: str) -> str:
@@ -164,7 +165,8 @@ class _Network:
         row_in_step = self.op("Unsqueeze", row_in_step, self.ints(1))
         if self.pattern == "bidirectional":
             seen = self.op("Less", row_in_step, self.op("Unsqueeze", visibility, self.ints(1, 2)))
-            shape = self.op("Concat", self.ints(1), step, self.ints(1), axis=0)
+            queries = self.op("Mul", step, self.ints(self.folded))
+            shape = self.op("Concat", self.ints(1), queries, self.ints(1), axis=0)
             return self.op("Unsqueeze", self.op("Expand", seen, shape), self.ints(1))
         committed = self.op("Less", row_in_step, self._int("zero", 0))
         inside = self.op("And", self.op("Not", committed), self.op("Less", row_in_step, step))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import signal
 import threading
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,7 +23,7 @@ import tensorrt_rtx as trt
 from trimode.build.kernels import KernelList, parse_kernels
 from trimode.build.network import NetworkOptions, build_network
 from trimode.build.raw_pool import RawPool, write_raw_pool
-from trimode.build.view_layout import KEY_HEADS, declare_keys_as_columns, refuse_disorder
+from trimode.build.tensorrt_form import KEY_HEADS, refuse_disorder, tensorrt_form
 from trimode.build.weight_section import Run, cut_runs, find_shared_runs
 from trimode.model.checkpoint import Checkpoint
 from trimode.model.errors import TriModeError
@@ -144,7 +145,7 @@ def build_rtx_engines(
             target.mkdir()
             onnx.save(graph, target / GRAPH)
             layers = checkpoint.config.num_hidden_layers
-            graph = declare_keys_as_columns(graph, layers)
+            graph = tensorrt_form(graph, layers)
             source = Path(temporary) / f"{name}.onnx"
             onnx.save(graph, source)
             rank = checkpoint.adapter.config.r if checkpoint.adapter else 0
@@ -246,7 +247,7 @@ def _compile(
 
 def _refuse_private_constants(runs: list[Run]) -> None:
     """One allocation serves both plans' weights only if their sections are the same to the byte."""
-    for run, following in zip(runs, runs[1:], strict=False):
+    for run, following in pairwise(runs):
         lone = [after - before - run.length for before, after in zip(run, following, strict=True)][:2]
         raise RuntimeError(
             f"the plans' weight sections differ after {run.length} bytes: {lone[0]} bytes that the AR plan alone has, "

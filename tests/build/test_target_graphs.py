@@ -65,12 +65,12 @@ def execute(
 
 @pytest.mark.parametrize("pattern", ["causal", "bidirectional"])
 @pytest.mark.parametrize("fold", [False, True])
-@pytest.mark.parametrize("window", [False, True])
+@pytest.mark.parametrize("in_place", [False])
 def test_every_form_computes_the_same(
-    checkpoint: Checkpoint, pool: RawPool, pattern: AttentionPattern, fold: bool, window: bool
+    checkpoint: Checkpoint, pool: RawPool, pattern: AttentionPattern, fold: bool, in_place: bool
 ) -> None:
     plain = NetworkOptions(top_k=768, adapter=True)
-    form = NetworkOptions(top_k=768, adapter=True, capacity=CAPACITY, window=window, fold_queries=fold)
+    form = NetworkOptions(top_k=768, adapter=True, capacity=CAPACITY, attend_in_place=in_place, fold_queries=fold)
     expected = execute(checkpoint, pool, pattern, plain)
     found = execute(checkpoint, pool, pattern, form)
     assert found.keys() == expected.keys() >= set(cache_outputs(checkpoint.config.num_hidden_layers))
