@@ -156,7 +156,6 @@ def _build_target(
         activations=target.dtype,
         capacity=limits.capacity,
         attend_in_place=True,
-        fold_queries=True,
         select_by_product=True,
     )
     return build_rtx_engines(checkpoint, folder, options, target.sms, target.max_batch, target.max_step, progress)

@@ -48,11 +48,10 @@ class NetworkOptions:
     activations, KV pool, scales and adapter. capacity: KV rows if the target needs them fixed.
 
     attend_in_place: attend to the KV pool through inputs of its own, ``k_view.i`` and ``v_view.i``, which are the
-    caches' memory under a second name: TensorRT copies a tensor that it writes before it attends to it. fold_queries:
-    give the queries that share a KV head to the attention as further rows of one head, so that no executor need repeat
-    keys and values. select_by_product: take the rows that need logits by a product with ones and zeros, which like the
-    adapter's are activations on both sides: the two numbers that TensorRT scales such products by are then constants of
-    both plans.
+    caches' memory under a second name: TensorRT copies a tensor that it writes before it attends to it. The queries
+    that share a KV head are then further rows of one head, so that keys and values need not be repeated either.
+    select_by_product: take the rows that need logits by a product with ones and zeros, which like the adapter's are
+    activations on both sides: the two numbers that TensorRT scales such products by are then constants of both plans.
     """
 
     top_k: int
@@ -60,7 +59,6 @@ class NetworkOptions:
     activations: Real = "fp32"
     capacity: int | None = None
     attend_in_place: bool = False
-    fold_queries: bool = False
     select_by_product: bool = False
 
 
@@ -78,8 +76,8 @@ class _Network:
         self.pattern = pattern
         self.options = options
         self.real = REAL_TYPES[options.activations]
-        # Queries of a head that are rows of another.
-        self.folded = config.num_attention_heads // config.num_key_value_heads if options.fold_queries else 1
+        # Heads of queries that are rows of one.
+        self.folded = config.num_attention_heads // config.num_key_value_heads if options.attend_in_place else 1
         self.graph = OnnxGraph(pattern, pool.path.name)
         self.op = self.graph.op
         self.ints = self.graph.ints
@@ -193,13 +191,11 @@ class _Network:
         for cache, rows, result in zip(caches, (k, v), updated, strict=True):
             self.graph.node("TensorScatter", [cache, rows, self.write_indices], [result], axis=2, mode="linear")
         keys, values = updated
-        if self.options.fold_queries:
-            q = self.op("Reshape", q, self.ints(0, kv_heads, -1, head_dim))
         if self.options.attend_in_place:
             keys, values = cache_views(layers)[2 * index : 2 * index + 2]
-            q = self._after(q, updated)
+            q = self._after(self.op("Reshape", q, self.ints(0, kv_heads, -1, head_dim)), updated)
         attended = self.op("Attention", q, keys, values, self.visible, scale=1.0)
-        if self.options.fold_queries:
+        if self.options.attend_in_place:
             attended = self.op("Reshape", attended, self.ints(0, heads, -1, head_dim))
         attended = self.op("Transpose", attended, perm=[0, 2, 1, 3])
         attended = self.op("Reshape", attended, self.ints(0, 0, config.query_width))
