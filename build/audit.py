@@ -5,10 +5,11 @@ closed for one shape of pass at a time by the graph that the plan was compiled f
 value between the graph's nodes that those kernels compute, maybe reshaped.
 
 Counting rules. A kernel reads each of its inputs and constants once and writes each output once, whatever the caches
-do. A lookup reads the rows it looks up, and a write to the KV pool touches the step's rows alone, since the builder
-gives it the same tensor as input and output. The fused attention is given the whole pool and a list of those tiles of
-64 rows in which the mask is not empty; it reads these tiles, of keys, values and mask. Where no graph value fits a
-tensor's open dimensions (the bookkeeping of the masks, mostly), it is left out and counted in ``unresolved``.
+do. A lookup reads the rows it looks up, a slice the rows it keeps, and a write to the KV pool touches the step's rows
+alone, since the builder gives it the same tensor as input and output. The fused attention, given the whole pool, has a
+list of the tiles of 64 rows in which the mask is not empty; it reads these tiles, of keys, values and mask. Where no
+graph value fits a tensor's open dimensions (the bookkeeping of the masks, mostly), it is left out and counted in
+``unresolved``.
 
 Two more totals bound that count from both sides: one in which the attention reads all the pool that it is given, and
 one with the chip's last cache in it. There a tensor no larger than half the cache, which one kernel writes and the very
@@ -26,7 +27,9 @@ from pathlib import Path
 from statistics import mode
 from typing import Literal
 
+import numpy as np
 import onnx
+from onnx import numpy_helper
 from pydantic import BaseModel
 
 from trimode.build.kernels import Kernel, KernelList, KernelTensor
@@ -207,10 +210,11 @@ class _Sizes:
     def __init__(self, plan: Plan, batch: int, step: int, window: int) -> None:
         config = plan.manifest.model
         rank = plan.manifest.adapter.rank if plan.manifest.adapter else 0
-        dims = {"batch": batch, "step": step, "rows": step, "rank": rank}
+        dims = {"batch": batch, "step": step, "rows": step, "window": window, "rank": rank}
         self._tokens = batch * step
         self._vocab_size = config.vocab_size
         self._kv_row = config.kv_width  # elements of one of K and V, a token
+        self._window = batch * window * config.kv_width
         self._capacity = plan.manifest.limits.capacity
         self._listed_rows = min(-(-window // _TILE) * _TILE, self._capacity)
         layers = config.num_hidden_layers
@@ -233,7 +237,11 @@ class _Sizes:
         writes_pool = kind_of(kernel) == "KV write"
         moved = -self.unlisted_bytes(kernel)
         for tensor in _distinct(kernel.inputs):
-            if not (writes_pool and _is_pool(tensor)):  # it writes rows of the pool, and of the pool reads nothing
+            if not _is_pool(tensor):
+                moved += self._tensor_bytes(tensor)
+            elif "Slice" in operators and not writes_pool:
+                moved += self._window * _BITS[tensor.dtype] // 8
+            elif not writes_pool:  # what it writes it does not read
                 moved += self._tensor_bytes(tensor)
         for tensor in kernel.constants:
             if "Gather" in operators and tensor.dims[:1] == (self._vocab_size,):
@@ -314,6 +322,12 @@ def _shapes(graph: onnx.ModelProto, dims: dict[str, int]) -> dict[str, tuple[int
                 size = dims[dim.dim_param]
                 dim.Clear()
                 dim.dim_value = size
+    # Inference does not follow a size through a Slice of the pool or through a Range, where the mask's rows come from.
+    if any(value.name == "window_rows" for value in closed.graph.input):
+        closed.graph.initializer.append(numpy_helper.from_array(np.array([dims["window"]], np.int64), "closed_window"))
+        for node in closed.graph.node:
+            if node.op_type == "Slice" and node.input[0].startswith(("k_cache_out.", "v_cache_out.")):
+                node.input[2] = "closed_window"
     inferred = onnx.shape_inference.infer_shapes(closed, data_prop=True).graph
     shapes = {}
     for value in (*inferred.input, *inferred.value_info, *inferred.output):
@@ -323,7 +337,6 @@ def _shapes(graph: onnx.ModelProto, dims: dict[str, int]) -> dict[str, tuple[int
     for node in inferred.node:
         if node.op_type == "DequantizeLinear":  # no kernel hands a matrix on
             shapes.pop(node.output[0], None)
-        # Inference does not follow a size through a Range, and the mask's rows come of one.
         if node.op_type == "Attention":
             queries, keys, _, mask = node.input
             shapes[mask] = (shapes[queries][0], 1, shapes[queries][2], shapes[keys][2])

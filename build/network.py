@@ -8,7 +8,7 @@ softmax and logits are fp32 in every one.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import onnx
@@ -26,6 +26,7 @@ REAL_TYPES: dict[Real, int] = {
     "fp16": TensorProto.FLOAT16,
     "bf16": TensorProto.BFLOAT16,
 }
+KvRead = Literal["cache", "window", "view"]
 FLOAT, INT64, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL
 # Far below any logit, yet finite: its exponential is 0, and no NaN can come of it.
 NEVER = np.float32(-1e30)
@@ -47,9 +48,10 @@ class NetworkOptions:
     top_k: candidates a row. adapter: whether the diffusion graph takes a draft adapter. activations: type of
     activations, KV pool, scales and adapter. capacity: KV rows if the target needs them fixed.
 
-    attend_in_place: attend to the KV pool through inputs of its own, ``k_view.i`` and ``v_view.i``, which are the
-    caches' memory under a second name: TensorRT copies a tensor that it writes before it attends to it. The queries
-    that share a KV head are then further rows of one head, so that keys and values need not be repeated either.
+    kv_read: what the attention reads. ``cache``: the KV pool as the pass leaves it. ``window``: its first rows, as many
+    as the input ``window_rows`` is long. ``view``: inputs of their own, ``k_view.i`` and ``v_view.i``, which are the
+    pool's memory under a second name, since TensorRT copies a tensor that it writes before it attends to it. For these
+    two the queries that share a KV head become further rows of one head: keys and values need not be repeated then.
     select_by_product: take the rows that need logits by a product with ones and zeros, which like the adapter's are
     activations on both sides: the two numbers that TensorRT scales such products by are then constants of both plans.
     """
@@ -58,7 +60,7 @@ class NetworkOptions:
     adapter: bool
     activations: Real = "fp32"
     capacity: int | None = None
-    attend_in_place: bool = False
+    kv_read: KvRead = "cache"
     select_by_product: bool = False
 
 
@@ -77,7 +79,7 @@ class _Network:
         self.options = options
         self.real = REAL_TYPES[options.activations]
         # Heads of queries that are rows of one.
-        self.folded = config.num_attention_heads // config.num_key_value_heads if options.attend_in_place else 1
+        self.folded = 1 if options.kv_read == "cache" else config.num_attention_heads // config.num_key_value_heads
         self.graph = OnnxGraph(pattern, pool.path.name)
         self.op = self.graph.op
         self.ints = self.graph.ints
@@ -96,8 +98,9 @@ class _Network:
         capacity = self.options.capacity or "capacity"
         cache_shape: Shape = ["batch", self.config.num_key_value_heads, capacity, self.config.head_dim]
         layers = self.config.num_hidden_layers
-        for name in cache_inputs(layers) + (cache_views(layers) if self.options.attend_in_place else []):
+        for name in cache_inputs(layers) + (cache_views(layers) if self.options.kv_read == "view" else []):
             graph.input(name, self.real, cache_shape)
+        self.kv_rows = self._kv_rows()
         self.has_adapter = self.options.adapter and self.pattern == "bidirectional"
         if self.has_adapter:
             self._declare_adapter()
@@ -146,6 +149,15 @@ class _Network:
             scale = self.op("Unsqueeze", scale, self.ints(1))
         return Rotation(self._cast(cos, FLOAT), self._cast(sin, FLOAT), scale)
 
+    def _kv_rows(self) -> str:
+        """The numbers of the KV rows that this pass attends to."""
+        if self.options.kv_read == "window":
+            rows = self.graph.input("window_rows", INT64, ["window"])
+            self.window = self.op("Shape", rows)
+            return rows
+        capacity = self.op("Squeeze", self.op("Shape", "k_cache.0", start=2, end=3), self.ints(0))
+        return self.op("Range", self._int("zero", 0), capacity, self._int("unit", 1))
+
     def _visible(self, step: str, visibility: str) -> str:
         """Which KV rows each token sees, [batch, 1, step, rows] bool, [batch, 1, group * step, rows] for folded
         queries: the committed ones, and its step's by pattern.
@@ -156,10 +168,8 @@ class _Network:
         return seen
 
     def _seen(self, step: str, visibility: str) -> str:
-        capacity = self.op("Squeeze", self.op("Shape", "k_cache.0", start=2, end=3), self.ints(0))
-        kv_rows = self.op("Range", self._int("zero", 0), capacity, self._int("unit", 1))
         # 0 is the step's first row; committed rows are negative.
-        row_in_step = self.op("Sub", kv_rows, self.op("Unsqueeze", self.write_indices, self.ints(1)))
+        row_in_step = self.op("Sub", self.kv_rows, self.op("Unsqueeze", self.write_indices, self.ints(1)))
         row_in_step = self.op("Unsqueeze", row_in_step, self.ints(1))
         if self.pattern == "bidirectional":
             seen = self.op("Less", row_in_step, self.op("Unsqueeze", visibility, self.ints(1, 2)))
@@ -190,12 +200,16 @@ class _Network:
         caches, updated = (names(layers)[2 * index : 2 * index + 2] for names in (cache_inputs, cache_outputs))
         for cache, rows, result in zip(caches, (k, v), updated, strict=True):
             self.graph.node("TensorScatter", [cache, rows, self.write_indices], [result], axis=2, mode="linear")
+        if self.folded > 1:
+            q = self.op("Reshape", q, self.ints(0, kv_heads, -1, head_dim))
         keys, values = updated
-        if self.options.attend_in_place:
+        if self.options.kv_read == "window":
+            keys, values = (self.op("Slice", cache, self.ints(0), self.window, self.ints(2)) for cache in updated)
+        elif self.options.kv_read == "view":
             keys, values = cache_views(layers)[2 * index : 2 * index + 2]
-            q = self._after(self.op("Reshape", q, self.ints(0, kv_heads, -1, head_dim)), updated)
+            q = self._after(q, updated)
         attended = self.op("Attention", q, keys, values, self.visible, scale=1.0)
-        if self.options.attend_in_place:
+        if self.folded > 1:
             attended = self.op("Reshape", attended, self.ints(0, heads, -1, head_dim))
         attended = self.op("Transpose", attended, perm=[0, 2, 1, 3])
         attended = self.op("Reshape", attended, self.ints(0, 0, config.query_width))

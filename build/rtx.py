@@ -145,13 +145,15 @@ def build_rtx_engines(
             target.mkdir()
             onnx.save(graph, target / GRAPH)
             layers = checkpoint.config.num_hidden_layers
-            graph = tensorrt_form(graph, layers)
+            if options.kv_read == "view":
+                graph = tensorrt_form(graph, layers)
             source = Path(temporary) / f"{name}.onnx"
             onnx.save(graph, source)
             rank = checkpoint.adapter.config.r if checkpoint.adapter else 0
-            sizes = _Sizes(max_batch, max_step, checkpoint.config.num_key_value_heads, rank)
+            sizes = _Sizes(max_batch, max_step, options.capacity or 0, checkpoint.config.num_key_value_heads, rank)
             plan, kernels = _compile(graph, source, target, sms, sizes, progress)
-            refuse_disorder(kernels.root, layers)
+            if options.kv_read == "view":
+                refuse_disorder(kernels.root, layers)
             plans.append(plan)
     progress("weights", 0, 1)
     first, second = (np.memmap(plan, np.uint8, mode="r") for plan in plans)
@@ -193,11 +195,12 @@ def refuse_unknown_gpus(sms: tuple[int, ...]) -> None:
 class _Sizes:
     """Least, usual and largest value of each dynamic dimension."""
 
-    def __init__(self, max_batch: int, max_step: int, kv_heads: int, rank: int) -> None:
+    def __init__(self, max_batch: int, max_step: int, capacity: int, kv_heads: int, rank: int) -> None:
         self._ranges = {
             "batch": (1, 1, max_batch),
             "step": (1, min(32, max_step), max_step),
             "rows": (1, min(32, max_step), max_step),
+            "window": (1, min(512, capacity), capacity),
             "rank": (rank, rank, rank),
             KEY_HEADS: (kv_heads, kv_heads, kv_heads * max_batch),
         }

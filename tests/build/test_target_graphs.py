@@ -1,5 +1,5 @@
-"""The forms that a GPU target gives the graph, the KV pool read in place and rows chosen by a product, compute what the
-plain form does: the same logits, and the same rows in the same places of the pool.
+"""The forms that a GPU target gives the graph, a window or a view of the KV pool and rows chosen by a product, compute
+what the plain form does: the same logits, and the same rows in the same places of the pool.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import pytest
 from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
-from trimode.build.network import NetworkOptions, build_network
+from trimode.build.network import KvRead, NetworkOptions, build_network
 from trimode.build.raw_pool import RawPool, write_raw_pool
 from trimode.build.tensorrt_form import tensorrt_form
 from trimode.model.checkpoint import Checkpoint
 from trimode.model.progress import no_progress
 from trimode.model.step import AttentionPattern, cache_inputs, cache_outputs, cache_views
 
-CAPACITY, COMMITTED, STEP, BATCH = 256, (40, 93), 12, 2
-ON_GPU = NetworkOptions(top_k=768, adapter=True, capacity=CAPACITY, attend_in_place=True, select_by_product=True)
+CAPACITY, COMMITTED, WINDOW, STEP, BATCH = 256, (40, 93), 128, 12, 2
+ON_GPU = NetworkOptions(top_k=768, adapter=True, capacity=CAPACITY, kv_read="view", select_by_product=True)
 PATTERNS = pytest.mark.parametrize("pattern", ["causal", "bidirectional"])
 Arrays = dict[str, NDArray[np.generic]]
 
@@ -49,6 +49,7 @@ def inputs_of(checkpoint: Checkpoint) -> Arrays:
         "block_mask": np.tril(rng.random((BATCH, STEP, STEP)) < 0.7) | np.eye(STEP, dtype=bool),
         "step_lengths": np.array([STEP, STEP - 5]),
         "adapter_scale": np.array([1, 0], np.float32),
+        "window_rows": np.arange(WINDOW),
     }
     cache = (BATCH, config.num_key_value_heads, CAPACITY, config.head_dim)
     for name in cache_inputs(config.num_hidden_layers):
@@ -100,20 +101,25 @@ def assert_same(found: Arrays, expected: Arrays) -> None:
 
 
 @PATTERNS
-@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("kv_read", ["cache", "window", "view"])
 @pytest.mark.parametrize("product", [False, True])
 def test_every_form_computes_the_same(
-    checkpoint: Checkpoint, pool: RawPool, pattern: AttentionPattern, in_place: bool, product: bool
+    checkpoint: Checkpoint, pool: RawPool, pattern: AttentionPattern, kv_read: KvRead, product: bool
 ) -> None:
     plain = execute(checkpoint, pool, pattern, NetworkOptions(top_k=768, adapter=True))
-    form = NetworkOptions(
-        top_k=768,
-        adapter=True,
-        capacity=CAPACITY,
-        attend_in_place=in_place,
-        select_by_product=product,
-    )
+    form = NetworkOptions(top_k=768, adapter=True, capacity=CAPACITY, kv_read=kv_read, select_by_product=product)
     assert_same(execute(checkpoint, pool, pattern, form), plain)
+
+
+def test_a_window_that_ends_too_early_is_seen(
+    checkpoint: Checkpoint, pool: RawPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The guard above can fail: rows past the window are not attended to."""
+    monkeypatch.setattr(f"{__name__}.WINDOW", 64)
+    plain = execute(checkpoint, pool, "causal", NetworkOptions(top_k=4, adapter=False))
+    form = NetworkOptions(top_k=4, adapter=False, capacity=CAPACITY, kv_read="window")
+    differing = np.abs(execute(checkpoint, pool, "causal", form)["log_sum_exp"] - plain["log_sum_exp"])
+    assert differing[0].max() < 1e-3 < differing[1].max()
 
 
 @PATTERNS
