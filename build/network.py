@@ -33,34 +33,35 @@ NEVER = np.float32(-1e30)
 
 
 class Rotation(NamedTuple):
-    """cos and sin of a pass's angles, each [batch, step, head_dim / 2], and what queries are multiplied with besides,
-    [batch, 1, step, 1] fp32."""
+    """cos and sin of a pass's angles, each [batch, step, head_dim / 2]."""
 
     cos: str
     sin: str
-    query_scale: str
 
 
 @dataclass(frozen=True)
 class NetworkOptions:
     """What a target chooses.
 
-    top_k: candidates a row. adapter: whether the diffusion graph takes a draft adapter. activations: type of
-    activations, KV pool, scales and adapter. capacity: KV rows if the target needs them fixed.
+    adapter: whether the diffusion graph takes a draft adapter. top_k: candidates a row; None has the pass say how many.
+    activations: type of activations, KV pool, scales and adapter. capacity: KV rows if the target needs them fixed.
 
     kv_read: what the attention reads. ``cache``: the KV pool as the pass leaves it. ``window``: its first rows, as many
     as the input ``window_rows`` is long. ``view``: inputs of their own, ``k_view.i`` and ``v_view.i``, which are the
     pool's memory under a second name, since TensorRT copies a tensor that it writes before it attends to it. For these
     two the queries that share a KV head become further rows of one head: keys and values need not be repeated then.
+    rotate_together: turn queries and keys in one node and scale the queries after it, so that one kernel can do both
+    and write the step's rows besides; without, the queries' rotation carries the scale.
     select_by_product: take the rows that need logits by a product with ones and zeros, which like the adapter's are
     activations on both sides: the two numbers that TensorRT scales such products by are then constants of both plans.
     """
 
-    top_k: int
     adapter: bool
+    top_k: int | None = None
     activations: Real = "fp32"
     capacity: int | None = None
     kv_read: KvRead = "cache"
+    rotate_together: bool = False
     select_by_product: bool = False
 
 
@@ -105,17 +106,23 @@ class _Network:
         if self.has_adapter:
             self._declare_adapter()
 
-        self.rotation = self._rotation(position_ids)
+        self.query_scale = self._query_scale(position_ids)
+        self.query_rotation, self.key_rotation = self._rotations(position_ids)
         step = self.op("Shape", input_ids, start=1, end=2)
         self.visible = self._visible(step, visibility)
         embedding = self.pool.embed_tokens
         x = self._cast(self.op("Gather", graph.pooled(embedding), input_ids), embedding.dtype)
         for index, layer in enumerate(self.pool.layers):
             graph.scope = f"layers.{index}/"
-            x = self.op("Add", x, self._self_attn(self._rms_norm(x, layer.input_layernorm), layer, index))
+            attended = self._attention(self._rms_norm(x, layer.input_layernorm), layer, index)
+            if layer is self.pool.layers[-1]:
+                # Past its keys and values the last layer serves the logits alone.
+                rows = self.op("Unsqueeze", logit_rows, self.ints(2))
+                x, attended = (self._rows(value, rows, step) for value in (x, attended))
+            x = self.op("Add", x, self._o_proj(attended, layer, index))
             x = self.op("Add", x, self._mlp(self._rms_norm(x, layer.post_attention_layernorm), layer))
         graph.scope = "head/"
-        self._head(self._rows(x, self.op("Unsqueeze", logit_rows, self.ints(2)), step))
+        self._head(x)
         for name in cache_outputs(layers):
             graph.output(name, self.real, cache_shape)
         return graph.model()
@@ -128,9 +135,10 @@ class _Network:
             self.graph.input(down, self.real, [self.config.query_width, "rank"])
             self.graph.input(up, self.real, ["rank", self.config.hidden_size])
 
-    def _rotation(self, position_ids: str) -> Rotation:
-        """YaRN's. Angles are fp32 whatever the activations: a position past 256 has no exact 16-bit value."""
-        rope = self.config.rope_parameters
+    def _rotations(self, position_ids: str) -> tuple[Rotation, Rotation]:
+        """YaRN's cos and sin, for queries and for keys. Angles are fp32 whatever the activations: a position past 256
+        has no exact 16-bit value.
+        """
         frequencies, attention_factor = yarn_frequencies(self.config)
         positions = self.op("Unsqueeze", self.op("Cast", position_ids, to=FLOAT), self.ints(2))
         angles = self.op("Mul", positions, self.graph.constant("rotary_frequencies", frequencies))
@@ -138,16 +146,26 @@ class _Network:
         if attention_factor != 1:
             factor = self._float("attention_factor", attention_factor)
             cos, sin = self.op("Mul", cos, factor), self.op("Mul", sin, factor)
-        # The attention's own scale is in here: compilers would apply its root to every key of the pool as well.
-        scale = self._float("softmax_scale", self.config.head_dim**-0.5)
-        if rope.llama_4_scaling_beta != 0:
-            length = self._float("original_max_position_embeddings", rope.original_max_position_embeddings)
-            steps = self.op("Floor", self.op("Div", positions, length))
-            growth = self.op("Log", self.op("Add", steps, self._float("one", 1)))
-            growth = self.op("Mul", growth, self._float("beta", rope.llama_4_scaling_beta))
-            scale = self.op("Mul", self.op("Add", growth, self._float("one", 1)), scale)
-            scale = self.op("Unsqueeze", scale, self.ints(1))
-        return Rotation(self._cast(cos, FLOAT), self._cast(sin, FLOAT), scale)
+        keys = self._rotation(cos, sin)
+        if self.options.rotate_together:
+            return keys, keys
+        scale = self.op("Unsqueeze", self.query_scale, self.ints(2))
+        return self._rotation(self.op("Mul", cos, scale), self.op("Mul", sin, scale)), keys
+
+    def _query_scale(self, position_ids: str) -> str:
+        """1 + beta * log(1 + floor(position / original length)), [batch, step], from a table of its few values.
+
+        The attention's own scale rides along: compilers would apply its root to every key of the pool as well.
+        """
+        rope = self.config.rope_parameters
+        length = rope.original_max_position_embeddings
+        steps = np.arange(-(-self.config.max_position_embeddings // length))
+        table = (1 + rope.llama_4_scaling_beta * np.log1p(steps)) * self.config.head_dim**-0.5
+        step = self.op("Div", position_ids, self._int("original_max_position_embeddings", length))
+        return self.op("Gather", self.graph.constant("query_scale", table.astype(np.float32)), step)
+
+    def _rotation(self, cos: str, sin: str) -> Rotation:
+        return Rotation(self._cast(cos, FLOAT), self._cast(sin, FLOAT))
 
     def _kv_rows(self) -> str:
         """The numbers of the KV rows that this pass attends to."""
@@ -173,7 +191,7 @@ class _Network:
         row_in_step = self.op("Unsqueeze", row_in_step, self.ints(1))
         if self.pattern == "bidirectional":
             seen = self.op("Less", row_in_step, self.op("Unsqueeze", visibility, self.ints(1, 2)))
-            queries = self.op("Mul", step, self.ints(self.folded))
+            queries = step if self.folded == 1 else self.op("Mul", step, self.ints(self.folded))
             shape = self.op("Concat", self.ints(1), queries, self.ints(1), axis=0)
             return self.op("Unsqueeze", self.op("Expand", seen, shape), self.ints(1))
         committed = self.op("Less", row_in_step, self._int("zero", 0))
@@ -185,23 +203,16 @@ class _Network:
         seen = self.op("Or", committed, self.op("And", inside, chosen))
         return self.op("Unsqueeze", seen, self.ints(1))
 
-    def _self_attn(self, x: str, layer: PooledLayer, index: int) -> str:
+    def _attention(self, x: str, layer: PooledLayer, index: int) -> str:
+        """Write the step's keys and values, attend to what is visible; [batch, step, query width]."""
         config = self.config
-        heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        q, k, qk, v = f"q.{index}", f"k.{index}", f"qk.{index}", f"v.{index}"
-        qkv = self.op("Reshape", self._linear(x, layer.qkv_proj), self.ints(0, 0, heads + 2 * kv_heads, head_dim))
-        qkv = self.op("Transpose", qkv, perm=[0, 2, 1, 3])
-        self.graph.node("Split", [qkv, self.ints(heads + kv_heads, kv_heads)], [qk, v], axis=1)
-        # Queries and keys turn together, so that one kernel can, and write the step's rows besides.
-        qk = self.op("RotaryEmbedding", qk, self.rotation.cos, self.rotation.sin)
-        self.graph.node("Split", [qk, self.ints(heads, kv_heads)], [q, k], axis=1)
-        q = self._cast(self.op("Mul", self._as_float(q), self.rotation.query_scale), FLOAT)
         layers = config.num_hidden_layers
+        q, k, v = self._rotated(self._linear(x, layer.qkv_proj), index)
         caches, updated = (names(layers)[2 * index : 2 * index + 2] for names in (cache_inputs, cache_outputs))
         for cache, rows, result in zip(caches, (k, v), updated, strict=True):
             self.graph.node("TensorScatter", [cache, rows, self.write_indices], [result], axis=2, mode="linear")
         if self.folded > 1:
-            q = self.op("Reshape", q, self.ints(0, kv_heads, -1, head_dim))
+            q = self.op("Reshape", q, self.ints(0, config.num_key_value_heads, -1, config.head_dim))
         keys, values = updated
         if self.options.kv_read == "window":
             keys, values = (self.op("Slice", cache, self.ints(0), self.window, self.ints(2)) for cache in updated)
@@ -210,9 +221,11 @@ class _Network:
             q = self._after(q, updated)
         attended = self.op("Attention", q, keys, values, self.visible, scale=1.0)
         if self.folded > 1:
-            attended = self.op("Reshape", attended, self.ints(0, heads, -1, head_dim))
+            attended = self.op("Reshape", attended, self.ints(0, config.num_attention_heads, -1, config.head_dim))
         attended = self.op("Transpose", attended, perm=[0, 2, 1, 3])
-        attended = self.op("Reshape", attended, self.ints(0, 0, config.query_width))
+        return self.op("Reshape", attended, self.ints(0, 0, config.query_width))
+
+    def _o_proj(self, attended: str, layer: PooledLayer, index: int) -> str:
         projected = self._linear(attended, layer.o_proj)
         if not self.has_adapter:
             return projected
@@ -220,6 +233,23 @@ class _Network:
         down, up = adapter_inputs(index)
         narrow = self.op("Mul", self.op("MatMul", attended, down), self.adapter_scale)
         return self.op("Add", projected, self.op("MatMul", narrow, up))
+
+    def _rotated(self, qkv: str, index: int) -> tuple[str, str, str]:
+        """Queries and keys, turned, and values, each [batch, heads, step, head_dim]."""
+        heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
+        q, k, v = f"q.{index}", f"k.{index}", f"v.{index}"
+        qkv = self.op("Reshape", qkv, self.ints(0, 0, heads + 2 * kv_heads, self.config.head_dim))
+        qkv = self.op("Transpose", qkv, perm=[0, 2, 1, 3])
+        if self.options.rotate_together:
+            both = f"qk.{index}"
+            self.graph.node("Split", [qkv, self.ints(heads + kv_heads, kv_heads)], [both, v], axis=1)
+            both = self.op("RotaryEmbedding", both, *self.key_rotation)
+            self.graph.node("Split", [both, self.ints(heads, kv_heads)], [q, k], axis=1)
+            scale = self.op("Unsqueeze", self.query_scale, self.ints(1, 3))
+            return self._cast(self.op("Mul", self._as_float(q), scale), FLOAT), k, v
+        self.graph.node("Split", [qkv, self.ints(heads, kv_heads, kv_heads)], [q, k, v], axis=1)
+        q = self.op("RotaryEmbedding", q, *self.query_rotation)
+        return q, self.op("RotaryEmbedding", k, *self.key_rotation), v
 
     def _after(self, q: str, updated: list[str]) -> str:
         """``q`` once the caches are written, which no use of a view's values would say: none of their rows are added.
@@ -229,7 +259,7 @@ class _Network:
         return self.op("Concat", q, *nothing, axis=2)
 
     def _rows(self, x: str, logit_rows: str, step: str) -> str:
-        """Those rows of ``x`` [batch, step, hidden] that need logits; ``logit_rows`` [batch, rows, 1]."""
+        """Those rows of ``x`` [batch, step, width] that need logits; ``logit_rows`` [batch, rows, 1]."""
         if not self.options.select_by_product:
             return self.op("GatherND", x, logit_rows, batch_dims=1)
         rows = self.op("Range", self._int("zero", 0), self.op("Squeeze", step, self.ints(0)), self._int("unit", 1))
@@ -268,28 +298,29 @@ class _Network:
         bias = np.zeros(self.config.vocab_size, np.float32)
         bias[self.config.mask_token_id] = NEVER
         possible = self.op("Add", self._as_float(logits), self.graph.constant("mask_token_bias", bias))
+        top_k = self.options.top_k
+        wanted = self.graph.input("top_k", INT64, [1]) if top_k is None else self.ints(top_k)
         if self.real == FLOAT:
-            results = ["top_logits", "top_tokens"]
-            self.graph.node("TopK", [possible, self.ints(self.options.top_k)], results, axis=-1)
+            self.graph.node("TopK", [possible, wanted], ["top_logits", "top_tokens"], axis=-1)
         else:
-            self._top_of_narrow(logits)
+            self._top_of_narrow(logits, wanted)
         # The best logit is at hand: ReduceLogSumExp would read the row once more to find it.
         best = self.op("Slice", "top_logits", self.ints(0), self.ints(1), self.ints(2))
         total = self.op("ReduceSum", self.op("Exp", self.op("Sub", possible, best)), self.ints(-1), keepdims=0)
         self.graph.node("Add", [self.op("Log", total), self.op("Squeeze", best, self.ints(2))], ["log_sum_exp"])
-        self.graph.output("top_logits", FLOAT, ["batch", "rows", self.options.top_k])
-        self.graph.output("top_tokens", INT64, ["batch", "rows", self.options.top_k])
+        self.graph.output("top_logits", FLOAT, ["batch", "rows", top_k or "top_k"])
+        self.graph.output("top_tokens", INT64, ["batch", "rows", top_k or "top_k"])
         self.graph.output("log_sum_exp", FLOAT, ["batch", "rows"])
 
-    def _top_of_narrow(self, logits: str) -> None:
+    def _top_of_narrow(self, logits: str, wanted: str) -> None:
         """The best of 16-bit logits, sought in them as they are: a row in fp32 is twice the bytes, written and read
         again. So the mask token is among the candidates, and of one candidate more it becomes the last.
         """
-        more = min(self.options.top_k + 1, self.config.vocab_size)
-        self.graph.node("TopK", [logits, self.ints(more)], ["found", "tokens"], axis=-1)
+        more = self.op("Min", self.op("Add", wanted, self.ints(1)), self.ints(self.config.vocab_size))
+        self.graph.node("TopK", [logits, more], ["found", "tokens"], axis=-1)
         is_mask = self.op("Equal", "tokens", self._int("mask_token", self.config.mask_token_id))
         found = self.op("Where", is_mask, self._float("never", NEVER), self._as_float("found"))
-        self.graph.node("TopK", [found, self.ints(self.options.top_k)], ["top_logits", "order"], axis=-1)
+        self.graph.node("TopK", [found, wanted], ["top_logits", "order"], axis=-1)
         self.graph.node("GatherElements", ["tokens", "order"], ["top_tokens"], axis=2)
 
     def _float(self, name: str, value: float) -> str:

@@ -18,7 +18,7 @@ from rich.progress import track
 from trimode.model.errors import TriModeError
 from trimode.model.progress import Progress, no_progress
 from trimode.model.tokenizer import Message
-from trimode.runtime.acceptance import Acceptance
+from trimode.runtime.acceptance import LONGEST_BLOCK, Acceptance
 from trimode.runtime.decoding import Sequence
 from trimode.runtime.ending import Ending
 from trimode.runtime.engine import load_engine
@@ -34,6 +34,7 @@ from trimode.runtime.thinking_budget import ThinkingBudget, ThinkingIds
 
 Input = str | Many[int] | Many[Message]
 Params = Any  # trimode.runtime.SamplingParams, or tensorrt_llm's, which need not be installed
+DEFAULT_BATCH_SIZE = 16
 DEFAULT_PREFIX_CACHE_BYTES = 256 << 20
 
 
@@ -130,7 +131,8 @@ class RequestOutput:
 class LLM:
     """An engine directory that answers many requests at once, each in its own mode.
 
-    model: the engine directory. threads: of the cpu target. max_batch_size: sequences that run at once.
+    model: the engine directory. threads: of the cpu target. max_batch_size: sequences that run at once, 16 unless told
+    or what the engine was built for if that is less.
     max_queue_size: requests that may wait beyond those. kv_cache_bytes: that the KV pool may grow to, half of the free
     memory unless told. prefix_cache_bytes: for KV rows of earlier prompts and answers; 0 reuses nothing.
 
@@ -142,7 +144,7 @@ class LLM:
         model: str | Path,
         *,
         threads: int | None = None,
-        max_batch_size: int = 16,
+        max_batch_size: int | None = None,
         max_queue_size: int = 1024,
         kv_cache_bytes: int | None = None,
         prefix_cache_bytes: int = DEFAULT_PREFIX_CACHE_BYTES,
@@ -152,22 +154,29 @@ class LLM:
         for name, value, least in (
             ("max_batch_size", max_batch_size, 1),
             ("max_queue_size", max_queue_size, 1),
+            ("kv_cache_bytes", kv_cache_bytes, 1),
             ("prefix_cache_bytes", prefix_cache_bytes, 0),
         ):
-            if value < least:
+            if value is not None and value < least:
                 raise TriModeError(f"{name} is {value}; it must be at least {least}")
         limit = _free_memory() // 2 if kv_cache_bytes is None else kv_cache_bytes
         engine = load_engine(Path(model), threads=threads, kv_cache_bytes=limit, verify=verify, progress=progress)
         self.manifest = engine.manifest
         self.tokenizer = engine.tokenizer
         self._executor = engine.executor
-        limits = self.manifest.limits
+        limits, built_for = self.manifest.limits, self.manifest.rtx
+        if max_batch_size is None:
+            max_batch_size = min(DEFAULT_BATCH_SIZE, built_for.max_batch if built_for else DEFAULT_BATCH_SIZE)
+        if built_for is not None and max_batch_size > built_for.max_batch:
+            raise TriModeError(
+                f"max_batch_size is {max_batch_size}, but the engine was built for batches of {built_for.max_batch}"
+            )
         self._scheduler = Scheduler(
             engine.executor,
             max_batch=max_batch_size,
             capacity=limits.capacity,
             prefill_tokens=limits.prefill_step,
-            cost=PassCost(max_batch_size, limits.prefill_step),
+            cost=PassCost(max_batch_size, max(limits.prefill_step, LONGEST_BLOCK)),
             prefix_cache=PrefixCache(prefix_cache_bytes) if prefix_cache_bytes else None,
         )
         self._shared_acceptance = Acceptance()
@@ -300,6 +309,12 @@ class LLM:
         if not self._executor.pool.holds(1, longest):
             raise ContextLengthError(
                 f"the KV rows of {longest} tokens exceed kv_cache_bytes; allow more, or ask for fewer tokens"
+            )
+        built_for = self.manifest.rtx
+        if built_for is not None and params.longest_block > built_for.max_step:
+            raise TriModeError(
+                f"block_length is {params.longest_block}, but the engine was built for steps of {built_for.max_step}; "
+                "lower it, or build with a larger --max-step"
             )
         for field in ("top_k", "logprobs"):
             if (getattr(params, field) or 0) > limits.top_k:
