@@ -224,10 +224,12 @@ class _Sizes:
         self._made = {name for names in self._produces.values() for name in names} - set(cache_outputs(layers))
         self._reads = {node.name: list(node.input) for node in plan.graph.graph.node}
         self._writer: dict[str, Kernel] = {}
+        self._written: dict[str, KernelTensor] = {}
         self._readers: defaultdict[str, list[Kernel]] = defaultdict(list)
         for kernel in plan.kernels:
             for tensor in kernel.outputs:
                 self._writer[tensor.name] = kernel
+                self._written[tensor.name] = tensor
             for tensor in kernel.inputs:
                 self._readers[tensor.name].append(kernel)
         self.unresolved = 0
@@ -280,6 +282,7 @@ class _Sizes:
         return self._volume(tensor) * _BITS[tensor.dtype] // 8
 
     def _volume(self, tensor: KernelTensor) -> int:
+        tensor = self._written.get(tensor.name, tensor)  # a reader may see it in another shape
         if -1 not in tensor.dims:
             return prod(tensor.dims)
         if tensor.name in self._shapes:
