@@ -34,15 +34,11 @@ NO_BLOCK = np.empty(0, np.int64)
 
 
 class Pass(NamedTuple):
-    """What a sequence needs next: these tokens through an engine, and logits of these of its rows.
-
-    top_k: candidates of each row that it looks at, None for all there are.
-    """
+    """What a sequence needs next: these tokens through an engine, and logits of these of its rows."""
 
     kind: PassKind
     tokens: Ints  # [S]
     rows: Ints  # [R]
-    top_k: int | None = None
 
     @property
     def causal(self) -> bool:
@@ -80,7 +76,6 @@ class Sequence:
         self.rejected: list[int] = []  # drafts that the latest commit did not agree with
         self.counts = Counts()
         self._sampler = Sampler(params, self.prompt, seed)
-        self._top_k = 1 if params.greedy and not params.penalised and params.logprobs is None else None
         self._mask_id = mask_id
         self._prefill_step = prefill_step
         self._block = NO_BLOCK
@@ -101,6 +96,11 @@ class Sequence:
         return not self.prefilling and not len(self._block)
 
     @property
+    def drafts_in_passes(self) -> bool:
+        """Whether its masks may take more than one bidirectional pass to fill."""
+        return self.params.mode == "diffusion" or bool(self.params.draft_threshold)
+
+    @property
     def longest_block(self) -> int:
         """Tokens of the longest block that the request and its end allow."""
         return min(self.params.longest_block, self.ending.remaining)
@@ -117,15 +117,13 @@ class Sequence:
         """The pass that brings the sequence on; it has a block, or is in its prefill."""
         if self.prefilling:
             chunk = self.prompt[self.committed : self.committed + self._prefill_step]
-            return Pass("prefill", chunk, np.array([len(chunk) - 1]), self._top_k)
+            return Pass("prefill", chunk, np.array([len(chunk) - 1]))
         diffusion = self.params.mode == "diffusion"
         masked = np.flatnonzero(self._block == self._mask_id)
         if len(masked):
-            if diffusion:
-                return Pass("denoise", self._block, masked, self._top_k)
-            return Pass("draft", self._block, masked, top_k=1)
+            return Pass("denoise" if diffusion else "draft", self._block, masked)
         rows = np.array([len(self._block) - 1]) if diffusion else np.arange(len(self._block))
-        return Pass("commit", self._block, rows, self._top_k)
+        return Pass("commit", self._block, rows)
 
     def absorb(self, done: Pass, found: Candidates) -> None:
         """Take a pass's candidates: logits, tokens [R, k] and log_sum_exp [R] of the rows it asked for."""
