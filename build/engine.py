@@ -45,6 +45,8 @@ _EMBEDDING_TYPES: dict[np.dtype[np.generic], Real] = {
     np.dtype(np.float32): "fp32",
 }
 
+FIRST_SM_IN_PLACE = 89
+
 
 @dataclass(frozen=True)
 class CpuOptions:
@@ -176,8 +178,10 @@ def _build_target(
         adapter=adapter,
         activations=target.dtype,
         capacity=limits.capacity,
-        window=True,
-        fold_queries=True,
+        # The attention that TensorRT has for older GPUs takes no pool as it lies.
+        kv_read="view" if min(target.sms) >= FIRST_SM_IN_PLACE else "window",
+        rotate_together=True,
+        select_by_product=True,
     )
     return build_rtx_engines(checkpoint, folder, options, target.sms, target.max_batch, target.max_step, progress)
 

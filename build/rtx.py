@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import signal
 import threading
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -17,10 +18,11 @@ import numpy as np
 import onnx
 import tensorrt_rtx as trt
 
-from trimode.build.kernels import parse_kernels
+from trimode.build.kernels import KernelList, parse_kernels
 from trimode.build.network import NetworkOptions, build_network
 from trimode.build.raw_pool import RawPool, write_raw_pool
-from trimode.build.weight_section import cut_runs, find_shared_runs
+from trimode.build.tensorrt_form import KEY_HEADS, refuse_disorder, tensorrt_form
+from trimode.build.weight_section import Run, cut_runs, find_shared_runs
 from trimode.model.checkpoint import Checkpoint
 from trimode.model.errors import TriModeError
 from trimode.model.manifest import (
@@ -140,17 +142,24 @@ def build_rtx_engines(
             graph = build_network(checkpoint.config, pool, pattern, options)
             constants.append(_pooled_constants(graph))
             _refuse_differing(constants)
-            source = Path(temporary) / f"{name}.onnx"
-            onnx.save(graph, source)
             target = folder / name
             target.mkdir()
             onnx.save(graph, target / GRAPH)
+            layers = checkpoint.config.num_hidden_layers
+            if options.kv_read == "view":
+                graph = tensorrt_form(graph, layers)
+            source = Path(temporary) / f"{name}.onnx"
+            onnx.save(graph, source)
             rank = checkpoint.adapter.config.r if checkpoint.adapter else 0
-            sizes = _Sizes(max_batch, max_step, options.capacity or 0, rank)
-            plans.append(_compile(graph, source, target, sms, sizes, progress))
+            sizes = _Sizes(max_batch, max_step, options.capacity or 0, checkpoint.config.num_key_value_heads, rank)
+            plan, kernels = _compile(graph, source, target, sms, sizes, progress)
+            if options.kv_read == "view":
+                refuse_disorder(kernels.root, layers)
+            plans.append(plan)
     progress("weights", 0, 1)
     first, second = (np.memmap(plan, np.uint8, mode="r") for plan in plans)
     runs = find_shared_runs(first, second, probe)
+    _refuse_private_constants(runs)
     (folder / POOL).parent.mkdir()
     ar = cut_runs(plans[0], [(run.first, run.length) for run in runs], folder / POOL)
     diffusion = cut_runs(plans[1], [(run.second, run.length) for run in runs], None)
@@ -187,13 +196,14 @@ def refuse_unknown_gpus(sms: tuple[int, ...]) -> None:
 class _Sizes:
     """Least, usual and largest value of each dynamic dimension."""
 
-    def __init__(self, max_batch: int, max_step: int, capacity: int, rank: int) -> None:
+    def __init__(self, max_batch: int, max_step: int, capacity: int, kv_heads: int, rank: int) -> None:
         self._ranges = {
             "batch": (1, 1, max_batch),
             "step": (1, min(32, max_step), max_step),
             "rows": (1, min(32, max_step), max_step),
             "window": (1, min(512, capacity), capacity),
             "rank": (rank, rank, rank),
+            KEY_HEADS: (kv_heads, kv_heads, kv_heads * max_batch),
         }
 
     def of(self, dims: list[str | int]) -> list[tuple[int, ...]]:
@@ -202,7 +212,7 @@ class _Sizes:
 
 def _compile(
     graph: onnx.ModelProto, source: Path, target: Path, sms: tuple[int, ...], sizes: _Sizes, progress: Progress
-) -> Path:
+) -> tuple[Path, KernelList]:
     log = _LOG
     log.begin()
     builder = trt.Builder(log)
@@ -210,6 +220,9 @@ def _compile(
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(source)):
         raise RuntimeError(f"TensorRT-RTX cannot parse {target.name}/graph.onnx: {parser.get_error(0)}")
+    for tensor in (network.get_input(index) for index in range(network.num_inputs)):
+        if tensor.name.startswith("k_view."):
+            tensor.allowed_formats = 1 << int(trt.TensorFormat.HWC8)
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # or the kernels are listed by number alone
     # The runtime captures passes as CUDA graphs, over memory of its own: the build fails if the graph rules that out.
@@ -233,8 +246,19 @@ def _compile(
         raise RuntimeError(f"TensorRT-RTX on {target.name}/graph.onnx: {'; '.join(log.complaints) or 'no plan'}")
     path = target / PLAN
     path.write_bytes(memoryview(plan))
-    (target / KERNELS).write_text(parse_kernels(log.messages).model_dump_json(indent=1) + "\n", encoding="utf-8")
-    return path
+    kernels = parse_kernels(log.messages)
+    (target / KERNELS).write_text(kernels.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    return path, kernels
+
+
+def _refuse_private_constants(runs: list[Run]) -> None:
+    """One allocation serves both plans' weights only if their sections are the same to the byte."""
+    for run, following in pairwise(runs):
+        lone = [after - before - run.length for before, after in zip(run, following, strict=True)][:2]
+        raise RuntimeError(
+            f"the plans' weight sections differ after {run.length} bytes: {lone[0]} bytes that the AR plan alone has, "
+            f"{lone[1]} that the diffusion plan alone has"
+        )
 
 
 def _pooled_constants(graph: onnx.ModelProto) -> dict[str, str]:
