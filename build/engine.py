@@ -164,8 +164,7 @@ def _build_target(
 ) -> tuple[RtxEntry | None, tuple[PoolEntry, ...]]:
     adapter = checkpoint.adapter is not None
     if isinstance(target, CpuOptions):
-        # Folded, a single token is several rows to the attention: its kernel for one row rounds otherwise.
-        options = NetworkOptions(adapter=adapter, fold_queries=True)
+        options = NetworkOptions(adapter=adapter)
         return None, build_cpu_engines(checkpoint, folder, options, target.activations, unpack, progress)
     try:
         from trimode.build.rtx import build_rtx_engines

@@ -48,8 +48,7 @@ class NetworkOptions:
 
     kv_read: what the attention reads. ``cache``: the KV pool as the pass leaves it. ``window``: its first rows, as many
     as the input ``window_rows`` is long. ``view``: inputs of their own, ``k_view.i`` and ``v_view.i``, which are the
-    pool's memory under a second name, since TensorRT copies a tensor that it writes before it attends to it. For these
-    two the queries that share a KV head become further rows of one head: keys and values need not be repeated then.
+    pool's memory under a second name, since TensorRT copies a tensor that it writes before it attends to it.
     rotate_together: turn queries and keys in one node and scale the queries after it, so that one kernel can do both
     and write the step's rows besides; without, the queries' rotation carries the scale.
     select_by_product: take the rows that need logits by a product with ones and zeros, which like the adapter's are
@@ -79,8 +78,9 @@ class _Network:
         self.pattern = pattern
         self.options = options
         self.real = REAL_TYPES[options.activations]
-        # Heads of queries that are rows of one.
-        self.folded = 1 if options.kv_read == "cache" else config.num_attention_heads // config.num_key_value_heads
+        # Heads of queries that become rows of one head: no executor need repeat keys and values, and on a CPU a single
+        # token is several rows to the attention, whose kernel for one row rounds otherwise.
+        self.folded = config.num_attention_heads // config.num_key_value_heads
         self.graph = OnnxGraph(pattern, pool.path.name)
         self.op = self.graph.op
         self.ints = self.graph.ints
@@ -319,7 +319,7 @@ class _Network:
         more = self.op("Min", self.op("Add", wanted, self.ints(1)), self.ints(self.config.vocab_size))
         self.graph.node("TopK", [logits, more], ["found", "tokens"], axis=-1)
         is_mask = self.op("Equal", "tokens", self._int("mask_token", self.config.mask_token_id))
-        found = self.op("Where", is_mask, self._float("never", NEVER), self._as_float("found"))
+        found = self.op("Where", is_mask, self._float("never", float(NEVER)), self._as_float("found"))
         self.graph.node("TopK", [found, wanted], ["top_logits", "order"], axis=-1)
         self.graph.node("GatherElements", ["tokens", "order"], ["top_tokens"], axis=2)
 
