@@ -1,4 +1,4 @@
-"""The ``trimode`` command: quantize, build, info, audit, doctor, generate.
+"""The ``trimode`` command: quantize, build, export, info, audit, doctor, generate.
 
 What a user can mend is told in one line on stderr, with exit code 2. Long work shows its progress on stderr, so that
 stdout stays the answer alone.
@@ -178,6 +178,26 @@ def build(
             progress=progress,
         )
     _print_manifest(out, manifest, as_json)
+
+
+@commands.command()
+@click.argument("checkpoint")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--format", "form", type=click.Choice(["trtllm"]), required=True, help="trtllm: for TensorRT-LLM's LLM.")
+@json_option
+def export(checkpoint: str, out: Path, form: str, as_json: bool) -> None:
+    """Write the autoregressive half of CHECKPOINT, for another program, into the new folder OUT."""
+    from trimode.quantize import export_trtllm
+
+    with _progress() as progress:
+        report = export_trtllm(open_checkpoint(checkpoint), out, progress)
+    if as_json:
+        print(report.model_dump_json())
+        return
+    print(
+        f"{out}: {report.tensors} tensors, {report.bytes / 1e6:.1f} MB, quantisation {report.quantization}, "
+        f"for {form}; the same network up to {report.max_tokens} tokens"
+    )
 
 
 @commands.command()
