@@ -7,6 +7,7 @@ softmax and logits are fp32 in every one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,11 +16,19 @@ import onnx
 from onnx import TensorProto
 
 from trimode.build.onnx_graph import OnnxGraph, Shape
+from trimode.build.operator_functions import (
+    PARSER_ATTRIBUTES,
+    attend_function,
+    int4_product_function,
+    kv_write_function,
+    merge_function,
+)
 from trimode.build.raw_pool import PooledLayer, PooledLinear, PoolRange, RawPool
 from trimode.model.config import ModelConfig
 from trimode.model.manifest import Real
 from trimode.model.rope import yarn_frequencies
 from trimode.model.step import AttentionPattern, adapter_inputs, cache_inputs, cache_outputs
+from trimode.plugins.contracts import ProductShape
 
 REAL_TYPES: dict[Real, int] = {
     "fp32": TensorProto.FLOAT,
@@ -39,6 +48,14 @@ class Rotation(NamedTuple):
 
 
 @dataclass(frozen=True)
+class PluginOptions:
+    """splits: parts of a sequence's KV rows that are attended to at once. rank: the draft adapter's, 0 without one."""
+
+    splits: int
+    rank: int
+
+
+@dataclass(frozen=True)
 class NetworkOptions:
     """What a target chooses.
 
@@ -46,6 +63,8 @@ class NetworkOptions:
     activations, KV pool, scales and adapter. capacity: KV rows if the target needs them fixed. window: attend to the
     first rows of the KV pool only, as many as the input ``window_rows`` is long. fold_queries: give the queries that
     share a KV head to the attention as further rows of one head, so that no executor need repeat keys and values.
+    plugins: attention, KV writes and int4 products as nodes of the domain ``trimode``
+    (:mod:`trimode.build.operator_functions`), and every weight an input of the graph.
     """
 
     top_k: int
@@ -54,6 +73,7 @@ class NetworkOptions:
     capacity: int | None = None
     window: bool = False
     fold_queries: bool = False
+    plugins: PluginOptions | None = None
 
 
 def build_network(
@@ -70,7 +90,7 @@ class _Network:
         self.pattern = pattern
         self.options = options
         self.real = REAL_TYPES[options.activations]
-        self.graph = OnnxGraph(pattern, pool.path.name)
+        self.graph = OnnxGraph(pattern, None if options.plugins else pool.path.name)
         self.op = self.graph.op
         self.ints = self.graph.ints
 
@@ -79,7 +99,7 @@ class _Network:
         input_ids = graph.input("input_ids", INT64, ["batch", "step"])
         position_ids = graph.input("position_ids", INT64, ["batch", "step"])
         self.write_indices = graph.input("write_indices", INT64, ["batch"])
-        visibility = (
+        self.visibility = (
             graph.input("block_mask", BOOL, ["batch", "step", "step"])
             if self.pattern == "causal"
             else graph.input("step_lengths", INT64, ["batch"])
@@ -89,19 +109,20 @@ class _Network:
         cache_shape: Shape = ["batch", self.config.num_key_value_heads, capacity, self.config.head_dim]
         for name in cache_inputs(self.config.num_hidden_layers):
             graph.input(name, self.real, cache_shape)
-        self.kv_rows = self._kv_rows()
         self.has_adapter = self.options.adapter and self.pattern == "bidirectional"
         if self.has_adapter:
             self._declare_adapter()
 
         self.query_rotation, self.key_rotation = self._rotations(position_ids)
-        self.visible = self._visible(input_ids, visibility)
+        if self.options.plugins is None:
+            self.kv_rows = self._kv_rows()
+            self.visible = self._visible(input_ids, self.visibility)
         embedding = self.pool.embed_tokens
         x = self._cast(self.op("Gather", graph.pooled(embedding), input_ids), embedding.dtype)
         for index, layer in enumerate(self.pool.layers):
             graph.scope = f"layers.{index}/"
-            x = self.op("Add", x, self._self_attn(self._rms_norm(x, layer.input_layernorm), layer, index))
-            x = self.op("Add", x, self._mlp(self._rms_norm(x, layer.post_attention_layernorm), layer))
+            x = self._self_attn(self._rms_norm(x, layer.input_layernorm), x, layer, index)
+            x = self._mlp(self._rms_norm(x, layer.post_attention_layernorm), x, layer)
         graph.scope = "head/"
         self._head(self.op("GatherND", x, self.op("Unsqueeze", logit_rows, self.ints(2)), batch_dims=1))
         for name in cache_outputs(self.config.num_hidden_layers):
@@ -111,10 +132,11 @@ class _Network:
     def _declare_adapter(self) -> None:
         scale = self.graph.input("adapter_scale", self.real, ["batch"])
         self.adapter_scale = self.op("Unsqueeze", scale, self.ints(1, 2))
+        rank = self.options.plugins.rank if self.options.plugins else "rank"
         for index in range(self.config.num_hidden_layers):
             down, up = adapter_inputs(index)
-            self.graph.input(down, self.real, [self.config.query_width, "rank"])
-            self.graph.input(up, self.real, ["rank", self.config.hidden_size])
+            self.graph.input(down, self.real, [self.config.query_width, rank])
+            self.graph.input(up, self.real, [rank, self.config.hidden_size])
 
     def _rotations(self, position_ids: str) -> tuple[Rotation, Rotation]:
         """YaRN's cos and sin for queries and for keys; the queries' carry the scales of their position and of the
@@ -182,11 +204,22 @@ class _Network:
         seen = self.op("Or", committed, self.op("And", inside, chosen))
         return self.op("Unsqueeze", seen, self.ints(1))
 
-    def _self_attn(self, x: str, layer: PooledLayer, index: int) -> str:
+    def _self_attn(self, x: str, residual: str, layer: PooledLayer, index: int) -> str:
+        qkv = self._linear(x, layer.qkv_proj)
+        plugins = self.options.plugins
+        attended = self._attend(qkv, index) if plugins is None else self._attend_by_plugins(qkv, index, plugins.splits)
+        if not self.has_adapter:
+            return self._linear(attended, layer.o_proj, residual)
+        # The adapter reads the attention's own output, not the one AWQ rescales for the base matrix.
+        down, up = adapter_inputs(index)
+        narrow = self.op("Mul", self.op("MatMul", attended, down), self.adapter_scale)
+        return self._linear(attended, layer.o_proj, residual, (narrow, up))
+
+    def _attend(self, qkv: str, index: int) -> str:
         config = self.config
         q, k, v = f"q.{index}", f"k.{index}", f"v.{index}"
         widths = self.ints(config.query_width, config.kv_width, config.kv_width)
-        self.graph.node("Split", [self._linear(x, layer.qkv_proj), widths], [q, k, v], axis=-1)
+        self.graph.node("Split", [qkv, widths], [q, k, v], axis=-1)
         q = self.op("RotaryEmbedding", self._heads(q, config.num_attention_heads), *self.query_rotation)
         k = self.op("RotaryEmbedding", self._heads(k, config.num_key_value_heads), *self.key_rotation)
         v = self._heads(v, config.num_key_value_heads)
@@ -203,14 +236,32 @@ class _Network:
         if self.options.fold_queries:
             attended = self.op("Reshape", attended, self.ints(0, config.num_attention_heads, -1, config.head_dim))
         attended = self.op("Transpose", attended, perm=[0, 2, 1, 3])
-        attended = self.op("Reshape", attended, self.ints(0, 0, config.query_width))
-        projected = self._linear(attended, layer.o_proj)
-        if not self.has_adapter:
-            return projected
-        # The adapter reads the attention's own output, not the one AWQ rescales for the base matrix.
-        down, up = adapter_inputs(index)
-        narrow = self.op("Mul", self.op("MatMul", attended, down), self.adapter_scale)
-        return self.op("Add", projected, self.op("MatMul", narrow, up))
+        return self.op("Reshape", attended, self.ints(0, 0, config.query_width))
+
+    def _attend_by_plugins(self, qkv: str, index: int, splits: int) -> str:
+        config = self.config
+        caches = cache_inputs(config.num_hidden_layers)[2 * index : 2 * index + 2]
+        updated = cache_outputs(config.num_hidden_layers)[2 * index : 2 * index + 2]
+        rotations = (*self.query_rotation, *self.key_rotation)
+        (q,) = self._plugin(
+            kv_write_function(config.head_dim), [qkv, *rotations, self.write_indices, *caches], [f"q.{index}"], updated
+        )
+        attend = attend_function("masked" if self.pattern == "causal" else "bidirectional")
+        seen = [q, *updated, self.write_indices, self.visibility]
+        parts = self._plugin(attend, seen, [f"partial.{index}", f"log_sum_exp.{index}"], splits=splits)
+        return self._plugin(merge_function(), parts, [f"attended.{index}"], splits=splits)[0]
+
+    def _plugin(
+        self,
+        function: onnx.FunctionProto,
+        inputs: Sequence[str],
+        results: Sequence[str],
+        aliases: Sequence[str] = (),
+        **attributes: int,
+    ) -> Sequence[str]:
+        """A node of the domain ``trimode``; returns ``results``, not what is written in place."""
+        self.graph.call(function, inputs, [*results, *aliases], **PARSER_ATTRIBUTES, **attributes)
+        return results
 
     def _window(self, cache: str) -> str:
         if not self.options.window:
@@ -223,21 +274,38 @@ class _Network:
         split = self.op("Reshape", x, self.ints(0, 0, heads, self.config.head_dim))
         return self.op("Transpose", split, perm=[0, 2, 1, 3])
 
-    def _mlp(self, x: str, layer: PooledLayer) -> str:
+    def _mlp(self, x: str, residual: str, layer: PooledLayer) -> str:
         gate, up = f"{layer.gate_up_proj.weight.name}.gate", f"{layer.gate_up_proj.weight.name}.up"
         widths = self.ints(self.config.intermediate_size, self.config.intermediate_size)
         self.graph.node("Split", [self._linear(x, layer.gate_up_proj), widths], [gate, up], axis=-1)
         activated = self.op("Mul", gate, self.op("Sigmoid", gate))
-        return self._linear(self.op("Mul", activated, up), layer.down_proj)
+        return self._linear(self.op("Mul", activated, up), layer.down_proj, residual)
 
-    def _linear(self, x: str, linear: PooledLinear) -> str:
+    def _linear(
+        self, x: str, linear: PooledLinear, residual: str | None = None, adapter: tuple[str, str] | None = None
+    ) -> str:
+        """residual + x W + narrow up; ``adapter`` is the last two."""
+        if self.options.plugins is not None and linear.scale is not None:
+            return self._int4_product(x, linear, residual, adapter, self.options.plugins.rank if adapter else 0)
         if linear.input_scale is not None:
             x = self.op("Mul", x, self.graph.pooled(linear.input_scale))
         weight = self.graph.pooled(linear.weight)
         if linear.scale is not None:
             scale = self.graph.pooled(linear.scale)
             weight = self.op("DequantizeLinear", weight, scale, axis=0, block_size=linear.group)
-        return self.op("MatMul", x, weight)
+        y = self.op("MatMul", x, weight)
+        if adapter is not None:
+            y = self.op("Add", y, self.op("MatMul", *adapter))
+        return y if residual is None else self.op("Add", residual, y)
+
+    def _int4_product(
+        self, x: str, linear: PooledLinear, residual: str | None, adapter: tuple[str, str] | None, rank: int
+    ) -> str:
+        scaled, added = linear.input_scale is not None, residual is not None
+        shape = ProductShape(*linear.weight.shape, linear.group, input_scale=scaled, rank=rank, residual=added)
+        pooled = [self.graph.pooled(part) for part in (linear.weight, linear.scale, linear.input_scale) if part]
+        inputs = [x, *pooled, *(adapter or ()), *([residual] if residual else [])]
+        return self._plugin(int4_product_function(shape), inputs, [f"{linear.weight.name}.y"])[0]
 
     def _cast(self, x: str, dtype: int) -> str:
         """``x`` of type ``dtype`` as an activation."""

@@ -1,5 +1,5 @@
-"""The form that a GPU target gives the graph, a window of the KV pool and folded queries, computes what the plain form
-does: the same logits, and the same rows in the same places of the pool.
+"""The forms that GPU targets give the graph (a window of the KV pool and folded queries; the plugins' operators with
+weights as inputs) compute what the plain form does: the same logits, and the same rows in the same places of the pool.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
 
-from trimode.build.network import NetworkOptions, build_network
+from tests.build.pooled_inputs import bind_pooled
+from trimode.build.network import NetworkOptions, PluginOptions, build_network
 from trimode.build.raw_pool import RawPool, write_raw_pool
 from trimode.model.checkpoint import Checkpoint
 from trimode.model.progress import no_progress
@@ -57,10 +58,23 @@ def execute(
     for index in range(config.num_hidden_layers):
         feeds[f"adapter_down.{index}"] = rng.standard_normal((config.query_width, 8), np.float32) * np.float32(0.1)
         feeds[f"adapter_up.{index}"] = rng.standard_normal((8, config.hidden_size), np.float32) * np.float32(0.1)
-    session = ort.InferenceSession(str(source), providers=["CPUExecutionProvider"])
-    taken = {value.name: feeds[value.name] for value in session.get_inputs()}
+    settings = ort.SessionOptions()
+    settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # fp32, and not 8-bit, products
+    settings.log_severity_level = 3
+    session = ort.InferenceSession(str(source), settings, providers=["CPUExecutionProvider"])
+    binding = session.io_binding()
+    data = np.memmap(pool.path, np.uint8, mode="r")
+    pooled = {entry.name: data[entry.offset : entry.offset + entry.length] for entry in pool.ranges()}
+    for value in session.get_inputs():
+        if value.name in pooled:
+            bind_pooled(binding, value, pooled[value.name])
+        else:
+            binding.bind_cpu_input(value.name, feeds[value.name])
     names = [value.name for value in session.get_outputs()]
-    return dict(zip(names, session.run(names, taken), strict=True))
+    for name in names:
+        binding.bind_output(name)
+    session.run_with_iobinding(binding)
+    return dict(zip(names, binding.copy_outputs_to_cpu(), strict=True))
 
 
 @pytest.mark.parametrize("pattern", ["causal", "bidirectional"])
@@ -69,8 +83,20 @@ def execute(
 def test_every_form_computes_the_same(
     checkpoint: Checkpoint, pool: RawPool, pattern: AttentionPattern, fold: bool, window: bool
 ) -> None:
-    plain = NetworkOptions(top_k=768, adapter=True)
     form = NetworkOptions(top_k=768, adapter=True, capacity=CAPACITY, window=window, fold_queries=fold)
+    compare(checkpoint, pool, pattern, form)
+
+
+@pytest.mark.parametrize("pattern", ["causal", "bidirectional"])
+def test_the_plugins_functions_compute_the_same(
+    checkpoint: Checkpoint, pool: RawPool, pattern: AttentionPattern
+) -> None:
+    plugins = PluginOptions(splits=16, rank=8)
+    compare(checkpoint, pool, pattern, NetworkOptions(top_k=768, adapter=True, capacity=CAPACITY, plugins=plugins))
+
+
+def compare(checkpoint: Checkpoint, pool: RawPool, pattern: AttentionPattern, form: NetworkOptions) -> None:
+    plain = NetworkOptions(top_k=768, adapter=True)
     expected = execute(checkpoint, pool, pattern, plain)
     found = execute(checkpoint, pool, pattern, form)
     assert found.keys() == expected.keys() >= set(cache_outputs(checkpoint.config.num_hidden_layers))
