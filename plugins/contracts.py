@@ -1,7 +1,8 @@
 """What each operator of the ``trimode`` domain takes and gives, and how its kernel is launched. No kernel is imported.
 
 An operator is one kernel. A kernel's parameters are the operator's inputs, then its ``scalars`` (32-bit integers taken
-from shapes), then its outputs, all in the order given here, then its compile-time constants by name. Every tensor is
+from shapes), then its outputs, all in the order given here, then its compile-time constants by name; a parameter of the
+kernel that the operator lacks is the constant None. Every tensor is
 contiguous, and a pointer is aligned to 16 bytes. Grids come from shapes alone, so one CUDA graph serves all lengths.
 
 Shapes are written in these letters: B sequences, S tokens of the step, HQ query heads, HKV key-value heads, D head
@@ -161,7 +162,7 @@ def attend(pattern: Pattern) -> Operator:
             Operand("partial", "real", ("B", "P", "HQ", "S", "D")),
             Operand("log_sum_exp", "fp32", ("B", "P", "HQ", "S")),
         ),
-        kernel=f"attention.attend_{pattern}_kernel",
+        kernel="attention.attend_kernel",
         attributes=("splits",),
     )
 
@@ -199,7 +200,8 @@ def merge_grid(shape: AttentionShape, batch: Dim, step: Dim) -> tuple[Dim, Dim, 
 
 
 def merge_constants(shape: AttentionShape) -> Constants:
-    return {"HEADS": shape.kv_heads * shape.group, "HEAD_DIM": shape.head_dim, "SPLITS": shape.splits}
+    power_of_two = 1 << (shape.splits - 1).bit_length()
+    return {"HEADS": shape.kv_heads * shape.group, "HEAD_DIM": shape.head_dim, "SPLITS": power_of_two}
 
 
 MERGE_TACTICS = (Tactic({}, warps=1, stages=1), Tactic({}, warps=2, stages=1))
