@@ -121,10 +121,15 @@ class _Network:
         x = self._cast(self.op("Gather", graph.pooled(embedding), input_ids), embedding.dtype)
         for index, layer in enumerate(self.pool.layers):
             graph.scope = f"layers.{index}/"
-            x = self._self_attn(self._rms_norm(x, layer.input_layernorm), x, layer, index)
+            attended = self._attention(self._rms_norm(x, layer.input_layernorm), layer, index)
+            if layer is self.pool.layers[-1]:
+                # Past its keys and values the last layer serves the logits alone.
+                rows = self.op("Unsqueeze", logit_rows, self.ints(2))
+                x, attended = (self.op("GatherND", value, rows, batch_dims=1) for value in (x, attended))
+            x = self._o_proj(attended, x, layer, index)
             x = self._mlp(self._rms_norm(x, layer.post_attention_layernorm), x, layer)
         graph.scope = "head/"
-        self._head(self.op("GatherND", x, self.op("Unsqueeze", logit_rows, self.ints(2)), batch_dims=1))
+        self._head(x)
         for name in cache_outputs(self.config.num_hidden_layers):
             graph.output(name, self.real, cache_shape)
         return graph.model()
@@ -204,16 +209,10 @@ class _Network:
         seen = self.op("Or", committed, self.op("And", inside, chosen))
         return self.op("Unsqueeze", seen, self.ints(1))
 
-    def _self_attn(self, x: str, residual: str, layer: PooledLayer, index: int) -> str:
-        qkv = self._linear(x, layer.qkv_proj)
-        plugins = self.options.plugins
-        attended = self._attend(qkv, index) if plugins is None else self._attend_by_plugins(qkv, index, plugins.splits)
-        if not self.has_adapter:
-            return self._linear(attended, layer.o_proj, residual)
-        # The adapter reads the attention's own output, not the one AWQ rescales for the base matrix.
-        down, up = adapter_inputs(index)
-        narrow = self.op("Mul", self.op("MatMul", attended, down), self.adapter_scale)
-        return self._linear(attended, layer.o_proj, residual, (narrow, up))
+    def _attention(self, x: str, layer: PooledLayer, index: int) -> str:
+        """Write the step's keys and values, attend to what is visible; [batch, step, query width]."""
+        qkv, plugins = self._linear(x, layer.qkv_proj), self.options.plugins
+        return self._attend(qkv, index) if plugins is None else self._attend_by_plugins(qkv, index, plugins.splits)
 
     def _attend(self, qkv: str, index: int) -> str:
         config = self.config
@@ -262,6 +261,14 @@ class _Network:
         """A node of the domain ``trimode``; returns ``results``, not what is written in place."""
         self.graph.call(function, inputs, [*results, *aliases], **PARSER_ATTRIBUTES, **attributes)
         return results
+
+    def _o_proj(self, attended: str, residual: str, layer: PooledLayer, index: int) -> str:
+        if not self.has_adapter:
+            return self._linear(attended, layer.o_proj, residual)
+        # The adapter reads the attention's own output, not the one AWQ rescales for the base matrix.
+        down, up = adapter_inputs(index)
+        narrow = self.op("Mul", self.op("MatMul", attended, down), self.adapter_scale)
+        return self._linear(attended, layer.o_proj, residual, (narrow, up))
 
     def _window(self, cache: str) -> str:
         if not self.options.window:

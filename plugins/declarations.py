@@ -1,8 +1,8 @@
 """The operators as TensorRT plugins: shapes, types, tactics, and for each tactic a kernel that the engine embeds.
 
-The engine then needs neither Python nor Triton. TensorRT times the tactics, which differ in block sizes, on the GPU that
-it builds for. A plugin is declared by functions whose parameters are its inputs and attributes by name; ours come from
-:mod:`trimode.plugins.contracts`, so each function's signature is set and not written out.
+The engine then needs neither Python nor Triton. TensorRT times the tactics, which differ in block sizes, on the GPU
+that it builds for. A plugin is declared by functions whose parameters are its inputs and attributes by name; ours come
+from :mod:`trimode.plugins.contracts`, so each function's signature is set and not written out.
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ def declare(launch: Launch) -> None:
         return _embed(launch, descs, dict(zip(attributes, values, strict=True)), tactic)
 
     trtp.register(plugin)(_signed(describe, {**inputs, **attributes}, several))
-    trtp.autotune(plugin)(_signed(autotune, {**inputs, **attributes, "outputs": several}, list[trtp.AutoTuneCombination]))
+    trtp.autotune(plugin)(
+        _signed(autotune, {**inputs, **attributes, "outputs": several}, list[trtp.AutoTuneCombination])
+    )
     trtp.aot_impl(plugin)(_signed(embed, {**inputs, **attributes, "outputs": several, "tactic": int}, _AotResult))
 
 

@@ -153,7 +153,7 @@ class _Merge:
 
 @dataclass(frozen=True)
 class _Int4Product:
-    """The rows of ``x``, ``narrow``, ``residual`` and ``y`` may be spread over several dimensions: they are contiguous."""
+    """The rows of ``x``, ``narrow``, ``residual`` and ``y`` may be spread over several dimensions."""
 
     operator: Operator
 
