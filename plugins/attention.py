@@ -51,13 +51,17 @@ def attend_kernel(
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     exists = row < GROUP * step
     token = row % step
+    # No token of the tile sees a row from `length` on, all see those before `plain`.
     committed = tl.load(write_indices + batch).to(tl.int32)
     if step_lengths is not None:
         length = committed + tl.load(step_lengths + batch).to(tl.int32)
+        plain = length
     elif block_mask is not None:
         length = committed + step
+        plain = committed
     else:
         length = committed + tl.max(tl.where(exists, token, 0), 0) + 1
+        plain = committed + tl.min(tl.where(exists, token, step), 0) + 1
     length = tl.minimum(length, capacity)
 
     busy = tl.minimum(tl.maximum(length // MIN_ROWS, 1), splits)
@@ -77,20 +81,27 @@ def attend_kernel(
     best = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     sums = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
-    # Tiles of committed rows need no mask.
-    masked = start + tl.maximum(tl.minimum(committed, end) - start, 0) // BLOCK_N * BLOCK_N
+    masked = start + tl.maximum(tl.minimum(plain, end) - start, 0) // BLOCK_N * BLOCK_N
     for first in tl.range(start, masked, BLOCK_N):
         at = first + tl.arange(0, BLOCK_N)[:, None]
         key = tl.load(keys + at * HEAD_DIM)
         logits = tl.dot(query, tl.trans(key), input_precision="ieee") * LOG2_E
         value = tl.load(values + at * HEAD_DIM)
         best, total, sums = _accumulate(logits, value, best, total, sums)
-    for first in tl.range(masked, end, BLOCK_N):
+    # A step's few tiles: fetched ahead, their masks would not fit the registers.
+    for first in tl.range(masked, end, BLOCK_N, num_stages=1):
         at = first + tl.arange(0, BLOCK_N)
         key = tl.load(keys + at[:, None] * HEAD_DIM, mask=at[:, None] < end, other=0.0)
         logits = tl.dot(query, tl.trans(key), input_precision="ieee") * LOG2_E
-        seen = _seen(block_mask, step_lengths, batch, step, token[:, None], (at - committed)[None, :], exists[:, None])
-        logits = tl.where(seen & (at < end)[None, :], logits, float("-inf"))
+        other = (at - committed)[None, :]  # of the step's tokens; negative ones are committed
+        seen = (at < end)[None, :]
+        if block_mask is not None:
+            named = seen & exists[:, None] & (other >= 0)
+            mask = block_mask + batch * step * step
+            seen = seen & ((other < 0) | (tl.load(mask + token[:, None] * step + other, mask=named, other=0) != 0))
+        elif step_lengths is None:
+            seen = seen & (other <= token[:, None])
+        logits = tl.where(seen, logits, float("-inf"))
         value = tl.load(values + at[:, None] * HEAD_DIM, mask=at[:, None] < end, other=0.0)
         best, total, sums = _accumulate(logits, value, best, total, sums)
 
@@ -112,19 +123,6 @@ def _accumulate(logits, value, best, total, sums):
     total = total * fade + tl.sum(weights, 1)
     sums = tl.dot(weights.to(value.dtype), value, sums * fade[:, None], input_precision="ieee")
     return higher, total, sums
-
-
-@triton.jit
-def _seen(block_mask, step_lengths, batch, step, token, other, exists):
-    """Whether ``token`` of the step sees its token ``other``; negative ones are committed."""
-    if block_mask is not None:
-        inside = exists & (other >= 0) & (other < step)
-        named = tl.load(block_mask + batch * step * step + token * step + other, mask=inside, other=0)
-        return (other < 0) | (named != 0)
-    elif step_lengths is not None:
-        return other < tl.load(step_lengths + batch)
-    else:
-        return other <= token
 
 
 @triton.jit
