@@ -12,9 +12,7 @@ import signal
 import threading
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
-import ml_dtypes
 import numpy as np
 import onnx
 import tensorrt_rtx as trt
@@ -25,18 +23,21 @@ from trimode.build.raw_pool import RawPool, write_raw_pool
 from trimode.build.weight_section import cut_runs, find_shared_runs
 from trimode.model.checkpoint import Checkpoint
 from trimode.model.errors import TriModeError
-from trimode.model.manifest import GRAPH, KERNELS, PLAN, POOL, PoolEntry, Real, RtxEntry
+from trimode.model.manifest import (
+    GRAPH,
+    KERNELS,
+    NUMPY_TYPES,
+    PLAN,
+    POOL,
+    RTX_COMPUTE_CAPABILITIES,
+    PoolEntry,
+    RtxEntry,
+)
 from trimode.model.progress import Progress
 from trimode.model.step import ENGINES
 
-NUMPY_TYPES: dict[Real, np.dtype[Any]] = {
-    "fp32": np.dtype(np.float32),
-    "fp16": np.dtype(np.float16),
-    "bf16": np.dtype(ml_dtypes.bfloat16),
-}
 # Of the constants' bytes. The builder folds a few small ones into kernels or widens them; no matrix may be missing.
 LEAST_SHARED = 0.99
-COMPUTE_CAPABILITIES = {75: "SM75", 80: "SM80", 86: "SM86", 89: "SM89", 120: "SM120", 121: "SM121"}
 # What the builder may complain of, and why it is no fault.
 EXPECTED_MESSAGES = {
     r"Make sure (in|out)put \w+ has Int64 binding": "it does, by the step contract",
@@ -176,9 +177,9 @@ def build_rtx_engines(
 
 def refuse_unknown_gpus(sms: tuple[int, ...]) -> None:
     for sm in sms:
-        if sm not in COMPUTE_CAPABILITIES:
+        if sm not in RTX_COMPUTE_CAPABILITIES:
             raise TriModeError(
-                f"--sm {sm}: TensorRT-RTX builds for {', '.join(map(str, COMPUTE_CAPABILITIES))}; "
+                f"--sm {sm}: TensorRT-RTX builds for {', '.join(map(str, RTX_COMPUTE_CAPABILITIES))}; "
                 "datacentre parts need the target tensorrt"
             )
 
@@ -211,9 +212,11 @@ def _compile(
         raise RuntimeError(f"TensorRT-RTX cannot parse {target.name}/graph.onnx: {parser.get_error(0)}")
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # or the kernels are listed by number alone
+    # The runtime captures passes as CUDA graphs, over memory of its own: the build fails if the graph rules that out.
+    config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     config.num_compute_capabilities = len(sms)
     for index, sm in enumerate(sms):
-        config.set_compute_capability(getattr(trt.ComputeCapability, COMPUTE_CAPABILITIES[sm]), index)
+        config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), index)
     profile = builder.create_optimization_profile()
     for value in graph.graph.input:
         dims = [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]

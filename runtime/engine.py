@@ -13,9 +13,9 @@ from trimode.model.errors import TriModeError
 from trimode.model.manifest import TOKENIZER, Manifest, verify_files
 from trimode.model.progress import Progress, no_progress
 from trimode.model.tokenizer import Tokenizer
-from trimode.runtime.cpu_executor import CpuExecutor
 from trimode.runtime.decoding import DecodingOptions, FinishReason, Mode, Pass, PassCounts, Sequence
 from trimode.runtime.executor import BidirectionalStep, CausalStep, Executor
+from trimode.runtime.loading import load_executor
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,7 @@ class Engine:
         if verify:
             verify_files(folder, self.manifest, progress)
         self.tokenizer = Tokenizer.from_folder(folder / TOKENIZER)
-        if self.manifest.target != "cpu":
-            raise TriModeError(
-                f"{folder} is an engine for target {self.manifest.target}, which this version builds and audits but "
-                "does not run; build one with --target cpu to generate"
-            )
-        self.executor: Executor = CpuExecutor(folder, self.manifest, threads)
+        self.executor: Executor = load_executor(folder, self.manifest, threads)
 
     def generate(
         self,

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-
-from trimode.runtime.kv_pool import KvPool
 
 Ints = NDArray[np.int64]
 
@@ -78,10 +76,34 @@ class Candidates(NamedTuple):
     log_sum_exp: NDArray[np.float32]  # [B, R]
 
 
+class KvSlots(Protocol):
+    """KV memory for sequences of at most ``capacity`` tokens: they sit in slots 0 .. ``active`` - 1."""
+
+    capacity: int
+    active: int
+
+    def acquire(self) -> int:
+        """A slot for a new sequence: always the first one past the active ones."""
+        ...
+
+    def release(self, slot: int) -> int:
+        """Give a slot back. The last active sequence moves into it; returns that sequence's former slot."""
+        ...
+
+    def read_rows(self, slot: int, start: int, stop: int) -> NDArray[Any]:
+        """A copy of a slot's rows, [2 * layers, kv_heads, stop - start, head_dim], for :meth:`write_rows`."""
+        ...
+
+    def write_rows(self, slot: int, start: int, rows: NDArray[Any]) -> None:
+        """Put what :meth:`read_rows` gave into a slot, from row ``start`` on."""
+        ...
+
+
 class Executor(Protocol):
     """Runs the engines of one target. ``pool`` is the KV memory that both engines share."""
 
-    pool: KvPool
+    @property
+    def pool(self) -> KvSlots: ...
 
     def run(self, step: CausalStep | BidirectionalStep) -> Candidates:
         """One pass; writes the step's KV rows, whichever the engine."""

@@ -66,6 +66,17 @@ class KvPool:
                 grown *= 2
             self._resize(self.slots, min(grown, self.capacity))
 
+    def read_rows(self, slot: int, start: int, stop: int) -> NDArray[np.float32]:
+        """A copy of a slot's rows, [2 * layers, kv_heads, stop - start, head_dim], for :meth:`write_rows`."""
+        return np.stack([buffer[slot, :, start:stop] for buffer in self.buffers])
+
+    def write_rows(self, slot: int, start: int, rows: NDArray[np.float32]) -> None:
+        """Put what :meth:`read_rows` gave into a slot, from row ``start`` on."""
+        stop = start + rows.shape[2]
+        self.reserve(stop)
+        for buffer, kept in zip(self.buffers, rows, strict=True):
+            buffer[slot, :, start:stop] = kept
+
     def _resize(self, slots: int, rows: int) -> None:
         resized = self._allocate(slots, rows)
         kept = min(rows, self.rows)

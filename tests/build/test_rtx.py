@@ -20,10 +20,10 @@ from trimode.build.audit import audit_pass, kind_of, read_plans
 from trimode.build.audit_report import audit_engine, write_plot
 from trimode.build.engine import RtxOptions, build_engine
 from trimode.build.kernels import Kernel, KernelTensor
-from trimode.build.weight_section import whole_plan
 from trimode.model.checkpoint import Checkpoint
 from trimode.model.errors import TriModeError
 from trimode.model.manifest import POOL, Manifest, verify_files
+from trimode.model.plan import whole_plan
 
 OPTIONS = RtxOptions(sms=(121, 89), max_batch=4, max_step=64)
 

@@ -9,37 +9,8 @@ from typing import Any
 
 import pytest
 
+from tests.runtime.rtx_double import LibcudaDouble
 from trimode.runtime import doctor
-
-
-class Driver:
-    """Stands in for libcuda: one GPU of compute capability 12.1, or a driver that does not start."""
-
-    def __init__(self, status: int = 0) -> None:
-        self.status = status
-
-    def cuInit(self, _flags: int) -> int:  # noqa: N802 - CUDA's names
-        return self.status
-
-    def cuDriverGetVersion(self, number: Any) -> int:  # noqa: N802
-        number._obj.value = 13010
-        return 0
-
-    def cuDeviceGetCount(self, count: Any) -> int:  # noqa: N802
-        count._obj.value = 1
-        return 0
-
-    def cuDeviceGet(self, device: Any, index: int) -> int:  # noqa: N802
-        device._obj.value = index
-        return 0
-
-    def cuDeviceGetName(self, name: Any, _size: int, _device: Any) -> int:  # noqa: N802
-        name.value = b"GB10"
-        return 0
-
-    def cuDeviceGetAttribute(self, value: Any, attribute: int, _device: Any) -> int:  # noqa: N802
-        value._obj.value = {75: 12, 76: 1}[attribute]
-        return 0
 
 
 def absent(_name: str) -> None:
@@ -47,15 +18,18 @@ def absent(_name: str) -> None:
 
 
 def test_a_gpu_is_named_with_its_compute_capability(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ctypes, "CDLL", lambda _name: Driver())
+    monkeypatch.setattr(ctypes, "CDLL", lambda _name: LibcudaDouble())
     found = doctor.examine()
     assert found.driver == "CUDA 13.1"
-    assert found.gpus == [doctor.Gpu(name="GB10", compute_capability=121)]
+    assert found.gpus == [doctor.Gpu(ordinal=0, name="GB10", compute_capability=121)]
 
 
 @pytest.mark.parametrize(
     ("library", "words"),
-    [(absent, "none (libcuda.so.1 is not installed)"), (lambda _name: Driver(100), "does not start (CUDA error 100)")],
+    [
+        (absent, "none (libcuda.so.1 is not installed)"),
+        (lambda _name: LibcudaDouble(3), "does not start (CUDA error 3)"),
+    ],
 )
 def test_a_machine_without_a_gpu(monkeypatch: pytest.MonkeyPatch, library: Any, words: str) -> None:
     monkeypatch.setattr(ctypes, "CDLL", library)

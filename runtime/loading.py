@@ -1,0 +1,17 @@
+"""The executor of an engine directory, by its target."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from trimode.model.manifest import Manifest
+from trimode.runtime.cpu_executor import CpuExecutor
+from trimode.runtime.executor import Executor
+from trimode.runtime.rtx import load_rtx_executor
+
+
+def load_executor(engine: Path, manifest: Manifest, threads: int | None) -> Executor:
+    """Raises TriModeError if the engine cannot run on this machine. ``threads`` is the CPU's affair."""
+    if manifest.target == "rtx":
+        return load_rtx_executor(engine, manifest)
+    return CpuExecutor(engine, manifest, threads)
