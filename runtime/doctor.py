@@ -7,9 +7,9 @@ from importlib.metadata import PackageNotFoundError, version
 
 from pydantic import BaseModel
 
+from trimode.model.gpus import Gpu, Gpus, find_gpus
 from trimode.model.machine import instruction_set
 from trimode.model.manifest import RTX_COMPUTE_CAPABILITIES
-from trimode.runtime.gpus import Gpu, Gpus, find_gpus
 
 _PACKAGES = ("onnxruntime", "onnx", "torch", "nvidia-modelopt", "tensorrt-rtx-cu13", "cuda-bindings")
 
