@@ -8,11 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
 
-from tests.build.pooled_inputs import bind_pooled
+from tests.build.graph_executor import bind_pooled, open_session
 from trimode.build.network import NetworkOptions, PluginOptions, build_network
 from trimode.build.raw_pool import RawPool, write_raw_pool
 from trimode.model.checkpoint import Checkpoint
@@ -58,10 +57,7 @@ def execute(
     for index in range(config.num_hidden_layers):
         feeds[f"adapter_down.{index}"] = rng.standard_normal((config.query_width, 8), np.float32) * np.float32(0.1)
         feeds[f"adapter_up.{index}"] = rng.standard_normal((8, config.hidden_size), np.float32) * np.float32(0.1)
-    settings = ort.SessionOptions()
-    settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # fp32, and not 8-bit, products
-    settings.log_severity_level = 3
-    session = ort.InferenceSession(str(source), settings, providers=["CPUExecutionProvider"])
+    session = open_session(source)
     binding = session.io_binding()
     data = np.memmap(pool.path, np.uint8, mode="r")
     pooled = {entry.name: data[entry.offset : entry.offset + entry.length] for entry in pool.ranges()}
