@@ -32,7 +32,7 @@ def open_session(graph: Path) -> ort.InferenceSession:
     # fp32, and not 8-bit, products
     settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     settings.log_severity_level = 3
-    settings.intra_op_num_threads = 2
+    settings.intra_op_num_threads = 1
     return ort.InferenceSession(str(graph), settings, providers=["CPUExecutionProvider"])
 
 

@@ -4,7 +4,9 @@ weights as inputs) compute what the plain form does: the same logits, and the sa
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -12,6 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 from tests.build.graph_executor import bind_pooled, open_session
+from trimode.build import network
 from trimode.build.network import NetworkOptions, PluginOptions, build_network
 from trimode.build.raw_pool import RawPool, write_raw_pool
 from trimode.model.checkpoint import Checkpoint
@@ -113,3 +116,43 @@ def test_a_window_that_ends_too_early_is_seen(
     form = NetworkOptions(top_k=4, adapter=False, capacity=CAPACITY, window=True, fold_queries=True)
     differing = np.abs(execute(checkpoint, pool, "causal", form)["log_sum_exp"] - plain["log_sum_exp"])
     assert differing[0].max() < 1e-3 < differing[1].max()
+
+
+def less_or_equal(function: onnx.FunctionProto) -> None:
+    """Each token sees one row more."""
+    for node in function.node:
+        node.op_type = {"Less": "LessOrEqual"}.get(node.op_type, node.op_type)
+
+
+def odd_first(function: onnx.FunctionProto) -> None:
+    """The high nibble as the even column."""
+    for node in function.node:
+        if node.op_type == "Concat" and node.attribute[0].i == 2:
+            node.input[:] = node.input[::-1]
+
+
+def rotated_alike(function: onnx.FunctionProto) -> None:
+    """Queries without their scale."""
+    for node in function.node:
+        node.input[:] = [name.replace("query_", "key_") for name in node.input]
+
+
+@pytest.mark.parametrize(
+    ("made", "spoil"),
+    [("attend_function", less_or_equal), ("int4_product_function", odd_first), ("kv_write_function", rotated_alike)],
+)
+def test_a_fault_in_a_function_is_seen(
+    checkpoint: Checkpoint, pool: RawPool, monkeypatch: pytest.MonkeyPatch, made: str, spoil: Callable[..., None]
+) -> None:
+    right = getattr(network, made)
+
+    def spoilt(*arguments: Any) -> onnx.FunctionProto:
+        function = right(*arguments)
+        before = function.SerializeToString()
+        spoil(function)
+        assert function.SerializeToString() != before
+        return function
+
+    monkeypatch.setattr(network, made, spoilt)
+    with pytest.raises(AssertionError, match=r"log_sum_exp|_cache_out"):
+        test_the_plugins_functions_compute_the_same(checkpoint, pool, "causal")

@@ -22,8 +22,10 @@ INNER, COLUMNS, GROUP, RANK = 256, 192, 64, 16
 WIDTH = (HEADS + 2 * KV_HEADS) * SIZE
 CACHE = (BATCH, KV_HEADS, CAPACITY, SIZE)
 ROTATION = (BATCH, STEP, SIZE // 2)
-# Inputs of a small network's plugins: type, shape in a pass, and which of its dimensions are known at run time only.
-INPUTS: dict[str, tuple[str, tuple[int, ...], tuple[int, ...]]] = {
+# An input of a plugin: type, shape in a pass, and which of its dimensions are known at run time only.
+Input = tuple[str, tuple[int, ...], tuple[int, ...]]
+# A small network's.
+INPUTS: dict[str, Input] = {
     "qkv": ("HALF", (BATCH, STEP, WIDTH), (0, 1)),
     **dict.fromkeys(("query_cos", "query_sin", "key_cos", "key_sin"), ("HALF", ROTATION, (0, 1))),
     "write_indices": ("INT64", (BATCH,), (0,)),
@@ -149,35 +151,37 @@ def attributes_of(name: str) -> dict[str, int]:
     return dict.fromkeys(LAUNCHES[name].operator.attributes, SPLITS)
 
 
-def build(trt: Any, name: str) -> Built:
+def build(
+    trt: Any, name: str, inputs: Mapping[str, Input] = INPUTS, attributes: Mapping[str, int] | None = None
+) -> Built:
     """Ask the plugin what TensorRT's builder asks: types, shapes, formats, tactics, then a kernel for each tactic."""
     fields = [
         trt.PluginField(key, np.array([value], np.int64), trt.PluginFieldType.INT64)
-        for key, value in attributes_of(name).items()
+        for key, value in (attributes_of(name) if attributes is None else attributes).items()
     ]
     creator = trt.get_plugin_registry().get_creator(name, "1", "trimode")
     request = trt.QuickPluginCreationRequest.STRICT_AOT
     phase = trt.TensorRTPhase.BUILD
     plugin = creator.create_plugin(name, "trimode", trt.PluginFieldCollection(fields), phase, request)
-    inputs = [INPUTS[operand.name] for operand in LAUNCHES[name].operator.inputs]
-    ranks = [len(shape) for _, shape, _ in inputs]
-    types = plugin.get_output_data_types([getattr(trt.DataType, dtype) for dtype, _, _ in inputs], ranks)
-    exprs = [[Number(size, at not in dynamic) for at, size in enumerate(shape)] for _, shape, dynamic in inputs]
+    given = [inputs[operand.name] for operand in LAUNCHES[name].operator.inputs]
+    ranks = [len(shape) for _, shape, _ in given]
+    types = plugin.get_output_data_types([getattr(trt.DataType, dtype) for dtype, _, _ in given], ranks)
+    exprs = [[Number(size, at not in dynamic) for at, size in enumerate(shape)] for _, shape, dynamic in given]
     outputs = plugin.get_output_shapes(exprs, [], Arithmetic())
     described = [
-        _described(trt, getattr(trt.DataType, dtype), expr) for (dtype, _, _), expr in zip(inputs, exprs, strict=True)
+        _described(trt, getattr(trt.DataType, dtype), expr) for (dtype, _, _), expr in zip(given, exprs, strict=True)
     ]
     described += [_described(trt, dtype, expr) for dtype, expr in zip(types, outputs, strict=True)]
-    combinations = plugin.get_supported_format_combinations(described, len(inputs))
+    combinations = plugin.get_supported_format_combinations(described, len(given))
     assert [combination.type for combination in combinations] == [desc.desc.type for desc in described]
-    plugin.configure_plugin(described[: len(inputs)], described[len(inputs) :])
+    plugin.configure_plugin(described[: len(given)], described[len(given) :])
     kernels = {}
-    for tactic in sorted(plugin.get_valid_tactics()) if name in COMPILED else ():
+    for tactic in sorted(plugin.get_valid_tactics()) if inputs is not INPUTS or name in COMPILED else ():
         plugin.set_tactic(tactic)
         launch, scalars = SimpleNamespace(), _Scalars()
-        plugin.get_launch_params(exprs, described, len(inputs), launch, scalars, Arithmetic())
+        plugin.get_launch_params(exprs, described, len(given), launch, scalars, Arithmetic())
         descs = [desc.desc for desc in described]
-        entry, ptx = plugin.get_kernel(descs[: len(inputs)], descs[len(inputs) :])
+        entry, ptx = plugin.get_kernel(descs[: len(given)], descs[len(given) :])
         kernels[tactic] = Kernel(
             entry,
             ptx.decode(),
