@@ -39,6 +39,7 @@ def attend_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     MIN_ROWS: tl.constexpr,
 ):
     """A program: BLOCK_M rows of one key-value head's queries, one split of one sequence.
@@ -88,9 +89,9 @@ def attend_kernel(
         logits = tl.dot(query, tl.trans(key), input_precision="ieee") * LOG2_E
         value = tl.load(values + at * HEAD_DIM)
         best, total, sums = _accumulate(logits, value, best, total, sums)
-    # A step's few tiles: fetched ahead, their masks would not fit the registers.
-    for first in tl.range(masked, end, BLOCK_N, num_stages=1):
-        at = first + tl.arange(0, BLOCK_N)
+    # The step's few rows: in tiles as large as the others, or fetched ahead, their masks would not fit the registers.
+    for first in tl.range(masked, end, BLOCK_S, num_stages=1):
+        at = first + tl.arange(0, BLOCK_S)
         key = tl.load(keys + at[:, None] * HEAD_DIM, mask=at[:, None] < end, other=0.0)
         logits = tl.dot(query, tl.trans(key), input_precision="ieee") * LOG2_E
         other = (at - committed)[None, :]  # of the step's tokens; negative ones are committed

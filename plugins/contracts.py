@@ -176,10 +176,11 @@ def attend_constants(shape: AttentionShape) -> Constants:
     return {"KV_HEADS": shape.kv_heads, "GROUP": shape.group, "HEAD_DIM": shape.head_dim}
 
 
+# BLOCK_S: rows of a masked tile. A tile of 128 rows holds a step of 32 with groups of 4, and reads K and V once for it.
 ATTEND_TACTICS = (
-    Tactic({"BLOCK_M": 16, "BLOCK_N": 64, "MIN_ROWS": 128}, warps=4, stages=3),
-    Tactic({"BLOCK_M": 64, "BLOCK_N": 64, "MIN_ROWS": 128}, warps=4, stages=2),
-    Tactic({"BLOCK_M": 128, "BLOCK_N": 64, "MIN_ROWS": 128}, warps=8, stages=2),
+    Tactic({"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_S": 16, "MIN_ROWS": 128}, warps=4, stages=3),
+    Tactic({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_S": 16, "MIN_ROWS": 256}, warps=4, stages=2),
+    Tactic({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_S": 16, "MIN_ROWS": 256}, warps=8, stages=2),
 )
 
 MERGE = Operator(
@@ -247,7 +248,7 @@ def int4_product_constants(shape: ProductShape) -> Constants:
 # BLOCK_M up to 4 multiplies without tensor cores.
 INT4_PRODUCT_TACTICS = (
     Tactic({"BLOCK_M": 1, "BLOCK_N": 128, "BLOCK_K": 32}, warps=4, stages=4),
-    Tactic({"BLOCK_M": 4, "BLOCK_N": 128, "BLOCK_K": 32}, warps=4, stages=4),
+    Tactic({"BLOCK_M": 4, "BLOCK_N": 64, "BLOCK_K": 32}, warps=4, stages=4),
     Tactic({"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128}, warps=4, stages=4),
     Tactic({"BLOCK_M": 32, "BLOCK_N": 128, "BLOCK_K": 64}, warps=4, stages=4),
     Tactic({"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64}, warps=4, stages=3),
