@@ -13,7 +13,7 @@ from trimode.model.manifest import Real
 from trimode.model.progress import Progress
 from trimode.plugins.contracts import DOMAIN, Constants, Operator, Tactic
 from trimode.plugins.kernel_library import INDEX, LibraryIndex, LibraryKernel, kernel_name, library_folder
-from trimode.plugins.launches import LAUNCHES, Shapes
+from trimode.plugins.launches import LAUNCHES, Call, Shapes
 
 _WARP = 32
 # A dimension that is known at run time only.
@@ -37,9 +37,9 @@ def needed_kernels(graphs: list[onnx.ModelProto], config: ModelConfig) -> dict[s
                 continue
             launch = LAUNCHES[node.op_type]
             static = _static(node, launch.operator, weights, config)
-            attributes = {attribute.name: attribute.i for attribute in node.attribute}
-            constants = launch.constants(static, attributes)
-            for number, tactic in launch.tactics(static).items():
+            call = Call(static, {attribute.name: attribute.i for attribute in node.attribute}, static)
+            constants = launch.constants(call)
+            for number, tactic in launch.tactics(call).items():
                 kernel = NeededKernel(launch.operator, constants, number, tactic)
                 needed[kernel_name(launch.operator, constants, number)] = kernel
     return needed

@@ -309,7 +309,8 @@ class _Network:
         self, x: str, linear: PooledLinear, residual: str | None, adapter: tuple[str, str] | None, rank: int
     ) -> str:
         scaled, added = linear.input_scale is not None, residual is not None
-        shape = ProductShape(*linear.weight.shape, linear.group, input_scale=scaled, rank=rank, residual=added)
+        inner, columns = linear.weight.shape
+        shape = ProductShape(inner, columns, linear.group, input_scale=scaled, rank=rank, residual=added)
         pooled = [self.graph.pooled(part) for part in (linear.weight, linear.scale, linear.input_scale) if part]
         inputs = [x, *pooled, *(adapter or ()), *([residual] if residual else [])]
         return self._plugin(int4_product_function(shape), inputs, [f"{linear.weight.name}.y"])[0]

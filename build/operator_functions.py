@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from trimode.build.onnx_graph import OPSET
@@ -39,13 +40,13 @@ class _Body:
     def ints(self, *values: int) -> str:
         return self._constant(np.array(values, np.int64))
 
-    def int(self, value: int, dtype: type[np.signedinteger] = np.int64) -> str:
+    def integer(self, value: int, dtype: type[np.int32 | np.int64] = np.int64) -> str:
         return self._constant(np.array(value, dtype))
 
-    def float(self, value: float) -> str:
+    def real(self, value: float) -> str:
         return self._constant(np.array(value, np.float32))
 
-    def _constant(self, array: np.ndarray) -> str:
+    def _constant(self, array: NDArray[np.generic]) -> str:
         return self.op("Constant", value=numpy_helper.from_array(array))
 
     def dims(self, x: str, start: int, end: int) -> str:
@@ -88,7 +89,7 @@ def attend_function(pattern: Pattern) -> onnx.FunctionProto:
     keys, values = op("Cast", "k_cache", to=_FLOAT), op("Cast", "v_cache", to=_FLOAT)
     logits = op("MatMul", queries, op("Transpose", keys, perm=[0, 1, 3, 2]))
     logits = op("Reshape", logits, op("Concat", body.dims("q", 0, 3), body.dims("k_cache", 2, 3), axis=0))
-    logits = op("Where", _visible(body, pattern), logits, body.float(-np.inf))
+    logits = op("Where", _visible(body, pattern), logits, body.real(-np.inf))
     log_sum_exp = op("ReduceLogSumExp", logits, body.ints(-1), keepdims=1)
     weights = op("Exp", op("Sub", logits, log_sum_exp))
     rows = op("Concat", body.dims("k_cache", 0, 2), body.ints(-1), body.dims("k_cache", 2, 3), axis=0)
@@ -103,15 +104,15 @@ def _visible(body: _Body, pattern: Pattern) -> str:
     """Which rows of the pool each token sees, to be broadcast over [B, HQ, S, C]."""
     op = body.op
     step = body.dims("q", 2, 3)
-    rows = op("Range", body.int(0), op("Squeeze", body.dims("k_cache", 2, 3)), body.int(1))
+    rows = op("Range", body.integer(0), op("Squeeze", body.dims("k_cache", 2, 3)), body.integer(1))
     # 0 is the step's first row; committed rows are negative.
     row_in_step = op("Sub", rows, op("Unsqueeze", "write_indices", body.ints(1, 2, 3)))
     if pattern == "bidirectional":
         return op("Less", row_in_step, op("Unsqueeze", "step_lengths", body.ints(1, 2, 3)))
     if pattern == "causal":
-        tokens = op("Range", body.int(0), op("Squeeze", step), body.int(1))
+        tokens = op("Range", body.integer(0), op("Squeeze", step), body.integer(1))
         return op("LessOrEqual", row_in_step, op("Unsqueeze", tokens, body.ints(1)))
-    zero, last = body.int(0), op("Sub", step, body.ints(1))
+    zero, last = body.integer(0), op("Sub", step, body.ints(1))
     column = op("Min", op("Max", row_in_step, zero), last)
     shape = op("Concat", body.dims("q", 0, 1), body.ints(1), step, body.dims("k_cache", 2, 3), axis=0)
     chosen = op("GatherElements", op("Unsqueeze", "block_mask", body.ints(1)), op("Expand", column, shape), axis=3)
@@ -133,7 +134,7 @@ def int4_product_function(shape: ProductShape) -> onnx.FunctionProto:
     body = _Body(int4_product(shape))
     op = body.op
     packed = op("Cast", "packed", to=_INT32)
-    eight, sixteen = body.int(8, np.int32), body.int(16, np.int32)
+    eight, sixteen = body.integer(8, np.int32), body.integer(16, np.int32)
     # Mod and not a shift: bytes are signed, and a remainder is not negative.
     even = op("Sub", op("Mod", op("Add", packed, eight), sixteen), eight)
     odd = op("Div", op("Sub", packed, op("Mod", packed, sixteen)), sixteen)

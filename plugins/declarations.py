@@ -16,7 +16,7 @@ import tensorrt.plugin as trtp
 
 from trimode.plugins.contracts import DOMAIN, ElementType, Operand
 from trimode.plugins.kernel_library import KernelLibrary
-from trimode.plugins.launches import LAUNCHES, Launch, Shapes
+from trimode.plugins.launches import LAUNCHES, Call, Launch
 
 # typing's Tuple and Union: TensorRT's validator asks for their origins.
 _AotResult = tuple[Union[str, bytes], Union[str, bytes], trtp.KernelLaunchParams, trtp.SymExprs]  # noqa: UP007
@@ -49,15 +49,15 @@ def declare(launch: Launch) -> None:
     plugin = f"{DOMAIN}::{operator.name}"
     inputs = {operand.name: trtp.TensorDesc for operand in operator.inputs}
     attributes = dict.fromkeys(operator.attributes, int)
-    several = tuple[(trtp.TensorDesc,) * len(operator.outputs)]  # type: ignore[misc]
+    several: Any = tuple.__class_getitem__((trtp.TensorDesc,) * len(operator.outputs))
 
     def describe(*descs: Any, **values: int) -> Any:
         return _outputs(launch, descs, values)
 
     def autotune(*arguments: Any) -> Any:
-        descs, outputs = arguments[: len(inputs)], arguments[-1]
+        descs, values, outputs = arguments[: len(inputs)], arguments[len(inputs) : -1], arguments[-1]
         names = (_type_name(desc.dtype) for desc in (*descs, *outputs))
-        tactics = launch.tactics(_static(launch, descs))
+        tactics = launch.tactics(_call(launch, descs, dict(zip(attributes, values, strict=True))))
         return [trtp.AutoTuneCombination(", ".join(names), "LINEAR", list(tactics))]
 
     def embed(*arguments: Any) -> Any:
@@ -79,8 +79,8 @@ def _signed(function: Callable[..., Any], parameters: dict[str, Any], result: An
 
 
 def _outputs(launch: Launch, descs: tuple[Any, ...], attributes: dict[str, int]) -> tuple[Any, ...]:
-    shapes = launch.outputs(_symbols(launch, descs), attributes, trtp.ShapeExpr)
-    by_name = _by_name(launch, descs)
+    shapes = launch.outputs(_call(launch, descs, attributes))
+    by_name = {operand.name: desc for operand, desc in zip(launch.operator.inputs, descs, strict=True)}
     return tuple(
         by_name[operand.aliases].aliased()
         if operand.aliases
@@ -90,27 +90,22 @@ def _outputs(launch: Launch, descs: tuple[Any, ...], attributes: dict[str, int])
 
 
 def _embed(launch: Launch, descs: tuple[Any, ...], attributes: dict[str, int], tactic: int) -> tuple[Any, ...]:
-    library, static, symbols = _Library.current, _static(launch, descs), _symbols(launch, descs)
+    library, call = _Library.current, _call(launch, descs, attributes)
     if library is None or descs[0].dtype != _REALS[library.index.real]:
         raise RuntimeError(f"{launch.operator.name} has no kernels for {descs[0].dtype}")
-    kernel, ptx = library.find(launch.operator, launch.constants(static, attributes), tactic)
-    grid = launch.grid(static, attributes, launch.tactics(static)[tactic], symbols, trtp.ShapeExpr)
+    kernel, ptx = library.find(launch.operator, launch.constants(call), tactic)
+    grid = launch.grid(call, launch.tactics(call)[tactic])
     params = trtp.KernelLaunchParams(*grid, block_x=kernel.threads, shared_mem=kernel.shared_bytes)
-    scalars = trtp.SymIntExprs.from_tuple([trtp.SymInt32(scalar) for scalar in launch.scalars(symbols)])
+    scalars = trtp.SymIntExprs.from_tuple([trtp.SymInt32(scalar) for scalar in launch.scalars(call)])
     return kernel.entry, ptx, params, scalars
 
 
-def _by_name(launch: Launch, descs: tuple[Any, ...]) -> dict[str, Any]:
-    return {operand.name: desc for operand, desc in zip(launch.operator.inputs, descs, strict=True)}
-
-
-def _symbols(launch: Launch, descs: tuple[Any, ...]) -> Shapes:
-    return {name: list(desc.shape_expr) for name, desc in _by_name(launch, descs).items()}
-
-
-def _static(launch: Launch, descs: tuple[Any, ...]) -> Shapes:
-    """-1 where a dimension is known at run time only."""
-    return {name: list(desc.shape) for name, desc in _by_name(launch, descs).items()}
+def _call(launch: Launch, descs: tuple[Any, ...], attributes: dict[str, int]) -> Call:
+    """Sizes are told once TensorRT knows its profiles, -1 where they are known at run time only; symbols always."""
+    by_name = {operand.name: desc for operand, desc in zip(launch.operator.inputs, descs, strict=True)}
+    static = {name: list(desc.shape) for name, desc in by_name.items() if desc.has_shape}
+    shapes = {name: list(desc.shape_expr) for name, desc in by_name.items()}
+    return Call(static, attributes, shapes, trtp.ShapeExpr)
 
 
 def _type(operand: Operand, real: trt.DataType) -> trt.DataType:
@@ -119,4 +114,4 @@ def _type(operand: Operand, real: trt.DataType) -> trt.DataType:
 
 def _type_name(dtype: trt.DataType) -> str:
     """As ``AutoTuneCombination`` spells it."""
-    return _TYPE_NAMES.get(dtype, dtype.name)
+    return str(_TYPE_NAMES.get(dtype, dtype.name))

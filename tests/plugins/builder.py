@@ -14,7 +14,7 @@ import numpy as np
 from trimode.build.kernel_emission import NeededKernel, write_kernels
 from trimode.model.progress import no_progress
 from trimode.plugins.kernel_library import kernel_name
-from trimode.plugins.launches import LAUNCHES
+from trimode.plugins.launches import LAUNCHES, Call
 
 STEP, BATCH, CAPACITY, SPLITS = 70, 3, 256, 5
 HEADS, KV_HEADS, SIZE = 4, 2, 32
@@ -228,8 +228,9 @@ def write_small_library(folder: Path) -> Path:
             for operand in launch.operator.inputs
             for _, shape, dynamic in [INPUTS[operand.name]]
         }
-        constants = launch.constants(static, attributes_of(name))
-        for number, tactic in launch.tactics(static).items():
+        call = Call(static, attributes_of(name), static)
+        constants = launch.constants(call)
+        for number, tactic in launch.tactics(call).items():
             needed[kernel_name(launch.operator, constants, number)] = NeededKernel(
                 launch.operator, constants, number, tactic
             )
