@@ -15,7 +15,7 @@ from trimode.model.errors import TriModeError
 from trimode.model.machine import instruction_set
 from trimode.model.manifest import ADAPTER, POOL, Manifest
 from trimode.model.step import cache_inputs, cache_outputs
-from trimode.runtime.executor import BidirectionalStep, Candidates, CausalStep, Step
+from trimode.runtime.executor import BidirectionalStep, Candidates, CausalStep, Speculated, Step
 from trimode.runtime.kv_pool import KvPool
 
 _FOLDERS: dict[type[Step], str] = {CausalStep: "ar", BidirectionalStep: "diffusion"}
@@ -72,6 +72,10 @@ class CpuExecutor:
             binding.bind_output(name, "cpu", 0, result.dtype, result.shape, result.ctypes.data)
         self._sessions[type(step)].run_with_iobinding(binding)
         return candidates
+
+    def speculate(self, draft: BidirectionalStep) -> Speculated:
+        drafted = self.run(draft)
+        return Speculated(drafted, self.run(draft.verification(drafted.tokens[:, :, 0])))
 
     def _binding(self, step: Step) -> ort.IOBinding:
         """A binding whose caches are the step's slots of the pool, inputs and outputs at the same addresses."""

@@ -67,6 +67,11 @@ class BidirectionalStep(Step):
         positions = write_indices[:, None] + np.arange(input_ids.shape[1])
         return cls(first_slot, input_ids, positions, write_indices, logit_rows, step_lengths, adapter)
 
+    def verification(self, drafted: Ints | None = None) -> CausalStep:
+        """The causal pass over the same rows, of ``drafted`` tokens [B, S] after the seed, or of what stands there."""
+        ids = self.input_ids if drafted is None else np.concatenate([self.input_ids[:, :1], drafted[:, 1:]], axis=1)
+        return CausalStep.chain(self.first_slot, ids, self.write_indices, self.logit_rows)
+
 
 class Candidates(NamedTuple):
     """The k most likely tokens of each asked row, best first, and the log-sum-exp of the row's whole vocabulary."""
@@ -74,6 +79,13 @@ class Candidates(NamedTuple):
     logits: NDArray[np.float32]  # [B, R, k]
     tokens: Ints  # [B, R, k]
     log_sum_exp: NDArray[np.float32]  # [B, R]
+
+
+class Speculated(NamedTuple):
+    """Candidates of every row, [B, S, k], of the draft and of the causal pass that verifies it."""
+
+    drafted: Candidates
+    verified: Candidates
 
 
 class KvSlots(Protocol):
@@ -107,4 +119,12 @@ class Executor(Protocol):
 
     def run(self, step: CausalStep | BidirectionalStep) -> Candidates:
         """One pass; writes the step's KV rows, whichever the engine."""
+        ...
+
+    def speculate(self, draft: BidirectionalStep) -> Speculated:
+        """A draft of whole blocks, and the causal pass over the blocks that it fills.
+
+        ``draft`` asks for all its rows. Every row's best token stands in the causal pass's input, but for the first
+        row, which keeps the seed.
+        """
         ...

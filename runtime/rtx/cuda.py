@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from cuda.bindings import driver
@@ -33,6 +33,14 @@ class Graph:
 
     def __init__(self, handle: Any) -> None:
         self.handle = handle
+
+
+class Rows(NamedTuple):
+    """Where runs of bytes begin, each ``pitch`` bytes after the last."""
+
+    address: int
+    pitch: int
+    on_device: bool = True
 
 
 class Device:
@@ -101,20 +109,18 @@ class Device:
     def clear(self, address: int, size: int) -> None:
         _checked(driver.cuMemsetD8Async(address, 0, size, self._stream))
 
-    def upload_rows(self, to: int, to_pitch: int, host: int, width: int, rows: int) -> None:
-        """``rows`` runs of ``width`` bytes, one after the other on the host, ``to_pitch`` apart on the device."""
-        plan = driver.CUDA_MEMCPY2D()
-        plan.srcMemoryType, plan.srcHost, plan.srcPitch = driver.CUmemorytype.CU_MEMORYTYPE_HOST, host, width
-        plan.dstMemoryType, plan.dstDevice, plan.dstPitch = driver.CUmemorytype.CU_MEMORYTYPE_DEVICE, to, to_pitch
-        plan.WidthInBytes, plan.Height = width, rows
-        _checked(driver.cuMemcpy2DAsync(plan, self._stream))
-
-    def download_rows(self, host: int, source: int, pitch: int, width: int, rows: int) -> None:
-        """The same from the device to the host."""
-        plan = driver.CUDA_MEMCPY2D()
-        plan.srcMemoryType, plan.srcDevice, plan.srcPitch = driver.CUmemorytype.CU_MEMORYTYPE_DEVICE, source, pitch
-        plan.dstMemoryType, plan.dstHost, plan.dstPitch = driver.CUmemorytype.CU_MEMORYTYPE_HOST, host, width
-        plan.WidthInBytes, plan.Height = width, rows
+    def copy_rows(self, to: Rows, source: Rows, width: int, count: int) -> None:
+        """``count`` runs of ``width`` bytes."""
+        plan, kinds = driver.CUDA_MEMCPY2D(), driver.CUmemorytype
+        plan.WidthInBytes, plan.Height, plan.srcPitch, plan.dstPitch = width, count, source.pitch, to.pitch
+        if source.on_device:
+            plan.srcMemoryType, plan.srcDevice = kinds.CU_MEMORYTYPE_DEVICE, source.address
+        else:
+            plan.srcMemoryType, plan.srcHost = kinds.CU_MEMORYTYPE_HOST, source.address
+        if to.on_device:
+            plan.dstMemoryType, plan.dstDevice = kinds.CU_MEMORYTYPE_DEVICE, to.address
+        else:
+            plan.dstMemoryType, plan.dstHost = kinds.CU_MEMORYTYPE_HOST, to.address
         _checked(driver.cuMemcpy2DAsync(plan, self._stream))
 
     def capture(self, enqueue: Callable[[], None]) -> Graph:

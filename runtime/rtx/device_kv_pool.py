@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from trimode.model.config import ModelConfig
 from trimode.model.errors import TriModeError
 from trimode.model.manifest import NUMPY_TYPES, Real
-from trimode.runtime.rtx.cuda import Device
+from trimode.runtime.rtx.cuda import Device, Rows
 
 
 class DeviceKvPool:
@@ -65,19 +65,21 @@ class DeviceKvPool:
         """Rows of a slot, [2 * layers, kv_heads, stop - start, head_dim] in the pool's type, for :meth:`write_rows`."""
         heads, _, head_dim = self.shape
         rows = np.empty((self._caches, heads, stop - start, head_dim), self._dtype)
-        self._device.activate()
-        for cache in range(self._caches):
-            source = self.address(cache, slot) + start * self._row
-            self._device.download_rows(rows[cache].ctypes.data, source, self._head, (stop - start) * self._row, heads)
-        self._device.synchronize()
+        self._copy_rows(slot, start, rows, upload=False)
         return rows
 
     def write_rows(self, slot: int, start: int, rows: NDArray[Any]) -> None:
         """Put what :meth:`read_rows` gave into a slot, from row ``start`` on."""
-        rows = np.ascontiguousarray(rows)
+        self._copy_rows(slot, start, np.ascontiguousarray(rows), upload=True)
+
+    def _copy_rows(self, slot: int, start: int, rows: NDArray[Any], upload: bool) -> None:
         heads, count = rows.shape[1:3]
+        if start + count > self.capacity:
+            raise ValueError(f"rows {start} to {start + count} of {self.capacity}")
+        width = count * self._row
         self._device.activate()
         for cache in range(self._caches):
-            to = self.address(cache, slot) + start * self._row
-            self._device.upload_rows(to, self._head, rows[cache].ctypes.data, count * self._row, heads)
+            here = Rows(self.address(cache, slot) + start * self._row, self._head)
+            host = Rows(rows[cache].ctypes.data, width, on_device=False)
+            self._device.copy_rows(*((here, host) if upload else (host, here)), width, heads)
         self._device.synchronize()

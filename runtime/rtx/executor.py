@@ -11,11 +11,20 @@ from safetensors.numpy import load_file
 
 from trimode.model.errors import TriModeError
 from trimode.model.manifest import ADAPTER, NUMPY_TYPES, Manifest
-from trimode.runtime.executor import BidirectionalStep, Candidates, CausalStep, Step
+from trimode.runtime.executor import BidirectionalStep, Candidates, CausalStep, Speculated, Step
 from trimode.runtime.rtx.buckets import Bucket, bucket_of
 from trimode.runtime.rtx.cuda import Device
 from trimode.runtime.rtx.device_kv_pool import DeviceKvPool
-from trimode.runtime.rtx.passes import BoundPass, Constant, EngineResources, Layout, Staging, runtime_config
+from trimode.runtime.rtx.passes import (
+    BoundPass,
+    Constant,
+    EngineResources,
+    Layout,
+    SinglePass,
+    Speculation,
+    Staging,
+    runtime_config,
+)
 from trimode.runtime.rtx.plans import load_plans
 
 
@@ -55,15 +64,32 @@ class RtxExecutor:
             )
             for kind, plan in both.items()
         }
-        self._passes: dict[Bucket, BoundPass] = {}
+        self._bound: dict[Bucket, BoundPass] = {}
+        self._passes: dict[Bucket, SinglePass] = {}
+        self._speculations: dict[Bucket, Speculation] = {}
 
     def run(self, step: CausalStep | BidirectionalStep) -> Candidates:
+        bucket = self._admit(step)
+        if bucket not in self._passes:
+            self._passes[bucket] = SinglePass(self._device, self._bind(bucket))
+        return self._passes[bucket].run(step)
+
+    def speculate(self, draft: BidirectionalStep) -> Speculated:
+        commit, bucket = draft.verification(), self._admit(draft)
+        if bucket not in self._speculations:
+            bound = self._bind(bucket), self._bind(self._admit(commit))
+            self._speculations[bucket] = Speculation(self._device, bucket, *bound)
+        return self._speculations[bucket].run(draft, commit)
+
+    def _admit(self, step: Step) -> Bucket:
         self._refuse(step)
         self._device.activate()
-        bucket = bucket_of(step, self._rtx.max_step, self._limits.capacity)
-        if bucket not in self._passes:
-            self._passes[bucket] = BoundPass(self._resources[bucket.kind], bucket)
-        return self._passes[bucket].run(step)
+        return bucket_of(step, self._rtx.max_step, self._limits.capacity)
+
+    def _bind(self, bucket: Bucket) -> BoundPass:
+        if bucket not in self._bound:
+            self._bound[bucket] = BoundPass(self._resources[bucket.kind], bucket)
+        return self._bound[bucket]
 
     def _refuse(self, step: Step) -> None:
         """What would write outside the step's slots."""

@@ -1,13 +1,16 @@
-"""A pass of one shape: every address bound, and the whole of it, copies included, one CUDA graph.
+"""Passes of one shape: every address bound, and the whole of it, copies included, one CUDA graph.
 
 Inputs lie side by side in page-locked memory and on the device, so that they cross in one copy; so do the results. The
 first pass of a shape runs as it is, which also lets TensorRT-RTX compile for the shape; then it is captured. A context
 that was captured is never changed, so each shape has a context of its own; all of them work in the same memory, since
 passes follow one another.
+
+A speculation is two passes in one graph: what the first drafts is copied, on the device, to where the second reads it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,9 +20,9 @@ from numpy.typing import NDArray
 
 from trimode.model.manifest import NUMPY_TYPES, Manifest
 from trimode.model.step import cache_inputs, cache_outputs
-from trimode.runtime.executor import BidirectionalStep, Candidates, CausalStep
+from trimode.runtime.executor import BidirectionalStep, Candidates, CausalStep, Speculated
 from trimode.runtime.rtx.buckets import Bucket
-from trimode.runtime.rtx.cuda import Buffer, Bytes, Device, Graph
+from trimode.runtime.rtx.cuda import Buffer, Bytes, Device, Graph, Rows
 from trimode.runtime.rtx.device_kv_pool import DeviceKvPool
 from trimode.runtime.rtx.plans import expect
 
@@ -105,7 +108,6 @@ class BoundPass:
         self._device = resources.device
         self._staging = resources.staging
         self._layout = Layout(bucket, resources.manifest)
-        self._graph: Graph | None = None
         self._views = {name: self._view(field) for name, field in (self._layout.inputs | self._layout.results).items()}
         context = expect(
             resources.engine.create_execution_context(runtime_config=resources.runtime_config), "making a context"
@@ -135,27 +137,23 @@ class BoundPass:
     def _view(self, field: _Field) -> NDArray[Any]:
         return self._staging.host[field.offset : field.end].view(field.dtype).reshape(field.shape)
 
-    def run(self, step: CausalStep | BidirectionalStep) -> Candidates:
-        """One launch, one synchronisation."""
-        self._put(step)
-        if self._graph is None:
-            self._enqueue()
-        else:
-            self._device.launch(self._graph)
-        self._device.synchronize()
-        found = self._take(step.logit_rows.shape[1])
-        if self._graph is None:
-            self._graph = self._device.capture(self._enqueue)
-        return found
+    def upload(self) -> None:
+        self._device.upload(self._staging.device.address, self._staging.locked.address, self._layout.inputs_end)
 
-    def _enqueue(self) -> None:
-        memory, layout = self._staging, self._layout
-        self._device.upload(memory.device.address, memory.locked.address, layout.inputs_end)
+    def execute(self) -> None:
         expect(self._context.execute_async_v3(self._device.stream), "running a pass")
-        begin = layout.results_begin
-        self._device.download(memory.locked.address + begin, memory.device.address + begin, layout.end - begin)
 
-    def _put(self, step: CausalStep | BidirectionalStep) -> None:
+    def download(self) -> None:
+        begin, locked = self._layout.results_begin, self._staging.locked
+        self._device.download(locked.address + begin, self._staging.device.address + begin, self._layout.end - begin)
+
+    def place(self, name: str) -> tuple[int, int]:
+        """Where a tensor lies on the device, and the bytes from one token's entry to the next one's."""
+        field = (self._layout.inputs | self._layout.results)[name]
+        per_token = int(np.prod(field.shape[2:])) * field.dtype.itemsize
+        return self._staging.device.address + field.offset, per_token
+
+    def put(self, step: CausalStep | BidirectionalStep) -> None:
         """The step's inputs, and about them padding: token 0, which sees itself and is seen by no other."""
         inputs: dict[str, NDArray[np.generic]] = {
             "input_ids": step.input_ids,
@@ -176,10 +174,83 @@ class BoundPass:
             padding = np.arange(step.input_ids.shape[1], self._views["block_mask"].shape[1])
             self._views["block_mask"][:, padding, padding] = True
 
-    def _take(self, rows: int) -> Candidates:
-        """Copies: the next pass writes to the same memory."""
+    def take(self, rows: int) -> Candidates:
+        """What was found, copied: the next pass writes to the same memory."""
         logits, tokens, log_sum_exp = (self._views[name][:, :rows].copy() for name in self._layout.results)
         return Candidates(logits, tokens, log_sum_exp)
+
+
+class CapturedWork:
+    """Work of the stream that is captured once it has run."""
+
+    def __init__(self, device: Device, enqueue: Callable[[], None]) -> None:
+        self._device = device
+        self._enqueue = enqueue
+        self._graph: Graph | None = None
+
+    def run(self) -> None:
+        """To its end: one synchronisation."""
+        if self._graph is not None:
+            self._device.launch(self._graph)
+            self._device.synchronize()
+        else:
+            self._enqueue()
+            self._device.synchronize()
+            self._graph = self._device.capture(self._enqueue)
+
+
+class SinglePass:
+    """One pass of one engine."""
+
+    def __init__(self, device: Device, bound: BoundPass) -> None:
+        self._bound = bound
+        self._work = CapturedWork(device, self._enqueue)
+
+    def run(self, step: CausalStep | BidirectionalStep) -> Candidates:
+        self._bound.put(step)
+        self._work.run()
+        return self._bound.take(step.logit_rows.shape[1])
+
+    def _enqueue(self) -> None:
+        self._bound.upload()
+        self._bound.execute()
+        self._bound.download()
+
+
+class Speculation:
+    """A draft of whole blocks and the causal pass over what it drafted, with one synchronisation for both."""
+
+    def __init__(self, device: Device, bucket: Bucket, draft: BoundPass, commit: BoundPass) -> None:
+        self._device = device
+        self._bucket = bucket
+        self._draft = draft
+        self._commit = commit
+        self._work = CapturedWork(device, self._enqueue)
+
+    def run(self, draft: BidirectionalStep, commit: CausalStep) -> Speculated:
+        self._draft.put(draft)
+        self._commit.put(commit)
+        self._work.run()
+        rows = draft.logit_rows.shape[1]
+        return Speculated(self._draft.take(rows), self._commit.take(rows))
+
+    def _enqueue(self) -> None:
+        for bound in (self._draft, self._commit):
+            bound.upload()
+        self._draft.execute()
+        self._hand_over()
+        self._commit.execute()
+        for bound in (self._draft, self._commit):
+            bound.download()
+
+    def _hand_over(self) -> None:
+        """The best token of each row but the first, which is the seed's, becomes the commit's input of that row."""
+        (found, pitch), (wanted, width) = self._draft.place("top_tokens"), self._commit.place("input_ids")
+        step = self._bucket.step
+        for sequence in range(self._bucket.batch if step > 1 else 0):
+            first = sequence * step + 1
+            source, to = Rows(found + first * pitch, pitch), Rows(wanted + first * width, width)
+            self._device.copy_rows(to, source, width, step - 1)
 
 
 def runtime_config(engine: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.runtime.rtx_double import LibcudaDouble
+from tests.runtime.rtx.rtx_double import LibcudaDouble
 from trimode.runtime import doctor
 
 
@@ -51,6 +51,23 @@ def test_a_missing_package_comes_with_its_remedy(
 ) -> None:
     monkeypatch.setattr(doctor, "_version", lambda package: None if package == missing else "1.0")
     assert remedy in doctor.examine().targets[target]
+
+
+@pytest.mark.parametrize(
+    ("library", "missing", "words"),
+    [
+        (LibcudaDouble(), None, "runs on GB10, if built with --sm 121; builds and audits"),
+        (LibcudaDouble(capability=(9, 0)), None, "does not run: it needs a GPU of compute capability 75, 80, 86"),
+        (LibcudaDouble(100), None, "does not run: it needs an NVIDIA GPU and its driver; builds and audits"),
+        (LibcudaDouble(), "cuda-bindings", "does not run: pip install 'trimode[rtx]'; builds"),
+    ],
+)
+def test_whether_rtx_runs(
+    monkeypatch: pytest.MonkeyPatch, library: LibcudaDouble, missing: str | None, words: str
+) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda _name: library)
+    monkeypatch.setattr(doctor, "_version", lambda package: None if package == missing else "1.0")
+    assert doctor.examine().targets["rtx"].startswith(words)
 
 
 def test_the_command_prints_it() -> None:
