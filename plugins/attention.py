@@ -133,24 +133,29 @@ def merge_kernel(
     step,
     splits,
     attended,
-    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """A program: one token's head. SPLITS: a power of two, ``splits`` at least."""
-    token, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    split = tl.arange(0, SPLITS)
-    row = ((batch * splits + split) * HEADS + head) * step + token
-    weight = tl.load(log_sum_exp + row, mask=split < splits, other=float("-inf"))
+    """A program: one token, the queries of one key-value head. SPLITS: a power of two, ``splits`` at least."""
+    token, group, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    member = tl.arange(0, triton.next_power_of_2(GROUP))
+    head = group * GROUP + member
+    split = tl.arange(0, SPLITS)[:, None]
+    row = ((batch * splits + split) * (KV_HEADS * GROUP) + head[None, :]) * step + token
+    exists = (split < splits) & (member < GROUP)[None, :]
+    weight = tl.load(log_sum_exp + row, mask=exists, other=float("-inf"))
     saw = weight > float("-inf")
     best = tl.max(weight, 0)
-    weight = tl.exp(weight - tl.where(best == float("-inf"), 0.0, best))
+    weight = tl.exp(weight - tl.where(best == float("-inf"), 0.0, best)[None, :])
     total = tl.sum(weight, 0)
     column = tl.arange(0, HEAD_DIM)
-    parts = tl.load(partial + row[:, None] * HEAD_DIM + column[None, :], mask=saw[:, None], other=0.0)
-    merged = tl.sum(parts.to(tl.float32) * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
-    target = attended + ((batch * step + token) * HEADS + head) * HEAD_DIM + column
-    tl.store(target, merged.to(attended.dtype.element_ty))
+    at = partial + row[:, :, None] * HEAD_DIM + column[None, None, :]
+    parts = tl.load(at, mask=saw[:, :, None], other=0.0).to(tl.float32)
+    merged = tl.sum(parts * weight[:, :, None], 0) / tl.where(total > 0, total, 1.0)[:, None]
+    target = attended + ((batch * step + token) * (KV_HEADS * GROUP) + head[:, None]) * HEAD_DIM + column[None, :]
+    tl.store(target, merged.to(attended.dtype.element_ty), mask=(member < GROUP)[:, None])
 
 
 def visible(

@@ -197,15 +197,14 @@ MERGE = Operator(
 
 
 def merge_grid(shape: AttentionShape, batch: Dim, step: Dim) -> tuple[Dim, Dim, Dim]:
-    return step, shape.kv_heads * shape.group, batch
+    return step, shape.kv_heads, batch
 
 
 def merge_constants(shape: AttentionShape) -> Constants:
-    power_of_two = 1 << (shape.splits - 1).bit_length()
-    return {"HEADS": shape.kv_heads * shape.group, "HEAD_DIM": shape.head_dim, "SPLITS": power_of_two}
+    return {**attend_constants(shape), "SPLITS": 1 << (shape.splits - 1).bit_length()}
 
 
-MERGE_TACTICS = (Tactic({}, warps=1, stages=1), Tactic({}, warps=2, stages=1))
+MERGE_TACTICS = (Tactic({}, warps=2, stages=1), Tactic({}, warps=4, stages=1))
 
 # --- Products with int4 weights --------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from trimode.plugins.contracts import ATTEND_TACTICS, INT4_PRODUCT_TACTICS, Patt
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # The interpreter's time goes by tiles, whatever their size: cases of many rows have larger ones than any GPU would.
-WIDE = Tactic({"BLOCK_M": 128, "BLOCK_N": 512, "BLOCK_S": 64, "MIN_ROWS": 256}, warps=8, stages=1)
+WIDE = Tactic({"BLOCK_M": 64, "BLOCK_N": 512, "BLOCK_S": 64, "MIN_ROWS": 256}, warps=8, stages=1)
 FEW_ROWS, ROWS = 600, 10000
 
 
@@ -75,11 +75,13 @@ def attention_cases(draw: Any) -> AttentionCase:
     batch = draw(st.integers(1, 8))
     tactic = draw(st.sampled_from([*ATTEND_TACTICS, WIDE]))
     longest = min(5000, (ROWS if tactic is WIDE else FEW_ROWS) // batch)
+    group = draw(st.sampled_from([1, 4, 8]))
+    tokens = max(1, min(64, 128 // batch, 3 * tactic.constants["BLOCK_M"] // group))
     return AttentionCase(
         committed=tuple(draw(st.lists(st.integers(0, longest), min_size=batch, max_size=batch))),
-        step=draw(st.integers(1, 64)),
+        step=draw(st.integers(1, tokens)),
         pattern=draw(st.sampled_from(["causal", "bidirectional", "masked"])),
-        group=draw(st.sampled_from([1, 4, 8])),
+        group=group,
         kv_heads=draw(st.integers(1, 2)),
         head_dim=draw(st.sampled_from([64, 128])),
         splits=draw(st.integers(1, 6)),
