@@ -248,7 +248,8 @@ class _Network:
         attend = attend_function("masked" if self.pattern == "causal" else "bidirectional")
         seen = [q, *updated, self.write_indices, self.visibility]
         parts = self._plugin(attend, seen, [f"partial.{index}", f"log_sum_exp.{index}"], splits=splits)
-        return self._plugin(merge_function(), parts, [f"attended.{index}"], splits=splits)[0]
+        group = config.num_attention_heads // config.num_key_value_heads
+        return self._plugin(merge_function(), parts, [f"attended.{index}"], splits=splits, group=group)[0]
 
     def _plugin(
         self,

@@ -192,7 +192,7 @@ MERGE = Operator(
     scalars=("step", "splits"),
     outputs=(Operand("attended", "real", ("B", "S", "HQ D")),),
     kernel="attention.merge_kernel",
-    attributes=("splits",),
+    attributes=("splits", "group"),
 )
 
 

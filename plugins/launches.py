@@ -142,9 +142,8 @@ class _Merge(Launch):
 
     @staticmethod
     def _shape(call: Call) -> AttentionShape:
-        """Which heads share keys and values is past caring for."""
-        _, _, heads, _, head_dim = call.static["partial"]
-        return AttentionShape(kv_heads=heads, group=1, head_dim=head_dim, splits=call.attributes["splits"])
+        (_, _, heads, _, head_dim), group = call.static["partial"], call.attributes["group"]
+        return AttentionShape(heads // group, group, head_dim, call.attributes["splits"])
 
 
 class _Int4Product(Launch):

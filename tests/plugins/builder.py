@@ -148,7 +148,8 @@ class Built:
 
 
 def attributes_of(name: str) -> dict[str, int]:
-    return dict.fromkeys(LAUNCHES[name].operator.attributes, SPLITS)
+    values = {"splits": SPLITS, "group": HEADS // KV_HEADS}
+    return {attribute: values[attribute] for attribute in LAUNCHES[name].operator.attributes}
 
 
 def build(

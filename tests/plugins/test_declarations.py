@@ -92,7 +92,7 @@ def test_launches_cover_the_work(built: dict[str, Built]) -> None:
         kernel = built["AttendMasked"].kernels[number]
         assert kernel.grid == (-(-rows // tactic.constants["BLOCK_M"]), 3 * KV_HEADS, BATCH)
         assert kernel.scalars == (STEP, CAPACITY)
-    assert {kernel.grid for kernel in built["MergeSplits"].kernels.values()} == {(STEP, HEADS, BATCH)}
+    assert {kernel.grid for kernel in built["MergeSplits"].kernels.values()} == {(STEP, KV_HEADS, BATCH)}
     assert {kernel.scalars for kernel in built["MergeSplits"].kernels.values()} == {(STEP, 3)}
     for number, kernel in built["Int4ProductScaledAdaptedResidual"].kernels.items():
         tactic = dict(enumerate(_product_tactics(), 1))[number]
