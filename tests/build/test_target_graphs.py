@@ -137,22 +137,41 @@ def rotated_alike(function: onnx.FunctionProto) -> None:
         node.input[:] = [name.replace("query_", "key_") for name in node.input]
 
 
+def without_adapter(function: onnx.FunctionProto) -> None:
+    """Zeros in the place of the adapter's first half."""
+    for node in function.node:
+        if list(node.input) == ["narrow"]:
+            node.CopyFrom(onnx.helper.make_node("Sub", ["narrow", "narrow"], node.output))
+
+
 @pytest.mark.parametrize(
-    ("made", "spoil"),
-    [("attend_function", less_or_equal), ("int4_product_function", odd_first), ("kv_write_function", rotated_alike)],
+    ("made", "spoil", "pattern"),
+    [
+        ("attend_function", less_or_equal, "causal"),
+        ("attend_function", less_or_equal, "bidirectional"),
+        ("int4_product_function", odd_first, "causal"),
+        ("int4_product_function", without_adapter, "bidirectional"),
+        ("kv_write_function", rotated_alike, "causal"),
+    ],
 )
 def test_a_fault_in_a_function_is_seen(
-    checkpoint: Checkpoint, pool: RawPool, monkeypatch: pytest.MonkeyPatch, made: str, spoil: Callable[..., None]
+    checkpoint: Checkpoint,
+    pool: RawPool,
+    monkeypatch: pytest.MonkeyPatch,
+    made: str,
+    spoil: Callable[[onnx.FunctionProto], None],
+    pattern: AttentionPattern,
 ) -> None:
-    right = getattr(network, made)
+    right, changed = getattr(network, made), []
 
     def spoilt(*arguments: Any) -> onnx.FunctionProto:
         function = right(*arguments)
         before = function.SerializeToString()
         spoil(function)
-        assert function.SerializeToString() != before
+        changed.append(function.SerializeToString() != before)
         return function
 
     monkeypatch.setattr(network, made, spoilt)
     with pytest.raises(AssertionError, match=r"log_sum_exp|_cache_out"):
-        test_the_plugins_functions_compute_the_same(checkpoint, pool, "causal")
+        test_the_plugins_functions_compute_the_same(checkpoint, pool, pattern)
+    assert any(changed)
