@@ -100,6 +100,10 @@ class Tokenizer:
         """The text that ``token`` completes in an incremental decoding, if it completes any."""
         return stream.step(self._tokenizer, token)
 
+    def token_id(self, token: str) -> int | None:
+        """The id of a special token by its text, None if the vocabulary has none."""
+        return self._tokenizer.token_to_id(token)
+
     def apply_chat_template(
         self, messages: Sequence[Message], add_generation_prompt: bool = True, enable_thinking: bool = False
     ) -> str:

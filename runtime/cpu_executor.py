@@ -15,7 +15,7 @@ from trimode.model.errors import TriModeError
 from trimode.model.machine import instruction_set
 from trimode.model.manifest import ADAPTER, POOL, Manifest
 from trimode.model.step import cache_inputs, cache_outputs
-from trimode.runtime.executor import BidirectionalStep, Candidates, CausalStep, Speculated, Step
+from trimode.runtime.executor import BidirectionalStep, Candidates, CausalStep, Step
 from trimode.runtime.kv_pool import KvPool
 
 _FOLDERS: dict[type[Step], str] = {CausalStep: "ar", BidirectionalStep: "diffusion"}
@@ -24,10 +24,12 @@ _FOLDERS: dict[type[Step], str] = {CausalStep: "ar", BidirectionalStep: "diffusi
 class CpuExecutor:
     """Loads ``ar/`` and ``diffusion/`` of an engine directory; raises TriModeError if they are not for this machine."""
 
-    def __init__(self, engine: Path, manifest: Manifest, threads: int | None = None) -> None:
+    def __init__(
+        self, engine: Path, manifest: Manifest, threads: int | None = None, kv_cache_bytes: int | None = None
+    ) -> None:
         _refuse_foreign_layout(engine, manifest)
-        model = manifest.model
-        self.pool = KvPool(model.num_hidden_layers, model.num_key_value_heads, model.head_dim, manifest.limits.capacity)
+        model, capacity = manifest.model, manifest.limits.capacity
+        self.pool = KvPool(model.num_hidden_layers, model.num_key_value_heads, model.head_dim, capacity, kv_cache_bytes)
         self._top_k = manifest.limits.top_k
         self._caches = list(
             zip(cache_inputs(model.num_hidden_layers), cache_outputs(model.num_hidden_layers), strict=True)
@@ -72,10 +74,6 @@ class CpuExecutor:
             binding.bind_output(name, "cpu", 0, result.dtype, result.shape, result.ctypes.data)
         self._sessions[type(step)].run_with_iobinding(binding)
         return candidates
-
-    def speculate(self, draft: BidirectionalStep) -> Speculated:
-        drafted = self.run(draft)
-        return Speculated(drafted, self.run(draft.verification(drafted.tokens[:, :, 0])))
 
     def _binding(self, step: Step) -> ort.IOBinding:
         """A binding whose caches are the step's slots of the pool, inputs and outputs at the same addresses."""

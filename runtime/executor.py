@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
+
+from trimode.runtime.kv_pool import Rows
 
 Ints = NDArray[np.int64]
 
@@ -80,12 +82,9 @@ class Candidates(NamedTuple):
     tokens: Ints  # [B, R, k]
     log_sum_exp: NDArray[np.float32]  # [B, R]
 
-
-class Speculated(NamedTuple):
-    """Candidates of every row, [B, S, k], of the draft and of the causal pass that verifies it."""
-
-    drafted: Candidates
-    verified: Candidates
+    def of(self, index: int, rows: int) -> Candidates:
+        """One sequence's first ``rows`` rows: [rows, k], [rows, k], [rows]."""
+        return Candidates(self.logits[index, :rows], self.tokens[index, :rows], self.log_sum_exp[index, :rows])
 
 
 class KvSlots(Protocol):
@@ -93,6 +92,15 @@ class KvSlots(Protocol):
 
     capacity: int
     active: int
+
+    @property
+    def slots(self) -> int:
+        """How many are allocated."""
+        ...
+
+    def holds(self, sequences: int, rows: int) -> bool:
+        """Whether there may be so many sequences, the longest of ``rows`` tokens."""
+        ...
 
     def acquire(self) -> int:
         """A slot for a new sequence: always the first one past the active ones."""
@@ -102,12 +110,16 @@ class KvSlots(Protocol):
         """Give a slot back. The last active sequence moves into it; returns that sequence's former slot."""
         ...
 
-    def read_rows(self, slot: int, start: int, stop: int) -> NDArray[Any]:
-        """A copy of a slot's rows, [2 * layers, kv_heads, stop - start, head_dim], for :meth:`write_rows`."""
+    def reserve(self, rows: int) -> None:
+        """Make room for sequences of ``rows`` tokens; raises TriModeError past the engine's capacity."""
         ...
 
-    def write_rows(self, slot: int, start: int, rows: NDArray[Any]) -> None:
-        """Put what :meth:`read_rows` gave into a slot, from row ``start`` on."""
+    def read_rows(self, slot: int, start: int, stop: int) -> Rows:
+        """A copy of a sequence's rows from ``start`` to before ``stop``."""
+        ...
+
+    def write_rows(self, slot: int, start: int, rows: Rows) -> None:
+        """Put rows that :meth:`read_rows` gave into a sequence, from ``start`` on; there is room for them."""
         ...
 
 
@@ -120,6 +132,18 @@ class Executor(Protocol):
     def run(self, step: CausalStep | BidirectionalStep) -> Candidates:
         """One pass; writes the step's KV rows, whichever the engine."""
         ...
+
+
+class Speculated(NamedTuple):
+    """Candidates of every row, [B, S, k], of a draft and of the causal pass that verifies it."""
+
+    drafted: Candidates
+    verified: Candidates
+
+
+@runtime_checkable
+class SpeculatingExecutor(Executor, Protocol):
+    """One that need not wait between a draft and its verification."""
 
     def speculate(self, draft: BidirectionalStep) -> Speculated:
         """A draft of whole blocks, and the causal pass over the blocks that it fills.

@@ -11,8 +11,11 @@ from trimode.runtime.executor import Executor
 from trimode.runtime.rtx import load_rtx_executor
 
 
-def load_executor(engine: Path, manifest: Manifest, threads: int | None) -> Executor:
-    """Raises TriModeError if the engine cannot run on this machine. ``threads`` is the CPU's affair."""
+def load_executor(engine: Path, manifest: Manifest, threads: int | None, kv_cache_bytes: int | None) -> Executor:
+    """Raises TriModeError if the engine cannot run on this machine.
+
+    threads, kv_cache_bytes: of target cpu; on a GPU, the build has set the size of the KV pool.
+    """
     if manifest.target == "rtx":
         return load_rtx_executor(engine, manifest)
     if manifest.target == "tensorrt":
@@ -20,4 +23,4 @@ def load_executor(engine: Path, manifest: Manifest, threads: int | None) -> Exec
             f"{engine} is for target tensorrt, which this version builds and does not run; for this machine: "
             "trimode build CHECKPOINT OUT --target cpu, or rtx"
         )
-    return CpuExecutor(engine, manifest, threads)
+    return CpuExecutor(engine, manifest, threads, kv_cache_bytes)

@@ -35,7 +35,7 @@ class Graph:
         self.handle = handle
 
 
-class Rows(NamedTuple):
+class Runs(NamedTuple):
     """Where runs of bytes begin, each ``pitch`` bytes after the last."""
 
     address: int
@@ -109,7 +109,7 @@ class Device:
     def clear(self, address: int, size: int) -> None:
         _checked(driver.cuMemsetD8Async(address, 0, size, self._stream))
 
-    def copy_rows(self, to: Rows, source: Rows, width: int, count: int) -> None:
+    def copy_rows(self, to: Runs, source: Runs, width: int, count: int) -> None:
         """``count`` runs of ``width`` bytes."""
         plan, kinds = driver.CUDA_MEMCPY2D(), driver.CUmemorytype
         plan.WidthInBytes, plan.Height, plan.srcPitch, plan.dstPitch = width, count, source.pitch, to.pitch

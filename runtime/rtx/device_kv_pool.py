@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from numpy.typing import NDArray
 
 from trimode.model.config import ModelConfig
 from trimode.model.errors import TriModeError
 from trimode.model.manifest import NUMPY_TYPES, Real
-from trimode.runtime.rtx.cuda import Device, Rows
+from trimode.runtime.kv_pool import Rows
+from trimode.runtime.rtx.cuda import Device, Runs
 
 
 class DeviceKvPool:
@@ -40,6 +38,10 @@ class DeviceKvPool:
         """Where ``slot`` begins in a cache, in the order of :func:`trimode.model.step.cache_inputs`."""
         return self._memory.address + (cache * self.slots + slot) * self._slot
 
+    def holds(self, sequences: int, rows: int) -> bool:
+        """Whether there may be so many sequences, the longest of ``rows`` tokens."""
+        return sequences <= self.slots and rows <= self.capacity
+
     def acquire(self) -> int:
         """A slot for a new sequence: the first one past the active ones. Raises TriModeError if all are taken."""
         if self.active == self.slots:
@@ -61,25 +63,30 @@ class DeviceKvPool:
         self.active = last
         return last
 
-    def read_rows(self, slot: int, start: int, stop: int) -> NDArray[Any]:
-        """Rows of a slot, [2 * layers, kv_heads, stop - start, head_dim] in the pool's type, for :meth:`write_rows`."""
+    def reserve(self, rows: int) -> None:
+        """There is room for every sequence up to the capacity; raises TriModeError past it."""
+        if rows > self.capacity:
+            raise TriModeError(f"a sequence of {rows} tokens exceeds the engine's capacity of {self.capacity}")
+
+    def read_rows(self, slot: int, start: int, stop: int) -> Rows:
+        """A copy of a sequence's rows from ``start`` to before ``stop``, in the pool's type."""
         heads, _, head_dim = self.shape
         rows = np.empty((self._caches, heads, stop - start, head_dim), self._dtype)
         self._copy_rows(slot, start, rows, upload=False)
         return rows
 
-    def write_rows(self, slot: int, start: int, rows: NDArray[Any]) -> None:
-        """Put what :meth:`read_rows` gave into a slot, from row ``start`` on."""
+    def write_rows(self, slot: int, start: int, rows: Rows) -> None:
+        """Put rows that :meth:`read_rows` gave into a sequence, from ``start`` on; there is room for them."""
         self._copy_rows(slot, start, np.ascontiguousarray(rows), upload=True)
 
-    def _copy_rows(self, slot: int, start: int, rows: NDArray[Any], upload: bool) -> None:
+    def _copy_rows(self, slot: int, start: int, rows: Rows, upload: bool) -> None:
         heads, count = rows.shape[1:3]
         if start + count > self.capacity:
             raise ValueError(f"rows {start} to {start + count} of {self.capacity}")
         width = count * self._row
         self._device.activate()
         for cache in range(self._caches):
-            here = Rows(self.address(cache, slot) + start * self._row, self._head)
-            host = Rows(rows[cache].ctypes.data, width, on_device=False)
+            here = Runs(self.address(cache, slot) + start * self._row, self._head)
+            host = Runs(rows[cache].ctypes.data, width, on_device=False)
             self._device.copy_rows(*((here, host) if upload else (host, here)), width, heads)
         self._device.synchronize()

@@ -100,10 +100,7 @@ class RtxExecutor:
                 f"a step of {step.input_ids.shape[1]} tokens exceeds the engine's max_step of {self._rtx.max_step}; "
                 "use a shorter block, or build with a larger --max-step"
             )
-        if step.rows_written > self._limits.capacity:
-            raise TriModeError(
-                f"a sequence of {step.rows_written} tokens exceeds the engine's capacity of {self._limits.capacity}"
-            )
+        self.pool.reserve(step.rows_written)
 
     def _constant(self, array: NDArray[Any]) -> Constant:
         memory = self._device.allocate(array.nbytes, "the engines' inputs")

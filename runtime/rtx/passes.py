@@ -22,7 +22,7 @@ from trimode.model.manifest import NUMPY_TYPES, Manifest
 from trimode.model.step import cache_inputs, cache_outputs
 from trimode.runtime.executor import BidirectionalStep, Candidates, CausalStep, Speculated
 from trimode.runtime.rtx.buckets import Bucket
-from trimode.runtime.rtx.cuda import Buffer, Bytes, Device, Graph, Rows
+from trimode.runtime.rtx.cuda import Buffer, Bytes, Device, Graph, Runs
 from trimode.runtime.rtx.device_kv_pool import DeviceKvPool
 from trimode.runtime.rtx.plans import expect
 
@@ -249,7 +249,7 @@ class Speculation:
         step = self._bucket.step
         for sequence in range(self._bucket.batch if step > 1 else 0):
             first = sequence * step + 1
-            source, to = Rows(found + first * pitch, pitch), Rows(wanted + first * width, width)
+            source, to = Runs(found + first * pitch, pitch), Runs(wanted + first * width, width)
             self._device.copy_rows(to, source, width, step - 1)
 
 

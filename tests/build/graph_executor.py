@@ -41,22 +41,11 @@ def bind_pooled(binding: ort.IOBinding, value: ort.NodeArg, data: NDArray[np.uin
     binding.bind_input(value.name, "cpu", 0, TYPES[value.type], value.shape, data.ctypes.data)
 
 
-class OneSlot:
-    """A KV pool of one sequence."""
-
-    def __init__(self, config: ModelConfig, rows: int, real: type[np.floating[Any]]) -> None:
-        shape = (1, config.num_key_value_heads, rows, config.head_dim)
-        self.buffers = [np.zeros(shape, real) for _ in range(2 * config.num_hidden_layers)]
-
-    def acquire(self) -> int:
-        return 0
-
-    def release(self, _slot: int) -> int:
-        return 0
-
-
 class GraphExecutor:
-    """Runs ``ar/graph.onnx`` and ``diffusion/graph.onnx`` of ``folder`` over one mapped pool."""
+    """Runs ``ar/graph.onnx`` and ``diffusion/graph.onnx`` of ``folder`` over one mapped pool, for one sequence.
+
+    ``seen``: the steps it was given.
+    """
 
     def __init__(
         self,
@@ -68,8 +57,10 @@ class GraphExecutor:
         rows: int,
         real: type[np.floating[Any]],
     ) -> None:
-        self.pool = OneSlot(config, rows, real)
+        shape = (1, config.num_key_value_heads, rows, config.head_dim)
+        self._caches = [np.zeros(shape, real) for _ in range(2 * config.num_hidden_layers)]
         self._real = real
+        self.seen: list[Step] = []
         data = np.memmap(pool_file, np.uint8, mode="r")
         self._weights = {entry.name: data[entry.offset : entry.offset + entry.bytes] for entry in pool}
         self._adapter = {name: array.astype(real) for name, array in load_file(adapter).items()}
@@ -80,9 +71,10 @@ class GraphExecutor:
         }
 
     def run(self, step: CausalStep | BidirectionalStep) -> Candidates:
+        self.seen.append(step)
         session = self._sessions[type(step)]
         binding = session.io_binding()
-        caches = zip(cache_inputs(self._layers), cache_outputs(self._layers), self.pool.buffers, strict=True)
+        caches = zip(cache_inputs(self._layers), cache_outputs(self._layers), self._caches, strict=True)
         for name, updated, buffer in caches:
             place = ("cpu", 0, buffer.dtype, buffer.shape, buffer.ctypes.data)
             binding.bind_input(name, *place)

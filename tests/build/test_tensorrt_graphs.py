@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,7 @@ from trimode.model.progress import no_progress
 from trimode.plugins.contracts import DOMAIN
 from trimode.plugins.kernel_library import KernelLibrary
 from trimode.quantize import quantize_checkpoint
-from trimode.runtime.decoding import DecodingOptions, Mode
-from trimode.runtime.engine import Engine
+from trimode.runtime import LLM, SamplingParams
 
 ROWS = 512
 
@@ -53,53 +52,48 @@ def emitted(tiny_int4: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def decode_by_graphs(engine: Engine, graphs: GraphExecutor, prompt: list[int], options: DecodingOptions) -> list[int]:
-    kept = engine.executor
-    engine.executor = graphs  # type: ignore[assignment]
-    try:
-        return engine.generate(prompt, options).token_ids
-    finally:
-        engine.executor = kept
+@pytest.fixture(scope="module")
+def llm(cpu_engine: Path) -> Iterator[LLM]:
+    """Target cpu, one sequence at a time and every row computed."""
+    with LLM(cpu_engine, max_batch_size=1, prefix_cache_bytes=0) as llm:
+        yield llm
+
+
+def decode(llm: LLM, records: list[dict], **options: Any) -> list[list[int]]:
+    blocks = {} if options["mode"] == "ar" else {"block_length": 16}
+    params = SamplingParams(max_tokens=48, **blocks, **options)
+    return [output.outputs[0].token_ids for output in llm.generate([row["messages"] for row in records], params)]
 
 
 def test_greedy_decoding_through_the_functions_gives_target_cpus_tokens(
-    tiny_int4: Path, cpu_engine: Path, heldout: list[dict], tmp_path: Path
+    tiny_int4: Path, llm: LLM, cpu_engine: Path, heldout: list[dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The target's own graphs in fp32, every mode: prefills of more than one chunk, drafts, commits, the adapter."""
-    checkpoint, engine = Checkpoint(tiny_int4), Engine(cpu_engine)
+    checkpoint, records, modes = Checkpoint(tiny_int4), heldout[::90], ("ar", "diffusion", "linear_spec")
+    expected = [decode(llm, records, mode=mode) for mode in modes]
     assert checkpoint.adapter is not None
     plugins = PluginOptions(SPLITS, checkpoint.adapter.config.r)
     options = NetworkOptions(top_k=64, adapter=True, capacity=ROWS, plugins=plugins)
     pool = write_graphs(checkpoint, tmp_path, options, (), no_progress)
     graphs = GraphExecutor(tmp_path, pool, tmp_path / POOL, cpu_engine / ADAPTER, checkpoint.config, ROWS, np.float32)
-    modes: tuple[Mode, ...] = ("ar", "diffusion", "linear_spec")
-    for record in heldout[::90]:
-        prompt = engine.tokenizer.encode(engine.tokenizer.apply_chat_template(record["messages"]))
-        for mode in modes:
-            decoding = DecodingOptions(mode=mode, block_length=16, max_tokens=48)
-            expected = engine.generate(prompt, decoding).token_ids
-            assert decode_by_graphs(engine, graphs, prompt, decoding) == expected
+    monkeypatch.setattr(llm._executor, "run", graphs.run)
+    assert [decode(llm, records, mode=mode) for mode in modes] == expected
+    assert {type(step).__name__ for step in graphs.seen} == {"CausalStep", "BidirectionalStep"}
 
 
-def test_the_emitted_16_bit_graphs_decode_too(emitted: Path, cpu_engine: Path, heldout: list[dict]) -> None:
-    """The very files that TensorRT is given. In fp16 a near-tie may fall otherwise, so most tokens are asked for."""
-    manifest, engine = Manifest.read(emitted), Engine(cpu_engine)
+def test_the_emitted_16_bit_graphs_decode_too(
+    emitted: Path, llm: LLM, heldout: list[dict], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The very files that TensorRT is given. In fp16 a near-tie may fall otherwise, so most answers are asked for."""
+    manifest, records = Manifest.read(emitted), heldout[5::70]
+    expected = decode(llm, records, mode="linear_spec")
+    capacity = manifest.limits.capacity
     graphs = GraphExecutor(
-        emitted,
-        manifest.pool,
-        emitted / POOL,
-        emitted / ADAPTER,
-        manifest.model,
-        manifest.limits.capacity,
-        np.float16,
+        emitted, manifest.pool, emitted / POOL, emitted / ADAPTER, manifest.model, capacity, np.float16
     )
-    same = 0
-    records = heldout[5::70]
-    for record in records:
-        prompt = engine.tokenizer.encode(engine.tokenizer.apply_chat_template(record["messages"]))
-        decoding = DecodingOptions(mode="linear_spec", block_length=16, max_tokens=48)
-        same += decode_by_graphs(engine, graphs, prompt, decoding) == engine.generate(prompt, decoding).token_ids
-    assert same >= len(records) - 1
+    monkeypatch.setattr(llm._executor, "run", graphs.run)
+    found = decode(llm, records, mode="linear_spec")
+    assert sum(answer == other for answer, other in zip(found, expected, strict=True)) >= len(records) - 1
 
 
 def test_both_graphs_take_the_pools_one_copy_and_hold_no_weights(emitted: Path) -> None:

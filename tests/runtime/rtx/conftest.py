@@ -47,7 +47,7 @@ def fp16(rtn_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Buil
     folder, checkpoint = tmp_path_factory.mktemp("fp16"), Checkpoint(rtn_checkpoint)
     options = RtxOptions(sms=(121, 89), dtype="fp16", max_batch=MAX_BATCH, max_step=MAX_STEP)
     build_engine(checkpoint, folder / "rtx", target=options, capacity=CAPACITY)
-    build_engine(checkpoint, folder / "cpu", capacity=CAPACITY, top_k=4)
+    build_engine(checkpoint, folder / "cpu", capacity=CAPACITY, top_k=4, prefill_step=MAX_STEP)
     write_raw_pool(checkpoint, folder / "raw.bin", no_progress, np.dtype(np.float16))
     for name, _ in ENGINES:
         shutil.copyfile(folder / "rtx" / name / GRAPH, folder / f"{name}.onnx")

@@ -544,14 +544,17 @@ class ContextDouble:
             bind = binding.bind_input if name in self._inputs else binding.bind_output
             bind(name, "cpu", 0, dtype, shape, address)
         write, window_rows, window = self.addresses["write_indices"], self.addresses["window_rows"], sizes["window"]
+        mask, batch = self.addresses.get("block_mask"), sizes["batch"]
         step, capacity = sizes["step"], places[[name for name, *_ in places].index("k_cache.0")][2][2]
 
         def run() -> None:
-            reach = int(_at(write, np.dtype(np.int64), (sizes["batch"],)).max()) + step
+            reach = int(_at(write, np.dtype(np.int64), (batch,)).max()) + step
             if reach > capacity:
                 raise FaultError(f"a pass wrote up to row {reach} of slots of {capacity}")
             if not np.array_equal(_at(window_rows, np.dtype(np.int64), (window,)), np.arange(window)):
                 raise FaultError("window_rows are not 0, 1, ...")
+            if mask is not None and not _at(mask, np.dtype(np.bool_), (batch, step, step)).any(axis=2).all():
+                raise FaultError("a token sees nothing of its step: NaN in the pool")
             if not self.engine.weights_are_whole():
                 raise FaultError("the weights are not the plan's")
             self.engine.session.run_with_iobinding(binding)

@@ -10,11 +10,12 @@ import pytest
 import tensorrt_rtx
 from numpy.typing import NDArray
 
-from tests.runtime.rtx.conftest import CAPACITY, MAX_STEP, Built, Machine
+from tests.runtime.rtx.conftest import CAPACITY, MAX_BATCH, MAX_STEP, Built, Machine
 from tests.runtime.rtx.rtx_double import FaultError, misremembered_calls
-from trimode.runtime.decoding import DecodingOptions
-from trimode.runtime.engine import Engine
-from trimode.runtime.executor import BidirectionalStep, Candidates, CausalStep, Executor
+from trimode.model.errors import TriModeError
+from trimode.runtime import LLM, SamplingParams
+from trimode.runtime.engine import load_engine
+from trimode.runtime.executor import BidirectionalStep, Candidates, CausalStep, Executor, SpeculatingExecutor
 from trimode.runtime.rtx import executor, passes
 from trimode.runtime.rtx.buckets import Bucket
 from trimode.runtime.rtx.device_kv_pool import DeviceKvPool
@@ -32,34 +33,87 @@ def test_the_double_knows_the_calls_as_they_are() -> None:
 # Whole texts.
 
 
-def prompts(engine: Engine, heldout: list[dict], count: int) -> list[list[int]]:
-    chosen = [record["messages"] for record in heldout[::29][:count]]
-    return [engine.tokenizer.encode(engine.tokenizer.apply_chat_template(messages)) for messages in chosen]
+MODES: list[dict[str, Any]] = [
+    {"mode": "ar"},
+    {"mode": "linear_spec", "block_length": 16},
+    {"mode": "linear_spec", "block_length": 7, "draft_threshold": 0.5, "adapter": False},
+    {"mode": "auto", "block_length": 8},
+    {"mode": "diffusion", "block_length": 8},
+]
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"mode": "ar"},
-        {"mode": "linear_spec", "block_length": 16},
-        {"mode": "linear_spec", "block_length": 7, "draft_threshold": 0.5, "adapter": False},
-        {"mode": "diffusion", "block_length": 8},
-    ],
-    ids=str,
-)
-def test_tokens_are_the_cpu_targets(
-    fp16: Built, machine: Machine, heldout: list[dict], options: dict[str, Any]
-) -> None:
-    expected, found = Engine(fp16.cpu), Engine(fp16.rtx)
-    decoding = DecodingOptions(max_tokens=60, **options)
-    before, ran = machine.cuda.synchronisations, 0
-    for prompt in prompts(expected, heldout, 6):
-        answer = found.generate(prompt, decoding)
-        assert answer.token_ids == expected.generate(prompt, decoding).token_ids
-        ran += answer.passes.prefill + answer.passes.draft + answer.passes.commit
-    assert machine.cuda.synchronisations - before == ran
-    assert machine.cuda.launches + machine.cuda.captures == ran
-    assert machine.cuda.launches > 0.6 * ran
+def conversations(heldout: list[dict]) -> list[Any]:
+    return [record["messages"] for record in heldout[::29][:6]]
+
+
+@pytest.mark.usefixtures("machine")
+@pytest.mark.parametrize("options", MODES, ids=str)
+@pytest.mark.parametrize("at_once", [1, MAX_BATCH])
+def test_tokens_are_the_cpu_targets(fp16: Built, heldout: list[dict], options: dict[str, Any], at_once: int) -> None:
+    """Alone and in batches, with rows of earlier answers reused where texts begin alike."""
+    answers = []
+    for engine in (fp16.cpu, fp16.rtx):
+        with LLM(engine, max_batch_size=at_once) as llm:
+            outputs = llm.generate(conversations(heldout), SamplingParams(max_tokens=60, **options))
+            answers.append([output.outputs[0].token_ids for output in outputs])
+    assert answers[0] == answers[1]
+
+
+def test_modes_share_a_batch(fp16: Built, machine: Machine, heldout: list[dict]) -> None:
+    """More requests than slots, each in a mode of its own, all at once; each call is one launch and one wait."""
+    params = [SamplingParams(max_tokens=40, **options) for options in MODES]
+    with LLM(fp16.cpu) as llm:
+        expected = [output.outputs[0].token_ids for output in llm.generate(conversations(heldout)[:5], params)]
+    with LLM(fp16.rtx, prefix_cache_bytes=0) as llm:
+        assert llm._executor.pool.slots == MAX_BATCH
+        calls = listen(llm._executor)
+        waits, launches, captures = machine.cuda.synchronisations, machine.cuda.launches, machine.cuda.captures
+        found = [output.outputs[0].token_ids for output in llm.generate(conversations(heldout)[:5], params)]
+    assert found == expected
+    assert machine.cuda.synchronisations - waits == len(calls)
+    assert machine.cuda.launches - launches + machine.cuda.captures - captures == len(calls)
+    assert machine.cuda.launches > machine.cuda.captures
+    assert max(step.batch for _, step in calls) == MAX_BATCH
+
+
+def test_self_speculation_waits_once_a_cycle(fp16: Built, machine: Machine, heldout: list[dict]) -> None:
+    params = SamplingParams(max_tokens=40, mode="linear_spec", block_length=16)
+    with LLM(fp16.cpu) as llm:
+        expected = llm.generate(conversations(heldout)[0], params).outputs[0]
+    with LLM(fp16.rtx) as llm:
+        calls = listen(llm._executor)
+        output = llm.generate(conversations(heldout)[0], params).outputs[0]
+    kinds = [kind for kind, _ in calls]
+    chunks = output.counts.prefill
+    assert kinds == ["run"] * chunks + ["speculate"] * output.counts.cycles
+    assert output.counts.draft == output.counts.commit == output.counts.cycles > 1
+    assert output.counts == expected.counts  # the same drafts were accepted
+    assert machine.cuda.launches > 0
+
+
+def listen(executor: Any) -> list[tuple[str, Any]]:
+    """The calls to come: their name and their step."""
+    calls: list[tuple[str, Any]] = []
+
+    def listening(name: str, call: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def called(step: Any) -> Any:
+            calls.append((name, step))
+            return call(step)
+
+        return called
+
+    for name in ("run", "speculate"):
+        setattr(executor, name, listening(name, getattr(executor, name)))
+    return calls
+
+
+@pytest.mark.usefixtures("machine")
+def test_a_block_that_no_step_holds_is_refused_before_it_runs(fp16: Built) -> None:
+    with (
+        LLM(fp16.rtx, verify=False) as llm,
+        pytest.raises(TriModeError, match=r"block_length is 65.*steps of 64"),
+    ):
+        llm.generate([200], SamplingParams(mode="linear_spec", block_length=65, max_tokens=100))
 
 
 # Batches of ragged sequences, step by step.
@@ -169,9 +223,15 @@ def again_and_again(engine: Executor) -> list[NDArray[Any]]:
 
 
 def speculated(engine: Executor) -> list[NDArray[Any]]:
+    """In one launch where the executor can, in two passes where it cannot."""
     found = prefill(engine)
     for _ in range(2):
-        drafted, verified = engine.speculate(draft_step())
+        draft = draft_step()
+        if isinstance(engine, SpeculatingExecutor):
+            drafted, verified = engine.speculate(draft)
+        else:
+            drafted = engine.run(draft)
+            verified = engine.run(draft.verification(drafted.tokens[:, :, 0]))
         found += rows_of_logits(drafted, BLOCKS) + rows_of_logits(verified, BLOCKS)
     return found
 
@@ -184,7 +244,10 @@ RUNS: list[Run] = [
 
 def distances(built: Built, run: Run) -> list[float]:
     """Relative distance of each result from the cpu target's."""
-    expected, found = run(Engine(built.cpu).executor), run(Engine(built.rtx, verify=False).executor)
+    expected, found = (
+        run(load_engine(built.cpu, verify=False).executor),
+        run(load_engine(built.rtx, verify=False).executor),
+    )
     return [
         float(np.linalg.norm(one - other) / np.linalg.norm(other)) for one, other in zip(found, expected, strict=True)
     ]
@@ -196,7 +259,7 @@ def test_steps_compute_what_the_cpu_target_computes(exact: Built, run: Run) -> N
 
 
 def test_a_speculation_waits_once_and_sends_little(fp16: Built, machine: Machine) -> None:
-    engine = Engine(fp16.rtx).executor
+    engine = load_engine(fp16.rtx, verify=False).executor
     slot = engine.pool.acquire()
     engine.run(CausalStep.chain(slot, np.arange(200, 240)[None], np.array([0]), np.array([[39]])))
     ids = np.full((1, 32), MASK)
@@ -215,7 +278,7 @@ def test_a_speculation_waits_once_and_sends_little(fp16: Built, machine: Machine
 
 @pytest.mark.usefixtures("machine")
 def test_a_pass_changes_the_rows_that_it_writes_and_no_others(fp16: Built) -> None:
-    engine = Engine(fp16.rtx).executor
+    engine = load_engine(fp16.rtx, verify=False).executor
     prefill(engine)
     engine.pool.acquire()
     pool = engine.pool
@@ -299,6 +362,17 @@ def padding_is_seen(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(passes.BoundPass, "put", putting)
 
 
+def padding_sees_nothing(patch: pytest.MonkeyPatch) -> None:
+    put = passes.BoundPass.put
+
+    def putting(self: Any, step: Any) -> None:
+        put(self, step)
+        if "block_mask" in self._views:
+            self._views["block_mask"][:, step.input_ids.shape[1] :] = False
+
+    patch.setattr(passes.BoundPass, "put", putting)
+
+
 def draft_not_handed_over(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(passes.Speculation, "_hand_over", lambda _self: None)
 
@@ -325,6 +399,7 @@ def _padded(bucket: Bucket) -> Bucket:
         (stale_graph, some_of_the_slots),
         (slot_off_by_one, draft_and_commit),
         (padding_is_seen, draft_and_commit),
+        (padding_sees_nothing, draft_and_commit),
         (draft_not_handed_over, speculated),
         (results_taken_early, draft_and_commit),
         (padded_past_the_capacity, up_to_the_capacity),

@@ -49,6 +49,7 @@ class Slots(RuleBasedStateMachine):
         sequence = data.draw(st.sampled_from(sorted(self.slot_of)))
         begin, end = self.lengths[sequence], min(self.lengths[sequence] + more, CAPACITY)
         rows = np.full((2 * 2, 2, end - begin, 4), sequence, np.float32)
+        self.pool.reserve(end)
         self.pool.write_rows(self.slot_of[sequence], begin, rows.astype(self.dtype))
         self.lengths[sequence] = end
 
@@ -124,10 +125,15 @@ def test_what_the_devices_pool_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     pool = device_pool(monkeypatch)
     with pytest.raises(ValueError, match="slot 0 is not active"):
         pool.release(0)
+    with pytest.raises(TriModeError, match="301 tokens exceeds the engine's capacity of 300"):
+        pool.reserve(301)
     with pytest.raises(ValueError, match="rows 299 to 301 of 300"):
         pool.read_rows(0, 299, 301)
     for _ in range(SLOTS):
+        assert pool.holds(pool.active + 1, CAPACITY)
         pool.acquire()
+    assert not pool.holds(SLOTS + 1, 1)
+    assert not pool.holds(1, CAPACITY + 1)
     with pytest.raises(TriModeError, match="all 5 slots of the KV pool are taken"):
         pool.acquire()
 

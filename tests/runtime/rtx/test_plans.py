@@ -22,24 +22,25 @@ from tests.runtime.rtx.conftest import Built, Machine
 from tests.runtime.rtx.rtx_double import GRANULARITY, FaultError, LibcudaDouble
 from trimode.model.errors import TriModeError
 from trimode.model.manifest import Manifest
-from trimode.runtime.decoding import DecodingOptions
-from trimode.runtime.engine import Engine
+from trimode.runtime import LLM, SamplingParams
+from trimode.runtime.engine import load_engine
 from trimode.runtime.rtx import plans
 from trimode.runtime.rtx.executor import RtxExecutor
 from trimode.runtime.rtx.plans import WeightPlacement, _pieces
 
 
 def executor_of(engine: Path) -> RtxExecutor:
-    found = Engine(engine, verify=False).executor
+    found = load_engine(engine, verify=False).executor
     assert isinstance(found, RtxExecutor)
     return found
 
 
-def answer(engine: Engine) -> list[int]:
+def answer(engine: Path) -> list[int]:
     """Long enough for both engines to run."""
-    prompt = engine.tokenizer.apply_chat_template([{"role": "user", "content": "What is 60% of 440?"}])
-    options = DecodingOptions(mode="linear_spec", block_length=8, max_tokens=20)
-    tokens = engine.generate(engine.tokenizer.encode(prompt), options).token_ids
+    prompt = [{"role": "user", "content": "What is 60% of 440?"}]
+    with LLM(engine, verify=False) as llm:
+        output = llm.generate(prompt, SamplingParams(mode="linear_spec", block_length=8, max_tokens=20))
+        tokens = output.outputs[0].token_ids
     assert len(tokens) > 8
     return tokens
 
@@ -79,13 +80,12 @@ def test_what_differs_is_held_for_each(fp16: Built, machine: Machine, caplog: py
 def test_weights_that_tensorrt_does_not_manage_stay_where_they_are(
     fp16: Built, machine: Machine, caplog: pytest.LogCaptureFixture
 ) -> None:
-    managed = answer(Engine(fp16.rtx))
+    managed = answer(fp16.rtx)
     caplog.clear()
     machine.trt.manages_weights = False
-    engine = Engine(fp16.rtx)
-    assert engine.executor.weights == WeightPlacement(shared=0, private=0, unmanaged_engines=2)  # type: ignore[attr-defined]
+    assert executor_of(fp16.rtx).weights == WeightPlacement(shared=0, private=0, unmanaged_engines=2)
     assert "each has a copy of its own" in caplog.text
-    assert answer(engine) == managed
+    assert answer(fp16.rtx) == managed
 
 
 @pytest.mark.usefixtures("machine")
@@ -95,7 +95,7 @@ def test_a_piece_that_is_not_the_plans_is_seen(fp16: Built, monkeypatch: pytest.
         plans, "_pieces", lambda sections, _granularity: ([plans._Piece(0, len(sections[0]))], [[], []])
     )
     with pytest.raises(FaultError, match="without its weights"):
-        answer(Engine(fp16.rtx))
+        answer(fp16.rtx)
 
 
 @given(
@@ -171,7 +171,7 @@ def test_a_broken_engine_is_refused_by_name(fp16: Built, tmp_path: Path, case: s
     damage, message = BROKEN[case]
     damage(engine)
     with pytest.raises(TriModeError, match=message) as caught:
-        Engine(engine)
+        load_engine(engine)
     assert "\n" not in str(caught.value)
 
 
@@ -190,7 +190,7 @@ def test_unverified_it_is_refused_when_it_is_loaded(
     engine = Path(shutil.copytree(fp16.rtx, tmp_path / "engine"))
     damage(engine)
     with pytest.raises(TriModeError, match=message):
-        Engine(engine, verify=False)
+        load_engine(engine, verify=False)
 
 
 def test_what_tensorrt_finds_wrong_with_a_plan_is_told(fp16: Built, machine: Machine) -> None:
@@ -230,7 +230,7 @@ def test_a_missing_package_comes_with_its_remedy(fp16: Built, monkeypatch: pytes
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(TriModeError, match=rf"needs the package {missing}: pip install 'trimode\[rtx\]'"):
-        Engine(fp16.rtx, verify=False)
+        load_engine(fp16.rtx, verify=False)
 
 
 def trimode(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -259,4 +259,4 @@ def test_a_driver_without_a_gpu(
 ) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda _name: library)
     with pytest.raises(TriModeError, match=f"needs an NVIDIA GPU; its driver here: .*{words}"):
-        Engine(fp16.rtx, verify=False)
+        load_engine(fp16.rtx, verify=False)

@@ -1,0 +1,117 @@
+"""What a request gives back: TensorRT-LLM's field names, and the counts of its passes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+FinishReason = Literal["stop", "length", "cancelled"]
+# How a token came: the prefill's last row; a draft that the causal row agreed with; the causal row's own token after
+# them; a denoise pass of a diffusion block; the thinking budget.
+Origin = Literal["prefill", "accepted", "bonus", "denoised", "forced"]
+
+
+class Logprob(NamedTuple):
+    """logprob: natural log of the model's probability. rank: 1 for the likeliest token of the row."""
+
+    logprob: float
+    rank: int
+
+
+@dataclass
+class Counts:
+    """What one answer cost. Passes it took part in, by kind (a prefill longer than a chunk counts each chunk), and:
+
+    cycles: blocks brought to their end, by a commit or, in diffusion, by an end token. drafted, accepted: tokens
+    proposed by drafts, and those of them that were emitted. cached_tokens: prompt tokens whose KV rows were reused.
+    """
+
+    prefill: int = 0
+    draft: int = 0
+    denoise: int = 0
+    commit: int = 0
+    cycles: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    cached_tokens: int = 0
+
+    def add(self, other: Counts) -> None:
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """What is new of one answer; its last one has a finish_reason, or an error."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[dict[int, Logprob]] = field(default_factory=list)
+    origins: list[Origin] = field(default_factory=list)
+    rejected: list[int] = field(default_factory=list)
+    counts: Counts = field(default_factory=Counts)
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    time_to_first_token: float | None = None
+    seconds: float | None = None
+    error: Exception | None = None
+
+
+@dataclass
+class CompletionOutput:
+    """One answer, as far as it has come. ``text`` is without special tokens unless asked for, and without the stop
+    string; ``token_ids`` ends with the end token if there was one.
+
+    logprobs: for each token, itself first, then the asked number of the likeliest. finish_reason: None while it runs.
+    stop_reason: the stop string or stop token id, None for the model's end token. origins: how each token came.
+    rejected: drafted tokens of the latest update that the causal rows did not agree with. time_to_first_token, seconds:
+    from the request's arrival. ``*_diff``: what the latest update added.
+    """
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    cumulative_logprob: float | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    origins: list[Origin] = field(default_factory=list)
+    rejected: list[int] = field(default_factory=list)
+    counts: Counts = field(default_factory=Counts)
+    time_to_first_token: float | None = None
+    seconds: float | None = None
+    text_diff: str = ""
+    token_ids_diff: list[int] = field(default_factory=list)
+    logprobs_diff: list[dict[int, Logprob]] = field(default_factory=list)
+
+    @property
+    def length(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def tokens_per_forward(self) -> float | None:
+        """Tokens by draft, denoise and commit passes; the first token, which the prefill gives, left out. None if it
+        is the only one.
+        """
+        passes = self.counts.draft + self.counts.denoise + self.counts.commit
+        return (self.length - 1) / passes if passes else None
+
+    @property
+    def mean_acceptance(self) -> float | None:
+        """Tokens a cycle, the first token left out; None if there was no cycle."""
+        return (self.length - 1) / self.counts.cycles if self.counts.cycles else None
+
+    def apply(self, update: Update) -> None:
+        """Take what is new."""
+        self.text += update.text
+        self.token_ids += update.token_ids
+        self.origins += update.origins
+        self.text_diff, self.token_ids_diff, self.logprobs_diff = update.text, update.token_ids, update.logprobs
+        if update.logprobs:
+            self.logprobs = (self.logprobs or []) + update.logprobs
+            own = (next(iter(chosen.values())).logprob for chosen in update.logprobs)
+            self.cumulative_logprob = (self.cumulative_logprob or 0.0) + sum(own)
+        self.rejected, self.counts = update.rejected, update.counts
+        self.finish_reason, self.stop_reason = update.finish_reason, update.stop_reason
+        self.time_to_first_token, self.seconds = update.time_to_first_token, update.seconds
