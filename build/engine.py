@@ -19,7 +19,7 @@ from trimode.build.network import NetworkOptions, PluginOptions
 from trimode.build.tensorrt_compile import require_tensorrt
 from trimode.build.tensorrt_graphs import COMPUTE_CAPABILITIES, SPLITS, write_graphs
 from trimode.model.atomic_folder import atomic_folder
-from trimode.model.checkpoint import HEAD, Checkpoint
+from trimode.model.checkpoint import HEAD, Checkpoint, linear_shapes
 from trimode.model.errors import TriModeError
 from trimode.model.machine import instruction_set
 from trimode.model.manifest import (
@@ -53,9 +53,13 @@ _EMBEDDING_TYPES: dict[np.dtype[np.generic], Real] = {
 class CpuOptions:
     """activations: ``int8`` rounds the inputs of int4 products to 8 bits: several times as fast on large matrices, and
     no longer w4a16.
+
+    unpacked_bytes: with fp32 activations, int4 matrices that all together take no more than this as fp32 are stored so.
+    ONNX Runtime unpacks int4 anew in every pass, and four bits save nothing where the weights stay in a cache.
     """
 
     activations: Activations = "fp32"
+    unpacked_bytes: int = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -125,7 +129,8 @@ def build_engine(
     Tokenizer.from_folder(checkpoint.folder)
     real: Real = "fp32" if isinstance(target, CpuOptions) else target.dtype
     with atomic_folder(out) as folder:
-        built = _build_target(checkpoint, folder, limits, target, progress)
+        unpacked = _unpacks(checkpoint, target)
+        built = _build_target(checkpoint, folder, limits, target, unpacked, progress)
         adapter = _write_adapter(checkpoint, folder / ADAPTER)
         (folder / TOKENIZER).mkdir()
         for name in FILES:
@@ -146,6 +151,7 @@ def build_engine(
                 activations=target.activations if isinstance(target, CpuOptions) and linear_is_int4 else real,
                 kv_cache=real,
                 group=None if quantization is None else quantization.group_size,
+                unpacked=unpacked,
             ),
             limits=limits,
             adapter=adapter,
@@ -166,13 +172,23 @@ def build_engine(
     return Manifest.read(out)
 
 
+def _unpacks(checkpoint: Checkpoint, target: TargetOptions) -> bool:
+    """Whether the pool is to hold the checkpoint's int4 matrices as fp32."""
+    if not isinstance(target, CpuOptions) or target.activations != "fp32":
+        return False
+    shapes = linear_shapes(checkpoint.config).items()
+    weights = sum(rows * columns for module, (rows, columns) in shapes if checkpoint.is_int4(module))
+    return 0 < weights * np.dtype(np.float32).itemsize <= target.unpacked_bytes
+
+
 def _build_target(
-    checkpoint: Checkpoint, folder: Path, limits: Limits, target: TargetOptions, progress: Progress
+    checkpoint: Checkpoint, folder: Path, limits: Limits, target: TargetOptions, unpack: bool, progress: Progress
 ) -> _Built:
     adapter = checkpoint.adapter is not None
     if isinstance(target, CpuOptions):
-        options = NetworkOptions(top_k=limits.top_k, adapter=adapter)
-        return _Built("cpu", build_cpu_engines(checkpoint, folder, options, target.activations, progress))
+        # Folded, a single token is several rows to the attention: its kernel for one row rounds otherwise.
+        options = NetworkOptions(adapter=adapter, fold_queries=True)
+        return _Built("cpu", build_cpu_engines(checkpoint, folder, options, target.activations, unpack, progress))
     if isinstance(target, TensorrtOptions):
         return _build_tensorrt(checkpoint, folder, limits, target, progress)
     try:

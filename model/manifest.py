@@ -47,7 +47,7 @@ ENGINE_FILES: dict[Target, tuple[str, ...]] = {
     "tensorrt": (GRAPH,),
 }
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 POOL = "weights/pool.bin"
 ADAPTER = "weights/adapter.safetensors"
@@ -85,6 +85,7 @@ class Precision(_Record):
     """Types as stored and computed: ``int4`` weights carry scales, of the KV pool's type, by ``group`` inputs.
 
     ``activations``: ``int8`` means that the inputs of int4 products are rounded to 8 bits, all else being fp32.
+    ``unpacked``: int4 matrices lie in the pool as fp32, multiplied by their scales.
     """
 
     linear: Literal["int4"] | Real
@@ -93,6 +94,7 @@ class Precision(_Record):
     activations: Literal["int8"] | Real
     kv_cache: Real
     group: PositiveInt | None
+    unpacked: bool
 
 
 class Limits(_Record):
@@ -156,7 +158,7 @@ class TensorrtEntry(_Record):
 
 
 class Manifest(_Record):
-    format_version: Literal[1]
+    format_version: Literal[2]
     target: Target
     source: str
     quantization: str
