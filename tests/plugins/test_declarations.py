@@ -17,6 +17,7 @@ from tests.plugins.builder import (
     CAPACITY,
     COLUMNS,
     COMPILED,
+    GROUP,
     HEADS,
     KV_HEADS,
     SIZE,
@@ -106,7 +107,7 @@ def _product_tactics() -> list[Any]:
 
 def test_a_tactic_whose_tile_spans_two_groups_is_not_offered(built: dict[str, Built]) -> None:
     offered = built["Int4Product"].kernels.keys()
-    wide = {number for number, tactic in enumerate(_product_tactics(), 1) if tactic["BLOCK_K"] > 64}
+    wide = {number for number, tactic in enumerate(_product_tactics(), 1) if tactic["BLOCK_K"] > GROUP}
     assert wide
     assert offered.isdisjoint(wide)
 
