@@ -172,7 +172,7 @@ class Scheduler:
             begun = time.perf_counter()
             found = self._executor.run(_step(engine, span, committed))
             self._cost.observe(engine, span.batch, span.step, time.perf_counter() - begun)
-            for slot, needed, _ in span.members:
+            for slot, needed, _, _ in span.members:
                 self._absorb(slot, needed, found.of(slot - span.first, len(needed.rows)))
 
     def _speculate(self) -> bool:
@@ -223,7 +223,8 @@ class Scheduler:
                 if prefill and prefill + len(needed.tokens) > self._prefill_tokens:
                     continue
                 prefill += len(needed.tokens)
-            members.append(Member(slot, needed, sequence.params.uses_adapter))
+            candidates = 1 if needed.kind == "draft" else sequence.params.candidates
+            members.append(Member(slot, needed, sequence.params.uses_adapter, candidates))
         return members
 
     def _absorb(self, slot: int, needed: Pass, found: Candidates) -> None:
@@ -268,7 +269,7 @@ class Scheduler:
         idle = Pass(
             "commit" if engine == "ar" else "draft", np.zeros(step, np.int64), np.arange(min(step, LONGEST_BLOCK))
         )
-        span = Span(slots[0], slots[-1], step, [Member(slot, idle, adapter=True) for slot in slots])
+        span = Span(slots[0], slots[-1], step, [Member(slot, idle, adapter=True, candidates=1) for slot in slots])
         ready = _step(engine, span, [0] * (slots[-1] + 1))
         begun = time.perf_counter()
         self._executor.run(ready)
