@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 
 
 class WeightPlacement(NamedTuple):
-    """Bytes on the device: held once for both engines; held for one engine alone; managed by TensorRT-RTX for each on
-    its own, as far as it tells.
+    """Bytes on the device, held once for both engines or for one alone; and the engines whose weights TensorRT-RTX
+    does not manage, so that each has them all to itself.
     """
 
     shared: int
@@ -81,7 +81,7 @@ def load_plans(device: Device, engine: Path, entry: RtxEntry) -> Plans:
     Takes host memory for both engines' weights while it loads, and no more device memory than it ends with, but for
     one engine's own copy.
     """
-    if entry.tensorrt_rtx != trt.__version__:
+    if _release(entry.tensorrt_rtx) != _release(trt.__version__):
         raise TriModeError(
             f"{engine} was built with TensorRT-RTX {entry.tensorrt_rtx}, this is {trt.__version__}; "
             f"pip install tensorrt-rtx-cu13=={entry.tensorrt_rtx}, or build it again"
@@ -106,6 +106,11 @@ def load_plans(device: Device, engine: Path, entry: RtxEntry) -> Plans:
         logger.warning("%s: %.1f MB of weights are shared, %.1f MB are not", engine, shared / 1e6, private / 1e6)
     ar, diffusion = engines
     return Plans(ar, diffusion, placement)
+
+
+def _release(version: str) -> list[str]:
+    """1.7.1 of 1.7.1.116: what a plan's header is held against."""
+    return version.split(".")[:3]
 
 
 def _deserialise(runtime: Any, engine: Path, name: str, entry: PlanEntry) -> Any:
