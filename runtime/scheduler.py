@@ -194,7 +194,7 @@ class Scheduler:
             begun = time.perf_counter()
             drafted, verified = executor.speculate(draft)
             self._observe_both(span, time.perf_counter() - begun)
-            for slot, needed, _ in span.members:
+            for slot, needed, _, _ in span.members:
                 index, length = slot - span.first, len(needed.tokens)
                 logits, tokens, log_sum_exp = drafted.of(index, length)
                 self._absorb(slot, needed, Candidates(logits[1:], tokens[1:], log_sum_exp[1:]))
