@@ -52,7 +52,7 @@ def write_kernels(
     try:
         from trimode.plugins.compilation import compile_operator
     except ModuleNotFoundError as error:
-        raise TriModeError(f"target tensorrt needs the package {error.name}: pip install 'trimode[build]'") from None
+        raise TriModeError(f"target tensorrt needs the package {error.name}: pip install 'trimode[tensorrt]'") from None
     done, total = 0, len(sms) * len(needed)
     for sm in sms:
         target = library_folder(folder, sm)

@@ -178,7 +178,7 @@ def attend_constants(shape: AttentionShape) -> Constants:
 
 # BLOCK_S: rows of a masked tile. A tile of 128 rows holds a step of 32 with groups of 4, and reads K and V once for it.
 ATTEND_TACTICS = (
-    Tactic({"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_S": 16, "MIN_ROWS": 128}, warps=2, stages=3),
+    Tactic({"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_S": 16, "MIN_ROWS": 128}, warps=4, stages=2),
     Tactic({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_S": 16, "MIN_ROWS": 256}, warps=4, stages=2),
     Tactic({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_S": 16, "MIN_ROWS": 256}, warps=8, stages=2),
 )

@@ -14,6 +14,7 @@ whole to make it.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -152,9 +153,8 @@ def _adapter(narrow, adapter_up, row, rows, column, COLUMNS: tl.constexpr, RANK:
 
 def dequantize(packed: Tensor, scale: Tensor) -> Tensor:
     """W [K, N] fp32, of [K, N / 2] bytes whose low nibble is the even column, and scales [K / group, N]."""
-    bytes_ = packed.to(int) & 0xFF
-    nibbles = bytes_[..., None] >> bytes_.new_tensor([0, 4]) & 15
-    integers = (nibbles.flatten(1) ^ 8) - 8
+    nibbles = torch.stack((packed & 15, (packed >> 4) & 15), dim=-1).flatten(1)
+    integers = (nibbles ^ 8) - 8
     return integers * scale.float().repeat_interleave(packed.shape[0] // scale.shape[0], 0)
 
 

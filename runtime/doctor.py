@@ -68,9 +68,9 @@ def _targets(packages: dict[str, str | None], gpus: Gpus) -> dict[str, str]:
 
 def _tensorrt_builds(packages: dict[str, str | None], gpus: Gpus) -> str:
     if packages["onnx"] is None or packages["triton"] is None:
-        return "does not build: pip install 'trimode[build]'"
+        return "does not build: pip install 'trimode[build,tensorrt]'"
     if packages["tensorrt"] is None:
-        return "builds with --emit-only; to compile: pip install 'trimode[tensorrt]' on a machine with a GPU"
+        return "builds with --emit-only; to compile: pip install 'tensorrt>=11.4,<12' on a machine with a GPU"
     return "builds" if gpus.found else "builds with --emit-only; to compile it needs an NVIDIA GPU and its driver"
 
 

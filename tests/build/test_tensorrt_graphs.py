@@ -18,6 +18,7 @@ from trimode.build.engine import TensorrtOptions, build_engine
 from trimode.build.network import NetworkOptions, PluginOptions
 from trimode.build.tensorrt_graphs import SPLITS, write_graphs
 from trimode.model.checkpoint import Checkpoint
+from trimode.model.errors import TriModeError
 from trimode.model.manifest import ADAPTER, GRAPH, POOL, Manifest, verify_files
 from trimode.model.progress import no_progress
 from trimode.plugins.contracts import DOMAIN
@@ -200,6 +201,17 @@ def test_what_cannot_be_built_is_one_line(
     found = trimode("build", tiny_int4, tmp_path / "out", "--target", "tensorrt", *arguments)
     assert (found.returncode, found.stderr.count("\n")) == (2, 1)
     assert all(word in found.stderr for word in words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_triton_the_remedy_is_named(
+    random_int4_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "trimode.plugins.compilation", raising=False)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    options = TensorrtOptions(sms=(90,), emit_only=True)
+    with pytest.raises(TriModeError, match=r"needs the package triton: pip install 'trimode\[tensorrt\]'"):
+        build_engine(Checkpoint(random_int4_checkpoint), tmp_path / "out", target=options)
     assert list(tmp_path.iterdir()) == []
 
 

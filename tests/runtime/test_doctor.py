@@ -80,8 +80,8 @@ def test_the_command_prints_it() -> None:
 @pytest.mark.parametrize(
     ("installed", "library", "words"),
     [
-        ({"onnx"}, absent, "does not build: pip install 'trimode[build]'"),
-        ({"onnx", "triton"}, absent, "builds with --emit-only; to compile: pip install 'trimode[tensorrt]'"),
+        ({"onnx"}, absent, "does not build: pip install 'trimode[build,tensorrt]'"),
+        ({"onnx", "triton"}, absent, "builds with --emit-only; to compile: pip install 'tensorrt>=11.4,<12'"),
         ({"onnx", "triton", "tensorrt"}, absent, "builds with --emit-only; to compile it needs an NVIDIA GPU"),
         ({"onnx", "triton", "tensorrt"}, lambda _name: LibcudaDouble(), "no executor for it; builds"),
     ],
