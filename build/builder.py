@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 
+from trimode.build.tensorrt_form import KEY_HEADS
 from trimode.model.progress import Progress
 
 
@@ -61,13 +62,14 @@ class BuilderProgress:
 class ProfileSizes:
     """Least, usual and largest value of each dynamic dimension."""
 
-    def __init__(self, max_batch: int, max_step: int, capacity: int, rank: int) -> None:
+    def __init__(self, max_batch: int, max_step: int, capacity: int, rank: int, kv_heads: int) -> None:
         self._ranges = {
             "batch": (1, 1, max_batch),
             "step": (1, min(32, max_step), max_step),
             "rows": (1, min(32, max_step), max_step),
             "window": (1, min(512, capacity), capacity),
             "rank": (rank, rank, rank),
+            KEY_HEADS: (kv_heads, kv_heads, kv_heads * max_batch),
         }
 
     def of(self, dims: list[str | int]) -> list[tuple[int, ...]]:

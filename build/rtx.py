@@ -8,6 +8,7 @@ their weights itself (``STRIP_PLAN``) need a GPU already when they are built; so
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -16,10 +17,11 @@ import onnx
 import tensorrt_rtx as trt
 
 from trimode.build.builder import BuilderProgress, HeldSignals, ProfileSizes
-from trimode.build.kernels import parse_kernels
+from trimode.build.kernels import KernelList, parse_kernels
 from trimode.build.network import NetworkOptions, build_network
 from trimode.build.raw_pool import RawPool, write_raw_pool
-from trimode.build.weight_section import cut_runs, find_shared_runs
+from trimode.build.tensorrt_form import refuse_disorder, tensorrt_form
+from trimode.build.weight_section import Run, cut_runs, find_shared_runs
 from trimode.model.checkpoint import Checkpoint
 from trimode.model.errors import TriModeError
 from trimode.model.manifest import (
@@ -96,17 +98,26 @@ def build_rtx_engines(
             graph = build_network(checkpoint.config, pool, pattern, options)
             constants.append(_pooled_constants(graph))
             _refuse_differing(constants)
-            source = Path(temporary) / f"{name}.onnx"
-            onnx.save(graph, source)
             target = folder / name
             target.mkdir()
             onnx.save(graph, target / GRAPH)
+            layers = checkpoint.config.num_hidden_layers
+            if options.kv_read == "view":
+                graph = tensorrt_form(graph, layers)
+            source = Path(temporary) / f"{name}.onnx"
+            onnx.save(graph, source)
             rank = checkpoint.adapter.config.r if checkpoint.adapter else 0
-            sizes = ProfileSizes(max_batch, max_step, options.capacity or 0, rank)
-            plans.append(_compile(graph, source, target, sms, sizes, progress))
+            sizes = ProfileSizes(
+                max_batch, max_step, options.capacity or 0, rank, checkpoint.config.num_key_value_heads
+            )
+            plan, kernels = _compile(graph, source, target, sms, sizes, progress)
+            if options.kv_read == "view":
+                refuse_disorder(kernels.root, layers)
+            plans.append(plan)
     progress("weights", 0, 1)
     first, second = (np.memmap(plan, np.uint8, mode="r") for plan in plans)
     runs = find_shared_runs(first, second, probe)
+    _refuse_private_constants(runs)
     (folder / POOL).parent.mkdir()
     ar = cut_runs(plans[0], [(run.first, run.length) for run in runs], folder / POOL)
     diffusion = cut_runs(plans[1], [(run.second, run.length) for run in runs], None)
@@ -142,7 +153,7 @@ def refuse_unknown_gpus(sms: tuple[int, ...]) -> None:
 
 def _compile(
     graph: onnx.ModelProto, source: Path, target: Path, sms: tuple[int, ...], sizes: ProfileSizes, progress: Progress
-) -> Path:
+) -> tuple[Path, KernelList]:
     log = _LOG
     log.begin()
     builder = trt.Builder(log)
@@ -150,6 +161,9 @@ def _compile(
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(source)):
         raise RuntimeError(f"TensorRT-RTX cannot parse {target.name}/graph.onnx: {parser.get_error(0)}")
+    for tensor in (network.get_input(index) for index in range(network.num_inputs)):
+        if tensor.name.startswith("k_view."):
+            tensor.allowed_formats = 1 << int(trt.TensorFormat.HWC8)
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # or the kernels are listed by number alone
     # The runtime captures passes as CUDA graphs, over memory of its own: the build fails if the graph rules that out.
@@ -173,8 +187,19 @@ def _compile(
         raise RuntimeError(f"TensorRT-RTX on {target.name}/graph.onnx: {'; '.join(log.complaints) or 'no plan'}")
     path = target / PLAN
     path.write_bytes(memoryview(plan))
-    (target / KERNELS).write_text(parse_kernels(log.messages).model_dump_json(indent=1) + "\n", encoding="utf-8")
-    return path
+    kernels = parse_kernels(log.messages)
+    (target / KERNELS).write_text(kernels.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    return path, kernels
+
+
+def _refuse_private_constants(runs: list[Run]) -> None:
+    """One allocation serves both plans' weights only if their sections are the same to the byte."""
+    for run, following in pairwise(runs):
+        lone = [after - before - run.length for before, after in zip(run, following, strict=True)][:2]
+        raise RuntimeError(
+            f"the plans' weight sections differ after {run.length} bytes: {lone[0]} bytes that the AR plan alone has, "
+            f"{lone[1]} that the diffusion plan alone has"
+        )
 
 
 def _pooled_constants(graph: onnx.ModelProto) -> dict[str, str]:

@@ -46,7 +46,7 @@ def compile_plans(folder: Path, entry: TensorrtEntry, limits: Limits, gpu: Gpu, 
     Raises TriModeError if the folder has no kernels for ``gpu``.
     """
     declare_plugins(KernelLibrary(folder / PLUGIN_KERNELS, gpu.compute_capability))
-    sizes = ProfileSizes(entry.max_batch, entry.max_step, limits.capacity, rank=0)
+    sizes = ProfileSizes(entry.max_batch, entry.max_step, limits.capacity, rank=0, kv_heads=0)
     for name, _ in ENGINES:
         _compile(folder / name, sizes, progress)
     return TensorrtPlans(tensorrt=trt.__version__, gpu=gpu.name, compute_capability=gpu.compute_capability)

@@ -61,6 +61,7 @@ class Scheduler:
     ) -> None:
         self.waiting: deque[Request] = deque()
         self._executor = executor
+        self._speculating = executor if isinstance(executor, SpeculatingExecutor) else None
         self._running: list[Request] = []  # by slot
         self._max_batch = max_batch
         self._capacity = capacity
@@ -179,11 +180,10 @@ class Scheduler:
         """Draft and commit with one wait, if the executor can and that is what every sequence is about to do; returns
         whether it was done.
         """
-        executor = self._executor
-        if not isinstance(executor, SpeculatingExecutor):
+        if self._speculating is None:
             return False
         members = self._members("diffusion")
-        if len(members) < len(self._running):
+        if not members or len(members) < len(self._running):
             return False
         if any(self._running[member.slot].sequence.drafts_in_passes for member in members):
             return False
@@ -192,7 +192,7 @@ class Scheduler:
             rows = np.tile(np.arange(span.step), (span.batch, 1))
             draft = dataclasses.replace(bidirectional_step(span, committed), logit_rows=rows)
             begun = time.perf_counter()
-            drafted, verified = executor.speculate(draft)
+            drafted, verified = self._speculating.speculate(draft)
             self._observe_both(span, time.perf_counter() - begun)
             for slot, needed, _, _ in span.members:
                 index, length = slot - span.first, len(needed.tokens)
