@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Mapping
 
-from trimode.build.tensorrt_form import KEY_HEADS
 from trimode.model.progress import Progress
 
 
@@ -60,16 +60,14 @@ class BuilderProgress:
 
 
 class ProfileSizes:
-    """Least, usual and largest value of each dynamic dimension."""
+    """Least, usual and largest value of each dynamic dimension; ``others``: those that a target has beside these."""
 
-    def __init__(self, max_batch: int, max_step: int, capacity: int, rank: int, kv_heads: int) -> None:
+    def __init__(self, max_batch: int, max_step: int, others: Mapping[str, tuple[int, int, int]]) -> None:
         self._ranges = {
             "batch": (1, 1, max_batch),
             "step": (1, min(32, max_step), max_step),
             "rows": (1, min(32, max_step), max_step),
-            "window": (1, min(512, capacity), capacity),
-            "rank": (rank, rank, rank),
-            KEY_HEADS: (kv_heads, kv_heads, kv_heads * max_batch),
+            **others,
         }
 
     def of(self, dims: list[str | int]) -> list[tuple[int, ...]]:

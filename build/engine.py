@@ -229,7 +229,7 @@ def _build_tensorrt(
     if gpu is not None:
         from trimode.build.tensorrt_plans import compile_plans
 
-        entry = entry.model_copy(update={"plans": compile_plans(folder, entry, limits, gpu, progress)})
+        entry = entry.model_copy(update={"plans": compile_plans(folder, entry, gpu, progress)})
     return _Built("tensorrt", pool, tensorrt=entry)
 
 

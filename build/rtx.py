@@ -20,7 +20,7 @@ from trimode.build.builder import BuilderProgress, HeldSignals, ProfileSizes
 from trimode.build.kernels import KernelList, parse_kernels
 from trimode.build.network import NetworkOptions, build_network
 from trimode.build.raw_pool import RawPool, write_raw_pool
-from trimode.build.tensorrt_form import refuse_disorder, tensorrt_form
+from trimode.build.tensorrt_form import KEY_HEADS, refuse_disorder, tensorrt_form
 from trimode.build.weight_section import Run, cut_runs, find_shared_runs
 from trimode.model.checkpoint import Checkpoint
 from trimode.model.errors import TriModeError
@@ -107,9 +107,13 @@ def build_rtx_engines(
             source = Path(temporary) / f"{name}.onnx"
             onnx.save(graph, source)
             rank = checkpoint.adapter.config.r if checkpoint.adapter else 0
-            sizes = ProfileSizes(
-                max_batch, max_step, options.capacity or 0, rank, checkpoint.config.num_key_value_heads
-            )
+            kv_heads, capacity = checkpoint.config.num_key_value_heads, options.capacity or 0
+            others = {
+                "window": (1, min(512, capacity), capacity),
+                "rank": (rank, rank, rank),
+                KEY_HEADS: (kv_heads, kv_heads, kv_heads * max_batch),
+            }
+            sizes = ProfileSizes(max_batch, max_step, others)
             plan, kernels = _compile(graph, source, target, sms, sizes, progress)
             if options.kv_read == "view":
                 refuse_disorder(kernels.root, layers)

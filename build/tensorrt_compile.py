@@ -33,7 +33,7 @@ def compile_engine(emitted: Path, out: Path, progress: Progress = no_progress) -
         shutil.copytree(emitted, folder, ignore=lambda *_: [MANIFEST], copy_function=_link, dirs_exist_ok=True)
         from trimode.build.tensorrt_plans import compile_plans
 
-        plans = compile_plans(folder, manifest.tensorrt, manifest.limits, gpu, progress)
+        plans = compile_plans(folder, manifest.tensorrt, gpu, progress)
         entry = manifest.tensorrt.model_copy(update={"plans": plans})
         manifest.model_copy(update={"tensorrt": entry, "files": hash_files(folder, progress)}).write(folder)
     return Manifest.read(out)

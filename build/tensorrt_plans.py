@@ -11,7 +11,7 @@ import tensorrt as trt
 
 from trimode.build.builder import BuilderProgress, HeldSignals, ProfileSizes
 from trimode.model.gpus import Gpu
-from trimode.model.manifest import BUILDER_LOG, GRAPH, PLAN, PLUGIN_KERNELS, Limits, TensorrtEntry, TensorrtPlans
+from trimode.model.manifest import BUILDER_LOG, GRAPH, PLAN, PLUGIN_KERNELS, TensorrtEntry, TensorrtPlans
 from trimode.model.progress import Progress
 from trimode.model.step import ENGINES
 from trimode.plugins.declarations import declare_plugins
@@ -40,13 +40,13 @@ class _Monitor(BuilderProgress, trt.IProgressMonitor):  # type: ignore[misc]
         BuilderProgress.__init__(self, stage, progress, signals)
 
 
-def compile_plans(folder: Path, entry: TensorrtEntry, limits: Limits, gpu: Gpu, progress: Progress) -> TensorrtPlans:
+def compile_plans(folder: Path, entry: TensorrtEntry, gpu: Gpu, progress: Progress) -> TensorrtPlans:
     """Write ``engine.plan``, and what the builder warned of, beside each ``graph.onnx`` of ``folder``.
 
     Raises TriModeError if the folder has no kernels for ``gpu``.
     """
     declare_plugins(KernelLibrary(folder / PLUGIN_KERNELS, gpu.compute_capability))
-    sizes = ProfileSizes(entry.max_batch, entry.max_step, limits.capacity, rank=0, kv_heads=0)
+    sizes = ProfileSizes(entry.max_batch, entry.max_step, {})
     for name, _ in ENGINES:
         _compile(folder / name, sizes, progress)
     return TensorrtPlans(tensorrt=trt.__version__, gpu=gpu.name, compute_capability=gpu.compute_capability)
