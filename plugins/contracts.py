@@ -38,13 +38,14 @@ class Operand(NamedTuple):
 
 @dataclass(frozen=True)
 class Operator:
-    """``kernel``: the function in ``trimode.plugins`` that computes it."""
+    """``kernel``: the function in ``trimode.plugins`` that computes it. ``attributes``: integers no shape tells."""
 
     name: str
     inputs: tuple[Operand, ...]
     scalars: tuple[str, ...]
     outputs: tuple[Operand, ...]
     kernel: str
+    attributes: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -162,6 +163,7 @@ def attend(pattern: Pattern) -> Operator:
             Operand("log_sum_exp", "fp32", ("B", "P", "HQ", "S")),
         ),
         kernel="attention.attend_kernel",
+        attributes=("splits",),
     )
 
 
@@ -190,6 +192,7 @@ MERGE = Operator(
     scalars=("step", "splits"),
     outputs=(Operand("attended", "real", ("B", "S", "HQ D")),),
     kernel="attention.merge_kernel",
+    attributes=("splits", "group"),
 )
 
 
