@@ -1,4 +1,4 @@
-"""The ``trimode`` command: quantize, build, info, audit, doctor, generate.
+"""The ``trimode`` command: quantize, build, info, audit, doctor, generate, serve.
 
 What a user can mend is told in one line on stderr, with exit code 2. Long work shows its progress on stderr, so that
 stdout stays the answer alone.
@@ -28,6 +28,7 @@ from trimode.model.progress import Progress
 from trimode.runtime.decoding import DecodingOptions, Mode
 from trimode.runtime.doctor import examine
 from trimode.runtime.engine import Engine
+from trimode.runtime.llm import LLM
 from trimode.runtime.text_stream import TextStream
 
 USAGE_ERROR = 2
@@ -273,6 +274,34 @@ def generate(
         f"{result.finish_reason}]",
         file=sys.stderr,
     )
+
+
+@commands.command()
+@click.argument("engine", type=click.Path(path_type=Path))
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
+@click.option("--api-key", envvar="TRIMODE_API_KEY", help="What clients must send [default: none].")
+@click.option("--model-name", help="What clients call the model [default: the engine's source].")
+@click.option("--max-batch", type=click.IntRange(min=1), default=16, show_default=True, help="Answers at once.")
+@click.option("--max-queue", type=click.IntRange(min=1), default=1024, show_default=True, help="Answers that may wait.")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads of a pass [default: all cores].")
+@click.option("--max-body", type=click.IntRange(min=1), default=4 << 20, show_default=True, help="Bytes of a request.")
+@click.option("--request-seconds", type=click.FloatRange(min=1), default=600, show_default=True, help="Longest answer.")
+@click.option(
+    "--drain-seconds", type=click.FloatRange(min=0), default=8, show_default=True, help="To finish after SIGTERM."
+)
+def serve(engine: Path, max_batch: int, max_queue: int, threads: int | None, **options: Any) -> None:
+    """Answer OpenAI's API over ENGINE, with a playground at /."""
+    try:
+        from trimode.runtime.openai_server.server import ServerOptions
+        from trimode.runtime.openai_server.server import serve as run_server
+    except ModuleNotFoundError as error:
+        raise TriModeError(f"serving needs the package {error.name}: pip install 'trimode[serve]'") from None
+
+    with _progress() as progress:
+        llm = LLM(engine, threads=threads, max_batch_size=max_batch, max_queue_size=max_queue, progress=progress)
+    with llm:
+        run_server(llm, ServerOptions(**options))
 
 
 def _read_prompt(prompt: str) -> str:
