@@ -1,4 +1,4 @@
-"""The ``trimode`` command: quantize, build, info, audit, doctor, generate, serve.
+"""The ``trimode`` command: quantize, build, info, audit, doctor, generate, serve, triton.
 
 What a user can mend is told in one line on stderr, with exit code 2. Long work shows its progress on stderr, so that
 stdout stays the answer alone.
@@ -30,6 +30,7 @@ from trimode.runtime.doctor import examine
 from trimode.runtime.engine import Engine
 from trimode.runtime.llm import LLM
 from trimode.runtime.text_stream import TextStream
+from trimode.runtime.triton.repository import MODEL_NAME, write_repository
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -302,6 +303,18 @@ def serve(engine: Path, max_batch: int, max_queue: int, threads: int | None, **o
         llm = LLM(engine, threads=threads, max_batch_size=max_batch, max_queue_size=max_queue, progress=progress)
     with llm:
         run_server(llm, ServerOptions(**options))
+
+
+@commands.command()
+@click.argument("engine", type=click.Path(path_type=Path))
+@click.argument("repository", type=click.Path(path_type=Path))
+@click.option("--max-batch", type=click.IntRange(min=1), default=16, show_default=True, help="Answers at once.")
+@click.option("--max-queue", type=click.IntRange(min=1), default=1024, show_default=True, help="Answers that may wait.")
+def triton(engine: Path, repository: Path, max_batch: int, max_queue: int) -> None:
+    """Write the new folder REPOSITORY, from which Triton Inference Server serves ENGINE."""
+    Manifest.read(engine)
+    write_repository(engine, repository, max_batch, max_queue)
+    print(f"{repository}: model {MODEL_NAME}")
 
 
 def _read_prompt(prompt: str) -> str:
