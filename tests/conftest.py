@@ -62,3 +62,12 @@ def random_int4_engine(random_int4_checkpoint: Path, tmp_path_factory: pytest.Te
     out = tmp_path_factory.mktemp("engine") / "int4"
     build_engine(Checkpoint(random_int4_checkpoint), out, top_k=768)
     return out
+
+
+@pytest.fixture(scope="session")
+def tiny_engine(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped checkpoint, rounded to nearest, as an engine: real text in seconds."""
+    folder = tmp_path_factory.mktemp("tiny")
+    quantize_checkpoint(Checkpoint(tiny_checkpoint), folder / "w4a16", method="rtn", group=64)
+    build_engine(Checkpoint(folder / "w4a16"), folder / "engine")
+    return folder / "engine"
