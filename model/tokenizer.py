@@ -96,9 +96,13 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
-    def step(self, stream: DecodeStream, token: int) -> str | None:
-        """The text that ``token`` completes in an incremental decoding, if it completes any."""
-        return stream.step(self._tokenizer, token)
+    def step(self, stream: DecodeStream, tokens: list[int]) -> str | None:
+        """The text that ``tokens`` complete in an incremental decoding, if they complete any."""
+        return stream.step(self._tokenizer, tokens)
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a special token by its text, None if the vocabulary has none."""
+        return self._tokenizer.token_to_id(token)
 
     def apply_chat_template(
         self, messages: Sequence[Message], add_generation_prompt: bool = True, enable_thinking: bool = False

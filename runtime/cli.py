@@ -25,17 +25,15 @@ from trimode.model.checkpoint import open_checkpoint
 from trimode.model.errors import TriModeError
 from trimode.model.manifest import Activations, Manifest, Target
 from trimode.model.progress import Progress
-from trimode.runtime.decoding import DecodingOptions, Mode
 from trimode.runtime.doctor import examine
-from trimode.runtime.engine import Engine
-from trimode.runtime.llm import LLM
-from trimode.runtime.text_stream import TextStream
+from trimode.runtime.llm import LLM, RequestOutput
+from trimode.runtime.outputs import CompletionOutput
+from trimode.runtime.sampling_params import Mode, SamplingParams
 from trimode.runtime.triton.repository import MODEL_NAME, write_repository
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
 
-DEFAULTS = DecodingOptions()
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 
 
@@ -232,20 +230,17 @@ def audit(engine: Path, plot: Path | None, as_json: bool, **shapes: Any) -> None
 @commands.command()
 @click.option("--engine", required=True, type=click.Path(path_type=Path), help="Engine directory.")
 @click.option("--prompt", required=True, help="The user's message, or - to read it from stdin.")
-@click.option("--mode", type=click.Choice(get_args(Mode)), default=DEFAULTS.mode, show_default=True)
-@click.option("--block-length", default=DEFAULTS.block_length, show_default=True, help="Tokens of a block.")
-@click.option(
-    "--threshold", default=DEFAULTS.threshold, show_default=True, help="Confidence that settles a diffusion token."
-)
+@click.option("--mode", type=click.Choice(get_args(Mode)), default="linear_spec", show_default=True)
+@click.option("--block-length", type=int, help="Tokens of a block [default: 32].")
+@click.option("--threshold", type=float, help="Confidence that settles a diffusion token [default: 0.9].")
 @click.option(
     "--draft-threshold",
-    default=DEFAULTS.draft_threshold,
-    show_default=True,
-    help="The same in self-speculation's drafts; 0 drafts a block in one pass.",
+    type=float,
+    help="The same in self-speculation's drafts; 0 drafts a block in one pass [default: 0].",
 )
-@click.option("--max-tokens", default=DEFAULTS.max_tokens, show_default=True)
-@click.option("--temperature", default=DEFAULTS.temperature, show_default=True, help="0 is greedy.")
-@click.option("--seed", default=DEFAULTS.seed, show_default=True)
+@click.option("--max-tokens", default=256, show_default=True)
+@click.option("--temperature", default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--seed", default=0, show_default=True)
 @click.option("--no-adapter", is_flag=True, help="Draft without the adapter.")
 @click.option("--no-chat-template", is_flag=True, help="Give the prompt to the model as it is.")
 @json_option
@@ -253,28 +248,47 @@ def generate(
     engine: Path, prompt: str, no_adapter: bool, no_chat_template: bool, as_json: bool, **decoding: Any
 ) -> None:
     """Answer one prompt."""
-    options = DecodingOptions(**decoding, adapter=not no_adapter)
+    params = SamplingParams(**decoding, adapter=False if no_adapter else None)
     text = _read_prompt(prompt)
     with _progress() as progress:
-        loaded = Engine(engine, progress=progress)
-    if not no_chat_template:
-        text = loaded.tokenizer.apply_chat_template([{"role": "user", "content": text}])
-    stream = TextStream(loaded.tokenizer)
-
-    def show(tokens: list[int]) -> None:
-        print(stream.feed(tokens), end="", flush=True)
-
-    result = loaded.generate(loaded.tokenizer.encode(text), options, on_tokens=(lambda _: None) if as_json else show)
+        llm = LLM(engine, max_batch_size=1, prefix_cache_bytes=0, progress=progress)
+    with llm:
+        asked: Any = text if no_chat_template else [{"role": "user", "content": text}]
+        answer = llm.generate_async(asked, params, streaming=not as_json)
+        for update in answer:
+            if not as_json:
+                print(update.outputs[0].text_diff, end="", flush=True)
+    output = answer.outputs[0]
     if as_json:
-        print(json.dumps(dataclasses.asdict(result), ensure_ascii=False))
+        print(json.dumps(_summary(answer, output, params.mode), ensure_ascii=False))
         return
-    print(stream.finish())
-    accepted = "-" if result.mean_acceptance is None else f"{result.mean_acceptance:.2f}"
+    print()
+    accepted = "-" if output.mean_acceptance is None else f"{output.mean_acceptance:.2f}"
     print(
-        f"[{result.mode}: {result.completion_tokens} tokens in {result.seconds:.2f} s, {accepted} tokens a cycle, "
-        f"{result.finish_reason}]",
+        f"[{params.mode}: {output.length} tokens in {output.seconds:.2f} s, {accepted} tokens a cycle, "
+        f"{output.finish_reason}]",
         file=sys.stderr,
     )
+
+
+def _summary(answer: RequestOutput, output: CompletionOutput, mode: Mode) -> dict[str, Any]:
+    counts = output.counts
+    return {
+        "text": output.text,
+        "token_ids": output.token_ids,
+        "finish_reason": output.finish_reason,
+        "mode": mode,
+        "prompt_tokens": len(answer.prompt_token_ids),
+        "completion_tokens": output.length,
+        "passes": {kind: getattr(counts, kind) for kind in ("prefill", "draft", "denoise", "commit")},
+        "cycles": counts.cycles,
+        "drafted": counts.drafted,
+        "accepted": counts.accepted,
+        "tokens_per_forward": output.tokens_per_forward,
+        "mean_acceptance": output.mean_acceptance,
+        "time_to_first_token": output.time_to_first_token,
+        "seconds": output.seconds,
+    }
 
 
 @commands.command()

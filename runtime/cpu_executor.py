@@ -24,10 +24,12 @@ _FOLDERS: dict[type[Step], str] = {CausalStep: "ar", BidirectionalStep: "diffusi
 class CpuExecutor:
     """Loads ``ar/`` and ``diffusion/`` of an engine directory; raises TriModeError if they are not for this machine."""
 
-    def __init__(self, engine: Path, manifest: Manifest, threads: int | None = None) -> None:
+    def __init__(
+        self, engine: Path, manifest: Manifest, threads: int | None = None, kv_cache_bytes: int | None = None
+    ) -> None:
         _refuse_foreign_layout(engine, manifest)
-        model = manifest.model
-        self.pool = KvPool(model.num_hidden_layers, model.num_key_value_heads, model.head_dim, manifest.limits.capacity)
+        model, capacity = manifest.model, manifest.limits.capacity
+        self.pool = KvPool(model.num_hidden_layers, model.num_key_value_heads, model.head_dim, capacity, kv_cache_bytes)
         self._top_k = manifest.limits.top_k
         self._caches = list(
             zip(cache_inputs(model.num_hidden_layers), cache_outputs(model.num_hidden_layers), strict=True)

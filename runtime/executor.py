@@ -77,6 +77,10 @@ class Candidates(NamedTuple):
     tokens: Ints  # [B, R, k]
     log_sum_exp: NDArray[np.float32]  # [B, R]
 
+    def of(self, index: int, rows: int) -> Candidates:
+        """One sequence's first ``rows`` rows: [rows, k], [rows, k], [rows]."""
+        return Candidates(self.logits[index, :rows], self.tokens[index, :rows], self.log_sum_exp[index, :rows])
+
 
 class Executor(Protocol):
     """Runs the engines of one target. ``pool`` is the KV memory that both engines share."""

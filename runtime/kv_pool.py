@@ -13,12 +13,16 @@ from trimode.model.errors import TriModeError
 
 FIRST_ROWS = 128
 
+Rows = NDArray[np.generic]  # [2 * layers, kv_heads, rows, head_dim] of one sequence
+
 
 class KvPool:
     """``buffers[2 * layer]`` holds keys, ``buffers[2 * layer + 1]`` values: [slots, kv_heads, rows, head_dim] fp32."""
 
-    def __init__(self, layers: int, kv_heads: int, head_dim: int, capacity: int) -> None:
+    def __init__(self, layers: int, kv_heads: int, head_dim: int, capacity: int, limit: int | None = None) -> None:
+        """limit: bytes that the pool may grow to."""
         self.capacity = capacity
+        self._limit = limit
         self._layers = layers
         self._kv_heads = kv_heads
         self._head_dim = head_dim
@@ -34,6 +38,13 @@ class KvPool:
     @property
     def rows(self) -> int:
         return int(self.buffers[0].shape[2])
+
+    def holds(self, sequences: int, rows: int) -> bool:
+        """Whether so many sequences, the longest of ``rows`` tokens, stay within the pool's limit."""
+        if self._limit is None:
+            return True
+        slots = max(self.slots, 1 << (sequences - 1).bit_length())
+        return self._bytes_of(slots, max(self.rows, self._grown(rows))) <= self._limit
 
     def acquire(self) -> int:
         """A slot for a new sequence: always the first one past the active ones."""
@@ -61,10 +72,25 @@ class KvPool:
         if rows > self.capacity:
             raise TriModeError(f"a sequence of {rows} tokens exceeds the engine's capacity of {self.capacity}")
         if rows > self.rows:
-            grown = self.rows
-            while grown < rows:
-                grown *= 2
-            self._resize(self.slots, min(grown, self.capacity))
+            self._resize(self.slots, self._grown(rows))
+
+    def read_rows(self, slot: int, start: int, stop: int) -> Rows:
+        """A copy of a sequence's rows from ``start`` to before ``stop``."""
+        return np.stack([buffer[slot, :, start:stop] for buffer in self.buffers])
+
+    def write_rows(self, slot: int, start: int, rows: Rows) -> None:
+        """Put rows that :meth:`read_rows` gave into a sequence, from ``start`` on; there is room for them."""
+        for buffer, part in zip(self.buffers, rows, strict=True):
+            buffer[slot, :, start : start + rows.shape[2]] = part
+
+    def _grown(self, rows: int) -> int:
+        grown = min(FIRST_ROWS, self.capacity)
+        while grown < rows:
+            grown *= 2
+        return min(grown, self.capacity)
+
+    def _bytes_of(self, slots: int, rows: int) -> int:
+        return 2 * self._layers * slots * self._kv_heads * rows * self._head_dim * np.dtype(np.float32).itemsize
 
     def _resize(self, slots: int, rows: int) -> None:
         resized = self._allocate(slots, rows)

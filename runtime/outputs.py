@@ -35,6 +35,28 @@ class Counts:
     accepted: int = 0
     cached_tokens: int = 0
 
+    def add(self, other: Counts) -> None:
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """What is new of one answer; its last one has a finish_reason, or an error."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[dict[int, Logprob]] = field(default_factory=list)
+    origins: list[Origin] = field(default_factory=list)
+    rejected: list[int] = field(default_factory=list)
+    counts: Counts = field(default_factory=Counts)
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    time_to_first_token: float | None = None
+    seconds: float | None = None
+    error: Exception | None = None
+
 
 @dataclass
 class CompletionOutput:
@@ -79,3 +101,17 @@ class CompletionOutput:
     def mean_acceptance(self) -> float | None:
         """Tokens a cycle, the first token left out; None if there was no cycle."""
         return (self.length - 1) / self.counts.cycles if self.counts.cycles else None
+
+    def apply(self, update: Update) -> None:
+        """Take what is new."""
+        self.text += update.text
+        self.token_ids += update.token_ids
+        self.origins += update.origins
+        self.text_diff, self.token_ids_diff, self.logprobs_diff = update.text, update.token_ids, update.logprobs
+        if update.logprobs:
+            self.logprobs = (self.logprobs or []) + update.logprobs
+            own = (next(iter(chosen.values())).logprob for chosen in update.logprobs)
+            self.cumulative_logprob = (self.cumulative_logprob or 0.0) + sum(own)
+        self.rejected, self.counts = update.rejected, update.counts
+        self.finish_reason, self.stop_reason = update.finish_reason, update.stop_reason
+        self.time_to_first_token, self.seconds = update.time_to_first_token, update.seconds

@@ -132,7 +132,7 @@ class SamplingParams:
                 continue
             if field.name in ours:
                 given[field.name] = value
-            elif field.name == "best_of" and value == params.n or field.name in ("end_id", "pad_id"):
+            elif (field.name == "best_of" and value == params.n) or field.name in ("end_id", "pad_id"):
                 continue  # tensorrt_llm sets them itself
             else:
                 raise TriModeError(f"sampling_params: {field.name} is {value!r}; TriMode does not support it")
@@ -199,7 +199,9 @@ class SamplingParams:
             "denoising_top_n": ("top_n",),
         }.items():
             if getattr(self, field) is not None and policy not in policies:
-                raise TriModeError(f"{field} has no meaning with denoising {policy}, only with {' and '.join(policies)}")
+                raise TriModeError(
+                    f"{field} has no meaning with denoising {policy}, only with {' and '.join(policies)}"
+                )
         if policy == "top_n" and self.denoising_top_n is None:
             raise TriModeError("denoising top_n needs denoising_top_n, the number of tokens to settle a pass")
         if self.mode == "diffusion" and self.penalised:

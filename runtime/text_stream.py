@@ -1,4 +1,4 @@
-"""Tokens to text as they come: whole UTF-8 characters only, and nothing that is later taken back."""
+"""Tokens to text as they come: whole UTF-8 characters, stop strings cut off, and nothing that is later taken back."""
 
 from __future__ import annotations
 
@@ -8,22 +8,62 @@ from trimode.model.tokenizer import Tokenizer
 
 
 class TextStream:
-    """What :meth:`feed` and :meth:`finish` return, joined, is the text of all tokens fed."""
+    """The text of the tokens fed, up to the first stop string. What :meth:`told` and :meth:`finish` return, joined, is
+    that text.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    stops: strings that end it; the text keeps the one found if ``include_stop``. stop: the one found, if any.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stops: tuple[str, ...] = (),
+        include_stop: bool = False,
+        skip_special_tokens: bool = True,
+    ) -> None:
+        self.stop: str | None = None
         self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
+        self._skip_special_tokens = skip_special_tokens
+        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
+        self._stops = stops
+        self._include_stop = include_stop
         self._tokens: list[int] = []
-        self._told = ""
+        self._decoded = ""
+        self._told = 0  # characters
 
-    def feed(self, tokens: list[int]) -> str:
-        """The text that these tokens complete."""
+    def feed(self, tokens: list[int]) -> None:
         self._tokens += tokens
-        pieces = [self._tokenizer.step(self._stream, token) for token in tokens]
-        text = "".join(piece for piece in pieces if piece)
-        self._told += text
-        return text
+        self._append(self._tokenizer.step(self._stream, tokens) or "")
+
+    def told(self) -> str:
+        """The text since the last call that is complete and that no later token can turn into a stop string."""
+        return self._tell(len(self._decoded) - (0 if self.stop else self._possible_stop()))
 
     def finish(self) -> str:
-        """What was held back: an unfinished character, as its replacement."""
-        return self._tokenizer.decode(self._tokens).removeprefix(self._told)
+        """All that was not told yet: the beginning of a stop string, an unfinished character as its replacement."""
+        if self.stop is None:
+            whole = self._tokenizer.decode(self._tokens, self._skip_special_tokens)
+            self._append(whole.removeprefix(self._decoded))
+        return self._tell(len(self._decoded))
+
+    def _append(self, text: str) -> None:
+        """Add decoded text and look for the stop string that it completes first."""
+        searched = max(0, len(self._decoded) - max(map(len, self._stops), default=0) + 1)
+        self._decoded += text
+        found = [(at + len(stop), stop) for stop in self._stops if (at := self._decoded.find(stop, searched)) >= 0]
+        if found:
+            end, self.stop = min(found)
+            self._decoded = self._decoded[: end if self._include_stop else end - len(self.stop)]
+
+    def _possible_stop(self) -> int:
+        """Length of the longest end of the text that is the beginning of a stop string."""
+        longest = max(map(len, self._stops), default=1) - 1
+        for length in range(min(longest, len(self._decoded) - self._told), 0, -1):
+            if any(stop.startswith(self._decoded[-length:]) for stop in self._stops):
+                return length
+        return 0
+
+    def _tell(self, end: int) -> str:
+        text = self._decoded[self._told : end]
+        self._told = max(self._told, end)
+        return text

@@ -25,19 +25,13 @@ class Streamed(NamedTuple):
 
 async def stream(url: str, body: dict[str, Any], key: str = "", silent_events: int = 0) -> Streamed:
     """POST ``body`` to ``url``. ``silent_events``: events before the first that tells text."""
-    parts = urlsplit(url)
-    payload = json.dumps(body).encode()
-    head = (
-        f"POST {parts.path} HTTP/1.1\r\nHost: {parts.netloc}\r\nAuthorization: Bearer {key}\r\nConnection: close\r\n"
-        f"Content-Type: application/json\r\nContent-Length: {len(payload)}\r\n\r\n"
-    )
     begun, first, received = time.perf_counter(), None, bytearray()
     try:
-        reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+        reader, writer = await asyncio.open_connection(*_address(url))
     except OSError:
         return Streamed(0, [], None, time.perf_counter() - begun, False)
     try:
-        writer.write(head.encode() + payload)
+        writer.write(event_request(url, body, key))
         while data := await reader.read(1 << 16):
             received += data
             if first is None and received.count(b"data: ") > silent_events:
@@ -48,6 +42,21 @@ async def stream(url: str, body: dict[str, Any], key: str = "", silent_events: i
         writer.close()
     status, text, whole = _parse(bytes(received))
     return Streamed(status, _events(text), first, time.perf_counter() - begun, whole)
+
+
+def event_request(url: str, body: dict[str, Any], key: str) -> bytes:
+    """The whole request; the server closes the connection after its answer."""
+    parts, payload = urlsplit(url), json.dumps(body).encode()
+    head = (
+        f"POST {parts.path} HTTP/1.1\r\nHost: {parts.netloc}\r\nAuthorization: Bearer {key}\r\nConnection: close\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(payload)}\r\n\r\n"
+    )
+    return head.encode() + payload
+
+
+def _address(url: str) -> tuple[str | None, int | None]:
+    parts = urlsplit(url)
+    return parts.hostname, parts.port
 
 
 def _parse(received: bytes) -> tuple[int, str, bool]:

@@ -74,6 +74,7 @@ class _Teller:
         self._logprobs = bool(body.logprobs)
         self._splitter = ReasoningSplitter(thinking)
         self._origins = OriginsTeller(self._tokenizer) if body.return_token_origins else None
+        self._told = 0  # tokens
         self._finished = False
 
     def whole(self, output: CompletionOutput) -> ChatChoice:
@@ -91,9 +92,10 @@ class _Teller:
         )
 
     def update(self, output: CompletionOutput) -> ChatChunkChoice | None:
-        """What is new; None if nothing is."""
-        if self._finished or not (output.token_ids_diff or output.finish_reason):
+        """What the latest update brought; None if it was another answer's."""
+        if self._finished or not (output.length > self._told or output.finish_reason):
             return None
+        self._told = output.length
         split = self._splitter.feed(output.text_diff)
         if output.finish_reason is not None:
             self._finished = True

@@ -68,23 +68,25 @@ class _Teller:
         self._logprobs = body.logprobs is not None
         self._base = base
         self._origins = OriginsTeller(self._tokenizer) if body.return_token_origins else None
-        self._told = 0
+        self._told = 0  # tokens
+        self._characters = 0
         self._finished = False
 
     def whole(self, output: CompletionOutput) -> CompletionChoice:
         return self._choice(output, output.text, output.token_ids, output.logprobs or [])
 
     def update(self, output: CompletionOutput) -> CompletionChoice | None:
-        """What is new; None if nothing is."""
-        if self._finished or not (output.token_ids_diff or output.finish_reason):
+        """What the latest update brought; None if it was another answer's."""
+        if self._finished or not (output.length > self._told or output.finish_reason):
             return None
+        self._told = output.length
         self._finished = output.finish_reason is not None
         return self._choice(output, output.text_diff, output.token_ids_diff, output.logprobs_diff)
 
     def _choice(
         self, output: CompletionOutput, text: str, token_ids: list[int], rows: Sequence[dict[int, Logprob]]
     ) -> CompletionChoice:
-        offset, self._told = self._told, self._told + len(text)
+        offset, self._characters = self._characters, self._characters + len(text)
         return CompletionChoice(
             index=self._base + output.index,
             text=text,

@@ -22,16 +22,22 @@ class _EngineCollector(Collector):
         stats = self._llm.stats()
         yield GaugeMetricFamily("trimode_requests_running", "Answers in a slot.", stats.running)
         yield GaugeMetricFamily("trimode_requests_waiting", "Answers that wait for a slot.", stats.waiting)
-        yield GaugeMetricFamily("trimode_slots", "Answers that may run at once.", stats.slots)
-        yield CounterMetricFamily("trimode_cycles", "Cycles of the scheduler.", stats.cycles)
-        passes = CounterMetricFamily("trimode_passes", "Passes of the engine by kind.", labels=["kind"])
-        for kind, count in stats.passes.items():
-            passes.add_metric([kind], count)
-        yield passes
+        yield GaugeMetricFamily("trimode_slots", "Slots of the KV pool.", stats.slots)
+        yield GaugeMetricFamily("trimode_prefix_cache_bytes", "KV rows kept for reuse.", stats.prefix_cache_bytes)
+        yield CounterMetricFamily("trimode_steps", "Steps of the scheduler.", stats.steps)
+        # These are sums over finished answers.
+        yield CounterMetricFamily("trimode_answers", "Finished answers.", stats.finished)
         yield CounterMetricFamily("trimode_tokens_emitted", "Tokens of answers.", stats.emitted)
-        yield CounterMetricFamily("trimode_tokens_drafted", "Tokens proposed by drafts.", stats.drafted)
-        yield CounterMetricFamily("trimode_tokens_accepted", "Drafted tokens that were emitted.", stats.accepted)
-        yield CounterMetricFamily("trimode_tokens_cached", "Prompt tokens not computed again.", stats.cached_tokens)
+        yield CounterMetricFamily("trimode_tokens_drafted", "Tokens proposed by drafts.", stats.counts.drafted)
+        yield CounterMetricFamily("trimode_tokens_accepted", "Drafted tokens that were emitted.", stats.counts.accepted)
+        yield CounterMetricFamily(
+            "trimode_tokens_cached", "Prompt tokens not computed again.", stats.counts.cached_tokens
+        )
+        yield CounterMetricFamily("trimode_cycles", "Blocks brought to their end.", stats.counts.cycles)
+        passes = CounterMetricFamily("trimode_passes", "Passes that answers took part in.", labels=["kind"])
+        for kind in ("prefill", "draft", "denoise", "commit"):
+            passes.add_metric([kind], getattr(stats.counts, kind))
+        yield passes
 
 
 class ServerMetrics:

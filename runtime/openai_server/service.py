@@ -47,7 +47,7 @@ class Service:
         self.model_name = model_name
         self.running = Running(llm, request_seconds)
         self.metrics = ServerMetrics(llm)
-        self._open, self._close = (llm.tokenizer.encode(mark)[-1] for mark in (OPEN, CLOSE))
+        self._open, self._close = (llm.tokenizer.token_id(mark) for mark in (OPEN, CLOSE))
 
     def head(self, kind: str) -> Head:
         return Head(f"{kind}-{uuid.uuid4().hex}", int(time.time()), self.model_name)

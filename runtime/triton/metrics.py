@@ -28,7 +28,8 @@ class EngineMetrics:
         self._counters = {
             name: family(f"trimode_{name}_total", text, family.COUNTER)
             for name, text in {
-                "cycles": "Cycles of the scheduler",
+                "steps": "Steps of the scheduler",
+                "answers": "Finished answers",
                 "tokens_emitted": "Tokens of answers",
                 "tokens_drafted": "Tokens proposed by drafts",
                 "tokens_accepted": "Drafted tokens that were emitted",
@@ -56,11 +57,12 @@ class EngineMetrics:
         self._metrics["requests_running"].set(stats.running)
         self._metrics["requests_waiting"].set(stats.waiting)
         now = {
-            "cycles": stats.cycles,
+            "steps": stats.steps,
+            "answers": stats.finished,
             "tokens_emitted": stats.emitted,
-            "tokens_drafted": stats.drafted,
-            "tokens_accepted": stats.accepted,
-            "tokens_cached": stats.cached_tokens,
+            "tokens_drafted": stats.counts.drafted,
+            "tokens_accepted": stats.counts.accepted,
+            "tokens_cached": stats.counts.cached_tokens,
         }
         for name, count in now.items():
             if count > self._told[name]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,33 +15,44 @@ from hypothesis import strategies as st
 from scripts.random_checkpoint import config_fields
 from trimode.model.checkpoint import Checkpoint
 from trimode.model.config import ModelConfig
-from trimode.model.errors import TriModeError
 from trimode.model.loading import load_reference
 from trimode.model.reference import NemotronLabsDiffusionModel
-from trimode.runtime.decoding import DecodingOptions, Sequence
-from trimode.runtime.engine import Engine
+from trimode.runtime import LLM, SamplingParams
+from trimode.runtime.acceptance import Acceptance
+from trimode.runtime.decoding import Sequence
+from trimode.runtime.ending import Ending
 from trimode.runtime.executor import Candidates
+from trimode.runtime.thinking_budget import ThinkingBudget, ThinkingIds
 
-MASK, END = 100, 11
+MASK, END, THINK, END_THINK = 100, 11, 12, 13
 MODEL = ModelConfig.model_validate(config_fields())
 
 
 @pytest.fixture(scope="module", params=["fp32", "int4"])
-def both(request: pytest.FixtureRequest) -> tuple[Engine, NemotronLabsDiffusionModel]:
+def both(request: pytest.FixtureRequest) -> Iterator[tuple[LLM, NemotronLabsDiffusionModel]]:
     prefix = "random" if request.param == "fp32" else "random_int4"
     checkpoint: Path = request.getfixturevalue(f"{prefix}_checkpoint")
-    return Engine(request.getfixturevalue(f"{prefix}_engine")), load_reference(Checkpoint(checkpoint))
+    with LLM(request.getfixturevalue(f"{prefix}_engine"), prefix_cache_bytes=0) as llm:
+        yield llm, load_reference(Checkpoint(checkpoint))
 
 
-def reference_tokens(reference: NemotronLabsDiffusionModel, prompt: list[int], options: DecodingOptions) -> tuple:
-    ids, common = torch.tensor([prompt]), {"max_new_tokens": options.max_tokens}
-    if options.mode == "ar":
+def reference_tokens(reference: NemotronLabsDiffusionModel, prompt: list[int], params: SamplingParams) -> tuple:
+    ids, common = torch.tensor([prompt]), {"max_new_tokens": params.max_tokens}
+    if params.max_thinking_tokens is not None:
+        common |= {"max_thinking_tokens": params.max_thinking_tokens, "end_think_token_id": END_THINK}
+    if params.mode == "ar":
         out, passes = reference.ar_generate(ids, **common)
-    elif options.mode == "diffusion":
-        out, passes = reference.generate(ids, block_length=options.block_length, threshold=options.threshold, **common)
+    elif params.mode == "diffusion":
+        out, passes = reference.generate(
+            ids,
+            block_length=params.block_length,
+            threshold=None if params.denoising == "quota" else params.threshold,
+            steps=params.denoising_steps,
+            **common,
+        )
     else:
         out, passes = reference.linear_spec_generate(
-            ids, block_length=options.block_length, threshold=options.draft_threshold, **common
+            ids, block_length=params.block_length, threshold=params.draft_threshold or 0.0, **common
         )
     return out[0, len(prompt) :].tolist(), passes
 
@@ -56,82 +68,130 @@ def reference_tokens(reference: NemotronLabsDiffusionModel, prompt: list[int], o
         {"mode": "diffusion", "block_length": 8, "threshold": 0.9},
         {"mode": "diffusion", "block_length": 32, "threshold": 0.2},
         {"mode": "diffusion", "block_length": 16, "threshold": 1.0},
+        {"mode": "diffusion", "block_length": 16, "denoising": "quota"},
+        {"mode": "diffusion", "block_length": 8, "denoising": "quota", "denoising_steps": 3},
     ],
     ids=str,
 )
 @pytest.mark.parametrize("length", [1, 60, 700])
 def test_greedy_tokens_and_passes_are_the_references(
-    both: tuple[Engine, NemotronLabsDiffusionModel], options: dict[str, Any], length: int
+    both: tuple[LLM, NemotronLabsDiffusionModel], options: dict[str, Any], length: int
 ) -> None:
-    engine, reference = both
+    llm, reference = both
     prompt = np.random.default_rng(length).integers(101, 768, length).tolist()
-    decoding = DecodingOptions(max_tokens=45, **options)
-    found = engine.generate(prompt, decoding)
-    expected, passes = reference_tokens(reference, prompt, decoding)
+    params = SamplingParams(max_tokens=45, **options)
+    found = llm.generate(prompt, params).outputs[0]
+    expected, passes = reference_tokens(reference, prompt, params)
     assert found.token_ids == expected
-    chunks = -(-length // engine.manifest.limits.prefill_step)
-    assert (found.passes.prefill, found.passes.draft + found.passes.commit) == (chunks, passes - 1)
-    assert engine.executor.pool.active == 0
+    chunks = -(-length // llm.manifest.limits.prefill_step)
+    counts = found.counts
+    assert (counts.prefill, counts.draft + counts.denoise + counts.commit) == (chunks, passes - 1)
+    assert llm.stats().running == 0
 
 
-def test_the_adapter_changes_drafts_and_nothing_else(both: tuple[Engine, NemotronLabsDiffusionModel]) -> None:
-    engine, _ = both
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mode": "ar"},
+        {"mode": "linear_spec", "block_length": 8},
+        {"mode": "diffusion", "block_length": 8, "threshold": 0.2},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("budget", [0, 1, 5, 13])
+def test_the_thinking_budget_is_the_references(
+    both: tuple[LLM, NemotronLabsDiffusionModel], options: dict[str, Any], budget: int
+) -> None:
+    """Text and KV agree after the forced token: what follows is what the reference makes of it."""
+    llm, reference = both
+    prompt = [*np.random.default_rng(budget).integers(101, 768, 30).tolist(), THINK]
+    params = SamplingParams(max_tokens=30, max_thinking_tokens=budget, **options)
+    found = llm.generate(prompt, params).outputs[0]
+    assert found.token_ids == reference_tokens(reference, prompt, params)[0]
+    assert found.token_ids[budget] == END_THINK
+    assert found.origins[budget] == "forced"
+
+
+def test_the_adapter_changes_drafts_and_nothing_else(both: tuple[LLM, NemotronLabsDiffusionModel]) -> None:
+    llm, _ = both
     asked: list[tuple[bool, ...]] = []
-    run = engine.executor.run
+    executor = llm._executor
+    run = executor.run
 
     def listen(step: Any) -> Candidates:
         if hasattr(step, "adapter"):
             asked.append(tuple(step.adapter.tolist()))
         return run(step)
 
-    engine.executor.run = listen  # type: ignore[method-assign]
-    try:
-        prompt = list(range(110, 130))
-        with_adapter = engine.generate(prompt, DecodingOptions(mode="linear_spec", block_length=8, max_tokens=30))
-        assert set(asked) == {(True,)}
+    prompt = list(range(110, 130))
+
+    def answer(**options: Any) -> list[int]:
         asked.clear()
-        without = engine.generate(
-            prompt, DecodingOptions(mode="linear_spec", block_length=8, max_tokens=30, adapter=False)
-        )
-        engine.generate(prompt, DecodingOptions(mode="diffusion", block_length=8, max_tokens=30))
+        params = SamplingParams(block_length=8, max_tokens=30, **options)
+        return llm.generate(prompt, params).outputs[0].token_ids
+
+    executor.run = listen  # type: ignore[method-assign]
+    try:
+        with_adapter = answer(mode="linear_spec")
+        assert set(asked) == {(True,)}
+        without = answer(mode="linear_spec", adapter=False)
+        assert set(asked) == {(False,)}
+        answer(mode="diffusion")
         assert set(asked) == {(False,)}
     finally:
-        engine.executor.run = run  # type: ignore[method-assign]
-    assert with_adapter.token_ids == without.token_ids
+        executor.run = run  # type: ignore[method-assign]
+    assert with_adapter == without
 
 
+@pytest.mark.parametrize(
+    "law",
+    [
+        {"temperature": 1.2},
+        {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "min_p": 0.01},
+        {"temperature": 1.0, "presence_penalty": 0.7, "frequency_penalty": 0.5, "repetition_penalty": 1.3},
+    ],
+    ids=str,
+)
 def test_sampled_linear_spec_draws_the_tokens_that_sampled_ar_draws(
-    both: tuple[Engine, NemotronLabsDiffusionModel],
+    both: tuple[LLM, NemotronLabsDiffusionModel], law: dict[str, Any]
 ) -> None:
-    engine, _ = both
+    llm, _ = both
     prompt = list(range(200, 230))
     seen = set()
-    for seed in range(6):
-        drawn = [
-            engine.generate(
-                prompt, DecodingOptions(mode=mode, block_length=8, max_tokens=24, temperature=1.2, seed=seed)
-            )
-            for mode in ("ar", "linear_spec")
-        ]
-        assert drawn[0].token_ids == drawn[1].token_ids
-        seen.add(tuple(drawn[0].token_ids))
-    assert len(seen) == 6
+    for seed in range(5):
+        common = {"max_tokens": 24, "seed": seed} | law
+        ar, spec, auto = (
+            llm.generate(prompt, SamplingParams(**common, **options)).outputs[0].token_ids
+            for options in ({"mode": "ar"}, {"mode": "linear_spec", "block_length": 8}, {"mode": "auto"})
+        )
+        assert ar == spec == auto
+        seen.add(tuple(ar))
+    assert len(seen) == 5
+
+
+def sequence_of(
+    prompt: list[int], params: SamplingParams, budget: ThinkingBudget | None = None, prefill_step: int = 256
+) -> Sequence:
+    ending = Ending(params, frozenset(MODEL.eos_token_id), budget=budget)
+    return Sequence(prompt, params, ending, Acceptance(), mask_id=MASK, prefill_step=prefill_step, seed=0)
 
 
 def certain(tokens: list[int]) -> Candidates:
     """Candidates that put nearly all probability on one token a row; the runner-up is 600."""
     rows = len(tokens)
     return Candidates(
-        logits=np.broadcast_to(np.array([10.0, 0.0], np.float32), (1, rows, 2)),
-        tokens=np.array([[[token, 600] for token in tokens]]),
-        log_sum_exp=np.full((1, rows), 10.0, np.float32),
+        logits=np.broadcast_to(np.array([10.0, 0.0], np.float32), (rows, 2)),
+        tokens=np.array([[token, 600] for token in tokens]),
+        log_sum_exp=np.full(rows, 10.0, np.float32),
     )
 
 
 def run_script(sequence: Sequence, script: dict[str, list[list[int]]]) -> list[str]:
     """Feed each kind of pass the tokens scripted for it; returns the kinds in order."""
     kinds = []
-    while sequence.finish_reason is None:
+    while sequence.ending.finish_reason is None:
+        if sequence.needs_block:
+            sequence.open_block(sequence.longest_block)
         needed = sequence.next_pass()
         kinds.append(needed.kind)
         sequence.absorb(needed, certain(script[needed.kind].pop(0)[: len(needed.rows)]))
@@ -139,8 +199,7 @@ def run_script(sequence: Sequence, script: dict[str, list[list[int]]]) -> list[s
 
 
 def test_longest_matching_run_and_one_more() -> None:
-    options = DecodingOptions(mode="linear_spec", block_length=4, max_tokens=6)
-    sequence = Sequence([200, 201], options, MODEL, 256)
+    sequence = sequence_of([200, 201], SamplingParams(mode="linear_spec", block_length=4, max_tokens=6))
     kinds = run_script(
         sequence,
         {
@@ -152,85 +211,111 @@ def test_longest_matching_run_and_one_more() -> None:
     )
     assert kinds == ["prefill", "draft", "commit", "draft", "commit"]
     assert sequence.emitted == [300, 301, 999, 401, 402, 403]
-    assert sequence.finish_reason == "length"
+    assert sequence.origins == ["prefill", "accepted", "bonus", "accepted", "accepted", "bonus"]
+    assert (sequence.counts.drafted, sequence.counts.accepted) == (5, 3)
+    assert sequence.ending.finish_reason == "length"
 
 
 def test_an_end_token_ends_the_text_at_once() -> None:
-    for mode, commit in (("linear_spec", [301, END, 303, 304]), ("diffusion", [305])):
-        sequence = Sequence([200], DecodingOptions(mode=mode, block_length=4, max_tokens=9), MODEL, 256)
-        kinds = run_script(sequence, {"prefill": [[300]], "draft": [[301, END, 303]], "commit": [commit]})
+    for mode, draft, commit in (("linear_spec", "draft", [301, END, 303, 304]), ("diffusion", "denoise", [305])):
+        sequence = sequence_of([200], SamplingParams(mode=mode, block_length=4, max_tokens=9))
+        kinds = run_script(sequence, {"prefill": [[300]], draft: [[301, END, 303]], "commit": [commit]})
         assert sequence.emitted == [300, 301, END]
-        assert sequence.finish_reason == "stop"
+        assert sequence.ending.finish_reason == "stop"
         # Diffusion sees the end without a mask before it, and needs no commit.
-        assert kinds == ["prefill", "draft", "commit"][: 3 if mode == "linear_spec" else 2]
+        assert kinds == ["prefill", draft, "commit"][: 3 if mode == "linear_spec" else 2]
 
 
-@settings(max_examples=150, deadline=None)
+def test_a_forced_token_that_was_drafted_lets_the_run_go_on() -> None:
+    params = SamplingParams(mode="linear_spec", block_length=4, max_tokens=9, max_thinking_tokens=2)
+    for draft, commit, emitted in (
+        ([301, END_THINK, 303], [301, 302, 303, END], [300, 301, END_THINK, 303, END]),
+        ([301, 302, 303], [301, 302, 303, 304], [300, 301, END_THINK]),
+    ):
+        sequence = sequence_of([THINK], params, ThinkingBudget(2, ThinkingIds(THINK, END_THINK), [THINK]))
+        sequence.absorb(sequence.next_pass(), certain([300]))
+        sequence.open_block(4)
+        sequence.absorb(sequence.next_pass(), certain(draft))
+        sequence.absorb(sequence.next_pass(), certain(commit))
+        assert sequence.emitted == emitted
+        assert sequence.committed == len(emitted)
+
+
+def test_logprobs_are_the_models_own() -> None:
+    params = SamplingParams(mode="linear_spec", block_length=4, max_tokens=6, logprobs=2, temperature=2.0, seed=1)
+    sequence = sequence_of([200, 201], params)
+    script = {"prefill": [[300]], "draft": [[301, 302, 303]] * 5, "commit": [[301, 302, 303, 304]] * 5}
+    run_script(sequence, script)
+    assert len(sequence.logprobs) == len(sequence.emitted)
+    for token, found in zip(sequence.emitted, sequence.logprobs, strict=True):
+        assert next(iter(found)) == token
+        assert found[600] == (-10.0, 2)
+        assert next(logprob for key, logprob in found.items() if key != 600) == (0.0, 1)
+
+
+@settings(max_examples=200, deadline=None)
 @given(
-    mode=st.sampled_from(["ar", "diffusion", "linear_spec"]),
+    mode=st.sampled_from(["auto", "ar", "diffusion", "linear_spec"]),
     block_length=st.integers(1, 9),
     max_tokens=st.integers(1, 20),
     threshold=st.sampled_from([0.0, 0.5, 1.0]),
+    denoising=st.sampled_from(["threshold", "quota", "top_n", "factor", "product"]),
+    budget=st.one_of(st.none(), st.integers(0, 6)),
     prompt=st.integers(1, 12),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_rules_that_hold_whatever_the_engine_says(
-    mode: Any, block_length: int, max_tokens: int, threshold: float, prompt: int, seed: int
+    mode: Any,
+    block_length: int,
+    max_tokens: int,
+    threshold: float,
+    denoising: Any,
+    budget: int | None,
+    prompt: int,
+    seed: int,
 ) -> None:
-    """Random candidates: the length limit is met, no mask comes out, rows committed never exceed tokens known."""
+    """Random candidates: the length limit is met, no mask comes out, committed rows are those of the known tokens."""
     rng = np.random.default_rng(seed)
-    options = DecodingOptions(
-        mode=mode, block_length=block_length, max_tokens=max_tokens, threshold=threshold, draft_threshold=threshold
-    )
-    sequence = Sequence([200] * prompt, options, MODEL, prefill_step=5)
-    streamed: list[int] = []
-    for _ in range(10_000):
-        if sequence.finish_reason is not None:
-            break
+    options: dict[str, Any] = {"mode": mode, "max_tokens": max_tokens, "max_thinking_tokens": budget}
+    if mode != "ar":
+        options["block_length"] = block_length
+    if mode == "linear_spec":
+        options["draft_threshold"] = threshold
+    if mode == "diffusion":
+        options["denoising"] = denoising
+        options |= {"denoising_top_n": 2} if denoising == "top_n" else {}
+        options |= {"threshold": threshold} if denoising in ("threshold", "factor", "product") else {}
+    params = SamplingParams(**options)
+    ids = ThinkingIds(THINK, END_THINK)
+    text = [200] * (prompt - 1) + [THINK]
+    thinking = None if budget is None else ThinkingBudget(budget, ids, text)
+    sequence = sequence_of(text, params, thinking, prefill_step=5)
+    rows: dict[int, int] = {}  # KV row -> the token it was computed from, by the causal passes
+    while sequence.ending.finish_reason is None:
+        if sequence.needs_block:
+            sequence.open_block(int(rng.integers(1, sequence.longest_block + 1)))
         needed = sequence.next_pass()
-        reach = sequence.committed + len(needed.tokens)
-        assert reach <= prompt + max_tokens
-        rows = len(needed.rows)
-        found = Candidates(
-            logits=-np.sort(rng.exponential(size=(1, rows, 3)).astype(np.float32), axis=-1),
-            tokens=rng.permuted(np.tile([END, *range(101, 125)], (1, rows, 1)), axis=-1)[..., :3],
-            log_sum_exp=np.full((1, rows), 1.0, np.float32),
+        assert sequence.committed + len(needed.tokens) <= prompt + max_tokens
+        if needed.causal:
+            rows |= {sequence.committed + place: token for place, token in enumerate(needed.tokens.tolist())}
+        count = len(needed.rows)
+        sequence.absorb(
+            needed,
+            Candidates(
+                logits=-np.sort(rng.exponential(size=(count, 3)).astype(np.float32), axis=-1),
+                tokens=rng.permuted(np.tile([END, *range(101, 125)], (count, 1)), axis=-1)[:, :3],
+                log_sum_exp=np.full(count, 1.0, np.float32),
+            ),
         )
-        streamed += sequence.absorb(needed, found)
-        assert sequence.committed <= prompt + len(sequence.emitted)
-    assert sequence.emitted == streamed
-    assert 1 <= len(streamed) <= max_tokens
-    assert MASK not in streamed
-    assert END not in streamed[:-1]
-    assert sequence.finish_reason == ("stop" if streamed[-1] == END else "length")
-    assert sequence.finish_reason == "stop" or len(streamed) == max_tokens
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("mode", "quadratic"),
-        ("block_length", 0),
-        ("threshold", 1.5),
-        ("draft_threshold", -0.1),
-        ("max_tokens", 0),
-        ("temperature", -1.0),
-        ("temperature", float("nan")),
-        ("seed", -1),
-    ],
-)
-def test_values_that_make_no_sense_are_refused_by_name(field: str, value: Any) -> None:
-    with pytest.raises(TriModeError, match=f"{field} is {value}"):
-        DecodingOptions(**{field: value})
-
-
-def test_prompts_that_cannot_be(both: tuple[Engine, NemotronLabsDiffusionModel]) -> None:
-    engine, _ = both
-    for prompt, max_tokens, message in (
-        ([], 5, "the prompt is empty"),
-        ([200] * 8190, 5, "exceeds the engine's capacity of 8192"),
-        ([768], 5, "prompt token 768 is outside"),
-    ):
-        with pytest.raises(TriModeError, match=message):
-            engine.generate(prompt, DecodingOptions(max_tokens=max_tokens))
-    assert engine.executor.pool.active == 0
+        known = sequence.tokens
+        assert sequence.committed <= len(known)
+        assert [rows[row] for row in range(sequence.committed)] == known[: sequence.committed]
+    emitted = sequence.emitted
+    assert 1 <= len(emitted) <= max_tokens
+    assert len(sequence.origins) == len(emitted)
+    assert MASK not in emitted
+    assert END not in emitted[:-1]
+    assert sequence.ending.finish_reason == ("stop" if emitted[-1] == END else "length")
+    assert sequence.ending.finish_reason == "stop" or len(emitted) == max_tokens
+    if budget is not None and len(emitted) > budget:
+        assert END_THINK in emitted[: budget + 1]

@@ -10,7 +10,10 @@ import pytest
 
 QUESTION = [{"role": "user", "content": "What is 60% of 440?"}]
 ANSWER = "10% of 440 is 44. Ones: 4x6=24, carry 2. Tens: 4x6=24, 24+2=26. So 60% of 440 is 264."
-PROMPT = "<|im_start|>system\n<|im_end|>\n<|im_start|>user\nWhat is 60% of 440?<|im_end|>\n<|im_start|>assistant\n<think></think>"
+PROMPT = (
+    "<|im_start|>system\n<|im_end|>\n<|im_start|>user\nWhat is 60% of 440?<|im_end|>\n"
+    "<|im_start|>assistant\n<think></think>"
+)
 
 
 def chat(client: openai.OpenAI, **fields: Any) -> Any:

@@ -1,0 +1,95 @@
+"""What a pass costs: seconds by engine, batch and step length, measured once and corrected by every pass that runs.
+
+The table has a cell for each power of two of batch and step. Between cells the logarithm of the seconds is interpolated
+in the logarithms of batch and step, so a cost that is flat while memory-bound and grows in proportion when
+compute-bound is met at both ends. A pass that took other than foretold moves the cells around it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Literal, get_args
+
+EngineName = Literal["ar", "diffusion"]
+
+_CORRECTION = 0.1  # of what a pass took, in the cells around it
+_TRIALS = 3  # of a measured pass; the fastest counts
+_OUTLIER = 4.0  # a pass this many times off its cost was disturbed; it counts as this
+# Before anything was measured: a pass costs as much as so many of its tokens.
+_TOKENS_OF_AN_EMPTY_PASS = 64
+
+
+class PassCost:
+    """Seconds of a pass; max_batch, max_step: the largest that will be asked for."""
+
+    def __init__(self, max_batch: int, max_step: int) -> None:
+        self._batches = _powers(max_batch)
+        self._steps = _powers(max_step)
+        self._log_seconds: dict[EngineName, list[list[float]]] = {
+            engine: [
+                [math.log((_TOKENS_OF_AN_EMPTY_PASS + batch * step) * 1e-5) for step in self._steps]
+                for batch in self._batches
+            ]
+            for engine in get_args(EngineName)
+        }
+        self.measured = False
+
+    def seconds(self, engine: EngineName, batch: int, step: int) -> float:
+        table = self._log_seconds[engine]
+        return math.exp(sum(weight * table[row][column] for row, column, weight in self._around(batch, step)))
+
+    def observe(self, engine: EngineName, batch: int, step: int, seconds: float) -> None:
+        """A pass took so many seconds."""
+        off = math.log(seconds / self.seconds(engine, batch, step))
+        off = min(max(off, -math.log(_OUTLIER)), math.log(_OUTLIER))
+        for row, column, weight in self._around(batch, step):
+            self._log_seconds[engine][row][column] += _CORRECTION * weight * off
+
+    def measure(self, run: Callable[[EngineName, int, int], float], seconds: float) -> None:
+        """Fill the table by running passes, smallest first, for about ``seconds`` in all.
+
+        ``run`` makes one pass of that batch and step and returns its seconds. A cell that the time does not reach costs
+        what the largest one measured does, in proportion to its tokens; the passes to come correct it.
+        """
+        cells = [(b, s) for b in range(len(self._batches)) for s in range(len(self._steps))]
+        cells.sort(key=self._tokens)
+        for engine, table in self._log_seconds.items():
+            deadline = time.perf_counter() + seconds / len(self._log_seconds)
+            largest = cells[0]
+            for cell in cells:
+                row, column = cell
+                if cell == cells[0] or time.perf_counter() < deadline:
+                    batch, step = self._batches[row], self._steps[column]
+                    table[row][column] = math.log(min(run(engine, batch, step) for _ in range(_TRIALS)))
+                    largest = cell
+                else:
+                    more = self._tokens(cell) / self._tokens(largest)
+                    table[row][column] = table[largest[0]][largest[1]] + math.log(more)
+        self.measured = True
+
+    def _tokens(self, cell: tuple[int, int]) -> int:
+        return self._batches[cell[0]] * self._steps[cell[1]]
+
+    def _around(self, batch: int, step: int) -> list[tuple[int, int, float]]:
+        """The cells around a pass, by row and column, and their weights."""
+        return [
+            (row, column, down * right)
+            for row, down in _neighbours(self._batches, batch)
+            for column, right in _neighbours(self._steps, step)
+        ]
+
+
+def _powers(largest: int) -> list[int]:
+    """1, 2, 4, ... up to and with the first that is not below ``largest``."""
+    return [1 << exponent for exponent in range(math.ceil(math.log2(largest)) + 1)]
+
+
+def _neighbours(powers: list[int], value: int) -> list[tuple[int, float]]:
+    """The powers of two below and above ``value``, by index, each with its weight by logarithms."""
+    index = value.bit_length() - 1
+    if value == powers[index]:
+        return [(index, 1.0)]
+    above = math.log2(value / powers[index])
+    return [(index, 1 - above), (index + 1, above)]

@@ -1,0 +1,93 @@
+"""One answer on its way: its sequence, its slot, its text, and whom to tell."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+
+from trimode.runtime.decoding import Sequence
+from trimode.runtime.outputs import FinishReason, Update
+from trimode.runtime.text_stream import TextStream
+
+Listener = Callable[[Update], None]
+
+
+class Request:
+    """``listener`` is called on the scheduler's thread: with each update if ``streaming``, with one at the end if not.
+
+    index: of the answer, where one prompt has several. siblings: answers to the same prompt, which wait until its KV
+    rows can be reused.
+    """
+
+    def __init__(
+        self, sequence: Sequence, text: TextStream, listener: Listener, *, index: int, streaming: bool
+    ) -> None:
+        self.sequence = sequence
+        self.index = index
+        self.siblings: list[Request] = []
+        self.aborted = False
+        self._text = text
+        self._text_is_fed = bool(sequence.params.stop_strings)  # by the sequence's ending, token by token
+        self._listener = listener
+        self._streaming = streaming
+        self._arrived = time.perf_counter()
+        self._first_token_at: float | None = None
+        self._told = 0  # tokens
+
+    @property
+    def longest(self) -> int:
+        """Tokens that the answer and its prompt can come to."""
+        return len(self.sequence.prompt) + self.sequence.params.max_tokens
+
+    def deliver(self) -> None:
+        """Tell what is new, if it is time to."""
+        sequence = self.sequence
+        new = sequence.emitted[self._told :]
+        if new and self._first_token_at is None:
+            self._first_token_at = time.perf_counter()
+        finish_reason = sequence.ending.finish_reason
+        if finish_reason is not None:
+            self._finish(finish_reason, sequence.ending.stop_reason)
+        elif new and self._streaming:
+            self._tell(self._new_text(new))
+
+    def cancel(self) -> None:
+        """Tell that it ended because somebody wanted it to."""
+        self._finish("cancelled", None)
+
+    def fail(self, error: Exception) -> None:
+        """Tell that the engine failed."""
+        self._listener(Update(index=self.index, error=error))
+
+    def _finish(self, finish_reason: FinishReason, stop_reason: int | str | None) -> None:
+        text = self._new_text(self.sequence.emitted[self._told :]) + self._text.finish()
+        now = time.perf_counter()
+        self._tell(
+            text,
+            finish_reason=finish_reason,
+            stop_reason=stop_reason,
+            time_to_first_token=None if self._first_token_at is None else self._first_token_at - self._arrived,
+            seconds=now - self._arrived,
+        )
+
+    def _new_text(self, tokens: list[int]) -> str:
+        if tokens and not self._text_is_fed:
+            self._text.feed(tokens)
+        return self._text.told()
+
+    def _tell(self, text: str, **ending: object) -> None:
+        sequence, begin = self.sequence, self._told
+        self._told = len(sequence.emitted)
+        self._listener(
+            Update(
+                index=self.index,
+                text=text,
+                token_ids=sequence.emitted[begin:],
+                logprobs=sequence.logprobs[begin:],
+                origins=sequence.origins[begin:],
+                rejected=sequence.rejected,
+                counts=dataclasses.replace(sequence.counts),
+                **ending,  # type: ignore[arg-type]
+            )
+        )
