@@ -18,6 +18,7 @@ from scripts.event_client import DONE, Streamed, event_request, stream
 from scripts.serving import KEY, Served, serving
 
 LONG: dict[str, Any] = {"prompt": "abc", "max_tokens": 1900, "ignore_eos": True, "mode": "ar", "stream": True}
+SLOTS = 8
 # A client of its own process that says when the stream has begun, and then only reads.
 _CLIENT = """
 import socket, sys
@@ -54,9 +55,11 @@ class Stopped(NamedTuple):
     seconds: float
 
 
-def stop_under_load(engine: Path, clients: int = 24, after: float = 0.5) -> Stopped:
-    """SIGTERM while clients stream one answer after another, more of them than there are slots."""
-    with serving(engine, "--max-batch", "8") as server:
+def stop_under_load(engine: Path, clients: int = 24, after: float = 0.0) -> Stopped:
+    """SIGTERM while clients stream one answer after another, more of them than there are slots; ``after`` seconds after
+    all slots are taken for the first time.
+    """
+    with serving(engine, "--max-batch", str(SLOTS)) as server:
         streams, stopped_at = asyncio.run(_load_and_stop(server, clients, after))
         code = server.process.wait(10)
         seconds = time.monotonic() - stopped_at
@@ -86,6 +89,8 @@ async def _load_and_stop(server: Served, clients: int, after: float) -> tuple[li
                 return
 
     tasks = [asyncio.create_task(ask_on()) for _ in range(clients)]
+    while (await asyncio.to_thread(server.metrics))["trimode_requests_running"] < SLOTS:
+        await asyncio.sleep(0.01)
     await asyncio.sleep(after)
     server.terminate()
     stopped_at = time.monotonic()
@@ -109,8 +114,8 @@ def main() -> None:
         )
     total: Counter[str] = Counter()
     longest = 0.0
-    for _ in range(options.stops):
-        stopped = stop_under_load(options.engine)
+    for number in range(options.stops):
+        stopped = stop_under_load(options.engine, after=number / options.stops)
         assert stopped.code == 0
         total += stopped.outcomes
         longest = max(longest, stopped.seconds)

@@ -61,6 +61,12 @@ class Service:
             raise ApiError(BAD_REQUEST, "stream_options has a meaning only with stream", "stream_options")
 
     async def encode(self, text: str) -> list[int]:
+        """Raises ContextLengthError, untokenised, for a text that is too long whatever its tokens: it could take seconds."""
+        capacity = self.llm.manifest.limits.capacity
+        if len(text) > capacity * self.llm.tokenizer.longest_token:
+            raise ContextLengthError(
+                f"the prompt has {len(text)} characters; the engine's capacity is {capacity} tokens"
+            )
         if len(text) < LONG_TEXT:
             return self.llm.tokenizer.encode(text)
         return await asyncio.to_thread(self.llm.tokenizer.encode, text)
