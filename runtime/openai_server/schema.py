@@ -64,7 +64,7 @@ class _Decoding(_Body):
     # Not OpenAI's: as vLLM and SGLang name them.
     top_k: Natural | None = None
     min_p: Share | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
