@@ -61,7 +61,7 @@ class Service:
             raise ApiError(BAD_REQUEST, "stream_options has a meaning only with stream", "stream_options")
 
     async def encode(self, text: str) -> list[int]:
-        """Raises ContextLengthError, at once, for a text too long whatever its tokens are: to find them takes seconds."""
+        """Raises ContextLengthError, at once, for a text that is too long whatever its tokens are."""
         capacity = self.llm.manifest.limits.capacity
         if len(text) > capacity * self.llm.tokenizer.longest_token:
             raise ContextLengthError(

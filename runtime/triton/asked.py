@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,6 +34,7 @@ def stops_another(request: Any) -> bool:
 def read(request: Any) -> Asked:
     """Raises TriModeError that names the tensor or the field."""
     values = _values(request)
+    _refuse_unknown(request)
     (prompt,) = _one("text_input", _read(request, TEXT_INPUT))
     if values.get("sampling_param_best_of", 1) != 1:
         raise TriModeError("sampling_param_best_of must be 1; for several answers give n")
@@ -52,6 +54,13 @@ def read(request: Any) -> Asked:
         cumulative_logprob=with_logprob,
         perf_metrics=bool(values.get("sampling_param_return_perf_metrics")),
     )
+
+
+def _refuse_unknown(request: Any) -> None:
+    """HTTP's ``generate`` makes a parameter of each field that is no input."""
+    for name in json.loads(request.parameters() or "{}"):
+        if not name.startswith("triton_"):
+            raise TriModeError(f"there is no input {name}; config.pbtxt of this model lists all")
 
 
 def _values(request: Any) -> dict[str, Any]:
