@@ -97,9 +97,9 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
-    def step(self, stream: DecodeStream, tokens: list[int]) -> str | None:
-        """The text that ``tokens`` complete in an incremental decoding, if they complete any."""
-        return stream.step(self._tokenizer, tokens)
+    def step(self, stream: DecodeStream, token: int) -> str | None:
+        """The text that ``token`` completes in an incremental decoding, if it completes any."""
+        return stream.step(self._tokenizer, token)
 
     @cached_property
     def longest_token(self) -> int:

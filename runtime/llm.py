@@ -18,7 +18,7 @@ from rich.progress import track
 from trimode.model.errors import TriModeError
 from trimode.model.progress import Progress, no_progress
 from trimode.model.tokenizer import Message
-from trimode.runtime.acceptance import Acceptance
+from trimode.runtime.acceptance import LONGEST_BLOCK, Acceptance
 from trimode.runtime.decoding import Sequence
 from trimode.runtime.ending import Ending
 from trimode.runtime.engine import load_engine
@@ -33,6 +33,8 @@ from trimode.runtime.text_stream import TextStream
 from trimode.runtime.thinking_budget import ThinkingBudget, ThinkingIds
 
 Input = str | Many[int] | Many[Message]
+Params = Any  # trimode.runtime.SamplingParams, or tensorrt_llm's, which need not be installed
+DEFAULT_BATCH_SIZE = 16
 DEFAULT_PREFIX_CACHE_BYTES = 256 << 20
 
 
@@ -129,7 +131,8 @@ class RequestOutput:
 class LLM:
     """An engine directory that answers many requests at once, each in its own mode.
 
-    model: the engine directory. threads: of the cpu target. max_batch_size: sequences that run at once.
+    model: the engine directory. threads: of the cpu target. max_batch_size: sequences that run at once, 16 unless told
+    or what the engine was built for if that is less.
     max_queue_size: requests that may wait beyond those. kv_cache_bytes: that the KV pool may grow to, half of the free
     memory unless told. prefix_cache_bytes: for KV rows of earlier prompts and answers; 0 reuses nothing.
 
@@ -141,7 +144,7 @@ class LLM:
         model: str | Path,
         *,
         threads: int | None = None,
-        max_batch_size: int = 16,
+        max_batch_size: int | None = None,
         max_queue_size: int = 1024,
         kv_cache_bytes: int | None = None,
         prefix_cache_bytes: int = DEFAULT_PREFIX_CACHE_BYTES,
@@ -151,45 +154,54 @@ class LLM:
         for name, value, least in (
             ("max_batch_size", max_batch_size, 1),
             ("max_queue_size", max_queue_size, 1),
+            ("kv_cache_bytes", kv_cache_bytes, 1),
             ("prefix_cache_bytes", prefix_cache_bytes, 0),
         ):
-            if value < least:
+            if value is not None and value < least:
                 raise TriModeError(f"{name} is {value}; it must be at least {least}")
         limit = _free_memory() // 2 if kv_cache_bytes is None else kv_cache_bytes
         engine = load_engine(Path(model), threads=threads, kv_cache_bytes=limit, verify=verify, progress=progress)
         self.manifest = engine.manifest
         self.tokenizer = engine.tokenizer
         self._executor = engine.executor
-        limits = self.manifest.limits
+        limits, built_for = self.manifest.limits, self.manifest.rtx
+        if max_batch_size is None:
+            max_batch_size = min(DEFAULT_BATCH_SIZE, built_for.max_batch if built_for else DEFAULT_BATCH_SIZE)
+        if built_for is not None and max_batch_size > built_for.max_batch:
+            raise TriModeError(
+                f"max_batch_size is {max_batch_size}, but the engine was built for batches of {built_for.max_batch}"
+            )
         self._scheduler = Scheduler(
             engine.executor,
             max_batch=max_batch_size,
             capacity=limits.capacity,
             prefill_tokens=limits.prefill_step,
-            cost=PassCost(max_batch_size, limits.prefill_step),
+            cost=PassCost(max_batch_size, max(limits.prefill_step, LONGEST_BLOCK)),
             prefix_cache=PrefixCache(prefix_cache_bytes) if prefix_cache_bytes else None,
         )
         self._shared_acceptance = Acceptance()
         self._max_queue_size = max_queue_size
         self._ids = itertools.count(1)
         self._submitted: deque[Request] = deque()
-        self._wake = threading.Condition()
+        self._changed = threading.Condition()  # what waits, or whether to go on
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="trimode-scheduler", daemon=True)
         self._thread.start()
 
     @overload
-    def generate(self, inputs: str, sampling_params: Any = ..., use_tqdm: bool = ...) -> RequestOutput: ...
+    def generate(  # type: ignore[overload-overlap]  # a text is a sequence of texts to the type checker
+        self, inputs: Input, sampling_params: Params | None = ..., use_tqdm: bool = ...
+    ) -> RequestOutput: ...
 
     @overload
     def generate(
-        self, inputs: Many[Any], sampling_params: Any = ..., use_tqdm: bool = ...
-    ) -> RequestOutput | list[RequestOutput]: ...
+        self, inputs: Many[Input], sampling_params: Params | Many[Params] | None = ..., use_tqdm: bool = ...
+    ) -> list[RequestOutput]: ...
 
     def generate(
         self,
         inputs: Input | Many[Input],
-        sampling_params: SamplingParams | Many[SamplingParams] | None = None,
+        sampling_params: Params | Many[Params] | None = None,
         use_tqdm: bool = True,
     ) -> RequestOutput | list[RequestOutput]:
         """Answer one input or many, and wait for all.
@@ -197,34 +209,40 @@ class LLM:
         inputs: a text, token ids, or a chat's messages; or a list of such. sampling_params: for all, or one for each.
         use_tqdm: show a progress bar on a terminal. Requests beyond the queue's size wait their turn.
         """
-        if _is_one(inputs):
-            return self.generate_async(inputs, sampling_params).result()
-        params: Many[Any] = sampling_params if isinstance(sampling_params, Many) else [sampling_params] * len(inputs)
-        if len(params) != len(inputs):
-            raise TriModeError(f"sampling_params has {len(params)} entries for {len(inputs)} inputs")
+        alone = _is_one(inputs)
+        asked: Many[Any] = [inputs] if alone else inputs
+        params = sampling_params if isinstance(sampling_params, Many) else [sampling_params] * len(asked)
+        if len(params) != len(asked):
+            raise TriModeError(f"sampling_params has {len(params)} entries for {len(asked)} inputs")
         outputs: list[RequestOutput] = []
         try:
-            for index, (one, its_params) in enumerate(zip(inputs, params, strict=True)):
-                if index >= self._max_queue_size:
-                    outputs[index - self._max_queue_size].result()
-                outputs.append(self.generate_async(one, its_params))
-            for output in track(outputs, "Answering", disable=not use_tqdm, transient=True):
+            for one, its_params in zip(asked, params, strict=True):
+                output, request = self._prepare(one, its_params, streaming=False)
+                self._submit(request, wait=True)
+                outputs.append(output)
+            for output in track(outputs, "Answering", disable=alone or not use_tqdm, transient=True):
                 output.result()
         except BaseException:
             for output in outputs:
                 output.abort()
             raise
-        return outputs
+        return outputs[0] if alone else outputs
 
     def generate_async(
-        self, inputs: Any, sampling_params: SamplingParams | None = None, streaming: bool = False
+        self, inputs: Input, sampling_params: Params | None = None, streaming: bool = False
     ) -> RequestOutput:
         """Begin to answer one input; returns at once. streaming: give updates as tokens come, not one at the end.
 
         Raises TriModeError, ContextLengthError if prompt and max_tokens exceed the capacity, QueueFullError if too many
         wait, ShutDownError after :meth:`shutdown`.
         """
-        params = SamplingParams() if sampling_params is None else SamplingParams.of(sampling_params)
+        output, request = self._prepare(inputs, sampling_params, streaming)
+        self._submit(request, wait=False)
+        return output
+
+    def _prepare(self, inputs: Any, params: Any, streaming: bool) -> tuple[RequestOutput, Request]:
+        """A request and where its answers will come; refused if it cannot be answered at all."""
+        params = SamplingParams() if params is None else SamplingParams.of(params)
         text, prompt = self._encode(inputs)
         self._refuse(prompt, params)
         output = RequestOutput(next(self._ids), text, prompt, params.n)
@@ -232,24 +250,31 @@ class LLM:
         requests = [self._request(output, index, seed + index, params, streaming) for index in range(params.n)]
         requests[0].siblings = requests[1:]
         output._requests = requests
-        with self._wake:
+        return output, requests[0]
+
+    def _submit(self, request: Request, wait: bool) -> None:
+        with self._changed:
+            if wait:
+                self._changed.wait_for(lambda: self._closing or self._waiting < self._max_queue_size)
             if self._closing:
                 raise ShutDownError("the engine was shut down")
-            waiting = len(self._submitted) + len(self._scheduler.waiting)
-            if waiting >= self._max_queue_size:
-                raise QueueFullError(f"{waiting} requests wait already; try again later")
-            self._submitted.append(requests[0])
-            self._wake.notify()
-        return output
+            if self._waiting >= self._max_queue_size:
+                raise QueueFullError(f"{self._waiting} requests wait already; try again later")
+            self._submitted.append(request)
+            self._changed.notify_all()
+
+    @property
+    def _waiting(self) -> int:
+        return len(self._submitted) + len(self._scheduler.waiting)
 
     def stats(self) -> Stats:
         return self._scheduler.stats()
 
     def shutdown(self) -> None:
         """Finish the current cycle and end the requests that are not done with ShutDownError."""
-        with self._wake:
+        with self._changed:
             self._closing = True
-            self._wake.notify()
+            self._changed.notify_all()
         self._thread.join()
 
     def __enter__(self) -> Self:
@@ -284,6 +309,12 @@ class LLM:
         if not self._executor.pool.holds(1, longest):
             raise ContextLengthError(
                 f"the KV rows of {longest} tokens exceed kv_cache_bytes; allow more, or ask for fewer tokens"
+            )
+        built_for = self.manifest.rtx
+        if built_for is not None and params.longest_block > built_for.max_step:
+            raise TriModeError(
+                f"block_length is {params.longest_block}, but the engine was built for steps of {built_for.max_step}; "
+                "lower it, or build with a larger --max-step"
             )
         for field in ("top_k", "logprobs"):
             if (getattr(params, field) or 0) > limits.top_k:
@@ -320,8 +351,8 @@ class LLM:
         """The scheduler's thread."""
         scheduler = self._scheduler
         while True:
-            with self._wake:
-                self._wake.wait_for(lambda: self._submitted or self._closing or scheduler.busy)
+            with self._changed:
+                self._changed.wait_for(lambda: self._submitted or self._closing or scheduler.busy)
                 scheduler.waiting.extend(self._submitted)
                 self._submitted.clear()
                 if self._closing:
@@ -330,6 +361,8 @@ class LLM:
                 scheduler.step()
             except Exception as error:  # the engine failed under these requests; others may fare better
                 scheduler.fail(error)
+            with self._changed:
+                self._changed.notify_all()
         scheduler.fail(ShutDownError("the engine was shut down before the request was finished"))
 
 

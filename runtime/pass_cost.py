@@ -22,7 +22,7 @@ _TOKENS_OF_AN_EMPTY_PASS = 64
 
 
 class PassCost:
-    """Seconds of a pass; max_batch, max_step: the largest that will be asked for."""
+    """Seconds of a pass. max_batch, max_step: how far the table goes; what is larger costs in proportion."""
 
     def __init__(self, max_batch: int, max_step: int) -> None:
         self._batches = _powers(max_batch)
@@ -38,7 +38,8 @@ class PassCost:
 
     def seconds(self, engine: EngineName, batch: int, step: int) -> float:
         table = self._log_seconds[engine]
-        return math.exp(sum(weight * table[row][column] for row, column, weight in self._around(batch, step)))
+        beyond = max(1, batch / self._batches[-1]) * max(1, step / self._steps[-1])
+        return beyond * math.exp(sum(weight * table[row][column] for row, column, weight in self._around(batch, step)))
 
     def observe(self, engine: EngineName, batch: int, step: int, seconds: float) -> None:
         """A pass took so many seconds."""
@@ -76,8 +77,8 @@ class PassCost:
         """The cells around a pass, by row and column, and their weights."""
         return [
             (row, column, down * right)
-            for row, down in _neighbours(self._batches, batch)
-            for column, right in _neighbours(self._steps, step)
+            for row, down in _neighbours(self._batches, min(batch, self._batches[-1]))
+            for column, right in _neighbours(self._steps, min(step, self._steps[-1]))
         ]
 
 

@@ -21,11 +21,10 @@ BLOCK = 32  # tokens
 
 
 class PrefixCache:
-    """KV rows of at most ``limit`` bytes; ``hits`` counts tokens that were not computed again."""
+    """KV rows of at most ``limit`` bytes."""
 
     def __init__(self, limit: int) -> None:
         self.bytes = 0
-        self.hits = 0
         self._limit = limit
         self._blocks: OrderedDict[bytes, Rows] = OrderedDict()
 
@@ -33,23 +32,20 @@ class PrefixCache:
         """Write the known rows of ``tokens`` into an empty slot; returns how many. The last token is always left: its
         pass gives the logits.
         """
-        reusable = tokens[:-1]
         found: list[Rows] = []
         key = b""
-        for chunk, next_key in _chain(reusable):
+        for chunk, next_key in _chain(tokens):
             if next_key not in self._blocks:
                 found += self._short_block(key, chunk)
                 break
             found.append(self._touched(next_key))
             key = next_key
-        rows = 0
-        if found:
-            pool.reserve(sum(block.shape[2] for block in found))
-        for block in found:
-            pool.write_rows(slot, rows, block)
-            rows += block.shape[2]
-        self.hits += rows
-        return rows
+        known = min(sum(int(block.shape[2]) for block in found), len(tokens) - 1)
+        pool.reserve(known)
+        for number, block in enumerate(found):
+            start = number * BLOCK
+            pool.write_rows(slot, start, block[:, :, : known - start])
+        return known
 
     def store(self, tokens: Ints, pool: KvPool, slot: int) -> None:
         """Keep the rows of ``tokens``, all of them committed in ``slot``."""

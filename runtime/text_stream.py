@@ -33,7 +33,8 @@ class TextStream:
 
     def feed(self, tokens: list[int]) -> None:
         self._tokens += tokens
-        self._append(self._tokenizer.step(self._stream, tokens) or "")
+        pieces = [self._tokenizer.step(self._stream, token) for token in tokens]
+        self._append("".join(piece for piece in pieces if piece))
 
     def told(self) -> str:
         """The text since the last call that is complete and that no later token can turn into a stop string."""

@@ -10,16 +10,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from trimode.runtime.decoding import DecodingOptions
-from trimode.runtime.engine import Engine, Generation
-from trimode.runtime.text_stream import TextStream
+from trimode.runtime import LLM, CompletionOutput, SamplingParams
 
 BLOCK_LENGTH = 16
 MODES: dict[str, dict[str, Any]] = {
     "ar": {"mode": "ar"},
-    "diffusion": {"mode": "diffusion"},
-    "linear_spec, no adapter": {"mode": "linear_spec", "adapter": False},
-    "linear_spec": {"mode": "linear_spec"},
+    "diffusion": {"mode": "diffusion", "block_length": BLOCK_LENGTH},
+    "linear_spec, no adapter": {"mode": "linear_spec", "block_length": BLOCK_LENGTH, "adapter": False},
+    "linear_spec": {"mode": "linear_spec", "block_length": BLOCK_LENGTH},
+    "auto": {"mode": "auto"},
 }
 PROMPTS = (  # problems that the training never saw
     "What is 60% of 440?",
@@ -38,30 +37,31 @@ class Totals:
     cycles: int = 0
     passes: int = 0
 
-    def add(self, answer: Generation) -> None:
-        self.tokens += answer.completion_tokens - 1
-        self.seconds += answer.seconds
-        self.cycles += answer.cycles
-        self.passes += answer.passes.draft + answer.passes.commit
+    def add(self, answer: CompletionOutput) -> None:
+        counts = answer.counts
+        self.tokens += answer.length - 1
+        self.seconds += answer.seconds or 0.0
+        self.cycles += counts.cycles
+        self.passes += counts.draft + counts.denoise + counts.commit
 
 
 def main() -> None:
-    engine, console = Engine(Path(sys.argv[1])), Console(highlight=False)
-    console.print(f"{engine.manifest.source} on {engine.folder}, block length {BLOCK_LENGTH}, greedy")
+    folder, console = Path(sys.argv[1]), Console(highlight=False)
+    llm = LLM(folder, max_batch_size=1, prefix_cache_bytes=0)
+    console.print(f"{llm.manifest.source} on {folder}, block length {BLOCK_LENGTH}, greedy")
     totals = {name: Totals() for name in MODES}
     for question in PROMPTS:
         console.rule(f"[bold]{question}", align="left")
-        prompt = engine.tokenizer.encode(engine.tokenizer.apply_chat_template([{"role": "user", "content": question}]))
         for name, options in MODES.items():
             console.print(f"[cyan]{name}:[/] ", end="")
-            stream = TextStream(engine.tokenizer)
-            answer = engine.generate(
-                prompt,
-                DecodingOptions(block_length=BLOCK_LENGTH, **options),
-                on_tokens=lambda tokens, stream=stream: print(stream.feed(tokens), end="", flush=True),  # type: ignore[misc]
+            answer = llm.generate_async(
+                [{"role": "user", "content": question}], SamplingParams(max_tokens=256, **options), streaming=True
             )
-            print(stream.finish())
-            totals[name].add(answer)
+            for update in answer:
+                print(update.outputs[0].text_diff, end="", flush=True)
+            print()
+            totals[name].add(answer.outputs[0])
+    llm.shutdown()
     table = Table("mode", "tokens a second", "tokens a forward", "tokens a cycle", title="\nAll prompts, one run")
     for column in table.columns[1:]:
         column.justify = "right"

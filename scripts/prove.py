@@ -32,8 +32,8 @@ from trimode.model.loading import load_reference
 from trimode.model.reference import NemotronLabsDiffusionModel
 from trimode.model.reference_decoding import bidirectional, causal
 from trimode.quantize import quantize_checkpoint
-from trimode.runtime.decoding import DecodingOptions
-from trimode.runtime.engine import Engine, Generation
+from trimode.runtime import LLM, CompletionOutput, SamplingParams
+from trimode.runtime.engine import load_engine
 from trimode.runtime.executor import BidirectionalStep, CausalStep
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,7 +54,7 @@ class Row:
 class Pair:
     """An engine and the reference of the same weights."""
 
-    engine: Engine
+    llm: LLM
     reference: NemotronLabsDiffusionModel
 
 
@@ -84,9 +84,9 @@ def prove(source: Path, folder: Path, count: int) -> list[Row]:
     for checkpoint, engine in ((source, "fp32"), (folder / "w4a16", "int4")):
         build_engine(Checkpoint(checkpoint), folder / engine, top_k=whole)
     build_engine(Checkpoint(folder / "w4a16"), folder / "engine")
-    fp32 = Pair(Engine(folder / "fp32"), load_reference(Checkpoint(source)))
-    int4 = Pair(Engine(folder / "engine"), load_reference(Checkpoint(folder / "w4a16")))
-    render, encode = int4.engine.tokenizer.apply_chat_template, int4.engine.tokenizer.encode
+    fp32 = Pair(alone(folder / "fp32"), load_reference(Checkpoint(source)))
+    int4 = Pair(alone(folder / "engine"), load_reference(Checkpoint(folder / "w4a16")))
+    render, encode = int4.llm.tokenizer.apply_chat_template, int4.llm.tokenizer.encode
     prompts = [encode(render(record["messages"])) for record in records]
     some = spread(prompts, count)
 
@@ -94,19 +94,22 @@ def prove(source: Path, folder: Path, count: int) -> list[Row]:
     random = write_random_checkpoint(folder / "random")
     build_engine(Checkpoint(random), folder / "random-fp32", top_k=whole)
     return [
-        logits_row(
-            "fp32, random network", Pair(Engine(folder / "random-fp32"), load_reference(Checkpoint(random))), 1e-4
-        ),
-        logits_row("fp32, tiny", fp32, 1e-4),
-        logits_row("w4a16, tiny", Pair(Engine(folder / "int4"), int4.reference), 2e-2),
+        logits_row("fp32, random network", folder / "random-fp32", load_reference(Checkpoint(random)), 1e-4),
+        logits_row("fp32, tiny", folder / "fp32", fp32.reference, 1e-4),
+        logits_row("w4a16, tiny", folder / "int4", int4.reference, 2e-2),
         *(tokens_row(f"fp32 {mode}", fp32, spread(prompts, count // 2), mode, 1.0) for mode in MODES),
         *(tokens_row(f"w4a16 {mode}", int4, spread(prompts, count // 2), mode, 0.99) for mode in MODES),
         lossless_row(int4, some),
-        *accuracy_rows(fp32.engine, int4.engine, prompts, answers),
+        *accuracy_rows(fp32.llm, int4.llm, prompts, answers),
         memory_row(folder),
-        *adapter_rows(int4.engine, some),
+        *adapter_rows(int4.llm, some),
         *speed_rows(int4, spread(prompts, 48)),
     ]
+
+
+def alone(engine: Path) -> LLM:
+    """One request at a time, every row of its KV computed: what is compared is the engine."""
+    return LLM(engine, max_batch_size=1, prefix_cache_bytes=0)
 
 
 def spread(items: list[Any], count: int) -> list[Any]:
@@ -115,12 +118,12 @@ def spread(items: list[Any], count: int) -> list[Any]:
 
 
 @torch.no_grad()
-def logits_row(name: str, pair: Pair, bar: float) -> Row:
+def logits_row(name: str, folder: Path, reference: NemotronLabsDiffusionModel, bar: float) -> Row:
     """The largest relative L2 distance of logits, over random lengths, of prefill, draft with adapter, and commit; and
     how often both have the same best token.
     """
-    rng, executor, limits = np.random.default_rng(0), pair.engine.executor, pair.engine.manifest.limits
-    model, distances, agreements = pair.engine.manifest.model, [], []
+    manifest, _, executor = load_engine(folder)
+    rng, limits, model, distances, agreements = np.random.default_rng(0), manifest.limits, manifest.model, [], []
 
     def compare(found: Any, expected: Any) -> None:
         distances.append(distance(found, expected, model.mask_token_id))
@@ -137,15 +140,15 @@ def logits_row(name: str, pair: Pair, bar: float) -> Row:
             chunk = prompt[:, begin : begin + limits.prefill_step]
             last = np.array([[chunk.shape[1] - 1]])
             found = executor.run(CausalStep.chain(slot, chunk, np.array([begin]), last))
-            expected, past = reference_pass(pair.reference, chunk, past, causal, False)
+            expected, past = reference_pass(reference, chunk, past, causal, False)
         compare(found, expected[:, -1:])
         masked = np.where(rng.random(block.shape) < 0.7, model.mask_token_id, block)
         at = np.array([length])
         found = executor.run(BidirectionalStep.block(slot, masked, at, rows, np.array([32]), np.array([True])))
-        expected, _ = reference_pass(pair.reference, masked, past, bidirectional, True)
+        expected, _ = reference_pass(reference, masked, past, bidirectional, True)
         compare(found, expected)
         found = executor.run(CausalStep.chain(slot, block, at, rows))
-        expected, _ = reference_pass(pair.reference, block, past, causal, False)
+        expected, _ = reference_pass(reference, block, past, causal, False)
         compare(found, expected)
     executor.pool.release(slot)
     worst = max(distances)
@@ -168,17 +171,16 @@ def distance(found: Any, expected: Any, mask: int) -> float:
     return float(np.linalg.norm(dense - expected) / np.linalg.norm(expected))
 
 
-def answer(
-    engine: Engine, prompt: list[int], mode: Any, on_tokens: Callable[[list[int]], None] | None = None, **options: Any
-) -> Generation:
-    tokens = min(MAX_TOKENS, engine.manifest.limits.capacity - len(prompt))
-    decoding = DecodingOptions(**{"mode": mode, "block_length": BLOCK_LENGTH, "max_tokens": tokens} | options)
-    return engine.generate(prompt, decoding, on_tokens or (lambda _: None))
+def answer(llm: LLM, prompt: list[int], mode: Any, **options: Any) -> CompletionOutput:
+    tokens = min(MAX_TOKENS, llm.manifest.limits.capacity - len(prompt))
+    block = {} if mode == "ar" else {"block_length": BLOCK_LENGTH}
+    params = SamplingParams(**{"mode": mode, "max_tokens": tokens} | block | options)
+    return llm.generate(prompt, params).outputs[0]
 
 
 def reference_answer(pair: Pair, prompt: list[int], mode: str) -> list[int]:
     ids = torch.tensor([prompt])
-    tokens = min(MAX_TOKENS, pair.engine.manifest.limits.capacity - len(prompt))
+    tokens = min(MAX_TOKENS, pair.llm.manifest.limits.capacity - len(prompt))
     if mode == "ar":
         out, _ = pair.reference.ar_generate(ids, tokens)
     elif mode == "diffusion":
@@ -192,7 +194,7 @@ def tokens_row(name: str, pair: Pair, prompts: list[list[int]], mode: str, bar: 
     """How many prompts are answered with the reference's very tokens."""
     equal, exceptions = 0, []
     for prompt in track(prompts, f"{name} tokens", transient=True, console=Console(stderr=True)):
-        found, expected = answer(pair.engine, prompt, mode).token_ids, reference_answer(pair, prompt, mode)
+        found, expected = answer(pair.llm, prompt, mode).token_ids, reference_answer(pair, prompt, mode)
         equal += found == expected
         if found != expected:
             exceptions.append(margin(pair.reference, prompt, found, expected))
@@ -214,8 +216,8 @@ def margin(reference: Any, prompt: list[int], found: list[int], expected: list[i
 def lossless_row(pair: Pair, prompts: list[list[int]]) -> Row:
     equal, exceptions = 0, []
     for prompt in track(prompts, "linear_spec against ar", transient=True, console=Console(stderr=True)):
-        found = answer(pair.engine, prompt, "linear_spec").token_ids
-        expected = answer(pair.engine, prompt, "ar").token_ids
+        found = answer(pair.llm, prompt, "linear_spec").token_ids
+        expected = answer(pair.llm, prompt, "ar").token_ids
         equal += found == expected
         if found != expected:
             exceptions.append(margin(pair.reference, prompt, found, expected))
@@ -225,13 +227,13 @@ def lossless_row(pair: Pair, prompts: list[list[int]]) -> Row:
     return Row("w4a16 engine: linear_spec emits ar's tokens", "all", told, equal == len(prompts))
 
 
-def accuracy_rows(fp32: Engine, int4: Engine, prompts: list[list[int]], answers: list[str]) -> list[Row]:
+def accuracy_rows(fp32: LLM, int4: LLM, prompts: list[list[int]], answers: list[str]) -> list[Row]:
     """Exact match of AR's answers, on all held-out prompts."""
     scores = []
-    for engine, name in ((fp32, "fp32"), (int4, "w4a16")):
+    for llm, name in ((fp32, "fp32"), (int4, "w4a16")):
         pairs = list(zip(prompts, answers, strict=True))
         shown = track(pairs, f"accuracy {name}", transient=True, console=Console(stderr=True))
-        scores.append(100 * statistics.fmean(answer(engine, prompt, "ar").text == text for prompt, text in shown))
+        scores.append(100 * statistics.fmean(answer(llm, prompt, "ar").text == text for prompt, text in shown))
     told = f"{scores[0]:.1f} % fp32, {scores[1]:.1f} % w4a16 of {len(prompts)}"
     return [
         Row("fp32 ar, held-out exact match", ">= 85 %", f"{scores[0]:.1f} %", scores[0] >= 85),
@@ -279,16 +281,16 @@ def memory_row(folder: Path) -> Row:
     return Row("memory (PSS) of both engines against one, 250 M parameters", "<= 1.15", told, ratio <= 1.15)
 
 
-def adapter_rows(engine: Engine, prompts: list[list[int]]) -> list[Row]:
+def adapter_rows(llm: LLM, prompts: list[list[int]]) -> list[Row]:
     """Tokens a cycle with and without the adapter on the same texts; a paired bootstrap over prompts."""
     rows = []
     for size in (BLOCK_LENGTH, 32):
         cycles, tokens = [], []
         for prompt in track(prompts, f"adapter, block {size}", transient=True, console=Console(stderr=True)):
             options = ({"adapter": adapter, "block_length": size} for adapter in (True, False))
-            both = [answer(engine, prompt, "linear_spec", **chosen) for chosen in options]
-            cycles.append([result.cycles for result in both])
-            tokens.append(both[0].completion_tokens - 1)
+            both = [answer(llm, prompt, "linear_spec", **chosen) for chosen in options]
+            cycles.append([result.counts.cycles for result in both])
+            tokens.append(both[0].length - 1)
         counted, emitted = np.array(cycles), np.array(tokens)
         samples = np.random.default_rng(0).integers(0, len(prompts), (2000, len(prompts)))
         gains = counted[samples, 1].sum(1) / counted[samples, 0].sum(1) - 1
@@ -321,14 +323,12 @@ def speed_rows(pair: Pair, prompts: list[list[int]]) -> list[Row]:
             begun = time.perf_counter()
             tokens["reference", mode] += len(reference_answer(pair, prompt, mode))
             seconds["reference", mode] += time.perf_counter() - begun
-            heard: list[float] = []
             begun = time.perf_counter()
-            result = answer(pair.engine, prompt, mode, lambda _, at=heard: at.append(time.perf_counter()))
-            ended = time.perf_counter()
-            tokens["engine", mode] += result.completion_tokens
-            seconds["engine", mode] += ended - begun
-            tokens["decoding", mode] += result.completion_tokens - 1
-            seconds["decoding", mode] += ended - heard[0]
+            result = answer(pair.llm, prompt, mode)
+            tokens["engine", mode] += result.length
+            seconds["engine", mode] += time.perf_counter() - begun
+            tokens["decoding", mode] += result.length - 1
+            seconds["decoding", mode] += result.seconds - result.time_to_first_token  # type: ignore[operator]
     pace = {key: tokens[key] / seconds[key] for key in tokens}
     rows = []
     for mode in MODES:

@@ -23,8 +23,7 @@ from rich.table import Table
 from trimode.build.engine import build_engine
 from trimode.model.checkpoint import Checkpoint
 from trimode.quantize import quantize_checkpoint
-from trimode.runtime.decoding import DecodingOptions
-from trimode.runtime.engine import Engine, Generation
+from trimode.runtime import LLM, CompletionOutput, SamplingParams
 
 HELD_OUT = Path(__file__).resolve().parent.parent / "tests" / "data" / "heldout.jsonl"
 MAX_TOKENS, BLOCK_LENGTH = 300, 16
@@ -65,7 +64,7 @@ def main() -> None:
                 )
                 error = statistics.fmean(report.weight_error.values())
             build_engine(Checkpoint(folder), Path(scratch) / f"{name} engine")
-            scores.append(score(name, error, Engine(Path(scratch) / f"{name} engine"), records))
+            scores.append(score(name, error, LLM(Path(scratch) / f"{name} engine"), records))
     if arguments.json:
         print(json.dumps([asdict(row) for row in scores], indent=2))
         return
@@ -77,36 +76,35 @@ def main() -> None:
     Console().print(table)
 
 
-def score(name: str, error: float, engine: Engine, records: list[dict[str, Any]]) -> Score:
-    render, encode = engine.tokenizer.apply_chat_template, engine.tokenizer.encode
+def score(name: str, error: float, llm: LLM, records: list[dict[str, Any]]) -> Score:
+    render, encode = llm.tokenizer.apply_chat_template, llm.tokenizer.encode
     prompts = [encode(render(record["messages"])) for record in records]
 
-    def decode(**options: Any) -> list[Generation]:
+    def decode(**options: Any) -> list[CompletionOutput]:
         answers = []
         for prompt in track(prompts, f"{name} {options['mode']}", transient=True, console=Console(stderr=True)):
-            tokens = min(MAX_TOKENS, engine.manifest.limits.capacity - len(prompt))
-            answers.append(
-                engine.generate(prompt, DecodingOptions(block_length=BLOCK_LENGTH, max_tokens=tokens, **options))
-            )
+            tokens = min(MAX_TOKENS, llm.manifest.limits.capacity - len(prompt))
+            answers.append(llm.generate(prompt, SamplingParams(max_tokens=tokens, **options)).outputs[0])
         return answers
 
-    def share(answers: list[Generation]) -> float:
+    def share(answers: list[CompletionOutput]) -> float:
         return statistics.fmean(
             answer.text == record["answer"] for answer, record in zip(answers, records, strict=True)
         )
 
-    def rate(answers: list[Generation]) -> float:
-        return sum(answer.completion_tokens - 1 for answer in answers) / sum(answer.cycles for answer in answers)
+    def rate(answers: list[CompletionOutput]) -> float:
+        return sum(answer.length - 1 for answer in answers) / sum(answer.counts.cycles for answer in answers)
 
-    speculated = decode(mode="linear_spec")
+    blocks = {"block_length": BLOCK_LENGTH}
+    speculated = decode(mode="linear_spec", **blocks)
     return Score(
         weights=name,
         weight_error=error,
         ar=share(decode(mode="ar")),
         linear_spec=share(speculated),
-        diffusion=share(decode(mode="diffusion")),
+        diffusion=share(decode(mode="diffusion", **blocks)),
         tokens_a_cycle=rate(speculated),
-        tokens_a_cycle_without_adapter=rate(decode(mode="linear_spec", adapter=False)),
+        tokens_a_cycle_without_adapter=rate(decode(mode="linear_spec", adapter=False, **blocks)),
     )
 
 

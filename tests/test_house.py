@@ -62,10 +62,10 @@ class Forbidden:
 
 sys.meta_path.insert(0, Forbidden())
 import trimode.runtime.cli
-from trimode.runtime.decoding import DecodingOptions
-from trimode.runtime.engine import Engine
+from trimode.runtime import LLM, SamplingParams
 
-print(len(Engine(Path(sys.argv[1])).generate([200, 201], DecodingOptions(max_tokens=5)).token_ids))
+with LLM(Path(sys.argv[1])) as llm:
+    print(llm.generate([200, 201], SamplingParams(max_tokens=5)).outputs[0].length)
 """
     found = run(ROOT, sys.executable, "-c", program, str(random_engine))
     assert found.returncode == 0, found.stderr

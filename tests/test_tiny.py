@@ -5,6 +5,7 @@ Small samples of what `make prove` measures in full.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,7 @@ from trimode.model.checkpoint import Checkpoint
 from trimode.model.loading import load_reference
 from trimode.model.reference import NemotronLabsDiffusionModel
 from trimode.quantize import quantize_checkpoint
-from trimode.runtime.decoding import DecodingOptions
-from trimode.runtime.engine import Engine, Generation
+from trimode.runtime import LLM, CompletionOutput, SamplingParams
 
 pytestmark = pytest.mark.slow
 
@@ -35,10 +35,11 @@ def w4a16(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.fixture(scope="module")
-def engine(w4a16: Path, tmp_path_factory: pytest.TempPathFactory) -> Engine:
+def llm(w4a16: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
     out = tmp_path_factory.mktemp("tiny") / "engine"
     build_engine(Checkpoint(w4a16), out)
-    return Engine(out)
+    with LLM(out) as llm:
+        yield llm
 
 
 @pytest.fixture(scope="module")
@@ -47,36 +48,37 @@ def reference(w4a16: Path) -> NemotronLabsDiffusionModel:
 
 
 @pytest.fixture(scope="module")
-def prompts(engine: Engine, heldout: list[dict]) -> list[list[int]]:
+def prompts(llm: LLM, heldout: list[dict]) -> list[list[int]]:
     """Every tenth held-out problem, so that all kinds are there, long conversations among them."""
-    return encoded(engine, heldout[::10])
+    return encoded(llm, heldout[::10])
 
 
-def encoded(engine: Engine, records: list[dict]) -> list[list[int]]:
-    return [engine.tokenizer.encode(engine.tokenizer.apply_chat_template(record["messages"])) for record in records]
+def encoded(llm: LLM, records: list[dict]) -> list[list[int]]:
+    return [llm.tokenizer.encode(llm.tokenizer.apply_chat_template(record["messages"])) for record in records]
 
 
-def answers(engine: Engine, prompts: list[list[int]], **options: Any) -> list[Generation]:
-    decoding = DecodingOptions(**{"max_tokens": MAX_TOKENS, "block_length": 16} | options)
-    return [engine.generate(prompt, decoding) for prompt in prompts]
+def answers(llm: LLM, prompts: list[list[int]], **options: Any) -> list[CompletionOutput]:
+    blocks = {} if options["mode"] == "ar" else {"block_length": 16}
+    params = SamplingParams(**{"max_tokens": MAX_TOKENS} | blocks | options)
+    return [output.outputs[0] for output in llm.generate(prompts, params)]
 
 
-def test_the_heldout_set_reaches_past_yarns_original_length(engine: Engine, heldout: list[dict]) -> None:
-    original = engine.manifest.model.rope_parameters.original_max_position_embeddings
-    lengths = [len(prompt) for prompt in encoded(engine, heldout)]
+def test_the_heldout_set_reaches_past_yarns_original_length(llm: LLM, heldout: list[dict]) -> None:
+    original = llm.manifest.model.rope_parameters.original_max_position_embeddings
+    lengths = [len(prompt) for prompt in encoded(llm, heldout)]
     assert sum(length > 2 * original for length in lengths) >= 10
 
 
-def test_linear_spec_is_ar(engine: Engine, prompts: list[list[int]]) -> None:
-    expected = answers(engine, prompts, mode="ar")
+def test_linear_spec_is_ar(llm: LLM, prompts: list[list[int]]) -> None:
+    expected = answers(llm, prompts, mode="ar")
     for options in ({"block_length": 16}, {"block_length": 32, "adapter": False}, {"draft_threshold": 0.5}):
-        found = answers(engine, prompts, mode="linear_spec", **options)
+        found = answers(llm, prompts, mode="linear_spec", **options)
         assert [answer.token_ids for answer in found] == [answer.token_ids for answer in expected]
 
 
 @pytest.mark.parametrize("mode", ["ar", "linear_spec", "diffusion"])
 def test_tokens_are_the_references(
-    engine: Engine, reference: NemotronLabsDiffusionModel, prompts: list[list[int]], mode: str
+    llm: LLM, reference: NemotronLabsDiffusionModel, prompts: list[list[int]], mode: str
 ) -> None:
     decode = {
         "ar": lambda ids: reference.ar_generate(ids, MAX_TOKENS),
@@ -84,27 +86,29 @@ def test_tokens_are_the_references(
         "diffusion": lambda ids: reference.generate(ids, MAX_TOKENS, block_length=16, threshold=0.9),
     }[mode]
     some = prompts[::3]
-    for prompt, answer in zip(some, answers(engine, some, mode=mode), strict=True):
+    for prompt, answer in zip(some, answers(llm, some, mode=mode), strict=True):
         out, _ = decode(torch.tensor([prompt]))
         assert answer.token_ids == out[0, len(prompt) :].tolist()
 
 
-def test_the_adapter_raises_acceptance(engine: Engine, heldout: list[dict]) -> None:
+def test_the_adapter_raises_acceptance(llm: LLM, heldout: list[dict]) -> None:
     """By the cycles that the same texts take; the texts are equal, so every cycle saved is the adapter's.
 
     At block 32: at 16 the base alone drafts most blocks right to their end.
     """
-    prompts = encoded(engine, heldout[::3])
-    with_adapter = answers(engine, prompts, mode="linear_spec", block_length=32)
-    without = answers(engine, prompts, mode="linear_spec", block_length=32, adapter=False)
+    prompts = encoded(llm, heldout[::3])
+    with_adapter = answers(llm, prompts, mode="linear_spec", block_length=32)
+    without = answers(llm, prompts, mode="linear_spec", block_length=32, adapter=False)
     assert [answer.token_ids for answer in with_adapter] == [answer.token_ids for answer in without]
-    cycles = [sum(answer.cycles for answer in many) for many in (with_adapter, without)]
+    cycles = [sum(answer.counts.cycles for answer in many) for many in (with_adapter, without)]
     assert cycles[0] < 0.98 * cycles[1]
 
 
-def test_answers_are_mostly_right(engine: Engine, prompts: list[list[int]], heldout: list[dict]) -> None:
+def test_answers_are_mostly_right(llm: LLM, prompts: list[list[int]], heldout: list[dict]) -> None:
     expected = [record["answer"] for record in heldout[::10]]
-    right = [answer.text == text for answer, text in zip(answers(engine, prompts), expected, strict=True)]
+    right = [
+        answer.text == text for answer, text in zip(answers(llm, prompts, mode="linear_spec"), expected, strict=True)
+    ]
     assert np.mean(right) > 0.85
 
 

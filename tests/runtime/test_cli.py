@@ -22,8 +22,11 @@ JSON_FIELDS = {
     "completion_tokens",
     "passes",
     "cycles",
+    "drafted",
+    "accepted",
     "tokens_per_forward",
     "mean_acceptance",
+    "time_to_first_token",
     "seconds",
 }
 
@@ -41,7 +44,7 @@ def one_line_error(result: subprocess.CompletedProcess[bytes]) -> str:
     return text
 
 
-@pytest.mark.parametrize("mode", ["ar", "diffusion", "linear_spec"])
+@pytest.mark.parametrize("mode", ["auto", "ar", "diffusion", "linear_spec"])
 def test_generate_json(random_engine: Path, mode: str) -> None:
     result = trimode(
         "generate", "--engine", random_engine, "--prompt", "Hi", "--mode", mode, "--max-tokens", 9, "--json"
@@ -49,7 +52,7 @@ def test_generate_json(random_engine: Path, mode: str) -> None:
     assert result.returncode == 0, result.stderr
     answer = json.loads(result.stdout)
     assert answer.keys() == JSON_FIELDS
-    assert answer["passes"].keys() == {"prefill", "draft", "commit"}
+    assert answer["passes"].keys() == {"prefill", "draft", "denoise", "commit"}
     assert len(answer["token_ids"]) == answer["completion_tokens"] <= 9
 
 

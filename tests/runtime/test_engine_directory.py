@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from trimode.model.errors import TriModeError
 from trimode.model.manifest import Manifest
-from trimode.runtime.engine import Engine
+from trimode.runtime.engine import load_engine
 
 
 def flip(path: str) -> Callable[[Path], None]:
@@ -93,7 +93,7 @@ def test_broken_engine_is_refused_by_name(random_engine: Path, tmp_path: Path, c
     damage, message = BROKEN[case]
     damage(engine)
     with pytest.raises(TriModeError, match=message) as caught:
-        Engine(engine)
+        load_engine(engine)
     assert "\n" not in str(caught.value)
 
 
@@ -101,7 +101,7 @@ def test_without_verification_a_graph_that_is_no_graph_is_still_one_line(random_
     engine = Path(shutil.copytree(random_engine, tmp_path / "engine"))
     (engine / "ar/model.onnx").write_bytes(b"nothing")
     with pytest.raises(TriModeError, match=r"ar/model\.onnx cannot be loaded") as caught:
-        Engine(engine, verify=False)
+        load_engine(engine, verify=False)
     assert "\n" not in str(caught.value)
 
 
@@ -110,4 +110,4 @@ def test_an_engine_is_used_where_it_stands(random_engine: Path, tmp_path: Path) 
     engine = Path(shutil.copytree(random_engine, tmp_path / "elsewhere"))
     for path in engine.rglob("*"):
         path.chmod(0o555 if path.is_dir() else 0o444)
-    assert Engine(engine).manifest.target == "cpu"
+    assert load_engine(engine).manifest.target == "cpu"

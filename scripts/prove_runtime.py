@@ -1,0 +1,335 @@
+"""`make prove-runtime`: what the runtime promises when many requests run at once, measured now.
+
+Texts on the shipped checkpoint's engine; the law of sampling, and the KV pool under random events, on a language whose
+law is known (scripts/exact_law.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from exact_law import END, MASK, ExactLawExecutor, greedy_text, prompts, text_law, total_variation
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from trimode.model.checkpoint import Checkpoint
+from trimode.model.loading import load_reference
+from trimode.runtime import LLM, CompletionOutput, SamplingParams
+from trimode.runtime.acceptance import Acceptance
+from trimode.runtime.decoding import Sequence
+from trimode.runtime.ending import Ending
+from trimode.runtime.outputs import Update
+from trimode.runtime.pass_cost import PassCost
+from trimode.runtime.prefix_cache import PrefixCache
+from trimode.runtime.request import Request
+from trimode.runtime.scheduler import Scheduler
+
+ROOT = Path(__file__).resolve().parent.parent
+MAX_TOKENS = 200
+LAWS: tuple[dict[str, Any], ...] = (
+    {"temperature": 1.0},
+    {"temperature": 0.7, "top_p": 0.9},
+    {"temperature": 1.5, "top_k": 4},
+    {"temperature": 1.0, "top_k": 5, "top_p": 0.8, "min_p": 0.05},
+)
+MODES: tuple[dict[str, Any], ...] = (
+    {"mode": "ar"},
+    {"mode": "linear_spec", "block_length": 16},
+    {"mode": "auto"},
+    {"mode": "diffusion", "block_length": 16},
+    {"mode": "linear_spec", "block_length": 32, "adapter": False},
+)
+
+
+@dataclass
+class Row:
+    what: str
+    bar: str
+    found: str
+    holds: bool
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("engine", type=Path, help="engine directory of the shipped checkpoint")
+    parser.add_argument("--checkpoint", type=Path, help="what it was built from, to tell the margins of exceptions")
+    parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--draws", type=int, default=200_000, help="texts drawn for each law")
+    parser.add_argument("--events", type=int, default=10_000)
+    parser.add_argument("--requests", type=int, default=10_000)
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    rows = [
+        *equality_rows(arguments.engine, arguments.checkpoint, arguments.prompts),
+        *(law_row(law, arguments.draws) for law in LAWS),
+        *overhead_rows(arguments.engine),
+        events_row(arguments.events),
+        memory_row(arguments.engine, arguments.requests),
+        prefix_row(arguments.engine),
+    ]
+    if arguments.json:
+        print(json.dumps([asdict(row) for row in rows], indent=2))
+    else:
+        table = Table("what", "bar", "found", "holds")
+        for row in rows:
+            table.add_row(row.what, row.bar, row.found, "yes" if row.holds else "[bold red]no")
+        Console(width=150).print(table)
+    sys.exit(0 if all(row.holds for row in rows) else 1)
+
+
+def equality_rows(engine: Path, checkpoint: Path | None, count: int) -> list[Row]:
+    """Every prompt alone in every mode; then all of them at once, modes mixed, at several batch sizes."""
+    records = [json.loads(line) for line in (ROOT / "tests/data/heldout.jsonl").read_text().splitlines()]
+    chosen = [records[at] for at in np.linspace(0, len(records) - 1, min(count, len(records))).astype(int)]
+    messages = [record["messages"] for record in chosen]
+    modes = [MODES[index % len(MODES)] for index in range(len(messages))]
+    params = [SamplingParams(max_tokens=MAX_TOKENS, **mode) for mode in modes]
+    with LLM(engine, max_batch_size=1, prefix_cache_bytes=0) as llm:
+        alone = [output.outputs[0] for output in llm.generate(messages, params)]
+        encoded = [llm.tokenizer.encode(llm.tokenizer.apply_chat_template(each)) for each in messages]
+        ar, spec = (
+            [output.outputs[0] for output in llm.generate(messages, SamplingParams(max_tokens=MAX_TOKENS, **mode))]
+            for mode in MODES[:2]
+        )
+    margin = _margins(checkpoint)
+    rows = [_equality("linear_spec emits ar's tokens, each alone", encoded, spec, ar, margin)]
+    for batch in (2, 4, 8, 16):
+        with LLM(engine, max_batch_size=batch) as llm:
+            together = [output.outputs[0] for output in llm.generate(messages, params)]
+        rows.append(_equality(f"modes mixed in batches of {batch}: as alone", encoded, together, alone, margin))
+    return rows
+
+
+def _equality(
+    what: str, encoded: list[list[int]], found: list[CompletionOutput], expected: list[CompletionOutput], margin: Any
+) -> Row:
+    differing = [
+        (prompt, one.token_ids, other.token_ids)
+        for prompt, one, other in zip(encoded, found, expected, strict=True)
+        if one.token_ids != other.token_ids
+    ]
+    told = f"{len(found) - len(differing)} of {len(found)}"
+    if differing:
+        told += "; margins of logits " + ", ".join(margin(*each) for each in differing)
+    return Row(what, "all", told, not differing)
+
+
+def _margins(checkpoint: Path | None) -> Any:
+    """By how much the reference prefers the expected token to the found one, where two texts part."""
+    if checkpoint is None:
+        return lambda *_: "unknown (give --checkpoint)"
+    reference = load_reference(Checkpoint(checkpoint))
+
+    @torch.no_grad()
+    def margin(prompt: list[int], found: list[int], expected: list[int]) -> str:
+        at = next(i for i, pair in enumerate(zip(found, expected, strict=False)) if pair[0] != pair[1])
+        with reference.draft_adapter(False):
+            logits = reference(torch.tensor([prompt + expected[:at]])).logits[0, -1]
+        return f"{float(logits[expected[at]] - logits[found[at]]):.1e}"
+
+    return margin
+
+
+class Bench:
+    """A scheduler over the known language."""
+
+    def __init__(self, max_batch: int, capacity: int, end: bool, prefix_cache: bool) -> None:
+        self.executor = ExactLawExecutor(capacity=capacity, end=end)
+        cost = PassCost(max_batch, 16)
+        cost.measured = True  # passes of this language cost nothing
+        self.scheduler = Scheduler(
+            self.executor,
+            max_batch=max_batch,
+            capacity=capacity,
+            prefill_tokens=16,
+            cost=cost,
+            prefix_cache=PrefixCache(4000) if prefix_cache else None,
+        )
+
+    def submit(self, prompt: tuple[int, ...], params: SamplingParams, seed: int, hear: Any) -> Request:
+        ending = Ending(params, frozenset({END}))
+        sequence = Sequence(list(prompt), params, ending, Acceptance(), mask_id=MASK, prefill_step=8, seed=seed)
+        request = Request(sequence, Silence(), hear, index=0, streaming=False)  # type: ignore[arg-type]
+        self.scheduler.waiting.append(request)
+        return request
+
+
+class Silence:
+    """The known language has no letters."""
+
+    def feed(self, tokens: list[int]) -> None: ...
+
+    def told(self) -> str:
+        return ""
+
+    def finish(self) -> str:
+        return ""
+
+
+def law_row(law: dict[str, Any], draws: int) -> Row:
+    """Whole texts of three tokens, and the second token after the commonest first one, by self-speculation."""
+    prompt, counts = (2, 3), Counter[tuple[int, ...]]()
+    bench = Bench(max_batch=16, capacity=16, end=False, prefix_cache=False)
+    params = SamplingParams(max_tokens=3, mode="linear_spec", block_length=4, **law)
+
+    def hear(update: Update) -> None:
+        counts[tuple(update.token_ids)] += 1
+
+    for start in track(range(0, draws, 1000), f"law {law}", transient=True, console=Console(stderr=True)):
+        for seed in range(start, start + 1000):
+            bench.submit(prompt, params, seed, hear)
+        while bench.scheduler.busy:
+            bench.scheduler.step()
+    exact = text_law(prompt, 3, params)
+    texts = total_variation(counts, exact)
+    first = max(exact, key=lambda text: exact[text])[0]
+    second: Counter[tuple[int, ...]] = Counter()
+    for text, count in counts.items():
+        if text[0] == first:
+            second[text[1:2]] += count
+    after: dict[tuple[int, ...], float] = {}
+    for text, probability in exact.items():
+        if text[0] == first:
+            after[text[1:2]] = after.get(text[1:2], 0.0) + probability
+    whole = sum(after.values())
+    tokens = total_variation(second, {text: probability / whole for text, probability in after.items()})
+    told = f"texts {texts[0]:.4f} (chance {texts[1]:.4f}), next token {tokens[0]:.4f} ({tokens[1]:.4f})"
+    name = ", ".join(f"{key} {value}" for key, value in law.items())
+    holds = texts[0] < 1.35 * texts[1] and tokens[0] < max(2.5 * tokens[1], 1e-12)
+    return Row(f"{draws} texts drawn by linear_spec at {name}: total variation from AR's law", "chance", told, holds)
+
+
+def overhead_rows(engine: Path) -> list[Row]:
+    """Milliseconds of a cycle that are not spent inside ONNX Runtime."""
+    rows = []
+    for batch in (1, 4, 16):
+        with LLM(engine, max_batch_size=batch, prefix_cache_bytes=0) as llm:
+            inside = _time_engines(llm)
+            messages = [[{"role": "user", "content": f"What is {n}% of 440?"}] for n in range(1, 65)]
+            params = SamplingParams(max_tokens=64, mode="linear_spec", block_length=16, ignore_eos=True)
+            llm.generate(messages, params, use_tqdm=False)
+            milliseconds = []
+            for _ in range(5):
+                before, steps, begun = inside(), llm.stats().steps, time.perf_counter()
+                llm.generate(messages, params, use_tqdm=False)
+                outside = time.perf_counter() - begun - (inside() - before)
+                milliseconds.append(1e3 * outside / (llm.stats().steps - steps))
+        found = statistics.median(milliseconds)
+        bar = "<= 0.3 ms" if batch == 1 else "-"
+        rows.append(
+            Row(
+                f"time outside the engines, a cycle at batch {batch}", bar, f"{found:.2f} ms", batch > 1 or found <= 0.3
+            )
+        )
+    return rows
+
+
+def _time_engines(llm: LLM) -> Any:
+    """A clock that runs only inside the sessions."""
+    spent = 0.0
+
+    class Timed:
+        def __init__(self, session: Any) -> None:
+            self._session = session
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._session, name)
+
+        def run_with_iobinding(self, binding: Any) -> None:
+            nonlocal spent
+            begun = time.perf_counter()
+            self._session.run_with_iobinding(binding)
+            spent += time.perf_counter() - begun
+
+    sessions = llm._executor._sessions  # type: ignore[attr-defined]
+    for kind in sessions:
+        sessions[kind] = Timed(sessions[kind])
+    return lambda: spent
+
+
+def events_row(events: int) -> Row:
+    """Joins, steps and cancellations at random; every text is the law's, and the executor checks every row it reads."""
+    rng, wrong, told = np.random.default_rng(0), 0, 0
+    bench = Bench(max_batch=12, capacity=64, end=True, prefix_cache=True)
+    running: dict[int, Request] = {}
+    pool = prompts(40, 0)
+
+    def submit(number: int) -> None:
+        nonlocal wrong, told
+        prompt = pool[rng.integers(len(pool))] + pool[rng.integers(len(pool))]
+        mode = ({"mode": "ar"}, {"mode": "linear_spec", "block_length": 6}, {"mode": "auto"})[rng.integers(3)]
+        params = SamplingParams(max_tokens=int(rng.integers(1, 30)), **mode)
+        expected = greedy_text(prompt, params.max_tokens)
+
+        def hear(update: Update) -> None:
+            nonlocal wrong, told
+            told += 1
+            whole = update.finish_reason != "cancelled"
+            wrong += update.token_ids != (expected if whole else expected[: len(update.token_ids)])
+            running.pop(number)
+
+        running[number] = bench.submit(prompt, params, 0, hear)
+
+    submitted = 0
+    for _ in track(range(events), "events", transient=True, console=Console(stderr=True)):
+        event = rng.choice(["join", "step", "step", "cancel"])
+        if event == "join" and len(running) < 40:
+            submit(submitted)
+            submitted += 1
+        elif event == "cancel" and running:
+            list(running.values())[rng.integers(len(running))].aborted = True
+        bench.scheduler.step()
+    while bench.scheduler.busy:
+        bench.scheduler.step()
+    leaked = bench.executor.pool.active + len(running) + (submitted - told)
+    found = f"{submitted} requests, {wrong} wrong, {leaked} leaked"
+    return Row(
+        f"{events} random joins, finishes and cancels on one KV pool", "none wrong or leaked", found, not wrong + leaked
+    )
+
+
+def memory_row(engine: Path, requests: int) -> Row:
+    """Resident memory after a tenth of the requests, and after all."""
+    sizes = []
+    with LLM(engine, prefix_cache_bytes=8 << 20) as llm:
+        rng = np.random.default_rng(0)
+        for start in track(range(0, requests, requests // 10), "memory", transient=True, console=Console(stderr=True)):
+            asked = [rng.integers(200, 700, 24).tolist() for _ in range(requests // 10)]
+            mode = MODES[start // (requests // 10) % len(MODES)]
+            llm.generate(asked, SamplingParams(max_tokens=6, **mode), use_tqdm=False)
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            sizes.append(pages * os.sysconf("SC_PAGE_SIZE") / 2**20)
+    grown = sizes[-1] - sizes[len(sizes) // 2]
+    told = f"{sizes[0]:.0f}, {sizes[len(sizes) // 2]:.0f}, {sizes[-1]:.0f} MiB after a tenth, half and all"
+    return Row(f"memory over {requests} requests", "flat (2 MiB)", told, grown <= 2)
+
+
+def prefix_row(engine: Path) -> Row:
+    """A second turn after a chat of a thousand tokens."""
+    with LLM(engine) as llm:
+        turn = [{"role": "user", "content": "Count the words: " + " ".join(["stone", "river"] * 240)}]
+        prompt = llm.tokenizer.encode(llm.tokenizer.apply_chat_template(turn))
+        answer = llm.generate(prompt, SamplingParams(max_tokens=64, mode="linear_spec", ignore_eos=True)).outputs[0]
+        known = [*prompt, *answer.token_ids]
+        new = llm.tokenizer.encode("And how many of them are rivers?")
+        second = llm.generate([*known, *new], SamplingParams(max_tokens=8)).outputs[0]
+    computed = len(known) + len(new) - second.counts.cached_tokens
+    told = f"{len(known)} known, {len(new)} new: {computed} prefilled in {second.counts.prefill} pass"
+    # The first answer's last token was emitted, not yet committed.
+    return Row("second turn of a chat", "only what is new", told, computed <= len(new) + 1)
+
+
+if __name__ == "__main__":
+    main()

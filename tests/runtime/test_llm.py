@@ -1,0 +1,225 @@
+"""The Python API on a real engine: one or many, blocking, awaited or streamed, and what is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trimode.model.errors import TriModeError
+from trimode.runtime import LLM, RequestOutput, SamplingParams
+from trimode.runtime.errors import ContextLengthError, QueueFullError, ShutDownError
+from trimode.runtime.outputs import CompletionOutput
+
+
+@pytest.fixture(scope="module")
+def llm(random_engine: Path) -> Iterator[LLM]:
+    with LLM(random_engine, max_batch_size=4) as llm:
+        yield llm
+
+
+def greedy(**options: Any) -> SamplingParams:
+    return SamplingParams(**{"max_tokens": 20, "mode": "linear_spec", "block_length": 8} | options)
+
+
+def test_one_and_many_and_in_every_form(llm: LLM) -> None:
+    text = llm.tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}])
+    ids = llm.tokenizer.encode(text)
+    one = llm.generate(text, greedy())
+    assert (one.prompt, one.prompt_token_ids, one.finished) == (text, ids, True)
+    many = llm.generate([ids, [300, 301]], greedy(), use_tqdm=False)
+    chat = llm.generate([{"role": "user", "content": "Hi"}], greedy())
+    chats = llm.generate([[{"role": "user", "content": "Hi"}]], [greedy()])
+    for answer in (many[0], chat, chats[0]):
+        assert answer.outputs[0].token_ids == one.outputs[0].token_ids
+    assert many[1].outputs[0].token_ids != one.outputs[0].token_ids
+    assert one.outputs[0].text == llm.tokenizer.decode(one.outputs[0].token_ids)
+    assert len({answer.request_id for answer in (one, *many, chat)}) == 4
+
+
+def test_the_default_is_auto_and_greedy(llm: LLM) -> None:
+    found = llm.generate([300, 301]).outputs[0]
+    assert found.token_ids == llm.generate([300, 301], SamplingParams(mode="ar")).outputs[0].token_ids
+    assert found.length == 32
+
+
+@pytest.mark.parametrize("mode", ["auto", "ar", "linear_spec", "diffusion"])
+def test_streamed_pieces_are_the_whole(llm: LLM, mode: Any) -> None:
+    params = SamplingParams(max_tokens=30, mode=mode, logprobs=1)
+
+    async def stream() -> tuple[RequestOutput, list[CompletionOutput], int]:
+        answer, texts, tokens, logprobs, updates = llm.generate_async([300, 301], params, streaming=True), [], [], [], 0
+        async for update in answer:
+            texts.append(update.outputs[0].text_diff)
+            tokens += update.outputs[0].token_ids_diff
+            logprobs += update.outputs[0].logprobs_diff
+            updates += 1
+        output = answer.outputs[0]
+        assert "".join(texts) == output.text
+        assert tokens == output.token_ids
+        assert logprobs == output.logprobs
+        return answer, answer.outputs, updates
+
+    answer, (output,), updates = asyncio.run(stream())
+    assert answer.finished
+    assert updates > 1
+    assert output.token_ids == llm.generate([300, 301], params).outputs[0].token_ids
+    assert len(output.origins) == output.length == len(output.logprobs or [])
+    assert output.cumulative_logprob is not None
+    assert output.cumulative_logprob < 0
+    assert 0 < (output.time_to_first_token or 0) <= (output.seconds or 0)
+
+
+def test_many_are_awaited_together(llm: LLM) -> None:
+    async def gather() -> list[RequestOutput]:
+        return await asyncio.gather(*(llm.generate_async([300 + i], greedy()) for i in range(12)))
+
+    together = asyncio.run(gather())
+    for index, answer in enumerate(together):
+        assert answer.outputs[0].token_ids == llm.generate([300 + index], greedy()).outputs[0].token_ids
+
+
+def test_n_answers_share_the_prompt_and_differ(llm: LLM) -> None:
+    prompt = list(range(300, 340))
+    params = greedy(n=3, temperature=1.3, seed=5)
+    answer = llm.generate(prompt, params)
+    assert [output.index for output in answer.outputs] == [0, 1, 2]
+    assert len({tuple(output.token_ids) for output in answer.outputs}) == 3
+    for index, output in enumerate(answer.outputs):
+        alone = llm.generate(prompt, greedy(temperature=1.3, seed=5 + index)).outputs[0]
+        assert output.token_ids == alone.token_ids
+    assert [output.counts.cached_tokens for output in answer.outputs[1:]] == [39, 39]
+
+
+def test_the_same_seed_gives_the_same_tokens_whatever_else_runs(llm: LLM) -> None:
+    params = greedy(temperature=1.0, seed=9, mode="auto", block_length=None)
+    alone = llm.generate([300, 301], params).outputs[0].token_ids
+    crowd = [[310 + i] for i in range(7)]
+    together = llm.generate([*crowd, [300, 301], *crowd], [greedy(temperature=1.0)] * 7 + [params] + [greedy()] * 7)
+    assert together[7].outputs[0].token_ids == alone
+    unseeded = {tuple(llm.generate([300], greedy(temperature=1.5)).outputs[0].token_ids) for _ in range(3)}
+    assert len(unseeded) == 3
+
+
+def test_stop_strings_and_tokens_end_the_text_exactly(llm: LLM) -> None:
+    whole = llm.generate([300, 301], greedy(max_tokens=60)).outputs[0]
+    middle = len(whole.text) // 2
+    stop = whole.text[middle : middle + 3]
+    first = whole.text.index(stop)
+    for mode in ({"mode": "ar", "block_length": None}, {"mode": "linear_spec", "block_length": 32}, {"mode": "auto"}):
+        found = llm.generate([300, 301], greedy(max_tokens=60, stop=[stop, "never"], **mode)).outputs[0]
+        assert (found.text, found.finish_reason, found.stop_reason) == (whole.text[:first], "stop", stop)
+        kept = greedy(max_tokens=60, stop=stop, include_stop_str_in_output=True, **mode)
+        assert llm.generate([300, 301], kept).outputs[0].text == whole.text[: first + len(stop)]
+        token = whole.token_ids[10]
+        found = llm.generate([300, 301], greedy(max_tokens=60, stop_token_ids=[token], **mode)).outputs[0]
+        assert found.token_ids == whole.token_ids[: whole.token_ids.index(token) + 1]
+        assert (found.finish_reason, found.stop_reason) == ("stop", token)
+
+
+def test_ignoring_the_end_token(llm: LLM) -> None:
+    end = llm.manifest.model.eos_token_id[0]
+    prompt = next(
+        [300 + start]
+        for start in range(300)
+        if llm.generate([300 + start], greedy(max_tokens=40, temperature=1.6, seed=0)).outputs[0].finish_reason
+        == "stop"
+    )
+    params = greedy(max_tokens=60, temperature=1.6, seed=0, ignore_eos=True, skip_special_tokens=False)
+    found = llm.generate(prompt, params).outputs[0]
+    assert end in found.token_ids[:-1]
+    assert (found.length, found.finish_reason) == (60, "length")
+    assert found.text == llm.tokenizer.decode(found.token_ids, skip_special_tokens=False)
+
+
+def test_an_aborted_request_ends_at_once_and_frees_its_slot(llm: LLM) -> None:
+    running = llm.generate_async([300], SamplingParams(max_tokens=4000, mode="ar", ignore_eos=True), streaming=True)
+    next(iter(running))
+    running.abort()
+    output = running.result(timeout=30).outputs[0]
+    assert output.finish_reason == "cancelled"
+    assert 0 < output.length < 4000
+    assert llm.stats().running == 0
+
+
+def test_back_pressure(random_engine: Path) -> None:
+    long = SamplingParams(max_tokens=3000, mode="ar", ignore_eos=True)
+    with LLM(random_engine, max_batch_size=1, max_queue_size=2) as llm:
+        first = llm.generate_async([300], long, streaming=True)
+        next(iter(first))
+        waiting = [llm.generate_async([300], long) for _ in range(2)]
+        with pytest.raises(QueueFullError, match="2 requests wait already; try again later"):
+            llm.generate_async([300], long)
+        for request in (first, *waiting):
+            request.abort()
+        # Whoever waits for all gets through however many they are.
+        assert len(llm.generate([[300 + i] for i in range(9)], greedy(max_tokens=2))) == 9
+
+
+def test_shutdown_ends_what_runs_with_an_error(random_engine: Path) -> None:
+    llm = LLM(random_engine, max_batch_size=1)
+    long = SamplingParams(max_tokens=4000, mode="ar", ignore_eos=True)
+    requests = [llm.generate_async([300], long) for _ in range(3)]
+    llm.shutdown()
+    for request in requests:
+        with pytest.raises(ShutDownError, match="before the request was finished"):
+            request.result(timeout=30)
+    with pytest.raises(ShutDownError):
+        llm.generate_async([300])
+    assert not any(thread.name == "trimode-scheduler" and thread is llm._thread for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize(
+    ("inputs", "options", "error", "message"),
+    [
+        ([], {}, TriModeError, "the prompt is empty"),
+        ("", {}, TriModeError, "the prompt is empty"),
+        ([768], {}, TriModeError, "prompt token 768 is outside the model's vocabulary of 768"),
+        ([300, "a"], {}, TriModeError, "prompt token 'a' is outside"),
+        ([300] * 8190, {"max_tokens": 5}, ContextLengthError, "exceeds the engine's capacity of 8192"),
+        ([300], {"top_k": 769}, TriModeError, "top_k is 769, but the engine reports 768 candidates a row"),
+        ([300], {"logprobs": 800}, TriModeError, "logprobs is 800, but the engine reports 768"),
+    ],
+)
+def test_what_cannot_be_answered_is_refused_at_once(
+    llm: LLM, inputs: Any, options: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        llm.generate_async(inputs, SamplingParams(**options))
+    assert llm.stats().running == 0
+
+
+def test_a_pool_that_may_not_grow_refuses_or_lets_wait(random_engine: Path) -> None:
+    with LLM(random_engine, max_batch_size=8, kv_cache_bytes=1 << 20) as llm:
+        with pytest.raises(ContextLengthError, match="exceed kv_cache_bytes"):
+            llm.generate_async([300], SamplingParams(max_tokens=8000))
+        answers = llm.generate([[300 + i] for i in range(8)], greedy(max_tokens=200, ignore_eos=True))
+        assert all(answer.outputs[0].length == 200 for answer in answers)
+        pool = llm._executor.pool
+        assert sum(buffer.nbytes for buffer in pool.buffers) <= 1 << 20
+
+
+def test_a_second_turn_prefills_only_what_is_new(llm: LLM, random_engine: Path) -> None:
+    first = list(range(300, 700)) + list(range(300, 700))
+    answer = llm.generate(first, greedy(max_tokens=16, ignore_eos=True)).outputs[0]
+    second = [*first, *answer.token_ids, 310, 311, 312]
+    found = llm.generate(second, greedy()).outputs[0]
+    assert found.counts.cached_tokens == len(first) + len(answer.token_ids) - 1
+    assert found.counts.prefill == 1
+    with LLM(random_engine, prefix_cache_bytes=0) as fresh:
+        assert fresh.generate(second, greedy()).outputs[0].token_ids == found.token_ids
+
+
+def test_results_wait_no_longer_than_asked(llm: LLM) -> None:
+    request = llm.generate_async([300], SamplingParams(max_tokens=8000, mode="ar", ignore_eos=True))
+    begun = time.perf_counter()
+    with pytest.raises(TimeoutError, match="not finished after"):
+        request.result(timeout=0.05)
+    assert time.perf_counter() - begun < 30
+    request.abort()
+    request.result()

@@ -1,0 +1,231 @@
+"""Many requests at once, against a language whose law is known: each gets its own text, whatever runs beside it.
+
+The executor of these tests computes from the KV pool's rows (scripts/exact_law.py), so a row of another sequence that
+is read or overwritten shows in the text.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scripts.exact_law import (
+    END,
+    MASK,
+    ExactLawExecutor,
+    greedy_text,
+    prompts,
+    text_law,
+    total_variation,
+)
+from trimode.runtime import SamplingParams
+from trimode.runtime.acceptance import Acceptance
+from trimode.runtime.decoding import Sequence
+from trimode.runtime.ending import Ending
+from trimode.runtime.outputs import Update
+from trimode.runtime.pass_cost import PassCost
+from trimode.runtime.prefix_cache import PrefixCache
+from trimode.runtime.request import Request
+from trimode.runtime.scheduler import Scheduler
+
+GREEDY_MODES: list[dict[str, Any]] = [
+    {"mode": "ar"},
+    {"mode": "linear_spec", "block_length": 4},
+    {"mode": "linear_spec", "block_length": 9, "draft_threshold": 0.6},
+    {"mode": "auto", "block_length": 8},
+]
+DIFFUSION: dict[str, Any] = {"mode": "diffusion", "block_length": 5, "threshold": 0.5}
+
+
+class NoText:
+    """Tokens are what is compared here; the language has no letters."""
+
+    def feed(self, tokens: list[int]) -> None: ...
+
+    def told(self) -> str:
+        return ""
+
+    def finish(self) -> str:
+        return ""
+
+
+class Bench:
+    """A scheduler over the known language, and what came of its requests."""
+
+    def __init__(self, max_batch: int = 8, prefix_cache: bool = True, **language: Any) -> None:
+        self.executor = ExactLawExecutor(**language)
+        self.scheduler = Scheduler(
+            self.executor,
+            max_batch=max_batch,
+            capacity=self.executor.pool.capacity,
+            prefill_tokens=6,
+            cost=PassCost(max_batch, 16),
+            prefix_cache=PrefixCache(2000) if prefix_cache else None,
+        )
+        self.scheduler._cost.measured = True  # of a language whose passes cost nothing
+        self.texts: dict[int, list[int]] = {}
+        self.finished: dict[int, Update] = {}
+        self.requests: dict[int, Request] = {}
+
+    def submit(self, prompt: tuple[int, ...], params: SamplingParams, seed: int = 0, streaming: bool = False) -> int:
+        number = len(self.requests)
+        self.texts[number] = []
+
+        def hear(update: Update) -> None:
+            assert number not in self.finished, "an update after the last"
+            self.texts[number] += update.token_ids
+            if update.finish_reason or update.error:
+                self.finished[number] = update
+
+        ending = Ending(params, frozenset({END}))
+        sequence = Sequence(list(prompt), params, ending, Acceptance(), mask_id=MASK, prefill_step=4, seed=seed)
+        self.requests[number] = Request(sequence, NoText(), hear, index=0, streaming=streaming)  # type: ignore[arg-type]
+        self.scheduler.waiting.append(self.requests[number])
+        return number
+
+    def run(self) -> None:
+        for _ in range(100_000):
+            if not self.scheduler.busy:
+                return
+            self.scheduler.step()
+        raise AssertionError("the scheduler does not come to an end")
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5, 16])
+def test_greedy_texts_in_mixed_batches_are_those_of_the_law(batch: int) -> None:
+    bench = Bench(max_batch=batch)
+    expected = {}
+    for index, prompt in enumerate(prompts(60, seed=batch)):
+        params = SamplingParams(max_tokens=3 + index % 20, **GREEDY_MODES[index % 4])
+        expected[bench.submit(prompt, params)] = greedy_text(prompt, params.max_tokens)
+    bench.run()
+    assert bench.texts == expected
+    assert bench.executor.pool.active == 0
+
+
+def test_diffusion_in_a_batch_is_diffusion_alone() -> None:
+    """Rows with different numbers of denoise passes do not stop or disturb one another, nor does padding."""
+    asked = prompts(24, seed=3)
+    together = Bench(max_batch=8)
+    for index, prompt in enumerate(asked):
+        together.submit(prompt, SamplingParams(max_tokens=12, **(DIFFUSION if index % 3 else GREEDY_MODES[1])))
+    together.run()
+    for index, prompt in enumerate(asked):
+        if index % 3:
+            alone = Bench(max_batch=1, prefix_cache=False)
+            alone.submit(prompt, SamplingParams(max_tokens=12, **DIFFUSION))
+            alone.run()
+            assert together.texts[index] == alone.texts[0]
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), batch=st.integers(1, 6), seed=st.integers(0, 2**16))
+def test_joins_finishes_and_cancels_in_any_order(data: st.DataObject, batch: int, seed: int) -> None:
+    """Against the plain model: a dictionary of texts by the law. Nothing leaks, nothing is told twice."""
+    bench, rng = Bench(max_batch=batch), np.random.default_rng(seed)
+    expected: dict[int, list[int]] = {}
+    cancelled: set[int] = set()
+    pool = prompts(6, seed)
+    for event in data.draw(st.lists(st.sampled_from(["join", "step", "step", "cancel"]), max_size=60)):
+        if event == "join":
+            prompt = pool[rng.integers(len(pool))] + pool[rng.integers(len(pool))]
+            params = SamplingParams(max_tokens=int(rng.integers(1, 20)), **GREEDY_MODES[rng.integers(4)])
+            number = bench.submit(prompt, params, streaming=bool(rng.integers(2)))
+            expected[number] = greedy_text(prompt, params.max_tokens)
+        elif event == "step":
+            bench.scheduler.step()
+        elif expected:
+            chosen = int(rng.integers(len(expected)))
+            if chosen not in bench.finished:
+                bench.requests[chosen].aborted = True
+                cancelled.add(chosen)
+                bench.scheduler.step()  # within one cycle
+                assert bench.finished[chosen].finish_reason == "cancelled"
+    bench.run()
+    assert bench.finished.keys() == expected.keys()
+    for number, text in expected.items():
+        if number in cancelled:
+            assert bench.texts[number] == text[: len(bench.texts[number])]
+        else:
+            assert bench.texts[number] == text
+    assert bench.executor.pool.active == 0
+    assert bench.scheduler.stats().running == bench.scheduler.stats().waiting == 0
+
+
+def test_a_text_may_fill_the_capacity_to_the_last_row_beside_others() -> None:
+    """Padding would reach past the pool's end: such a slot has passes of its own."""
+    bench = Bench(max_batch=4, capacity=24, end=False)
+    numbers = {}
+    for prompt, tokens in (((2,) * 20, 4), ((3, 4), 20), ((5,) * 12, 12), ((6, 2, 3), 21)):
+        params = SamplingParams(max_tokens=tokens, mode="linear_spec", block_length=16)
+        numbers[bench.submit(prompt, params)] = greedy_text(prompt, tokens, end=False)
+    bench.run()
+    assert bench.texts == numbers
+
+
+def test_prompts_share_the_rows_of_their_beginnings() -> None:
+    bench = Bench(max_batch=2, capacity=64)
+    system = (2, 3, 4, 5, 6) * 8  # 40 tokens: one whole block, and a short one
+    first = bench.submit((*system, 2), SamplingParams(max_tokens=4, mode="ar"))
+    bench.run()
+    follow_up = (*system, 2, *bench.texts[first][:3], 6, 6)
+    second = bench.submit(follow_up, SamplingParams(max_tokens=4, mode="ar"))
+    other = bench.submit((*system, 6), SamplingParams(max_tokens=4, mode="linear_spec", block_length=4))
+    bench.run()
+    assert bench.texts[second] == greedy_text(follow_up, 4)
+    assert bench.texts[other] == greedy_text((*system, 6), 4)
+    known = len(system) + 1 + len(bench.texts[first]) - 1
+    assert bench.requests[second].sequence.counts.cached_tokens == min(known, len(follow_up) - 1)
+    assert bench.requests[second].sequence.counts.prefill == 1
+    assert bench.requests[other].sequence.counts.cached_tokens == 32
+
+
+def test_an_engine_that_fails_fails_its_requests_and_serves_the_next() -> None:
+    bench = Bench(max_batch=2)
+    asked = [bench.submit((2, 3), SamplingParams(max_tokens=9, mode="ar")) for _ in range(4)]
+    bench.scheduler.step()
+    bench.scheduler.fail(RuntimeError("out of order"))
+    assert all("out of order" in str(bench.finished[number].error) for number in asked)
+    number = bench.submit((2, 3), SamplingParams(max_tokens=9, mode="ar"))
+    bench.run()
+    assert bench.texts[number] == greedy_text((2, 3), 9)
+
+
+def drawn(mode: dict[str, Any], law: dict[str, Any], draws: int, length: int) -> Counter[tuple[int, ...]]:
+    bench = Bench(max_batch=16, prefix_cache=False, end=False, capacity=16)
+    for seed in range(draws):
+        bench.submit((2, 3), SamplingParams(max_tokens=length, **mode, **law), seed=seed)
+    bench.run()
+    return Counter(tuple(text) for text in bench.texts.values())
+
+
+LAWS = [{"temperature": 1.0}, {"temperature": 1.5, "top_k": 3}, {"temperature": 0.8, "top_p": 0.7}]
+
+
+@pytest.mark.parametrize("law", LAWS, ids=str)
+def test_sampled_self_speculation_has_ars_law(law: dict[str, Any]) -> None:
+    """Over whole texts of three tokens; `scripts/prove_runtime.py` does the same with many more draws."""
+    found = drawn({"mode": "linear_spec", "block_length": 4}, law, draws=4000, length=3)
+    distance, by_chance = total_variation(found, text_law((2, 3), 3, SamplingParams(**law)))
+    assert distance < 1.35 * by_chance
+
+
+def test_the_test_of_the_law_can_fail() -> None:
+    """A draw that the draft sways: the confidence of a draft raised in the causal row."""
+    found = drawn({"mode": "linear_spec", "block_length": 4}, {"temperature": 1.1}, draws=4000, length=3)
+    distance, by_chance = total_variation(found, text_law((2, 3), 3, SamplingParams(temperature=1.0)))
+    assert distance > 1.35 * by_chance
+
+
+def test_penalties_count_within_a_run() -> None:
+    """Sampled with penalties, one token after another: speculation draws what AR draws, seed by seed."""
+    law = {"temperature": 1.0, "presence_penalty": 1.5, "frequency_penalty": 0.5, "repetition_penalty": 1.4}
+    modes = ({"mode": "ar"}, {"mode": "linear_spec", "block_length": 6}, {"mode": "auto"})
+    texts = [drawn(mode, law, draws=300, length=8) for mode in modes]
+    assert texts[0] == texts[1] == texts[2]
+    assert texts[0] != drawn({"mode": "ar"}, {"temperature": 1.0}, draws=300, length=8)
