@@ -303,7 +303,7 @@ def _summary(answer: RequestOutput, output: CompletionOutput, mode: Mode) -> dic
 @click.option("--max-body", type=click.IntRange(min=1), default=4 << 20, show_default=True, help="Bytes of a request.")
 @click.option("--request-seconds", type=click.FloatRange(min=1), default=600, show_default=True, help="Longest answer.")
 @click.option(
-    "--drain-seconds", type=click.FloatRange(min=0), default=8, show_default=True, help="To finish after SIGTERM."
+    "--drain-seconds", type=click.FloatRange(min=0), default=7, show_default=True, help="To finish after SIGTERM."
 )
 def serve(engine: Path, max_batch: int, max_queue: int, threads: int | None, **options: Any) -> None:
     """Answer OpenAI's API over ENGINE, with a playground at /."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import sys
+import time
 from dataclasses import dataclass
 from types import FrameType
 
@@ -18,6 +19,8 @@ from trimode.runtime.openai_server.service import Service
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 # Idle connections are kept longer than clients keep them, so that no request meets a closing one.
 KEEP_ALIVE_SECONDS = 75
+# For clients to take the error with which a cancelled answer ends.
+LAST_WORDS_SECONDS = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +36,7 @@ class ServerOptions:
     model_name: str | None = None
     max_body: int = 4 << 20
     request_seconds: float = 600.0
-    drain_seconds: float = 8.0
+    drain_seconds: float = 7.0
 
 
 def serve(llm: LLM, options: ServerOptions) -> None:
@@ -52,7 +55,7 @@ def serve(llm: LLM, options: ServerOptions) -> None:
         server_header=False,
         proxy_headers=False,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=1,
+        timeout_graceful_shutdown=LAST_WORDS_SECONDS,
     )
     if options.host not in LOOPBACK and options.api_key is None:
         print(f"trimode: {options.host} is open to other machines, and no API key is set", file=sys.stderr)
@@ -71,24 +74,26 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._gate = gate
         self._service = service
-        # uvicorn's loop ticks ten times a second.
-        self._ticks_left = round(drain_seconds * 10)
+        self._drain_seconds = drain_seconds
+        self._stopped_at: float | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
         """The first signal drains; a second one ends at once. Neither is raised again: to be stopped is no failure."""
-        if self._gate.draining:
+        if self._stopped_at is not None:
             self.should_exit = self.force_exit = True
         self._gate.draining = True
+        self._stopped_at = time.monotonic()
 
     async def on_tick(self, counter: int) -> bool:
+        """uvicorn asks ten times a second whether to exit."""
         if await super().on_tick(counter):
             return True
-        if not self._gate.draining:
+        if self._stopped_at is None:
             return False
-        self._ticks_left -= 1
-        if self._ticks_left <= 0:
+        late = time.monotonic() - self._stopped_at - self._drain_seconds
+        if late >= 0:
             self._service.running.cancel_all()
-        return self._gate.active == 0 or self._ticks_left <= -10
+        return self._gate.active == 0 or late >= LAST_WORDS_SECONDS
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

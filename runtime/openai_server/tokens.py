@@ -34,7 +34,7 @@ class OriginsTeller:
         """``token_ids`` are the newest tokens of ``output``."""
         counts = dataclasses.asdict(output.counts)
         return TokenOrigins(
-            pieces=[self._tokenizer.step(self._stream, [token]) or "" for token in token_ids],
+            pieces=[self._tokenizer.step(self._stream, token) or "" for token in token_ids],
             origins=list(output.origins[len(output.origins) - len(token_ids) :]),
             rejected=[_text(self._tokenizer, token) for token in output.rejected],
             passes=Passes(**{name: counts[name] for name in Passes.model_fields}),
