@@ -31,12 +31,20 @@ POOLED_FROM_BYTES = 1024
 
 
 def build_cpu_engines(
-    checkpoint: Checkpoint, folder: Path, options: NetworkOptions, activations: Activations, progress: Progress
+    checkpoint: Checkpoint,
+    folder: Path,
+    options: NetworkOptions,
+    activations: Activations,
+    unpack: bool,
+    progress: Progress,
 ) -> tuple[PoolEntry, ...]:
-    """Write ``ar/model.onnx``, ``diffusion/model.onnx`` and the pool into ``folder``; returns the pool's ranges."""
+    """Write ``ar/model.onnx``, ``diffusion/model.onnx`` and the pool into ``folder``; returns the pool's ranges.
+
+    unpack: store int4 matrices as fp32.
+    """
     with TemporaryDirectory(dir=folder) as temporary:
         scratch = Path(temporary)
-        raw = write_raw_pool(checkpoint, scratch / "raw.bin", progress, np.dtype(np.float32))
+        raw = write_raw_pool(checkpoint, scratch / "raw.bin", progress, np.dtype(np.float32), unpack)
         models = []
         for index, (name, pattern) in enumerate(ENGINES):
             progress("graphs", index, len(ENGINES))

@@ -17,7 +17,7 @@ from safetensors.numpy import save
 from trimode.build.cpu import build_cpu_engines
 from trimode.build.network import NetworkOptions
 from trimode.model.atomic_folder import atomic_folder
-from trimode.model.checkpoint import HEAD, Checkpoint
+from trimode.model.checkpoint import HEAD, Checkpoint, linear_shapes
 from trimode.model.errors import TriModeError
 from trimode.model.machine import instruction_set
 from trimode.model.manifest import (
@@ -50,9 +50,13 @@ _EMBEDDING_TYPES: dict[np.dtype[np.generic], Real] = {
 class CpuOptions:
     """activations: ``int8`` rounds the inputs of int4 products to 8 bits: several times as fast on large matrices, and
     no longer w4a16.
+
+    unpacked_bytes: with fp32 activations, int4 matrices that all together take no more than this as fp32 are stored so.
+    ONNX Runtime unpacks int4 anew in every pass, and four bits save nothing where the weights stay in a cache.
     """
 
     activations: Activations = "fp32"
+    unpacked_bytes: int = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,8 @@ def build_engine(
     Tokenizer.from_folder(checkpoint.folder)
     real: Real = target.dtype if isinstance(target, RtxOptions) else "fp32"
     with atomic_folder(out) as folder:
-        rtx, pool = _build_target(checkpoint, folder, limits, target, progress)
+        unpacked = _unpacks(checkpoint, target)
+        rtx, pool = _build_target(checkpoint, folder, limits, target, unpacked, progress)
         adapter = _write_adapter(checkpoint, folder / ADAPTER)
         (folder / TOKENIZER).mkdir()
         for name in FILES:
@@ -118,6 +123,7 @@ def build_engine(
                 activations=target.activations if isinstance(target, CpuOptions) and linear_is_int4 else real,
                 kv_cache=real,
                 group=None if quantization is None else quantization.group_size,
+                unpacked=unpacked,
             ),
             limits=limits,
             adapter=adapter,
@@ -137,13 +143,28 @@ def build_engine(
     return Manifest.read(out)
 
 
+def _unpacks(checkpoint: Checkpoint, target: CpuOptions | RtxOptions) -> bool:
+    """Whether the pool is to hold the checkpoint's int4 matrices as fp32."""
+    if not isinstance(target, CpuOptions) or target.activations != "fp32":
+        return False
+    shapes = linear_shapes(checkpoint.config).items()
+    weights = sum(rows * columns for module, (rows, columns) in shapes if checkpoint.is_int4(module))
+    return 0 < weights * np.dtype(np.float32).itemsize <= target.unpacked_bytes
+
+
 def _build_target(
-    checkpoint: Checkpoint, folder: Path, limits: Limits, target: CpuOptions | RtxOptions, progress: Progress
+    checkpoint: Checkpoint,
+    folder: Path,
+    limits: Limits,
+    target: CpuOptions | RtxOptions,
+    unpack: bool,
+    progress: Progress,
 ) -> tuple[RtxEntry | None, tuple[PoolEntry, ...]]:
     adapter = checkpoint.adapter is not None
     if isinstance(target, CpuOptions):
-        options = NetworkOptions(top_k=limits.top_k, adapter=adapter)
-        return None, build_cpu_engines(checkpoint, folder, options, target.activations, progress)
+        # Folded, a single token is several rows to the attention: its kernel for one row rounds otherwise.
+        options = NetworkOptions(adapter=adapter, fold_queries=True)
+        return None, build_cpu_engines(checkpoint, folder, options, target.activations, unpack, progress)
     try:
         from trimode.build.rtx import build_rtx_engines
     except ModuleNotFoundError as error:

@@ -42,14 +42,15 @@ class Rotation(NamedTuple):
 class NetworkOptions:
     """What a target chooses.
 
-    top_k: candidates a row. adapter: whether the diffusion graph takes a draft adapter. activations: type of
-    activations, KV pool, scales and adapter. capacity: KV rows if the target needs them fixed. window: attend to the
-    first rows of the KV pool only, as many as the input ``window_rows`` is long. fold_queries: give the queries that
-    share a KV head to the attention as further rows of one head, so that no executor need repeat keys and values.
+    adapter: whether the diffusion graph takes a draft adapter. top_k: candidates a row; None has the pass say how many.
+    activations: type of activations, KV pool, scales and adapter. capacity: KV rows if the target needs them fixed.
+    window: attend to the first rows of the KV pool only, as many as the input ``window_rows`` is long. fold_queries:
+    give the queries that share a KV head to the attention as further rows of one head, so that no executor need repeat
+    keys and values.
     """
 
-    top_k: int
     adapter: bool
+    top_k: int | None = None
     activations: Real = "fp32"
     capacity: int | None = None
     window: bool = False
@@ -100,10 +101,15 @@ class _Network:
         x = self._cast(self.op("Gather", graph.pooled(embedding), input_ids), embedding.dtype)
         for index, layer in enumerate(self.pool.layers):
             graph.scope = f"layers.{index}/"
-            x = self.op("Add", x, self._self_attn(self._rms_norm(x, layer.input_layernorm), layer, index))
+            attended = self._attention(self._rms_norm(x, layer.input_layernorm), layer, index)
+            if layer is self.pool.layers[-1]:
+                # Past its keys and values the last layer serves the logits alone.
+                rows = self.op("Unsqueeze", logit_rows, self.ints(2))
+                x, attended = (self.op("GatherND", value, rows, batch_dims=1) for value in (x, attended))
+            x = self.op("Add", x, self._o_proj(attended, layer, index))
             x = self.op("Add", x, self._mlp(self._rms_norm(x, layer.post_attention_layernorm), layer))
         graph.scope = "head/"
-        self._head(self.op("GatherND", x, self.op("Unsqueeze", logit_rows, self.ints(2)), batch_dims=1))
+        self._head(x)
         for name in cache_outputs(self.config.num_hidden_layers):
             graph.output(name, self.real, cache_shape)
         return graph.model()
@@ -121,7 +127,6 @@ class _Network:
         attention as well. Angles are
         fp32 whatever the activations: a position past 256 has no exact 16-bit value.
         """
-        rope = self.config.rope_parameters
         frequencies, attention_factor = yarn_frequencies(self.config)
         positions = self.op("Unsqueeze", self.op("Cast", position_ids, to=FLOAT), self.ints(2))
         angles = self.op("Mul", positions, self.graph.constant("rotary_frequencies", frequencies))
@@ -129,20 +134,21 @@ class _Network:
         if attention_factor != 1:
             factor = self._float("attention_factor", attention_factor)
             cos, sin = self.op("Mul", cos, factor), self.op("Mul", sin, factor)
-        # The attention's own scale rides along: compilers would apply its root to every key of the pool as well.
-        softmax_scale = self._float("softmax_scale", self.config.head_dim**-0.5)
-        if rope.llama_4_scaling_beta == 0:
-            queries = self._rotation(self.op("Mul", cos, softmax_scale), self.op("Mul", sin, softmax_scale))
-            return queries, self._rotation(cos, sin)
-        length = self._float("original_max_position_embeddings", rope.original_max_position_embeddings)
-        steps = self.op("Floor", self.op("Div", positions, length))
-        growth = self.op("Log", self.op("Add", steps, self._float("one", 1)))
-        scale = self.op(
-            "Add", self.op("Mul", growth, self._float("beta", rope.llama_4_scaling_beta)), self._float("one", 1)
-        )
-        scale = self.op("Mul", scale, softmax_scale)
+        scale = self.op("Unsqueeze", self._query_scale(position_ids), self.ints(2))
         queries = self._rotation(self.op("Mul", cos, scale), self.op("Mul", sin, scale))
         return queries, self._rotation(cos, sin)
+
+    def _query_scale(self, position_ids: str) -> str:
+        """1 + beta * log(1 + floor(position / original length)), [batch, step], from a table of its few values.
+
+        The attention's own scale rides along: compilers would apply its root to every key of the pool as well.
+        """
+        rope = self.config.rope_parameters
+        length = rope.original_max_position_embeddings
+        steps = np.arange(-(-self.config.max_position_embeddings // length))
+        table = (1 + rope.llama_4_scaling_beta * np.log1p(steps)) * self.config.head_dim**-0.5
+        step = self.op("Div", position_ids, self._int("original_max_position_embeddings", length))
+        return self.op("Gather", self.graph.constant("query_scale", table.astype(np.float32)), step)
 
     def _rotation(self, cos: str, sin: str) -> Rotation:
         return Rotation(self._cast(cos, FLOAT), self._cast(sin, FLOAT))
@@ -182,14 +188,16 @@ class _Network:
         seen = self.op("Or", committed, self.op("And", inside, chosen))
         return self.op("Unsqueeze", seen, self.ints(1))
 
-    def _self_attn(self, x: str, layer: PooledLayer, index: int) -> str:
+    def _attention(self, x: str, layer: PooledLayer, index: int) -> str:
+        """Write the step's keys and values, attend to what is visible; [batch, step, query width]."""
         config = self.config
         q, k, v = f"q.{index}", f"k.{index}", f"v.{index}"
-        widths = self.ints(config.query_width, config.kv_width, config.kv_width)
-        self.graph.node("Split", [self._linear(x, layer.qkv_proj), widths], [q, k, v], axis=-1)
-        q = self.op("RotaryEmbedding", self._heads(q, config.num_attention_heads), *self.query_rotation)
-        k = self.op("RotaryEmbedding", self._heads(k, config.num_key_value_heads), *self.key_rotation)
-        v = self._heads(v, config.num_key_value_heads)
+        heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+        qkv = self.op("Reshape", self._linear(x, layer.qkv_proj), self.ints(0, 0, sum(heads), config.head_dim))
+        qkv = self.op("Transpose", qkv, perm=[0, 2, 1, 3])
+        self.graph.node("Split", [qkv, self.ints(*heads)], [q, k, v], axis=1)
+        q = self.op("RotaryEmbedding", q, *self.query_rotation)
+        k = self.op("RotaryEmbedding", k, *self.key_rotation)
         caches, updated = cache_inputs(config.num_hidden_layers), cache_outputs(config.num_hidden_layers)
         for offset, rows in enumerate((k, v)):
             where = 2 * index + offset
@@ -203,7 +211,9 @@ class _Network:
         if self.options.fold_queries:
             attended = self.op("Reshape", attended, self.ints(0, config.num_attention_heads, -1, config.head_dim))
         attended = self.op("Transpose", attended, perm=[0, 2, 1, 3])
-        attended = self.op("Reshape", attended, self.ints(0, 0, config.query_width))
+        return self.op("Reshape", attended, self.ints(0, 0, config.query_width))
+
+    def _o_proj(self, attended: str, layer: PooledLayer, index: int) -> str:
         projected = self._linear(attended, layer.o_proj)
         if not self.has_adapter:
             return projected
@@ -217,11 +227,6 @@ class _Network:
             return cache
         rows = self.op("Shape", self.kv_rows)
         return self.op("Slice", cache, self.ints(0), rows, self.ints(2))
-
-    def _heads(self, x: str, heads: int) -> str:
-        """[batch, step, heads * head_dim] to [batch, heads, step, head_dim]."""
-        split = self.op("Reshape", x, self.ints(0, 0, heads, self.config.head_dim))
-        return self.op("Transpose", split, perm=[0, 2, 1, 3])
 
     def _mlp(self, x: str, layer: PooledLayer) -> str:
         gate, up = f"{layer.gate_up_proj.weight.name}.gate", f"{layer.gate_up_proj.weight.name}.up"
@@ -255,14 +260,15 @@ class _Network:
         bias = np.zeros(self.config.vocab_size, np.float32)
         bias[self.config.mask_token_id] = NEVER
         logits = self.op("Add", logits, self.graph.constant("mask_token_bias", bias))
-        results = ["top_logits", "top_tokens"]
-        self.graph.node("TopK", [logits, self.ints(self.options.top_k)], results, axis=-1)
+        top_k = self.options.top_k
+        wanted = self.graph.input("top_k", INT64, [1]) if top_k is None else self.ints(top_k)
+        self.graph.node("TopK", [logits, wanted], ["top_logits", "top_tokens"], axis=-1)
         # The best logit is at hand: ReduceLogSumExp would read the row once more to find it.
         best = self.op("Slice", "top_logits", self.ints(0), self.ints(1), self.ints(2))
         total = self.op("ReduceSum", self.op("Exp", self.op("Sub", logits, best)), self.ints(-1), keepdims=0)
         self.graph.node("Add", [self.op("Log", total), self.op("Squeeze", best, self.ints(2))], ["log_sum_exp"])
-        self.graph.output("top_logits", FLOAT, ["batch", "rows", self.options.top_k])
-        self.graph.output("top_tokens", INT64, ["batch", "rows", self.options.top_k])
+        self.graph.output("top_logits", FLOAT, ["batch", "rows", top_k or "top_k"])
+        self.graph.output("top_tokens", INT64, ["batch", "rows", top_k or "top_k"])
         self.graph.output("log_sum_exp", FLOAT, ["batch", "rows"])
 
     def _float(self, name: str, value: float) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from trimode.model.checkpoint import HEAD, Checkpoint, DenseWeight, Int4Weight
+from trimode.model.checkpoint import HEAD, Checkpoint, Int4Weight
 from trimode.model.errors import TriModeError
 from trimode.model.progress import Progress
 
@@ -71,14 +71,17 @@ class RawPool:
     head: PooledLinear
 
 
-def write_raw_pool(checkpoint: Checkpoint, path: Path, progress: Progress, real: np.dtype[np.generic]) -> RawPool:
+def write_raw_pool(
+    checkpoint: Checkpoint, path: Path, progress: Progress, real: np.dtype[np.generic], unpack: bool = False
+) -> RawPool:
     """Stream the checkpoint's weights into ``path``; no more than one layer's matrix is in memory at a time.
 
-    real: type of scales, norms and matrices that are not int4.
+    real: type of scales, norms and matrices that are not int4. unpack: store int4 matrices as ``real`` ones, input
+    scales multiplied in.
     """
     layers = checkpoint.config.num_hidden_layers
     with path.open("wb") as file:
-        writer = _Writer(file, checkpoint, real)
+        writer = _Writer(file, checkpoint, real, unpack)
         embed_tokens = writer.embedding()
         pooled = []
         for index in range(layers):
@@ -102,10 +105,11 @@ def write_raw_pool(checkpoint: Checkpoint, path: Path, progress: Progress, real:
 
 
 class _Writer:
-    def __init__(self, file: BinaryIO, checkpoint: Checkpoint, real: np.dtype[np.generic]) -> None:
+    def __init__(self, file: BinaryIO, checkpoint: Checkpoint, real: np.dtype[np.generic], unpack: bool) -> None:
         self._file = file
         self._checkpoint = checkpoint
         self._real = real
+        self._unpack = unpack
         self.stored = 0
 
     def embedding(self) -> PoolRange:
@@ -121,8 +125,9 @@ class _Writer:
         weights = [self._checkpoint.linear(module) for module in modules]
         name = modules[0] if len(names) == 1 else f"{parent}." + "_".join(part.removesuffix("_proj") for part in names)
         int4 = [weight for weight in weights if isinstance(weight, Int4Weight)]
-        if not int4:
-            dense = [weight.array.astype(self._real) for weight in weights if isinstance(weight, DenseWeight)]
+        if self._unpack or not int4:
+            matrices = (weight.to_float32() if isinstance(weight, Int4Weight) else weight.array for weight in weights)
+            dense = [matrix.astype(self._real, copy=False) for matrix in matrices]
             return PooledLinear(self._put(name, np.concatenate(dense).T))
         if len(int4) < len(weights) or not _share_input_scale(int4):
             raise TriModeError(

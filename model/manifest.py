@@ -34,7 +34,7 @@ ENGINE_FILES: dict[Target, tuple[str, ...]] = {
     "rtx": (PLAN, GRAPH, KERNELS),
 }
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 POOL = "weights/pool.bin"
 ADAPTER = "weights/adapter.safetensors"
@@ -72,6 +72,7 @@ class Precision(_Record):
     """Types as stored and computed: ``int4`` weights carry scales, of the KV pool's type, by ``group`` inputs.
 
     ``activations``: ``int8`` means that the inputs of int4 products are rounded to 8 bits, all else being fp32.
+    ``unpacked``: int4 matrices lie in the pool as fp32, multiplied by their scales.
     """
 
     linear: Literal["int4"] | Real
@@ -80,6 +81,7 @@ class Precision(_Record):
     activations: Literal["int8"] | Real
     kv_cache: Real
     group: PositiveInt | None
+    unpacked: bool
 
 
 class Limits(_Record):
@@ -124,7 +126,7 @@ class RtxEntry(_Record):
 
 
 class Manifest(_Record):
-    format_version: Literal[1]
+    format_version: Literal[2]
     target: Target
     source: str
     quantization: str

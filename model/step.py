@@ -11,6 +11,7 @@ input                                       shape                   meaning
 ``block_mask`` (AR)                         [B, S, S] bool          which tokens of the step each one sees
 ``step_lengths`` (diffusion)                [B]                     real tokens of the step; all see each other
 ``logit_rows``                              [B, R]                  rows of the step that need logits
+``top_k`` (target cpu)                      [1]                     k: candidates wanted of each of them
 ``adapter_scale`` (diffusion)               [B]                     1: with the draft adapter; 0: without
 ``adapter_down.i`` (diffusion)              [query width, rank]     the draft adapter's A, transposed
 ``adapter_up.i`` (diffusion)                [rank, hidden]          its B, transposed, with its scale

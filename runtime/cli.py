@@ -353,6 +353,8 @@ def _print_manifest(engine: Path, manifest: Manifest, as_json: bool) -> None:
     model, precision = manifest.model, manifest.precision
     stored = sum(entry.bytes for entry in manifest.files)
     linear = precision.linear if precision.group is None else f"{precision.linear} in groups of {precision.group}"
+    if precision.unpacked:
+        linear += ", unpacked to fp32"
     rows = {
         "engine": f"{engine} (format {manifest.format_version}, target {manifest.target})",
         "made from": f"{manifest.source}, quantisation {manifest.quantization}",

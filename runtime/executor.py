@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -15,13 +16,17 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Step:
-    """One pass over the slots from ``first_slot`` on; shapes and meaning as in :mod:`trimode.model.step`."""
+    """One pass over the slots from ``first_slot`` on; shapes and meaning as in :mod:`trimode.model.step`.
+
+    top_k: candidates wanted of each row, None for as many as the engine can tell; an executor may tell more.
+    """
 
     first_slot: int
     input_ids: Ints  # [B, S]
     position_ids: Ints  # [B, S]
     write_indices: Ints  # [B]
     logit_rows: Ints  # [B, R]
+    top_k: int | None = field(default=None, kw_only=True)
 
     @property
     def batch(self) -> int:
@@ -43,9 +48,14 @@ class CausalStep(Step):
     def chain(cls, first_slot: int, input_ids: Ints, write_indices: Ints, logit_rows: Ints) -> CausalStep:
         """Plain text: each token sees the step's tokens up to itself, and positions follow the committed rows."""
         batch, size = input_ids.shape
-        mask = np.broadcast_to(np.tril(np.ones((size, size), np.bool_)), (batch, size, size))
+        mask = np.broadcast_to(_causal_mask(size), (batch, size, size))
         positions = write_indices[:, None] + np.arange(size)
         return cls(first_slot, input_ids, positions, write_indices, logit_rows, mask)
+
+
+@cache
+def _causal_mask(size: int) -> NDArray[np.bool_]:
+    return np.tril(np.ones((size, size), np.bool_))
 
 
 @dataclass(frozen=True)

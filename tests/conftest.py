@@ -10,7 +10,7 @@ import torch
 from transformers import logging as transformers_logging
 
 from scripts.random_checkpoint import write_random_checkpoint
-from trimode.build.engine import build_engine
+from trimode.build.engine import CpuOptions, build_engine
 from trimode.model.checkpoint import Checkpoint
 from trimode.quantize import quantize_checkpoint
 
@@ -59,7 +59,16 @@ def random_int4_checkpoint(random_checkpoint: Path, tmp_path_factory: pytest.Tem
 
 @pytest.fixture(scope="session")
 def random_int4_engine(random_int4_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its matrices stay packed, however small they are: the kernels of large networks."""
     out = tmp_path_factory.mktemp("engine") / "int4"
+    build_engine(Checkpoint(random_int4_checkpoint), out, target=CpuOptions(unpacked_bytes=0), top_k=768)
+    return out
+
+
+@pytest.fixture(scope="session")
+def random_unpacked_engine(random_int4_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same as it is built unless told otherwise: small int4 matrices as fp32."""
+    out = tmp_path_factory.mktemp("engine") / "unpacked"
     build_engine(Checkpoint(random_int4_checkpoint), out, top_k=768)
     return out
 

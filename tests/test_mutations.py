@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from trimode.build import network, raw_pool
-from trimode.build.engine import build_engine
+from trimode.build.engine import CpuOptions, build_engine
 from trimode.model.checkpoint import Checkpoint
 from trimode.model.loading import load_reference
 from trimode.model.manifest import Manifest
@@ -130,7 +130,8 @@ def test_a_planted_fault_is_seen(
     name: str, random_int4_checkpoint: Path, reference: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     MUTATIONS[name](monkeypatch)
-    build_engine(Checkpoint(random_int4_checkpoint), tmp_path / "engine", top_k=768)
+    target = CpuOptions(unpacked_bytes=0)
+    build_engine(Checkpoint(random_int4_checkpoint), tmp_path / "engine", target=target, top_k=768)
     assert max(distances(tmp_path / "engine", reference)) > 10 * PARITY
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from trimode.build import cpu
 from trimode.build.engine import CpuOptions, build_engine
-from trimode.model.checkpoint import Checkpoint
+from trimode.model.checkpoint import Checkpoint, linear_shapes
 from trimode.model.errors import TriModeError
 from trimode.model.manifest import ADAPTER, Manifest, hash_file
 
@@ -71,6 +71,18 @@ def test_every_matrix_is_an_int4_product_and_the_embedding_stays_narrow(random_i
         assert "DequantizeLinear" not in kinds
         types = {tensor.name: tensor.data_type for tensor in graph.initializer}
         assert types["encoder.embed_tokens"] == onnx.TensorProto.BFLOAT16
+
+
+def test_int4_matrices_that_fit_a_cache_are_unpacked(random_int4_checkpoint: Path, tmp_path: Path) -> None:
+    checkpoint = Checkpoint(random_int4_checkpoint)
+    as_fp32 = 4 * sum(rows * columns for rows, columns in linear_shapes(checkpoint.config).values())
+    for limit, unpacked in ((as_fp32, True), (as_fp32 - 1, False)):
+        out = tmp_path / str(limit)
+        manifest = build_engine(checkpoint, out, target=CpuOptions(unpacked_bytes=limit))
+        assert manifest.precision.unpacked == unpacked
+        assert manifest.precision.linear == "int4"
+        graph = onnx.load(out / "ar/model.onnx", load_external_data=False).graph
+        assert ("MatMulNBits" in {node.op_type for node in graph.node}) == (not unpacked)
 
 
 def leftovers(folder: Path) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,11 +30,11 @@ class Pair(NamedTuple):
     reference: NemotronLabsDiffusionModel
 
 
-@pytest.fixture(scope="module", params=["fp32", "int4"])
+@pytest.fixture(scope="module", params=["random", "random_int4", "random_unpacked"])
 def pair(request: pytest.FixtureRequest) -> Pair:
-    fp32 = request.param == "fp32"
-    engine: Path = request.getfixturevalue("random_engine" if fp32 else "random_int4_engine")
-    checkpoint: Path = request.getfixturevalue("random_checkpoint" if fp32 else "random_int4_checkpoint")
+    engine: Path = request.getfixturevalue(f"{request.param}_engine")
+    whole = request.param == "random"
+    checkpoint: Path = request.getfixturevalue("random_checkpoint" if whole else "random_int4_checkpoint")
     executor = CpuExecutor(engine, Manifest.read(engine))
     return Pair(executor, load_reference(Checkpoint(checkpoint)))
 
@@ -116,6 +117,27 @@ def test_logit_rows_come_in_the_order_asked_for(pair: Pair, slot: int) -> None:
     every = pair.executor.run(CausalStep.chain(slot, ids, np.array([0]), np.arange(12)[None]))
     some = pair.executor.run(CausalStep.chain(slot, ids, np.array([0]), np.array([[11, 3, 3]])))
     assert np.array_equal(some.log_sum_exp[0], every.log_sum_exp[0, [11, 3, 3]])
+
+
+def test_the_best_candidates_are_the_same_however_many_are_asked_for(pair: Pair, slot: int) -> None:
+    step = CausalStep.chain(slot, random_ids(np.random.default_rng(5), 12), np.array([0]), np.arange(12)[None])
+    every = pair.executor.run(step)
+    for top_k in (1, 5):
+        some = pair.executor.run(replace(step, top_k=top_k))
+        assert np.array_equal(some.tokens, every.tokens[..., :top_k])
+        assert np.array_equal(some.logits, every.logits[..., :top_k])
+        assert np.array_equal(some.log_sum_exp, every.log_sum_exp)
+
+
+def test_what_a_pass_found_outlives_the_next_pass(pair: Pair, slot: int) -> None:
+    """The executor uses its memory again; what it gave away is the caller's."""
+    rng = np.random.default_rng(6)
+    steps = [CausalStep.chain(slot, random_ids(rng, 12), np.array([0]), np.arange(12)[None]) for _ in range(2)]
+    first = pair.executor.run(steps[0])
+    kept = [array.copy() for array in first]
+    second = pair.executor.run(steps[1])
+    assert all(np.array_equal(old, now) for old, now in zip(kept, first, strict=True))
+    assert not np.array_equal(first.logits, second.logits)
 
 
 def test_a_tree_of_drafts_is_verified_as_its_paths(pair: Pair, slot: int) -> None:

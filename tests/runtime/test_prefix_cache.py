@@ -59,6 +59,16 @@ def test_the_longest_known_beginning_comes_back_with_its_own_rows(
     assert rows < len(prompt)
 
 
+def test_the_same_words_after_another_beginning_are_another_text() -> None:
+    one, other, same = (np.full(BLOCK, token) for token in (1, 2, 3))
+    cache, pool = PrefixCache(1 << 30), KvPool(LAYERS, 1, 1, CAPACITY)
+    pool.acquire()
+    for text in (np.concatenate((one, same)), other):
+        fill(pool, 0, text)
+        cache.store(text, pool, 0)
+    assert cache.restore(np.concatenate((other, same, [4])), pool, 0) == BLOCK
+
+
 @settings(max_examples=50, deadline=None)
 @given(known=st.lists(texts, min_size=1, max_size=12), blocks=st.integers(0, 4))
 def test_it_never_holds_more_than_it_may(known: list[np.ndarray], blocks: int) -> None:

@@ -39,7 +39,6 @@ GREEDY_MODES: list[dict[str, Any]] = [
     {"mode": "linear_spec", "block_length": 9, "draft_threshold": 0.6},
     {"mode": "auto", "block_length": 8},
 ]
-DIFFUSION: dict[str, Any] = {"mode": "diffusion", "block_length": 5, "threshold": 0.5}
 
 
 class NoText:
@@ -111,14 +110,19 @@ def test_greedy_texts_in_mixed_batches_are_those_of_the_law(batch: int) -> None:
 def test_diffusion_in_a_batch_is_diffusion_alone() -> None:
     """Rows with different numbers of denoise passes do not stop or disturb one another, nor does padding."""
     asked = prompts(24, seed=3)
+    blocks = [
+        {"mode": "diffusion", "block_length": 3 + index % 5, "threshold": 0.5} if index % 3 else GREEDY_MODES[1]
+        for index in range(len(asked))
+    ]
+    params = [SamplingParams(max_tokens=9 + index % 7, **block) for index, block in enumerate(blocks)]
     together = Bench(max_batch=8)
-    for index, prompt in enumerate(asked):
-        together.submit(prompt, SamplingParams(max_tokens=12, **(DIFFUSION if index % 3 else GREEDY_MODES[1])))
+    for prompt, one in zip(asked, params, strict=True):
+        together.submit(prompt, one)
     together.run()
     for index, prompt in enumerate(asked):
-        if index % 3:
+        if params[index].mode == "diffusion":
             alone = Bench(max_batch=1, prefix_cache=False)
-            alone.submit(prompt, SamplingParams(max_tokens=12, **DIFFUSION))
+            alone.submit(prompt, params[index])
             alone.run()
             assert together.texts[index] == alone.texts[0]
 
