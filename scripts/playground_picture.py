@@ -42,7 +42,9 @@ def main() -> None:
                     page.find_element(By.ID, "prompt").send_keys(question, Keys.ENTER)
                     wait.until(lambda page: page.find_element(By.ID, "send").is_enabled())
                 picture = Image.open(io.BytesIO(page.get_screenshot_as_png())).convert("RGB")
-                picture.quantize(128, Image.Quantize.MAXCOVERAGE).save(options.out / f"playground-{name}.png", optimize=True)
+                picture.quantize(128, Image.Quantize.MAXCOVERAGE).save(
+                    options.out / f"playground-{name}.png", optimize=True
+                )
 
 
 if __name__ == "__main__":

@@ -17,12 +17,13 @@ from trimode.runtime.openai_server.schema import (
     ChatCompletion,
     ChatCompletionChunk,
     ChatCompletionRequest,
+    ChatLogprobs,
     Delta,
     TokenOrigins,
 )
 from trimode.runtime.openai_server.service import Head, Service, ended, json_response, some
 from trimode.runtime.openai_server.tokens import OriginsTeller, chat_logprobs
-from trimode.runtime.outputs import CompletionOutput
+from trimode.runtime.outputs import CompletionOutput, Logprob
 
 
 async def complete_chat(service: Service, body: ChatCompletionRequest, http: Request) -> Response:
@@ -71,7 +72,7 @@ class _Teller:
 
     def __init__(self, service: Service, body: ChatCompletionRequest, thinking: bool) -> None:
         self._tokenizer = service.llm.tokenizer
-        self._logprobs = bool(body.logprobs)
+        self._logprobs = _logprobs(body)
         self._splitter = ReasoningSplitter(thinking)
         self._origins = OriginsTeller(self._tokenizer) if body.return_token_origins else None
         self._told = 0  # tokens
@@ -86,7 +87,7 @@ class _Teller:
             ),
             finish_reason=ended(output),
             **some(
-                logprobs=chat_logprobs(self._tokenizer, output.logprobs or ()) if self._logprobs else None,
+                logprobs=self._likelihoods(output.logprobs or ()),
                 trimode=self._tell(output.token_ids, output),
             ),
         )
@@ -105,10 +106,13 @@ class _Teller:
             delta=Delta(**some(reasoning_content=split.reasoning or None, content=split.content or None)),
             finish_reason=ended(output),
             **some(
-                logprobs=chat_logprobs(self._tokenizer, output.logprobs_diff) if self._logprobs else None,
+                logprobs=self._likelihoods(output.logprobs_diff),
                 trimode=self._tell(output.token_ids_diff, output),
             ),
         )
+
+    def _likelihoods(self, rows: Sequence[dict[int, Logprob]]) -> ChatLogprobs | None:
+        return None if self._logprobs is None else chat_logprobs(self._tokenizer, rows, self._logprobs)
 
     def _tell(self, token_ids: list[int], output: CompletionOutput) -> TokenOrigins | None:
         return None if self._origins is None else self._origins.tell(token_ids, output)

@@ -150,18 +150,18 @@ class CompletionRequest(_Decoding):
     echo: Literal[False] | None = None
 
 
-class _Answer(BaseModel):
+class Answer(BaseModel):
     """Written without the fields that were not set."""
 
     def json_text(self) -> str:
         return self.model_dump_json(exclude_unset=True)
 
 
-class PromptTokensDetails(_Answer):
+class PromptTokensDetails(Answer):
     cached_tokens: int
 
 
-class CompletionTokensDetails(_Answer):
+class CompletionTokensDetails(Answer):
     """OpenAI's names; drafts that were emitted are accepted predictions."""
 
     reasoning_tokens: int
@@ -169,7 +169,7 @@ class CompletionTokensDetails(_Answer):
     rejected_prediction_tokens: int
 
 
-class Usage(_Answer):
+class Usage(Answer):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
@@ -177,7 +177,7 @@ class Usage(_Answer):
     completion_tokens_details: CompletionTokensDetails
 
 
-class Passes(_Answer):
+class Passes(Answer):
     """What the answer cost so far: passes by kind, cycles, drafted and accepted tokens (``runtime.outputs.Counts``)."""
 
     prefill: int
@@ -189,7 +189,7 @@ class Passes(_Answer):
     accepted: int
 
 
-class TokenOrigins(_Answer):
+class TokenOrigins(Answer):
     """Tokens of this answer or chunk, one by one: their text (joined, it is the text), how each came, the drafts that
     were rejected meanwhile, and the passes of the whole answer so far.
     """
@@ -200,7 +200,7 @@ class TokenOrigins(_Answer):
     passes: Passes
 
 
-class TopLogprob(_Answer):
+class TopLogprob(Answer):
     token: str
     logprob: float
     bytes: list[int] | None
@@ -210,20 +210,20 @@ class TokenLogprob(TopLogprob):
     top_logprobs: list[TopLogprob]
 
 
-class ChatLogprobs(_Answer):
+class ChatLogprobs(Answer):
     content: list[TokenLogprob]
 
 
 FinishReason = Literal["stop", "length"]
 
 
-class AssistantMessage(_Answer):
+class AssistantMessage(Answer):
     role: Literal["assistant"] = "assistant"
     content: str
     reasoning_content: str | None = None
 
 
-class ChatChoice(_Answer):
+class ChatChoice(Answer):
     index: int
     message: AssistantMessage
     logprobs: ChatLogprobs | None = None
@@ -231,7 +231,7 @@ class ChatChoice(_Answer):
     trimode: TokenOrigins | None = None
 
 
-class ChatCompletion(_Answer):
+class ChatCompletion(Answer):
     id: str
     object: Literal["chat.completion"]
     created: int
@@ -240,13 +240,13 @@ class ChatCompletion(_Answer):
     usage: Usage
 
 
-class Delta(_Answer):
+class Delta(Answer):
     role: Literal["assistant"] | None = None
     content: str | None = None
     reasoning_content: str | None = None
 
 
-class ChatChunkChoice(_Answer):
+class ChatChunkChoice(Answer):
     index: int
     delta: Delta
     logprobs: ChatLogprobs | None = None
@@ -254,7 +254,7 @@ class ChatChunkChoice(_Answer):
     trimode: TokenOrigins | None = None
 
 
-class ChatCompletionChunk(_Answer):
+class ChatCompletionChunk(Answer):
     id: str
     object: Literal["chat.completion.chunk"]
     created: int
@@ -263,14 +263,14 @@ class ChatCompletionChunk(_Answer):
     usage: Usage | None = None
 
 
-class CompletionLogprobs(_Answer):
+class CompletionLogprobs(Answer):
     tokens: list[str]
     token_logprobs: list[float]
     top_logprobs: list[dict[str, float]]
     text_offset: list[int]
 
 
-class CompletionChoice(_Answer):
+class CompletionChoice(Answer):
     index: int
     text: str
     logprobs: CompletionLogprobs | None = None
@@ -278,7 +278,7 @@ class CompletionChoice(_Answer):
     trimode: TokenOrigins | None = None
 
 
-class Completion(_Answer):
+class Completion(Answer):
     """A whole answer, or a chunk of one."""
 
     id: str
@@ -289,7 +289,7 @@ class Completion(_Answer):
     usage: Usage | None = None
 
 
-class Model(_Answer):
+class Model(Answer):
     id: str
     object: Literal["model"]
     created: int
@@ -297,21 +297,21 @@ class Model(_Answer):
     max_model_len: int
 
 
-class ModelList(_Answer):
+class ModelList(Answer):
     object: Literal["list"]
     data: list[Model]
 
 
-class Health(_Answer):
+class Health(Answer):
     status: Literal["ok"]
 
 
-class ErrorDetail(_Answer):
+class ErrorDetail(Answer):
     message: str
     type: str
     param: str | None
     code: str | None
 
 
-class ErrorAnswer(_Answer):
+class ErrorAnswer(Answer):
     error: ErrorDetail

@@ -7,9 +7,10 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from fastapi.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from trimode.model.errors import TriModeError
 from trimode.runtime.errors import ContextLengthError
@@ -19,7 +20,13 @@ from trimode.runtime.openai_server.errors import BAD_REQUEST, NO_MODEL, ApiError
 from trimode.runtime.openai_server.metrics import ServerMetrics
 from trimode.runtime.openai_server.reasoning import CLOSE, OPEN
 from trimode.runtime.openai_server.running import Run, Running
-from trimode.runtime.openai_server.schema import CompletionTokensDetails, FinishReason, PromptTokensDetails, Usage
+from trimode.runtime.openai_server.schema import (
+    Answer,
+    CompletionTokensDetails,
+    FinishReason,
+    PromptTokensDetails,
+    Usage,
+)
 from trimode.runtime.outputs import CompletionOutput
 
 log = logging.getLogger("trimode.server")
@@ -27,10 +34,6 @@ log = logging.getLogger("trimode.server")
 # Text this long is tokenised in a thread of its own, lest every stream wait for it.
 LONG_TEXT = 1 << 14
 EVENT_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-
-
-class Record(Protocol):
-    def json_text(self) -> str: ...
 
 
 class Head(NamedTuple):
@@ -106,9 +109,9 @@ class Service:
     def stream(
         self,
         run: Run,
-        first: Iterable[Record],
-        tell: Callable[[int, RequestOutput], Iterable[Record]],
-        last: Callable[[Sequence[RequestOutput]], Iterable[Record]],
+        first: Iterable[Answer],
+        tell: Callable[[int, RequestOutput], Iterable[Answer]],
+        last: Callable[[Sequence[RequestOutput]], Iterable[Answer]],
     ) -> Response:
         """Server-sent events: ``first``, what ``tell`` makes of each update of the run's n-th request, ``last``.
 
@@ -117,25 +120,36 @@ class Service:
 
         async def events() -> AsyncIterator[str]:
             try:
-                with run:
-                    for record in first:
-                        yield _event(record)
-                    for number, request in enumerate(run.requests):
-                        async for _ in request:
-                            for output in request.outputs:
-                                run.check(output)
-                            for record in tell(number, request):
-                                yield _event(record)
-                        self.metrics.observe(request)
-                    for record in last(run.requests):
-                        yield _event(record)
+                for record in first:
+                    yield _event(record)
+                for number, request in enumerate(run.requests):
+                    async for _ in request:
+                        for output in request.outputs:
+                            run.check(output)
+                        for record in tell(number, request):
+                            yield _event(record)
+                    self.metrics.observe(request)
+                for record in last(run.requests):
+                    yield _event(record)
                 yield "data: [DONE]\n\n"
             except Exception as error:
                 if not isinstance(error, TriModeError):
                     log.exception("a stream failed")
                 yield _event(errors.answer(error))
 
-        return StreamingResponse(events(), media_type="text/event-stream", headers=EVENT_HEADERS)
+        return _EventStream(run, events())
+
+
+class _EventStream(StreamingResponse):
+    """The run ends with the response, also where the client has left before its first event."""
+
+    def __init__(self, run: Run, events: AsyncIterator[str]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers=EVENT_HEADERS)
+        self._run = run
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._run:
+            await super().__call__(scope, receive, send)
 
 
 def ended(output: CompletionOutput) -> FinishReason | None:
@@ -143,11 +157,11 @@ def ended(output: CompletionOutput) -> FinishReason | None:
     return None if output.finish_reason == "cancelled" else output.finish_reason
 
 
-def _event(record: Record) -> str:
+def _event(record: Answer) -> str:
     return f"data: {record.json_text()}\n\n"
 
 
-def json_response(record: Record) -> Response:
+def json_response(record: Answer) -> Response:
     return Response(record.json_text(), media_type="application/json")
 
 

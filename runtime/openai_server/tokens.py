@@ -41,13 +41,14 @@ class OriginsTeller:
         )
 
 
-def chat_logprobs(tokenizer: Tokenizer, rows: Sequence[dict[int, Logprob]]) -> ChatLogprobs:
+def chat_logprobs(tokenizer: Tokenizer, rows: Sequence[dict[int, Logprob]], top: int) -> ChatLogprobs:
+    """``top``: the number of the likeliest to list with each token."""
     content = []
     for row in rows:
-        alternatives = [_entry(tokenizer, token, found) for token, found in row.items()]
-        chosen, top = alternatives[0], sorted(row.values(), key=lambda found: found.rank)
-        listed = [alternatives[list(row.values()).index(found)] for found in top]
-        content.append(TokenLogprob(**chosen.model_dump(), top_logprobs=listed))
+        entries = {token: _entry(tokenizer, token, found) for token, found in row.items()}
+        likeliest = sorted(row, key=lambda token: row[token].rank)[:top]
+        chosen = entries[next(iter(row))]
+        content.append(TokenLogprob(**chosen.model_dump(), top_logprobs=[entries[token] for token in likeliest]))
     return ChatLogprobs(content=content)
 
 

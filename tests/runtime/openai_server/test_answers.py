@@ -125,6 +125,8 @@ def test_logprobs(client: openai.OpenAI) -> None:
     streamed = chat(client, logprobs=True, top_logprobs=3, max_tokens=8, stream=True)
     told = [entry for chunk in streamed if chunk.choices[0].logprobs for entry in chunk.choices[0].logprobs.content]
     assert [entry.token for entry in told] == [entry.token for entry in tokens]
+    alone = chat(client, logprobs=True, max_tokens=2).choices[0].logprobs.content
+    assert [entry.top_logprobs for entry in alone] == [[], []]
 
 
 def test_penalties_change_the_answer(client: openai.OpenAI) -> None:
