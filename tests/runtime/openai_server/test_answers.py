@@ -29,6 +29,7 @@ OURS = {
     "chat_template_kwargs",
     "return_token_origins",
     "top_k",
+    "include_stop_str_in_output",
 }
 
 
@@ -83,6 +84,15 @@ def test_thinking_is_set_apart_also_as_it_streams(client: openai.OpenAI) -> None
         content += chunk.choices[0].delta.content or ""
     assert (reasoning, content) == (message.reasoning_content, message.content)
     assert 0 < whole.usage.completion_tokens_details.reasoning_tokens < whole.usage.completion_tokens
+
+
+def test_text_that_might_have_been_a_mark_is_not_lost(client: openai.OpenAI) -> None:
+    """An answer that ends in the middle of ``</think>``."""
+    cut = {"chat_template_kwargs": {"enable_thinking": True}, "include_stop_str_in_output": True}
+    whole = chat(client, stop="</thi", **cut).choices[0].message.reasoning_content
+    assert whole.endswith("</thi")
+    chunks = chat(client, stop="</thi", stream=True, **cut)
+    assert "".join(getattr(chunk.choices[0].delta, "reasoning_content", None) or "" for chunk in chunks) == whole
 
 
 def test_a_thinking_budget_closes_the_thought(client: openai.OpenAI) -> None:
