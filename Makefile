@@ -62,7 +62,7 @@ prove: $(VENV)/.package ## Measure the README's table: engines against the PyTor
 
 audit: $(VENV)/.package ## Build the 8B shape with random weights for TensorRT-RTX and audit it (20 GB of disk, 23 GiB of memory)
 	@test -e $(AUDITED)/config.json || $(BIN)/python scripts/random_w4a16_checkpoint.py $(SHAPE) $(AUDITED)
-	@test -e $(AUDITED)-rtx/manifest.json || $(BIN)/trimode build $(AUDITED) $(AUDITED)-rtx --target rtx --sm 121,120,89,86,80 --capacity 32768
+	@test -e $(AUDITED)-rtx/manifest.json || $(BIN)/trimode build $(AUDITED) $(AUDITED)-rtx --target rtx --sm 121,120,89 --capacity 32768
 	@$(BIN)/trimode audit $(AUDITED)-rtx --window 512,4096,32768 --plot $(AUDITED)-rtx.png
 
 train-tiny: $(VENV)/.package ## Train the shipped checkpoint again from its seed (about an hour)

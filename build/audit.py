@@ -6,14 +6,22 @@ value between the graph's nodes that those kernels compute, maybe reshaped.
 
 Counting rules. A kernel reads each of its inputs and constants once and writes each output once, whatever the caches
 do. A lookup reads the rows it looks up, a slice the rows it keeps, and a write to the KV pool touches the step's rows
-alone, since the builder gives it the same tensor as input and output. Where no graph value fits a tensor's open
-dimensions (the bookkeeping of the masks, mostly), it is left out and counted in ``unresolved``.
+alone, since the builder gives it the same tensor as input and output. The fused attention, given the whole pool, has a
+list of the tiles of 64 rows in which the mask is not empty; it reads these tiles, of keys, values and mask. Where no
+graph value fits a tensor's open dimensions (the bookkeeping of the masks, mostly), it is left out and counted in
+``unresolved``.
+
+Two more totals bound that count from both sides: one in which the attention reads all the pool that it is given, and
+one with the chip's last cache in it. There a tensor no larger than half the cache, which one kernel writes and the very
+next reads, is read from the cache; if nothing later reads it, it is not written out either.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from statistics import mode
@@ -29,7 +37,7 @@ from trimode.build.roofline import Precision, Shape, floor_bytes, floor_flops
 from trimode.model.errors import TriModeError
 from trimode.model.manifest import GRAPH, KERNELS, Manifest, RtxEntry, verify_file
 from trimode.model.records import read_json_record
-from trimode.model.step import ENGINES
+from trimode.model.step import ENGINES, cache_outputs
 
 Kind = Literal[
     "int4 product", "product", "dequantisation", "attention", "KV write", "KV copy", "mask", "head", "element-wise"
@@ -44,11 +52,16 @@ _BITS = {
     "Float": 32,
     "Int64": 64,
 }
+_REAL_TYPES = {"Half", "BFloat16", "Float"}
+_TILE = 64  # KV rows that the fused attention takes or leaves together
 _MATRICES_A_LAYER = 4  # qkv, o, gate_up, down
 
 
 class PassAudit(BaseModel):
-    """One pass of one engine. Bytes are of device memory; ``kernels_a_layer``: of most layers."""
+    """One pass of one engine. Bytes are of device memory; ``kernels_a_layer``: of most layers. ``ratio`` is to the
+    floor; so are ``ratio_whole_pool``, if the attention reads the tiles that its list leaves out as well, and
+    ``ratio_with_cache``.
+    """
 
     engine: str
     batch: int
@@ -63,6 +76,8 @@ class PassAudit(BaseModel):
     bytes: int
     floor: int
     ratio: float
+    ratio_whole_pool: float
+    ratio_with_cache: float
     flops: int
     bytes_by_kind: dict[str, int]
     unresolved: int
@@ -98,10 +113,13 @@ def read_plans(folder: Path) -> list[Plan]:
     return plans
 
 
-def audit_pass(plan: Plan, batch: int, step: int, window: int) -> PassAudit:
-    """Count a pass of ``step`` tokens a sequence, logits for all of them, over ``window`` KV rows."""
+def audit_pass(plan: Plan, batch: int, step: int, window: int, cache_bytes: int = 0) -> PassAudit:
+    """Count a pass of ``step`` tokens a sequence, logits for all of them, over ``window`` KV rows, on a chip whose last
+    cache holds ``cache_bytes``.
+    """
     _refuse_impossible(plan, batch, step, window)
     sizes = _Sizes(plan, batch, step, window)
+    unlisted = 0
     by_kind: Counter[Kind] = Counter()
     kinds: Counter[Kind] = Counter()
     layers: defaultdict[int, int] = defaultdict(int)
@@ -109,6 +127,7 @@ def audit_pass(plan: Plan, batch: int, step: int, window: int) -> PassAudit:
         kind = kind_of(kernel)
         kinds[kind] += 1
         by_kind[kind] += sizes.bytes_of(kernel)
+        unlisted += sizes.unlisted_bytes(kernel)
         if (layer := _layer_of(kernel)) is not None:
             layers[layer] += 1
     config, precision = plan.manifest.model, plan.manifest.precision
@@ -138,6 +157,8 @@ def audit_pass(plan: Plan, batch: int, step: int, window: int) -> PassAudit:
         bytes=total,
         floor=floor,
         ratio=total / floor,
+        ratio_whole_pool=(total + unlisted) / floor,
+        ratio_with_cache=(total - sizes.cached_bytes(cache_bytes // 2)) / floor,
         flops=floor_flops(config, shape),
         bytes_by_kind={kind: count for kind, count in by_kind.most_common() if count},
         unresolved=sizes.unresolved,
@@ -161,7 +182,7 @@ def kind_of(kernel: Kernel) -> Kind:
         return "product"
     if "TensorScatter" in operators and len(kernel.inputs) > 1:
         return "KV write"
-    if any(_is_cache(tensor) for tensor in kernel.inputs):
+    if any(_is_pool(tensor) for tensor in kernel.inputs):
         return "KV copy"
     if any(source.startswith("head/") for source in kernel.sources):
         return "head"
@@ -189,84 +210,113 @@ class _Sizes:
     def __init__(self, plan: Plan, batch: int, step: int, window: int) -> None:
         config = plan.manifest.model
         rank = plan.manifest.adapter.rank if plan.manifest.adapter else 0
-        self._dims = {"batch": batch, "step": step, "window": window, "rows": step, "rank": rank}
+        dims = {"batch": batch, "step": step, "rows": step, "window": window, "rank": rank}
         self._tokens = batch * step
         self._vocab_size = config.vocab_size
         self._kv_row = config.kv_width  # elements of one of K and V, a token
         self._window = batch * window * config.kv_width
-        self._volumes = _volumes(plan.graph, self._dims)
+        self._capacity = plan.manifest.limits.capacity
+        self._listed_rows = min(-(-window // _TILE) * _TILE, self._capacity)
+        layers = config.num_hidden_layers
+        self._shapes = _shapes(plan.graph, dims)
+        self._kernels = plan.kernels
         self._produces = {node.name: list(node.output) for node in plan.graph.graph.node}
-        self._reads = {node.name: set(node.input) for node in plan.graph.graph.node}
+        self._made = {name for names in self._produces.values() for name in names} - set(cache_outputs(layers))
+        self._reads = {node.name: list(node.input) for node in plan.graph.graph.node}
         self._writer: dict[str, Kernel] = {}
+        self._written: dict[str, KernelTensor] = {}
         self._readers: defaultdict[str, list[Kernel]] = defaultdict(list)
         for kernel in plan.kernels:
             for tensor in kernel.outputs:
                 self._writer[tensor.name] = kernel
+                self._written[tensor.name] = tensor
             for tensor in kernel.inputs:
                 self._readers[tensor.name].append(kernel)
         self.unresolved = 0
 
     def bytes_of(self, kernel: Kernel) -> int:
         operators = _operators(kernel)
-        moved = 0
-        for tensor in {tensor.name: tensor for tensor in kernel.inputs}.values():
-            if _is_cache(tensor):
-                moved += self._cache_bytes(kernel, tensor)
-            else:
+        writes_pool = kind_of(kernel) == "KV write"
+        moved = -self.unlisted_bytes(kernel)
+        for tensor in _distinct(kernel.inputs):
+            if not _is_pool(tensor):
+                moved += self._tensor_bytes(tensor)
+            elif "Slice" in operators and not writes_pool:
+                moved += self._window * _BITS[tensor.dtype] // 8
+            elif not writes_pool:  # what it writes it does not read
                 moved += self._tensor_bytes(tensor)
         for tensor in kernel.constants:
             if "Gather" in operators and tensor.dims[:1] == (self._vocab_size,):
                 moved += self._tokens * prod(tensor.dims[1:]) * _BITS[tensor.dtype] // 8
             else:
                 moved += self._tensor_bytes(tensor)
-        for tensor in {tensor.name: tensor for tensor in kernel.outputs}.values():
-            if not (_is_cache(tensor) and "TensorScatter" in operators and len(kernel.inputs) > 1):
+        for tensor in _distinct(kernel.outputs):
+            if writes_pool and _is_pool(tensor):
+                moved += self._tokens * self._kv_row * _BITS[tensor.dtype] // 8
+            else:
                 moved += self._tensor_bytes(tensor)
         return moved
 
-    def _cache_bytes(self, kernel: Kernel, tensor: KernelTensor) -> int:
-        bits = _BITS[tensor.dtype]
-        if kind_of(kernel) == "KV write":  # what it writes; of the cache it reads nothing
-            return self._tokens * self._kv_row * bits // 8
-        if "Slice" in _operators(kernel):
-            return self._window * bits // 8
-        return self._tensor_bytes(tensor)
+    def unlisted_bytes(self, kernel: Kernel) -> int:
+        """Of keys, values and mask, what an attention is given and its list of tiles leaves out."""
+        tiles = -(-self._capacity // _TILE)
+        # Two counts come before the tiles.
+        if not any(tensor.dtype == "Int32" and tensor.dims[-1:] == (tiles + 2,) for tensor in kernel.inputs):
+            return 0
+        given = sum(self._tensor_bytes(tensor) for tensor in kernel.inputs if self._capacity in tensor.dims)
+        return given * (self._capacity - self._listed_rows) // self._capacity
+
+    def cached_bytes(self, largest: int) -> int:
+        """What does not reach memory if a kernel finds in a cache what the one before it left, ``largest`` bytes of a
+        tensor at most."""
+        saved = 0
+        for kernel, following in pairwise(self._kernels):
+            read = {tensor.name for tensor in following.inputs}
+            for tensor in _distinct(kernel.outputs):
+                count = 0 if _is_pool(tensor) else self._tensor_bytes(tensor)
+                if tensor.name in read and count <= largest:
+                    saved += count * (1 + (len(self._readers[tensor.name]) == 1))
+        return saved
 
     def _tensor_bytes(self, tensor: KernelTensor) -> int:
         return self._volume(tensor) * _BITS[tensor.dtype] // 8
 
     def _volume(self, tensor: KernelTensor) -> int:
+        tensor = self._written.get(tensor.name, tensor)  # a reader may see it in another shape
         if -1 not in tensor.dims:
-            return prod(tensor.dims) * (self._dims["batch"] if _is_cache(tensor) else 1)
-        if tensor.name in self._volumes:
-            return self._volumes[tensor.name]
-        known = prod(size for size in tensor.dims if size > 0)
-        candidates = self._between(tensor)
-        fitting = {volume for volume in candidates if volume % known == 0}
-        if not fitting:
-            self.unresolved += 1
-            return 0
-        return min(fitting)
+            return prod(tensor.dims)
+        if tensor.name in self._shapes:
+            return prod(self._shapes[tensor.name])
+        # Whole numbers and booleans that kernels hand on are the builder's bookkeeping, no values of the graph.
+        if tensor.name in self._writer and tensor.dtype in _REAL_TYPES:
+            made = self._values(self._produces, [self._writer[tensor.name]])
+            used = self._values(self._reads, self._readers[tensor.name])
+            known = prod(size for size in tensor.dims if size > 0)
+            shapes = [[self._shapes[name] for name in names] for names in (made & used, made, used)]
+            alike = [[_broadcast_volume(shape, tensor.dims) for shape in choice] for choice in shapes]
+            reshaped = [[prod(shape) for shape in choice if prod(shape) % known == 0] for choice in shapes[:2]]
+            for volumes in (*alike, *reshaped):
+                if found := [volume for volume in volumes if volume]:
+                    return min(found)
+        self.unresolved += 1
+        return 0
 
-    def _between(self, tensor: KernelTensor) -> set[int]:
-        """Volumes of the graph's values that the tensor may be: those that its writer's nodes make, if possible such
-        as its readers' nodes use."""
-        writer = self._writer.get(tensor.name)
-        if writer is None:
-            return set()
-        made = {value for source in writer.sources for value in self._produces.get(source, ())}
-        used = {
-            value
-            for reader in self._readers[tensor.name]
-            for source in reader.sources
-            for value in self._reads.get(source, ())
-        }
-        values = made & used or made
-        return {self._volumes[value] for value in values if value in self._volumes}
+    def _values(self, values: dict[str, list[str]], kernels: list[Kernel]) -> set[str]:
+        """Of the values that the kernels' nodes make or use, those that one kernel may hand to another."""
+        names = {name for kernel in kernels for source in kernel.sources for name in values.get(source, ())}
+        return {name for name in names & self._made if name in self._shapes}
 
 
-def _volumes(graph: onnx.ModelProto, dims: dict[str, int]) -> dict[str, int]:
-    """Elements of every value of the graph for the given sizes of its dynamic dimensions."""
+def _broadcast_volume(shape: tuple[int, ...], dims: tuple[int, ...]) -> int:
+    """Elements of a tensor of ``dims``, some of them open, that holds a value of that shape, once for all along a
+    dimension of 1; 0 if it cannot."""
+    if len(shape) != len(dims) or any(dim not in (-1, 1, size) for size, dim in zip(shape, dims, strict=True)):
+        return 0
+    return prod(size for size, dim in zip(shape, dims, strict=True) if dim != 1)
+
+
+def _shapes(graph: onnx.ModelProto, dims: dict[str, int]) -> dict[str, tuple[int, ...]]:
+    """Of every value of the graph for the given sizes of its dynamic dimensions."""
     closed = onnx.ModelProto()
     closed.CopyFrom(graph)
     for value in (*closed.graph.input, *closed.graph.output):
@@ -275,18 +325,25 @@ def _volumes(graph: onnx.ModelProto, dims: dict[str, int]) -> dict[str, int]:
                 size = dims[dim.dim_param]
                 dim.Clear()
                 dim.dim_value = size
-    # Inference does not follow a size through a Slice.
-    closed.graph.initializer.append(numpy_helper.from_array(np.array([dims["window"]], np.int64), "closed_window"))
-    for node in closed.graph.node:
-        if node.op_type == "Slice":
-            node.input[2] = "closed_window"
+    # Inference does not follow a size through a Slice of the pool or through a Range, where the mask's rows come from.
+    if any(value.name == "window_rows" for value in closed.graph.input):
+        closed.graph.initializer.append(numpy_helper.from_array(np.array([dims["window"]], np.int64), "closed_window"))
+        for node in closed.graph.node:
+            if node.op_type == "Slice" and node.input[0].startswith(("k_cache_out.", "v_cache_out.")):
+                node.input[2] = "closed_window"
     inferred = onnx.shape_inference.infer_shapes(closed, data_prop=True).graph
-    volumes = {}
+    shapes = {}
     for value in (*inferred.input, *inferred.value_info, *inferred.output):
         sizes = [dim.dim_value if dim.HasField("dim_value") else 0 for dim in value.type.tensor_type.shape.dim]
         if all(sizes):
-            volumes[value.name] = prod(sizes)
-    return volumes
+            shapes[value.name] = tuple(sizes)
+    for node in inferred.node:
+        if node.op_type == "DequantizeLinear":  # no kernel hands a matrix on
+            shapes.pop(node.output[0], None)
+        if node.op_type == "Attention":
+            queries, keys, _, mask = node.input
+            shapes[mask] = (shapes[queries][0], 1, shapes[queries][2], shapes[keys][2])
+    return shapes
 
 
 def _operators(kernel: Kernel) -> set[str]:
@@ -306,5 +363,9 @@ def _reads_int4(kernel: Kernel) -> bool:
     return any(tensor.dtype == "Int4" for tensor in kernel.constants)
 
 
-def _is_cache(tensor: KernelTensor) -> bool:
-    return "_cache" in tensor.name
+def _is_pool(tensor: KernelTensor) -> bool:
+    return tensor.name.startswith(("k_cache", "v_cache", "k_view", "v_view"))
+
+
+def _distinct(tensors: Iterable[KernelTensor]) -> Iterable[KernelTensor]:
+    return {tensor.name: tensor for tensor in tensors}.values()

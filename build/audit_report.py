@@ -44,7 +44,12 @@ def audit_engine(
     """Audit both plans at every step and window; raises TriModeError for what the plans cannot do."""
     card = find_gpu(gpu)
     ar, diffusion = read_plans(folder)
-    passes = [audit_pass(plan, batch, step, window) for plan in (ar, diffusion) for window in windows for step in steps]
+    passes = [
+        audit_pass(plan, batch, step, window, card.cache)
+        for plan in (ar, diffusion)
+        for window in windows
+        for step in steps
+    ]
     floors = []
     for window in windows:
         block = min(BLOCK_LENGTH, window)
@@ -86,7 +91,9 @@ def audit_engine(
 def print_report(report: Report, console: Console) -> None:
     first = report.passes[0]
     console.print(f"{report.engine}: what the compiled plans will do; nothing here was run on a GPU")
-    table = _table("engine", "step", "window", "kernels", "a layer", "int4 fused", "alone", "KV copies", "MB", "/floor")
+    table = _table(
+        "engine", "step", "window", "kernels", "a layer", "int4", "alone", "copies", "MB", "/floor", "whole", "cache"
+    )
     for row in report.passes:
         table.add_row(
             row.engine,
@@ -99,11 +106,15 @@ def print_report(report: Report, console: Console) -> None:
             str(row.kv_copies),
             f"{row.bytes / 1e6:.1f}",
             f"{row.ratio:.3f}",
+            f"{row.ratio_whole_pool:.3f}",
+            f"{row.ratio_with_cache:.3f}",
         )
     console.print(table)
     console.print(
-        f"batch {first.batch}; int4 fused: matrices whose product reads the integers; alone: kernels that dequantise "
-        f"only; {first.unresolved} tensors of the masks' bookkeeping are not counted"
+        f"batch {first.batch}; int4: matrices whose product reads the integers; alone: kernels that dequantise only; "
+        "copies: of keys and values; /floor: bytes against the floor; whole: if the attention read the pool past the "
+        f"window too; cache: if what the very next kernel reads stays in the L2 of {find_gpu(report.gpu).name}; "
+        f"{first.unresolved} tensors of the builder's bookkeeping are not counted"
     )
     console.print(
         f"weights: {report.weights_shared / 1e6:.1f} MB the same in both plans, {report.weights_private} bytes in one "

@@ -45,6 +45,8 @@ _EMBEDDING_TYPES: dict[np.dtype[np.generic], Real] = {
     np.dtype(np.float32): "fp32",
 }
 
+FIRST_SM_IN_PLACE = 89
+
 
 @dataclass(frozen=True)
 class CpuOptions:
@@ -162,8 +164,7 @@ def _build_target(
 ) -> tuple[RtxEntry | None, tuple[PoolEntry, ...]]:
     adapter = checkpoint.adapter is not None
     if isinstance(target, CpuOptions):
-        # Folded, a single token is several rows to the attention: its kernel for one row rounds otherwise.
-        options = NetworkOptions(adapter=adapter, fold_queries=True)
+        options = NetworkOptions(adapter=adapter)
         return None, build_cpu_engines(checkpoint, folder, options, target.activations, unpack, progress)
     try:
         from trimode.build.rtx import build_rtx_engines
@@ -176,8 +177,10 @@ def _build_target(
         adapter=adapter,
         activations=target.dtype,
         capacity=limits.capacity,
-        window=True,
-        fold_queries=True,
+        # The attention that TensorRT has for older GPUs takes no pool as it lies.
+        kv_read="view" if min(target.sms) >= FIRST_SM_IN_PLACE else "window",
+        rotate_together=True,
+        select_by_product=True,
     )
     return build_rtx_engines(checkpoint, folder, options, target.sms, target.max_batch, target.max_step, progress)
 

@@ -8,7 +8,7 @@ softmax and logits are fp32 in every one.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import onnx
@@ -19,13 +19,14 @@ from trimode.build.raw_pool import PooledLayer, PooledLinear, PoolRange, RawPool
 from trimode.model.config import ModelConfig
 from trimode.model.manifest import Real
 from trimode.model.rope import yarn_frequencies
-from trimode.model.step import AttentionPattern, adapter_inputs, cache_inputs, cache_outputs
+from trimode.model.step import AttentionPattern, adapter_inputs, cache_inputs, cache_outputs, cache_views
 
 REAL_TYPES: dict[Real, int] = {
     "fp32": TensorProto.FLOAT,
     "fp16": TensorProto.FLOAT16,
     "bf16": TensorProto.BFLOAT16,
 }
+KvRead = Literal["cache", "window", "view"]
 FLOAT, INT64, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL
 # Far below any logit, yet finite: its exponential is 0, and no NaN can come of it.
 NEVER = np.float32(-1e30)
@@ -44,17 +45,23 @@ class NetworkOptions:
 
     adapter: whether the diffusion graph takes a draft adapter. top_k: candidates a row; None has the pass say how many.
     activations: type of activations, KV pool, scales and adapter. capacity: KV rows if the target needs them fixed.
-    window: attend to the first rows of the KV pool only, as many as the input ``window_rows`` is long. fold_queries:
-    give the queries that share a KV head to the attention as further rows of one head, so that no executor need repeat
-    keys and values.
+
+    kv_read: what the attention reads. ``cache``: the KV pool as the pass leaves it. ``window``: its first rows, as many
+    as the input ``window_rows`` is long. ``view``: inputs of their own, ``k_view.i`` and ``v_view.i``, which are the
+    pool's memory under a second name, since TensorRT copies a tensor that it writes before it attends to it.
+    rotate_together: turn queries and keys in one node and scale the queries after it, so that one kernel can do both
+    and write the step's rows besides; without, the queries' rotation carries the scale.
+    select_by_product: take the rows that need logits by a product with ones and zeros, which like the adapter's are
+    activations on both sides: the two numbers that TensorRT scales such products by are then constants of both plans.
     """
 
     adapter: bool
     top_k: int | None = None
     activations: Real = "fp32"
     capacity: int | None = None
-    window: bool = False
-    fold_queries: bool = False
+    kv_read: KvRead = "cache"
+    rotate_together: bool = False
+    select_by_product: bool = False
 
 
 def build_network(
@@ -71,6 +78,9 @@ class _Network:
         self.pattern = pattern
         self.options = options
         self.real = REAL_TYPES[options.activations]
+        # Heads of queries that become rows of one head: no executor need repeat keys and values, and on a CPU a single
+        # token is several rows to the attention, whose kernel for one row rounds otherwise.
+        self.folded = config.num_attention_heads // config.num_key_value_heads
         self.graph = OnnxGraph(pattern, pool.path.name)
         self.op = self.graph.op
         self.ints = self.graph.ints
@@ -88,15 +98,18 @@ class _Network:
         logit_rows = graph.input("logit_rows", INT64, ["batch", "rows"])
         capacity = self.options.capacity or "capacity"
         cache_shape: Shape = ["batch", self.config.num_key_value_heads, capacity, self.config.head_dim]
-        for name in cache_inputs(self.config.num_hidden_layers):
+        layers = self.config.num_hidden_layers
+        for name in cache_inputs(layers) + (cache_views(layers) if self.options.kv_read == "view" else []):
             graph.input(name, self.real, cache_shape)
         self.kv_rows = self._kv_rows()
         self.has_adapter = self.options.adapter and self.pattern == "bidirectional"
         if self.has_adapter:
             self._declare_adapter()
 
+        self.query_scale = self._query_scale(position_ids)
         self.query_rotation, self.key_rotation = self._rotations(position_ids)
-        self.visible = self._visible(input_ids, visibility)
+        step = self.op("Shape", input_ids, start=1, end=2)
+        self.visible = self._visible(step, visibility)
         embedding = self.pool.embed_tokens
         x = self._cast(self.op("Gather", graph.pooled(embedding), input_ids), embedding.dtype)
         for index, layer in enumerate(self.pool.layers):
@@ -105,12 +118,12 @@ class _Network:
             if layer is self.pool.layers[-1]:
                 # Past its keys and values the last layer serves the logits alone.
                 rows = self.op("Unsqueeze", logit_rows, self.ints(2))
-                x, attended = (self.op("GatherND", value, rows, batch_dims=1) for value in (x, attended))
+                x, attended = (self._rows(value, rows, step) for value in (x, attended))
             x = self.op("Add", x, self._o_proj(attended, layer, index))
             x = self.op("Add", x, self._mlp(self._rms_norm(x, layer.post_attention_layernorm), layer))
         graph.scope = "head/"
         self._head(x)
-        for name in cache_outputs(self.config.num_hidden_layers):
+        for name in cache_outputs(layers):
             graph.output(name, self.real, cache_shape)
         return graph.model()
 
@@ -123,9 +136,8 @@ class _Network:
             self.graph.input(up, self.real, ["rank", self.config.hidden_size])
 
     def _rotations(self, position_ids: str) -> tuple[Rotation, Rotation]:
-        """YaRN's cos and sin for queries and for keys; the queries' carry the scales of their position and of the
-        attention as well. Angles are
-        fp32 whatever the activations: a position past 256 has no exact 16-bit value.
+        """YaRN's cos and sin, for queries and for keys. Angles are fp32 whatever the activations: a position past 256
+        has no exact 16-bit value.
         """
         frequencies, attention_factor = yarn_frequencies(self.config)
         positions = self.op("Unsqueeze", self.op("Cast", position_ids, to=FLOAT), self.ints(2))
@@ -134,9 +146,11 @@ class _Network:
         if attention_factor != 1:
             factor = self._float("attention_factor", attention_factor)
             cos, sin = self.op("Mul", cos, factor), self.op("Mul", sin, factor)
-        scale = self.op("Unsqueeze", self._query_scale(position_ids), self.ints(2))
-        queries = self._rotation(self.op("Mul", cos, scale), self.op("Mul", sin, scale))
-        return queries, self._rotation(cos, sin)
+        keys = self._rotation(cos, sin)
+        if self.options.rotate_together:
+            return keys, keys
+        scale = self.op("Unsqueeze", self.query_scale, self.ints(2))
+        return self._rotation(self.op("Mul", cos, scale), self.op("Mul", sin, scale)), keys
 
     def _query_scale(self, position_ids: str) -> str:
         """1 + beta * log(1 + floor(position / original length)), [batch, step], from a table of its few values.
@@ -155,29 +169,30 @@ class _Network:
 
     def _kv_rows(self) -> str:
         """The numbers of the KV rows that this pass attends to."""
-        if self.options.window:
-            return self.graph.input("window_rows", INT64, ["window"])
-        capacity = self.op("Shape", "k_cache.0", start=2, end=3)
-        return self.op("Range", self._int("zero", 0), self.op("Squeeze", capacity, self.ints(0)), self._int("unit", 1))
+        if self.options.kv_read == "window":
+            rows = self.graph.input("window_rows", INT64, ["window"])
+            self.window = self.op("Shape", rows)
+            return rows
+        capacity = self.op("Squeeze", self.op("Shape", "k_cache.0", start=2, end=3), self.ints(0))
+        return self.op("Range", self._int("zero", 0), capacity, self._int("unit", 1))
 
-    def _visible(self, input_ids: str, visibility: str) -> str:
+    def _visible(self, step: str, visibility: str) -> str:
         """Which KV rows each token sees, [batch, 1, step, rows] bool, [batch, 1, group * step, rows] for folded
         queries: the committed ones, and its step's by pattern.
         """
-        seen = self._seen(input_ids, visibility)
-        group = self.config.num_attention_heads // self.config.num_key_value_heads
-        if self.options.fold_queries and group > 1:
-            return self.op("Concat", *[seen] * group, axis=2)
+        seen = self._seen(step, visibility)
+        if self.folded > 1 and self.pattern == "causal":
+            return self.op("Concat", *[seen] * self.folded, axis=2)
         return seen
 
-    def _seen(self, input_ids: str, visibility: str) -> str:
-        step = self.op("Shape", input_ids, start=1, end=2)
+    def _seen(self, step: str, visibility: str) -> str:
         # 0 is the step's first row; committed rows are negative.
         row_in_step = self.op("Sub", self.kv_rows, self.op("Unsqueeze", self.write_indices, self.ints(1)))
         row_in_step = self.op("Unsqueeze", row_in_step, self.ints(1))
         if self.pattern == "bidirectional":
             seen = self.op("Less", row_in_step, self.op("Unsqueeze", visibility, self.ints(1, 2)))
-            shape = self.op("Concat", self.ints(1), step, self.ints(1), axis=0)
+            queries = step if self.folded == 1 else self.op("Mul", step, self.ints(self.folded))
+            shape = self.op("Concat", self.ints(1), queries, self.ints(1), axis=0)
             return self.op("Unsqueeze", self.op("Expand", seen, shape), self.ints(1))
         committed = self.op("Less", row_in_step, self._int("zero", 0))
         inside = self.op("And", self.op("Not", committed), self.op("Less", row_in_step, step))
@@ -191,24 +206,21 @@ class _Network:
     def _attention(self, x: str, layer: PooledLayer, index: int) -> str:
         """Write the step's keys and values, attend to what is visible; [batch, step, query width]."""
         config = self.config
-        q, k, v = f"q.{index}", f"k.{index}", f"v.{index}"
-        heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
-        qkv = self.op("Reshape", self._linear(x, layer.qkv_proj), self.ints(0, 0, sum(heads), config.head_dim))
-        qkv = self.op("Transpose", qkv, perm=[0, 2, 1, 3])
-        self.graph.node("Split", [qkv, self.ints(*heads)], [q, k, v], axis=1)
-        q = self.op("RotaryEmbedding", q, *self.query_rotation)
-        k = self.op("RotaryEmbedding", k, *self.key_rotation)
-        caches, updated = cache_inputs(config.num_hidden_layers), cache_outputs(config.num_hidden_layers)
-        for offset, rows in enumerate((k, v)):
-            where = 2 * index + offset
-            self.graph.node(
-                "TensorScatter", [caches[where], rows, self.write_indices], [updated[where]], axis=2, mode="linear"
-            )
-        keys, values = (self._window(name) for name in updated[2 * index : 2 * index + 2])
-        if self.options.fold_queries:
+        layers = config.num_hidden_layers
+        q, k, v = self._rotated(self._linear(x, layer.qkv_proj), index)
+        caches, updated = (names(layers)[2 * index : 2 * index + 2] for names in (cache_inputs, cache_outputs))
+        for cache, rows, result in zip(caches, (k, v), updated, strict=True):
+            self.graph.node("TensorScatter", [cache, rows, self.write_indices], [result], axis=2, mode="linear")
+        if self.folded > 1:
             q = self.op("Reshape", q, self.ints(0, config.num_key_value_heads, -1, config.head_dim))
+        keys, values = updated
+        if self.options.kv_read == "window":
+            keys, values = (self.op("Slice", cache, self.ints(0), self.window, self.ints(2)) for cache in updated)
+        elif self.options.kv_read == "view":
+            keys, values = cache_views(layers)[2 * index : 2 * index + 2]
+            q = self._after(q, updated)
         attended = self.op("Attention", q, keys, values, self.visible, scale=1.0)
-        if self.options.fold_queries:
+        if self.folded > 1:
             attended = self.op("Reshape", attended, self.ints(0, config.num_attention_heads, -1, config.head_dim))
         attended = self.op("Transpose", attended, perm=[0, 2, 1, 3])
         return self.op("Reshape", attended, self.ints(0, 0, config.query_width))
@@ -222,11 +234,36 @@ class _Network:
         narrow = self.op("Mul", self.op("MatMul", attended, down), self.adapter_scale)
         return self.op("Add", projected, self.op("MatMul", narrow, up))
 
-    def _window(self, cache: str) -> str:
-        if not self.options.window:
-            return cache
-        rows = self.op("Shape", self.kv_rows)
-        return self.op("Slice", cache, self.ints(0), rows, self.ints(2))
+    def _rotated(self, qkv: str, index: int) -> tuple[str, str, str]:
+        """Queries and keys, turned, and values, each [batch, heads, step, head_dim]."""
+        heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
+        q, k, v = f"q.{index}", f"k.{index}", f"v.{index}"
+        qkv = self.op("Reshape", qkv, self.ints(0, 0, heads + 2 * kv_heads, self.config.head_dim))
+        qkv = self.op("Transpose", qkv, perm=[0, 2, 1, 3])
+        if self.options.rotate_together:
+            both = f"qk.{index}"
+            self.graph.node("Split", [qkv, self.ints(heads + kv_heads, kv_heads)], [both, v], axis=1)
+            both = self.op("RotaryEmbedding", both, *self.key_rotation)
+            self.graph.node("Split", [both, self.ints(heads, kv_heads)], [q, k], axis=1)
+            scale = self.op("Unsqueeze", self.query_scale, self.ints(1, 3))
+            return self._cast(self.op("Mul", self._as_float(q), scale), FLOAT), k, v
+        self.graph.node("Split", [qkv, self.ints(heads, kv_heads, kv_heads)], [q, k, v], axis=1)
+        q = self.op("RotaryEmbedding", q, *self.query_rotation)
+        return q, self.op("RotaryEmbedding", k, *self.key_rotation), v
+
+    def _after(self, q: str, updated: list[str]) -> str:
+        """``q`` once the caches are written, which no use of a view's values would say: none of their rows are added.
+        TensorRT drops the addition; that its kernels keep the order is for the build to check.
+        """
+        nothing = [self.op("Slice", cache, self.ints(0), self.ints(0), self.ints(2)) for cache in updated]
+        return self.op("Concat", q, *nothing, axis=2)
+
+    def _rows(self, x: str, logit_rows: str, step: str) -> str:
+        """Those rows of ``x`` [batch, step, width] that need logits; ``logit_rows`` [batch, rows, 1]."""
+        if not self.options.select_by_product:
+            return self.op("GatherND", x, logit_rows, batch_dims=1)
+        rows = self.op("Range", self._int("zero", 0), self.op("Squeeze", step, self.ints(0)), self._int("unit", 1))
+        return self.op("MatMul", self.op("Cast", self.op("Equal", logit_rows, rows), to=self.real), x)
 
     def _mlp(self, x: str, layer: PooledLayer) -> str:
         gate, up = f"{layer.gate_up_proj.weight.name}.gate", f"{layer.gate_up_proj.weight.name}.up"
@@ -248,28 +285,43 @@ class _Network:
         """``x`` of type ``dtype`` as an activation."""
         return x if dtype == self.real else self.op("Cast", x, to=self.real)
 
+    def _as_float(self, x: str) -> str:
+        return x if self.real == FLOAT else self.op("Cast", x, to=FLOAT)
+
     def _rms_norm(self, x: str, weight: PoolRange) -> str:
         return self.op("RMSNormalization", x, self.graph.pooled(weight), axis=-1, epsilon=self.config.rms_norm_eps)
 
     def _head(self, x: str) -> None:
         """Final norm, logits, and what of them goes to the host: the best ``top_k`` of each row and its log-sum-exp."""
         logits = self._linear(self._rms_norm(x, self.pool.norm), self.pool.head)
-        if self.real != FLOAT:
-            logits = self.op("Cast", logits, to=FLOAT)
         # The mask token is an input only.
         bias = np.zeros(self.config.vocab_size, np.float32)
         bias[self.config.mask_token_id] = NEVER
-        logits = self.op("Add", logits, self.graph.constant("mask_token_bias", bias))
+        possible = self.op("Add", self._as_float(logits), self.graph.constant("mask_token_bias", bias))
         top_k = self.options.top_k
         wanted = self.graph.input("top_k", INT64, [1]) if top_k is None else self.ints(top_k)
-        self.graph.node("TopK", [logits, wanted], ["top_logits", "top_tokens"], axis=-1)
+        if self.real == FLOAT:
+            self.graph.node("TopK", [possible, wanted], ["top_logits", "top_tokens"], axis=-1)
+        else:
+            self._top_of_narrow(logits, wanted)
         # The best logit is at hand: ReduceLogSumExp would read the row once more to find it.
         best = self.op("Slice", "top_logits", self.ints(0), self.ints(1), self.ints(2))
-        total = self.op("ReduceSum", self.op("Exp", self.op("Sub", logits, best)), self.ints(-1), keepdims=0)
+        total = self.op("ReduceSum", self.op("Exp", self.op("Sub", possible, best)), self.ints(-1), keepdims=0)
         self.graph.node("Add", [self.op("Log", total), self.op("Squeeze", best, self.ints(2))], ["log_sum_exp"])
         self.graph.output("top_logits", FLOAT, ["batch", "rows", top_k or "top_k"])
         self.graph.output("top_tokens", INT64, ["batch", "rows", top_k or "top_k"])
         self.graph.output("log_sum_exp", FLOAT, ["batch", "rows"])
+
+    def _top_of_narrow(self, logits: str, wanted: str) -> None:
+        """The best of 16-bit logits, sought in them as they are: a row in fp32 is twice the bytes, written and read
+        again. So the mask token is among the candidates, and of one candidate more it becomes the last.
+        """
+        more = self.op("Min", self.op("Add", wanted, self.ints(1)), self.ints(self.config.vocab_size))
+        self.graph.node("TopK", [logits, more], ["found", "tokens"], axis=-1)
+        is_mask = self.op("Equal", "tokens", self._int("mask_token", self.config.mask_token_id))
+        found = self.op("Where", is_mask, self._float("never", float(NEVER)), self._as_float("found"))
+        self.graph.node("TopK", [found, wanted], ["top_logits", "order"], axis=-1)
+        self.graph.node("GatherElements", ["tokens", "order"], ["top_tokens"], axis=2)
 
     def _float(self, name: str, value: float) -> str:
         return self.graph.constant(f"float_{name}", np.array(value, np.float32))

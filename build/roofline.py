@@ -43,13 +43,14 @@ TOP_K = 64
 @dataclass(frozen=True)
 class Gpu:
     """compute_capability: 121 is 12.1. bandwidth: bytes/s of device memory. peak: dense 16-bit FLOP/s of the tensor
-    cores with fp32 accumulation at the data sheet's boost clock, which a cool card can exceed."""
+    cores with fp32 accumulation at the data sheet's boost clock, which a cool card can exceed. cache: bytes of L2."""
 
     key: str
     name: str
     compute_capability: int
     bandwidth: float
     peak: float
+    cache: int
 
 
 # NVIDIA's data sheets and architecture whitepapers. GeForce cards accumulate in fp32 at half rate, the others do not.
@@ -58,13 +59,13 @@ GPUS: dict[str, Gpu] = {
     for gpu in (
         # The data sheet has 1 PFLOP of sparse FP4 alone; an eighth of it, as on the RTX PRO cards of the same cores.
         # Users measure 97e12 in fp16 (github.com/GuigsEvt/dgx_spark_config, issue 1), so the rate is not halved.
-        Gpu("dgx-spark", "DGX Spark (GB10)", 121, 273e9, 125e12),
-        Gpu("rtx-pro-6000", "RTX PRO 6000 Blackwell Workstation Edition", 120, 1792e9, 503.8e12),
-        Gpu("rtx-5090", "GeForce RTX 5090", 120, 1792e9, 209.5e12),
-        Gpu("rtx-4090", "GeForce RTX 4090", 89, 1008e9, 165.2e12),
-        Gpu("rtx-3090", "GeForce RTX 3090", 86, 936e9, 71e12),
-        Gpu("a100-80gb", "A100 80GB SXM", 80, 2039e9, 312e12),
-        Gpu("gb200", "GB200 NVL72, one of its GPUs", 100, 8000e9, 2500e12),
+        Gpu("dgx-spark", "DGX Spark (GB10)", 121, 273e9, 125e12, 24 << 20),
+        Gpu("rtx-pro-6000", "RTX PRO 6000 Blackwell Workstation Edition", 120, 1792e9, 503.8e12, 128 << 20),
+        Gpu("rtx-5090", "GeForce RTX 5090", 120, 1792e9, 209.5e12, 96 << 20),
+        Gpu("rtx-4090", "GeForce RTX 4090", 89, 1008e9, 165.2e12, 72 << 20),
+        Gpu("rtx-3090", "GeForce RTX 3090", 86, 936e9, 71e12, 6 << 20),
+        Gpu("a100-80gb", "A100 80GB SXM", 80, 2039e9, 312e12, 40 << 20),
+        Gpu("gb200", "GB200 NVL72, one of its GPUs", 100, 8000e9, 2500e12, 126 << 20),
     )
 }
 

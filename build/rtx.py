@@ -10,33 +10,36 @@ from __future__ import annotations
 import re
 import signal
 import threading
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
-import ml_dtypes
 import numpy as np
 import onnx
 import tensorrt_rtx as trt
 
-from trimode.build.kernels import parse_kernels
+from trimode.build.kernels import KernelList, parse_kernels
 from trimode.build.network import NetworkOptions, build_network
 from trimode.build.raw_pool import RawPool, write_raw_pool
-from trimode.build.weight_section import cut_runs, find_shared_runs
+from trimode.build.tensorrt_form import KEY_HEADS, refuse_disorder, tensorrt_form
+from trimode.build.weight_section import Run, cut_runs, find_shared_runs
 from trimode.model.checkpoint import Checkpoint
 from trimode.model.errors import TriModeError
-from trimode.model.manifest import GRAPH, KERNELS, PLAN, POOL, PoolEntry, Real, RtxEntry
+from trimode.model.manifest import (
+    GRAPH,
+    KERNELS,
+    NUMPY_TYPES,
+    PLAN,
+    POOL,
+    RTX_COMPUTE_CAPABILITIES,
+    PoolEntry,
+    RtxEntry,
+)
 from trimode.model.progress import Progress
 from trimode.model.step import ENGINES
 
-NUMPY_TYPES: dict[Real, np.dtype[Any]] = {
-    "fp32": np.dtype(np.float32),
-    "fp16": np.dtype(np.float16),
-    "bf16": np.dtype(ml_dtypes.bfloat16),
-}
 # Of the constants' bytes. The builder folds a few small ones into kernels or widens them; no matrix may be missing.
 LEAST_SHARED = 0.99
-COMPUTE_CAPABILITIES = {75: "SM75", 80: "SM80", 86: "SM86", 89: "SM89", 120: "SM120", 121: "SM121"}
 # What the builder may complain of, and why it is no fault.
 EXPECTED_MESSAGES = {
     r"Make sure (in|out)put \w+ has Int64 binding": "it does, by the step contract",
@@ -139,17 +142,24 @@ def build_rtx_engines(
             graph = build_network(checkpoint.config, pool, pattern, options)
             constants.append(_pooled_constants(graph))
             _refuse_differing(constants)
-            source = Path(temporary) / f"{name}.onnx"
-            onnx.save(graph, source)
             target = folder / name
             target.mkdir()
             onnx.save(graph, target / GRAPH)
+            layers = checkpoint.config.num_hidden_layers
+            if options.kv_read == "view":
+                graph = tensorrt_form(graph, layers)
+            source = Path(temporary) / f"{name}.onnx"
+            onnx.save(graph, source)
             rank = checkpoint.adapter.config.r if checkpoint.adapter else 0
-            sizes = _Sizes(max_batch, max_step, options.capacity or 0, rank)
-            plans.append(_compile(graph, source, target, sms, sizes, progress))
+            sizes = _Sizes(max_batch, max_step, options.capacity or 0, checkpoint.config.num_key_value_heads, rank)
+            plan, kernels = _compile(graph, source, target, sms, sizes, progress)
+            if options.kv_read == "view":
+                refuse_disorder(kernels.root, layers)
+            plans.append(plan)
     progress("weights", 0, 1)
     first, second = (np.memmap(plan, np.uint8, mode="r") for plan in plans)
     runs = find_shared_runs(first, second, probe)
+    _refuse_private_constants(runs)
     (folder / POOL).parent.mkdir()
     ar = cut_runs(plans[0], [(run.first, run.length) for run in runs], folder / POOL)
     diffusion = cut_runs(plans[1], [(run.second, run.length) for run in runs], None)
@@ -176,9 +186,9 @@ def build_rtx_engines(
 
 def refuse_unknown_gpus(sms: tuple[int, ...]) -> None:
     for sm in sms:
-        if sm not in COMPUTE_CAPABILITIES:
+        if sm not in RTX_COMPUTE_CAPABILITIES:
             raise TriModeError(
-                f"--sm {sm}: TensorRT-RTX builds for {', '.join(map(str, COMPUTE_CAPABILITIES))}; "
+                f"--sm {sm}: TensorRT-RTX builds for {', '.join(map(str, RTX_COMPUTE_CAPABILITIES))}; "
                 "datacentre parts need the target tensorrt"
             )
 
@@ -186,13 +196,14 @@ def refuse_unknown_gpus(sms: tuple[int, ...]) -> None:
 class _Sizes:
     """Least, usual and largest value of each dynamic dimension."""
 
-    def __init__(self, max_batch: int, max_step: int, capacity: int, rank: int) -> None:
+    def __init__(self, max_batch: int, max_step: int, capacity: int, kv_heads: int, rank: int) -> None:
         self._ranges = {
             "batch": (1, 1, max_batch),
             "step": (1, min(32, max_step), max_step),
             "rows": (1, min(32, max_step), max_step),
             "window": (1, min(512, capacity), capacity),
             "rank": (rank, rank, rank),
+            KEY_HEADS: (kv_heads, kv_heads, kv_heads * max_batch),
         }
 
     def of(self, dims: list[str | int]) -> list[tuple[int, ...]]:
@@ -201,7 +212,7 @@ class _Sizes:
 
 def _compile(
     graph: onnx.ModelProto, source: Path, target: Path, sms: tuple[int, ...], sizes: _Sizes, progress: Progress
-) -> Path:
+) -> tuple[Path, KernelList]:
     log = _LOG
     log.begin()
     builder = trt.Builder(log)
@@ -209,11 +220,16 @@ def _compile(
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(source)):
         raise RuntimeError(f"TensorRT-RTX cannot parse {target.name}/graph.onnx: {parser.get_error(0)}")
+    for tensor in (network.get_input(index) for index in range(network.num_inputs)):
+        if tensor.name.startswith("k_view."):
+            tensor.allowed_formats = 1 << int(trt.TensorFormat.HWC8)
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # or the kernels are listed by number alone
+    # The runtime captures passes as CUDA graphs, over memory of its own: the build fails if the graph rules that out.
+    config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     config.num_compute_capabilities = len(sms)
     for index, sm in enumerate(sms):
-        config.set_compute_capability(getattr(trt.ComputeCapability, COMPUTE_CAPABILITIES[sm]), index)
+        config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), index)
     profile = builder.create_optimization_profile()
     for value in graph.graph.input:
         dims = [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
@@ -230,8 +246,19 @@ def _compile(
         raise RuntimeError(f"TensorRT-RTX on {target.name}/graph.onnx: {'; '.join(log.complaints) or 'no plan'}")
     path = target / PLAN
     path.write_bytes(memoryview(plan))
-    (target / KERNELS).write_text(parse_kernels(log.messages).model_dump_json(indent=1) + "\n", encoding="utf-8")
-    return path
+    kernels = parse_kernels(log.messages)
+    (target / KERNELS).write_text(kernels.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    return path, kernels
+
+
+def _refuse_private_constants(runs: list[Run]) -> None:
+    """One allocation serves both plans' weights only if their sections are the same to the byte."""
+    for run, following in pairwise(runs):
+        lone = [after - before - run.length for before, after in zip(run, following, strict=True)][:2]
+        raise RuntimeError(
+            f"the plans' weight sections differ after {run.length} bytes: {lone[0]} bytes that the AR plan alone has, "
+            f"{lone[1]} that the diffusion plan alone has"
+        )
 
 
 def _pooled_constants(graph: onnx.ModelProto) -> dict[str, str]:

@@ -16,8 +16,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
+import ml_dtypes
+import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
 from trimode.model.config import ModelConfig
@@ -28,6 +30,13 @@ from trimode.model.records import read_json_record
 Activations = Literal["fp32", "int8"]
 Real = Literal["fp32", "fp16", "bf16"]
 Target = Literal["cpu", "rtx"]
+NUMPY_TYPES: dict[Real, np.dtype[Any]] = {
+    "fp32": np.dtype(np.float32),
+    "fp16": np.dtype(np.float16),
+    "bf16": np.dtype(ml_dtypes.bfloat16),
+}
+# What TensorRT-RTX compiles for, 121 being 12.1.
+RTX_COMPUTE_CAPABILITIES = (75, 80, 86, 89, 120, 121)
 PLAN, GRAPH, KERNELS = "engine.plan", "graph.onnx", "layers.json"
 ENGINE_FILES: dict[Target, tuple[str, ...]] = {
     "cpu": ("model.onnx",),

@@ -16,7 +16,8 @@ input                                       shape                   meaning
 ``adapter_down.i`` (diffusion)              [query width, rank]     the draft adapter's A, transposed
 ``adapter_up.i`` (diffusion)                [rank, hidden]          its B, transposed, with its scale
 ``k_cache.i``, ``v_cache.i``                [B, KV heads, C, D]     the KV pool: C rows of D; ``*_out.i`` alias them
-``window_rows`` (target rtx)                [W]                     0 .. W - 1: attend to the first W rows of the pool
+``k_view.i``, ``v_view.i`` (rtx, view)      [B, KV heads, C, D]     the same memory again, for the attention to read
+``window_rows`` (rtx, window)               [W]                     0 .. W - 1: attend to the first W rows of the pool
 ==========================================  ======================  =================================================
 
 ``block_mask``: a lower triangle is causal, a tree's ancestors verify a tree, and a row of padding sees itself. The rows
@@ -42,6 +43,11 @@ def cache_inputs(layers: int) -> list[str]:
 
 def cache_outputs(layers: int) -> list[str]:
     return [name.replace("_cache.", "_cache_out.") for name in cache_inputs(layers)]
+
+
+def cache_views(layers: int) -> list[str]:
+    """In the order of :func:`cache_inputs`."""
+    return [name.replace("_cache.", "_view.") for name in cache_inputs(layers)]
 
 
 def adapter_inputs(layer: int) -> tuple[str, str]:

@@ -8,6 +8,7 @@ keeps one-token steps and long prefill chunks apart where padding would cost mor
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -18,11 +19,14 @@ from trimode.runtime.pass_cost import EngineName, PassCost
 
 
 class Member(NamedTuple):
-    """A sequence that needs a pass; adapter: whether a draft of it uses the draft adapter."""
+    """A sequence that needs a pass. adapter: whether a draft of it uses the draft adapter. candidates: of each row that
+    it needs, None for all.
+    """
 
     slot: int
     needed: Pass
     adapter: bool
+    candidates: int | None
 
 
 class Span(NamedTuple):
@@ -69,7 +73,7 @@ def plan_spans(
 def causal_step(span: Span, committed: Many[int]) -> CausalStep:
     """The span as a pass of the AR engine; padding writes past the committed rows, where the next pass writes anew."""
     ids, rows, write = _arrays(span, committed)
-    return CausalStep.chain(span.first, ids, write, rows)
+    return replace(CausalStep.chain(span.first, ids, write, rows), top_k=_candidates(span))
 
 
 def bidirectional_step(span: Span, committed: Many[int]) -> BidirectionalStep:
@@ -79,17 +83,22 @@ def bidirectional_step(span: Span, committed: Many[int]) -> BidirectionalStep:
     for member in span.members:
         lengths[member.slot - span.first] = len(member.needed.tokens)
         adapter[member.slot - span.first] = member.adapter
-    return BidirectionalStep.block(span.first, ids, write, rows, lengths, adapter)
+    return replace(BidirectionalStep.block(span.first, ids, write, rows, lengths, adapter), top_k=_candidates(span))
 
 
 def _arrays(span: Span, committed: Many[int]) -> tuple[Ints, Ints, Ints]:
     """input_ids [B, S], logit_rows [B, R], write_indices [B]."""
     ids = np.zeros((span.batch, span.step), np.int64)
     rows = np.zeros((span.batch, max(len(member.needed.rows) for member in span.members)), np.int64)
-    for slot, needed, _ in span.members:
+    for slot, needed, _, _ in span.members:
         ids[slot - span.first, : len(needed.tokens)] = needed.tokens
         rows[slot - span.first, : len(needed.rows)] = needed.rows
     return ids, rows, np.array(committed[span.first : span.last + 1], np.int64)
+
+
+def _candidates(span: Span) -> int | None:
+    wanted = [member.candidates for member in span.members]
+    return None if None in wanted else max(each for each in wanted if each is not None)
 
 
 def _alike(members: list[Member]) -> bool:

@@ -66,7 +66,8 @@ class CpuExecutor:
         for name, value in memory.result_values.items():
             binding.bind_ortvalue_output(name, value)
         self._sessions[type(step)].run_with_iobinding(binding)
-        return Candidates(*(result.copy() for result in memory.results))
+        logits, tokens, log_sum_exp = memory.results
+        return Candidates(logits.copy(), tokens.copy(), log_sum_exp.copy())
 
     def _inputs(self, step: CausalStep | BidirectionalStep) -> _Arrays:
         inputs: _Arrays = {

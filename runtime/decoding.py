@@ -96,6 +96,11 @@ class Sequence:
         return not self.prefilling and not len(self._block)
 
     @property
+    def drafts_in_passes(self) -> bool:
+        """Whether its masks may take more than one bidirectional pass to fill."""
+        return self.params.mode == "diffusion" or bool(self.params.draft_threshold)
+
+    @property
     def longest_block(self) -> int:
         """Tokens of the longest block that the request and its end allow."""
         return min(self.params.longest_block, self.ending.remaining)

@@ -155,6 +155,11 @@ class SamplingParams:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
     @property
+    def candidates(self) -> int | None:
+        """Of a row that its choice may need; None for all that the engine reports."""
+        return None if self.penalised or not self.greedy else max(1, self.logprobs or 0)
+
+    @property
     def longest_block(self) -> int:
         """Tokens of a block, seed included; AR's block is its one token."""
         return 1 if self.mode == "ar" else self.block_length or DEFAULT_BLOCK_LENGTH
