@@ -14,13 +14,14 @@ QUANTIZED ?= engines/$(NAME)-w4a16-$(METHOD)$(GROUP)
 
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := $(shell find model quantize plugins build runtime -name '*.py')
+TRITON := .triton
+SOURCES := $(shell find model quantize plugins build runtime -name '*.py' -o -name 'playground.*')
 PACKAGES := model quantize plugins build runtime
 
 .DEFAULT_GOAL := help
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.package ## Make .venv and install trimode with everything the other targets need
 
@@ -31,13 +32,27 @@ demo: $(VENV)/.package ## Quantise the shipped checkpoint, build its engines, an
 build-engine: $(ENGINE)/manifest.json ## Quantise MODEL (folder or hub id) and build ENGINE for TARGET
 	@$(BIN)/trimode info $(ENGINE)
 
+serve: $(ENGINE)/manifest.json ## Answer OpenAI's API over ENGINE on port 8000, with the playground at /
+	@$(BIN)/trimode serve $(ENGINE)
+
+triton: $(TRITON)/.package $(ENGINE)/manifest.json ## Serve ENGINE by a real tritonserver on the CPU, ports 8000 to 8002
+	@$(TRITON)/bin/python scripts/triton_server.py $(ENGINE)
+
+triton-environment: $(TRITON)/.package ## Make .triton, in which `make triton` and its tests run the server
+
+browser: ## Install Debian's Chromium, for the playground's test (as root)
+	@command -v chromium chromedriver >/dev/null || \
+		(apt-get update -qq && apt-get install -qq --yes --no-install-recommends chromium chromium-driver >/dev/null)
+
 test: lint types ## Set-up, lint, types and all tests
 	$(BIN)/python -m pytest
 
-lint: $(VENV)/.package ## ruff and the floors' import rules
+lint: $(VENV)/.package ## ruff, the floors' import rules, the Dockerfile and the compose file
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/hadolint Dockerfile
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.compose-spec compose.yaml
 
 types: $(VENV)/.package ## mypy on the installed package
 	$(BIN)/mypy $(addprefix -p trimode.,$(PACKAGES))
@@ -58,18 +73,30 @@ kernels: $(VENV)/.package ## The GPU kernels in numbers: traffic, an estimated c
 train-tiny: $(VENV)/.package ## Train the shipped checkpoint again from its seed (about an hour)
 	$(BIN)/python scripts/tiny/train.py --out engines/tiny-trained
 
-clean: ## Remove .venv, engines and caches
-	rm -rf $(VENV) engines .setuptools .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+clean: ## Remove .venv, .triton, engines and caches
+	rm -rf $(VENV) $(TRITON) engines .setuptools .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 $(VENV)/.dependencies: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet '.[build,rtx,tensorrt,dev]'
+	$(BIN)/python -m pip install --quiet '.[build,rtx,tensorrt,serve,dev]'
 	@touch $@
 
 $(VENV)/.package: $(VENV)/.dependencies $(SOURCES)
 	rm -rf .setuptools
 	$(BIN)/python -m pip install --quiet --no-deps --force-reinstall .
+	@touch $@
+
+# numpy 1, which the Python backend's stub needs, and no torch.
+$(TRITON)/.dependencies: pyproject.toml
+	$(PYTHON) -m venv $(TRITON)
+	$(TRITON)/bin/python -m pip install --quiet --upgrade pip
+	$(TRITON)/bin/python -m pip install --quiet '.[triton]'
+	@touch $@
+
+$(TRITON)/.package: $(TRITON)/.dependencies $(SOURCES)
+	rm -rf .setuptools
+	$(TRITON)/bin/python -m pip install --quiet --no-deps --force-reinstall .
 	@touch $@
 
 # An engine outlives changes of the code; remove its folder to build it anew.
@@ -78,4 +105,4 @@ $(ENGINE)/manifest.json: | $(VENV)/.package
 		$(BIN)/trimode quantize $(MODEL) $(QUANTIZED) --method $(METHOD) --group $(GROUP) $(if $(CALIBRATION),--calibration $(CALIBRATION))
 	@$(BIN)/trimode build $(if $(wildcard $(MODEL)/hf_quant_config.json),$(MODEL),$(QUANTIZED)) $(ENGINE) --target $(TARGET)
 
-.PHONY: help setup demo audit kernels build-engine test lint types prove train-tiny clean
+.PHONY: help setup demo audit kernels build-engine serve triton triton-environment browser test lint types prove train-tiny clean

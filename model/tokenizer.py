@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import TypedDict
 
@@ -99,6 +100,11 @@ class Tokenizer:
     def step(self, stream: DecodeStream, token: int) -> str | None:
         """The text that ``token`` completes in an incremental decoding, if it completes any."""
         return stream.step(self._tokenizer, token)
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Bytes of text that one token stands for at most."""
+        return max(len(token.encode()) for token in self._tokenizer.get_vocab())
 
     def token_id(self, token: str) -> int | None:
         """The id of a special token by its text, None if the vocabulary has none."""

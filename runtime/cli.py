@@ -1,4 +1,4 @@
-"""The ``trimode`` command: quantize, build, compile, export, info, audit, doctor, generate.
+"""The ``trimode`` command: quantize, build, compile, export, info, audit, doctor, generate, serve, triton.
 
 What a user can mend is told in one line on stderr, with exit code 2. Long work shows its progress on stderr, so that
 stdout stays the answer alone.
@@ -29,6 +29,7 @@ from trimode.runtime.doctor import examine
 from trimode.runtime.llm import LLM, RequestOutput
 from trimode.runtime.outputs import CompletionOutput
 from trimode.runtime.sampling_params import Mode, SamplingParams
+from trimode.runtime.triton.repository import MODEL_NAME, write_repository
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -325,6 +326,46 @@ def _summary(answer: RequestOutput, output: CompletionOutput, mode: Mode) -> dic
         "time_to_first_token": output.time_to_first_token,
         "seconds": output.seconds,
     }
+
+
+@commands.command()
+@click.argument("engine", type=click.Path(path_type=Path))
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
+@click.option("--api-key", envvar="TRIMODE_API_KEY", help="What clients must send [default: none].")
+@click.option("--model-name", help="What clients call the model [default: the engine's source].")
+@click.option("--max-batch", type=click.IntRange(min=1), default=16, show_default=True, help="Answers at once.")
+@click.option("--max-queue", type=click.IntRange(min=1), default=1024, show_default=True, help="Answers that may wait.")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads of a pass [default: all cores].")
+@click.option("--max-body", type=click.IntRange(min=1), default=4 << 20, show_default=True, help="Bytes of a request.")
+@click.option("--request-seconds", type=click.FloatRange(min=1), default=600, show_default=True, help="Longest answer.")
+@click.option(
+    "--drain-seconds", type=click.FloatRange(min=0), default=7, show_default=True, help="To finish after SIGTERM."
+)
+def serve(engine: Path, max_batch: int, max_queue: int, threads: int | None, **options: Any) -> None:
+    """Answer OpenAI's API over ENGINE, with a playground at /."""
+    try:
+        from trimode.runtime.openai_server.server import ServerOptions
+        from trimode.runtime.openai_server.server import serve as run_server
+    except ModuleNotFoundError as error:
+        raise TriModeError(f"serving needs the package {error.name}: pip install 'trimode[serve]'") from None
+
+    with _progress() as progress:
+        llm = LLM(engine, threads=threads, max_batch_size=max_batch, max_queue_size=max_queue, progress=progress)
+    with llm:
+        run_server(llm, ServerOptions(**options))
+
+
+@commands.command()
+@click.argument("engine", type=click.Path(path_type=Path))
+@click.argument("repository", type=click.Path(path_type=Path))
+@click.option("--max-batch", type=click.IntRange(min=1), default=16, show_default=True, help="Answers at once.")
+@click.option("--max-queue", type=click.IntRange(min=1), default=1024, show_default=True, help="Answers that may wait.")
+def triton(engine: Path, repository: Path, max_batch: int, max_queue: int) -> None:
+    """Write the new folder REPOSITORY, from which Triton Inference Server serves ENGINE."""
+    Manifest.read(engine)
+    write_repository(engine, repository, max_batch, max_queue)
+    print(f"{repository}: model {MODEL_NAME}")
 
 
 def _read_prompt(prompt: str) -> str:

@@ -81,3 +81,12 @@ def tensorrt(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
     from tests.plugins.stubs import bindings_on_stubs
 
     yield from bindings_on_stubs(tmp_path_factory.mktemp("stubs"))
+
+
+@pytest.fixture(scope="session")
+def tiny_engine(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped checkpoint, rounded to nearest, as an engine: real text in seconds."""
+    folder = tmp_path_factory.mktemp("tiny")
+    quantize_checkpoint(Checkpoint(tiny_checkpoint), folder / "w4a16", method="rtn", group=64)
+    build_engine(Checkpoint(folder / "w4a16"), folder / "engine")
+    return folder / "engine"

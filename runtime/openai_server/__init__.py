@@ -1,0 +1,1 @@
+"""OpenAI's HTTP API over one engine, and a page to watch it decode."""

@@ -1,0 +1,160 @@
+"""``POST /v1/chat/completions``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from fastapi import Request
+from fastapi.responses import Response
+
+from trimode.runtime.llm import RequestOutput
+from trimode.runtime.openai_server.errors import BAD_REQUEST, ApiError
+from trimode.runtime.openai_server.reasoning import ReasoningSplitter, Split, leaves_thinking_open
+from trimode.runtime.openai_server.schema import (
+    AssistantMessage,
+    ChatChoice,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatCompletionChunk,
+    ChatCompletionRequest,
+    ChatLogprobs,
+    Delta,
+    TokenOrigins,
+)
+from trimode.runtime.openai_server.service import Head, Service, ended, json_response, some
+from trimode.runtime.openai_server.tokens import OriginsTeller, chat_logprobs
+from trimode.runtime.outputs import CompletionOutput, Logprob
+
+
+async def complete_chat(service: Service, body: ChatCompletionRequest, http: Request) -> Response:
+    service.require_model(body.model)
+    service.require_stream(body.stream, body.stream_options)
+    text = service.llm.tokenizer.apply_chat_template(
+        [message.turn() for message in body.messages], enable_thinking=body.enable_thinking
+    )
+    prompt = await service.encode(text)
+    params = body.sampling_params(
+        max_tokens=body.max_completion_tokens or body.max_tokens or service.room(prompt), logprobs=_logprobs(body)
+    )
+    thinking = leaves_thinking_open(text)
+    head = service.head("chatcmpl")
+    run = service.running.start([prompt], params, streaming=bool(body.stream))
+    tellers = [_Teller(service, body, thinking) for _ in range(params.n)]
+    if body.stream:
+        chunks = _Chunks(service, head, body, tellers, thinking)
+        return service.stream(run, chunks.first(), chunks.tell, chunks.last)
+    with run:
+        await run.finish(http)
+        (request,) = run.requests
+        service.metrics.observe(request)
+        return json_response(
+            ChatCompletion(
+                id=head.id,
+                object="chat.completion",
+                created=head.created,
+                model=head.model,
+                choices=[teller.whole(output) for teller, output in zip(tellers, request.outputs, strict=True)],
+                usage=service.usage(run.requests, thinking),
+            )
+        )
+
+
+def _logprobs(body: ChatCompletionRequest) -> int | None:
+    if body.logprobs:
+        return body.top_logprobs or 0
+    if body.top_logprobs is not None:
+        raise ApiError(BAD_REQUEST, "top_logprobs has a meaning only with logprobs", "top_logprobs")
+    return None
+
+
+class _Teller:
+    """One choice: its thinking set apart, whole or as it comes."""
+
+    def __init__(self, service: Service, body: ChatCompletionRequest, thinking: bool) -> None:
+        self._tokenizer = service.llm.tokenizer
+        self._logprobs = _logprobs(body)
+        self._splitter = ReasoningSplitter(thinking)
+        self._origins = OriginsTeller(self._tokenizer) if body.return_token_origins else None
+        self._told = 0  # tokens
+        self._finished = False
+
+    def whole(self, output: CompletionOutput) -> ChatChoice:
+        split = _joined(self._splitter.feed(output.text), self._splitter.finish())
+        return ChatChoice(
+            index=output.index,
+            message=AssistantMessage(
+                role="assistant", content=split.content, **some(reasoning_content=split.reasoning or None)
+            ),
+            finish_reason=ended(output),
+            **some(
+                logprobs=self._likelihoods(output.logprobs or ()),
+                trimode=self._tell(output.token_ids, output),
+            ),
+        )
+
+    def update(self, output: CompletionOutput) -> ChatChunkChoice | None:
+        """What the latest update brought; None if it was another answer's."""
+        if self._finished or not (output.length > self._told or output.finish_reason):
+            return None
+        self._told = output.length
+        split = self._splitter.feed(output.text_diff)
+        if output.finish_reason is not None:
+            self._finished = True
+            split = _joined(split, self._splitter.finish())
+        return ChatChunkChoice(
+            index=output.index,
+            delta=Delta(**some(reasoning_content=split.reasoning or None, content=split.content or None)),
+            finish_reason=ended(output),
+            **some(
+                logprobs=self._likelihoods(output.logprobs_diff),
+                trimode=self._tell(output.token_ids_diff, output),
+            ),
+        )
+
+    def _likelihoods(self, rows: Sequence[dict[int, Logprob]]) -> ChatLogprobs | None:
+        return None if self._logprobs is None else chat_logprobs(self._tokenizer, rows, self._logprobs)
+
+    def _tell(self, token_ids: list[int], output: CompletionOutput) -> TokenOrigins | None:
+        return None if self._origins is None else self._origins.tell(token_ids, output)
+
+
+def _joined(first: Split, second: Split) -> Split:
+    return Split(first.reasoning + second.reasoning, first.content + second.content)
+
+
+class _Chunks:
+    def __init__(
+        self, service: Service, head: Head, body: ChatCompletionRequest, tellers: Sequence[_Teller], thinking: bool
+    ) -> None:
+        self._service = service
+        self._head = head
+        self._body = body
+        self._tellers = tellers
+        self._thinking = thinking
+
+    def first(self) -> Iterator[ChatCompletionChunk]:
+        for index in range(len(self._tellers)):
+            yield self._chunk(
+                ChatChunkChoice(index=index, delta=Delta(role="assistant", content=""), finish_reason=None)
+            )
+
+    def tell(self, _: int, request: RequestOutput) -> Iterator[ChatCompletionChunk]:
+        for teller, output in zip(self._tellers, request.outputs, strict=True):
+            if choice := teller.update(output):
+                yield self._chunk(choice)
+
+    def last(self, requests: Sequence[RequestOutput]) -> Iterator[ChatCompletionChunk]:
+        if self._body.include_usage:
+            chunk = self._chunk()
+            chunk.usage = self._service.usage(requests, self._thinking)
+            yield chunk
+
+    def _chunk(self, *choices: ChatChunkChoice) -> ChatCompletionChunk:
+        return ChatCompletionChunk(
+            id=self._head.id,
+            object="chat.completion.chunk",
+            created=self._head.created,
+            model=self._head.model,
+            choices=list(choices),
+            **({"usage": None} if self._body.include_usage else {}),
+        )

@@ -1,0 +1,208 @@
+// A conversation in one or two lanes, each with its own mode; what the server says goes into the page as text only.
+
+const FLASH_MS = 600;
+const THINK_END = "</think>";
+
+const byId = (id) => document.getElementById(id);
+const element = (tag, className, text = "") => Object.assign(document.createElement(tag), { className, textContent: text });
+
+function headers() {
+  const key = byId("key").value;
+  return key ? { authorization: `Bearer ${key}` } : {};
+}
+
+async function refusal(response) {
+  if (response.status === 401) {
+    byId("key-field").hidden = false;
+    byId("key").focus();
+  }
+  const body = await response.json().catch(() => null);
+  return new Error(body?.error?.message ?? `the server answered ${response.status}`);
+}
+
+// The JSON of each server-sent event.
+async function* events(response) {
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let held = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    const parts = (held + value).split("\n\n");
+    held = parts.pop();
+    for (const part of parts) {
+      const data = part.replace(/^data: /, "");
+      if (data === "[DONE]") return;
+      yield JSON.parse(data);
+    }
+  }
+}
+
+class Lane {
+  constructor(name, mode) {
+    this.root = byId("lane").content.firstElementChild.cloneNode(true);
+    this.root.querySelector("legend").textContent = name;
+    this.fields = this.root.querySelector("fieldset").elements;
+    this.talk = this.root.querySelector(".talk");
+    this.talk.setAttribute("aria-label", `Conversation, ${name}`);
+    this.messages = [];
+    const { mode: select, block_length: block } = this.fields;
+    select.value = mode;
+    const fit = () => { block.disabled = select.value === "ar"; };
+    select.addEventListener("change", fit);
+    fit();
+  }
+
+  request() {
+    const { mode, block_length, temperature, thinking } = this.fields;
+    return {
+      messages: this.messages,
+      mode: mode.value,
+      ...(mode.value !== "ar" && block_length.value ? { block_length: Number(block_length.value) } : {}),
+      temperature: Number(temperature.value),
+      chat_template_kwargs: { enable_thinking: thinking.checked },
+      return_token_origins: true,
+      stream: true,
+    };
+  }
+
+  label() {
+    const { mode, block_length } = this.fields;
+    return mode.value === "ar" || !block_length.value ? mode.value : `${mode.value}, block ${block_length.value}`;
+  }
+
+  turn(who, text = "") {
+    const turn = element("li", "turn", text);
+    turn.dataset.who = who;
+    this.talk.append(turn);
+    this.talk.scrollTop = this.talk.scrollHeight;
+    return turn;
+  }
+
+  async ask(prompt, signal) {
+    this.turn("you", prompt);
+    this.messages.push({ role: "user", content: prompt });
+    const answer = new Answer(this, this.turn(this.label()), this.fields.thinking.checked);
+    this.talk.setAttribute("aria-busy", "true");
+    try {
+      const response = await fetch("/v1/chat/completions", {
+        method: "POST",
+        headers: { "content-type": "application/json", ...headers() },
+        body: JSON.stringify(this.request()),
+        signal,
+      });
+      if (!response.ok) throw await refusal(response);
+      for await (const event of events(response)) {
+        if (event.error) throw new Error(event.error.message);
+        for (const choice of event.choices) answer.add(choice);
+      }
+      this.messages.push({ role: "assistant", content: answer.content });
+    } catch (error) {
+      this.messages.pop();
+      answer.turn.append(element("span", "error", error.name === "AbortError" ? " [stopped]" : ` ${error.message}`));
+    } finally {
+      this.talk.setAttribute("aria-busy", "false");
+    }
+  }
+
+  show(figures) {
+    for (const [name, text] of Object.entries(figures)) {
+      this.root.querySelector(`[data-figure="${name}"]`).textContent = text;
+    }
+  }
+}
+
+class Answer {
+  constructor(lane, turn, thinking) {
+    this.lane = lane;
+    this.turn = turn;
+    this.thinking = thinking;
+    this.content = "";
+    this.tokens = 0;
+    this.first = null;
+  }
+
+  add(choice) {
+    this.content += choice.delta.content ?? "";
+    const told = choice.trimode;
+    if (!told) return;
+    this.first ??= performance.now();
+    told.pieces.forEach((piece, index) => this.addToken(piece, told.origins[index]));
+    this.flash(told.rejected);
+    this.lane.show(this.figures(told.passes));
+    this.lane.talk.scrollTop = this.lane.talk.scrollHeight;
+  }
+
+  addToken(piece, origin) {
+    this.tokens += 1;
+    if (this.thinking && piece === THINK_END) {
+      this.thinking = false;
+      this.turn.append("\n");
+    } else if (piece) {
+      const token = element("span", `token ${origin}${this.thinking ? " thought" : ""}`, piece);
+      token.title = origin;
+      this.turn.append(token);
+    }
+  }
+
+  flash(rejected) {
+    for (const piece of rejected) {
+      const token = element("span", "token rejected", piece);
+      token.ariaHidden = "true";
+      this.turn.append(token);
+      setTimeout(() => token.remove(), FLASH_MS);
+    }
+  }
+
+  // The first token is the prefill's, and starts the clock.
+  figures({ draft, denoise, commit, drafted, accepted }) {
+    const seconds = (performance.now() - this.first) / 1000;
+    const passes = draft + denoise + commit;
+    const after = this.tokens - 1;
+    return {
+      speed: seconds > 0 && after > 0 ? (after / seconds).toFixed(0) : "–",
+      forward: passes > 0 ? (after / passes).toFixed(2) : "–",
+      acceptance: drafted > 0 ? `${((100 * accepted) / drafted).toFixed(0)} %` : "–",
+    };
+  }
+}
+
+const lanes = [new Lane("A", "linear_spec"), new Lane("B", "ar")];
+let stopper = null;
+
+function showLanes() {
+  const shown = byId("compare").checked ? lanes : lanes.slice(0, 1);
+  byId("lanes").replaceChildren(...shown.map((lane) => lane.root));
+  return shown;
+}
+
+async function send() {
+  const field = byId("prompt");
+  const prompt = field.value.trim();
+  if (!prompt || stopper) return;
+  field.value = "";
+  stopper = new AbortController();
+  byId("send").disabled = true;
+  byId("stop").disabled = false;
+  await Promise.all(showLanes().map((lane) => lane.ask(prompt, stopper.signal)));
+  stopper = null;
+  byId("send").disabled = false;
+  byId("stop").disabled = true;
+}
+
+async function showModel() {
+  const response = await fetch("/v1/models", { headers: headers() });
+  if (response.ok) byId("model").textContent = (await response.json()).data[0].id;
+  else await refusal(response);
+}
+
+byId("compare").addEventListener("change", showLanes);
+byId("key").addEventListener("change", showModel);
+byId("stop").addEventListener("click", () => stopper?.abort());
+byId("ask").addEventListener("submit", (event) => { event.preventDefault(); send(); });
+byId("prompt").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); send(); }
+});
+document.addEventListener("keydown", (event) => { if (event.key === "Escape") stopper?.abort(); });
+
+showLanes();
+showModel();

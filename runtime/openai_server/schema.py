@@ -1,0 +1,317 @@
+"""Bodies and answers of OpenAI's API, with TriMode's fields beside OpenAI's.
+
+A field that is unknown here, or whose value cannot be honoured, is refused; ``null`` means the default. Fields that
+``SamplingParams`` knows have its names and rules; what is checked here as well is what a server must bound.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from trimode.model.tokenizer import Message
+from trimode.runtime.sampling_params import Denoising, Mode, SamplingParams
+
+SAMPLING_FIELDS = frozenset(field.name for field in dataclasses.fields(SamplingParams))
+MAX_CHOICES = 128
+# OpenAI's own default for /v1/completions.
+COMPLETION_TOKENS = 16
+
+
+def _whole(text: str) -> str:
+    """JSON can spell halves of characters, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("Input should be valid Unicode, without lone surrogates") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_whole)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Positive = Annotated[int, Field(ge=1, lt=2**31)]
+Natural = Annotated[int, Field(ge=0, lt=2**31)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+StopString = Annotated[Text, Field(min_length=1, max_length=1000)]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+
+class StreamOptions(_Body):
+    include_usage: bool = False
+
+
+class _Decoding(_Body):
+    """What both endpoints take."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    max_tokens: Positive | None = None
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    top_p: Share | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    # Not OpenAI's: as vLLM and SGLang name them.
+    top_k: Natural | None = None
+    min_p: Share | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = None
+    ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    # TriMode's own.
+    mode: Mode | None = None
+    block_length: Positive | None = None
+    adapter: bool | None = None
+    draft_threshold: Share | None = None
+    denoising: Denoising | None = None
+    threshold: Share | None = None
+    denoising_steps: Positive | None = None
+    denoising_top_n: Positive | None = None
+    max_thinking_tokens: Natural | None = None
+    return_token_origins: bool | None = None
+
+    def sampling_params(self, **ours: Any) -> SamplingParams:
+        """Raises TriModeError that names the field, where values contradict each other."""
+        given = self.model_dump(include=set(SAMPLING_FIELDS) - ours.keys(), exclude_none=True)
+        return SamplingParams(**given, **{name: value for name, value in ours.items() if value is not None})
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class TextPart(_Body):
+    type: Literal["text"]
+    text: Text
+
+
+class ChatMessage(_Body):
+    """A turn; fields that OpenAI's clients send back with an assistant's turn must be null."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | list[TextPart]
+    name: str | None = None
+    reasoning_content: str | None = None
+    annotations: None = None
+    audio: None = None
+    function_call: None = None
+    refusal: None = None
+    tool_calls: None = None
+
+    def turn(self) -> Message:
+        """As templates know it. What was thought before is not told to the model again."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+class ChatTemplateOptions(_Body):
+    enable_thinking: bool = False
+
+
+class ResponseFormat(_Body):
+    type: Literal["text"]
+
+
+class ChatCompletionRequest(_Decoding):
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: Positive | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    response_format: ResponseFormat | None = None
+    chat_template_kwargs: ChatTemplateOptions | None = None
+
+    @property
+    def enable_thinking(self) -> bool:
+        return self.chat_template_kwargs is not None and self.chat_template_kwargs.enable_thinking
+
+
+Prompt = (
+    Text
+    | Annotated[list[Text], Field(min_length=1, max_length=64)]
+    | Annotated[list[TokenId], Field(min_length=1)]
+    | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=64)]
+)
+
+
+class CompletionRequest(_Decoding):
+    prompt: Prompt
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    echo: Literal[False] | None = None
+
+
+class Answer(BaseModel):
+    """Written without the fields that were not set."""
+
+    def json_text(self) -> str:
+        return self.model_dump_json(exclude_unset=True)
+
+
+class PromptTokensDetails(Answer):
+    cached_tokens: int
+
+
+class CompletionTokensDetails(Answer):
+    """OpenAI's names; drafts that were emitted are accepted predictions."""
+
+    reasoning_tokens: int
+    accepted_prediction_tokens: int
+    rejected_prediction_tokens: int
+
+
+class Usage(Answer):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails
+
+
+class Passes(Answer):
+    """What the answer cost so far: passes by kind, cycles, drafted and accepted tokens (``runtime.outputs.Counts``)."""
+
+    prefill: int
+    draft: int
+    denoise: int
+    commit: int
+    cycles: int
+    drafted: int
+    accepted: int
+
+
+class TokenOrigins(Answer):
+    """Tokens of this answer or chunk, one by one: their text (joined, it is the text), how each came, the drafts that
+    were rejected meanwhile, and the passes of the whole answer so far.
+    """
+
+    pieces: list[str]
+    origins: list[str]
+    rejected: list[str]
+    passes: Passes
+
+
+class TopLogprob(Answer):
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class TokenLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(Answer):
+    content: list[TokenLogprob]
+
+
+FinishReason = Literal["stop", "length"]
+
+
+class AssistantMessage(Answer):
+    role: Literal["assistant"] = "assistant"
+    content: str
+    reasoning_content: str | None = None
+
+
+class ChatChoice(Answer):
+    index: int
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None = None
+    finish_reason: FinishReason | None
+    trimode: TokenOrigins | None = None
+
+
+class ChatCompletion(Answer):
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class Delta(Answer):
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+    reasoning_content: str | None = None
+
+
+class ChatChunkChoice(Answer):
+    index: int
+    delta: Delta
+    logprobs: ChatLogprobs | None = None
+    finish_reason: FinishReason | None = None
+    trimode: TokenOrigins | None = None
+
+
+class ChatCompletionChunk(Answer):
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None
+
+
+class CompletionLogprobs(Answer):
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class CompletionChoice(Answer):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None = None
+    finish_reason: FinishReason | None = None
+    trimode: TokenOrigins | None = None
+
+
+class Completion(Answer):
+    """A whole answer, or a chunk of one."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
+
+
+class Model(Answer):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    max_model_len: int
+
+
+class ModelList(Answer):
+    object: Literal["list"]
+    data: list[Model]
+
+
+class Health(Answer):
+    status: Literal["ok"]
+
+
+class ErrorDetail(Answer):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorAnswer(Answer):
+    error: ErrorDetail

@@ -1,0 +1,99 @@
+"""What a Triton request asks for, read from its tensors."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NamedTuple
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from trimode.model.errors import TriModeError
+from trimode.runtime.sampling_params import SamplingParams
+from trimode.runtime.triton.tensors import OPTIONAL_INPUTS, TEXT_INPUT, Tensor
+
+
+class Asked(NamedTuple):
+    """``with_input``: the prompt precedes the answer's text. The last four: which outputs are sent beside the text."""
+
+    prompt: str
+    params: SamplingParams
+    streaming: bool
+    with_input: bool
+    finish_reason: bool
+    stop_reason: bool
+    cumulative_logprob: bool
+    perf_metrics: bool
+
+
+def stops_another(request: Any) -> bool:
+    """Whether it asks to end the running request of its own id, as TensorRT-LLM's clients do with ``stop``."""
+    return bool(_values(request).get("stop"))
+
+
+def read(request: Any) -> Asked:
+    """Raises TriModeError that names the tensor or the field."""
+    values = _values(request)
+    _refuse_unknown(request)
+    (prompt,) = _one("text_input", _read(request, TEXT_INPUT))
+    if values.get("sampling_param_best_of", 1) != 1:
+        raise TriModeError("sampling_param_best_of must be 1; for several answers give n")
+    with_logprob = bool(values.get("return_cumulative_logprob"))
+    fields: dict[str, Any] = {
+        tensor.field: values[tensor.name] for tensor in OPTIONAL_INPUTS if tensor.field and tensor.name in values
+    }
+    if with_logprob:
+        fields["logprobs"] = 0
+    return Asked(
+        prompt=prompt,
+        params=SamplingParams(**fields),
+        streaming=bool(values.get("streaming")),
+        with_input=values.get("sampling_param_exclude_input_from_output") is False,
+        finish_reason=bool(values.get("return_finish_reason")),
+        stop_reason=bool(values.get("return_stop_reason")),
+        cumulative_logprob=with_logprob,
+        perf_metrics=bool(values.get("sampling_param_return_perf_metrics")),
+    )
+
+
+def _refuse_unknown(request: Any) -> None:
+    """HTTP's ``generate`` makes a parameter of each field that is no input."""
+    for name in json.loads(request.parameters() or "{}"):
+        if not name.startswith("triton_"):
+            raise TriModeError(f"there is no input {name}; config.pbtxt of this model lists all")
+
+
+def _values(request: Any) -> dict[str, Any]:
+    """The optional inputs that were given."""
+    found = {}
+    for tensor in OPTIONAL_INPUTS:
+        values = _read(request, tensor)
+        if values is not None:
+            found[tensor.name] = values if tensor.many else _one(tensor.name, values)[0]
+    return found
+
+
+def _read(request: Any, tensor: Tensor) -> list[Any] | None:
+    given = pb_utils.get_input_tensor_by_name(request, tensor.name)
+    if given is None:
+        return None
+    array = given.as_numpy()
+    if tensor.dtype == "TYPE_STRING":
+        return [_text(tensor.name, value) for value in array.ravel()]
+    if tensor.dtype == "TYPE_FP32":
+        # The shortest decimal that is this number, which is what the client wrote: 0.9, not 0.8999999761581421.
+        return [float(str(value)) for value in array.ravel().astype(np.float32)]
+    return array.ravel().tolist()  # type: ignore[no-any-return]
+
+
+def _one(name: str, values: list[Any] | None) -> list[Any]:
+    if values is None or len(values) != 1:
+        raise TriModeError(f"{name} has {len(values or ())} elements; it must have one")
+    return values
+
+
+def _text(name: str, value: bytes | str) -> str:
+    try:
+        return value if isinstance(value, str) else value.decode()
+    except UnicodeDecodeError as error:
+        raise TriModeError(f"{name} is not UTF-8 (byte {error.start})") from None

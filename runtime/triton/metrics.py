@@ -1,0 +1,70 @@
+"""The engine's counts as Triton's own metrics, under the names of the OpenAI server's."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import triton_python_backend_utils as pb_utils
+
+from trimode.runtime.llm import LLM
+
+PERIOD_SECONDS = 0.5
+
+
+class EngineMetrics:
+    """Told to Triton by a thread of its own: the Python backend has no hook for a scrape."""
+
+    def __init__(self, llm: LLM) -> None:
+        self._llm = llm
+        family = pb_utils.MetricFamily
+        self._gauges = {
+            name: family(f"trimode_{name}", text, family.GAUGE)
+            for name, text in {
+                "requests_running": "Answers in a slot",
+                "requests_waiting": "Answers that wait for a slot",
+            }.items()
+        }
+        self._counters = {
+            name: family(f"trimode_{name}_total", text, family.COUNTER)
+            for name, text in {
+                "steps": "Steps of the scheduler",
+                "answers": "Finished answers",
+                "tokens_emitted": "Tokens of answers",
+                "tokens_drafted": "Tokens proposed by drafts",
+                "tokens_accepted": "Drafted tokens that were emitted",
+                "tokens_cached": "Prompt tokens not computed again",
+            }.items()
+        }
+        self._metrics: dict[str, Any] = {
+            name: found.Metric(labels={}) for name, found in (self._gauges | self._counters).items()
+        }
+        self._told = dict.fromkeys(self._counters, 0)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="trimode-metrics", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stopped.wait(PERIOD_SECONDS):
+            self._tell()
+
+    def _tell(self) -> None:
+        stats = self._llm.stats()
+        self._metrics["requests_running"].set(stats.running)
+        self._metrics["requests_waiting"].set(stats.waiting)
+        now = {
+            "steps": stats.steps,
+            "answers": stats.finished,
+            "tokens_emitted": stats.emitted,
+            "tokens_drafted": stats.counts.drafted,
+            "tokens_accepted": stats.counts.accepted,
+            "tokens_cached": stats.counts.cached_tokens,
+        }
+        for name, count in now.items():
+            if count > self._told[name]:
+                self._metrics[name].increment(count - self._told[name])
+        self._told = now

@@ -1,0 +1,142 @@
+"""The model that Triton's Python backend runs: every request goes into one engine, whose scheduler batches them.
+
+``execute`` returns at once as far as Triton is concerned: the backend runs it as a coroutine beside all others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from trimode.model.errors import TriModeError
+from trimode.runtime.errors import QueueFullError, ShutDownError
+from trimode.runtime.llm import LLM, RequestOutput
+from trimode.runtime.triton.asked import Asked, read, stops_another
+from trimode.runtime.triton.metrics import EngineMetrics
+
+FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+# How often a request is asked whether its client has left.
+WATCH_SECONDS = 0.05
+
+
+class TritonPythonModel:
+    def initialize(self, args: dict[str, str]) -> None:
+        parameters = json.loads(args["model_config"])["parameters"]
+        values = {name: value["string_value"] for name, value in parameters.items()}
+        self._llm = LLM(
+            Path(values["engine"]),
+            max_batch_size=int(values["max_batch"]),
+            max_queue_size=int(values["max_queue"]),
+        )
+        self._running: dict[str, RequestOutput] = {}
+        self._metrics = EngineMetrics(self._llm)
+
+    async def execute(self, requests: list[Any]) -> None:
+        await asyncio.gather(*(self._execute(request) for request in requests))
+
+    def finalize(self) -> None:
+        self._metrics.stop()
+        self._llm.shutdown()
+
+    async def _execute(self, request: Any) -> None:
+        sender = request.get_response_sender()
+        try:
+            if stops_another(request):
+                self._stop(request.request_id())
+                sender.send(flags=FINAL)
+            else:
+                await self._answer(request, sender)
+        except TriModeError as error:
+            sender.send(_failure(str(error), _code(error)), FINAL)
+        except Exception as error:
+            pb_utils.Logger.log_error(f"a request failed: {error!r}")
+            sender.send(
+                _failure("internal error; the server's log has the reason", pb_utils.TritonError.INTERNAL), FINAL
+            )
+
+    async def _answer(self, request: Any, sender: Any) -> None:
+        asked, arrival = read(request), time.monotonic_ns()
+        output = self._llm.generate_async(asked.prompt, asked.params, asked.streaming)
+        name = request.request_id()
+        self._running[name] = output
+        watch = asyncio.create_task(_abort_when_cancelled(sender, output))
+        try:
+            if asked.streaming:
+                async for _ in output:
+                    if not output.finished:
+                        sender.send(_response(asked, output, arrival))
+            else:
+                await output
+        finally:
+            watch.cancel()
+            self._running.pop(name, None)
+        if any(answer.finish_reason == "cancelled" for answer in output.outputs):
+            sender.send(_failure("the request was cancelled", pb_utils.TritonError.CANCELLED), FINAL)
+        else:
+            sender.send(_response(asked, output, arrival), FINAL)
+
+    def _stop(self, name: str) -> None:
+        if not name:
+            raise TriModeError("stop needs the id of the request to end as this request's own id")
+        if name in self._running:
+            self._running[name].abort()
+
+
+async def _abort_when_cancelled(sender: Any, output: RequestOutput) -> None:
+    while not sender.is_cancelled():
+        await asyncio.sleep(WATCH_SECONDS)
+    output.abort()
+
+
+def _response(asked: Asked, output: RequestOutput, arrival: int) -> Any:
+    """The answers as far as they have come, whole: so does TensorRT-LLM's model."""
+    answers = output.outputs
+    before = asked.prompt if asked.with_input else ""
+    tensors = [_strings("text_output", [before + answer.text for answer in answers])]
+    if asked.finish_reason:
+        tensors.append(_strings("finish_reason", [str(answer.finish_reason) for answer in answers]))
+    if asked.stop_reason:
+        tensors.append(_strings("stop_reason", [str(answer.stop_reason) for answer in answers]))
+    if asked.cumulative_logprob:
+        sums = [answer.cumulative_logprob or 0.0 for answer in answers]
+        tensors.append(pb_utils.Tensor("cumulative_logprob", np.array(sums, np.float32)))
+    if asked.perf_metrics and output.finished:
+        tensors += _perf_metrics(output, arrival)
+    return pb_utils.InferenceResponse(output_tensors=tensors)
+
+
+def _perf_metrics(output: RequestOutput, arrival: int) -> list[Any]:
+    """Times on one monotonic clock; drafts of all answers together."""
+    counts = [answer.counts for answer in output.outputs]
+    first = min(answer.time_to_first_token or 0.0 for answer in output.outputs)
+    last = max(answer.seconds or 0.0 for answer in output.outputs)
+    drafted, accepted = sum(count.drafted for count in counts), sum(count.accepted for count in counts)
+    found: dict[str, tuple[float, type[np.generic]]] = {
+        "kv_cache_hit_rate": (counts[0].cached_tokens / len(output.prompt_token_ids), np.float32),
+        "arrival_time_ns": (arrival, np.int64),
+        "first_token_time_ns": (arrival + round(first * 1e9), np.int64),
+        "last_token_time_ns": (arrival + round(last * 1e9), np.int64),
+        "acceptance_rate": (accepted / drafted if drafted else 0.0, np.float32),
+        "total_accepted_draft_tokens": (accepted, np.int32),
+        "total_draft_tokens": (drafted, np.int32),
+    }
+    return [pb_utils.Tensor(name, np.array([value], dtype)) for name, (value, dtype) in found.items()]
+
+
+def _strings(name: str, texts: list[str]) -> Any:
+    return pb_utils.Tensor(name, np.array([text.encode() for text in texts], np.object_))
+
+
+def _failure(message: str, code: Any) -> Any:
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
+
+
+def _code(error: TriModeError) -> Any:
+    busy = isinstance(error, QueueFullError | ShutDownError)
+    return pb_utils.TritonError.UNAVAILABLE if busy else pb_utils.TritonError.INVALID_ARG

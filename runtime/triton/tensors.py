@@ -1,0 +1,77 @@
+"""The model's tensors: TensorRT-LLM's ``llmapi`` model by name and type, and TriMode's beside them.
+
+So a client of TensorRT-LLM's model works unchanged, short of what this one has not: LoRA adapters, images, ``best_of``
+above 1.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+Dtype = Literal["TYPE_STRING", "TYPE_BOOL", "TYPE_INT32", "TYPE_INT64", "TYPE_UINT64", "TYPE_FP32"]
+
+
+class Tensor(NamedTuple):
+    """``field``: the field of ``SamplingParams`` that an input sets, if it sets one."""
+
+    name: str
+    dtype: Dtype
+    field: str | None = None
+    many: bool = False
+
+    @property
+    def dims(self) -> str:
+        return "[ -1 ]" if self.many else "[ 1 ]"
+
+
+TEXT_INPUT = Tensor("text_input", "TYPE_STRING", many=True)
+TENSORRT_LLM_INPUTS = (
+    Tensor("streaming", "TYPE_BOOL"),
+    Tensor("sampling_param_max_tokens", "TYPE_INT32", "max_tokens"),
+    Tensor("sampling_param_temperature", "TYPE_FP32", "temperature"),
+    Tensor("sampling_param_top_k", "TYPE_INT32", "top_k"),
+    Tensor("sampling_param_top_p", "TYPE_FP32", "top_p"),
+    Tensor("sampling_param_seed", "TYPE_UINT64", "seed"),
+    Tensor("sampling_param_stop", "TYPE_STRING", "stop", many=True),
+    Tensor("sampling_param_frequency_penalty", "TYPE_FP32", "frequency_penalty"),
+    Tensor("sampling_param_presence_penalty", "TYPE_FP32", "presence_penalty"),
+    Tensor("sampling_param_best_of", "TYPE_INT32"),
+    Tensor("sampling_param_exclude_input_from_output", "TYPE_BOOL"),
+    Tensor("sampling_param_return_perf_metrics", "TYPE_BOOL"),
+    Tensor("return_finish_reason", "TYPE_BOOL"),
+    Tensor("return_stop_reason", "TYPE_BOOL"),
+    Tensor("return_cumulative_logprob", "TYPE_BOOL"),
+    Tensor("stop", "TYPE_BOOL"),
+)
+TRIMODE_INPUTS = (
+    Tensor("n", "TYPE_INT32", "n"),
+    Tensor("min_p", "TYPE_FP32", "min_p"),
+    Tensor("repetition_penalty", "TYPE_FP32", "repetition_penalty"),
+    Tensor("stop_token_ids", "TYPE_INT32", "stop_token_ids", many=True),
+    Tensor("ignore_eos", "TYPE_BOOL", "ignore_eos"),
+    Tensor("include_stop_str_in_output", "TYPE_BOOL", "include_stop_str_in_output"),
+    Tensor("skip_special_tokens", "TYPE_BOOL", "skip_special_tokens"),
+    Tensor("max_thinking_tokens", "TYPE_INT32", "max_thinking_tokens"),
+    Tensor("mode", "TYPE_STRING", "mode"),
+    Tensor("block_length", "TYPE_INT32", "block_length"),
+    Tensor("adapter", "TYPE_BOOL", "adapter"),
+    Tensor("draft_threshold", "TYPE_FP32", "draft_threshold"),
+    Tensor("denoising", "TYPE_STRING", "denoising"),
+    Tensor("threshold", "TYPE_FP32", "threshold"),
+    Tensor("denoising_steps", "TYPE_INT32", "denoising_steps"),
+    Tensor("denoising_top_n", "TYPE_INT32", "denoising_top_n"),
+)
+OPTIONAL_INPUTS = TENSORRT_LLM_INPUTS + TRIMODE_INPUTS
+OUTPUTS = (
+    Tensor("text_output", "TYPE_STRING", many=True),
+    Tensor("finish_reason", "TYPE_STRING", many=True),
+    Tensor("stop_reason", "TYPE_STRING", many=True),
+    Tensor("cumulative_logprob", "TYPE_FP32", many=True),
+    Tensor("kv_cache_hit_rate", "TYPE_FP32", many=True),
+    Tensor("arrival_time_ns", "TYPE_INT64"),
+    Tensor("first_token_time_ns", "TYPE_INT64"),
+    Tensor("last_token_time_ns", "TYPE_INT64"),
+    Tensor("acceptance_rate", "TYPE_FP32"),
+    Tensor("total_accepted_draft_tokens", "TYPE_INT32"),
+    Tensor("total_draft_tokens", "TYPE_INT32"),
+)

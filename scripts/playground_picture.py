@@ -1,0 +1,51 @@
+"""Pictures of the playground as it answers, in light, dark and phone width.
+
+python -m scripts.playground_picture ENGINE OUT
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+from pathlib import Path
+
+from PIL import Image
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.wait import WebDriverWait
+
+from scripts.browser import browser
+from scripts.serving import KEY, serving
+
+QUESTIONS = ("What is 60% of 440?", "Write a short story about Milo, who finds 37 stones and later 90 more.")
+# name: width, height, dark
+PICTURES = {"light": (1240, 620, False), "dark": (1240, 620, True), "phone": (390, 844, True)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("engine", type=Path)
+    parser.add_argument("out", type=Path)
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    with serving(options.engine) as server:
+        for name, (width, height, dark) in PICTURES.items():
+            with browser(width, height, dark) as page:
+                page.get(f"{server.url}/")
+                wait = WebDriverWait(page, 30)
+                key = page.find_element(By.ID, "key")
+                wait.until(lambda _, key=key: key.is_displayed())  # type: ignore[misc]
+                key.send_keys(KEY, Keys.ENTER)
+                page.execute_script("document.getElementById('key-field').hidden = true")
+                page.find_element(By.ID, "compare").click()
+                for question in QUESTIONS:
+                    page.find_element(By.ID, "prompt").send_keys(question, Keys.ENTER)
+                    wait.until(lambda page: page.find_element(By.ID, "send").is_enabled())
+                picture = Image.open(io.BytesIO(page.get_screenshot_as_png())).convert("RGB")
+                picture.quantize(128, Image.Quantize.MAXCOVERAGE).save(
+                    options.out / f"playground-{name}.png", optimize=True
+                )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""OpenAI's own client against a real server over the trained tiny model: answers, streams, fields, usage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+QUESTION = [{"role": "user", "content": "What is 60% of 440?"}]
+ANSWER = "10% of 440 is 44. Ones: 4x6=24, carry 2. Tens: 4x6=24, 24+2=26. So 60% of 440 is 264."
+PROMPT = (
+    "<|im_start|>system\n<|im_end|>\n<|im_start|>user\nWhat is 60% of 440?<|im_end|>\n"
+    "<|im_start|>assistant\n<think></think>"
+)
+
+
+def chat(client: openai.OpenAI, **fields: Any) -> Any:
+    ours = {name: fields.pop(name) for name in list(fields) if name in OURS}
+    return client.chat.completions.create(**{"model": "tiny", "messages": QUESTION} | fields, extra_body=ours)
+
+
+OURS = {
+    "mode",
+    "block_length",
+    "threshold",
+    "max_thinking_tokens",
+    "chat_template_kwargs",
+    "return_token_origins",
+    "top_k",
+    "include_stop_str_in_output",
+}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"mode": "ar"},
+        {"mode": "linear_spec", "block_length": 8},
+        {"temperature": 0},
+        {
+            "messages": [
+                {"role": "developer", "content": ""},
+                {"role": "user", "content": [{"type": "text", "text": "What is 60% of 440?"}]},
+            ]
+        },
+    ],
+)
+def test_a_greedy_answer(client: openai.OpenAI, fields: dict[str, Any]) -> None:
+    found = chat(client, **fields)
+    (choice,) = found.choices
+    assert (choice.message.content, choice.message.role, choice.finish_reason) == (ANSWER, "assistant", "stop")
+    assert found.object == "chat.completion"
+    assert found.usage.prompt_tokens == 27
+    assert found.usage.total_tokens == found.usage.prompt_tokens + found.usage.completion_tokens
+
+
+@pytest.mark.parametrize("mode", ["ar", "linear_spec", "diffusion", "auto"])
+def test_a_stream_is_the_answer(client: openai.OpenAI, mode: str) -> None:
+    whole = chat(client, mode=mode)
+    chunks = list(chat(client, mode=mode, stream=True, stream_options={"include_usage": True}))
+    *told, last = chunks
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in told) == whole.choices[0].message.content
+    assert [chunk.choices[0].finish_reason for chunk in told] == [None] * (len(told) - 1) + ["stop"]
+    assert len({chunk.id for chunk in chunks}) == 1
+    assert all(chunk.usage is None for chunk in told)
+    assert last.choices == []
+    assert last.usage.completion_tokens == whole.usage.completion_tokens
+    assert last.usage.prompt_tokens == whole.usage.prompt_tokens
+    assert len(told) > 3
+
+
+def test_thinking_is_set_apart_also_as_it_streams(client: openai.OpenAI) -> None:
+    think = {"chat_template_kwargs": {"enable_thinking": True}}
+    whole = chat(client, **think)
+    message = whole.choices[0].message
+    assert message.reasoning_content
+    assert "think" not in message.reasoning_content + message.content
+    reasoning = content = ""
+    for chunk in chat(client, stream=True, **think):
+        reasoning += getattr(chunk.choices[0].delta, "reasoning_content", None) or ""
+        content += chunk.choices[0].delta.content or ""
+    assert (reasoning, content) == (message.reasoning_content, message.content)
+    assert 0 < whole.usage.completion_tokens_details.reasoning_tokens < whole.usage.completion_tokens
+
+
+def test_text_that_might_have_been_a_mark_is_not_lost(client: openai.OpenAI) -> None:
+    """An answer that ends in the middle of ``</think>``."""
+    cut = {"chat_template_kwargs": {"enable_thinking": True}, "include_stop_str_in_output": True}
+    whole = chat(client, stop="</thi", **cut).choices[0].message.reasoning_content
+    assert whole.endswith("</thi")
+    chunks = chat(client, stop="</thi", stream=True, **cut)
+    assert "".join(getattr(chunk.choices[0].delta, "reasoning_content", None) or "" for chunk in chunks) == whole
+
+
+def test_a_thinking_budget_closes_the_thought(client: openai.OpenAI) -> None:
+    found = chat(client, chat_template_kwargs={"enable_thinking": True}, max_thinking_tokens=4)
+    assert found.usage.completion_tokens_details.reasoning_tokens == 4
+    assert found.choices[0].message.content
+
+
+def test_length_and_stop(client: openai.OpenAI) -> None:
+    short = chat(client, max_completion_tokens=5)
+    assert (short.choices[0].finish_reason, short.usage.completion_tokens) == ("length", 5)
+    assert chat(client, max_tokens=5).choices[0].message.content == short.choices[0].message.content
+    stopped = chat(client, stop=[" Tens", "zebra"])
+    assert stopped.choices[0].message.content == ANSWER.partition(" Tens")[0]
+    assert stopped.choices[0].finish_reason == "stop"
+    streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chat(client, stop=" Tens", stream=True))
+    assert streamed == ANSWER.partition(" Tens")[0]
+
+
+def test_seed_and_n(client: openai.OpenAI) -> None:
+    drawn = [chat(client, temperature=3.0, seed=seed, max_tokens=12).choices[0].message.content for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    several = chat(client, temperature=3.0, seed=1, n=2, max_tokens=12)
+    assert [choice.message.content for choice in several.choices] == [drawn[0], drawn[2]]
+    texts = ["", ""]
+    for chunk in chat(client, temperature=3.0, seed=1, n=2, max_tokens=12, stream=True):
+        texts[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert texts == [drawn[0], drawn[2]]
+
+
+def test_logprobs(client: openai.OpenAI) -> None:
+    found = chat(client, logprobs=True, top_logprobs=3, max_tokens=8)
+    tokens = found.choices[0].logprobs.content
+    assert "".join(entry.token for entry in tokens) == found.choices[0].message.content
+    for entry in tokens:
+        assert entry.top_logprobs[0].token == entry.token  # greedy
+        assert entry.logprob == max(top.logprob for top in entry.top_logprobs) <= 0
+        assert bytes(entry.bytes).decode() == entry.token
+        assert len(entry.top_logprobs) == 3
+    streamed = chat(client, logprobs=True, top_logprobs=3, max_tokens=8, stream=True)
+    told = [entry for chunk in streamed if chunk.choices[0].logprobs for entry in chunk.choices[0].logprobs.content]
+    assert [entry.token for entry in told] == [entry.token for entry in tokens]
+    alone = chat(client, logprobs=True, max_tokens=2).choices[0].logprobs.content
+    assert [entry.top_logprobs for entry in alone] == [[], []]
+
+
+def test_penalties_change_the_answer(client: openai.OpenAI) -> None:
+    assert chat(client, presence_penalty=2.0, max_tokens=60).choices[0].message.content != ANSWER
+    assert chat(client, frequency_penalty=2.0, max_tokens=60).choices[0].message.content != ANSWER
+
+
+def test_token_origins(http: httpx.Client) -> None:
+    body = {"messages": QUESTION, "mode": "linear_spec", "block_length": 8, "return_token_origins": True}
+    whole = http.post("/v1/chat/completions", json=body).json()
+    told = whole["choices"][0]["trimode"]
+    assert "".join(told["pieces"]) == ANSWER
+    assert len(told["pieces"]) == len(told["origins"]) == whole["usage"]["completion_tokens"]
+    assert told["origins"][0] == "prefill"
+    assert set(told["origins"][1:]) == {"accepted", "bonus"}
+    assert told["origins"].count("accepted") == told["passes"]["accepted"] > told["passes"]["cycles"] > 1
+    assert (
+        http.post("/v1/chat/completions", json=body | {"mode": "diffusion"})
+        .json()["choices"][0]["trimode"]["origins"]
+        .count("denoised")
+    )
+    assert "trimode" not in http.post("/v1/chat/completions", json={"messages": QUESTION}).json()["choices"][0]
+
+
+def test_completions(client: openai.OpenAI) -> None:
+    found = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=200)
+    assert (found.choices[0].text, found.choices[0].finish_reason) == (ANSWER, "stop")
+    assert client.completions.create(model="tiny", prompt=PROMPT).usage.completion_tokens == 16
+    several = client.completions.create(
+        model="tiny", prompt=[PROMPT, "abc"], max_tokens=9, n=2, temperature=1.0, seed=3
+    )
+    assert [choice.index for choice in several.choices] == [0, 1, 2, 3]
+    texts = [""] * 4
+    for chunk in client.completions.create(
+        model="tiny", prompt=[PROMPT, "abc"], max_tokens=9, n=2, temperature=1.0, seed=3, stream=True
+    ):
+        texts[chunk.choices[0].index] += chunk.choices[0].text
+    assert texts == [choice.text for choice in several.choices]
+
+
+def test_completion_logprobs(client: openai.OpenAI) -> None:
+    found = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=6, logprobs=2).choices[0]
+    assert "".join(found.logprobs.tokens) == found.text
+    assert found.logprobs.text_offset == [
+        found.text.index(found.text[offset:]) for offset in found.logprobs.text_offset
+    ]
+    assert all(len(row) >= 2 for row in found.logprobs.top_logprobs)
+
+
+def test_models(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").owned_by == "trimode"
+
+
+def test_metrics(http: httpx.Client) -> None:
+    http.post("/v1/chat/completions", json={"messages": QUESTION})
+    text = http.get("/metrics").text
+    for name in ("trimode_tokens_emitted_total", "trimode_slots", 'trimode_passes_total{kind="commit"}'):
+        assert f"\n{name} " in text
+    assert "trimode_time_to_first_token_seconds_count 0" not in text

@@ -1,0 +1,174 @@
+"""The page in a real browser: asked by keyboard, answered in colours, two modes side by side, text put in as text."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from selenium.webdriver import Chrome
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.wait import WebDriverWait
+
+from scripts.browser import browser, missing_browser
+from scripts.serving import KEY, Served
+
+SECONDS = 30
+QUESTION = "What is 60% of 440?"
+ANSWER = "10% of 440 is 44. Ones: 4x6=24, carry 2. Tens: 4x6=24, 24+2=26. So 60% of 440 is 264."
+
+# CI sets the variable, so that there a missing browser is a failure.
+pytestmark = pytest.mark.skipif(
+    missing_browser() is not None and "TRIMODE_NEED_BROWSER" not in os.environ,
+    reason=f"{missing_browser()} is not on PATH; `make browser` installs it",
+)
+
+
+@pytest.fixture(scope="module")
+def chrome() -> Iterator[Chrome]:
+    with browser() as driver:
+        yield driver
+
+
+@pytest.fixture
+def page(chrome: Chrome, served: Served) -> Chrome:
+    """The page, with the key given."""
+    chrome.get(f"{served.url}/")
+    WebDriverWait(chrome, SECONDS).until(lambda page: page.find_element(By.ID, "key").is_displayed())
+    chrome.find_element(By.ID, "key").send_keys(KEY, Keys.ENTER)
+    WebDriverWait(chrome, SECONDS).until(lambda page: page.find_element(By.ID, "model").text == "tiny")
+    chrome.get_log("browser")  # the refusal without the key is in it
+    return chrome
+
+
+def ask(page: Chrome, prompt: str) -> None:
+    page.find_element(By.ID, "prompt").send_keys(prompt, Keys.ENTER)
+    WebDriverWait(page, SECONDS).until(lambda page: page.find_element(By.ID, "send").is_enabled())
+
+
+def answers(page: Chrome) -> list[str]:
+    """Each lane's latest answer, once the rejected drafts have flashed by."""
+    WebDriverWait(page, SECONDS).until(lambda page: not page.find_elements(By.CSS_SELECTOR, ".turn .rejected"))
+    return [lane.find_elements(By.CLASS_NAME, "turn")[-1].text for lane in page.find_elements(By.CLASS_NAME, "lane")]
+
+
+def choose(page: Chrome, lane: int, **fields: str) -> None:
+    for name, value in fields.items():
+        field = page.find_elements(By.CLASS_NAME, "lane")[lane].find_element(By.NAME, name)
+        page.execute_script(
+            "arguments[0].value = arguments[1]; arguments[0].dispatchEvent(new Event('change'))", field, value
+        )
+
+
+def kinds(page: Chrome) -> set[str]:
+    tokens = page.find_elements(By.CSS_SELECTOR, ".turn .token")
+    return {token.get_attribute("class").removeprefix("token ") for token in tokens}
+
+
+def complaints(page: Chrome) -> list[dict[str, Any]]:
+    return [entry for entry in page.get_log("browser") if entry["level"] in ("WARNING", "SEVERE")]
+
+
+def test_a_question_by_keyboard(page: Chrome) -> None:
+    ask(page, QUESTION)
+    assert answers(page) == [ANSWER]
+    assert kinds(page) >= {"prefill", "accepted", "bonus"}
+    figures = {figure.get_attribute("data-figure"): figure.text for figure in page.find_elements(By.TAG_NAME, "dd")}
+    assert float(figures["speed"]) > 0
+    assert float(figures["forward"]) > 1
+    assert figures["acceptance"].endswith("%")
+    assert complaints(page) == []
+
+
+def test_a_conversation_goes_on(page: Chrome) -> None:
+    ask(page, QUESTION)
+    ask(page, "Spell planet and ladder.")
+    assert answers(page) == ["planet: p-l-a-n-e-t. ladder: l-a-d-d-e-r."]
+    assert len(page.find_elements(By.CLASS_NAME, "turn")) == 4
+
+
+def test_two_modes_side_by_side(page: Chrome) -> None:
+    page.find_element(By.ID, "compare").send_keys(Keys.SPACE)
+    choose(page, 0, mode="linear_spec", block_length="8")
+    choose(page, 1, mode="ar")
+    ask(page, QUESTION)
+    assert answers(page) == [ANSWER, ANSWER]
+    forward = [float(found.text) for found in page.find_elements(By.CSS_SELECTOR, '[data-figure="forward"]')]
+    assert forward[0] > forward[1] == 1.0
+    labels = [turn.get_attribute("data-who") for turn in page.find_elements(By.CLASS_NAME, "turn")]
+    assert labels == ["you", "linear_spec, block 8", "you", "ar"]
+
+
+def test_diffusion_is_coloured_as_such(page: Chrome) -> None:
+    choose(page, 0, mode="diffusion", block_length="8")
+    ask(page, QUESTION)
+    assert "denoised" in kinds(page)
+
+
+def test_rejected_drafts_flash_by(page: Chrome) -> None:
+    page.execute_script(
+        "window.flashed = 0; new MutationObserver((changes) => changes.forEach((change) => change.addedNodes.forEach("
+        "(node) => { window.flashed += node.className === 'token rejected'; })))"
+        ".observe(document.querySelector('.talk'), { childList: true, subtree: true })"
+    )
+    choose(page, 0, mode="linear_spec", block_length="32")
+    ask(page, "Write a short story about Milo, who finds 37 stones and later 90 more.")
+    assert answers(page)
+    assert page.execute_script("return window.flashed") > 0
+
+
+def test_thinking_is_told_apart(page: Chrome) -> None:
+    page.find_element(By.NAME, "thinking").click()
+    ask(page, QUESTION)
+    (answer,) = answers(page)
+    assert "think" not in answer
+    assert page.find_elements(By.CSS_SELECTOR, ".turn .thought")
+    assert page.find_elements(By.CSS_SELECTOR, ".turn .token:not(.thought)")
+
+
+def test_escape_stops_and_the_slot_is_free(page: Chrome, served: Served) -> None:
+    choose(page, 0, mode="ar", temperature="2")
+    page.find_element(By.ID, "prompt").send_keys("y " * 400, Keys.ENTER)
+    WebDriverWait(page, SECONDS).until(lambda page: page.find_element(By.ID, "stop").is_enabled())
+    page.find_element(By.ID, "prompt").send_keys(Keys.ESCAPE)
+    WebDriverWait(page, SECONDS).until(lambda page: page.find_element(By.ID, "send").is_enabled())
+    served.wait_until_idle(2)
+
+
+def test_text_is_never_markup(page: Chrome) -> None:
+    hostile = "<img src=x onerror=alert(1)><script>alert(2)</script>"
+    ask(page, hostile)
+    assert page.find_elements(By.CSS_SELECTOR, ".turn")[0].text == hostile
+    assert page.find_elements(By.CSS_SELECTOR, "img, .turn script") == []
+    assert complaints(page) == []
+
+
+def test_a_refusal_is_told(page: Chrome) -> None:
+    choose(page, 0, mode="linear_spec")
+    page.execute_script("document.getElementById('prompt').value = 'long '.repeat(3000)")
+    ask(page, "x")
+    assert "capacity" in page.find_element(By.CSS_SELECTOR, ".turn .error").text
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_it_fits_a_phone_and_can_be_read(served: Served, dark: bool) -> None:
+    with browser(width=390, height=844, dark=dark) as page:
+        page.get(f"{served.url}/")
+        page.find_element(By.ID, "compare").click()
+        assert page.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+        for kind in ("prefill", "accepted", "bonus", "denoised", "forced", "rejected"):
+            assert page.execute_script(CONTRAST, f"#legend .{kind}") >= 4.5  # WCAG AA
+
+
+CONTRAST = """
+const style = getComputedStyle(document.querySelector(arguments[0]));
+const light = (colour) => {
+  const [r, g, b] = colour.match(/[\\d.]+/g).map(Number).map((c) => c / 255)
+    .map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4));
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b + 0.05;
+};
+const [a, b] = [light(style.color), light(style.backgroundColor)];
+return Math.max(a, b) / Math.min(a, b);
+"""

@@ -1,0 +1,218 @@
+"""What cannot be honoured is refused with the right status, in OpenAI's shape, and tells nothing it need not."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from scripts.malformed_bodies import malformed
+from scripts.serving import KEY, Served, serving
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+HELLO = [{"role": "user", "content": "Hi"}]
+
+
+def error_of(response: httpx.Response) -> dict[str, Any]:
+    error = response.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert "Traceback" not in response.text
+    assert ".py" not in response.text
+    assert "/" not in error["message"].replace("application/json", "")
+    return error
+
+
+BAD_BODIES: dict[str, tuple[str, object, int, str | None, str]] = {
+    "no messages": (CHAT, {}, 400, "messages", "Field required"),
+    "empty messages": (CHAT, {"messages": []}, 400, "messages", "at least 1"),
+    "unknown field": (CHAT, {"messages": HELLO, "best_of": 2}, 400, "best_of", "not permitted"),
+    "tools": (CHAT, {"messages": HELLO, "tools": []}, 400, "tools", "not permitted"),
+    "unknown role": (CHAT, {"messages": [{"role": "cat", "content": ""}]}, 400, "messages.0.role", "'system'"),
+    "picture": (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, None, "'text'"),
+    "text as number": (CHAT, {"messages": HELLO, "max_tokens": "9"}, 400, "max_tokens", "integer"),
+    "flag as number": (CHAT, {"messages": HELLO, "stream": 1}, 400, "stream", "boolean"),
+    "negative temperature": (CHAT, {"messages": HELLO, "temperature": -1}, 400, "temperature", "greater"),
+    "unknown mode": (CHAT, {"messages": HELLO, "mode": "fast"}, 400, "mode", "'linear_spec'"),
+    "contradiction": (CHAT, {"messages": HELLO, "mode": "ar", "block_length": 8}, 400, None, "block_length has no"),
+    "greedy n": (CHAT, {"messages": HELLO, "n": 2}, 400, None, "greedy"),
+    "top_logprobs alone": (CHAT, {"messages": HELLO, "top_logprobs": 2}, 400, "top_logprobs", "logprobs"),
+    "stream_options alone": (CHAT, {"messages": HELLO, "stream_options": {}}, 400, "stream_options", "stream"),
+    "another model": (CHAT, {"messages": HELLO, "model": "gpt"}, 404, "model", "tiny"),
+    "too many tokens": (CHAT, {"messages": HELLO, "max_tokens": 5000}, 413, None, "capacity"),
+    "long prompt": (CHAT, {"messages": [{"role": "user", "content": "word " * 4000}]}, 413, None, "capacity"),
+    "endless prompt": (CHAT, {"messages": [{"role": "user", "content": "y" * 10**6}]}, 413, None, "characters"),
+    "half a character": (COMPLETIONS, {"prompt": "\ud800"}, 400, "prompt", "Unicode"),
+    "no such token": (COMPLETIONS, {"prompt": [5, 99999]}, 400, None, "99999"),
+    "no prompt": (COMPLETIONS, {"prompt": []}, 400, "prompt", ""),
+    "empty token list": (COMPLETIONS, {"prompt": [[]]}, 400, "prompt", ""),
+}
+
+
+@pytest.mark.parametrize("case", BAD_BODIES)
+def test_bad_bodies(http: httpx.Client, case: str) -> None:
+    path, body, status, param, message = BAD_BODIES[case]
+    response = http.post(path, content=json.dumps(body), headers={"content-type": "application/json"})
+    error = error_of(response)
+    assert response.status_code == status, error
+    assert message in error["message"]
+    assert param is None or error["param"] == param
+    assert error["type"] == "invalid_request_error"
+    assert error["code"] == {404: "model_not_found", 413: "context_length_exceeded"}.get(status)
+
+
+RAW = {
+    "nothing": b"",
+    "truncated": b'{"messages": [{"role"',
+    "not UTF-8": b'{"prompt": "\xff"}',
+    "not an object": b"[1]",
+    "NaN": b'{"prompt": "a", "temperature": NaN}',
+    "infinity": b'{"prompt": "a", "temperature": 1e999}',
+    "a long number": b'{"prompt": "a", "seed": ' + b"9" * 10_000 + b"}",
+    "deep": b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    "null byte": b"\0",
+}
+
+
+@pytest.mark.parametrize("case", RAW)
+def test_bodies_that_are_no_request(http: httpx.Client, case: str) -> None:
+    response = http.post(COMPLETIONS, content=RAW[case], headers={"content-type": "application/json"})
+    assert response.status_code == 400
+    error_of(response)
+
+
+def test_another_content_type(http: httpx.Client) -> None:
+    """So that no web page can post here without the browser asking first."""
+    response = http.post(COMPLETIONS, content=b'{"prompt": "a"}', headers={"content-type": "text/plain"})
+    assert response.status_code == 400
+    assert "application/json" in error_of(response)["message"]
+
+
+def test_many_malformed_bodies(served: Served, http: httpx.Client) -> None:
+    """A sample of `scripts/malformed_bodies.py`, the same each run."""
+    for number in range(400):
+        path, body = malformed(number)
+        response = http.post(path, content=body, headers={"content-type": "application/json"})
+        assert response.status_code < 500, (number, response.text)
+        if response.status_code != 200:
+            error_of(response)
+    assert served.process.poll() is None
+    assert served.log == []
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(body=st.binary(max_size=64))
+def test_any_bytes(http: httpx.Client, body: bytes) -> None:
+    response = http.post(CHAT, content=body, headers={"content-type": "application/json"})
+    assert response.status_code == 400
+
+
+def test_unknown_paths_and_methods(http: httpx.Client) -> None:
+    assert error_of(http.get("/v2/anything"))["code"] == "not_found"
+    response = http.delete(CHAT)
+    assert (response.status_code, error_of(response)["code"]) == (405, "method_not_allowed")
+    assert response.headers["allow"] == "POST"
+    assert http.get("/docs").status_code == 404
+    assert http.get("/../../etc/passwd").status_code == 404
+
+
+@pytest.mark.parametrize(
+    "header", [None, "Bearer wrong", KEY, f"bearer {KEY}", "Bearer x", f"Bearer {KEY}x", "Bearer ü".encode()]
+)
+@pytest.mark.parametrize("path", ["/v1/models", CHAT, "/metrics", "/openapi.json", "/nowhere"])
+def test_without_the_key_nothing_is_told(served: Served, header: str | None, path: str) -> None:
+    response = httpx.get(f"{served.url}{path}", headers={} if header is None else {"authorization": header})
+    assert response.status_code == 401
+    assert error_of(response)["code"] == "invalid_api_key"
+    assert response.headers["www-authenticate"] == "Bearer"
+    assert KEY not in response.text
+
+
+def test_the_official_client_knows_the_errors(served: Served) -> None:
+    stranger = openai.OpenAI(base_url=f"{served.url}/v1", api_key="wrong", max_retries=0)
+    with stranger, pytest.raises(openai.AuthenticationError):
+        stranger.models.list()
+    with openai.OpenAI(base_url=f"{served.url}/v1", api_key=KEY, max_retries=0) as client:
+        with pytest.raises(openai.NotFoundError):
+            client.models.retrieve("none")
+        with pytest.raises(openai.BadRequestError, match="mode"):
+            client.completions.create(model="tiny", prompt="a", extra_body={"mode": "fast"})
+
+
+def test_open_paths_need_no_key(served: Served) -> None:
+    assert httpx.get(f"{served.url}/health").json() == {"status": "ok"}
+    page = httpx.get(f"{served.url}/")
+    assert page.status_code == 200
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    assert "unsafe" not in page.headers["content-security-policy"]
+
+
+def test_a_body_over_the_limit_is_not_read(tiny_engine: Path) -> None:
+    with serving(tiny_engine, "--max-body", "1000") as server, httpx.Client(base_url=server.url, timeout=10) as http:
+        http.headers["authorization"] = f"Bearer {KEY}"
+        http.headers["content-type"] = "application/json"
+        announced = http.post(COMPLETIONS, content=b"x" * 1001)
+        chunked = http.post(COMPLETIONS, content=iter([b"x" * 400] * 3))
+        for response in (announced, chunked):
+            assert (response.status_code, error_of(response)["code"]) == (413, "body_too_large")
+        assert http.post(COMPLETIONS, json={"prompt": "a", "max_tokens": 1}).status_code == 200
+
+
+def test_a_full_queue_is_429_and_says_when_to_come_again(tiny_engine: Path) -> None:
+    body = {"prompt": "abc", "max_tokens": 300, "ignore_eos": True, "mode": "ar"}
+    with serving(tiny_engine, "--max-batch", "1", "--max-queue", "1") as server:
+        headers = {"authorization": f"Bearer {KEY}"}
+        found: list[httpx.Response] = []
+
+        def ask() -> None:
+            found.append(httpx.post(f"{server.url}{COMPLETIONS}", json=body, headers=headers, timeout=60))
+
+        threads = [threading.Thread(target=ask) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        statuses = sorted(response.status_code for response in found)
+        assert statuses[0] == 200
+        assert statuses[-1] == 429
+        assert set(statuses) == {200, 429}
+        for response in found:
+            if response.status_code == 429:
+                assert error_of(response)["code"] == "queue_full"
+                assert int(response.headers["retry-after"]) >= 1
+
+
+def test_an_answer_that_takes_too_long(tiny_engine: Path) -> None:
+    body = {"prompt": "abc", "max_tokens": 2000, "ignore_eos": True, "mode": "ar", "n": 16, "temperature": 1.0}
+    with serving(tiny_engine, "--request-seconds", "1") as server:
+        headers = {"authorization": f"Bearer {KEY}"}
+        response = httpx.post(f"{server.url}{COMPLETIONS}", json=body, headers=headers, timeout=60)
+        assert (response.status_code, error_of(response)["code"]) == (504, "request_timeout")
+        streamed = httpx.post(f"{server.url}{COMPLETIONS}", json=body | {"stream": True}, headers=headers, timeout=60)
+        assert streamed.text.strip().splitlines()[-1].startswith('data: {"error":{"message":"the answer took longer')
+        server.wait_until_idle(2)
+
+
+def test_a_port_in_use_is_told_in_one_line(served: Served, tiny_engine: Path) -> None:
+    port = served.url.rpartition(":")[2]
+    with (
+        pytest.raises(RuntimeError, match=rf"trimode: cannot listen on 127\.0\.0\.1:{port}: "),
+        serving(tiny_engine, "--port", port),
+    ):
+        pass
+
+
+def test_it_listens_on_the_loopback_interface_alone(served: Served) -> None:
+    port = int(served.url.rpartition(":")[2])
+    other = socket.gethostbyname(socket.gethostname())
+    if other.startswith("127."):
+        other = "127.0.0.2"  # loopback too, and not the address it was given
+    with pytest.raises(ConnectionRefusedError), socket.create_connection((other, port), timeout=1):
+        pass

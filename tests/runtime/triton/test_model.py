@@ -1,0 +1,233 @@
+"""NVIDIA's own client and plain HTTP against a real tritonserver: TensorRT-LLM's tensors, streams, errors, metrics."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import queue
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import tritonclient.grpc as grpc
+
+from scripts.triton_server import Ports
+from trimode.runtime.triton.tensors import OPTIONAL_INPUTS, OUTPUTS, TEXT_INPUT
+
+ANSWER = "10% of 440 is 44. Ones: 4x6=24, carry 2. Tens: 4x6=24, 24+2=26. So 60% of 440 is 264."
+PROMPT = (
+    "<|im_start|>system\n<|im_end|>\n<|im_start|>user\nWhat is 60% of 440?<|im_end|>\n"
+    "<|im_start|>assistant\n<think></think>"
+)
+SECONDS = 60
+PERIOD_SECONDS = 0.5  # between two tellings of the metrics
+DTYPES: dict[str, tuple[str, Any]] = {
+    "TYPE_STRING": ("BYTES", np.object_),
+    "TYPE_BOOL": ("BOOL", np.bool_),
+    "TYPE_INT32": ("INT32", np.int32),
+    "TYPE_UINT64": ("UINT64", np.uint64),
+    "TYPE_FP32": ("FP32", np.float32),
+}
+BY_NAME = {tensor.name: tensor for tensor in (TEXT_INPUT, *OPTIONAL_INPUTS)}
+
+
+def generate(ports: Ports, kind: str = "generate", **fields: Any) -> httpx.Response:
+    body = {"text_input": PROMPT, "sampling_param_max_tokens": 200} | fields
+    return httpx.post(f"http://127.0.0.1:{ports.http}/v2/models/tensorrt_llm/{kind}", json=body, timeout=SECONDS)
+
+
+def events(response: httpx.Response) -> list[dict[str, Any]]:
+    return [json.loads(line.removeprefix("data: ")) for line in response.text.splitlines() if line]
+
+
+def as_input(name: str, value: Any) -> grpc.InferInput:
+    kind, dtype = DTYPES[BY_NAME[name].dtype]
+    values = value if isinstance(value, list) else [value]
+    array = np.array([v.encode() if isinstance(v, str) else v for v in values], dtype)
+    found = grpc.InferInput(name, array.shape, kind)
+    found.set_data_from_numpy(array)
+    return found
+
+
+class Stream:
+    """A gRPC stream; ``next`` gives (request id, texts, final), or raises what Triton says."""
+
+    def __init__(self, client: grpc.InferenceServerClient) -> None:
+        self._client = client
+        self._told: queue.Queue[tuple[Any, Any]] = queue.Queue()
+        client.start_stream(lambda result, error: self._told.put((result, error)))
+
+    def ask(self, request_id: str, **fields: Any) -> None:
+        inputs = {"text_input": PROMPT, "streaming": True, "sampling_param_max_tokens": 200} | fields
+        self._client.async_stream_infer(
+            "tensorrt_llm",
+            [as_input(name, value) for name, value in inputs.items()],
+            request_id=request_id,
+            enable_empty_final_response=True,
+        )
+
+    def next(self) -> tuple[str, list[str], bool]:
+        result, error = self._told.get(timeout=SECONDS)
+        if error is not None:
+            raise error
+        response = result.get_response()
+        texts = result.as_numpy("text_output")
+        final = response.parameters["triton_final_response"].bool_param
+        return response.id, [] if texts is None else [text.decode() for text in texts], final
+
+
+@contextmanager
+def stream_to(ports: Ports) -> Iterator[Stream]:
+    with grpc.InferenceServerClient(f"127.0.0.1:{ports.grpc}") as client:
+        try:
+            yield Stream(client)
+        finally:
+            client.stop_stream(cancel_requests=True)
+
+
+def metrics(ports: Ports) -> dict[str, float]:
+    lines = httpx.get(f"http://127.0.0.1:{ports.metrics}/metrics").text.splitlines()
+    pairs = [line.rsplit(" ", 1) for line in lines if line.startswith("trimode_")]
+    return {name: float(value) for name, value in pairs}
+
+
+def wait_for_metrics(ports: Ports, **expected: float) -> None:
+    """Told to Triton twice a second."""
+    deadline = time.monotonic() + SECONDS
+    while any(metrics(ports)[f"trimode_{name}"] != value for name, value in expected.items()):
+        assert time.monotonic() < deadline, metrics(ports)
+        time.sleep(0.1)
+
+
+def test_generate(triton: Ports) -> None:
+    found = generate(triton).json()
+    assert found["text_output"] == ANSWER
+    assert "finish_reason" not in found  # not asked for
+    told = generate(
+        triton,
+        return_finish_reason=True,
+        return_stop_reason=True,
+        return_cumulative_logprob=True,
+        sampling_param_return_perf_metrics=True,
+        mode="linear_spec",
+        block_length=8,
+    ).json()
+    assert told["text_output"] == ANSWER
+    assert told.keys() == {"model_name", "model_version", *(tensor.name for tensor in OUTPUTS)}
+    assert (told["finish_reason"], told["stop_reason"]) == ("stop", "None")
+    assert told["cumulative_logprob"] < 0
+    assert 0.5 < told["acceptance_rate"] <= 1
+    assert told["acceptance_rate"] == pytest.approx(told["total_accepted_draft_tokens"] / told["total_draft_tokens"])
+    assert told["arrival_time_ns"] < told["first_token_time_ns"] < told["last_token_time_ns"]
+    long = {"text_input": PROMPT * 4, "sampling_param_return_perf_metrics": True, "sampling_param_max_tokens": 1}
+    rates = [generate(triton, **long).json()["kv_cache_hit_rate"] for _ in range(2)]
+    assert rates[0] < 0.5 < rates[1] < 1  # the second time it is known
+
+
+def test_sampling_fields(triton: Ports) -> None:
+    stopped = generate(triton, sampling_param_stop=[" Tens", "zebra"], return_stop_reason=True).json()
+    assert (stopped["text_output"], stopped["stop_reason"]) == (ANSWER.partition(" Tens")[0], " Tens")
+    short = generate(triton, sampling_param_max_tokens=3, return_finish_reason=True).json()
+    assert (short["text_output"], short["finish_reason"]) == (ANSWER[:3], "length")
+    hot = {"sampling_param_temperature": 3.0, "sampling_param_max_tokens": 12}
+    drawn = [generate(triton, sampling_param_seed=seed, **hot).json()["text_output"] for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert generate(triton, sampling_param_seed=1, n=2, **hot).json()["text_output"] == [drawn[0], drawn[2]]
+    with_input = generate(triton, sampling_param_exclude_input_from_output=False).json()["text_output"]
+    assert with_input == PROMPT + ANSWER
+
+
+@pytest.mark.parametrize("mode", ["ar", "linear_spec", "diffusion", "auto"])
+def test_generate_stream(triton: Ports, mode: str) -> None:
+    found = events(generate(triton, "generate_stream", streaming=True, mode=mode, return_finish_reason=True))
+    texts = [event["text_output"] for event in found]
+    assert len(texts) >= 3
+    for earlier, later in itertools.pairwise(texts):
+        assert later.startswith(earlier)
+    assert [event["finish_reason"] for event in found] == ["None"] * (len(found) - 1) + ["stop"]
+    assert texts[-1] == generate(triton, mode=mode).json()["text_output"]
+    assert mode == "diffusion" or texts[-1] == ANSWER
+
+
+BAD = {
+    "mode": ({"mode": "fast"}, "mode is 'fast'"),
+    "contradiction": ({"mode": "ar", "block_length": 8}, "block_length has no meaning"),
+    "too long": ({"sampling_param_max_tokens": 5000}, "capacity"),
+    "best_of": ({"sampling_param_best_of": 2}, "best_of"),
+    "two prompts": ({"text_input": ["a", "b"]}, "text_input has 2 elements"),
+    "lora": ({"lora_id": 1}, "lora_id"),
+    "misspelt": ({"block_lenght": 8}, "block_lenght"),
+    "stop of nobody": ({"stop": True}, "stop needs the id"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_requests_are_triton_errors(triton: Ports, case: str) -> None:
+    fields, message = BAD[case]
+    response = generate(triton, **fields)
+    assert response.status_code == 400
+    assert message in response.json()["error"]
+
+
+def test_grpc_streams_share_the_engine(triton: Ports) -> None:
+    """More requests on one stream than the engine has slots; all slots have answered before the first is done."""
+    with stream_to(triton) as stream:
+        for number in range(8):
+            stream.ask(str(number), mode="ar")
+        latest: dict[str, str] = {}
+        order: list[str] = []
+        finals = first_final = 0
+        while finals < 8:
+            name, texts, final = stream.next()
+            if texts:
+                latest[name] = texts[0]
+            order.append(name)
+            finals += final
+            first_final = first_final or len(order) * final
+    assert latest == {str(number): ANSWER for number in range(8)}
+    assert len(set(order[:first_final])) >= 4
+
+
+def test_grpc_errors(triton: Ports) -> None:
+    with stream_to(triton) as stream:
+        stream.ask("bad", mode="fast")
+        with pytest.raises(grpc.InferenceServerException, match="mode is 'fast'"):
+            stream.next()
+
+
+def test_a_client_that_leaves_frees_its_slot(triton: Ports) -> None:
+    """By the tokens that were computed: the rest of no long answer is among them."""
+    before = metrics(triton)["trimode_tokens_emitted_total"]
+    for _ in range(6):  # more than there are slots
+        with stream_to(triton) as stream:
+            stream.ask("long", ignore_eos=True, mode="ar", sampling_param_max_tokens=1900)
+            assert stream.next()[1] != []
+    assert generate(triton).json()["text_output"] == ANSWER
+    time.sleep(3 * PERIOD_SECONDS)
+    assert metrics(triton)["trimode_tokens_emitted_total"] - before < 1900
+    wait_for_metrics(triton, requests_running=0, requests_waiting=0)
+
+
+def test_stop_by_request_id(triton: Ports) -> None:
+    with stream_to(triton) as stream, stream_to(triton) as other:
+        stream.ask("one", ignore_eos=True, mode="ar", sampling_param_max_tokens=1900)
+        stream.next()
+        other.ask("one", stop=True)
+        assert other.next() == ("one", [], True)
+        with pytest.raises(grpc.InferenceServerException, match="cancelled"):  # noqa: PT012
+            while True:
+                stream.next()
+
+
+def test_metrics(triton: Ports) -> None:
+    wait_for_metrics(triton, requests_running=0)
+    before = metrics(triton)
+    generate(triton, mode="linear_spec")
+    wait_for_metrics(triton, answers_total=before["trimode_answers_total"] + 1)
+    after = metrics(triton)
+    assert after["trimode_tokens_emitted_total"] - before["trimode_tokens_emitted_total"] > 40
+    assert after["trimode_tokens_accepted_total"] > before["trimode_tokens_accepted_total"]
