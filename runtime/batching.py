@@ -8,6 +8,7 @@ keeps one-token steps and long prefill chunks apart where padding would cost mor
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -49,23 +50,30 @@ def plan_spans(
     committed: KV rows of every active slot. No pass reaches past ``capacity``, padding included: a slot too full for
     its neighbours' step has a pass of its own.
     """
-    if _alike(members) and _fits(whole := _span(members), committed, capacity):
+    whole = _span(members)
+    if _alike(members) and max(committed[whole.first : whole.last + 1]) + whole.step <= capacity:
         return [whole]
-    # best[i]: the least seconds for the first i members, and the span that ends there.
-    best: list[tuple[float, Span | None]] = [(0.0, None)]
+    seconds_of = cache(lambda batch, step: cost.seconds(engine, batch, step))
+    # The least seconds for the first so many members, and where the span that ends there begins.
+    least, begins = [0.0], [0]
     for end in range(1, len(members) + 1):
-        choices = []
-        for start in range(end):
-            span = _span(members[start:end])
-            if start == end - 1 or _fits(span, committed, capacity):
-                choices.append((best[start][0] + cost.seconds(engine, span.batch, span.step), start, span))
-        seconds, _, span = min(choices, key=lambda choice: choice[:2])
-        best.append((seconds, span))
+        choices: list[tuple[float, int]] = []
+        last, step, highest = members[end - 1].slot, 0, 0
+        for start in range(end - 1, -1, -1):
+            first = members[start].slot
+            step = max(step, len(members[start].needed.tokens))
+            highest = max(highest, *committed[first : members[start + 1].slot if start + 1 < end else last + 1])
+            if start < end - 1 and highest + step > capacity:
+                break
+            choices.append((least[start] + seconds_of(last - first + 1, step), start))
+        seconds, start = min(choices)
+        least.append(seconds)
+        begins.append(start)
     spans: list[Span] = []
     end = len(members)
-    while (ending := best[end][1]) is not None:
-        spans.append(ending)
-        end -= len(ending.members)
+    while end:
+        spans.append(_span(members[begins[end] : end]))
+        end = begins[end]
     return spans[::-1]
 
 
@@ -111,7 +119,3 @@ def _alike(members: list[Member]) -> bool:
 def _span(members: list[Member]) -> Span:
     step = max(len(member.needed.tokens) for member in members)
     return Span(members[0].slot, members[-1].slot, step, members)
-
-
-def _fits(span: Span, committed: Many[int], capacity: int) -> bool:
-    return max(committed[span.first : span.last + 1]) + span.step <= capacity
