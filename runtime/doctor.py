@@ -7,11 +7,14 @@ from importlib.metadata import PackageNotFoundError, version
 
 from pydantic import BaseModel
 
+from trimode.model.gpus import Gpu, Gpus, find_gpus
 from trimode.model.machine import instruction_set
 from trimode.model.manifest import RTX_COMPUTE_CAPABILITIES
-from trimode.runtime.gpus import Gpu, Gpus, find_gpus
 
-_PACKAGES = ("onnxruntime", "onnx", "torch", "nvidia-modelopt", "tensorrt-rtx-cu13", "cuda-bindings")
+_PACKAGES = (
+    *("onnxruntime", "onnx", "torch", "nvidia-modelopt", "tensorrt-rtx-cu13", "cuda-bindings"),
+    *("triton", "tensorrt"),
+)
 
 
 class Findings(BaseModel):
@@ -56,7 +59,19 @@ def _targets(packages: dict[str, str | None], gpus: Gpus) -> dict[str, str]:
         rtx = "does not build: pip install 'trimode[rtx]'"
     else:
         rtx = "builds and audits, with or without a GPU"
-    return {"cpu": f"runs; {to_build}", "rtx": f"{_rtx_runs(packages, gpus)}; {rtx}"}
+    return {
+        "cpu": f"runs; {to_build}",
+        "rtx": f"{_rtx_runs(packages, gpus)}; {rtx}",
+        "tensorrt": f"does not run: this version has no executor for it; {_tensorrt_builds(packages, gpus)}",
+    }
+
+
+def _tensorrt_builds(packages: dict[str, str | None], gpus: Gpus) -> str:
+    if packages["onnx"] is None or packages["triton"] is None:
+        return "does not build: pip install 'trimode[build,tensorrt]'"
+    if packages["tensorrt"] is None:
+        return "builds with --emit-only; to compile: pip install 'tensorrt>=11.4,<12' on a machine with a GPU"
+    return "builds" if gpus.found else "builds with --emit-only; to compile it needs an NVIDIA GPU and its driver"
 
 
 def _rtx_runs(packages: dict[str, str | None], gpus: Gpus) -> str:

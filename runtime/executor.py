@@ -45,17 +45,18 @@ class CausalStep(Step):
     block_mask: NDArray[np.bool_]  # [B, S, S]
 
     @classmethod
-    def chain(cls, first_slot: int, input_ids: Ints, write_indices: Ints, logit_rows: Ints) -> CausalStep:
+    def chain(
+        cls, first_slot: int, input_ids: Ints, write_indices: Ints, logit_rows: Ints, top_k: int | None = None
+    ) -> CausalStep:
         """Plain text: each token sees the step's tokens up to itself, and positions follow the committed rows."""
-        batch, size = input_ids.shape
-        mask = np.broadcast_to(_causal_mask(size), (batch, size, size))
-        positions = write_indices[:, None] + np.arange(size)
-        return cls(first_slot, input_ids, positions, write_indices, logit_rows, mask)
+        positions = write_indices[:, None] + np.arange(input_ids.shape[1])
+        mask = _causal_mask(*input_ids.shape)
+        return cls(first_slot, input_ids, positions, write_indices, logit_rows, mask, top_k=top_k)
 
 
 @cache
-def _causal_mask(size: int) -> NDArray[np.bool_]:
-    return np.tril(np.ones((size, size), np.bool_))
+def _causal_mask(batch: int, size: int) -> NDArray[np.bool_]:
+    return np.broadcast_to(np.tril(np.ones((size, size), np.bool_)), (batch, size, size))
 
 
 @dataclass(frozen=True)
@@ -74,10 +75,11 @@ class BidirectionalStep(Step):
         logit_rows: Ints,
         step_lengths: Ints,
         adapter: NDArray[np.bool_],
+        top_k: int | None = None,
     ) -> BidirectionalStep:
         """A block a sequence, right after its committed rows."""
         positions = write_indices[:, None] + np.arange(input_ids.shape[1])
-        return cls(first_slot, input_ids, positions, write_indices, logit_rows, step_lengths, adapter)
+        return cls(first_slot, input_ids, positions, write_indices, logit_rows, step_lengths, adapter, top_k=top_k)
 
     def verification(self, drafted: Ints | None = None) -> CausalStep:
         """The causal pass over the same rows, of ``drafted`` tokens [B, S] after the seed, or of what stands there."""

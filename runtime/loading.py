@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from trimode.model.errors import TriModeError
 from trimode.model.manifest import Manifest
 from trimode.runtime.cpu_executor import CpuExecutor
 from trimode.runtime.executor import Executor
@@ -17,4 +18,9 @@ def load_executor(engine: Path, manifest: Manifest, threads: int | None, kv_cach
     """
     if manifest.target == "rtx":
         return load_rtx_executor(engine, manifest)
+    if manifest.target == "tensorrt":
+        raise TriModeError(
+            f"{engine} is for target tensorrt, which this version builds and does not run; for this machine: "
+            "trimode build CHECKPOINT OUT --target cpu, or rtx"
+        )
     return CpuExecutor(engine, manifest, threads, kv_cache_bytes)

@@ -215,9 +215,9 @@ class Scheduler:
             sequence = request.sequence
             if sequence.ending.finish_reason is not None:  # a denoise pass found its end
                 continue
-            needed = sequence.next_pass()
-            if needed.causal != (engine == "ar"):
+            if sequence.fills_block != (engine == "diffusion"):
                 continue
+            needed = sequence.next_pass()
             if needed.kind == "prefill":
                 # The first chunk always goes; more of them only as far as those who decode need not wait for long.
                 if prefill and prefill + len(needed.tokens) > self._prefill_tokens:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -80,3 +82,11 @@ def tiny_engine(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
     quantize_checkpoint(Checkpoint(tiny_checkpoint), folder / "w4a16", method="rtn", group=64)
     build_engine(Checkpoint(folder / "w4a16"), folder / "engine")
     return folder / "engine"
+
+
+@pytest.fixture(scope="session")
+def tensorrt(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
+    """TensorRT's Python bindings over stub libraries: it declares plugins, and builds nothing."""
+    from tests.plugins.stubs import bindings_on_stubs
+
+    yield from bindings_on_stubs(tmp_path_factory.mktemp("stubs"))

@@ -24,9 +24,10 @@ class Bucket(NamedTuple):
     window: int
 
 
-def bucket_of(step: Step, max_step: int, capacity: int) -> Bucket:
+def bucket_of(step: Step, max_step: int, capacity: int, windowed: bool) -> Bucket:
     """The bucket of a step that fits: at most ``max_step`` tokens, and no row at or past ``capacity``.
 
+    windowed: whether the plan attends to a window; one that attends to the pool in place has all of it for a window.
     Padded or not, a step stays below ``capacity``: where the next larger length would not, it is not padded.
     """
     batch, length = step.input_ids.shape
@@ -35,7 +36,7 @@ def bucket_of(step: Step, max_step: int, capacity: int) -> Bucket:
     if committed + padded > capacity:
         padded = length
     rows = 1 if step.logit_rows.shape[1] == 1 else padded
-    window = _rounded(committed + padded, SMALLEST_WINDOW, capacity)
+    window = _rounded(committed + padded, SMALLEST_WINDOW, capacity) if windowed else capacity
     return Bucket(type(step), step.first_slot, batch, padded, rows, window)
 
 

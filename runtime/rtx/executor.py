@@ -16,6 +16,7 @@ from trimode.runtime.rtx.buckets import Bucket, bucket_of
 from trimode.runtime.rtx.cuda import Device
 from trimode.runtime.rtx.device_kv_pool import DeviceKvPool
 from trimode.runtime.rtx.passes import (
+    WINDOW_ROWS,
     BoundPass,
     Constant,
     EngineResources,
@@ -24,6 +25,7 @@ from trimode.runtime.rtx.passes import (
     Speculation,
     Staging,
     runtime_config,
+    tensors_of,
 )
 from trimode.runtime.rtx.plans import load_plans
 
@@ -56,6 +58,7 @@ class RtxExecutor:
                 manifest=manifest,
                 pool=self.pool,
                 engine=plan,
+                tensors=tensors_of(plan),
                 runtime_config=runtime_config(plan),
                 activations=activations,
                 staging=self._staging(kind, manifest),
@@ -84,7 +87,8 @@ class RtxExecutor:
     def _admit(self, step: Step) -> Bucket:
         self._refuse(step)
         self._device.activate()
-        return bucket_of(step, self._rtx.max_step, self._limits.capacity)
+        windowed = WINDOW_ROWS in self._resources[type(step)].tensors
+        return bucket_of(step, self._rtx.max_step, self._limits.capacity, windowed)
 
     def _bind(self, bucket: Bucket) -> BoundPass:
         if bucket not in self._bound:

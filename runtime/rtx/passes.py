@@ -19,7 +19,7 @@ import tensorrt_rtx as trt
 from numpy.typing import NDArray
 
 from trimode.model.manifest import NUMPY_TYPES, Manifest
-from trimode.model.step import cache_inputs, cache_outputs
+from trimode.model.step import cache_inputs, cache_outputs, cache_views
 from trimode.runtime.executor import BidirectionalStep, Candidates, CausalStep, Speculated
 from trimode.runtime.rtx.buckets import Bucket
 from trimode.runtime.rtx.cuda import Buffer, Bytes, Device, Graph, Runs
@@ -27,6 +27,7 @@ from trimode.runtime.rtx.device_kv_pool import DeviceKvPool
 from trimode.runtime.rtx.plans import expect
 
 ALIGNMENT = 256
+WINDOW_ROWS = "window_rows"
 
 
 class _Field(NamedTuple):
@@ -94,6 +95,7 @@ class EngineResources:
     manifest: Manifest
     pool: DeviceKvPool
     engine: Any
+    tensors: frozenset[str]  # the engine's inputs and results, by name
     runtime_config: Any
     activations: Buffer
     staging: Staging
@@ -118,17 +120,29 @@ class BoundPass:
             self._bind(name, self._staging.device.address + field.offset, field.shape)
         for name, constant in resources.constants.items():
             self._bind(name, constant.memory.address, constant.shape)
-        self._bind("window_rows", resources.row_numbers.address, (bucket.window,))
-        pool, layers = resources.pool, resources.manifest.model.num_hidden_layers
-        names = zip(cache_inputs(layers), cache_outputs(layers), strict=True)
-        for cache, (name, updated) in enumerate(names):
-            rows = pool.address(cache, bucket.first_slot)
-            self._bind(name, rows, (bucket.batch, *pool.shape))
-            expect(context.set_tensor_address(updated, rows), updated)
+        self._bind_pool(resources, bucket)
         for name, field in self._layout.results.items():
             expect(context.set_tensor_address(name, self._staging.device.address + field.offset), name)
         if missing := context.infer_shapes():
             raise RuntimeError(f"TensorRT-RTX: a pass lacks {', '.join(missing)}")
+
+    def _bind_pool(self, resources: EngineResources, bucket: Bucket) -> None:
+        """The slots, where the engine reads, writes, and reads again if it attends to the pool in place; if it attends
+        to a window, its rows.
+        """
+        pool, layers = resources.pool, resources.manifest.model.num_hidden_layers
+        names = zip(cache_inputs(layers), cache_outputs(layers), cache_views(layers), strict=True)
+        for cache, (name, updated, view) in enumerate(names):
+            rows = pool.address(cache, bucket.first_slot)
+            self._bind(name, rows, (bucket.batch, *pool.shape))
+            expect(self._context.set_tensor_address(updated, rows), updated)
+            if view in resources.tensors:
+                heads, capacity, head_dim = pool.shape
+                # The plan takes keys as columns, [heads, head_dim, rows, 1], that lie in memory as rows do.
+                columns = (bucket.batch * heads, head_dim, capacity, 1)
+                self._bind(view, rows, columns if view.startswith("k_") else (bucket.batch, *pool.shape))
+        if WINDOW_ROWS in resources.tensors:
+            self._bind(WINDOW_ROWS, resources.row_numbers.address, (bucket.window,))
 
     def _bind(self, name: str, address: int, shape: tuple[int, ...]) -> None:
         expect(self._context.set_input_shape(name, shape), f"the shape of {name}, {shape}")
@@ -251,6 +265,10 @@ class Speculation:
             first = sequence * step + 1
             source, to = Runs(found + first * pitch, pitch), Runs(wanted + first * width, width)
             self._device.copy_rows(to, source, width, step - 1)
+
+
+def tensors_of(engine: Any) -> frozenset[str]:
+    return frozenset(engine.get_tensor_name(index) for index in range(engine.num_io_tensors))
 
 
 def runtime_config(engine: Any) -> Any:

@@ -75,3 +75,20 @@ def test_the_command_prints_it() -> None:
     found = subprocess.run(program, capture_output=True, text=True, check=True)
     assert "target cpu" in found.stdout
     assert found.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("installed", "library", "words"),
+    [
+        ({"onnx"}, absent, "does not build: pip install 'trimode[build,tensorrt]'"),
+        ({"onnx", "triton"}, absent, "builds with --emit-only; to compile: pip install 'tensorrt>=11.4,<12'"),
+        ({"onnx", "triton", "tensorrt"}, absent, "builds with --emit-only; to compile it needs an NVIDIA GPU"),
+        ({"onnx", "triton", "tensorrt"}, lambda _name: LibcudaDouble(), "no executor for it; builds"),
+    ],
+)
+def test_what_target_tensorrt_lacks(
+    monkeypatch: pytest.MonkeyPatch, installed: set[str], library: Any, words: str
+) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", library)
+    monkeypatch.setattr(doctor, "_version", lambda package: "1" if package in installed else None)
+    assert words in doctor.examine().targets["tensorrt"]

@@ -54,17 +54,26 @@ def fp16(rtn_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Buil
     return Built(folder / "rtx", folder / "cpu", plan_doubles(folder / "rtx", folder))
 
 
-@pytest.fixture(scope="session")
-def fp32(rtn_checkpoint: Path, fp16: Built, tmp_path_factory: pytest.TempPathFactory) -> Built:
+@pytest.fixture(scope="session", params=["view", "window"])
+def fp32(
+    request: pytest.FixtureRequest, rtn_checkpoint: Path, fp16: Built, tmp_path_factory: pytest.TempPathFactory
+) -> Built:
     """The same plans, taken for fp32: the double runs the fp32 form of their graphs, so that figures compare closely.
-    TensorRT-RTX itself has no such attention.
+    TensorRT-RTX itself has no such attention. In both ways to read the pool: in place, and by a window.
     """
     folder, checkpoint = tmp_path_factory.mktemp("fp32"), Checkpoint(rtn_checkpoint)
     rtx = Path(shutil.copytree(fp16.rtx, folder / "rtx"))
     manifest = Manifest.read(rtx)
     manifest.model_copy(update={"precision": manifest.precision.model_copy(update={"kv_cache": "fp32"})}).write(rtx)
     pool = write_raw_pool(checkpoint, folder / "raw.bin", no_progress, np.dtype(np.float32))
-    options = NetworkOptions(top_k=4, adapter=True, capacity=CAPACITY, window=True, fold_queries=True)
+    options = NetworkOptions(
+        top_k=4,
+        adapter=True,
+        capacity=CAPACITY,
+        kv_read=request.param,
+        rotate_together=True,
+        select_by_product=True,
+    )
     for name, pattern in ENGINES:
         onnx.save(build_network(checkpoint.config, pool, pattern, options), folder / f"{name}.onnx")
     return Built(rtx, fp16.cpu, plan_doubles(rtx, folder))

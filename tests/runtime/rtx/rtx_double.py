@@ -392,11 +392,19 @@ class EngineDouble:
         model = onnx.load(plan.graph, load_external_data=False)
         self.aliases = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "TensorScatter"}
         self.session = ort.InferenceSession(str(plan.graph), _session_options(), providers=["CPUExecutionProvider"])
+        self.names = [value.name for value in (*self.session.get_inputs(), *self.session.get_outputs())]
         self.device_memory_size_v2 = plan.activations
         # Where the weights are on the device: the engine's own copy, pieces of other memory, or nothing.
         self.own_copy = True
         self.pieces: dict[int, int] = {}
         self.weights_at = _map(None, plan.section.nbytes, None)
+
+    @property
+    def num_io_tensors(self) -> int:
+        return len(self.names)
+
+    def get_tensor_name(self, index: int) -> str:
+        return self.names[index]
 
     def create_weights_manager(self) -> WeightsManagerDouble | None:
         return WeightsManagerDouble(self) if self.trt.manages_weights else None
@@ -495,6 +503,11 @@ class ContextDouble:
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         self._change()
         declared = self._inputs[name].shape
+        if name.startswith("k_view."):
+            # A plan takes keys as columns that lie as rows do; the graph calls them rows.
+            columns, head_dim, rows, one = shape
+            assert one == 1
+            shape = (columns // declared[1], declared[1], rows, head_dim)
         fits = len(declared) == len(shape) and all(
             isinstance(one, str) or one == other for one, other in zip(declared, shape, strict=True)
         )
@@ -538,12 +551,18 @@ class ContextDouble:
             self.engine.cuda.on_device(address, int(np.prod(shape)) * dtype.itemsize)
             if name in self.engine.aliases and address != self.addresses[self.engine.aliases[name]]:
                 raise FaultError(f"{name} is not bound where {self.engine.aliases[name]} is")
+            if "_view." in name and address != self.addresses[name.replace("_view.", "_cache.")]:
+                raise FaultError(f"{name} is not bound where its cache is")
             places.append((name, dtype, shape, address))
         binding = self.engine.session.io_binding()
         for name, dtype, shape, address in places:
             bind = binding.bind_input if name in self._inputs else binding.bind_output
             bind(name, "cpu", 0, dtype, shape, address)
-        write, window_rows, window = self.addresses["write_indices"], self.addresses["window_rows"], sizes["window"]
+        write, window_rows, window = (
+            self.addresses["write_indices"],
+            self.addresses.get("window_rows"),
+            sizes.get("window"),
+        )
         mask, batch = self.addresses.get("block_mask"), sizes["batch"]
         step, capacity = sizes["step"], places[[name for name, *_ in places].index("k_cache.0")][2][2]
 
@@ -551,7 +570,7 @@ class ContextDouble:
             reach = int(_at(write, np.dtype(np.int64), (batch,)).max()) + step
             if reach > capacity:
                 raise FaultError(f"a pass wrote up to row {reach} of slots of {capacity}")
-            if not np.array_equal(_at(window_rows, np.dtype(np.int64), (window,)), np.arange(window)):
+            if window_rows and not np.array_equal(_at(window_rows, np.dtype(np.int64), (window,)), np.arange(window)):
                 raise FaultError("window_rows are not 0, 1, ...")
             if mask is not None and not _at(mask, np.dtype(np.bool_), (batch, step, step)).any(axis=2).all():
                 raise FaultError("a token sees nothing of its step: NaN in the pool")

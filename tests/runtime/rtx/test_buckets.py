@@ -30,7 +30,7 @@ def test_a_bucket_holds_the_step_and_stays_inside_the_pool(
 ) -> None:
     committed = [min(room, CAPACITY - length) for room in rooms]
     rows = min(rows, length)
-    bucket = bucket_of(step(length, committed, rows, first_slot), MAX_STEP, CAPACITY)
+    bucket = bucket_of(step(length, committed, rows, first_slot), MAX_STEP, CAPACITY, windowed=True)
     assert (bucket.kind, bucket.first_slot, bucket.batch) == (CausalStep, first_slot, len(committed))
     assert length <= bucket.step <= MAX_STEP
     assert rows <= bucket.rows <= bucket.step
@@ -40,7 +40,7 @@ def test_a_bucket_holds_the_step_and_stays_inside_the_pool(
 def test_there_are_few_of_them() -> None:
     """Away from the pool's end: eight lengths and the largest, two kinds of rows, four windows and the whole."""
     seen = {
-        bucket_of(step(length, [committed], rows), MAX_STEP, CAPACITY)
+        bucket_of(step(length, [committed], rows), MAX_STEP, CAPACITY, windowed=True)
         for length in range(1, MAX_STEP + 1)
         for committed in range(0, CAPACITY - 2 * MAX_STEP, 211)
         for rows in (1, length)
@@ -63,5 +63,7 @@ def test_there_are_few_of_them() -> None:
     ],
 )
 def test_by_hand(length: int, committed: int, expected: tuple[int, int]) -> None:
-    bucket = bucket_of(step(length, [3, committed], length), MAX_STEP, CAPACITY)
+    bucket = bucket_of(step(length, [3, committed], length), MAX_STEP, CAPACITY, windowed=True)
     assert bucket == Bucket(CausalStep, 0, 2, expected[0], expected[0], expected[1])
+    in_place = bucket_of(step(length, [3, committed], length), MAX_STEP, CAPACITY, windowed=False)
+    assert in_place == bucket._replace(window=CAPACITY)

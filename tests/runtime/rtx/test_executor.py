@@ -390,12 +390,19 @@ def _padded(bucket: Bucket) -> Bucket:
     return bucket._replace(step=1 << (bucket.step - 1).bit_length())
 
 
+def test_a_window_that_is_too_short_is_seen(exact: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the engines attend to windows; in place there is none."""
+    windowed = "window_rows" in exact.plans[0].graph.read_bytes().decode(errors="replace")
+    window_too_short(monkeypatch)
+    found = max(distances(exact, draft_and_commit))
+    assert found > FAR if windowed else found < CLOSE
+
+
 @pytest.mark.parametrize(
     ("plant", "run"),
     [
         (wrong_alias, draft_and_commit),
         (keys_of_another_layer, draft_and_commit),
-        (window_too_short, draft_and_commit),
         (stale_graph, some_of_the_slots),
         (slot_off_by_one, draft_and_commit),
         (padding_is_seen, draft_and_commit),

@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.runtime.rtx.conftest import Built, Machine
-from tests.runtime.rtx.rtx_double import GRANULARITY, FaultError, LibcudaDouble
+from tests.runtime.rtx.rtx_double import GRANULARITY, FaultError, LibcudaDouble, PlanDouble
 from trimode.model.errors import TriModeError
 from trimode.model.manifest import Manifest
 from trimode.runtime import LLM, SamplingParams
@@ -56,22 +56,32 @@ def weights_taken(machine: Machine, engine: Path) -> tuple[WeightPlacement, int]
 def test_identical_weights_lie_on_the_device_once(
     fp16: Built, machine: Machine, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Were the two sections the same to the byte, one allocation would hold both."""
-    ar, diffusion = fp16.plans
-    machine.trt.plans = [ar, replace(diffusion, section=ar.section)]
+    """As the real plans' are: one allocation holds both."""
+    section = fp16.plans[0].section
     placement, taken = weights_taken(machine, fp16.rtx)
-    assert placement == WeightPlacement(shared=ar.section.nbytes, private=0, unmanaged_engines=0)
-    assert taken == ar.section.nbytes
-    assert [engine.pieces for engine in machine.trt.engines] == 2 * [{0: ar.section.nbytes}]
+    assert placement == WeightPlacement(shared=section.nbytes, private=0, unmanaged_engines=0)
+    assert taken == section.nbytes
+    assert [engine.pieces for engine in machine.trt.engines] == 2 * [{0: section.nbytes}]
     assert caplog.records == []
 
 
+def with_private_bytes(plans: list[PlanDouble]) -> list[PlanDouble]:
+    """The same plans, but that the second one has 256 bytes more in the middle of its weights."""
+    first, second = plans
+    place = len(second.section) // 2
+    section = np.zeros(len(second.section) + GRANULARITY, np.uint8)
+    section[:place] = second.section[:place]
+    section[place : place + 256] = 1
+    section[place + 256 : len(second.section) + 256] = second.section[place:]
+    return [first, replace(second, section=section)]
+
+
 def test_what_differs_is_held_for_each(fp16: Built, machine: Machine, caplog: pytest.LogCaptureFixture) -> None:
-    """Of the real plans: up to the diffusion plan's private bytes the sections agree, then one is shifted."""
+    """Up to the private bytes the sections agree, then one is shifted."""
+    machine.trt.plans = with_private_bytes(fp16.plans)
     placement, taken = weights_taken(machine, fp16.rtx)
-    whole = [plan.section for plan in fp16.plans]
-    same = next(at for at in range(len(whole[0])) if whole[0][at] != whole[1][at])
-    assert placement.shared == same // GRANULARITY * GRANULARITY > 0
+    whole = [plan.section for plan in machine.trt.plans]
+    assert placement.shared == len(whole[0]) // 2 // GRANULARITY * GRANULARITY > 0
     assert placement.private == sum(map(len, whole)) - 2 * placement.shared
     assert taken == placement.shared + placement.private
     assert "MB of weights are shared" in caplog.text
@@ -88,9 +98,9 @@ def test_weights_that_tensorrt_does_not_manage_stay_where_they_are(
     assert answer(fp16.rtx) == managed
 
 
-@pytest.mark.usefixtures("machine")
-def test_a_piece_that_is_not_the_plans_is_seen(fp16: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_piece_that_is_not_the_plans_is_seen(fp16: Built, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     """The double's guard can fail: one engine's weights mapped for both."""
+    machine.trt.plans = with_private_bytes(fp16.plans)
     monkeypatch.setattr(
         plans, "_pieces", lambda sections, _granularity: ([plans._Piece(0, len(sections[0]))], [[], []])
     )
