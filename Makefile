@@ -60,6 +60,14 @@ types: $(VENV)/.package ## mypy on the installed package
 prove: $(VENV)/.package ## Measure the README's table: engines against the PyTorch reference (about 4 minutes)
 	@$(BIN)/python scripts/prove.py
 
+prove-runtime: $(VENV)/.package ## Measure the README's second table: many requests at once (about 10 minutes)
+	@$(MAKE) --no-print-directory engines/tiny-cpu/manifest.json ENGINE=engines/tiny-cpu MODEL=checkpoints/tiny GROUP=64
+	@$(BIN)/python scripts/prove_runtime.py engines/tiny-cpu --checkpoint engines/tiny-w4a16-awq64
+
+bench: $(VENV)/.package ## Tokens a second by mode and load against the PyTorch reference, with the curves (about 5 minutes)
+	@$(MAKE) --no-print-directory engines/tiny-cpu/manifest.json ENGINE=engines/tiny-cpu MODEL=checkpoints/tiny GROUP=64
+	@$(BIN)/python scripts/bench.py engines/tiny-cpu --checkpoint engines/tiny-w4a16-awq64 --plot engines/bench.png
+
 audit: $(VENV)/.package ## Build the 8B shape with random weights for TensorRT-RTX and audit it (20 GB of disk, 23 GiB of memory)
 	@test -e $(AUDITED)/config.json || $(BIN)/python scripts/random_w4a16_checkpoint.py $(SHAPE) $(AUDITED)
 	@test -e $(AUDITED)-rtx/manifest.json || $(BIN)/trimode build $(AUDITED) $(AUDITED)-rtx --target rtx --sm 121,120,89 --capacity 32768
@@ -105,4 +113,4 @@ $(ENGINE)/manifest.json: | $(VENV)/.package
 		$(BIN)/trimode quantize $(MODEL) $(QUANTIZED) --method $(METHOD) --group $(GROUP) $(if $(CALIBRATION),--calibration $(CALIBRATION))
 	@$(BIN)/trimode build $(if $(wildcard $(MODEL)/hf_quant_config.json),$(MODEL),$(QUANTIZED)) $(ENGINE) --target $(TARGET)
 
-.PHONY: help setup demo audit kernels build-engine serve triton triton-environment browser test lint types prove train-tiny clean
+.PHONY: help setup demo audit kernels build-engine serve triton triton-environment browser test lint types prove prove-runtime bench train-tiny clean

@@ -76,17 +76,17 @@ def random_unpacked_engine(random_int4_checkpoint: Path, tmp_path_factory: pytes
 
 
 @pytest.fixture(scope="session")
+def tensorrt(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
+    """TensorRT's Python bindings over stub libraries: it declares plugins, and builds nothing."""
+    from tests.plugins.stubs import bindings_on_stubs
+
+    yield from bindings_on_stubs(tmp_path_factory.mktemp("stubs"))
+
+
+@pytest.fixture(scope="session")
 def tiny_engine(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shipped checkpoint, rounded to nearest, as an engine: real text in seconds."""
     folder = tmp_path_factory.mktemp("tiny")
     quantize_checkpoint(Checkpoint(tiny_checkpoint), folder / "w4a16", method="rtn", group=64)
     build_engine(Checkpoint(folder / "w4a16"), folder / "engine")
     return folder / "engine"
-
-
-@pytest.fixture(scope="session")
-def tensorrt(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
-    """TensorRT's Python bindings over stub libraries: it declares plugins, and builds nothing."""
-    from tests.plugins.stubs import bindings_on_stubs
-
-    yield from bindings_on_stubs(tmp_path_factory.mktemp("stubs"))
