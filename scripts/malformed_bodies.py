@@ -1,6 +1,6 @@
 """Bodies that are no request, against a running server: no 5xx, no crash, memory flat.
 
-    python scripts/malformed_bodies.py ENGINE --count 10000
+    python -m scripts.malformed_bodies ENGINE --count 10000
 
 Number by number the same bodies every time: truncated, huge, of wrong types, not UTF-8, deep, and mutated bytes.
 """

@@ -122,9 +122,9 @@ def test_a_build_that_is_stopped_leaves_nothing(random_checkpoint: Path, tmp_pat
     """Stopped by a real signal while it writes: a pause stands where the big files would take their time."""
     program = (
         "import time, trimode.build.engine as engine, trimode.runtime.cli as cli\n"
-        "hashed = engine._hashed_files\n"
+        "hashed = engine.hash_files\n"
         "def slow(*arguments):\n    print('hashing', flush=True)\n    time.sleep(60)\n    return hashed(*arguments)\n"
-        "engine._hashed_files = slow\n"
+        "engine.hash_files = slow\n"
         "cli.main()"
     )
     command = [sys.executable, "-c", program, "build", str(random_checkpoint), str(tmp_path / "engine")]
