@@ -180,6 +180,7 @@ def _build_target(
         capacity=limits.capacity,
         # The attention that TensorRT has for older GPUs takes no pool as it lies.
         kv_read="view" if min(target.sms) >= FIRST_SM_IN_PLACE else "window",
+        fold_queries=True,
         rotate_together=True,
         select_by_product=True,
     )

@@ -48,8 +48,9 @@ class NetworkOptions:
 
     kv_read: what the attention reads. ``cache``: the KV pool as the pass leaves it. ``window``: its first rows, as many
     as the input ``window_rows`` is long. ``view``: inputs of their own, ``k_view.i`` and ``v_view.i``, which are the
-    pool's memory under a second name, since TensorRT copies a tensor that it writes before it attends to it. For these
-    two the queries that share a KV head become further rows of one head: keys and values need not be repeated then.
+    pool's memory under a second name, since TensorRT copies a tensor that it writes before it attends to it; it takes
+    folded queries. fold_queries: give the queries that share a KV head to the attention as further rows of one head, so
+    that no executor need repeat keys and values.
     rotate_together: turn queries and keys in one node and scale the queries after it, so that one kernel can do both
     and write the step's rows besides; without, the queries' rotation carries the scale.
     select_by_product: take the rows that need logits by a product with ones and zeros, which like the adapter's are
@@ -61,8 +62,13 @@ class NetworkOptions:
     activations: Real = "fp32"
     capacity: int | None = None
     kv_read: KvRead = "cache"
+    fold_queries: bool = False
     rotate_together: bool = False
     select_by_product: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kv_read == "view" and not self.fold_queries:
+            raise ValueError("a view of the KV pool is read by folded queries")
 
 
 def build_network(
@@ -80,7 +86,7 @@ class _Network:
         self.options = options
         self.real = REAL_TYPES[options.activations]
         # Heads of queries that are rows of one.
-        self.folded = 1 if options.kv_read == "cache" else config.num_attention_heads // config.num_key_value_heads
+        self.folded = config.num_attention_heads // config.num_key_value_heads if options.fold_queries else 1
         self.graph = OnnxGraph(pattern, pool.path.name)
         self.op = self.graph.op
         self.ints = self.graph.ints
@@ -211,7 +217,7 @@ class _Network:
         caches, updated = (names(layers)[2 * index : 2 * index + 2] for names in (cache_inputs, cache_outputs))
         for cache, rows, result in zip(caches, (k, v), updated, strict=True):
             self.graph.node("TensorScatter", [cache, rows, self.write_indices], [result], axis=2, mode="linear")
-        if self.folded > 1:
+        if self.options.fold_queries:
             q = self.op("Reshape", q, self.ints(0, config.num_key_value_heads, -1, config.head_dim))
         keys, values = updated
         if self.options.kv_read == "window":
@@ -220,7 +226,7 @@ class _Network:
             keys, values = cache_views(layers)[2 * index : 2 * index + 2]
             q = self._after(q, updated)
         attended = self.op("Attention", q, keys, values, self.visible, scale=1.0)
-        if self.folded > 1:
+        if self.options.fold_queries:
             attended = self.op("Reshape", attended, self.ints(0, config.num_attention_heads, -1, config.head_dim))
         attended = self.op("Transpose", attended, perm=[0, 2, 1, 3])
         return self.op("Reshape", attended, self.ints(0, 0, config.query_width))
@@ -319,7 +325,7 @@ class _Network:
         more = self.op("Min", self.op("Add", wanted, self.ints(1)), self.ints(self.config.vocab_size))
         self.graph.node("TopK", [logits, more], ["found", "tokens"], axis=-1)
         is_mask = self.op("Equal", "tokens", self._int("mask_token", self.config.mask_token_id))
-        found = self.op("Where", is_mask, self._float("never", NEVER), self._as_float("found"))
+        found = self.op("Where", is_mask, self._float("never", float(NEVER)), self._as_float("found"))
         self.graph.node("TopK", [found, wanted], ["top_logits", "order"], axis=-1)
         self.graph.node("GatherElements", ["tokens", "order"], ["top_tokens"], axis=2)
 
