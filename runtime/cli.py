@@ -140,7 +140,7 @@ def quantize(
     "--sm",
     "sms",
     callback=_integers,
-    help="rtx. GPUs by compute capability, 121 for 12.1, with commas [default: 121,120,89,86,80].",
+    help="rtx. GPUs by compute capability, 121 for 12.1, with commas [default: 121,120,89].",
 )
 @click.option("--dtype", type=click.Choice(["bf16", "fp16"]), help="rtx. Activations and KV pool [default: bf16].")
 @click.option("--max-batch", type=click.IntRange(min=1), help="rtx. Sequences a pass [default: 8].")
