@@ -50,6 +50,11 @@ audit: $(VENV)/.package ## Build the 8B shape with random weights for TensorRT-R
 	@test -e $(AUDITED)-rtx/manifest.json || $(BIN)/trimode build $(AUDITED) $(AUDITED)-rtx --target rtx --sm 121,120,89 --capacity 32768
 	@$(BIN)/trimode audit $(AUDITED)-rtx --window 512,4096,32768 --plot $(AUDITED)-rtx.png
 
+kernels: $(VENV)/.package ## The GPU kernels in numbers: traffic, an estimated cycle, registers (compiles for seven GPUs: 10 minutes)
+	@$(BIN)/python -m scripts.kernel_table traffic
+	@$(BIN)/python -m scripts.cycle_estimate
+	@$(BIN)/python -m scripts.kernel_table resources
+
 train-tiny: $(VENV)/.package ## Train the shipped checkpoint again from its seed (about an hour)
 	$(BIN)/python scripts/tiny/train.py --out engines/tiny-trained
 
@@ -59,7 +64,7 @@ clean: ## Remove .venv, engines and caches
 $(VENV)/.dependencies: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet '.[build,rtx,dev]'
+	$(BIN)/python -m pip install --quiet '.[build,rtx,tensorrt,dev]'
 	@touch $@
 
 $(VENV)/.package: $(VENV)/.dependencies $(SOURCES)
@@ -73,4 +78,4 @@ $(ENGINE)/manifest.json: | $(VENV)/.package
 		$(BIN)/trimode quantize $(MODEL) $(QUANTIZED) --method $(METHOD) --group $(GROUP) $(if $(CALIBRATION),--calibration $(CALIBRATION))
 	@$(BIN)/trimode build $(if $(wildcard $(MODEL)/hf_quant_config.json),$(MODEL),$(QUANTIZED)) $(ENGINE) --target $(TARGET)
 
-.PHONY: help setup demo audit build-engine test lint types prove train-tiny clean
+.PHONY: help setup demo audit kernels build-engine test lint types prove train-tiny clean

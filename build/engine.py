@@ -7,7 +7,7 @@ import shutil
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -15,7 +15,9 @@ import onnxruntime
 from safetensors.numpy import save
 
 from trimode.build.cpu import build_cpu_engines
-from trimode.build.network import NetworkOptions
+from trimode.build.network import NetworkOptions, PluginOptions
+from trimode.build.tensorrt_compile import require_tensorrt
+from trimode.build.tensorrt_graphs import COMPUTE_CAPABILITIES, SPLITS, write_graphs
 from trimode.model.atomic_folder import atomic_folder
 from trimode.model.checkpoint import HEAD, Checkpoint, linear_shapes
 from trimode.model.errors import TriModeError
@@ -26,14 +28,15 @@ from trimode.model.manifest import (
     TOKENIZER,
     Activations,
     AdapterEntry,
-    EngineFile,
     Limits,
     Manifest,
     PoolEntry,
     Precision,
     Real,
     RtxEntry,
-    hash_file,
+    Target,
+    TensorrtEntry,
+    hash_files,
 )
 from trimode.model.progress import Progress, no_progress
 from trimode.model.step import adapter_inputs
@@ -73,11 +76,36 @@ class RtxOptions:
     max_step: int = 256
 
 
+@dataclass(frozen=True)
+class TensorrtOptions:
+    """sms: compute capabilities to compile kernels for; this machine's GPU unless given, with ``emit_only`` all known.
+    emit_only: leave the plans to ``trimode compile``. The others as in :class:`RtxOptions`.
+    """
+
+    sms: tuple[int, ...] | None = None
+    dtype: Literal["bf16", "fp16"] = "bf16"
+    max_batch: int = 8
+    max_step: int = 256
+    emit_only: bool = False
+
+
+TargetOptions = CpuOptions | RtxOptions | TensorrtOptions
+
+
+class _Built(NamedTuple):
+    """What a target's build tells the manifest."""
+
+    target: Target
+    pool: tuple[PoolEntry, ...]
+    rtx: RtxEntry | None = None
+    tensorrt: TensorrtEntry | None = None
+
+
 def build_engine(
     checkpoint: Checkpoint,
     out: Path,
     *,
-    target: CpuOptions | RtxOptions = CpuOptions(),
+    target: TargetOptions = CpuOptions(),
     capacity: int | None = None,
     prefill_step: int = 256,
     top_k: int | None = None,
@@ -90,10 +118,10 @@ def build_engine(
     sampling has; 64 on a CPU, 4 on a GPU, where they cross to the host.
     """
     config = checkpoint.config
-    on_gpu = isinstance(target, RtxOptions)
+    on_gpu = not isinstance(target, CpuOptions)
     limits = Limits(
         capacity=capacity or min(config.max_position_embeddings, 4096 if on_gpu else config.max_position_embeddings),
-        prefill_step=min(prefill_step, target.max_step) if isinstance(target, RtxOptions) else prefill_step,
+        prefill_step=prefill_step if isinstance(target, CpuOptions) else min(prefill_step, target.max_step),
         top_k=min(top_k or (4 if on_gpu else 64), config.vocab_size),
     )
     if limits.capacity > config.max_position_embeddings:
@@ -101,10 +129,10 @@ def build_engine(
             f"capacity {limits.capacity} exceeds the model's max_position_embeddings {config.max_position_embeddings}"
         )
     Tokenizer.from_folder(checkpoint.folder)
-    real: Real = target.dtype if isinstance(target, RtxOptions) else "fp32"
+    real: Real = "fp32" if isinstance(target, CpuOptions) else target.dtype
     with atomic_folder(out) as folder:
         unpacked = _unpacks(checkpoint, target)
-        rtx, pool = _build_target(checkpoint, folder, limits, target, unpacked, progress)
+        built = _build_target(checkpoint, folder, limits, target, unpacked, progress)
         adapter = _write_adapter(checkpoint, folder / ADAPTER)
         (folder / TOKENIZER).mkdir()
         for name in FILES:
@@ -114,7 +142,7 @@ def build_engine(
         quantization = checkpoint.quantization
         manifest = Manifest(
             format_version=FORMAT_VERSION,
-            target="rtx" if on_gpu else "cpu",
+            target=built.target,
             source=checkpoint.folder.resolve().name,
             quantization="none" if quantization is None else quantization.quant_algo,
             model=config,
@@ -132,20 +160,21 @@ def build_engine(
             parameters=checkpoint.parameters,
             instruction_set=None if on_gpu else instruction_set(),
             onnxruntime=None if on_gpu else onnxruntime.__version__,
-            rtx=rtx,
+            rtx=built.rtx,
+            tensorrt=built.tensorrt,
             tools={
                 "trimode": version("trimode"),
                 "onnx": version("onnx"),
                 "python": platform.python_version(),
             },
-            pool=pool,
-            files=_hashed_files(folder, progress),
+            pool=built.pool,
+            files=hash_files(folder, progress),
         )
         manifest.write(folder)
     return Manifest.read(out)
 
 
-def _unpacks(checkpoint: Checkpoint, target: CpuOptions | RtxOptions) -> bool:
+def _unpacks(checkpoint: Checkpoint, target: TargetOptions) -> bool:
     """Whether the pool is to hold the checkpoint's int4 matrices as fp32."""
     if not isinstance(target, CpuOptions) or target.activations != "fp32":
         return False
@@ -155,18 +184,14 @@ def _unpacks(checkpoint: Checkpoint, target: CpuOptions | RtxOptions) -> bool:
 
 
 def _build_target(
-    checkpoint: Checkpoint,
-    folder: Path,
-    limits: Limits,
-    target: CpuOptions | RtxOptions,
-    unpack: bool,
-    progress: Progress,
-) -> tuple[RtxEntry | None, tuple[PoolEntry, ...]]:
+    checkpoint: Checkpoint, folder: Path, limits: Limits, target: TargetOptions, unpack: bool, progress: Progress
+) -> _Built:
     adapter = checkpoint.adapter is not None
     if isinstance(target, CpuOptions):
-        # Folded, a single token is several rows to the attention: its kernel for one row rounds otherwise.
-        options = NetworkOptions(adapter=adapter, fold_queries=True)
-        return None, build_cpu_engines(checkpoint, folder, options, target.activations, unpack, progress)
+        options = NetworkOptions(adapter=adapter)
+        return _Built("cpu", build_cpu_engines(checkpoint, folder, options, target.activations, unpack, progress))
+    if isinstance(target, TensorrtOptions):
+        return _build_tensorrt(checkpoint, folder, limits, target, progress)
     try:
         from trimode.build.rtx import build_rtx_engines
     except ModuleNotFoundError as error:
@@ -180,11 +205,32 @@ def _build_target(
         capacity=limits.capacity,
         # The attention that TensorRT has for older GPUs takes no pool as it lies.
         kv_read="view" if min(target.sms) >= FIRST_SM_IN_PLACE else "window",
-        fold_queries=True,
         rotate_together=True,
         select_by_product=True,
     )
-    return build_rtx_engines(checkpoint, folder, options, target.sms, target.max_batch, target.max_step, progress)
+    rtx, pool = build_rtx_engines(checkpoint, folder, options, target.sms, target.max_batch, target.max_step, progress)
+    return _Built("rtx", pool, rtx=rtx)
+
+
+def _build_tensorrt(
+    checkpoint: Checkpoint, folder: Path, limits: Limits, target: TensorrtOptions, progress: Progress
+) -> _Built:
+    gpu = None if target.emit_only else require_tensorrt("or give --emit-only here and run `trimode compile` there")
+    sms = target.sms or ((gpu.compute_capability,) if gpu else COMPUTE_CAPABILITIES)
+    options = NetworkOptions(
+        top_k=limits.top_k,
+        adapter=checkpoint.adapter is not None,
+        activations=target.dtype,
+        capacity=limits.capacity,
+        plugins=PluginOptions(splits=SPLITS, rank=checkpoint.adapter.config.r if checkpoint.adapter else 0),
+    )
+    pool = write_graphs(checkpoint, folder, options, sms, progress)
+    entry = TensorrtEntry(sms=sms, max_batch=target.max_batch, max_step=target.max_step, plans=None)
+    if gpu is not None:
+        from trimode.build.tensorrt_plans import compile_plans
+
+        entry = entry.model_copy(update={"plans": compile_plans(folder, entry, gpu, progress)})
+    return _Built("tensorrt", pool, tensorrt=entry)
 
 
 def _write_adapter(checkpoint: Checkpoint, path: Path) -> AdapterEntry | None:
@@ -200,21 +246,3 @@ def _write_adapter(checkpoint: Checkpoint, path: Path) -> AdapterEntry | None:
         tensors[up] = np.ascontiguousarray(b.astype(np.float32).T * np.float32(adapter.config.scale))
     path.write_bytes(save(tensors))
     return AdapterEntry(rank=adapter.config.r, scale=adapter.config.scale)
-
-
-def _hashed_files(folder: Path, progress: Progress) -> tuple[EngineFile, ...]:
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    total = sum(path.stat().st_size for path in paths)
-    done = 0
-
-    def advanced(count: int) -> None:
-        nonlocal done
-        done += count
-        progress("hashes", done, total)
-
-    return tuple(
-        EngineFile(
-            path=path.relative_to(folder).as_posix(), bytes=path.stat().st_size, sha256=hash_file(path, advanced)
-        )
-        for path in paths
-    )

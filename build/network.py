@@ -7,6 +7,7 @@ softmax and logits are fp32 in every one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -15,11 +16,19 @@ import onnx
 from onnx import TensorProto
 
 from trimode.build.onnx_graph import OnnxGraph, Shape
+from trimode.build.operator_functions import (
+    PARSER_ATTRIBUTES,
+    attend_function,
+    int4_product_function,
+    kv_write_function,
+    merge_function,
+)
 from trimode.build.raw_pool import PooledLayer, PooledLinear, PoolRange, RawPool
 from trimode.model.config import ModelConfig
 from trimode.model.manifest import Real
 from trimode.model.rope import yarn_frequencies
 from trimode.model.step import AttentionPattern, adapter_inputs, cache_inputs, cache_outputs, cache_views
+from trimode.plugins.contracts import ProductShape
 
 REAL_TYPES: dict[Real, int] = {
     "fp32": TensorProto.FLOAT,
@@ -40,6 +49,14 @@ class Rotation(NamedTuple):
 
 
 @dataclass(frozen=True)
+class PluginOptions:
+    """splits: parts of a sequence's KV rows that are attended to at once. rank: the draft adapter's, 0 without one."""
+
+    splits: int
+    rank: int
+
+
+@dataclass(frozen=True)
 class NetworkOptions:
     """What a target chooses.
 
@@ -48,13 +65,13 @@ class NetworkOptions:
 
     kv_read: what the attention reads. ``cache``: the KV pool as the pass leaves it. ``window``: its first rows, as many
     as the input ``window_rows`` is long. ``view``: inputs of their own, ``k_view.i`` and ``v_view.i``, which are the
-    pool's memory under a second name, since TensorRT copies a tensor that it writes before it attends to it; it takes
-    folded queries. fold_queries: give the queries that share a KV head to the attention as further rows of one head, so
-    that no executor need repeat keys and values.
+    pool's memory under a second name, since TensorRT copies a tensor that it writes before it attends to it.
     rotate_together: turn queries and keys in one node and scale the queries after it, so that one kernel can do both
     and write the step's rows besides; without, the queries' rotation carries the scale.
     select_by_product: take the rows that need logits by a product with ones and zeros, which like the adapter's are
     activations on both sides: the two numbers that TensorRT scales such products by are then constants of both plans.
+    plugins: attention, KV writes and int4 products as nodes of the domain ``trimode``
+    (:mod:`trimode.build.operator_functions`), and every weight an input of the graph.
     """
 
     adapter: bool
@@ -62,13 +79,9 @@ class NetworkOptions:
     activations: Real = "fp32"
     capacity: int | None = None
     kv_read: KvRead = "cache"
-    fold_queries: bool = False
     rotate_together: bool = False
     select_by_product: bool = False
-
-    def __post_init__(self) -> None:
-        if self.kv_read == "view" and not self.fold_queries:
-            raise ValueError("a view of the KV pool is read by folded queries")
+    plugins: PluginOptions | None = None
 
 
 def build_network(
@@ -85,9 +98,10 @@ class _Network:
         self.pattern = pattern
         self.options = options
         self.real = REAL_TYPES[options.activations]
-        # Heads of queries that are rows of one.
-        self.folded = config.num_attention_heads // config.num_key_value_heads if options.fold_queries else 1
-        self.graph = OnnxGraph(pattern, pool.path.name)
+        # Heads of queries that become rows of one head: no executor need repeat keys and values, and on a CPU a single
+        # token is several rows to the attention, whose kernel for one row rounds otherwise.
+        self.folded = config.num_attention_heads // config.num_key_value_heads
+        self.graph = OnnxGraph(pattern, None if options.plugins else pool.path.name)
         self.op = self.graph.op
         self.ints = self.graph.ints
 
@@ -96,7 +110,7 @@ class _Network:
         input_ids = graph.input("input_ids", INT64, ["batch", "step"])
         position_ids = graph.input("position_ids", INT64, ["batch", "step"])
         self.write_indices = graph.input("write_indices", INT64, ["batch"])
-        visibility = (
+        self.visibility = (
             graph.input("block_mask", BOOL, ["batch", "step", "step"])
             if self.pattern == "causal"
             else graph.input("step_lengths", INT64, ["batch"])
@@ -107,7 +121,8 @@ class _Network:
         layers = self.config.num_hidden_layers
         for name in cache_inputs(layers) + (cache_views(layers) if self.options.kv_read == "view" else []):
             graph.input(name, self.real, cache_shape)
-        self.kv_rows = self._kv_rows()
+        if self.options.plugins is None:
+            self.kv_rows = self._kv_rows()
         self.has_adapter = self.options.adapter and self.pattern == "bidirectional"
         if self.has_adapter:
             self._declare_adapter()
@@ -115,7 +130,8 @@ class _Network:
         self.query_scale = self._query_scale(position_ids)
         self.query_rotation, self.key_rotation = self._rotations(position_ids)
         step = self.op("Shape", input_ids, start=1, end=2)
-        self.visible = self._visible(step, visibility)
+        if self.options.plugins is None:
+            self.visible = self._visible(step, self.visibility)
         embedding = self.pool.embed_tokens
         x = self._cast(self.op("Gather", graph.pooled(embedding), input_ids), embedding.dtype)
         for index, layer in enumerate(self.pool.layers):
@@ -125,8 +141,8 @@ class _Network:
                 # Past its keys and values the last layer serves the logits alone.
                 rows = self.op("Unsqueeze", logit_rows, self.ints(2))
                 x, attended = (self._rows(value, rows, step) for value in (x, attended))
-            x = self.op("Add", x, self._o_proj(attended, layer, index))
-            x = self.op("Add", x, self._mlp(self._rms_norm(x, layer.post_attention_layernorm), layer))
+            x = self._o_proj(attended, x, layer, index)
+            x = self._mlp(self._rms_norm(x, layer.post_attention_layernorm), x, layer)
         graph.scope = "head/"
         self._head(x)
         for name in cache_outputs(layers):
@@ -136,10 +152,11 @@ class _Network:
     def _declare_adapter(self) -> None:
         scale = self.graph.input("adapter_scale", self.real, ["batch"])
         self.adapter_scale = self.op("Unsqueeze", scale, self.ints(1, 2))
+        rank = self.options.plugins.rank if self.options.plugins else "rank"
         for index in range(self.config.num_hidden_layers):
             down, up = adapter_inputs(index)
-            self.graph.input(down, self.real, [self.config.query_width, "rank"])
-            self.graph.input(up, self.real, ["rank", self.config.hidden_size])
+            self.graph.input(down, self.real, [self.config.query_width, rank])
+            self.graph.input(up, self.real, [rank, self.config.hidden_size])
 
     def _rotations(self, position_ids: str) -> tuple[Rotation, Rotation]:
         """YaRN's cos and sin, for queries and for keys. Angles are fp32 whatever the activations: a position past 256
@@ -211,13 +228,17 @@ class _Network:
 
     def _attention(self, x: str, layer: PooledLayer, index: int) -> str:
         """Write the step's keys and values, attend to what is visible; [batch, step, query width]."""
+        qkv, plugins = self._linear(x, layer.qkv_proj), self.options.plugins
+        return self._attend(qkv, index) if plugins is None else self._attend_by_plugins(qkv, index, plugins.splits)
+
+    def _attend(self, qkv: str, index: int) -> str:
         config = self.config
         layers = config.num_hidden_layers
-        q, k, v = self._rotated(self._linear(x, layer.qkv_proj), index)
+        q, k, v = self._rotated(qkv, index)
         caches, updated = (names(layers)[2 * index : 2 * index + 2] for names in (cache_inputs, cache_outputs))
         for cache, rows, result in zip(caches, (k, v), updated, strict=True):
             self.graph.node("TensorScatter", [cache, rows, self.write_indices], [result], axis=2, mode="linear")
-        if self.options.fold_queries:
+        if self.folded > 1:
             q = self.op("Reshape", q, self.ints(0, config.num_key_value_heads, -1, config.head_dim))
         keys, values = updated
         if self.options.kv_read == "window":
@@ -226,19 +247,44 @@ class _Network:
             keys, values = cache_views(layers)[2 * index : 2 * index + 2]
             q = self._after(q, updated)
         attended = self.op("Attention", q, keys, values, self.visible, scale=1.0)
-        if self.options.fold_queries:
+        if self.folded > 1:
             attended = self.op("Reshape", attended, self.ints(0, config.num_attention_heads, -1, config.head_dim))
         attended = self.op("Transpose", attended, perm=[0, 2, 1, 3])
         return self.op("Reshape", attended, self.ints(0, 0, config.query_width))
 
-    def _o_proj(self, attended: str, layer: PooledLayer, index: int) -> str:
-        projected = self._linear(attended, layer.o_proj)
+    def _attend_by_plugins(self, qkv: str, index: int, splits: int) -> str:
+        config = self.config
+        caches = cache_inputs(config.num_hidden_layers)[2 * index : 2 * index + 2]
+        updated = cache_outputs(config.num_hidden_layers)[2 * index : 2 * index + 2]
+        rotations = (*self.query_rotation, *self.key_rotation)
+        (q,) = self._plugin(
+            kv_write_function(config.head_dim), [qkv, *rotations, self.write_indices, *caches], [f"q.{index}"], updated
+        )
+        attend = attend_function("masked" if self.pattern == "causal" else "bidirectional")
+        seen = [q, *updated, self.write_indices, self.visibility]
+        parts = self._plugin(attend, seen, [f"partial.{index}", f"log_sum_exp.{index}"], splits=splits)
+        group = config.num_attention_heads // config.num_key_value_heads
+        return self._plugin(merge_function(), parts, [f"attended.{index}"], splits=splits, group=group)[0]
+
+    def _plugin(
+        self,
+        function: onnx.FunctionProto,
+        inputs: Sequence[str],
+        results: Sequence[str],
+        aliases: Sequence[str] = (),
+        **attributes: int,
+    ) -> Sequence[str]:
+        """A node of the domain ``trimode``; returns ``results``, not what is written in place."""
+        self.graph.call(function, inputs, [*results, *aliases], **PARSER_ATTRIBUTES, **attributes)
+        return results
+
+    def _o_proj(self, attended: str, residual: str, layer: PooledLayer, index: int) -> str:
         if not self.has_adapter:
-            return projected
+            return self._linear(attended, layer.o_proj, residual)
         # The adapter reads the attention's own output, not the one AWQ rescales for the base matrix.
         down, up = adapter_inputs(index)
         narrow = self.op("Mul", self.op("MatMul", attended, down), self.adapter_scale)
-        return self.op("Add", projected, self.op("MatMul", narrow, up))
+        return self._linear(attended, layer.o_proj, residual, (narrow, up))
 
     def _rotated(self, qkv: str, index: int) -> tuple[str, str, str]:
         """Queries and keys, turned, and values, each [batch, heads, step, head_dim]."""
@@ -271,21 +317,39 @@ class _Network:
         rows = self.op("Range", self._int("zero", 0), self.op("Squeeze", step, self.ints(0)), self._int("unit", 1))
         return self.op("MatMul", self.op("Cast", self.op("Equal", logit_rows, rows), to=self.real), x)
 
-    def _mlp(self, x: str, layer: PooledLayer) -> str:
+    def _mlp(self, x: str, residual: str, layer: PooledLayer) -> str:
         gate, up = f"{layer.gate_up_proj.weight.name}.gate", f"{layer.gate_up_proj.weight.name}.up"
         widths = self.ints(self.config.intermediate_size, self.config.intermediate_size)
         self.graph.node("Split", [self._linear(x, layer.gate_up_proj), widths], [gate, up], axis=-1)
         activated = self.op("Mul", gate, self.op("Sigmoid", gate))
-        return self._linear(self.op("Mul", activated, up), layer.down_proj)
+        return self._linear(self.op("Mul", activated, up), layer.down_proj, residual)
 
-    def _linear(self, x: str, linear: PooledLinear) -> str:
+    def _linear(
+        self, x: str, linear: PooledLinear, residual: str | None = None, adapter: tuple[str, str] | None = None
+    ) -> str:
+        """residual + x W + narrow up; ``adapter`` is the last two."""
+        if self.options.plugins is not None and linear.scale is not None:
+            return self._int4_product(x, linear, residual, adapter, self.options.plugins.rank if adapter else 0)
         if linear.input_scale is not None:
             x = self.op("Mul", x, self.graph.pooled(linear.input_scale))
         weight = self.graph.pooled(linear.weight)
         if linear.scale is not None:
             scale = self.graph.pooled(linear.scale)
             weight = self.op("DequantizeLinear", weight, scale, axis=0, block_size=linear.group)
-        return self.op("MatMul", x, weight)
+        y = self.op("MatMul", x, weight)
+        if adapter is not None:
+            y = self.op("Add", y, self.op("MatMul", *adapter))
+        return y if residual is None else self.op("Add", residual, y)
+
+    def _int4_product(
+        self, x: str, linear: PooledLinear, residual: str | None, adapter: tuple[str, str] | None, rank: int
+    ) -> str:
+        scaled, added = linear.input_scale is not None, residual is not None
+        inner, columns = linear.weight.shape
+        shape = ProductShape(inner, columns, linear.group, input_scale=scaled, rank=rank, residual=added)
+        pooled = [self.graph.pooled(part) for part in (linear.weight, linear.scale, linear.input_scale) if part]
+        inputs = [x, *pooled, *(adapter or ()), *([residual] if residual else [])]
+        return self._plugin(int4_product_function(shape), inputs, [f"{linear.weight.name}.y"])[0]
 
     def _cast(self, x: str, dtype: int) -> str:
         """``x`` of type ``dtype`` as an activation."""

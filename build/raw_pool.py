@@ -6,6 +6,7 @@ Both graphs name ranges of this one file, so their constants are the same by con
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -48,6 +49,9 @@ class PooledLinear:
     input_scale: PoolRange | None = None
     group: int = 0
 
+    def ranges(self) -> Iterator[PoolRange]:
+        yield from (part for part in (self.weight, self.scale, self.input_scale) if part is not None)
+
 
 @dataclass(frozen=True)
 class PooledLayer:
@@ -69,6 +73,19 @@ class RawPool:
     layers: tuple[PooledLayer, ...]
     norm: PoolRange
     head: PooledLinear
+
+    def ranges(self) -> Iterator[PoolRange]:
+        """Every tensor, in the order of the file."""
+        yield self.embed_tokens
+        for layer in self.layers:
+            yield layer.input_layernorm
+            yield from layer.qkv_proj.ranges()
+            yield from layer.o_proj.ranges()
+            yield layer.post_attention_layernorm
+            yield from layer.gate_up_proj.ranges()
+            yield from layer.down_proj.ranges()
+        yield self.norm
+        yield from self.head.ranges()
 
 
 def write_raw_pool(

@@ -65,6 +65,9 @@ GPUS: dict[str, Gpu] = {
         Gpu("rtx-4090", "GeForce RTX 4090", 89, 1008e9, 165.2e12, 72 << 20),
         Gpu("rtx-3090", "GeForce RTX 3090", 86, 936e9, 71e12, 6 << 20),
         Gpu("a100-80gb", "A100 80GB SXM", 80, 2039e9, 312e12, 40 << 20),
+        Gpu("h100", "H100 SXM", 90, 3350e9, 989.4e12, 50 << 20),
+        # HGX B200 data sheet: 36 PFLOP/s of sparse 16-bit tensor work in eight GPUs; DGX B200's: 64 TB/s in eight.
+        Gpu("b200", "B200 SXM", 100, 8000e9, 2250e12, 126 << 20),
         Gpu("gb200", "GB200 NVL72, one of its GPUs", 100, 8000e9, 2500e12, 126 << 20),
     )
 }

@@ -8,18 +8,15 @@ their weights itself (``STRIP_PLAN``) need a GPU already when they are built; so
 from __future__ import annotations
 
 import re
-import signal
-import threading
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
-import ml_dtypes
 import numpy as np
 import onnx
 import tensorrt_rtx as trt
 
+from trimode.build.builder import BuilderProgress, HeldSignals, ProfileSizes
 from trimode.build.kernels import KernelList, parse_kernels
 from trimode.build.network import NetworkOptions, build_network
 from trimode.build.raw_pool import RawPool, write_raw_pool
@@ -27,18 +24,21 @@ from trimode.build.tensorrt_form import KEY_HEADS, refuse_disorder, tensorrt_for
 from trimode.build.weight_section import Run, cut_runs, find_shared_runs
 from trimode.model.checkpoint import Checkpoint
 from trimode.model.errors import TriModeError
-from trimode.model.manifest import GRAPH, KERNELS, PLAN, POOL, PoolEntry, Real, RtxEntry
+from trimode.model.manifest import (
+    GRAPH,
+    KERNELS,
+    NUMPY_TYPES,
+    PLAN,
+    POOL,
+    RTX_COMPUTE_CAPABILITIES,
+    PoolEntry,
+    RtxEntry,
+)
 from trimode.model.progress import Progress
 from trimode.model.step import ENGINES
 
-NUMPY_TYPES: dict[Real, np.dtype[Any]] = {
-    "fp32": np.dtype(np.float32),
-    "fp16": np.dtype(np.float16),
-    "bf16": np.dtype(ml_dtypes.bfloat16),
-}
 # Of the constants' bytes. The builder folds a few small ones into kernels or widens them; no matrix may be missing.
 LEAST_SHARED = 0.99
-COMPUTE_CAPABILITIES = {75: "SM75", 80: "SM80", 86: "SM86", 89: "SM89", 120: "SM120", 121: "SM121"}
 # What the builder may complain of, and why it is no fault.
 EXPECTED_MESSAGES = {
     r"Make sure (in|out)put \w+ has Int64 binding": "it does, by the step contract",
@@ -69,53 +69,10 @@ class _Log(trt.ILogger):  # type: ignore[misc]
 _LOG = _Log()
 
 
-class _HeldSignals:
-    """Ctrl-C and SIGTERM while the builder runs: noted, and raised again when it has ended. Raised at once, they would
-    do so inside one of its calls of ours, and it drops exceptions.
-    """
-
-    def __init__(self) -> None:
-        self.pending: int | None = None
-
-    def __enter__(self) -> _HeldSignals:
-        on_main_thread = threading.current_thread() is threading.main_thread()
-        numbers = (signal.SIGINT, signal.SIGTERM) if on_main_thread else ()
-        self._former = {number: signal.signal(number, self._note) for number in numbers}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._former.items():
-            signal.signal(number, handler)
-        if self.pending is not None:
-            signal.raise_signal(self.pending)
-
-    def _note(self, number: int, _frame: object) -> None:
-        self.pending = number
-
-
-class _Monitor(trt.IProgressMonitor):  # type: ignore[misc]
-    """Tells the builder's phases, and stops it for a signal or an exception of the listener."""
-
-    def __init__(self, stage: str, progress: Progress, signals: _HeldSignals) -> None:
-        super().__init__()
-        self._stage = stage
-        self._progress = progress
-        self._signals = signals
-        self._steps: dict[str, int] = {}
-        self.interruption: BaseException | None = None
-
-    def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:  # noqa: ARG002
-        self._steps[phase_name] = num_steps
-
-    def step_complete(self, phase_name: str, step: int) -> bool:
-        try:
-            self._progress(f"{self._stage}: {phase_name}", step + 1, self._steps.get(phase_name, step + 1))
-        except BaseException as error:
-            self.interruption = error
-        return self.interruption is None and self._signals.pending is None
-
-    def phase_finish(self, phase_name: str) -> None:
-        self._steps.pop(phase_name, None)
+class _Monitor(BuilderProgress, trt.IProgressMonitor):  # type: ignore[misc]
+    def __init__(self, stage: str, progress: Progress, signals: HeldSignals) -> None:
+        trt.IProgressMonitor.__init__(self)
+        BuilderProgress.__init__(self, stage, progress, signals)
 
 
 def build_rtx_engines(
@@ -150,7 +107,13 @@ def build_rtx_engines(
             source = Path(temporary) / f"{name}.onnx"
             onnx.save(graph, source)
             rank = checkpoint.adapter.config.r if checkpoint.adapter else 0
-            sizes = _Sizes(max_batch, max_step, options.capacity or 0, checkpoint.config.num_key_value_heads, rank)
+            kv_heads, capacity = checkpoint.config.num_key_value_heads, options.capacity or 0
+            others = {
+                "window": (1, min(512, capacity), capacity),
+                "rank": (rank, rank, rank),
+                KEY_HEADS: (kv_heads, kv_heads, kv_heads * max_batch),
+            }
+            sizes = ProfileSizes(max_batch, max_step, others)
             plan, kernels = _compile(graph, source, target, sms, sizes, progress)
             if options.kv_read == "view":
                 refuse_disorder(kernels.root, layers)
@@ -185,32 +148,15 @@ def build_rtx_engines(
 
 def refuse_unknown_gpus(sms: tuple[int, ...]) -> None:
     for sm in sms:
-        if sm not in COMPUTE_CAPABILITIES:
+        if sm not in RTX_COMPUTE_CAPABILITIES:
             raise TriModeError(
-                f"--sm {sm}: TensorRT-RTX builds for {', '.join(map(str, COMPUTE_CAPABILITIES))}; "
+                f"--sm {sm}: TensorRT-RTX builds for {', '.join(map(str, RTX_COMPUTE_CAPABILITIES))}; "
                 "datacentre parts need the target tensorrt"
             )
 
 
-class _Sizes:
-    """Least, usual and largest value of each dynamic dimension."""
-
-    def __init__(self, max_batch: int, max_step: int, capacity: int, kv_heads: int, rank: int) -> None:
-        self._ranges = {
-            "batch": (1, 1, max_batch),
-            "step": (1, min(32, max_step), max_step),
-            "rows": (1, min(32, max_step), max_step),
-            "window": (1, min(512, capacity), capacity),
-            "rank": (rank, rank, rank),
-            KEY_HEADS: (kv_heads, kv_heads, kv_heads * max_batch),
-        }
-
-    def of(self, dims: list[str | int]) -> list[tuple[int, ...]]:
-        return [tuple(self._ranges[dim][at] if isinstance(dim, str) else dim for dim in dims) for at in range(3)]
-
-
 def _compile(
-    graph: onnx.ModelProto, source: Path, target: Path, sms: tuple[int, ...], sizes: _Sizes, progress: Progress
+    graph: onnx.ModelProto, source: Path, target: Path, sms: tuple[int, ...], sizes: ProfileSizes, progress: Progress
 ) -> tuple[Path, KernelList]:
     log = _LOG
     log.begin()
@@ -224,16 +170,18 @@ def _compile(
             tensor.allowed_formats = 1 << int(trt.TensorFormat.HWC8)
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # or the kernels are listed by number alone
+    # The runtime captures passes as CUDA graphs, over memory of its own: the build fails if the graph rules that out.
+    config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     config.num_compute_capabilities = len(sms)
     for index, sm in enumerate(sms):
-        config.set_compute_capability(getattr(trt.ComputeCapability, COMPUTE_CAPABILITIES[sm]), index)
+        config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), index)
     profile = builder.create_optimization_profile()
     for value in graph.graph.input:
         dims = [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
         if any(isinstance(dim, str) for dim in dims):
             profile.set_shape(value.name, *sizes.of(dims))
     config.add_optimization_profile(profile)
-    with _HeldSignals() as signals:
+    with HeldSignals() as signals:
         monitor = _Monitor(target.name, progress, signals)
         config.progress_monitor = monitor
         plan = builder.build_serialized_network(network, config)

@@ -7,7 +7,6 @@ the adapter's product, say): these part the run in two. What the two plans share
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -15,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trimode.model.manifest import PlanEntry, Splice
+from trimode.model.plan import read_chunks
 
 _CHUNK = 1 << 24
 _ANCHOR = 256  # bytes looked for in the other plan
@@ -74,16 +74,6 @@ def cut_runs(plan: Path, runs: list[tuple[int, int]], pool: Path | None) -> Plan
                 target.close()
     rest.replace(plan)
     return PlanEntry(splices=tuple(splices), private_bytes=plan.stat().st_size)
-
-
-def whole_plan(plan: Path, pool: Path, entry: PlanEntry) -> Iterator[bytes]:
-    """The plan as the builder wrote it, in chunks: nobody need hold it whole."""
-    with plan.open("rb") as rest, pool.open("rb") as weights:
-        for splice in entry.splices:
-            yield from _chunks(rest, splice.plan_offset - rest.tell())
-            weights.seek(splice.pool_offset)
-            yield from _chunks(weights, splice.bytes)
-        yield from _chunks(rest, entry.private_bytes - rest.tell())
 
 
 def _runs_before(first: NDArray[np.uint8], second: NDArray[np.uint8], run: Run) -> list[Run]:
@@ -165,14 +155,5 @@ def _common(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> int:
 
 
 def _copy(source: BinaryIO, target: BinaryIO, length: int) -> None:
-    for chunk in _chunks(source, length):
+    for chunk in read_chunks(source, length):
         target.write(chunk)
-
-
-def _chunks(source: BinaryIO, length: int) -> Iterator[bytes]:
-    while length:
-        chunk = source.read(min(_CHUNK, length))
-        if not chunk:
-            raise RuntimeError(f"{source.name} ends {length} bytes early")
-        length -= len(chunk)
-        yield chunk

@@ -233,6 +233,10 @@ class Checkpoint:
         """An embedding or norm tensor, as stored."""
         return self._files.read(name)
 
+    def described(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Every tensor's dtype, as safetensors names it, and shape, by name; none is read."""
+        return {name: self._files.described(name) for name in sorted(self._files.names())}
+
     def tensors(self) -> Iterator[tuple[str, NDArray[Any]]]:
         """Every tensor as stored, one in memory at a time."""
         for name in sorted(self._files.names()):

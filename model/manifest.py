@@ -3,7 +3,9 @@
 ```
 manifest.json        this record
 ar/, diffusion/      target cpu: model.onnx; target rtx: engine.plan, a TensorRT-RTX plan without its weights,
-                     graph.onnx, what it was compiled from, and layers.json, the kernels it became
+                     graph.onnx, what it was compiled from, and layers.json, the kernels it became;
+                     target tensorrt: graph.onnx, and once compiled engine.plan and builder.log
+kernels/             target tensorrt: the plugins' kernels as PTX, for each compute capability
 weights/pool.bin     every constant of the network once, loaded by both engines
 weights/adapter.safetensors   the draft adapter, if the checkpoint has one: the diffusion engine's inputs
 tokenizer/           the checkpoint's tokenizer files
@@ -16,8 +18,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
+import ml_dtypes
+import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
 from trimode.model.config import ModelConfig
@@ -27,11 +31,20 @@ from trimode.model.records import read_json_record
 
 Activations = Literal["fp32", "int8"]
 Real = Literal["fp32", "fp16", "bf16"]
-Target = Literal["cpu", "rtx"]
+Target = Literal["cpu", "rtx", "tensorrt"]
+NUMPY_TYPES: dict[Real, np.dtype[Any]] = {
+    "fp32": np.dtype(np.float32),
+    "fp16": np.dtype(np.float16),
+    "bf16": np.dtype(ml_dtypes.bfloat16),
+}
+# What TensorRT-RTX compiles for, 121 being 12.1.
+RTX_COMPUTE_CAPABILITIES = (75, 80, 86, 89, 120, 121)
 PLAN, GRAPH, KERNELS = "engine.plan", "graph.onnx", "layers.json"
+BUILDER_LOG, PLUGIN_KERNELS = "builder.log", "kernels"
 ENGINE_FILES: dict[Target, tuple[str, ...]] = {
     "cpu": ("model.onnx",),
     "rtx": (PLAN, GRAPH, KERNELS),
+    "tensorrt": (GRAPH,),
 }
 
 FORMAT_VERSION = 2
@@ -125,6 +138,25 @@ class RtxEntry(_Record):
     diffusion: PlanEntry
 
 
+class TensorrtPlans(_Record):
+    """``gpu``: where TensorRT built the plans, and so what they run on."""
+
+    tensorrt: str
+    gpu: str
+    compute_capability: PositiveInt
+
+
+class TensorrtEntry(_Record):
+    """``sms``: compute capabilities that the plugins' kernels were compiled for. ``plans``: None before
+    ``trimode compile``.
+    """
+
+    sms: tuple[PositiveInt, ...]
+    max_batch: PositiveInt
+    max_step: PositiveInt
+    plans: TensorrtPlans | None
+
+
 class Manifest(_Record):
     format_version: Literal[2]
     target: Target
@@ -139,6 +171,7 @@ class Manifest(_Record):
     instruction_set: str | None
     onnxruntime: str | None
     rtx: RtxEntry | None
+    tensorrt: TensorrtEntry | None
     tools: dict[str, str]
     pool: tuple[PoolEntry, ...]
     files: tuple[EngineFile, ...]
@@ -147,10 +180,14 @@ class Manifest(_Record):
 
     @model_validator(mode="after")
     def _complete(self) -> Manifest:
-        engines = {f"{engine}/{name}" for engine in ("ar", "diffusion") for name in ENGINE_FILES[self.target]}
+        engine_files = ENGINE_FILES[self.target]
+        if self.tensorrt is not None and self.tensorrt.plans is not None:
+            engine_files = (*engine_files, PLAN, BUILDER_LOG)
+        engines = {f"{engine}/{name}" for engine in ("ar", "diffusion") for name in engine_files}
         required = engines | {POOL, f"{TOKENIZER}/tokenizer.json"}
-        if (self.rtx is None) == (self.target == "rtx"):
-            raise ValueError(f"rtx and target {self.target} contradict each other")
+        for name, entry in (("rtx", self.rtx), ("tensorrt", self.tensorrt)):
+            if (entry is None) == (self.target == name):
+                raise ValueError(f"{name} and target {self.target} contradict each other")
         if self.adapter is not None:
             required.add(ADAPTER)
         if missing := required - {entry.path for entry in self.files}:
@@ -185,6 +222,25 @@ def hash_file(path: Path, advanced: Callable[[int], None] = lambda _bytes: None)
             digest.update(chunk)
             advanced(len(chunk))
     return digest.hexdigest()
+
+
+def hash_files(folder: Path, progress: Progress) -> tuple[EngineFile, ...]:
+    """Size and hash of every file in the folder."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    total = sum(path.stat().st_size for path in paths)
+    done = 0
+
+    def advanced(count: int) -> None:
+        nonlocal done
+        done += count
+        progress("hashes", done, total)
+
+    return tuple(
+        EngineFile(
+            path=path.relative_to(folder).as_posix(), bytes=path.stat().st_size, sha256=hash_file(path, advanced)
+        )
+        for path in paths
+    )
 
 
 def _remedy(engine: Path) -> str:

@@ -1,1 +1,1 @@
-"""TensorRT plugins: kernels, their references, registration. Empty until the `tensorrt` target is built."""
+"""TensorRT plugins: operators, their kernels with references, launches and declarations."""

@@ -6,6 +6,7 @@ ModelOpt itself writes for every int4 checkpoint, and what its readers look for.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from trimode.model.checkpoint import HEAD
@@ -16,8 +17,8 @@ ALGORITHM = "W4A16_AWQ"
 PRODUCER = {"name": "modelopt", "version": "0.47.0"}
 
 
-def hf_quant_config(group: int, int4_head: bool) -> dict[str, Any]:
-    """``hf_quant_config.json``."""
+def hf_quant_config(group: int, excluded: Sequence[str]) -> dict[str, Any]:
+    """``hf_quant_config.json``; ``excluded``: modules that are not int4."""
     return {
         "producer": PRODUCER,
         "quantization": {
@@ -26,15 +27,15 @@ def hf_quant_config(group: int, int4_head: bool) -> dict[str, Any]:
             "group_size": group,
             "has_zero_point": False,
             "pre_quant_scale": True,
-            "exclude_modules": _excluded(int4_head),
+            "exclude_modules": list(excluded),
         },
     }
 
 
-def quantization_config(int4_head: bool) -> dict[str, Any]:
+def quantization_config(excluded: Sequence[str]) -> dict[str, Any]:
     """The section that ``config.json`` gains."""
-    return {"ignore": _excluded(int4_head), "quant_algo": ALGORITHM, "producer": PRODUCER, "quant_method": "modelopt"}
+    return {"ignore": list(excluded), "quant_algo": ALGORITHM, "producer": PRODUCER, "quant_method": "modelopt"}
 
 
-def _excluded(int4_head: bool) -> list[str]:
+def excluded_modules(int4_head: bool) -> list[str]:
     return ["encoder.embed_tokens"] if int4_head else [HEAD, "encoder.embed_tokens"]

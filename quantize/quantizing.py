@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from pathlib import Path
@@ -14,18 +13,20 @@ from trimode.model.errors import TriModeError
 from trimode.model.progress import Progress, no_progress
 from trimode.model.records import read_json
 from trimode.quantize.calibration import calibration_tokens
-from trimode.quantize.modelopt_format import QUANT_CONFIG_FILE, hf_quant_config, quantization_config
+from trimode.quantize.companions import copy_companions, write_json
+from trimode.quantize.modelopt_format import (
+    QUANT_CONFIG_FILE,
+    excluded_modules,
+    hf_quant_config,
+    quantization_config,
+)
 from trimode.quantize.quiet import quiet
 from trimode.quantize.report import REPORT_FILE, CalibrationReport, QuantizationReport, weight_errors
 from trimode.quantize.round_to_nearest import write_rounded
-from trimode.quantize.safetensors_stream import INDEX
 
 METHODS = ("awq", "rtn")
 HEADS = ("int4", "16bit")
 MIN_GROUP = 16
-COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*")
-# Rewritten, or of the source alone.
-NOT_COPIED = {"config.json", INDEX, REPORT_FILE}
 
 
 def quantize_checkpoint(
@@ -49,9 +50,11 @@ def quantize_checkpoint(
     _check_shapes(checkpoint, modules, group)
     texts = calibration_tokens(checkpoint, calibration) if method == "awq" else []
     with atomic_folder(out) as folder:
-        _copy_companions(checkpoint.folder, folder)
-        _write_json(folder / "config.json", _config(checkpoint, head))
-        _write_json(folder / QUANT_CONFIG_FILE, hf_quant_config(group, int4_head=head == "int4"))
+        copy_companions(checkpoint.folder, folder)
+        if checkpoint.adapter is not None:
+            shutil.copytree(checkpoint.folder / ADAPTER_FOLDER, folder / ADAPTER_FOLDER)
+        write_json(folder / "config.json", _config(checkpoint, head))
+        write_json(folder / QUANT_CONFIG_FILE, hf_quant_config(group, excluded_modules(head == "int4")))
         calibrated: CalibrationReport | None = None
         if method == "awq":
             calibrated = _awq(checkpoint, folder, texts, group, head == "int4", progress)
@@ -111,20 +114,6 @@ def _check_shapes(checkpoint: Checkpoint, modules: list[str], group: int) -> Non
             )
 
 
-def _copy_companions(source: Path, folder: Path) -> None:
-    """Tokenizer, template, generation settings and licence; the adapter as it is, unquantised."""
-    for pattern in COPIED:
-        for path in source.glob(pattern):
-            if path.is_file() and path.name not in NOT_COPIED:
-                shutil.copyfile(path, folder / path.name)
-    if (source / ADAPTER_FOLDER).is_dir():
-        shutil.copytree(source / ADAPTER_FOLDER, folder / ADAPTER_FOLDER)
-
-
 def _config(checkpoint: Checkpoint, head: str) -> dict[str, Any]:
     config: dict[str, Any] = read_json(checkpoint.folder / "config.json")
-    return config | {"quantization_config": quantization_config(int4_head=head == "int4")}
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return config | {"quantization_config": quantization_config(excluded_modules(head == "int4"))}

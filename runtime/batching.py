@@ -8,7 +8,6 @@ keeps one-token steps and long prefill chunks apart where padding would cost mor
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -73,7 +72,7 @@ def plan_spans(
 def causal_step(span: Span, committed: Many[int]) -> CausalStep:
     """The span as a pass of the AR engine; padding writes past the committed rows, where the next pass writes anew."""
     ids, rows, write = _arrays(span, committed)
-    return replace(CausalStep.chain(span.first, ids, write, rows), top_k=_candidates(span))
+    return CausalStep.chain(span.first, ids, write, rows, _candidates(span))
 
 
 def bidirectional_step(span: Span, committed: Many[int]) -> BidirectionalStep:
@@ -83,7 +82,7 @@ def bidirectional_step(span: Span, committed: Many[int]) -> BidirectionalStep:
     for member in span.members:
         lengths[member.slot - span.first] = len(member.needed.tokens)
         adapter[member.slot - span.first] = member.adapter
-    return replace(BidirectionalStep.block(span.first, ids, write, rows, lengths, adapter), top_k=_candidates(span))
+    return BidirectionalStep.block(span.first, ids, write, rows, lengths, adapter, _candidates(span))
 
 
 def _arrays(span: Span, committed: Many[int]) -> tuple[Ints, Ints, Ints]:

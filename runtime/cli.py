@@ -1,4 +1,4 @@
-"""The ``trimode`` command: quantize, build, info, audit, doctor, generate.
+"""The ``trimode`` command: quantize, build, compile, export, info, audit, doctor, generate.
 
 What a user can mend is told in one line on stderr, with exit code 2. Long work shows its progress on stderr, so that
 stdout stays the answer alone.
@@ -23,7 +23,7 @@ from rich.table import Table
 
 from trimode.model.checkpoint import open_checkpoint
 from trimode.model.errors import TriModeError
-from trimode.model.manifest import Activations, Manifest, Target
+from trimode.model.manifest import Activations, Manifest, RtxEntry, Target, TensorrtEntry
 from trimode.model.progress import Progress
 from trimode.runtime.doctor import examine
 from trimode.runtime.llm import LLM, RequestOutput
@@ -125,12 +125,12 @@ def quantize(
 @click.option(
     "--capacity",
     type=click.IntRange(min=1),
-    help="Longest sequence in tokens [default: the model's on cpu, 4096 on rtx].",
+    help="Longest sequence in tokens [default: the model's on cpu, 4096 on GPUs].",
 )
 @click.option(
     "--prefill-step", type=click.IntRange(min=1), default=256, show_default=True, help="Tokens a prefill pass."
 )
-@click.option("--top-k", type=click.IntRange(min=1), help="Candidates a row reports [default: 64 on cpu, 4 on rtx].")
+@click.option("--top-k", type=click.IntRange(min=1), help="Candidates a row reports [default: 64 on cpu, 4 on GPUs].")
 @click.option(
     "--activations",
     type=click.Choice(get_args(Activations)),
@@ -140,11 +140,15 @@ def quantize(
     "--sm",
     "sms",
     callback=_integers,
-    help="rtx. GPUs by compute capability, 121 for 12.1, with commas [default: 121,120,89].",
+    help="GPUs by compute capability, 121 for 12.1, with commas [default: 121,120,89; on tensorrt this "
+    "machine's, with --emit-only also 100,90].",
 )
-@click.option("--dtype", type=click.Choice(["bf16", "fp16"]), help="rtx. Activations and KV pool [default: bf16].")
-@click.option("--max-batch", type=click.IntRange(min=1), help="rtx. Sequences a pass [default: 8].")
-@click.option("--max-step", type=click.IntRange(min=1), help="rtx. Tokens a sequence and pass [default: 256].")
+@click.option("--dtype", type=click.Choice(["bf16", "fp16"]), help="GPUs. Activations and KV pool [default: bf16].")
+@click.option("--max-batch", type=click.IntRange(min=1), help="GPUs. Sequences a pass [default: 8].")
+@click.option("--max-step", type=click.IntRange(min=1), help="GPUs. Tokens a sequence and pass [default: 256].")
+@click.option(
+    "--emit-only", is_flag=True, default=None, help="tensorrt. Write all but the plans: `trimode compile` makes them."
+)
 @json_option
 def build(
     checkpoint: str,
@@ -158,11 +162,11 @@ def build(
 ) -> None:
     """Build the AR and the diffusion engine of CHECKPOINT into the new folder OUT."""
     try:
-        from trimode.build.engine import CpuOptions, RtxOptions, build_engine
+        from trimode.build.engine import CpuOptions, RtxOptions, TensorrtOptions, build_engine
     except ModuleNotFoundError as error:
         raise TriModeError(f"building needs the package {error.name}: pip install 'trimode[build]'") from None
 
-    kind = RtxOptions if target == "rtx" else CpuOptions
+    kind = {"cpu": CpuOptions, "rtx": RtxOptions, "tensorrt": TensorrtOptions}[target]
     given = {name: value for name, value in of_target.items() if value is not None}
     for name in given.keys() - {field.name for field in dataclasses.fields(kind)}:
         raise TriModeError(f"--{'sm' if name == 'sms' else name.replace('_', '-')} is no option of target {target}")
@@ -177,6 +181,39 @@ def build(
             progress=progress,
         )
     _print_manifest(out, manifest, as_json)
+
+
+@commands.command("compile")
+@click.argument("emitted", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@json_option
+def compile_emitted(emitted: Path, out: Path, as_json: bool) -> None:
+    """Compile EMITTED, which `trimode build --target tensorrt --emit-only` wrote, for this machine's GPU into OUT."""
+    from trimode.build.tensorrt_compile import compile_engine
+
+    with _progress() as progress:
+        manifest = compile_engine(emitted, out, progress)
+    _print_manifest(out, manifest, as_json)
+
+
+@commands.command()
+@click.argument("checkpoint")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--format", "form", type=click.Choice(["trtllm"]), required=True, help="trtllm: for TensorRT-LLM's LLM.")
+@json_option
+def export(checkpoint: str, out: Path, form: str, as_json: bool) -> None:
+    """Write the autoregressive half of CHECKPOINT, for another program, into the new folder OUT."""
+    from trimode.quantize import export_trtllm
+
+    with _progress() as progress:
+        report = export_trtllm(open_checkpoint(checkpoint), out, progress)
+    if as_json:
+        print(report.model_dump_json())
+        return
+    print(
+        f"{out}: {report.tensors} tensors, {report.bytes / 1e6:.1f} MB, quantisation {report.quantization}, "
+        f"for {form}; the same network up to {report.max_tokens} tokens"
+    )
 
 
 @commands.command()
@@ -334,13 +371,18 @@ def _print_manifest(engine: Path, manifest: Manifest, as_json: bool) -> None:
 
 
 def _made_for(manifest: Manifest) -> str:
-    if manifest.rtx is None:
+    if manifest.rtx is not None:
+        return f"TensorRT-RTX {manifest.rtx.tensorrt_rtx} on {_on_gpus(manifest.rtx)}"
+    if manifest.tensorrt is None:
         return f"onnxruntime {manifest.onnxruntime} on {manifest.instruction_set}"
-    gpus = ", ".join(f"{sm // 10}.{sm % 10}" for sm in manifest.rtx.sms)
-    return (
-        f"TensorRT-RTX {manifest.rtx.tensorrt_rtx} on compute capability {gpus}; batch to {manifest.rtx.max_batch}, "
-        f"step to {manifest.rtx.max_step}"
-    )
+    plans = manifest.tensorrt.plans
+    made = "TensorRT, not compiled yet" if plans is None else f"TensorRT {plans.tensorrt} on {plans.gpu}"
+    return f"{made}; kernels for {_on_gpus(manifest.tensorrt)}"
+
+
+def _on_gpus(entry: RtxEntry | TensorrtEntry) -> str:
+    gpus = ", ".join(f"{sm // 10}.{sm % 10}" for sm in entry.sms)
+    return f"compute capability {gpus}; batch to {entry.max_batch}, step to {entry.max_step}"
 
 
 @contextmanager

@@ -40,10 +40,6 @@ class Pass(NamedTuple):
     tokens: Ints  # [S]
     rows: Ints  # [R]
 
-    @property
-    def causal(self) -> bool:
-        return self.kind in ("prefill", "commit")
-
 
 class Sequence:
     """One answer: its tokens, how many of them are committed to the KV pool, and the block under work.
@@ -79,6 +75,7 @@ class Sequence:
         self._mask_id = mask_id
         self._prefill_step = prefill_step
         self._block = NO_BLOCK
+        self._masks = 0  # places of the block that are not settled
         self._block_logprobs: dict[int, dict[int, Logprob]] = {}  # diffusion: by place in the block
         self._passes_of_block = 0
 
@@ -92,8 +89,18 @@ class Sequence:
         return self.committed < len(self.prompt)
 
     @property
+    def fills_block(self) -> bool:
+        """Whether its next pass is a bidirectional one."""
+        return not self.prefilling and self._masks > 0
+
+    @property
     def needs_block(self) -> bool:
         return not self.prefilling and not len(self._block)
+
+    @property
+    def drafts_in_passes(self) -> bool:
+        """Whether its masks may take more than one bidirectional pass to fill."""
+        return self.params.mode == "diffusion" or bool(self.params.draft_threshold)
 
     @property
     def longest_block(self) -> int:
@@ -104,6 +111,7 @@ class Sequence:
         """Lay out the next block: the seed, and masks up to ``length``, which is at most ``longest_block``."""
         self._block = np.full(length, self._mask_id, np.int64)
         self._block[0] = self.emitted[-1]
+        self._masks = length - 1
         self._block_logprobs = {}
         self._passes_of_block = 0
         self.rejected = []
@@ -114,8 +122,8 @@ class Sequence:
             chunk = self.prompt[self.committed : self.committed + self._prefill_step]
             return Pass("prefill", chunk, np.array([len(chunk) - 1]))
         diffusion = self.params.mode == "diffusion"
-        masked = np.flatnonzero(self._block == self._mask_id)
-        if len(masked):
+        if self._masks:
+            masked = np.flatnonzero(self._block == self._mask_id)
             return Pass("denoise" if diffusion else "draft", self._block, masked)
         rows = np.array([len(self._block) - 1]) if diffusion else np.arange(len(self._block))
         return Pass("commit", self._block, rows)
@@ -138,10 +146,14 @@ class Sequence:
 
     def _draft(self, done: Pass, found: Candidates) -> None:
         """Fill masks with the likeliest tokens: those are the likeliest to be accepted, at any temperature."""
+        threshold = self.params.draft_threshold
+        if not threshold:
+            self._settle(done.rows, found.tokens[:, 0])
+            return
         confidence = np.exp(found.logits[:, 0] - found.log_sum_exp)
-        sure = confidence >= (self.params.draft_threshold or 0.0)
+        sure = confidence >= threshold
         sure[confidence.argmax()] = True
-        self._block[done.rows[sure]] = found.tokens[sure, 0]
+        self._settle(done.rows[sure], found.tokens[sure, 0])
 
     def _denoise(self, done: Pass, found: Candidates) -> None:
         """Settle masked positions of the block by confidence, the probability of the token chosen for them."""
@@ -151,7 +163,7 @@ class Sequence:
         masks = len(self._block) - 1
         sure = settled(confidence, self.params, masks, self._passes_of_block)
         self._passes_of_block += 1
-        self._block[done.rows[sure]] = tokens[sure]
+        self._settle(done.rows[sure], tokens[sure])
         if self.params.logprobs is not None:
             for row in np.flatnonzero(sure):
                 self._block_logprobs[int(done.rows[row])] = self._logprobs(found, row, int(tokens[row]))
@@ -159,7 +171,11 @@ class Sequence:
         if self.params.max_thinking_tokens is None and self._ends_before_a_mask():
             self.counts.cycles += 1
             self._emit_denoised()
-            self._block = NO_BLOCK
+            self._block, self._masks = NO_BLOCK, 0
+
+    def _settle(self, places: Ints, tokens: Ints) -> None:
+        self._block[places] = tokens
+        self._masks -= len(places)
 
     def _commit(self, found: Candidates) -> None:
         """Accept the block's longest run that the causal rows agree with, and the token that follows."""

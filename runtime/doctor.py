@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import ctypes
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
 from pydantic import BaseModel
 
+from trimode.model.gpus import Gpu, Gpus, find_gpus
 from trimode.model.machine import instruction_set
+from trimode.model.manifest import RTX_COMPUTE_CAPABILITIES
 
-_PACKAGES = ("onnxruntime", "onnx", "torch", "nvidia-modelopt", "tensorrt-rtx-cu13")
-_CUDA_SUCCESS = 0
-_COMPUTE_CAPABILITY = (75, 76)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
-
-
-class Gpu(BaseModel):
-    """compute_capability: 121 is 12.1, as ``trimode build --sm`` takes it."""
-
-    name: str
-    compute_capability: int
+_PACKAGES = (
+    *("onnxruntime", "onnx", "torch", "nvidia-modelopt", "tensorrt-rtx-cu13", "cuda-bindings"),
+    *("triton", "tensorrt"),
+)
 
 
 class Findings(BaseModel):
@@ -43,19 +38,19 @@ class Findings(BaseModel):
 
 def examine() -> Findings:
     """Look at this machine; starts nothing and loads no model."""
-    driver, gpus = _gpus()
+    gpus = find_gpus()
     packages = {name: _version(name) for name in _PACKAGES}
     return Findings(
         machine=instruction_set(),
         python=platform.python_version(),
-        driver=driver,
-        gpus=gpus,
+        driver=gpus.driver,
+        gpus=gpus.found,
         packages=packages,
-        targets=_targets(packages),
+        targets=_targets(packages, gpus),
     )
 
 
-def _targets(packages: dict[str, str | None]) -> dict[str, str]:
+def _targets(packages: dict[str, str | None], gpus: Gpus) -> dict[str, str]:
     builds = packages["onnx"] is not None
     to_build = "builds" if builds else "does not build: pip install 'trimode[build]'"
     if not builds:
@@ -64,7 +59,31 @@ def _targets(packages: dict[str, str | None]) -> dict[str, str]:
         rtx = "does not build: pip install 'trimode[rtx]'"
     else:
         rtx = "builds and audits, with or without a GPU"
-    return {"cpu": f"runs; {to_build}", "rtx": f"{rtx}; does not run: this version has no executor for it"}
+    return {
+        "cpu": f"runs; {to_build}",
+        "rtx": f"{_rtx_runs(packages, gpus)}; {rtx}",
+        "tensorrt": f"does not run: this version has no executor for it; {_tensorrt_builds(packages, gpus)}",
+    }
+
+
+def _tensorrt_builds(packages: dict[str, str | None], gpus: Gpus) -> str:
+    if packages["onnx"] is None or packages["triton"] is None:
+        return "does not build: pip install 'trimode[build,tensorrt]'"
+    if packages["tensorrt"] is None:
+        return "builds with --emit-only; to compile: pip install 'tensorrt>=11.4,<12' on a machine with a GPU"
+    return "builds" if gpus.found else "builds with --emit-only; to compile it needs an NVIDIA GPU and its driver"
+
+
+def _rtx_runs(packages: dict[str, str | None], gpus: Gpus) -> str:
+    if not gpus.found:
+        return "does not run: it needs an NVIDIA GPU and its driver"
+    fitting = [gpu for gpu in gpus.found if gpu.compute_capability in RTX_COMPUTE_CAPABILITIES]
+    if not fitting:
+        needed = ", ".join(map(str, RTX_COMPUTE_CAPABILITIES))
+        return f"does not run: it needs a GPU of compute capability {needed}"
+    if packages["tensorrt-rtx-cu13"] is None or packages["cuda-bindings"] is None:
+        return "does not run: pip install 'trimode[rtx]'"
+    return f"runs on {fitting[0].name}, if built with --sm {fitting[0].compute_capability}"
 
 
 def _version(package: str) -> str | None:
@@ -72,28 +91,3 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _gpus() -> tuple[str, list[Gpu]]:
-    """What the driver says, and its GPUs. The driver's own library: nothing of CUDA need be installed to ask it."""
-    try:
-        cuda = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return "none (libcuda.so.1 is not installed)", []
-    if status := cuda.cuInit(0):
-        return f"installed, but it does not start (CUDA error {status})", []
-    number, count = ctypes.c_int(), ctypes.c_int()
-    cuda.cuDriverGetVersion(ctypes.byref(number))
-    cuda.cuDeviceGetCount(ctypes.byref(count))
-    gpus = []
-    for index in range(count.value):
-        device, name, part = ctypes.c_int(), ctypes.create_string_buffer(256), ctypes.c_int()
-        if cuda.cuDeviceGet(ctypes.byref(device), index) != _CUDA_SUCCESS:
-            continue
-        cuda.cuDeviceGetName(name, len(name), device)
-        capability = 0
-        for attribute in _COMPUTE_CAPABILITY:
-            cuda.cuDeviceGetAttribute(ctypes.byref(part), attribute, device)
-            capability = capability * 10 + part.value
-        gpus.append(Gpu(name=name.value.decode(errors="replace"), compute_capability=capability))
-    return f"CUDA {number.value // 1000}.{number.value % 1000 // 10}", gpus

@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from trimode.model.errors import TriModeError
 from trimode.model.manifest import TOKENIZER, Manifest, verify_files
 from trimode.model.progress import Progress, no_progress
 from trimode.model.tokenizer import Tokenizer
-from trimode.runtime.cpu_executor import CpuExecutor
 from trimode.runtime.executor import Executor
+from trimode.runtime.loading import load_executor
 
 
 class Engine(NamedTuple):
@@ -37,9 +36,4 @@ def load_engine(
     if verify:
         verify_files(folder, manifest, progress)
     tokenizer = Tokenizer.from_folder(folder / TOKENIZER)
-    if manifest.target != "cpu":
-        raise TriModeError(
-            f"{folder} is an engine for target {manifest.target}, which this version builds and audits but "
-            "does not run; build one with --target cpu to generate"
-        )
-    return Engine(manifest, tokenizer, CpuExecutor(folder, manifest, threads, kv_cache_bytes))
+    return Engine(manifest, tokenizer, load_executor(folder, manifest, threads, kv_cache_bytes))

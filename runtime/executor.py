@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cache
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trimode.runtime.kv_pool import KvPool
+from trimode.runtime.kv_pool import Rows
 
 Ints = NDArray[np.int64]
 
@@ -45,17 +45,18 @@ class CausalStep(Step):
     block_mask: NDArray[np.bool_]  # [B, S, S]
 
     @classmethod
-    def chain(cls, first_slot: int, input_ids: Ints, write_indices: Ints, logit_rows: Ints) -> CausalStep:
+    def chain(
+        cls, first_slot: int, input_ids: Ints, write_indices: Ints, logit_rows: Ints, top_k: int | None = None
+    ) -> CausalStep:
         """Plain text: each token sees the step's tokens up to itself, and positions follow the committed rows."""
-        batch, size = input_ids.shape
-        mask = np.broadcast_to(_causal_mask(size), (batch, size, size))
-        positions = write_indices[:, None] + np.arange(size)
-        return cls(first_slot, input_ids, positions, write_indices, logit_rows, mask)
+        positions = write_indices[:, None] + np.arange(input_ids.shape[1])
+        mask = _causal_mask(*input_ids.shape)
+        return cls(first_slot, input_ids, positions, write_indices, logit_rows, mask, top_k=top_k)
 
 
 @cache
-def _causal_mask(size: int) -> NDArray[np.bool_]:
-    return np.tril(np.ones((size, size), np.bool_))
+def _causal_mask(batch: int, size: int) -> NDArray[np.bool_]:
+    return np.broadcast_to(np.tril(np.ones((size, size), np.bool_)), (batch, size, size))
 
 
 @dataclass(frozen=True)
@@ -74,10 +75,16 @@ class BidirectionalStep(Step):
         logit_rows: Ints,
         step_lengths: Ints,
         adapter: NDArray[np.bool_],
+        top_k: int | None = None,
     ) -> BidirectionalStep:
         """A block a sequence, right after its committed rows."""
         positions = write_indices[:, None] + np.arange(input_ids.shape[1])
-        return cls(first_slot, input_ids, positions, write_indices, logit_rows, step_lengths, adapter)
+        return cls(first_slot, input_ids, positions, write_indices, logit_rows, step_lengths, adapter, top_k=top_k)
+
+    def verification(self, drafted: Ints | None = None) -> CausalStep:
+        """The causal pass over the same rows, of ``drafted`` tokens [B, S] after the seed, or of what stands there."""
+        ids = self.input_ids if drafted is None else np.concatenate([self.input_ids[:, :1], drafted[:, 1:]], axis=1)
+        return CausalStep.chain(self.first_slot, ids, self.write_indices, self.logit_rows)
 
 
 class Candidates(NamedTuple):
@@ -92,11 +99,68 @@ class Candidates(NamedTuple):
         return Candidates(self.logits[index, :rows], self.tokens[index, :rows], self.log_sum_exp[index, :rows])
 
 
+class KvSlots(Protocol):
+    """KV memory for sequences of at most ``capacity`` tokens: they sit in slots 0 .. ``active`` - 1."""
+
+    capacity: int
+    active: int
+
+    @property
+    def slots(self) -> int:
+        """How many are allocated."""
+        ...
+
+    def holds(self, sequences: int, rows: int) -> bool:
+        """Whether there may be so many sequences, the longest of ``rows`` tokens."""
+        ...
+
+    def acquire(self) -> int:
+        """A slot for a new sequence: always the first one past the active ones."""
+        ...
+
+    def release(self, slot: int) -> int:
+        """Give a slot back. The last active sequence moves into it; returns that sequence's former slot."""
+        ...
+
+    def reserve(self, rows: int) -> None:
+        """Make room for sequences of ``rows`` tokens; raises TriModeError past the engine's capacity."""
+        ...
+
+    def read_rows(self, slot: int, start: int, stop: int) -> Rows:
+        """A copy of a sequence's rows from ``start`` to before ``stop``."""
+        ...
+
+    def write_rows(self, slot: int, start: int, rows: Rows) -> None:
+        """Put rows that :meth:`read_rows` gave into a sequence, from ``start`` on; there is room for them."""
+        ...
+
+
 class Executor(Protocol):
     """Runs the engines of one target. ``pool`` is the KV memory that both engines share."""
 
-    pool: KvPool
+    @property
+    def pool(self) -> KvSlots: ...
 
     def run(self, step: CausalStep | BidirectionalStep) -> Candidates:
         """One pass; writes the step's KV rows, whichever the engine."""
+        ...
+
+
+class Speculated(NamedTuple):
+    """Candidates of every row, [B, S, k], of a draft and of the causal pass that verifies it."""
+
+    drafted: Candidates
+    verified: Candidates
+
+
+@runtime_checkable
+class SpeculatingExecutor(Executor, Protocol):
+    """One that need not wait between a draft and its verification."""
+
+    def speculate(self, draft: BidirectionalStep) -> Speculated:
+        """A draft of whole blocks, and the causal pass over the blocks that it fills.
+
+        ``draft`` asks for all its rows. Every row's best token stands in the causal pass's input, but for the first
+        row, which keeps the seed.
+        """
         ...

@@ -220,7 +220,8 @@ class LLM:
                 output, request = self._prepare(one, its_params, streaming=False)
                 self._submit(request, wait=True)
                 outputs.append(output)
-            for output in track(outputs, "Answering", disable=alone or not use_tqdm, transient=True):
+            show = use_tqdm and not alone  # a bar has a thread of its own, which one short answer would wait for
+            for output in track(outputs, "Answering", transient=True) if show else outputs:
                 output.result()
         except BaseException:
             for output in outputs:

@@ -25,6 +25,7 @@ class PassCost:
     """Seconds of a pass. max_batch, max_step: how far the table goes; what is larger costs in proportion."""
 
     def __init__(self, max_batch: int, max_step: int) -> None:
+        self._largest = max_batch, max_step
         self._batches = _powers(max_batch)
         self._steps = _powers(max_step)
         self._log_seconds: dict[EngineName, list[list[float]]] = {
@@ -62,7 +63,8 @@ class PassCost:
             for cell in cells:
                 row, column = cell
                 if cell == cells[0] or time.perf_counter() < deadline:
-                    batch, step = self._batches[row], self._steps[column]
+                    batch = min(self._batches[row], self._largest[0])
+                    step = min(self._steps[column], self._largest[1])
                     table[row][column] = math.log(min(run(engine, batch, step) for _ in range(_TRIALS)))
                     largest = cell
                 else:

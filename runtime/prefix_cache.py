@@ -14,8 +14,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from trimode.runtime.executor import Ints
-from trimode.runtime.kv_pool import KvPool, Rows
+from trimode.runtime.executor import Ints, KvSlots
+from trimode.runtime.kv_pool import Rows
 
 BLOCK = 32  # tokens
 
@@ -28,7 +28,7 @@ class PrefixCache:
         self._limit = limit
         self._blocks: OrderedDict[bytes, Rows] = OrderedDict()
 
-    def restore(self, tokens: Ints, pool: KvPool, slot: int) -> int:
+    def restore(self, tokens: Ints, pool: KvSlots, slot: int) -> int:
         """Write the known rows of ``tokens`` into an empty slot; returns how many. The last token is always left: its
         pass gives the logits.
         """
@@ -47,7 +47,7 @@ class PrefixCache:
             pool.write_rows(slot, start, block[:, :, : known - start])
         return known
 
-    def store(self, tokens: Ints, pool: KvPool, slot: int) -> None:
+    def store(self, tokens: Ints, pool: KvSlots, slot: int) -> None:
         """Keep the rows of ``tokens``, all of them committed in ``slot``."""
         start = 0
         for chunk, key in _chain(tokens):

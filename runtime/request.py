@@ -50,7 +50,8 @@ class Request:
         if finish_reason is not None:
             self._finish(finish_reason, sequence.ending.stop_reason)
         elif new and self._streaming:
-            self._tell(self._new_text(new))
+            self._feed(new)
+            self._tell(self._text.told())
 
     def cancel(self) -> None:
         """Tell that it ended because somebody wanted it to."""
@@ -61,7 +62,8 @@ class Request:
         self._listener(Update(index=self.index, error=error))
 
     def _finish(self, finish_reason: FinishReason, stop_reason: int | str | None) -> None:
-        text = self._new_text(self.sequence.emitted[self._told :]) + self._text.finish()
+        self._feed(self.sequence.emitted[self._told :])
+        text = self._text.finish()
         now = time.perf_counter()
         self._tell(
             text,
@@ -71,10 +73,9 @@ class Request:
             seconds=now - self._arrived,
         )
 
-    def _new_text(self, tokens: list[int]) -> str:
-        if tokens and not self._text_is_fed:
+    def _feed(self, tokens: list[int]) -> None:
+        if not self._text_is_fed:
             self._text.feed(tokens)
-        return self._text.told()
 
     def _tell(self, text: str, **ending: object) -> None:
         sequence, begin = self.sequence, self._told

@@ -7,9 +7,11 @@ then commits; prefills go along with the commits, a chunk a step. Requests join 
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections import deque
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 
@@ -17,7 +19,7 @@ from trimode.runtime.acceptance import LONGEST_BLOCK
 from trimode.runtime.auto_block import choose_block_length
 from trimode.runtime.batching import Member, Span, bidirectional_step, causal_step, plan_spans
 from trimode.runtime.decoding import Pass
-from trimode.runtime.executor import BidirectionalStep, Candidates, CausalStep, Executor
+from trimode.runtime.executor import BidirectionalStep, Candidates, CausalStep, Executor, SpeculatingExecutor
 from trimode.runtime.outputs import Counts
 from trimode.runtime.pass_cost import EngineName, PassCost
 from trimode.runtime.prefix_cache import PrefixCache
@@ -59,6 +61,7 @@ class Scheduler:
     ) -> None:
         self.waiting: deque[Request] = deque()
         self._executor = executor
+        self._speculating = executor if isinstance(executor, SpeculatingExecutor) else None
         self._running: list[Request] = []  # by slot
         self._max_batch = max_batch
         self._capacity = capacity
@@ -93,8 +96,9 @@ class Scheduler:
         self._measure_passes()
         self._admit()
         self._open_blocks()
-        self._run_passes("diffusion")
-        self._run_passes("ar")
+        if not self._speculate():
+            self._run_passes("diffusion")
+            self._run_passes("ar")
         self._deliver()
 
     def fail(self, error: Exception) -> None:
@@ -172,6 +176,37 @@ class Scheduler:
             for slot, needed, _, _ in span.members:
                 self._absorb(slot, needed, found.of(slot - span.first, len(needed.rows)))
 
+    def _speculate(self) -> bool:
+        """Draft and commit with one wait, if the executor can and that is what every sequence is about to do; returns
+        whether it was done.
+        """
+        if self._speculating is None:
+            return False
+        members = self._members("diffusion")
+        if not members or len(members) < len(self._running):
+            return False
+        if any(self._running[member.slot].sequence.drafts_in_passes for member in members):
+            return False
+        committed = [request.sequence.committed for request in self._running]
+        for span in plan_spans(members, committed, self._capacity, "diffusion", self._cost):
+            rows = np.tile(np.arange(span.step), (span.batch, 1))
+            draft = dataclasses.replace(bidirectional_step(span, committed), logit_rows=rows)
+            begun = time.perf_counter()
+            drafted, verified = self._speculating.speculate(draft)
+            self._observe_both(span, time.perf_counter() - begun)
+            for slot, needed, _, _ in span.members:
+                index, length = slot - span.first, len(needed.tokens)
+                logits, tokens, log_sum_exp = drafted.of(index, length)
+                self._absorb(slot, needed, Candidates(logits[1:], tokens[1:], log_sum_exp[1:]))
+                self._absorb(slot, self._running[slot].sequence.next_pass(), verified.of(index, length))
+        return True
+
+    def _observe_both(self, span: Span, seconds: float) -> None:
+        """A draft and its verification took so long together: by their shares so far."""
+        shares = {engine: self._cost.seconds(engine, span.batch, span.step) for engine in get_args(EngineName)}
+        for engine, share in shares.items():
+            self._cost.observe(engine, span.batch, span.step, seconds * share / sum(shares.values()))
+
     def _members(self, engine: EngineName) -> list[Member]:
         """The sequences that need a pass of this engine now, by slot."""
         members: list[Member] = []
@@ -180,9 +215,9 @@ class Scheduler:
             sequence = request.sequence
             if sequence.ending.finish_reason is not None:  # a denoise pass found its end
                 continue
-            needed = sequence.next_pass()
-            if needed.causal != (engine == "ar"):
+            if sequence.fills_block != (engine == "diffusion"):
                 continue
+            needed = sequence.next_pass()
             if needed.kind == "prefill":
                 # The first chunk always goes; more of them only as far as those who decode need not wait for long.
                 if prefill and prefill + len(needed.tokens) > self._prefill_tokens:

@@ -21,40 +21,52 @@ class TextStream:
         include_stop: bool = False,
         skip_special_tokens: bool = True,
     ) -> None:
-        self.stop: str | None = None
+        self._stop: str | None = None
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
         self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
         self._stops = stops
         self._include_stop = include_stop
         self._tokens: list[int] = []
+        self._fed = 0  # tokens that the incremental decoding has seen
         self._decoded = ""
         self._told = 0  # characters
 
+    @property
+    def stop(self) -> str | None:
+        self._decode()
+        return self._stop
+
     def feed(self, tokens: list[int]) -> None:
         self._tokens += tokens
-        pieces = [self._tokenizer.step(self._stream, token) for token in tokens]
-        self._append("".join(piece for piece in pieces if piece))
 
     def told(self) -> str:
         """The text since the last call that is complete and that no later token can turn into a stop string."""
-        return self._tell(len(self._decoded) - (0 if self.stop else self._possible_stop()))
+        return self._tell(len(self._decoded) if self.stop else len(self._decoded) - self._possible_stop())
 
     def finish(self) -> str:
         """All that was not told yet: the beginning of a stop string, an unfinished character as its replacement."""
-        if self.stop is None:
+        if not self._stops or self.stop is None:
             whole = self._tokenizer.decode(self._tokens, self._skip_special_tokens)
             self._append(whole.removeprefix(self._decoded))
         return self._tell(len(self._decoded))
 
+    def _decode(self) -> None:
+        pieces = [self._tokenizer.step(self._stream, token) for token in self._tokens[self._fed :]]
+        self._fed = len(self._tokens)
+        self._append("".join(piece for piece in pieces if piece))
+
     def _append(self, text: str) -> None:
         """Add decoded text and look for the stop string that it completes first."""
+        if not self._stops:
+            self._decoded += text
+            return
         searched = max(0, len(self._decoded) - max(map(len, self._stops), default=0) + 1)
         self._decoded += text
         found = [(at + len(stop), stop) for stop in self._stops if (at := self._decoded.find(stop, searched)) >= 0]
         if found:
-            end, self.stop = min(found)
-            self._decoded = self._decoded[: end if self._include_stop else end - len(self.stop)]
+            end, self._stop = min(found)
+            self._decoded = self._decoded[: end if self._include_stop else end - len(self._stop)]
 
     def _possible_stop(self) -> int:
         """Length of the longest end of the text that is the beginning of a stop string."""

@@ -23,7 +23,7 @@ from rich.progress import track
 from trimode.model.atomic_folder import atomic_folder
 from trimode.model.checkpoint import ADAPTER_FOLDER, HEAD, adapter_shapes, linear_shapes, vector_shapes
 from trimode.model.config import ModelConfig
-from trimode.quantize.modelopt_format import QUANT_CONFIG_FILE, hf_quant_config, quantization_config
+from trimode.quantize.modelopt_format import QUANT_CONFIG_FILE, excluded_modules, hf_quant_config, quantization_config
 from trimode.quantize.safetensors_stream import TensorSpec, write_tensors
 
 # hidden size, layers, MLP width, rope theta: the published config.json of each.
@@ -87,9 +87,9 @@ def write_checkpoint(
     with atomic_folder(folder) as out:
         write_tensors(out, specs, track(_random(specs, seed), f"{shape} weights", total=len(specs)))
         (out / "config.json").write_text(
-            json.dumps(fields | {"quantization_config": quantization_config(int4_head)}, indent=2)
+            json.dumps(fields | {"quantization_config": quantization_config(excluded_modules(int4_head))}, indent=2)
         )
-        (out / QUANT_CONFIG_FILE).write_text(json.dumps(hf_quant_config(GROUP, int4_head), indent=2))
+        (out / QUANT_CONFIG_FILE).write_text(json.dumps(hf_quant_config(GROUP, excluded_modules(int4_head)), indent=2))
         adapter = out / ADAPTER_FOLDER
         adapter.mkdir()
         matrices = [TensorSpec(name, BF16, size) for name, size in adapter_shapes(config, RANK).items()]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -71,3 +73,11 @@ def random_unpacked_engine(random_int4_checkpoint: Path, tmp_path_factory: pytes
     out = tmp_path_factory.mktemp("engine") / "unpacked"
     build_engine(Checkpoint(random_int4_checkpoint), out, top_k=768)
     return out
+
+
+@pytest.fixture(scope="session")
+def tensorrt(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
+    """TensorRT's Python bindings over stub libraries: it declares plugins, and builds nothing."""
+    from tests.plugins.stubs import bindings_on_stubs
+
+    yield from bindings_on_stubs(tmp_path_factory.mktemp("stubs"))

@@ -57,7 +57,7 @@ from pathlib import Path
 
 class Forbidden:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"torch", "transformers", "peft", "modelopt", "onnx"}:
+        if name.split(".")[0] in {"torch", "transformers", "peft", "modelopt", "onnx", "tensorrt_rtx", "cuda"}:
             raise AssertionError(f"imported {name}")
 
 sys.meta_path.insert(0, Forbidden())

@@ -22,13 +22,7 @@ from trimode.model.step import AttentionPattern, cache_inputs, cache_outputs, ca
 
 CAPACITY, COMMITTED, WINDOW, STEP, BATCH = 256, (40, 93), 128, 12, 2
 ON_GPU = NetworkOptions(
-    top_k=768,
-    adapter=True,
-    capacity=CAPACITY,
-    kv_read="view",
-    fold_queries=True,
-    rotate_together=True,
-    select_by_product=True,
+    top_k=768, adapter=True, capacity=CAPACITY, kv_read="view", rotate_together=True, select_by_product=True
 )
 PATTERNS = pytest.mark.parametrize("pattern", ["causal", "bidirectional"])
 Arrays = dict[str, NDArray[np.generic]]
@@ -111,29 +105,16 @@ def assert_same(found: Arrays, expected: Arrays) -> None:
 
 
 @PATTERNS
-@pytest.mark.parametrize(
-    ("kv_read", "fold"), [("cache", False), ("cache", True), ("window", False), ("window", True), ("view", True)]
-)
+@pytest.mark.parametrize("kv_read", ["cache", "window", "view"])
 @pytest.mark.parametrize("on_gpu", [False, True])
 def test_every_form_computes_the_same(
-    checkpoint: Checkpoint, pool: RawPool, pattern: AttentionPattern, kv_read: KvRead, fold: bool, on_gpu: bool
+    checkpoint: Checkpoint, pool: RawPool, pattern: AttentionPattern, kv_read: KvRead, on_gpu: bool
 ) -> None:
     plain = execute(checkpoint, pool, pattern, NetworkOptions(top_k=768, adapter=True))
     form = NetworkOptions(
-        top_k=768,
-        adapter=True,
-        capacity=CAPACITY,
-        kv_read=kv_read,
-        fold_queries=fold,
-        rotate_together=on_gpu,
-        select_by_product=on_gpu,
+        top_k=768, adapter=True, capacity=CAPACITY, kv_read=kv_read, rotate_together=on_gpu, select_by_product=on_gpu
     )
     assert_same(execute(checkpoint, pool, pattern, form), plain)
-
-
-def test_a_view_is_read_by_folded_queries() -> None:
-    with pytest.raises(ValueError, match="folded"):
-        NetworkOptions(adapter=False, kv_read="view")
 
 
 def test_a_window_that_ends_too_early_is_seen(

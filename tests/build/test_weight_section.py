@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trimode.build.weight_section import cut_runs, find_shared_runs, whole_plan
+from trimode.build.weight_section import cut_runs, find_shared_runs
+from trimode.model.plan import whole_plan
 
 LARGE = 600_000  # bytes of a shared run: more than twice what the search steps over
 sizes = st.integers(0, 5000)

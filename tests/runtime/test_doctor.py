@@ -9,37 +9,8 @@ from typing import Any
 
 import pytest
 
+from tests.runtime.rtx.rtx_double import LibcudaDouble
 from trimode.runtime import doctor
-
-
-class Driver:
-    """Stands in for libcuda: one GPU of compute capability 12.1, or a driver that does not start."""
-
-    def __init__(self, status: int = 0) -> None:
-        self.status = status
-
-    def cuInit(self, _flags: int) -> int:  # noqa: N802 - CUDA's names
-        return self.status
-
-    def cuDriverGetVersion(self, number: Any) -> int:  # noqa: N802
-        number._obj.value = 13010
-        return 0
-
-    def cuDeviceGetCount(self, count: Any) -> int:  # noqa: N802
-        count._obj.value = 1
-        return 0
-
-    def cuDeviceGet(self, device: Any, index: int) -> int:  # noqa: N802
-        device._obj.value = index
-        return 0
-
-    def cuDeviceGetName(self, name: Any, _size: int, _device: Any) -> int:  # noqa: N802
-        name.value = b"GB10"
-        return 0
-
-    def cuDeviceGetAttribute(self, value: Any, attribute: int, _device: Any) -> int:  # noqa: N802
-        value._obj.value = {75: 12, 76: 1}[attribute]
-        return 0
 
 
 def absent(_name: str) -> None:
@@ -47,15 +18,18 @@ def absent(_name: str) -> None:
 
 
 def test_a_gpu_is_named_with_its_compute_capability(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ctypes, "CDLL", lambda _name: Driver())
+    monkeypatch.setattr(ctypes, "CDLL", lambda _name: LibcudaDouble())
     found = doctor.examine()
     assert found.driver == "CUDA 13.1"
-    assert found.gpus == [doctor.Gpu(name="GB10", compute_capability=121)]
+    assert found.gpus == [doctor.Gpu(ordinal=0, name="GB10", compute_capability=121)]
 
 
 @pytest.mark.parametrize(
     ("library", "words"),
-    [(absent, "none (libcuda.so.1 is not installed)"), (lambda _name: Driver(100), "does not start (CUDA error 100)")],
+    [
+        (absent, "none (libcuda.so.1 is not installed)"),
+        (lambda _name: LibcudaDouble(3), "does not start (CUDA error 3)"),
+    ],
 )
 def test_a_machine_without_a_gpu(monkeypatch: pytest.MonkeyPatch, library: Any, words: str) -> None:
     monkeypatch.setattr(ctypes, "CDLL", library)
@@ -79,8 +53,42 @@ def test_a_missing_package_comes_with_its_remedy(
     assert remedy in doctor.examine().targets[target]
 
 
+@pytest.mark.parametrize(
+    ("library", "missing", "words"),
+    [
+        (LibcudaDouble(), None, "runs on GB10, if built with --sm 121; builds and audits"),
+        (LibcudaDouble(capability=(9, 0)), None, "does not run: it needs a GPU of compute capability 75, 80, 86"),
+        (LibcudaDouble(100), None, "does not run: it needs an NVIDIA GPU and its driver; builds and audits"),
+        (LibcudaDouble(), "cuda-bindings", "does not run: pip install 'trimode[rtx]'; builds"),
+    ],
+)
+def test_whether_rtx_runs(
+    monkeypatch: pytest.MonkeyPatch, library: LibcudaDouble, missing: str | None, words: str
+) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda _name: library)
+    monkeypatch.setattr(doctor, "_version", lambda package: None if package == missing else "1.0")
+    assert doctor.examine().targets["rtx"].startswith(words)
+
+
 def test_the_command_prints_it() -> None:
     program = [sys.executable, "-c", "from trimode.runtime.cli import main; main()", "doctor"]
     found = subprocess.run(program, capture_output=True, text=True, check=True)
     assert "target cpu" in found.stdout
     assert found.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("installed", "library", "words"),
+    [
+        ({"onnx"}, absent, "does not build: pip install 'trimode[build,tensorrt]'"),
+        ({"onnx", "triton"}, absent, "builds with --emit-only; to compile: pip install 'tensorrt>=11.4,<12'"),
+        ({"onnx", "triton", "tensorrt"}, absent, "builds with --emit-only; to compile it needs an NVIDIA GPU"),
+        ({"onnx", "triton", "tensorrt"}, lambda _name: LibcudaDouble(), "no executor for it; builds"),
+    ],
+)
+def test_what_target_tensorrt_lacks(
+    monkeypatch: pytest.MonkeyPatch, installed: set[str], library: Any, words: str
+) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", library)
+    monkeypatch.setattr(doctor, "_version", lambda package: "1" if package in installed else None)
+    assert words in doctor.examine().targets["tensorrt"]

@@ -19,6 +19,7 @@ from scripts.exact_law import (
     MASK,
     ExactLawExecutor,
     greedy_text,
+    law,
     prompts,
     text_law,
     total_variation,
@@ -200,10 +201,10 @@ def test_an_engine_that_fails_fails_its_requests_and_serves_the_next() -> None:
     assert bench.texts[number] == greedy_text((2, 3), 9)
 
 
-def drawn(mode: dict[str, Any], law: dict[str, Any], draws: int, length: int) -> Counter[tuple[int, ...]]:
+def drawn(mode: dict[str, Any], how: dict[str, Any], draws: int, length: int) -> Counter[tuple[int, ...]]:
     bench = Bench(max_batch=16, prefix_cache=False, end=False, capacity=16)
     for seed in range(draws):
-        bench.submit((2, 3), SamplingParams(max_tokens=length, **mode, **law), seed=seed)
+        bench.submit((2, 3), SamplingParams(max_tokens=length, **mode, **how), seed=seed)
     bench.run()
     return Counter(tuple(text) for text in bench.texts.values())
 
@@ -211,11 +212,11 @@ def drawn(mode: dict[str, Any], law: dict[str, Any], draws: int, length: int) ->
 LAWS = [{"temperature": 1.0}, {"temperature": 1.5, "top_k": 3}, {"temperature": 0.8, "top_p": 0.7}]
 
 
-@pytest.mark.parametrize("law", LAWS, ids=str)
-def test_sampled_self_speculation_has_ars_law(law: dict[str, Any]) -> None:
+@pytest.mark.parametrize("how", LAWS, ids=str)
+def test_sampled_self_speculation_has_ars_law(how: dict[str, Any]) -> None:
     """Over whole texts of three tokens; `scripts/prove_runtime.py` does the same with many more draws."""
-    found = drawn({"mode": "linear_spec", "block_length": 4}, law, draws=4000, length=3)
-    distance, by_chance = total_variation(found, text_law((2, 3), 3, SamplingParams(**law)))
+    found = drawn({"mode": "linear_spec", "block_length": 4}, how, draws=4000, length=3)
+    distance, by_chance = total_variation(found, text_law((2, 3), 3, SamplingParams(**how)))
     assert distance < 1.35 * by_chance
 
 
@@ -226,10 +227,33 @@ def test_the_test_of_the_law_can_fail() -> None:
     assert distance > 1.35 * by_chance
 
 
+def penalised_text(prompt: tuple[int, ...], length: int, presence: float, frequency: float) -> list[int]:
+    """Greedy AR with penalties, written out."""
+    text: list[int] = []
+    for _ in range(length):
+        logits = law((*prompt, *text), False).astype(np.float64).copy()
+        logits[MASK] = -np.inf
+        for token, count in Counter(text).items():
+            logits[token] -= presence + frequency * count
+        text.append(int(logits.argmax()))
+    return text
+
+
+@pytest.mark.parametrize("mode", GREEDY_MODES, ids=str)
+def test_greedy_texts_with_penalties_are_those_of_the_law(mode: dict[str, Any]) -> None:
+    bench, expected = Bench(end=False), {}
+    for prompt in prompts(12, seed=5):
+        params = SamplingParams(max_tokens=14, presence_penalty=0.6, frequency_penalty=0.3, **mode)
+        expected[bench.submit(prompt, params)] = penalised_text(prompt, 14, 0.6, 0.3)
+    bench.run()
+    assert bench.texts == expected
+    assert list(expected.values()) != [greedy_text(prompt, 14, end=False) for prompt in prompts(12, seed=5)]
+
+
 def test_penalties_count_within_a_run() -> None:
     """Sampled with penalties, one token after another: speculation draws what AR draws, seed by seed."""
-    law = {"temperature": 1.0, "presence_penalty": 1.5, "frequency_penalty": 0.5, "repetition_penalty": 1.4}
+    how = {"temperature": 1.0, "presence_penalty": 1.5, "frequency_penalty": 0.5, "repetition_penalty": 1.4}
     modes = ({"mode": "ar"}, {"mode": "linear_spec", "block_length": 6}, {"mode": "auto"})
-    texts = [drawn(mode, law, draws=300, length=8) for mode in modes]
+    texts = [drawn(mode, how, draws=300, length=8) for mode in modes]
     assert texts[0] == texts[1] == texts[2]
     assert texts[0] != drawn({"mode": "ar"}, {"temperature": 1.0}, draws=300, length=8)

@@ -1,0 +1,205 @@
+"""Masked attention over the KV pool: split over its rows, then merged.
+
+Queries that share a key-value head are rows of one tile, so K and V are read as they lie in the pool. A sequence's rows
+are dealt to splits, each attends to its own, and :func:`merge_kernel` weighs the results by their log-sum-exps. The
+number of splits launched is constant; how many have work, and which rows are theirs, each program finds from the
+length on the device. The step's own rows are in the pool already: :mod:`trimode.plugins.kv_write` has to store them
+anyway, and reading them back from there leaves one kind of row, where a second source would double the inner loop.
+
+The softmax's scale rides with the queries' rotation. Logits, softmax and sums are fp32.
+
+A paged pool would change the address of a tile of rows: with pages of a multiple of BLOCK_N rows, one load from the
+page table for each tile; with smaller pages, one for each row.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def attend_kernel(
+    q,
+    k_cache,
+    v_cache,
+    write_indices,
+    step_lengths,
+    block_mask,
+    step,
+    capacity,
+    partial,
+    log_sum_exp,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    MIN_ROWS: tl.constexpr,
+):
+    """A program: BLOCK_M rows of one key-value head's queries, one split of one sequence.
+
+    With ``step_lengths`` the pattern is bidirectional, with ``block_mask`` masked, with neither causal. A split has
+    MIN_ROWS rows or more, unless it is the only one.
+    """
+    split, head, batch = tl.program_id(1) // KV_HEADS, tl.program_id(1) % KV_HEADS, tl.program_id(2).to(tl.int64)
+    splits = tl.num_programs(1) // KV_HEADS
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    exists = row < GROUP * step
+    token = row % step
+    # No token of the tile sees a row from `length` on, all see those before `plain`.
+    committed = tl.load(write_indices + batch).to(tl.int32)
+    if step_lengths is not None:
+        length = committed + tl.load(step_lengths + batch).to(tl.int32)
+        plain = length
+    elif block_mask is not None:
+        length = committed + step
+        plain = committed
+    else:
+        length = committed + tl.max(tl.where(exists, token, 0), 0) + 1
+        plain = committed + tl.min(tl.where(exists, token, step), 0) + 1
+    length = tl.minimum(length, capacity)
+
+    busy = tl.minimum(tl.maximum(length // MIN_ROWS, 1), splits)
+    share = tl.cdiv(tl.cdiv(length, busy), BLOCK_N) * BLOCK_N
+    start = split * share
+    end = tl.minimum(start + share, length)
+    result = ((batch * splits + split) * KV_HEADS + head) * GROUP * step + row
+    if start >= end:
+        tl.store(log_sum_exp + result, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=exists)
+        return
+
+    column = tl.arange(0, HEAD_DIM)
+    in_q = q + ((batch * KV_HEADS + head) * GROUP * step + row[:, None]) * HEAD_DIM + column[None, :]
+    query = tl.load(in_q, mask=exists[:, None], other=0.0)
+    in_cache = (batch * KV_HEADS + head) * capacity * HEAD_DIM + column[None, :]
+    keys, values = k_cache + in_cache, v_cache + in_cache
+    best = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    sums = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
+    masked = start + tl.maximum(tl.minimum(plain, end) - start, 0) // BLOCK_N * BLOCK_N
+    for first in tl.range(start, masked, BLOCK_N):
+        at = first + tl.arange(0, BLOCK_N)[:, None]
+        key = tl.load(keys + at * HEAD_DIM)
+        logits = tl.dot(query, tl.trans(key), input_precision="ieee") * LOG2_E
+        value = tl.load(values + at * HEAD_DIM)
+        best, total, sums = _accumulate(logits, value, best, total, sums)
+    # The step's few rows: in tiles as large as the others, or fetched ahead, their masks would not fit the registers.
+    for first in tl.range(masked, end, BLOCK_S, num_stages=1):
+        at = first + tl.arange(0, BLOCK_S)
+        key = tl.load(keys + at[:, None] * HEAD_DIM, mask=at[:, None] < end, other=0.0)
+        logits = tl.dot(query, tl.trans(key), input_precision="ieee") * LOG2_E
+        other = (at - committed)[None, :]  # of the step's tokens; negative ones are committed
+        seen = (at < end)[None, :]
+        if block_mask is not None:
+            named = seen & exists[:, None] & (other >= 0)
+            mask = block_mask + batch * step * step
+            seen = seen & ((other < 0) | (tl.load(mask + token[:, None] * step + other, mask=named, other=0) != 0))
+        elif step_lengths is None:
+            seen = seen & (other <= token[:, None])
+        logits = tl.where(seen, logits, float("-inf"))
+        value = tl.load(values + at[:, None] * HEAD_DIM, mask=at[:, None] < end, other=0.0)
+        best, total, sums = _accumulate(logits, value, best, total, sums)
+
+    saw = total > 0
+    total = tl.where(saw, total, 1.0)
+    tl.store(log_sum_exp + result, tl.where(saw, best + tl.log2(total), float("-inf")) / LOG2_E, mask=exists)
+    sums = sums / total[:, None]
+    target = partial + result[:, None] * HEAD_DIM + column[None, :]
+    tl.store(target, sums.to(partial.dtype.element_ty), mask=(exists & saw)[:, None])
+
+
+@triton.jit
+def _accumulate(logits, value, best, total, sums):
+    """The online softmax's step over one tile. A row that has seen nothing yet keeps -inf, 0 and 0."""
+    higher = tl.maximum(best, tl.max(logits, 1))
+    shift = tl.where(higher == float("-inf"), 0.0, higher)
+    weights = tl.exp2(logits - shift[:, None])
+    fade = tl.exp2(best - shift)
+    total = total * fade + tl.sum(weights, 1)
+    sums = tl.dot(weights.to(value.dtype), value, sums * fade[:, None], input_precision="ieee")
+    return higher, total, sums
+
+
+@triton.jit
+def merge_kernel(
+    partial,
+    log_sum_exp,
+    step,
+    splits,
+    attended,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """A program: one token, the queries of one key-value head. SPLITS: a power of two, ``splits`` at least."""
+    token, group, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    member = tl.arange(0, triton.next_power_of_2(GROUP))
+    head = group * GROUP + member
+    split = tl.arange(0, SPLITS)[:, None]
+    row = ((batch * splits + split) * (KV_HEADS * GROUP) + head[None, :]) * step + token
+    exists = (split < splits) & (member < GROUP)[None, :]
+    weight = tl.load(log_sum_exp + row, mask=exists, other=float("-inf"))
+    saw = weight > float("-inf")
+    best = tl.max(weight, 0)
+    weight = tl.exp(weight - tl.where(best == float("-inf"), 0.0, best)[None, :])
+    total = tl.sum(weight, 0)
+    column = tl.arange(0, HEAD_DIM)
+    at = partial + row[:, :, None] * HEAD_DIM + column[None, None, :]
+    parts = tl.load(at, mask=saw[:, :, None], other=0.0).to(tl.float32)
+    merged = tl.sum(parts * weight[:, :, None], 0) / tl.where(total > 0, total, 1.0)[:, None]
+    target = attended + ((batch * step + token) * (KV_HEADS * GROUP) + head[:, None]) * HEAD_DIM + column[None, :]
+    tl.store(target, merged.to(attended.dtype.element_ty), mask=(member < GROUP)[:, None])
+
+
+def visible(
+    step: int, write_indices: Tensor, capacity: int, step_lengths: Tensor | None, block_mask: Tensor | None
+) -> Tensor:
+    """The reference: which rows of the pool each token of the step sees, [B, S, C] bool."""
+    other = torch.arange(capacity)[None, None, :] - write_indices[:, None, None]
+    token = torch.arange(step)[None, :, None]
+    if step_lengths is not None:
+        return (other < step_lengths[:, None, None]).expand(-1, step, -1)
+    if block_mask is None:
+        return other <= token
+    named = block_mask.gather(2, other.clamp(0, step - 1).expand(-1, step, -1))
+    return (other < 0) | ((other < step) & named)
+
+
+def attend(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    write_indices: Tensor,
+    step_lengths: Tensor | None = None,
+    block_mask: Tensor | None = None,
+) -> Tensor:
+    """The reference of both kernels: softmax(q k) v over the visible rows, [B, S, HQ D]; 0 where none is visible.
+
+    q: [B, HQ, S, D], rotated and scaled. k_cache, v_cache: [B, HKV, C, D]. write_indices, step_lengths: [B].
+    block_mask: [B, S, S] bool.
+    """
+    batch, heads, step, _ = q.shape
+    group = heads // k_cache.shape[1]
+    seen = visible(step, write_indices, k_cache.shape[2], step_lengths, block_mask)[:, None]
+    keys, values = (cache.float().repeat_interleave(group, 1) for cache in (k_cache, v_cache))
+    logits = (q.float() @ keys.transpose(2, 3)).masked_fill(~seen, float("-inf"))
+    # Rows that are not visible may hold anything, NaN included.
+    values = values.masked_fill(~seen.any(2)[..., None], 0)
+    attended = logits.softmax(-1).nan_to_num(0) @ values
+    return attended.transpose(1, 2).reshape(batch, step, -1).to(q.dtype)
+
+
+def merge(partial: Tensor, log_sum_exp: Tensor) -> Tensor:
+    """The reference of :func:`merge_kernel`: [B, P, HQ, S, D] and [B, P, HQ, S] to [B, S, HQ D]."""
+    best = log_sum_exp.amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
+    weights = (log_sum_exp - best).exp()
+    parts = partial.float().masked_fill((weights == 0)[..., None], 0)
+    merged = (parts * weights[..., None]).sum(1) / weights.sum(1).clamp(min=1e-30)[..., None]
+    return merged.transpose(1, 2).flatten(2).to(partial.dtype)

@@ -1,0 +1,138 @@
+"""Compile a kernel to PTX for a GPU that need not be here, and read from its binary what it costs.
+
+The PTX is to be embedded in an engine: Triton's two trailing scratch pointers, which these kernels never use, are taken
+out of its parameters, so that they are the operator's inputs, scalars and outputs and nothing else; and it names no
+source files.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from trimode.model.errors import TriModeError
+from trimode.model.manifest import Real
+from trimode.plugins.contracts import Constants, ElementType, Operator, Tactic
+
+# PTX of CUDA 12.9: the first to know every GPU below, and read by all later drivers.
+PTX_VERSION = 88
+# Bytes of shared memory that a block may ask for: CUDA programming guide, specifications by compute capability.
+SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376, 121: 101376}
+
+_ELEMENTS: dict[ElementType, str] = {"fp32": "fp32", "int64": "i64", "bool": "i1", "int8": "i8"}
+_WARP = 32
+
+
+@dataclass(frozen=True)
+class CompiledKernel:
+    """``shared_bytes`` of dynamic shared memory and ``warps`` of 32 threads are what a launch must ask for."""
+
+    name: str
+    ptx: str
+    compute_capability: int
+    warps: int
+    shared_bytes: int
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What ptxas says of the binary: registers a thread, bytes a thread spills to memory and reads back, its stack."""
+
+    registers: int
+    spilled_bytes: int
+    stack_bytes: int
+
+
+def kernel_of(operator: Operator) -> JITFunction[Any]:
+    module, name = operator.kernel.split(".")
+    kernel: JITFunction[Any] = getattr(import_module(f"trimode.plugins.{module}"), name)
+    return kernel
+
+
+def compile_operator(
+    operator: Operator, constants: Constants, tactic: Tactic, real: Real, compute_capability: int
+) -> CompiledKernel:
+    """compute_capability: 121 is 12.1. Raises TriModeError for a GPU not in :data:`SHARED_MEMORY`."""
+    if compute_capability not in SHARED_MEMORY:
+        known = ", ".join(str(capability) for capability in SHARED_MEMORY)
+        raise TriModeError(f"no kernel is compiled for compute capability {compute_capability}; known are {known}")
+    kernel = kernel_of(operator)
+    types = {
+        **{tensor.name: f"*{_ELEMENTS.get(tensor.type, real)}" for tensor in (*operator.inputs, *operator.outputs)},
+        **dict.fromkeys(operator.scalars, "i32"),
+    }
+    fixed: Mapping[str, Any] = {
+        **{name: None for name in kernel.arg_names if name not in types},
+        **constants,
+        **tactic.constants,
+    }
+    source = ASTSource(
+        kernel,
+        {name: types.get(name, "constexpr") for name in kernel.arg_names},
+        fixed,
+        {
+            (index,): [["tt.divisibility", 16]]
+            for index, name in enumerate(kernel.arg_names)
+            if types.get(name, "").startswith("*")
+        },
+    )
+    options = {
+        "num_warps": tactic.warps,
+        "num_stages": tactic.stages,
+        "ptx_version": PTX_VERSION,
+        "enable_fp_fusion": True,
+    }
+    with knobs.compilation.scope():
+        knobs.compilation.disable_line_info = True
+        compiled = triton.compile(source, target=GPUTarget("cuda", compute_capability, _WARP), options=options)
+    ptx = _without_scratch(compiled.asm["ptx"], len(types))
+    return CompiledKernel(compiled.metadata.name, ptx, compute_capability, tactic.warps, compiled.metadata.shared)
+
+
+def resources(kernel: CompiledKernel) -> Resources:
+    """Assembles the PTX with the ptxas that comes with Triton."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(kernel.ptx)
+        architecture = sm_arch_from_capability(kernel.compute_capability)
+        command = [get_ptxas(kernel.compute_capability).path, "-v", f"--gpu-name={architecture}", str(source)]
+        assembled = subprocess.run([*command, "-o", str(source.with_suffix(".cubin"))], capture_output=True, text=True)  # noqa: S603
+    if assembled.returncode:
+        raise TriModeError(f"ptxas refuses {kernel.name} for {architecture}: {assembled.stderr.strip()}")
+    return Resources(
+        registers=_number(r"Used (\d+) registers", assembled.stderr),
+        spilled_bytes=_number(r"(\d+) bytes spill stores", assembled.stderr)
+        + _number(r"(\d+) bytes spill loads", assembled.stderr),
+        stack_bytes=_number(r"(\d+) bytes stack frame", assembled.stderr),
+    )
+
+
+def _number(pattern: str, log: str) -> int:
+    found = re.search(pattern, log)
+    if found is None:
+        raise TriModeError(f"ptxas says nothing like {pattern!r}: {log.strip()}")
+    return int(found[1])
+
+
+def _without_scratch(ptx: str, parameters: int) -> str:
+    """The PTX with its first ``parameters`` parameters; the two behind them must be unused."""
+    head, signature, body = re.split(r"(\.visible \.entry [^)]*\))", ptx, maxsplit=1)
+    declared = re.findall(r"\.param [^,)]*?(\w+)(?=[,\s)])(?=\s*[,)])", signature)
+    scratch = declared[parameters:]
+    if len(scratch) != 2 or any(re.search(rf"\b{name}\b", body) for name in scratch):
+        raise TriModeError(f"the kernel has {len(declared)} parameters where {parameters} and two unused were expected")
+    kept = re.split(r",\s*(?=\.param)", signature)[:parameters]
+    return head + ",\n\t".join(kept) + "\n)" + body

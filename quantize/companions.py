@@ -1,0 +1,28 @@
+"""What a checkpoint folder holds beside its weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from trimode.quantize.modelopt_format import QUANT_CONFIG_FILE
+from trimode.quantize.report import REPORT_FILE
+from trimode.quantize.safetensors_stream import INDEX
+
+COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*")
+# Rewritten, or of the source alone.
+NOT_COPIED = {"config.json", INDEX, QUANT_CONFIG_FILE, REPORT_FILE}
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Tokenizer, template, generation settings and licence."""
+    for pattern in COPIED:
+        for path in source.glob(pattern):
+            if path.is_file() and path.name not in NOT_COPIED:
+                shutil.copyfile(path, folder / path.name)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,110 @@
+"""Both attention kernels, interpreted, against the reference; and the reference against PyTorch's own attention."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+
+from tests.plugins.cases import AttentionCase, attention_cases
+from tests.plugins.interpreted import BARS, attend, distance
+from trimode.plugins import attention
+from trimode.plugins.contracts import ATTEND_TACTICS, SPLIT_STEP, Pattern, split_count
+
+PATTERNS: tuple[Pattern, ...] = ("causal", "bidirectional", "masked")
+
+
+def check(case: AttentionCase) -> None:
+    inputs = case.inputs()
+    found, *_ = attend(**inputs, splits=case.splits, tactic=case.tactic)
+    assert distance(found, attention.attend(**inputs)) <= BARS[case.dtype]
+
+
+@given(attention_cases())
+@settings(max_examples=20, deadline=None, derandomize=True)
+def test_attention_is_the_reference(case: AttentionCase) -> None:
+    check(case)
+
+
+def test_a_long_sequence_beside_an_empty_one() -> None:
+    check(AttentionCase((5000, 0), 33, "masked", group=4, splits=16, tactic=ATTEND_TACTICS[2], dtype=torch.float16))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_prefill_chunk_has_fewer_splits(pattern: Pattern) -> None:
+    case = AttentionCase((70, 0), 2 * SPLIT_STEP + 5, pattern, group=2, splits=4, tactic=ATTEND_TACTICS[1])
+    assert split_count(case.splits, case.step) == 2
+    check(case)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_sequence_that_sees_nothing_yields_zeros(pattern: Pattern) -> None:
+    case = AttentionCase((0, 5), 3, pattern, group=4)
+    inputs = case.inputs()
+    if pattern == "bidirectional":
+        inputs["step_lengths"][:] = 0
+        found, *_ = attend(**inputs)
+        assert not found[0].any()
+        assert found[1].all()
+    if pattern == "masked":
+        inputs["block_mask"][0] = False
+        found, *_ = attend(**inputs)
+        assert not found[0].any()
+    check(case)
+
+
+def test_the_number_of_splits_does_not_matter() -> None:
+    case = AttentionCase((900,), 5, "causal", group=4)
+    alone, *_ = attend(**case.inputs(), splits=1)
+    for splits in (2, 7, 16):
+        parted, *_ = attend(**case.inputs(), splits=splits)
+        assert distance(parted, alone) < BARS[torch.float32]
+
+
+def test_a_lower_triangle_is_causal_and_a_full_mask_bidirectional() -> None:
+    case = AttentionCase((40, 3), 9, "causal", group=4)
+    inputs = case.inputs()
+    for mask, other in (
+        (torch.ones(2, 9, 9).tril().bool(), {}),
+        (torch.ones(2, 9, 9).bool(), {"step_lengths": torch.tensor([9, 9])}),
+    ):
+        masked, *_ = attend(**inputs, block_mask=mask)
+        plain, *_ = attend(**inputs, **other)
+        assert distance(masked, plain) < BARS[torch.float32]
+
+
+def test_rows_of_other_sequences_do_not_matter() -> None:
+    case = AttentionCase((130, 20, 77), 4, "causal", group=4, kv_heads=2)
+    inputs = case.inputs()
+    together, *_ = attend(**inputs)
+    for sequence in range(case.batch):
+        alone, *_ = attend(**{name: tensor[sequence : sequence + 1].clone() for name, tensor in inputs.items()})
+        assert torch.equal(alone[0], together[sequence])
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_the_reference_is_pytorchs_attention(pattern: Pattern) -> None:
+    case = replace(AttentionCase((13,), 6, pattern, group=4, kv_heads=2), slack=0)
+    inputs = {name: tensor.nan_to_num() for name, tensor in case.inputs().items()}
+    extra = (inputs.get("step_lengths"), inputs.get("block_mask"))
+    seen = attention.visible(case.step, inputs["write_indices"], case.capacity, *extra)
+    expected = F.scaled_dot_product_attention(
+        inputs["q"], inputs["k_cache"], inputs["v_cache"], attn_mask=seen[:, None], scale=1.0, enable_gqa=True
+    )
+    found = attention.attend(**inputs)
+    assert distance(found, expected.transpose(1, 2).flatten(2)) < BARS[torch.float32]
+
+
+def test_the_merges_reference_is_the_merge() -> None:
+    random = torch.Generator().manual_seed(0)
+    partial = torch.randn(1, 3, 2, 4, 64, generator=random)
+    log_sum_exp = torch.randn(1, 3, 2, 4, generator=random)
+    log_sum_exp[:, 1] = -torch.inf
+    partial[:, 1] = torch.nan
+    merged = attention.merge(partial, log_sum_exp)
+    weights = log_sum_exp[:, [0, 2]].softmax(1)
+    expected = (partial[:, [0, 2]] * weights[..., None]).sum(1).transpose(1, 2).flatten(2)
+    assert distance(merged, expected) < BARS[torch.float32]

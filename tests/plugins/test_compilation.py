@@ -1,0 +1,91 @@
+"""What comes out of the compiler: PTX with the operator's parameters and no others, and binaries that do not spill.
+
+The heaviest kernels and two architectures here; ``python -m scripts.kernel_table resources`` has all of both.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from scripts.kernel_table import ATTENTION, PRODUCTS_8B
+from trimode.model.errors import TriModeError
+from trimode.plugins import contracts
+from trimode.plugins.compilation import (
+    SHARED_MEMORY,
+    CompiledKernel,
+    compile_operator,
+    kernel_of,
+    resources,
+)
+from trimode.plugins.contracts import Constants, Operator, Tactic
+
+ADAPTED = PRODUCTS_8B["o"]
+KERNELS: dict[str, tuple[Operator, Constants, Tactic]] = {
+    "write": (contracts.KV_WRITE, contracts.kv_write_constants(ATTENTION), contracts.KV_WRITE_TACTICS[0]),
+    "attention, few rows": (
+        contracts.attend("bidirectional"),
+        contracts.attend_constants(ATTENTION),
+        contracts.ATTEND_TACTICS[0],
+    ),
+    "attention, many rows": (
+        contracts.attend("masked"),
+        contracts.attend_constants(ATTENTION),
+        contracts.ATTEND_TACTICS[-1],
+    ),
+    "merge": (contracts.MERGE, contracts.merge_constants(ATTENTION), contracts.MERGE_TACTICS[0]),
+    **{
+        f"product, {rows} rows": (
+            contracts.int4_product(ADAPTED),
+            contracts.int4_product_constants(ADAPTED),
+            next(t for t in contracts.INT4_PRODUCT_TACTICS if t.constants["BLOCK_M"] == rows),
+        )
+        for rows in (4, 32)
+    },
+}
+
+
+@pytest.fixture(scope="module", params=[90, 121])
+def capability(request: pytest.FixtureRequest) -> int:
+    return request.param
+
+
+@pytest.fixture(scope="module", params=KERNELS)
+def compiled(request: pytest.FixtureRequest, capability: int) -> tuple[Operator, CompiledKernel]:
+    operator, constants, tactic = KERNELS[request.param]
+    return operator, compile_operator(operator, constants, tactic, "fp16", capability)
+
+
+def test_the_ptx_is_the_operators(compiled: tuple[Operator, CompiledKernel], capability: int) -> None:
+    operator, kernel = compiled
+    entry, parameters = re.findall(r"\.visible \.entry (\w+)\((.*?)\)", kernel.ptx, re.DOTALL)[0]
+    assert entry == kernel.name == kernel_of(operator).fn.__name__
+    types = re.findall(r"\.param \.(u\d\d)", parameters)
+    scalars = dict.fromkeys(operator.scalars, "u32")
+    assert types == [scalars.get(name, "u64") for name in operator.parameters]
+    assert re.search(rf"\.target sm_{capability}a?\b", kernel.ptx)
+    assert ".py" not in kernel.ptx
+    assert str(Path.home()) not in kernel.ptx
+
+
+def test_nothing_spills_and_shared_memory_suffices(compiled: tuple[Operator, CompiledKernel], capability: int) -> None:
+    used = resources(compiled[1])
+    assert (used.spilled_bytes, used.stack_bytes) == (0, 0)
+    assert 0 < used.registers <= 255
+    assert compiled[1].shared_bytes <= SHARED_MEMORY[capability]
+
+
+def test_a_spill_is_seen() -> None:
+    """One warp has no registers for 128 splits of four heads."""
+    constants = contracts.merge_constants(replace(ATTENTION, splits=128))
+    kernel = compile_operator(contracts.MERGE, constants, Tactic({}, warps=1, stages=1), "fp16", 90)
+    assert resources(kernel).spilled_bytes > 0
+
+
+def test_an_unknown_gpu_is_refused() -> None:
+    operator, constants, tactic = KERNELS["merge"]
+    with pytest.raises(TriModeError, match="75; known are 80"):
+        compile_operator(operator, constants, tactic, "fp16", 75)

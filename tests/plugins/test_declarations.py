@@ -1,0 +1,202 @@
+"""TensorRT's own validator on our declarations, and what its plugin classes then tell the builder."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from tests.plugins.builder import (
+    BATCH,
+    CACHE,
+    CAPACITY,
+    COLUMNS,
+    COMPILED,
+    GROUP,
+    HEADS,
+    KV_HEADS,
+    SIZE,
+    STEP,
+    Built,
+    build,
+)
+from trimode.model.errors import TriModeError
+from trimode.plugins.contracts import ATTEND_TACTICS, INT4_PRODUCT_TACTICS, split_count
+from trimode.plugins.kernel_library import KernelLibrary
+from trimode.plugins.launches import LAUNCHES
+
+
+@pytest.fixture(scope="module")
+def built(tensorrt: ModuleType, declarations: ModuleType, library: Path) -> dict[str, Built]:
+    """Every plugin, declared, validated, asked for its shapes; the compiled ones for all of their kernels."""
+    declarations.declare_plugins(KernelLibrary(library, 90))
+    return {name: build(tensorrt, name) for name in LAUNCHES}
+
+
+def test_every_operator_is_declared_in_our_namespace(tensorrt: ModuleType, built: dict[str, Built]) -> None:
+    assert {name for space, name in tensorrt.get_plugin_registry().creators if space == "trimode"} == built.keys()
+    assert len(built) == 1 + 3 + 1 + 8
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_every_tactic_has_ptx_whose_parameters_are_the_operators(built: dict[str, Built], name: str) -> None:
+    """In TensorRT's order: inputs, scalars, outputs; and nothing that it would not give."""
+    operator = LAUNCHES[name].operator
+    pointer, scalar = "u64", "u32"
+    expected = [
+        *(pointer for _ in operator.inputs),
+        *(scalar for _ in operator.scalars),
+        *(pointer for _ in operator.outputs),
+    ]
+    assert built[name].kernels
+    for kernel in built[name].kernels.values():
+        (signature,) = re.findall(rf"\.visible \.entry {kernel.entry}\(([^)]*)\)", kernel.ptx)
+        assert re.findall(r"\.param \.(u64|u32|b32|b64)", signature) == expected
+        assert re.search(r"^\.target sm_90a?$", kernel.ptx, re.M)
+        assert kernel.block == (int(re.findall(r"\.reqntid (\d+)", kernel.ptx)[0]), 1, 1)
+        assert 0 <= kernel.shared <= 232448
+    texts = [kernel.ptx for kernel in built[name].kernels.values()]
+    assert len(set(texts)) == len(texts)
+
+
+def test_the_pool_is_written_in_place(built: dict[str, Built]) -> None:
+    inputs = [operand.name for operand in LAUNCHES["KvWrite"].operator.inputs]
+    assert built["KvWrite"].aliases == (-1, inputs.index("k_cache"), inputs.index("v_cache"))
+    assert all(set(found.aliases) == {-1} for name, found in built.items() if name != "KvWrite")
+
+
+def test_shapes_and_types_are_the_contracts(built: dict[str, Built]) -> None:
+    parts = split_count(5, STEP)
+    assert parts == 3  # a step of more than 64 tokens halves the splits
+    assert built["KvWrite"].output_shapes == ((BATCH, HEADS, STEP, SIZE), CACHE, CACHE)
+    for pattern in ("Causal", "Bidirectional", "Masked"):
+        found = built[f"Attend{pattern}"]
+        assert found.output_shapes == ((BATCH, parts, HEADS, STEP, SIZE), (BATCH, parts, HEADS, STEP))
+        assert found.output_types == ("HALF", "FLOAT")
+    assert built["MergeSplits"].output_shapes == ((BATCH, STEP, HEADS * SIZE),)
+    for name, found in built.items():
+        if name.startswith("Int4Product"):
+            assert (found.output_types, found.output_shapes) == (("HALF",), ((BATCH, STEP, COLUMNS),))
+
+
+def test_launches_cover_the_work(built: dict[str, Built]) -> None:
+    """Counted by hand for the shapes of this test."""
+    assert {kernel.grid for kernel in built["KvWrite"].kernels.values()} == {(STEP, BATCH, 1)}
+    assert {kernel.scalars for kernel in built["KvWrite"].kernels.values()} == {(STEP, CAPACITY)}
+    rows = STEP * HEADS // KV_HEADS
+    for number, tactic in enumerate(ATTEND_TACTICS, 1):
+        kernel = built["AttendMasked"].kernels[number]
+        assert kernel.grid == (-(-rows // tactic.constants["BLOCK_M"]), 3 * KV_HEADS, BATCH)
+        assert kernel.scalars == (STEP, CAPACITY)
+    assert {kernel.grid for kernel in built["MergeSplits"].kernels.values()} == {(STEP, KV_HEADS, BATCH)}
+    assert {kernel.scalars for kernel in built["MergeSplits"].kernels.values()} == {(STEP, 3)}
+    for number, kernel in built["Int4ProductScaledAdaptedResidual"].kernels.items():
+        tactic = dict(enumerate(_product_tactics(), 1))[number]
+        expected = (-(-BATCH * STEP // tactic["BLOCK_M"]), -(-COLUMNS // tactic["BLOCK_N"]), 1)
+        assert (kernel.grid, kernel.scalars) == (expected, (BATCH * STEP,))
+
+
+def _product_tactics() -> list[Any]:
+    return [tactic.constants for tactic in INT4_PRODUCT_TACTICS]
+
+
+def test_a_tactic_whose_tile_spans_two_groups_is_not_offered(built: dict[str, Built]) -> None:
+    offered = built["Int4Product"].kernels.keys()
+    wide = {number for number, tactic in enumerate(_product_tactics(), 1) if tactic["BLOCK_K"] > GROUP}
+    assert wide
+    assert offered.isdisjoint(wide)
+
+
+def without(parameter: str) -> Any:
+    def spoil(parameters: dict[str, Any], result: Any) -> tuple[dict[str, Any], Any]:
+        return {name: kind for name, kind in parameters.items() if name != parameter}, result
+
+    return spoil
+
+
+def retyped(parameter: str, kind: Any) -> Any:
+    return lambda parameters, result: ({**parameters, **({parameter: kind} if parameter in parameters else {})}, result)
+
+
+def reordered(parameters: dict[str, Any], result: Any) -> tuple[dict[str, Any], Any]:
+    return dict(reversed(parameters.items())), result
+
+
+def result_is(kind: Any) -> Any:
+    return lambda parameters, _result: (parameters, kind)
+
+
+FAULTS: dict[str, tuple[str, Any]] = {
+    "aot_impl without the tactic": ("embed", without("tactic")),
+    "aot_impl without its result's type": ("embed", result_is(inspect.Parameter.empty)),
+    "aot_impl that gives no scalars": ("embed", result_is(tuple[str, str])),
+    "aot_impl that misses an input": ("embed", without("k_cache")),
+    "aot_impl with another attribute type": ("embed", retyped("splits", float)),
+    "autotune without the outputs": ("autotune", without("outputs")),
+    "autotune that misses an input": ("autotune", without("write_indices")),
+    "autotune that gives a string": ("autotune", result_is(str)),
+    "attributes before inputs": ("describe", reordered),
+    "an attribute of no known type": ("describe", retyped("splits", complex)),
+    "outputs of no known type": ("describe", result_is(int)),
+    "no outputs' type": ("describe", result_is(inspect.Parameter.empty)),
+    "an input without a type": ("describe", retyped("q", inspect.Parameter.empty)),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_wrong_declaration_is_refused(
+    declarations: ModuleType, built: dict[str, Built], monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """The validator is no rubber stamp: one thing wrong in one of the three functions, and it says so."""
+    del built  # the right declarations have been accepted
+    where, spoil = FAULTS[fault]
+    signed = declarations._signed
+
+    def spoiled(function: Any, parameters: dict[str, Any], result: Any) -> Any:
+        return signed(function, *(spoil(parameters, result) if function.__name__ == where else (parameters, result)))
+
+    monkeypatch.setattr(declarations, "_signed", spoiled)
+    launch = LAUNCHES["AttendMasked"]
+    named = replace(launch, operator=replace(launch.operator, name=f"Wrong{list(FAULTS).index(fault)}"))
+    with pytest.raises((ValueError, TypeError)):
+        declarations.declare(named)
+
+
+def test_a_kernel_that_was_not_compiled_is_named(
+    tensorrt: ModuleType, declarations: ModuleType, built: dict[str, Built], library: Path
+) -> None:
+    del built
+    kernels = KernelLibrary(library, 90)
+    emptied = kernels.index.model_copy(update={"kernels": {}})
+    lacking = KernelLibrary(library, 90)
+    lacking.index = emptied
+    declarations.declare_plugins(lacking)
+    try:
+        with pytest.raises(TriModeError, match=r"lacks KvWrite\.KV_HEADS2\.GROUP2\.HEAD_DIM32\.tactic1"):
+            build(tensorrt, "KvWrite")
+    finally:
+        declarations.declare_plugins(kernels)
+
+
+def test_kernels_of_another_type_are_refused(
+    tensorrt: ModuleType, declarations: ModuleType, built: dict[str, Built], library: Path
+) -> None:
+    del built
+    kernels, other = KernelLibrary(library, 90), KernelLibrary(library, 90)
+    other.index = kernels.index.model_copy(update={"real": "bf16"})
+    declarations.declare_plugins(other)
+    try:
+        with pytest.raises(RuntimeError, match=r"MergeSplits has no kernels for DataType\.HALF"):
+            build(tensorrt, "MergeSplits")
+    finally:
+        declarations.declare_plugins(kernels)
+
+
+def test_a_gpu_without_kernels_is_told_what_there_is(library: Path) -> None:
+    with pytest.raises(TriModeError, match=r"capabilities 90, and this GPU's is 100; build with --sm 100"):
+        KernelLibrary(library, 100)

@@ -1,0 +1,40 @@
+"""The int4 product, interpreted, against the reference; and the reference against the checkpoint's own arithmetic."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+
+from tests.plugins.cases import ProductCase, product_cases
+from tests.plugins.interpreted import BARS, distance, int4_product
+from trimode.model import int4
+from trimode.plugins import int4_product as reference
+from trimode.plugins.contracts import INT4_PRODUCT_TACTICS, Tactic
+
+
+def check(case: ProductCase) -> None:
+    inputs = case.inputs()
+    found, _ = int4_product(**inputs, tactic=case.tactic)
+    assert distance(found, reference.int4_product(**inputs)) <= BARS[case.dtype]
+
+
+@given(product_cases())
+@settings(max_examples=40, deadline=None, derandomize=True)
+def test_the_product_is_the_reference(case: ProductCase) -> None:
+    check(case)
+
+
+@pytest.mark.parametrize("tactic", INT4_PRODUCT_TACTICS, ids=lambda tactic: str(tactic.constants["BLOCK_M"]))
+def test_every_tactic_takes_more_rows_than_a_tile(tactic: Tactic) -> None:
+    rows = tactic.constants["BLOCK_M"] + 1
+    check(ProductCase(rows, 2, 130, input_scale=True, rank=16, residual=True, tactic=tactic, dtype=torch.float16))
+
+
+def test_dequantisation_is_the_checkpoints() -> None:
+    """ModelOpt packs pairs of rows of [out, in]; transposed, those are the pool's pairs of columns."""
+    weight = np.random.default_rng(0).standard_normal((96, 256)).astype(np.float32)
+    integers, scale = int4.quantize(weight, 128)
+    packed, scales = torch.from_numpy(int4.pack(integers).T.copy()), torch.from_numpy(scale.T.copy())
+    assert np.array_equal(reference.dequantize(packed.view(torch.int8), scales), int4.dequantize(integers, scale).T)

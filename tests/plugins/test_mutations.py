@@ -1,0 +1,172 @@
+"""The guards are awake: each of these faults, planted in a kernel's source or in what it is told, breaks parity."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from tests.plugins.cases import AttentionCase, ProductCase
+from tests.plugins.interpreted import BARS, attend, distance, int4_product, kv_write
+from trimode.plugins import attention as attention_module
+from trimode.plugins import int4_product as product_module
+from trimode.plugins import kv_write as kv_write_module
+from trimode.plugins.contracts import INT4_PRODUCT_TACTICS, Pattern
+
+BAR = BARS[torch.float32]
+
+
+def attention_distance(pattern: Pattern, stale: int = 0) -> float:
+    """stale: by how many rows the kernel's lengths lag behind."""
+    case = AttentionCase((316, 9), 6, pattern, group=4, kv_heads=2, seed=3)
+    inputs = {name: tensor.nan_to_num() for name, tensor in case.inputs().items()}
+    if pattern == "bidirectional":
+        inputs["step_lengths"][:] = torch.tensor([4, 5])
+    told = {**inputs, "write_indices": inputs["write_indices"] - stale}
+    found, *_ = attend(**told)
+    return distance(found, attention_module.attend(**inputs))
+
+
+def product_distance(few: bool = False, **lacks: None) -> float:
+    """lacks: an input that the kernel is not given."""
+    tactic = INT4_PRODUCT_TACTICS[1 if few else 2]
+    case = ProductCase(4, 3, 70, input_scale=True, rank=24, residual=True, tactic=tactic)
+    inputs = case.inputs()
+    found, _ = int4_product(**{**inputs, **lacks}, tactic=tactic)
+    return distance(found, product_module.int4_product(**inputs))
+
+
+def write_distance(shift: int = 0) -> float:
+    """Of the queries and of the whole pool. shift: by how many rows the kernel is told wrong."""
+    case = AttentionCase((4, 9), 5, "causal", group=4, kv_heads=2)
+    random = torch.Generator().manual_seed(0)
+    qkv = torch.randn(case.batch, case.step, 12 * case.head_dim, generator=random)
+    tables = [torch.randn(case.batch, case.step, case.head_dim // 2, generator=random) for _ in range(4)]
+    inputs = case.inputs()
+    pools = [[inputs[name].nan_to_num() for name in ("k_cache", "v_cache")] for _ in range(2)]
+    q, _ = kv_write(qkv, *tables, inputs["write_indices"] + shift, *pools[0])
+    expected = kv_write_module.kv_write(qkv, *tables, inputs["write_indices"], *pools[1])
+    return max(distance(q, expected), *(distance(found, wanted) for found, wanted in zip(*pools, strict=True)))
+
+
+@pytest.fixture
+def mutant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
+    """Plant ``wrong`` for ``right`` in a module's source, and its kernel for the module's."""
+
+    def plant(module: ModuleType, kernel: str, right: str, wrong: str) -> None:
+        source = Path(str(module.__file__)).read_text()
+        assert source.count(right) == 1, f"{right!r} is not in {module.__file__} once"
+        path = tmp_path / "mutant.py"
+        path.write_text(source.replace(right, wrong))
+        spec = importlib.util.spec_from_file_location("mutant", path)
+        assert spec is not None
+        assert spec.loader is not None
+        mutated = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, "mutant", mutated)
+        spec.loader.exec_module(mutated)
+        monkeypatch.setattr(module, kernel, getattr(mutated, kernel))
+
+    return plant
+
+
+def test_without_a_fault_all_are_within_the_bar() -> None:
+    for pattern in ("causal", "bidirectional", "masked"):
+        assert attention_distance(pattern) < BAR
+    assert max(product_distance(), product_distance(few=True), write_distance()) < BAR
+
+
+ATTENTION_FAULTS: dict[str, tuple[Pattern, str, str]] = {
+    "a causal mask one further": ("causal", "other <= token[:, None]", "other <= token[:, None] + 1"),
+    "a causal mask one short": ("causal", "other <= token[:, None]", "other < token[:, None]"),
+    "a causal length one short": ("causal", "0) + 1\n        plain", "0)\n        plain"),
+    "unmasked rows one further": ("causal", "step), 0) + 1", "step), 0) + 20"),
+    "a block one longer": (
+        "bidirectional",
+        "step_lengths + batch).to(tl.int32)",
+        "step_lengths + batch).to(tl.int32) + 1",
+    ),
+    "a block one shorter": (
+        "bidirectional",
+        "step_lengths + batch).to(tl.int32)",
+        "step_lengths + batch).to(tl.int32) - 1",
+    ),
+    "a mask one column off": ("masked", "step + other, mask=named", "step + (other + 1) % step, mask=named"),
+    "a mask one row off": ("masked", "token[:, None] * step + other", "(token[:, None] + 1) % step * step + other"),
+    "another sequence's mask": ("masked", "block_mask + batch * step * step", "block_mask + (1 - batch) * step * step"),
+    "the committed rows by the mask": ("masked", "((other < 0) | ", "((other < -1) | "),
+    "the wrong group": (
+        "causal",
+        "(batch * KV_HEADS + head) * capacity",
+        "(batch * KV_HEADS + (head + 1) % KV_HEADS) * capacity",
+    ),
+    "the wrong token of a group": ("causal", "token = row % step", "token = row // GROUP"),
+    "the wrong sequence's rows": (
+        "causal",
+        "(batch * KV_HEADS + head) * capacity",
+        "((1 - batch) * KV_HEADS + head) * capacity",
+    ),
+    "a split left out": ("causal", "start >= end:", "start >= end or split == 1:"),
+    "splits that overlap": ("causal", "start = split * share", "start = split * (share - 32)"),
+    "a sum that does not fade": ("causal", "total * fade", "total"),
+    "splits of equal weight": ("causal", "parts * weight[:, :, None]", "parts * saw.to(tl.float32)[:, :, None]"),
+    "a head's splits of another": ("causal", "* step + token\n", "* step + (token + 1) % step\n"),
+}
+
+
+@pytest.mark.parametrize("name", ATTENTION_FAULTS)
+def test_a_fault_in_attention_is_seen(name: str, mutant: object) -> None:
+    pattern, right, wrong = ATTENTION_FAULTS[name]
+    source = Path(str(attention_module.__file__)).read_text()
+    kernel = "merge_kernel" if source.index(right) > source.index("def merge_kernel") else "attend_kernel"
+    mutant(attention_module, kernel, right, wrong)
+    assert not attention_distance(pattern) < 10 * BAR
+
+
+PRODUCT_FAULTS = {
+    "the nibbles swapped": ("tl.join(even, odd)", "tl.join(odd, even)"),
+    "an offset one off": ("8388616.0", "8388615.0"),
+    "the adapter left out": ("if narrow is not None:", "if RANK < 0:"),
+    "the adapter's last columns left out": ("tl.range(0, RANK, BLOCK)", "tl.range(0, RANK - BLOCK, BLOCK)"),
+    "the residual left out": ("if residual is not None:\n        result +=", "if residual is None:\n        result +="),
+    "the wrong rows of the residual": ("residual + at", "residual + (at + COLUMNS) % (rows * COLUMNS)"),
+}
+
+
+@pytest.mark.parametrize("few", [False, True], ids=["many rows", "few rows"])
+@pytest.mark.parametrize("name", PRODUCT_FAULTS)
+def test_a_fault_in_the_product_is_seen(name: str, few: bool, mutant: object) -> None:
+    mutant(product_module, "int4_product_kernel", *PRODUCT_FAULTS[name])
+    assert not product_distance(few) < 10 * BAR
+
+
+WRITE_FAULTS = {
+    "one row off": ("tl.load(write_indices + batch) + token", "tl.load(write_indices + batch) + token + 1"),
+    "a rotation the other way": ("second * cos + first * sin).to", "second * cos - first * sin).to"),
+    "the keys by the queries' angles": ("tl.load(key_cos + angle)", "tl.load(query_cos + angle)"),
+    "the values of the keys": ("(HEADS + KV_HEADS + head)", "(HEADS + head)"),
+    "another head's row": ("((batch * KV_HEADS + head) * capacity", "((batch * KV_HEADS + 1 - head) * capacity"),
+}
+
+
+@pytest.mark.parametrize("name", WRITE_FAULTS)
+def test_a_fault_in_the_write_is_seen(name: str, mutant: object) -> None:
+    mutant(kv_write_module, "kv_write_kernel", *WRITE_FAULTS[name])
+    assert not write_distance() < 10 * BAR
+
+
+@pytest.mark.parametrize("pattern", ["causal", "bidirectional", "masked"])
+def test_a_stale_length_is_seen(pattern: Pattern) -> None:
+    assert attention_distance(pattern, stale=1) > 10 * BAR
+    assert write_distance(shift=-1) > 10 * BAR
+
+
+@pytest.mark.parametrize("few", [False, True], ids=["many rows", "few rows"])
+def test_an_input_that_is_not_given_is_seen(few: bool) -> None:
+    assert product_distance(few, narrow=None, adapter_up=None) > 10 * BAR
+    assert product_distance(few, input_scale=None) > 10 * BAR
+    assert product_distance(few, residual=None) > 10 * BAR

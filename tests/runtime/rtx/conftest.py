@@ -1,0 +1,103 @@
+"""One checkpoint built for both targets, and a machine whose GPU is a double."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import onnx
+import pytest
+import tensorrt_rtx
+
+from tests.runtime.rtx.rtx_double import DriverDouble, LibcudaDouble, PlanDouble, TrtDouble, plan_doubles
+from trimode.build.engine import RtxOptions, build_engine
+from trimode.build.network import NetworkOptions, build_network
+from trimode.build.raw_pool import write_raw_pool
+from trimode.model.checkpoint import Checkpoint
+from trimode.model.manifest import GRAPH, Manifest
+from trimode.model.progress import no_progress
+from trimode.model.step import ENGINES
+from trimode.quantize import quantize_checkpoint
+from trimode.runtime.rtx import cuda, passes, plans
+
+CAPACITY, MAX_BATCH, MAX_STEP = 512, 4, 64
+
+
+class Built(NamedTuple):
+    """One checkpoint built for both targets, and what the double needs to run the plans."""
+
+    rtx: Path
+    cpu: Path
+    plans: list[PlanDouble]
+
+
+@pytest.fixture(scope="session")
+def rtn_checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("rtn") / "checkpoint"
+    quantize_checkpoint(Checkpoint(tiny_checkpoint), out, method="rtn", group=64)
+    return out
+
+
+@pytest.fixture(scope="session")
+def fp16(rtn_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """As it is built for users: the double runs the very graphs of the engine directory."""
+    folder, checkpoint = tmp_path_factory.mktemp("fp16"), Checkpoint(rtn_checkpoint)
+    options = RtxOptions(sms=(121, 89), dtype="fp16", max_batch=MAX_BATCH, max_step=MAX_STEP)
+    build_engine(checkpoint, folder / "rtx", target=options, capacity=CAPACITY)
+    build_engine(checkpoint, folder / "cpu", capacity=CAPACITY, top_k=4, prefill_step=MAX_STEP)
+    write_raw_pool(checkpoint, folder / "raw.bin", no_progress, np.dtype(np.float16))
+    for name, _ in ENGINES:
+        shutil.copyfile(folder / "rtx" / name / GRAPH, folder / f"{name}.onnx")
+    return Built(folder / "rtx", folder / "cpu", plan_doubles(folder / "rtx", folder))
+
+
+@pytest.fixture(scope="session", params=["view", "window"])
+def fp32(
+    request: pytest.FixtureRequest, rtn_checkpoint: Path, fp16: Built, tmp_path_factory: pytest.TempPathFactory
+) -> Built:
+    """The same plans, taken for fp32: the double runs the fp32 form of their graphs, so that figures compare closely.
+    TensorRT-RTX itself has no such attention. In both ways to read the pool: in place, and by a window.
+    """
+    folder, checkpoint = tmp_path_factory.mktemp("fp32"), Checkpoint(rtn_checkpoint)
+    rtx = Path(shutil.copytree(fp16.rtx, folder / "rtx"))
+    manifest = Manifest.read(rtx)
+    manifest.model_copy(update={"precision": manifest.precision.model_copy(update={"kv_cache": "fp32"})}).write(rtx)
+    pool = write_raw_pool(checkpoint, folder / "raw.bin", no_progress, np.dtype(np.float32))
+    options = NetworkOptions(
+        top_k=4,
+        adapter=True,
+        capacity=CAPACITY,
+        kv_read=request.param,
+        rotate_together=True,
+        select_by_product=True,
+    )
+    for name, pattern in ENGINES:
+        onnx.save(build_network(checkpoint.config, pool, pattern, options), folder / f"{name}.onnx")
+    return Built(rtx, fp16.cpu, plan_doubles(rtx, folder))
+
+
+class Machine(NamedTuple):
+    """A machine with one GPU that is none."""
+
+    cuda: DriverDouble
+    trt: TrtDouble
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch, fp16: Built) -> Machine:
+    driver = DriverDouble()
+    trt = TrtDouble(tensorrt_rtx, driver, fp16.plans)
+    monkeypatch.setattr(ctypes, "CDLL", lambda _name: LibcudaDouble())
+    monkeypatch.setattr(cuda, "driver", driver)
+    monkeypatch.setattr(plans, "trt", trt)
+    monkeypatch.setattr(passes, "trt", trt)
+    return Machine(driver, trt)
+
+
+@pytest.fixture
+def exact(machine: Machine, fp32: Built) -> Built:
+    machine.trt.plans = fp32.plans
+    return fp32

@@ -1,0 +1,272 @@
+"""Loading plans: one copy of what both engines share, and one clear line for what cannot be loaded."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorrt_rtx
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.runtime.rtx.conftest import Built, Machine
+from tests.runtime.rtx.rtx_double import GRANULARITY, FaultError, LibcudaDouble, PlanDouble
+from trimode.model.errors import TriModeError
+from trimode.model.manifest import Manifest
+from trimode.runtime import LLM, SamplingParams
+from trimode.runtime.engine import load_engine
+from trimode.runtime.rtx import plans
+from trimode.runtime.rtx.executor import RtxExecutor
+from trimode.runtime.rtx.plans import WeightPlacement, _pieces
+
+
+def executor_of(engine: Path) -> RtxExecutor:
+    found = load_engine(engine, verify=False).executor
+    assert isinstance(found, RtxExecutor)
+    return found
+
+
+def answer(engine: Path) -> list[int]:
+    """Long enough for both engines to run."""
+    prompt = [{"role": "user", "content": "What is 60% of 440?"}]
+    with LLM(engine, verify=False) as llm:
+        output = llm.generate(prompt, SamplingParams(mode="linear_spec", block_length=8, max_tokens=20))
+        tokens = output.outputs[0].token_ids
+    assert len(tokens) > 8
+    return tokens
+
+
+def weights_taken(machine: Machine, engine: Path) -> tuple[WeightPlacement, int]:
+    """Where the weights are, and the bytes of device memory that they take."""
+    before = machine.cuda.free
+    loaded = executor_of(engine)
+    others = sum(memory.nbytes for memory in machine.cuda.allocations.values())
+    return loaded.weights, before - machine.cuda.free - others
+
+
+def test_identical_weights_lie_on_the_device_once(
+    fp16: Built, machine: Machine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As the real plans' are: one allocation holds both."""
+    section = fp16.plans[0].section
+    placement, taken = weights_taken(machine, fp16.rtx)
+    assert placement == WeightPlacement(shared=section.nbytes, private=0, unmanaged_engines=0)
+    assert taken == section.nbytes
+    assert [engine.pieces for engine in machine.trt.engines] == 2 * [{0: section.nbytes}]
+    assert caplog.records == []
+
+
+def with_private_bytes(plans: list[PlanDouble]) -> list[PlanDouble]:
+    """The same plans, but that the second one has 256 bytes more in the middle of its weights."""
+    first, second = plans
+    place = len(second.section) // 2
+    section = np.zeros(len(second.section) + GRANULARITY, np.uint8)
+    section[:place] = second.section[:place]
+    section[place : place + 256] = 1
+    section[place + 256 : len(second.section) + 256] = second.section[place:]
+    return [first, replace(second, section=section)]
+
+
+def test_what_differs_is_held_for_each(fp16: Built, machine: Machine, caplog: pytest.LogCaptureFixture) -> None:
+    """Up to the private bytes the sections agree, then one is shifted."""
+    machine.trt.plans = with_private_bytes(fp16.plans)
+    placement, taken = weights_taken(machine, fp16.rtx)
+    whole = [plan.section for plan in machine.trt.plans]
+    assert placement.shared == len(whole[0]) // 2 // GRANULARITY * GRANULARITY > 0
+    assert placement.private == sum(map(len, whole)) - 2 * placement.shared
+    assert taken == placement.shared + placement.private
+    assert "MB of weights are shared" in caplog.text
+
+
+def test_weights_that_tensorrt_does_not_manage_stay_where_they_are(
+    fp16: Built, machine: Machine, caplog: pytest.LogCaptureFixture
+) -> None:
+    managed = answer(fp16.rtx)
+    caplog.clear()
+    machine.trt.manages_weights = False
+    assert executor_of(fp16.rtx).weights == WeightPlacement(shared=0, private=0, unmanaged_engines=2)
+    assert "each has a copy of its own" in caplog.text
+    assert answer(fp16.rtx) == managed
+
+
+def test_a_piece_that_is_not_the_plans_is_seen(fp16: Built, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The double's guard can fail: one engine's weights mapped for both."""
+    machine.trt.plans = with_private_bytes(fp16.plans)
+    monkeypatch.setattr(
+        plans, "_pieces", lambda sections, _granularity: ([plans._Piece(0, len(sections[0]))], [[], []])
+    )
+    with pytest.raises(FaultError, match="without its weights"):
+        answer(fp16.rtx)
+
+
+@given(
+    granules=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=12),
+    longer=st.integers(0, 2),
+)
+def test_pieces_cover_every_section_once(granules: list[tuple[int, int]], longer: int) -> None:
+    """Each granule is one number: common ones are those with the same number in both."""
+    size = 4
+    first, second = (np.repeat(np.array(column, np.uint8), size) for column in zip(*granules, strict=True))
+    second = np.concatenate([second, np.full(longer * size, 9, np.uint8)])
+    common, own = _pieces([first, second], size)
+    for section, pieces in zip((first, second), own, strict=True):
+        covered = np.zeros(len(section), np.int64)
+        for piece in [*common, *pieces]:
+            assert piece.offset % size == piece.size % size == 0 < piece.size
+            covered[piece.offset : piece.offset + piece.size] += 1
+        assert (covered == 1).all()
+    for piece in common:
+        place = slice(piece.offset, piece.offset + piece.size)
+        np.testing.assert_array_equal(first[place], second[place])
+    assert sum(piece.size for piece in common) == size * sum(one == other for one, other in granules)
+
+
+# What cannot be loaded.
+
+
+def edit(**changes: Any) -> Callable[[Path], None]:
+    """A manifest that says otherwise of the target, sealed again."""
+
+    def apply(engine: Path) -> None:
+        manifest = Manifest.read(engine)
+        assert manifest.rtx is not None
+        manifest.model_copy(update={"rtx": manifest.rtx.model_copy(update=changes)}).write(engine)
+
+    return apply
+
+
+def cut(path: str) -> Callable[[Path], None]:
+    def apply(engine: Path) -> None:
+        os.truncate(engine / path, (engine / path).stat().st_size - 1)
+
+    return apply
+
+
+def flip(path: str) -> Callable[[Path], None]:
+    def apply(engine: Path) -> None:
+        content = bytearray((engine / path).read_bytes())
+        content[len(content) // 2] ^= 1
+        (engine / path).write_bytes(content)
+
+    return apply
+
+
+BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
+    "another GPU": (
+        edit(sms=(89, 80)),
+        r"compiled for compute capabilities 89, 80; this machine has GB10 \(121\); .* --sm 121",
+    ),
+    "another TensorRT-RTX": (
+        edit(tensorrt_rtx="1.6.0.1"),
+        r"built with TensorRT-RTX 1\.6\.0\.1, this is 1\.7.*pip install tensorrt-rtx-cu13==1\.6\.0\.1",
+    ),
+    "truncated plan": (cut("diffusion/engine.plan"), r"diffusion/engine\.plan has \d+ bytes, the manifest says"),
+    "changed pool": (flip("weights/pool.bin"), r"weights/pool\.bin was changed after the build"),
+}
+
+
+@pytest.mark.usefixtures("machine")
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_engine_is_refused_by_name(fp16: Built, tmp_path: Path, case: str) -> None:
+    engine = Path(shutil.copytree(fp16.rtx, tmp_path / "engine"))
+    damage, message = BROKEN[case]
+    damage(engine)
+    with pytest.raises(TriModeError, match=message) as caught:
+        load_engine(engine)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("machine")
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (cut("ar/engine.plan"), r"ar/engine\.plan ends 1 bytes early"),
+        (flip("ar/engine.plan"), r"ar/engine\.plan: TensorRT-RTX cannot load it \(Serialization assertion"),
+        (flip("weights/pool.bin"), r"ar/engine\.plan: TensorRT-RTX cannot load it"),
+    ],
+)
+def test_unverified_it_is_refused_when_it_is_loaded(
+    fp16: Built, tmp_path: Path, damage: Callable[[Path], None], message: str
+) -> None:
+    engine = Path(shutil.copytree(fp16.rtx, tmp_path / "engine"))
+    damage(engine)
+    with pytest.raises(TriModeError, match=message):
+        load_engine(engine, verify=False)
+
+
+def test_what_tensorrt_finds_wrong_with_a_plan_is_told(fp16: Built, machine: Machine) -> None:
+    wrong = tensorrt_rtx.EngineInvalidityDiagnostics
+    machine.trt.invalidity = int(wrong.OLD_CUDA_DRIVER) | int(wrong.UNSUPPORTED_CC)
+    with pytest.raises(TriModeError, match=r"ar/engine\.plan: .*\(unsupported cc, old cuda driver\); build"):
+        executor_of(fp16.rtx)
+
+
+def test_real_tensorrt_refuses_a_header_that_is_none() -> None:
+    """The double's answer to a malformed plan is the real one's: this much of it needs no GPU."""
+
+    class Quiet(tensorrt_rtx.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+
+        def log(self, severity: Any, message: str) -> None:
+            pass
+
+    runtime = tensorrt_rtx.Runtime(Quiet())
+    validity, diagnostics = runtime.get_engine_validity(np.zeros(runtime.engine_header_size, np.uint8))
+    assert validity == tensorrt_rtx.EngineValidity.INVALID
+    assert diagnostics & int(tensorrt_rtx.EngineInvalidityDiagnostics.MALFORMED_ENGINE)
+
+
+def test_too_little_memory_is_one_line(fp16: Built, machine: Machine) -> None:
+    machine.cuda.free = 1 << 21
+    with pytest.raises(TriModeError, match=r"the GPU has no \d+\.\d\d GB left for the (weights|KV pool)") as caught:
+        executor_of(fp16.rtx)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("machine")
+@pytest.mark.parametrize("missing", ["tensorrt_rtx", "cuda.bindings"])
+def test_a_missing_package_comes_with_its_remedy(fp16: Built, monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    for name in [name for name in sys.modules if name.startswith(("trimode.runtime.rtx.", missing))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(TriModeError, match=rf"needs the package {missing}: pip install 'trimode\[rtx\]'"):
+        load_engine(fp16.rtx, verify=False)
+
+
+def trimode(*arguments: object) -> subprocess.CompletedProcess[str]:
+    program = [sys.executable, "-c", "from trimode.runtime.cli import main; main()"]
+    return subprocess.run([*program, *map(str, arguments)], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="this machine has a GPU")
+def test_without_a_gpu_the_command_says_so(fp16: Built) -> None:
+    found = trimode("generate", "--engine", fp16.rtx, "--prompt", "hello")
+    assert (found.returncode, found.stdout) == (2, "")
+    assert "needs an NVIDIA GPU" in found.stderr
+    assert "--target cpu" in found.stderr
+    assert found.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("library", "words"),
+    [
+        (LibcudaDouble(3), r"does not start \(CUDA error 3\)"),
+        (LibcudaDouble(100), "it finds no GPU"),
+    ],
+)
+def test_a_driver_without_a_gpu(
+    fp16: Built, monkeypatch: pytest.MonkeyPatch, library: LibcudaDouble, words: str
+) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda _name: library)
+    with pytest.raises(TriModeError, match=f"needs an NVIDIA GPU; its driver here: .*{words}"):
+        load_engine(fp16.rtx, verify=False)
