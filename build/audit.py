@@ -294,7 +294,7 @@ class _Sizes:
             known = prod(size for size in tensor.dims if size > 0)
             shapes = [[self._shapes[name] for name in names] for names in (made & used, made, used)]
             alike = [[_broadcast_volume(shape, tensor.dims) for shape in choice] for choice in shapes]
-            reshaped = [[prod(shape) for shape in choice if prod(shape) % known == 0] for choice in shapes[:2]]
+            reshaped = [[prod(shape) for shape in choice if prod(shape) % known == 0] for choice in shapes]
             for volumes in (*alike, *reshaped):
                 if found := [volume for volume in volumes if volume]:
                     return min(found)
@@ -325,12 +325,20 @@ def _shapes(graph: onnx.ModelProto, dims: dict[str, int]) -> dict[str, tuple[int
                 size = dims[dim.dim_param]
                 dim.Clear()
                 dim.dim_value = size
-    # Inference does not follow a size through a Slice of the pool or through a Range, where the mask's rows come from.
+    # Inference does not follow a size through a Slice of the pool or through a Range.
     if any(value.name == "window_rows" for value in closed.graph.input):
         closed.graph.initializer.append(numpy_helper.from_array(np.array([dims["window"]], np.int64), "closed_window"))
         for node in closed.graph.node:
             if node.op_type == "Slice" and node.input[0].startswith(("k_cache_out.", "v_cache_out.")):
                 node.input[2] = "closed_window"
+    given = {value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in closed.graph.input}
+    makers = {result: node for node in closed.graph.node for result in node.output}
+    for node in [node for node in closed.graph.node if node.op_type == "Range"]:
+        size = makers[makers[node.input[1]].input[0]]  # 0, 1, ... to a size of one of the inputs
+        first = next(attribute.i for attribute in size.attribute if attribute.name == "start")
+        numbers = np.arange(given[size.input[0]][first])
+        closed.graph.initializer.append(numpy_helper.from_array(numbers, node.output[0]))
+        closed.graph.node.remove(node)
     inferred = onnx.shape_inference.infer_shapes(closed, data_prop=True).graph
     shapes = {}
     for value in (*inferred.input, *inferred.value_info, *inferred.output):
@@ -340,9 +348,6 @@ def _shapes(graph: onnx.ModelProto, dims: dict[str, int]) -> dict[str, tuple[int
     for node in inferred.node:
         if node.op_type == "DequantizeLinear":  # no kernel hands a matrix on
             shapes.pop(node.output[0], None)
-        if node.op_type == "Attention":
-            queries, keys, _, mask = node.input
-            shapes[mask] = (shapes[queries][0], 1, shapes[queries][2], shapes[keys][2])
     return shapes
 
 

@@ -70,7 +70,7 @@ class RtxOptions:
     batch, and the longest step of one, that a pass can have.
     """
 
-    sms: tuple[int, ...] = (121, 120, 89, 86, 80)
+    sms: tuple[int, ...] = (121, 120, 89)
     dtype: Literal["bf16", "fp16"] = "bf16"
     max_batch: int = 8
     max_step: int = 256

@@ -141,7 +141,7 @@ def quantize(
     "--sm",
     "sms",
     callback=_integers,
-    help="GPUs by compute capability, 121 for 12.1, with commas [default: 121,120,89,86,80; on tensorrt this "
+    help="GPUs by compute capability, 121 for 12.1, with commas [default: 121,120,89; on tensorrt this "
     "machine's, with --emit-only also 100,90].",
 )
 @click.option("--dtype", type=click.Choice(["bf16", "fp16"]), help="GPUs. Activations and KV pool [default: bf16].")

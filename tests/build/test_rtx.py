@@ -170,7 +170,7 @@ def test_what_cannot_be_built_is_one_line(
         (("--window", "4096"), "window 4096 is outside the plan's 1 to 1024"),
         (("--window", "512", "--step", "128"), "step 128 is outside the plan's 1 to 64"),
         (("--window", "512", "--batch", "9"), "batch 9 is outside the plan's 1 to 4"),
-        (("--window", "512", "--gpu", "h100"), "GPU h100 is not known"),
+        (("--window", "512", "--gpu", "b100"), "GPU b100 is not known"),
     ],
 )
 def test_what_cannot_be_audited_is_one_line(engine: Path, arguments: tuple[str, ...], words: str) -> None:
