@@ -43,7 +43,8 @@ class RequestOutput:
     ``for``, to see each update.
 
     prompt: the text, None if token ids were given. outputs: ``n`` answers, as far as the caller has taken updates; a
-    ``*_diff`` of theirs is what the latest update brought. Taken by one caller, from any thread.
+    ``*_diff`` of theirs is what the latest update brought: all that came since the one before. Taken by one caller, from
+    any thread.
     """
 
     def __init__(self, request_id: int, prompt: str | None, prompt_token_ids: list[int], answers: int) -> None:
@@ -82,9 +83,8 @@ class RequestOutput:
         while not self.finished:
             with self._arrived:
                 self._arrived.wait_for(lambda: self._updates)
-            while self._updates:
-                self._take(self._updates.popleft())
-                yield self
+            self._take_all()
+            yield self
 
     def __await__(self) -> Generator[Any, None, Self]:
         return self._finish().__await__()
@@ -92,9 +92,8 @@ class RequestOutput:
     async def __aiter__(self) -> AsyncIterator[Self]:
         while not self.finished:
             await self._wait()
-            while self._updates:
-                self._take(self._updates.popleft())
-                yield self
+            self._take_all()
+            yield self
 
     async def _finish(self) -> Self:
         while not self.finished:
@@ -111,13 +110,14 @@ class RequestOutput:
                 await self._signal.wait()
 
     def _take_all(self) -> None:
+        """What came since the last time, as one update: a slow reader is told more at once, not later."""
+        for output in self.outputs:
+            output.begin_update()
         while self._updates:
-            self._take(self._updates.popleft())
-
-    def _take(self, update: Update) -> None:
-        if update.error is not None:
-            raise update.error
-        self.outputs[update.index].apply(update)
+            update = self._updates.popleft()
+            if update.error is not None:
+                raise update.error
+            self.outputs[update.index].apply(update)
 
     def _put(self, update: Update) -> None:
         """Called on the scheduler's thread."""

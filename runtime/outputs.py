@@ -102,16 +102,23 @@ class CompletionOutput:
         """Tokens a cycle, the first token left out; None if there was no cycle."""
         return (self.length - 1) / self.counts.cycles if self.counts.cycles else None
 
+    def begin_update(self) -> None:
+        """Nothing is new yet."""
+        self.text_diff, self.token_ids_diff, self.logprobs_diff, self.rejected = "", [], [], []
+
     def apply(self, update: Update) -> None:
         """Take what is new."""
         self.text += update.text
         self.token_ids += update.token_ids
         self.origins += update.origins
-        self.text_diff, self.token_ids_diff, self.logprobs_diff = update.text, update.token_ids, update.logprobs
+        self.text_diff += update.text
+        self.token_ids_diff += update.token_ids
+        self.logprobs_diff += update.logprobs
+        self.rejected += update.rejected
         if update.logprobs:
             self.logprobs = (self.logprobs or []) + update.logprobs
             own = (next(iter(chosen.values())).logprob for chosen in update.logprobs)
             self.cumulative_logprob = (self.cumulative_logprob or 0.0) + sum(own)
-        self.rejected, self.counts = update.rejected, update.counts
+        self.counts = update.counts
         self.finish_reason, self.stop_reason = update.finish_reason, update.stop_reason
         self.time_to_first_token, self.seconds = update.time_to_first_token, update.seconds
