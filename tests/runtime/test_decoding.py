@@ -296,7 +296,7 @@ def test_rules_that_hold_whatever_the_engine_says(
             sequence.open_block(int(rng.integers(1, sequence.longest_block + 1)))
         needed = sequence.next_pass()
         assert sequence.committed + len(needed.tokens) <= prompt + max_tokens
-        if needed.causal:
+        if needed.kind in ("prefill", "commit"):
             rows |= {sequence.committed + place: token for place, token in enumerate(needed.tokens.tolist())}
         count = len(needed.rows)
         sequence.absorb(
