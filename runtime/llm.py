@@ -43,8 +43,8 @@ class RequestOutput:
     ``for``, to see each update.
 
     prompt: the text, None if token ids were given. outputs: ``n`` answers, as far as the caller has taken updates; a
-    ``*_diff`` of theirs is what the latest update brought: all that came since the one before. Taken by one caller, from
-    any thread.
+    ``*_diff`` of theirs is what the latest update brought: all that came since the one before. Taken by one caller,
+    from any thread.
     """
 
     def __init__(self, request_id: int, prompt: str | None, prompt_token_ids: list[int], answers: int) -> None:

@@ -15,9 +15,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trimode.runtime import SamplingParams
+from trimode.runtime.acceptance import Acceptance
+from trimode.runtime.decoding import Sequence
+from trimode.runtime.ending import Ending
 from trimode.runtime.executor import BidirectionalStep, Candidates, CausalStep
 from trimode.runtime.kv_pool import KvPool
+from trimode.runtime.pass_cost import PassCost
+from trimode.runtime.prefix_cache import PrefixCache
+from trimode.runtime.request import Listener, Request
 from trimode.runtime.sampling import kept_weights
+from trimode.runtime.scheduler import Scheduler
 
 MASK, END = 0, 1
 VOCABULARY = 7  # tokens 2 .. 6 are words
@@ -54,6 +61,51 @@ class ExactLawExecutor:
                     block = tuple(ids[: int(step.step_lengths[index])])
                     logits[index, place] = draft(committed, block, row, self._luck, self._end)
         return candidates(logits)
+
+
+class Silence:
+    """The text of a language that has no letters: tokens are what is compared."""
+
+    def feed(self, tokens: list[int]) -> None: ...
+
+    def told(self) -> str:
+        return ""
+
+    def finish(self) -> str:
+        return ""
+
+
+class Bench:
+    """A scheduler over the known language."""
+
+    def __init__(self, max_batch: int = 8, prefix_cache: bool = True, capacity: int = 64, end: bool = True) -> None:
+        self.executor = ExactLawExecutor(capacity=capacity, end=end)
+        cost = PassCost(max_batch, 16)
+        cost.measured = True  # passes of this language cost nothing
+        self.scheduler = Scheduler(
+            self.executor,
+            max_batch=max_batch,
+            capacity=capacity,
+            prefill_tokens=6,
+            cost=cost,
+            prefix_cache=PrefixCache(2000) if prefix_cache else None,
+        )
+
+    def ask(
+        self, prompt: tuple[int, ...], params: SamplingParams, hear: Listener, seed: int = 0, streaming: bool = False
+    ) -> Request:
+        ending = Ending(params, frozenset({END}))
+        sequence = Sequence(list(prompt), params, ending, Acceptance(), mask_id=MASK, prefill_step=4, seed=seed)
+        request = Request(sequence, Silence(), hear, index=0, streaming=streaming)  # type: ignore[arg-type]
+        self.scheduler.waiting.append(request)
+        return request
+
+    def run(self) -> None:
+        for _ in range(100_000):
+            if not self.scheduler.busy:
+                return
+            self.scheduler.step()
+        raise AssertionError("the scheduler does not come to an end")
 
 
 def candidates(logits: NDArray[np.float32]) -> Candidates:

@@ -15,16 +15,16 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from proof_table import Row, tell
 from random_checkpoint import write_random_checkpoint
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from trimode.build.engine import build_engine
 from trimode.model.checkpoint import Checkpoint
@@ -45,14 +45,6 @@ MODES = ("ar", "diffusion", "linear_spec")
 
 
 @dataclass
-class Row:
-    what: str
-    bar: str
-    found: str
-    holds: bool
-
-
-@dataclass
 class Pair:
     """An engine and the reference of the same weights."""
 
@@ -70,14 +62,7 @@ def main() -> None:
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         rows = prove(arguments.checkpoint, Path(folder), arguments.prompts, arguments.only)
-    if arguments.json:
-        print(json.dumps([asdict(row) for row in rows], indent=2))
-    else:
-        table = Table("what", "bar", "found", "holds")
-        for row in rows:
-            table.add_row(row.what, row.bar, row.found, "yes" if row.holds else "[bold red]no")
-        Console(width=150).print(table)
-    sys.exit(0 if all(row.holds for row in rows) else 1)
+    tell(rows, arguments.json)
 
 
 def prove(source: Path, folder: Path, count: int, only: str | None) -> list[Row]:

@@ -10,31 +10,23 @@ import argparse
 import json
 import os
 import statistics
-import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from exact_law import END, MASK, ExactLawExecutor, greedy_text, prompts, text_law, total_variation
+from exact_law import Bench, greedy_text, prompts, text_law, total_variation
+from proof_table import Row, tell
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from trimode.model.checkpoint import Checkpoint
 from trimode.model.loading import load_reference
 from trimode.runtime import LLM, CompletionOutput, SamplingParams
-from trimode.runtime.acceptance import Acceptance
-from trimode.runtime.decoding import Sequence
-from trimode.runtime.ending import Ending
 from trimode.runtime.outputs import Update
-from trimode.runtime.pass_cost import PassCost
-from trimode.runtime.prefix_cache import PrefixCache
 from trimode.runtime.request import Request
-from trimode.runtime.scheduler import Scheduler
 
 ROOT = Path(__file__).resolve().parent.parent
 MAX_TOKENS = 200
@@ -51,14 +43,6 @@ MODES: tuple[dict[str, Any], ...] = (
     {"mode": "diffusion", "block_length": 16},
     {"mode": "linear_spec", "block_length": 32, "adapter": False},
 )
-
-
-@dataclass
-class Row:
-    what: str
-    bar: str
-    found: str
-    holds: bool
 
 
 def main() -> None:
@@ -79,14 +63,7 @@ def main() -> None:
         memory_row(arguments.engine, arguments.requests),
         prefix_row(arguments.engine),
     ]
-    if arguments.json:
-        print(json.dumps([asdict(row) for row in rows], indent=2))
-    else:
-        table = Table("what", "bar", "found", "holds")
-        for row in rows:
-            table.add_row(row.what, row.bar, row.found, "yes" if row.holds else "[bold red]no")
-        Console(width=150).print(table)
-    sys.exit(0 if all(row.holds for row in rows) else 1)
+    tell(rows, arguments.json)
 
 
 def equality_rows(engine: Path, checkpoint: Path | None, count: int) -> list[Row]:
@@ -142,42 +119,6 @@ def _margins(checkpoint: Path | None) -> Any:
     return margin
 
 
-class Bench:
-    """A scheduler over the known language."""
-
-    def __init__(self, max_batch: int, capacity: int, end: bool, prefix_cache: bool) -> None:
-        self.executor = ExactLawExecutor(capacity=capacity, end=end)
-        cost = PassCost(max_batch, 16)
-        cost.measured = True  # passes of this language cost nothing
-        self.scheduler = Scheduler(
-            self.executor,
-            max_batch=max_batch,
-            capacity=capacity,
-            prefill_tokens=16,
-            cost=cost,
-            prefix_cache=PrefixCache(4000) if prefix_cache else None,
-        )
-
-    def submit(self, prompt: tuple[int, ...], params: SamplingParams, seed: int, hear: Any) -> Request:
-        ending = Ending(params, frozenset({END}))
-        sequence = Sequence(list(prompt), params, ending, Acceptance(), mask_id=MASK, prefill_step=8, seed=seed)
-        request = Request(sequence, Silence(), hear, index=0, streaming=False)  # type: ignore[arg-type]
-        self.scheduler.waiting.append(request)
-        return request
-
-
-class Silence:
-    """The known language has no letters."""
-
-    def feed(self, tokens: list[int]) -> None: ...
-
-    def told(self) -> str:
-        return ""
-
-    def finish(self) -> str:
-        return ""
-
-
 def law_row(law: dict[str, Any], draws: int) -> Row:
     """Whole texts of three tokens, and the second token after the commonest first one, by self-speculation."""
     prompt, counts = (2, 3), Counter[tuple[int, ...]]()
@@ -189,9 +130,8 @@ def law_row(law: dict[str, Any], draws: int) -> Row:
 
     for start in track(range(0, draws, 1000), f"law {law}", transient=True, console=Console(stderr=True)):
         for seed in range(start, start + 1000):
-            bench.submit(prompt, params, seed, hear)
-        while bench.scheduler.busy:
-            bench.scheduler.step()
+            bench.ask(prompt, params, hear, seed)
+        bench.run()
     exact = text_law(prompt, 3, params)
     texts = total_variation(counts, exact)
     first = max(exact, key=lambda text: exact[text])[0]
@@ -280,7 +220,7 @@ def events_row(events: int) -> Row:
             wrong += update.token_ids != (expected if whole else expected[: len(update.token_ids)])
             running.pop(number)
 
-        running[number] = bench.submit(prompt, params, 0, hear)
+        running[number] = bench.ask(prompt, params, hear)
 
     submitted = 0
     for _ in track(range(events), "events", transient=True, console=Console(stderr=True)):
@@ -291,8 +231,7 @@ def events_row(events: int) -> Row:
         elif event == "cancel" and running:
             list(running.values())[rng.integers(len(running))].aborted = True
         bench.scheduler.step()
-    while bench.scheduler.busy:
-        bench.scheduler.step()
+    bench.run()
     leaked = bench.executor.pool.active + len(running) + (submitted - told)
     found = f"{submitted} requests, {wrong} wrong, {leaked} leaked"
     return Row(

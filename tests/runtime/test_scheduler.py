@@ -15,9 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scripts.exact_law import (
-    END,
     MASK,
-    ExactLawExecutor,
+    Bench,
     greedy_text,
     law,
     prompts,
@@ -25,14 +24,8 @@ from scripts.exact_law import (
     total_variation,
 )
 from trimode.runtime import SamplingParams
-from trimode.runtime.acceptance import Acceptance
-from trimode.runtime.decoding import Sequence
-from trimode.runtime.ending import Ending
 from trimode.runtime.outputs import Update
-from trimode.runtime.pass_cost import PassCost
-from trimode.runtime.prefix_cache import PrefixCache
 from trimode.runtime.request import Request
-from trimode.runtime.scheduler import Scheduler
 
 GREEDY_MODES: list[dict[str, Any]] = [
     {"mode": "ar"},
@@ -42,32 +35,11 @@ GREEDY_MODES: list[dict[str, Any]] = [
 ]
 
 
-class NoText:
-    """Tokens are what is compared here; the language has no letters."""
+class Recorder(Bench):
+    """What came of its requests, by their number."""
 
-    def feed(self, tokens: list[int]) -> None: ...
-
-    def told(self) -> str:
-        return ""
-
-    def finish(self) -> str:
-        return ""
-
-
-class Bench:
-    """A scheduler over the known language, and what came of its requests."""
-
-    def __init__(self, max_batch: int = 8, prefix_cache: bool = True, **language: Any) -> None:
-        self.executor = ExactLawExecutor(**language)
-        self.scheduler = Scheduler(
-            self.executor,
-            max_batch=max_batch,
-            capacity=self.executor.pool.capacity,
-            prefill_tokens=6,
-            cost=PassCost(max_batch, 16),
-            prefix_cache=PrefixCache(2000) if prefix_cache else None,
-        )
-        self.scheduler._cost.measured = True  # of a language whose passes cost nothing
+    def __init__(self, *options: Any, **more: Any) -> None:
+        super().__init__(*options, **more)
         self.texts: dict[int, list[int]] = {}
         self.finished: dict[int, Update] = {}
         self.requests: dict[int, Request] = {}
@@ -82,23 +54,13 @@ class Bench:
             if update.finish_reason or update.error:
                 self.finished[number] = update
 
-        ending = Ending(params, frozenset({END}))
-        sequence = Sequence(list(prompt), params, ending, Acceptance(), mask_id=MASK, prefill_step=4, seed=seed)
-        self.requests[number] = Request(sequence, NoText(), hear, index=0, streaming=streaming)  # type: ignore[arg-type]
-        self.scheduler.waiting.append(self.requests[number])
+        self.requests[number] = self.ask(prompt, params, hear, seed, streaming)
         return number
-
-    def run(self) -> None:
-        for _ in range(100_000):
-            if not self.scheduler.busy:
-                return
-            self.scheduler.step()
-        raise AssertionError("the scheduler does not come to an end")
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5, 16])
 def test_greedy_texts_in_mixed_batches_are_those_of_the_law(batch: int) -> None:
-    bench = Bench(max_batch=batch)
+    bench = Recorder(max_batch=batch)
     expected = {}
     for index, prompt in enumerate(prompts(60, seed=batch)):
         params = SamplingParams(max_tokens=3 + index % 20, **GREEDY_MODES[index % 4])
@@ -116,13 +78,13 @@ def test_diffusion_in_a_batch_is_diffusion_alone() -> None:
         for index in range(len(asked))
     ]
     params = [SamplingParams(max_tokens=9 + index % 7, **block) for index, block in enumerate(blocks)]
-    together = Bench(max_batch=8)
+    together = Recorder(max_batch=8)
     for prompt, one in zip(asked, params, strict=True):
         together.submit(prompt, one)
     together.run()
     for index, prompt in enumerate(asked):
         if params[index].mode == "diffusion":
-            alone = Bench(max_batch=1, prefix_cache=False)
+            alone = Recorder(max_batch=1, prefix_cache=False)
             alone.submit(prompt, params[index])
             alone.run()
             assert together.texts[index] == alone.texts[0]
@@ -132,7 +94,7 @@ def test_diffusion_in_a_batch_is_diffusion_alone() -> None:
 @given(data=st.data(), batch=st.integers(1, 6), seed=st.integers(0, 2**16))
 def test_joins_finishes_and_cancels_in_any_order(data: st.DataObject, batch: int, seed: int) -> None:
     """Against the plain model: a dictionary of texts by the law. Nothing leaks, nothing is told twice."""
-    bench, rng = Bench(max_batch=batch), np.random.default_rng(seed)
+    bench, rng = Recorder(max_batch=batch), np.random.default_rng(seed)
     expected: dict[int, list[int]] = {}
     cancelled: set[int] = set()
     pool = prompts(6, seed)
@@ -164,7 +126,7 @@ def test_joins_finishes_and_cancels_in_any_order(data: st.DataObject, batch: int
 
 def test_a_text_may_fill_the_capacity_to_the_last_row_beside_others() -> None:
     """Padding would reach past the pool's end: such a slot has passes of its own."""
-    bench = Bench(max_batch=4, capacity=24, end=False)
+    bench = Recorder(max_batch=4, capacity=24, end=False)
     numbers = {}
     for prompt, tokens in (((2,) * 20, 4), ((3, 4), 20), ((5,) * 12, 12), ((6, 2, 3), 21)):
         params = SamplingParams(max_tokens=tokens, mode="linear_spec", block_length=16)
@@ -174,7 +136,7 @@ def test_a_text_may_fill_the_capacity_to_the_last_row_beside_others() -> None:
 
 
 def test_prompts_share_the_rows_of_their_beginnings() -> None:
-    bench = Bench(max_batch=2, capacity=64)
+    bench = Recorder(max_batch=2, capacity=64)
     system = (2, 3, 4, 5, 6) * 8  # 40 tokens: one whole block, and a short one
     first = bench.submit((*system, 2), SamplingParams(max_tokens=4, mode="ar"))
     bench.run()
@@ -191,7 +153,7 @@ def test_prompts_share_the_rows_of_their_beginnings() -> None:
 
 
 def test_an_engine_that_fails_fails_its_requests_and_serves_the_next() -> None:
-    bench = Bench(max_batch=2)
+    bench = Recorder(max_batch=2)
     asked = [bench.submit((2, 3), SamplingParams(max_tokens=9, mode="ar")) for _ in range(4)]
     bench.scheduler.step()
     bench.scheduler.fail(RuntimeError("out of order"))
@@ -202,7 +164,7 @@ def test_an_engine_that_fails_fails_its_requests_and_serves_the_next() -> None:
 
 
 def drawn(mode: dict[str, Any], how: dict[str, Any], draws: int, length: int) -> Counter[tuple[int, ...]]:
-    bench = Bench(max_batch=16, prefix_cache=False, end=False, capacity=16)
+    bench = Recorder(max_batch=16, prefix_cache=False, end=False, capacity=16)
     for seed in range(draws):
         bench.submit((2, 3), SamplingParams(max_tokens=length, **mode, **how), seed=seed)
     bench.run()
@@ -241,7 +203,7 @@ def penalised_text(prompt: tuple[int, ...], length: int, presence: float, freque
 
 @pytest.mark.parametrize("mode", GREEDY_MODES, ids=str)
 def test_greedy_texts_with_penalties_are_those_of_the_law(mode: dict[str, Any]) -> None:
-    bench, expected = Bench(end=False), {}
+    bench, expected = Recorder(end=False), {}
     for prompt in prompts(12, seed=5):
         params = SamplingParams(max_tokens=14, presence_penalty=0.6, frequency_penalty=0.3, **mode)
         expected[bench.submit(prompt, params)] = penalised_text(prompt, 14, 0.6, 0.3)
