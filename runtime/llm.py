@@ -171,12 +171,15 @@ class LLM:
             raise TriModeError(
                 f"max_batch_size is {max_batch_size}, but the engine was built for batches of {built_for.max_batch}"
             )
+        largest_step = max(limits.prefill_step, LONGEST_BLOCK)
+        if built_for is not None:
+            largest_step = min(largest_step, built_for.max_step)
         self._scheduler = Scheduler(
             engine.executor,
             max_batch=max_batch_size,
             capacity=limits.capacity,
             prefill_tokens=limits.prefill_step,
-            cost=PassCost(max_batch_size, max(limits.prefill_step, LONGEST_BLOCK)),
+            cost=PassCost(max_batch_size, largest_step),
             prefix_cache=PrefixCache(prefix_cache_bytes) if prefix_cache_bytes else None,
         )
         self._shared_acceptance = Acceptance()

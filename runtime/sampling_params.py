@@ -99,7 +99,7 @@ class SamplingParams:
         self._require("top_p", 0 <= (self.top_p or 0) <= 1, "between 0 and 1")
         self._require("min_p", 0 <= (self.min_p or 0) <= 1, "between 0 and 1")
         self._require("seed", 0 <= (self.seed or 0) < 2**64, "between 0 and 2**64 - 1")
-        self._require("repetition_penalty", self.repetition_penalty > 0, "above 0")
+        self._require("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "between 0.01 and 100")
         self._require("n", self.n >= 1, "at least 1")
         self._require("stop", all(self.stop_strings), "without empty strings")
         self._require("max_thinking_tokens", (self.max_thinking_tokens or 0) >= 0, "at least 0")
