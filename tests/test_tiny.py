@@ -92,16 +92,13 @@ def test_tokens_are_the_references(
 
 
 def test_the_adapter_raises_acceptance(llm: LLM, heldout: list[dict]) -> None:
-    """By the cycles that the same texts take; the texts are equal, so every cycle saved is the adapter's.
-
-    At block 32: at 16 the base alone drafts most blocks right to their end.
-    """
+    """By the cycles that the same texts take; the texts are equal, so every cycle saved is the adapter's."""
     prompts = encoded(llm, heldout[::3])
-    with_adapter = answers(llm, prompts, mode="linear_spec", block_length=32)
-    without = answers(llm, prompts, mode="linear_spec", block_length=32, adapter=False)
+    with_adapter = answers(llm, prompts, mode="linear_spec")
+    without = answers(llm, prompts, mode="linear_spec", adapter=False)
     assert [answer.token_ids for answer in with_adapter] == [answer.token_ids for answer in without]
     cycles = [sum(answer.counts.cycles for answer in many) for many in (with_adapter, without)]
-    assert cycles[0] < 0.98 * cycles[1]
+    assert 1.1 * cycles[0] < cycles[1]
 
 
 def test_answers_are_mostly_right(llm: LLM, prompts: list[list[int]], heldout: list[dict]) -> None:

@@ -76,6 +76,11 @@ WHOLE_MASKED = 0.25  # of the noisy blocks: what a one-shot draft sees
 PREFIX_KNOWN = 0.2  # of the noisy blocks: known up to a point, masked behind it
 BLOCK_SIZES = {8: 0.35, 16: 0.40, 32: 0.25}
 PAST_END_WEIGHT = 0.1  # of end tokens behind the first: keeps a draft from ending answers too early
+FAR = -1  # the target of a mask beyond the stage's reach: not one token, but how frequent each is in the batch
+FAR_WEIGHT = 0.2
+ADAPTER_RANK = 64
+# Half precision pays where the processor multiplies it; without AVX-512 such a product takes forty times fp32's time.
+PRODUCTS = torch.bfloat16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else torch.float32
 
 
 @dataclass(frozen=True)
@@ -88,14 +93,18 @@ class Stage:
     several: float = 0.04  # share of prompts with two questions
     whole: float = WHOLE_MASKED
     densest: float = 1.0  # the largest share of a noisy block that is masked, if not all of it
+    reach: int = max(BLOCK_SIZES)  # how far behind the last known token a mask learns its own token
 
 
 STAGES = (
     Stage(5500),
     Stage(750, 0.4, REVISED_SHARES, 0.10),  # a gentler descent on more of the kinds that lag
-    # No nearly whole masks: the base unlearns some one-shot drafting, and the adapter has something to bring back.
+    # No nearly whole masks, then unsure of far ones: the base leaves drafting far ahead to the adapter.
     Stage(400, 0.4, REVISED_SHARES, 0.10, whole=0.0, densest=0.7),
+    Stage(160, 0.4, REVISED_SHARES, 0.10, reach=10),
+    Stage(80, 0.4, REVISED_SHARES, 0.10, reach=8),
 )
+ONE_SHOT = Stage(600, shares=REVISED_SHARES, whole=1.0)  # the draft adapter's, on the finished base
 
 
 def progress(message: str, console: Console = Console()) -> None:  # noqa: B008
@@ -219,21 +228,19 @@ class Bin:
         self.targets += [*row.ids[1:], END]
         self.weights += weights
 
-    def add_noisy(
-        self, row: Row, index: int, block: int, size: int, rng: random.Random, whole: float, densest: float = 1.0
-    ) -> None:
+    def add_noisy(self, row: Row, index: int, block: int, size: int, rng: random.Random, stage: Stage) -> None:
         """A block that starts anywhere in an answer. Its first token is the seed, which decoding always knows."""
         first, end = rng.choices(row.answers, [last - start for start, last in row.answers])[0]
         start = first if rng.random() < 0.15 else rng.randrange(first, max(first + 1, end - 1))
         text = [*row.ids[start:end], *[END] * size][:size]
         draw = rng.random()
-        if draw < whole:
+        if draw < stage.whole:
             masked = [True] * size
-        elif draw < whole + PREFIX_KNOWN:
-            known = rng.randrange(max(1, int(size * (1 - densest))), size)
+        elif draw < stage.whole + PREFIX_KNOWN:
+            known = rng.randrange(max(1, int(size * (1 - stage.densest))), size)
             masked = [place >= known for place in range(size)]
         else:
-            ratio = rng.random() * densest
+            ratio = rng.random() * stage.densest
             masked = [rng.random() < ratio for _ in range(size)]
         masked[0] = False
         self.ids += [MASK if hidden else token for token, hidden in zip(text, masked, strict=True)]
@@ -241,10 +248,12 @@ class Bin:
         self.rows += [index] * size
         self.blocks += [block] * size
         self.limits += [start] * size
-        self.targets += text
-        self.weights += [
-            -hidden * (1.0 if start + place < end else PAST_END_WEIGHT) for place, hidden in enumerate(masked)
-        ]
+        last_known = 0
+        for place, hidden in enumerate(masked):
+            last_known = last_known if hidden else place
+            far = place - last_known > stage.reach
+            self.targets.append(FAR if far else text[place])
+            self.weights.append(-hidden * (FAR_WEIGHT if far else 1.0 if start + place < end else PAST_END_WEIGHT))
 
     def fill(self, rows: list[Row], size: int, rng: random.Random, stage: Stage) -> None:
         """Clean streams first, then noisy blocks of the rows, each as often as its answers are long, while they fit."""
@@ -257,7 +266,7 @@ class Bin:
                 break
             width = rng.choices(sizes, [BLOCK_SIZES[width] for width in sizes])[0]
             index = rng.choices(range(len(rows)), lengths)[0]
-            self.add_noisy(rows[index], index, block, width, rng, stage.whole, stage.densest)
+            self.add_noisy(rows[index], index, block, width, rng, stage)
         self.pad(size)
 
     def pad(self, size: int) -> None:
@@ -369,7 +378,7 @@ class Muon:
         for parameters, velocity in self.groups:
             gradient = torch.stack([parameter.grad for parameter in parameters])
             velocity.lerp_(gradient, 1 - self.momentum)
-            update = orthogonalise(gradient.lerp_(velocity, self.momentum).bfloat16()).float()
+            update = orthogonalise(gradient.lerp_(velocity, self.momentum).to(PRODUCTS)).float()
             scale = max(1, update.shape[1] / update.shape[2]) ** 0.5
             for parameter, change in zip(parameters, update, strict=True):
                 parameter.mul_(1 - rate * self.decay).add_(change, alpha=-rate * scale)
@@ -439,10 +448,15 @@ def make_model(seed: int) -> NemotronLabsDiffusionModel:
 
 def loss_of(encoder: Callable[..., tuple[Tensor, object]], head: nn.Module, batch: Batch) -> Tensor:
     """Both streams' mean losses, added. Only rows with a loss reach the head."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=PRODUCTS is torch.bfloat16):
         hidden, _ = encoder(batch.ids, batch.positions, batch.visible)
         logits = head(hidden.flatten(0, 1)[batch.places])
-    return F.cross_entropy(logits.float(), batch.targets, reduction="none") @ batch.weights
+    likelihoods = logits.float().log_softmax(-1)
+    own = F.nll_loss(likelihoods, batch.targets, ignore_index=FAR, reduction="none")
+    far = batch.targets == FAR
+    frequencies = torch.bincount(batch.targets[~far], minlength=VOCABULARY) / (~far).sum()
+    losses = torch.where(far, -(likelihoods @ frequencies), own)
+    return losses @ batch.weights
 
 
 @torch.no_grad()
@@ -517,7 +531,7 @@ def adapter_batch(rows: list[Row], rng: random.Random) -> tuple[Batch, int]:
         packed.weights = [0.0] * len(row.ids)
         packed.pad(clean_size)
         for block in range(1, 4):
-            packed.add_noisy(row, 0, block, rng.choice((16, 32)), rng, whole=1.0)
+            packed.add_noisy(row, 0, block, rng.choice((16, 32)), rng, ONE_SHOT)
         packed.pad(clean_size + 96)
         bins.append(packed)
     return collate(bins), clean_size
@@ -530,14 +544,14 @@ def train_adapter(base: NemotronLabsDiffusionModel, rows: Iterator[Row], steps: 
     """
     rng = random.Random(f"adapter {seed}")
     torch.manual_seed(seed)
-    rank = 32
-    adapted = get_peft_model(base, LoraConfig(r=rank, lora_alpha=4 * rank, target_modules=["o_proj"], bias="none"))
+    settings = LoraConfig(r=ADAPTER_RANK, lora_alpha=4 * ADAPTER_RANK, target_modules=["o_proj"], bias="none")
+    adapted = get_peft_model(base, settings)
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     adam = torch.optim.AdamW(trained, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0)
     running = 0.0
     for step in range(steps):
         batch, start = adapter_batch(list(itertools.islice(rows, 16)), rng)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=PRODUCTS is torch.bfloat16):
             with torch.no_grad(), base.draft_adapter(False):
                 visible = batch.visible[:, :start, :start]
                 _, past = base.encoder(batch.ids[:, :start], batch.positions[:, :start], visible)
@@ -605,7 +619,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the checkpoint folder to write")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="of the first stage, for a short trial: the others shrink with it")
-    parser.add_argument("--adapter-steps", type=int, default=800)
+    parser.add_argument("--adapter-steps", type=int, default=ONE_SHOT.steps)
     parser.add_argument("--report-every", type=int, default=500, help="steps between measurements on held-out problems")
     parser.add_argument("--held-out", type=Path, help="also write the evaluation's prompts to this file")
     arguments = parser.parse_args()
@@ -634,7 +648,7 @@ def main() -> None:
         model = run_stage(model, stage, batches, held_out, arguments.report_every)
 
     def rows_for_adapter() -> Iterator[Row]:
-        for conversation in Corpus(seed + 2, False, REVISED_SHARES):
+        for conversation in Corpus(seed + 2, False, ONE_SHOT.shares):
             row = tokenise(conversation, encode)
             if len(row.ids) <= BIN:
                 yield row
