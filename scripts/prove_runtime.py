@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("engine", type=Path, help="engine directory of the shipped checkpoint")
     parser.add_argument("--checkpoint", type=Path, help="what it was built from, to tell the margins of exceptions")
     parser.add_argument("--prompts", type=int, default=200)
-    parser.add_argument("--draws", type=int, default=200_000, help="texts drawn for each law")
+    parser.add_argument("--draws", type=int, default=70_000, help="texts of three tokens drawn for each law")
     parser.add_argument("--events", type=int, default=10_000)
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--json", action="store_true")
