@@ -1,9 +1,9 @@
 """Mode ``auto``: the block length of self-speculation, chosen each cycle by what it yields and what it costs.
 
 A cycle with blocks of b tokens takes a draft pass and a commit pass over the whole batch; b = 1 is AR and takes the
-commit pass alone. A sequence's cycle yields ``1 + sum over j < b of (rates[1] * ... * rates[j])`` tokens: the drafts
-that its own history says will be accepted, and the causal row's token (:mod:`trimode.runtime.acceptance`). So each
-cycle takes
+commit pass alone. A sequence's cycle yields ``1 + sum over j < b of (r[1] * ... * r[j])`` tokens: the drafts that its
+own history says will be accepted before its text ends, and the causal row's token, with
+``r[j] = rates[j] * (1 - end_rate)`` (:mod:`trimode.runtime.acceptance`). So each cycle takes
 
     b* = argmax over b of  (sum of yields over the batch) / (seconds of the draft pass + seconds of the commit pass)
 
@@ -17,6 +17,7 @@ token costs, and b shrinks toward AR. Greedy or sampled, b changes when tokens c
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
+from operator import add
 
 from trimode.runtime.acceptance import LONGEST_BLOCK
 from trimode.runtime.decoding import Sequence
@@ -31,16 +32,25 @@ def choose_block_length(deciding: Many[Sequence], others: Many[Sequence], cost: 
     """
     drafting = [sequence for sequence in others if sequence.params.mode == "linear_spec"]
     fixed = max((sequence.longest_block for sequence in drafting), default=1)
-    tokens_of_others = sum(sequence.acceptance.expected(sequence.longest_block) for sequence in others)
     longest = max(sequence.longest_block for sequence in deciding)
+    choices = [block for block in CHOICES if block < 2 * longest]
+    tokens = [sum(_yields(sequence, [sequence.longest_block])[0] for sequence in others)] * len(choices)
+    for sequence in deciding:
+        tokens = list(map(add, tokens, _yields(sequence, choices)))
 
-    def tokens_a_second(block: int) -> float:
-        yields = [sequence.acceptance.expected(min(block, sequence.longest_block)) for sequence in deciding]
+    def tokens_a_second(choice: int) -> float:
+        block = choices[choice]
         drafts = len(drafting) + (len(deciding) if block > 1 else 0)
         step = max(min(block, longest), fixed)
         seconds = cost.seconds("ar", len(deciding) + len(others), step)
         if drafts:
             seconds += cost.seconds("diffusion", drafts, step)
-        return (sum(yields) + tokens_of_others) / seconds
+        return tokens[choice] / seconds
 
-    return max((block for block in CHOICES if block < 2 * longest), key=tokens_a_second)
+    return choices[max(range(len(choices)), key=tokens_a_second)]
+
+
+def _yields(sequence: Sequence, blocks: Many[int]) -> list[float]:
+    """Tokens that a cycle yields, for each of these blocks, as far as the sequence can take them."""
+    yields, longest = sequence.acceptance.yields(), min(sequence.longest_block, LONGEST_BLOCK)
+    return [yields[min(block, longest) - 1] for block in blocks]

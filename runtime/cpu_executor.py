@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +35,23 @@ class _Memory(NamedTuple):
     result_values: dict[str, ort.OrtValue]
 
 
+@dataclass
+class _Binding:
+    """A run of the pool's slots, bound to a session, and the memory of the shape that is bound with it."""
+
+    session_binding: ort.IOBinding
+    memory: _Memory | None = None
+
+    def bind(self, memory: _Memory) -> None:
+        if self.memory is memory:  # as in most passes, and binding takes longer than all else around them
+            return
+        for name, value in memory.input_values.items():
+            self.session_binding.bind_ortvalue_input(name, value)
+        for name, value in memory.result_values.items():
+            self.session_binding.bind_ortvalue_output(name, value)
+        self.memory = memory
+
+
 class CpuExecutor:
     """Loads ``ar/`` and ``diffusion/`` of an engine directory; raises TriModeError if they are not for this machine."""
 
@@ -53,7 +71,7 @@ class CpuExecutor:
         }
         self._memories: dict[tuple[int, ...], _Memory] = {}
         # A binding of the caches is good until the pool moves.
-        self._bindings: dict[tuple[type[Step], int, int], ort.IOBinding] = {}
+        self._bindings: dict[tuple[type[Step], int, int], _Binding] = {}
         self._bound_generation = self.pool.generation
 
     def run(self, step: CausalStep | BidirectionalStep) -> Candidates:
@@ -61,11 +79,8 @@ class CpuExecutor:
         memory, binding = self._memory(step), self._binding(step)
         for name, array in self._inputs(step).items():
             memory.inputs[name][...] = array
-        for name, value in memory.input_values.items():
-            binding.bind_ortvalue_input(name, value)
-        for name, value in memory.result_values.items():
-            binding.bind_ortvalue_output(name, value)
-        self._sessions[type(step)].run_with_iobinding(binding)
+        binding.bind(memory)
+        self._sessions[type(step)].run_with_iobinding(binding.session_binding)
         logits, tokens, log_sum_exp = memory.results
         return Candidates(logits.copy(), tokens.copy(), log_sum_exp.copy())
 
@@ -103,7 +118,7 @@ class CpuExecutor:
             self._memories[key] = _Memory(inputs, Candidates(*results.values()), _values(inputs), _values(results))
         return self._memories[key]
 
-    def _binding(self, step: Step) -> ort.IOBinding:
+    def _binding(self, step: Step) -> _Binding:
         """A binding whose caches are the step's slots of the pool, inputs and outputs at the same addresses."""
         if self._bound_generation != self.pool.generation:
             self._bindings.clear()
@@ -119,7 +134,7 @@ class CpuExecutor:
             if isinstance(step, BidirectionalStep):
                 for name, array in self._adapter.items():
                     binding.bind_cpu_input(name, array)
-            self._bindings[key] = binding
+            self._bindings[key] = _Binding(binding)
         return self._bindings[key]
 
 

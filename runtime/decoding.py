@@ -185,7 +185,7 @@ class Sequence:
         self.committed += len(self.emitted) - before
         tested = len(drafts) if agreed == len(drafts) else agreed + (self.ending.finish_reason is None)
         if drafts:
-            self.acceptance.observe(agreed, tested)
+            self.acceptance.observe(agreed, tested, ended=self.ending.finish_reason == "stop")
         self.rejected = drafts[agreed:] if tested > agreed else []
         self.counts.cycles += 1
         self.counts.drafted += len(drafts)

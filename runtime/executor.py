@@ -35,7 +35,7 @@ class Step:
     @property
     def rows_written(self) -> int:
         """How far the step reaches into the KV pool."""
-        return int(self.write_indices.max() + self.input_ids.shape[1])
+        return int(max(self.write_indices.tolist()) + self.input_ids.shape[1])
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,14 @@ class CausalStep(Step):
         cls, first_slot: int, input_ids: Ints, write_indices: Ints, logit_rows: Ints, top_k: int | None = None
     ) -> CausalStep:
         """Plain text: each token sees the step's tokens up to itself, and positions follow the committed rows."""
-        positions = write_indices[:, None] + np.arange(input_ids.shape[1])
+        positions = write_indices[:, None] + _places(input_ids.shape[1])
         mask = _causal_mask(*input_ids.shape)
         return cls(first_slot, input_ids, positions, write_indices, logit_rows, mask, top_k=top_k)
+
+
+@cache
+def _places(size: int) -> Ints:
+    return np.arange(size)
 
 
 @cache
@@ -78,7 +83,7 @@ class BidirectionalStep(Step):
         top_k: int | None = None,
     ) -> BidirectionalStep:
         """A block a sequence, right after its committed rows."""
-        positions = write_indices[:, None] + np.arange(input_ids.shape[1])
+        positions = write_indices[:, None] + _places(input_ids.shape[1])
         return cls(first_slot, input_ids, positions, write_indices, logit_rows, step_lengths, adapter, top_k=top_k)
 
     def verification(self, drafted: Ints | None = None) -> CausalStep:

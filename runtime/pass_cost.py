@@ -2,7 +2,10 @@
 
 The table has a cell for each power of two of batch and step. Between cells the logarithm of the seconds is interpolated
 in the logarithms of batch and step, so a cost that is flat while memory-bound and grows in proportion when
-compute-bound is met at both ends. A pass that took other than foretold moves the cells around it.
+compute-bound is met at both ends. A pass that took other than foretold says two things: how fast passes run now, with
+other work on the machine and longer contexts than before, which goes for all cells alike; and that the cells around it
+were wrong beside the others. Most of the difference is taken for the former, so cells that no pass has met for a while
+stay comparable with those that just ran.
 """
 
 from __future__ import annotations
@@ -10,15 +13,25 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 EngineName = Literal["ar", "diffusion"]
 
-_CORRECTION = 0.1  # of what a pass took, in the cells around it
+_PACE_WEIGHT = 0.1  # of what a pass took, in the cost of all passes
+_CELL_WEIGHT = 0.02  # and besides in the cells around it
 _TRIALS = 3  # of a measured pass; the fastest counts
-_OUTLIER = 4.0  # a pass this many times off its cost was disturbed; it counts as this
+_OUTLIER = math.log(4)  # a pass that many times off its cost was disturbed; it counts as this
 # Before anything was measured: a pass costs as much as so many of its tokens.
 _TOKENS_OF_AN_EMPTY_PASS = 64
+
+
+class _Place(NamedTuple):
+    """Where a pass lies. log_beyond: of how far it is larger than the table. cells: around it, by row and column, each
+    with its weight.
+    """
+
+    log_beyond: float
+    cells: list[tuple[int, int, float]]
 
 
 class PassCost:
@@ -35,19 +48,20 @@ class PassCost:
             ]
             for engine in get_args(EngineName)
         }
+        self._log_pace = 0.0  # of how much longer passes take now than their cells say
+        self._places: dict[tuple[int, int], _Place] = {}
         self.measured = False
 
     def seconds(self, engine: EngineName, batch: int, step: int) -> float:
-        table = self._log_seconds[engine]
-        beyond = max(1, batch / self._batches[-1]) * max(1, step / self._steps[-1])
-        return beyond * math.exp(sum(weight * table[row][column] for row, column, weight in self._around(batch, step)))
+        return math.exp(self._log_of(engine, batch, step))
 
     def observe(self, engine: EngineName, batch: int, step: int, seconds: float) -> None:
         """A pass took so many seconds."""
-        off = math.log(seconds / self.seconds(engine, batch, step))
-        off = min(max(off, -math.log(_OUTLIER)), math.log(_OUTLIER))
-        for row, column, weight in self._around(batch, step):
-            self._log_seconds[engine][row][column] += _CORRECTION * weight * off
+        off = math.log(seconds) - self._log_of(engine, batch, step)
+        off = min(max(off, -_OUTLIER), _OUTLIER)
+        self._log_pace += _PACE_WEIGHT * off
+        for row, column, weight in self._around(batch, step).cells:
+            self._log_seconds[engine][row][column] += _CELL_WEIGHT * weight * off
 
     def measure(self, run: Callable[[EngineName, int, int], float], seconds: float) -> None:
         """Fill the table by running passes, smallest first, for about ``seconds`` in all.
@@ -70,18 +84,28 @@ class PassCost:
                 else:
                     more = self._tokens(cell) / self._tokens(largest)
                     table[row][column] = table[largest[0]][largest[1]] + math.log(more)
+        self._log_pace = 0.0
         self.measured = True
 
     def _tokens(self, cell: tuple[int, int]) -> int:
         return self._batches[cell[0]] * self._steps[cell[1]]
 
-    def _around(self, batch: int, step: int) -> list[tuple[int, int, float]]:
-        """The cells around a pass, by row and column, and their weights."""
-        return [
-            (row, column, down * right)
-            for row, down in _neighbours(self._batches, min(batch, self._batches[-1]))
-            for column, right in _neighbours(self._steps, min(step, self._steps[-1]))
-        ]
+    def _log_of(self, engine: EngineName, batch: int, step: int) -> float:
+        table, (total, cells) = self._log_seconds[engine], self._around(batch, step)
+        for row, column, weight in cells:
+            total += weight * table[row][column]
+        return total + self._log_pace
+
+    def _around(self, batch: int, step: int) -> _Place:
+        if (batch, step) not in self._places:
+            beyond = max(1, batch / self._batches[-1]) * max(1, step / self._steps[-1])
+            cells = [
+                (row, column, down * right)
+                for row, down in _neighbours(self._batches, min(batch, self._batches[-1]))
+                for column, right in _neighbours(self._steps, min(step, self._steps[-1]))
+            ]
+            self._places[batch, step] = _Place(math.log(beyond), cells)
+        return self._places[batch, step]
 
 
 def _powers(largest: int) -> list[int]:

@@ -54,7 +54,26 @@ def test_passes_that_run_correct_the_cost(batch: int, step: int, taken: float) -
     for _ in range(400):
         cost.observe("ar", batch, step, taken)
     assert cost.seconds("ar", batch, step) == pytest.approx(taken, rel=0.02)
-    assert cost.seconds("diffusion", 1, 1) == pytest.approx(2e-3)
+
+
+def test_a_slower_machine_is_slower_for_passes_that_have_not_run() -> None:
+    cost = PassCost(4, 16)
+    cost.measure(seconds, seconds=1e9)
+    for _ in range(50):
+        for engine in ("ar", "diffusion"):
+            cost.observe(engine, 2, 16, 1.5 * seconds(engine, 2, 16))
+    for engine in ("ar", "diffusion"):
+        assert cost.seconds(engine, 2, 16) == pytest.approx(1.5 * seconds(engine, 2, 16), rel=0.01)
+        assert cost.seconds(engine, 1, 8) == pytest.approx(1.5 * seconds(engine, 1, 8), rel=0.1)
+
+
+def test_a_cell_that_was_measured_wrongly_is_found_out_beside_others() -> None:
+    cost = PassCost(4, 16)
+    cost.measure(lambda engine, batch, step: seconds(engine, batch, step) * (2 if step == 8 else 1), seconds=1e9)
+    for _ in range(400):
+        for step in (8, 16):
+            cost.observe("ar", 1, step, seconds("ar", 1, step))
+    assert cost.seconds("ar", 1, 16) / cost.seconds("ar", 1, 8) == pytest.approx(2, rel=0.02)
 
 
 def test_one_disturbed_pass_moves_little() -> None:
