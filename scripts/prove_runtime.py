@@ -252,7 +252,7 @@ def memory_row(engine: Path, requests: int) -> Row:
             if turn % 10 == 9:
                 pages = int(Path("/proc/self/statm").read_text().split()[1])
                 sizes.append(pages * os.sysconf("SC_PAGE_SIZE") / 2**20)
-    told = f"{sizes[1]:.0f} MiB before, {sizes[2]:.0f} after ({sizes[0]:.0f} after the first {requests} that met every mode)"
+    told = f"{sizes[1]:.0f} MiB before, {sizes[2]:.0f} after ({sizes[0]:.0f} after the first {requests})"
     return Row(
         f"memory over {requests} requests, when passes have had their shapes",
         "flat (2 MiB)",
