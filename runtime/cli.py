@@ -342,7 +342,16 @@ def _summary(answer: RequestOutput, output: CompletionOutput, mode: Mode) -> dic
 @click.option(
     "--drain-seconds", type=click.FloatRange(min=0), default=7, show_default=True, help="To finish after SIGTERM."
 )
-def serve(engine: Path, max_batch: int, max_queue: int, threads: int | None, **options: Any) -> None:
+@click.option(
+    "--update-seconds",
+    type=click.FloatRange(min=0),
+    default=0.04,
+    show_default=True,
+    help="Between a stream's events at least; an answer's end never waits.",
+)
+def serve(
+    engine: Path, max_batch: int, max_queue: int, threads: int | None, update_seconds: float, **options: Any
+) -> None:
     """Answer OpenAI's API over ENGINE, with a playground at /."""
     try:
         from trimode.runtime.openai_server.server import ServerOptions
@@ -351,7 +360,14 @@ def serve(engine: Path, max_batch: int, max_queue: int, threads: int | None, **o
         raise TriModeError(f"serving needs the package {error.name}: pip install 'trimode[serve]'") from None
 
     with _progress() as progress:
-        llm = LLM(engine, threads=threads, max_batch_size=max_batch, max_queue_size=max_queue, progress=progress)
+        llm = LLM(
+            engine,
+            threads=threads,
+            max_batch_size=max_batch,
+            max_queue_size=max_queue,
+            update_seconds=update_seconds,
+            progress=progress,
+        )
     with llm:
         run_server(llm, ServerOptions(**options))
 

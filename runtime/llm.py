@@ -135,6 +135,7 @@ class LLM:
     or what the engine was built for if that is less.
     max_queue_size: requests that may wait beyond those. kv_cache_bytes: that the KV pool may grow to, half of the free
     memory unless told. prefix_cache_bytes: for KV rows of earlier prompts and answers; 0 reuses nothing.
+    update_seconds: between a stream's updates at least; 0 tells every cycle's tokens at once. An end never waits.
 
     Usable from many threads and event loops. Raises TriModeError if the directory is not a sound engine.
     """
@@ -148,6 +149,7 @@ class LLM:
         max_queue_size: int = 1024,
         kv_cache_bytes: int | None = None,
         prefix_cache_bytes: int = DEFAULT_PREFIX_CACHE_BYTES,
+        update_seconds: float = 0.0,
         verify: bool = True,
         progress: Progress = no_progress,
     ) -> None:
@@ -156,6 +158,7 @@ class LLM:
             ("max_queue_size", max_queue_size, 1),
             ("kv_cache_bytes", kv_cache_bytes, 1),
             ("prefix_cache_bytes", prefix_cache_bytes, 0),
+            ("update_seconds", update_seconds, 0),
         ):
             if value is not None and value < least:
                 raise TriModeError(f"{name} is {value}; it must be at least {least}")
@@ -184,6 +187,7 @@ class LLM:
         )
         self._shared_acceptance = Acceptance()
         self._max_queue_size = max_queue_size
+        self._update_seconds = update_seconds
         self._ids = itertools.count(1)
         self._submitted: deque[Request] = deque()
         self._changed = threading.Condition()  # what waits, or whether to go on
@@ -349,7 +353,8 @@ class LLM:
             prefill_step=self.manifest.limits.prefill_step,
             seed=seed % 2**64,
         )
-        return Request(sequence, text, output._put, index=index, streaming=streaming)
+        update_seconds = self._update_seconds if streaming else None
+        return Request(sequence, text, output._put, index=index, update_seconds=update_seconds)
 
     def _run(self) -> None:
         """The scheduler's thread."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 
@@ -14,14 +15,21 @@ Listener = Callable[[Update], None]
 
 
 class Request:
-    """``listener`` is called on the scheduler's thread: with each update if ``streaming``, with one at the end if not.
+    """``listener`` is called on the scheduler's thread.
 
+    update_seconds: between its calls at least, but for the last one, which never waits; None for that one alone.
     index: of the answer, where one prompt has several. siblings: answers to the same prompt, which wait until its KV
     rows can be reused.
     """
 
     def __init__(
-        self, sequence: Sequence, text: TextStream, listener: Listener, *, index: int, streaming: bool
+        self,
+        sequence: Sequence,
+        text: TextStream,
+        listener: Listener,
+        *,
+        index: int,
+        update_seconds: float | None,
     ) -> None:
         self.sequence = sequence
         self.index = index
@@ -30,10 +38,12 @@ class Request:
         self._text = text
         self._text_is_fed = bool(sequence.params.stop_strings)  # by the sequence's ending, token by token
         self._listener = listener
-        self._streaming = streaming
+        self._update_seconds = update_seconds
         self._arrived = time.perf_counter()
         self._first_token_at: float | None = None
         self._told = 0  # tokens
+        self._told_at = -math.inf
+        self._rejected: list[int] = []  # drafts, since the last update
 
     @property
     def longest(self) -> int:
@@ -44,12 +54,15 @@ class Request:
         """Tell what is new, if it is time to."""
         sequence = self.sequence
         new = sequence.emitted[self._told :]
+        now = time.perf_counter()
         if new and self._first_token_at is None:
-            self._first_token_at = time.perf_counter()
+            self._first_token_at = now
+        self._rejected += sequence.rejected
         finish_reason = sequence.ending.finish_reason
         if finish_reason is not None:
             self._finish(finish_reason, sequence.ending.stop_reason)
-        elif new and self._streaming:
+        elif new and self._update_seconds is not None and now - self._told_at >= self._update_seconds:
+            self._told_at = now
             self._feed(new)
             self._tell(self._text.told())
 
@@ -80,6 +93,7 @@ class Request:
     def _tell(self, text: str, **ending: object) -> None:
         sequence, begin = self.sequence, self._told
         self._told = len(sequence.emitted)
+        rejected, self._rejected = self._rejected, []
         self._listener(
             Update(
                 index=self.index,
@@ -87,7 +101,7 @@ class Request:
                 token_ids=sequence.emitted[begin:],
                 logprobs=sequence.logprobs[begin:],
                 origins=sequence.origins[begin:],
-                rejected=sequence.rejected,
+                rejected=rejected,
                 counts=dataclasses.replace(sequence.counts),
                 **ending,  # type: ignore[arg-type]
             )

@@ -92,11 +92,16 @@ class Bench:
         )
 
     def ask(
-        self, prompt: tuple[int, ...], params: SamplingParams, hear: Listener, seed: int = 0, streaming: bool = False
+        self,
+        prompt: tuple[int, ...],
+        params: SamplingParams,
+        hear: Listener,
+        seed: int = 0,
+        update_seconds: float | None = None,
     ) -> Request:
         ending = Ending(params, frozenset({END}))
         sequence = Sequence(list(prompt), params, ending, Acceptance(), mask_id=MASK, prefill_step=4, seed=seed)
-        request = Request(sequence, Silence(), hear, index=0, streaming=streaming)  # type: ignore[arg-type]
+        request = Request(sequence, Silence(), hear, index=0, update_seconds=update_seconds)  # type: ignore[arg-type]
         self.scheduler.waiting.append(request)
         return request
 

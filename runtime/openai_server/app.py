@@ -7,11 +7,10 @@ from collections.abc import Awaitable, Callable
 from importlib import resources
 from typing import Any
 
-from fastapi import FastAPI, Request, Security
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import Response
-from fastapi.security import HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
@@ -47,6 +46,9 @@ PAGE_FILES = {
     "/playground.js": ("playground.js", "text/javascript"),
 }
 METRICS: dict[str, Any] = {"content": {"text/plain": {"schema": {"type": "string"}}}}
+# The gate checks the key; this only documents it.
+KEY_SCHEME = {"HTTPBearer": {"type": "http", "scheme": "bearer", "description": "Checked where a key is set."}}
+LOCKED: dict[str, Any] = {"openapi_extra": {"security": [{name: []} for name in KEY_SCHEME]}}
 CLIENT_LEFT = 499  # as nginx logs it; nobody receives it
 
 
@@ -67,23 +69,20 @@ def create_app(service: Service) -> FastAPI:
     _add_handlers(app)
     _add_page(app)
     started = int(time.time())
-    locked: dict[str, Any] = {
-        "dependencies": [Security(HTTPBearer(auto_error=False, description="Checked where a key is set."))]
-    }
 
-    @app.post("/v1/chat/completions", responses=BODY_REFUSALS | {200: STREAM | {"model": ChatCompletion}}, **locked)
+    @app.post("/v1/chat/completions", responses=BODY_REFUSALS | {200: STREAM | {"model": ChatCompletion}}, **LOCKED)
     async def chat_completions(body: ChatCompletionRequest, http: Request) -> Response:
         return await complete_chat(service, body, http)
 
-    @app.post("/v1/completions", responses=BODY_REFUSALS | {200: STREAM | {"model": Completion}}, **locked)
+    @app.post("/v1/completions", responses=BODY_REFUSALS | {200: STREAM | {"model": Completion}}, **LOCKED)
     async def completions(body: CompletionRequest, http: Request) -> Response:
         return await complete(service, body, http)
 
-    @app.get("/v1/models", responses=REFUSALS, response_model=ModelList, **locked)
+    @app.get("/v1/models", responses=REFUSALS, response_model=ModelList, **LOCKED)
     async def models() -> Response:
         return json_response(ModelList(object="list", data=[model()]))
 
-    @app.get("/v1/models/{name:path}", responses=REFUSALS | _documented(404), response_model=Model, **locked)
+    @app.get("/v1/models/{name:path}", responses=REFUSALS | _documented(404), response_model=Model, **LOCKED)
     async def one_model(name: str) -> Response:
         service.require_model(name)
         return json_response(model())
@@ -101,7 +100,7 @@ def create_app(service: Service) -> FastAPI:
     async def health() -> Response:
         return json_response(Health(status="ok"))
 
-    @app.get("/metrics", responses=REFUSALS | {200: METRICS}, **locked)
+    @app.get("/metrics", responses=REFUSALS | {200: METRICS}, **LOCKED)
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
@@ -109,6 +108,7 @@ def create_app(service: Service) -> FastAPI:
         """FastAPI documents 422 for every body; here that is 400."""
         if not app.openapi_schema:
             app.openapi_schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
+            app.openapi_schema["components"]["securitySchemes"] = KEY_SCHEME
             for path in app.openapi_schema["paths"].values():
                 for operation in path.values():
                     operation["responses"].pop("422", None)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 
 from starlette.requests import Request
+from starlette.types import Receive
 
 from trimode.model.errors import TriModeError
 from trimode.runtime.errors import ShutDownError
@@ -74,18 +75,20 @@ class Run:
         if output.finish_reason == "cancelled":
             raise self._reason or TriModeError("the answer was cancelled")
 
-    async def finish(self, http: Request) -> None:
-        """Wait for every answer. Raises ClientLeftError if the client goes first."""
-        answered = asyncio.create_task(self._finished())
-        left = asyncio.create_task(_left(http))
+    async def attended(self, answering: Awaitable[None], receive: Receive) -> None:
+        """Await what answers the client, as long as the client is there: if it leaves, the requests are cancelled and
+        ``check`` raises ClientLeftError. The body is read already, so the next message says that it has left.
+        """
+        left = asyncio.ensure_future(_left(receive))
+        left.add_done_callback(lambda task: None if task.cancelled() else self.cancel(ClientLeftError()))
         try:
-            await asyncio.wait({answered, left}, return_when=asyncio.FIRST_COMPLETED)
-            if not answered.done():
-                raise ClientLeftError
-            await answered
+            await answering
         finally:
             left.cancel()
-            answered.cancel()
+
+    async def finish(self, http: Request) -> None:
+        """Wait for every answer. Raises ClientLeftError if the client goes first."""
+        await self.attended(self._finished(), http.receive)
         for request in self.requests:
             for output in request.outputs:
                 self.check(output)
@@ -101,7 +104,6 @@ class Run:
         self.end()
 
 
-async def _left(http: Request) -> None:
-    """The body is read already, so the next message is that the client has left."""
-    while (await http.receive())["type"] != "http.disconnect":
+async def _left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
         pass

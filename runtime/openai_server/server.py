@@ -19,6 +19,9 @@ from trimode.runtime.openai_server.service import Service
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 # Idle connections are kept longer than clients keep them, so that no request meets a closing one.
 KEEP_ALIVE_SECONDS = 75
+# After each pass the scheduler's thread waits until this one hands the interpreter over: by default for up to 5 ms,
+# which is as long as a pass.
+SWITCH_SECONDS = 0.0005
 # For clients to take the error with which a cancelled answer ends.
 LAST_WORDS_SECONDS = 1
 
@@ -41,6 +44,7 @@ class ServerOptions:
 
 def serve(llm: LLM, options: ServerOptions) -> None:
     """Answer until SIGTERM or SIGINT."""
+    sys.setswitchinterval(SWITCH_SECONDS)
     service = Service(llm, options.model_name or llm.manifest.source, options.request_seconds)
     gate = Gate(create_app(service), options.api_key, options.max_body)
     config = uvicorn.Config(

@@ -19,7 +19,7 @@ from trimode.runtime.openai_server import errors
 from trimode.runtime.openai_server.errors import BAD_REQUEST, NO_MODEL, ApiError
 from trimode.runtime.openai_server.metrics import ServerMetrics
 from trimode.runtime.openai_server.reasoning import CLOSE, OPEN
-from trimode.runtime.openai_server.running import Run, Running
+from trimode.runtime.openai_server.running import ClientLeftError, Run, Running
 from trimode.runtime.openai_server.schema import (
     Answer,
     CompletionTokensDetails,
@@ -120,18 +120,20 @@ class Service:
 
         async def events() -> AsyncIterator[str]:
             try:
-                for record in first:
-                    yield _event(record)
+                # What comes at once goes at once: a write to the socket costs more than all that makes an event.
+                told = "".join(map(_event, first))
                 for number, request in enumerate(run.requests):
                     async for _ in request:
                         for output in request.outputs:
                             run.check(output)
-                        for record in tell(number, request):
-                            yield _event(record)
+                        told += "".join(map(_event, tell(number, request)))
+                        if told and not request.finished:
+                            yield told
+                            told = ""
                     self.metrics.observe(request)
-                for record in last(run.requests):
-                    yield _event(record)
-                yield "data: [DONE]\n\n"
+                yield told + "".join(map(_event, last(run.requests))) + "data: [DONE]\n\n"
+            except ClientLeftError:
+                return
             except Exception as error:
                 if not isinstance(error, TriModeError):
                     log.exception("a stream failed")
@@ -147,9 +149,9 @@ class _EventStream(StreamingResponse):
         super().__init__(events, media_type="text/event-stream", headers=EVENT_HEADERS)
         self._run = run
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
         with self._run:
-            await super().__call__(scope, receive, send)
+            await self._run.attended(self.stream_response(send), receive)
 
 
 def ended(output: CompletionOutput) -> FinishReason | None:

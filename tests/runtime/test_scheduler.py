@@ -41,21 +41,29 @@ class Recorder(Bench):
     def __init__(self, *options: Any, **more: Any) -> None:
         super().__init__(*options, **more)
         self.texts: dict[int, list[int]] = {}
+        self.updates: dict[int, list[Update]] = {}
         self.finished: dict[int, Update] = {}
         self.requests: dict[int, Request] = {}
 
-    def submit(self, prompt: tuple[int, ...], params: SamplingParams, seed: int = 0, streaming: bool = False) -> int:
+    def submit(
+        self, prompt: tuple[int, ...], params: SamplingParams, seed: int = 0, update_seconds: float | None = None
+    ) -> int:
         number = len(self.requests)
-        self.texts[number] = []
+        self.texts[number], self.updates[number] = [], []
 
         def hear(update: Update) -> None:
             assert number not in self.finished, "an update after the last"
             self.texts[number] += update.token_ids
+            self.updates[number].append(update)
             if update.finish_reason or update.error:
                 self.finished[number] = update
 
-        self.requests[number] = self.ask(prompt, params, hear, seed, streaming)
+        self.requests[number] = self.ask(prompt, params, hear, seed, update_seconds)
         return number
+
+
+def joined(updates: list[Update], field: str) -> list[Any]:
+    return [item for update in updates for item in getattr(update, field)]
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5, 16])
@@ -90,6 +98,25 @@ def test_diffusion_in_a_batch_is_diffusion_alone() -> None:
             assert together.texts[index] == alone.texts[0]
 
 
+def test_updates_may_be_held_back_but_for_the_first_and_the_last() -> None:
+    """What is held back comes with the next one, rejected drafts as well."""
+    params = SamplingParams(max_tokens=40, mode="linear_spec", block_length=6, ignore_eos=True)
+    told = {}
+    for update_seconds in (0.0, 1e9, None):
+        bench = Recorder(max_batch=1)
+        number = bench.submit((2, 3), params, update_seconds=update_seconds)
+        bench.run()
+        told[update_seconds] = bench.updates[number]
+    every, some, last = told.values()
+    assert (len(every) > 4, len(some), len(last)) == (True, 2, 1)
+    assert some[0].token_ids == every[0].token_ids
+    for updates in (some, last):
+        for field in ("token_ids", "origins", "rejected"):
+            assert joined(updates, field) == joined(every, field)
+        assert updates[-1].counts == every[-1].counts
+    assert joined(every, "rejected")
+
+
 @settings(max_examples=40, deadline=None)
 @given(data=st.data(), batch=st.integers(1, 6), seed=st.integers(0, 2**16))
 def test_joins_finishes_and_cancels_in_any_order(data: st.DataObject, batch: int, seed: int) -> None:
@@ -102,7 +129,7 @@ def test_joins_finishes_and_cancels_in_any_order(data: st.DataObject, batch: int
         if event == "join":
             prompt = pool[rng.integers(len(pool))] + pool[rng.integers(len(pool))]
             params = SamplingParams(max_tokens=int(rng.integers(1, 20)), **GREEDY_MODES[rng.integers(4)])
-            number = bench.submit(prompt, params, streaming=bool(rng.integers(2)))
+            number = bench.submit(prompt, params, update_seconds=(None, 0.0, 0.001)[rng.integers(3)])
             expected[number] = greedy_text(prompt, params.max_tokens)
         elif event == "step":
             bench.scheduler.step()

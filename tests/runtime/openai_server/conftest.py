@@ -15,7 +15,7 @@ from scripts.serving import KEY, Served, serving
 @pytest.fixture(scope="session")
 def served(tiny_engine: Path) -> Iterator[Served]:
     """One server for all tests that leave it as they found it."""
-    with serving(tiny_engine) as server:
+    with serving(tiny_engine, "--update-seconds", "0") as server:
         yield server
 
 
