@@ -1,9 +1,9 @@
 """`make bench`: tokens a second by mode, block length and load, against the PyTorch reference in the same run.
 
-Settings take turns, round by round, so that a change of the machine's speed meets all of them; figures are medians over
-the rounds. Then `auto` and the setting that was best without it run in turns, many times, and the ratio of each pair is
-taken: the best of several medians would owe something to chance. Load is the number of requests that run at once; more
-are always waiting.
+Loads and settings take turns, round by round, so that a change of the machine's speed meets all of them; figures are
+medians over the rounds. Then `auto` and the setting that was best without it run in turns, many times, and the ratio
+of each pair is taken: the best of several medians would owe something to chance. Load is the number of requests that
+run at once; more are always waiting.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from collections import defaultdict
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -79,32 +80,37 @@ def main() -> None:
     arguments = parser.parse_args()
     messages = held_out(arguments.prompts)
     reference = reference_paces(arguments.checkpoint, arguments.engine, messages[:: max(1, len(messages) // 12)])
-    points, duels, accepted = [], [], {}
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    points, duels = [], []
+    with ExitStack() as stack:
+        progress = stack.enter_context(Progress(console=Console(stderr=True), transient=True))
+        engines = {
+            load: stack.enter_context(LLM(arguments.engine, max_batch_size=load, prefix_cache_bytes=0))
+            for load in LOADS
+        }
         bar = progress.add_task("bench", total=len(LOADS) * (arguments.rounds * len(SETTINGS) + arguments.pairs))
-        for load in LOADS:
-            paces: dict[str, list[float]] = defaultdict(list)
-            answers: dict[str, list[CompletionOutput]] = {}
-            with LLM(arguments.engine, max_batch_size=load, prefix_cache_bytes=0) as llm:
-                for name in SETTINGS:
-                    run(llm, messages, name)  # warm
-                for turn in range(arguments.rounds):
-                    order = list(SETTINGS)
-                    for name in order[turn % len(order) :] + order[: turn % len(order)]:
-                        pace, answers[name] = run(llm, messages, name)
-                        paces[name].append(pace)
+        paces: dict[tuple[int, str], list[float]] = defaultdict(list)
+        answers: dict[tuple[int, str], list[CompletionOutput]] = {}
+        for turn in range(-1, arguments.rounds):
+            for load, llm in engines.items():
+                order = list(SETTINGS)
+                for name in order[turn % len(order) :] + order[: turn % len(order)]:
+                    pace, answers[load, name] = run(llm, messages, name)
+                    if turn >= 0:  # warm
+                        paces[load, name].append(pace)
                         progress.advance(bar)
-                best = max(LOSSLESS, key=lambda name: statistics.median(paces[name]))
-                ratios = []
-                for turn in range(arguments.pairs):
-                    pair = {name: run(llm, messages, name)[0] for name in ((best, "auto"), ("auto", best))[turn % 2]}
-                    ratios.append(pair["auto"] / pair[best])
-                    progress.advance(bar)
-            points += [point(name, load, found, answers[name], reference) for name, found in paces.items()]
-            lower, middle, upper = statistics.quantiles(ratios, n=4)
-            duels.append(Duel(load, best, middle, (lower, upper)))
-            if load == 1:
-                accepted = {name: by_position(answers[name]) for name in SETTINGS if name.startswith("linear_spec")}
+        best = {load: max(LOSSLESS, key=lambda name: statistics.median(paces[load, name])) for load in LOADS}
+        ratios: dict[int, list[float]] = defaultdict(list)
+        for turn in range(arguments.pairs):
+            for load, llm in engines.items():
+                order = [best[load], "auto"] if turn % 2 else ["auto", best[load]]
+                pair = {name: run(llm, messages, name)[0] for name in order}
+                ratios[load].append(pair["auto"] / pair[best[load]])
+                progress.advance(bar)
+    for load in LOADS:
+        points += [point(name, load, paces[load, name], answers[load, name], reference) for name in SETTINGS]
+        lower, middle, upper = statistics.quantiles(ratios[load], n=4)
+        duels.append(Duel(load, best[load], middle, (lower, upper)))
+    accepted = {name: by_position(answers[1, name]) for name in SETTINGS if name.startswith("linear_spec")}
     if arguments.plot:
         draw(points, accepted, arguments.plot)
     if arguments.json:
