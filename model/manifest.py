@@ -1,4 +1,4 @@
-"""The engine directory, format 1: the contract between the builder and the runtime.
+"""The engine directory: the contract between the builder and the runtime.
 
 ```
 manifest.json        this record
@@ -208,7 +208,10 @@ class Manifest(_Record):
             raise TriModeError(
                 f"{engine} is not an engine directory; build one with `trimode build CHECKPOINT {engine}`"
             )
-        manifest = read_json_record(cls, engine / MANIFEST)
+        try:
+            manifest = read_json_record(cls, engine / MANIFEST)
+        except TriModeError as error:
+            raise TriModeError(f"{error}; {_remedy(engine)}") from None
         if manifest.sha256 != manifest.content_hash():
             raise TriModeError(f"{engine / MANIFEST} was changed after the build; {_remedy(engine)}")
         return manifest

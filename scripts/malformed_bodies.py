@@ -81,7 +81,7 @@ def main() -> None:
         for number in range(options.count):
             path, body = malformed(number)
             statuses[http.post(path, content=body).status_code] += 1
-            if number + 1 in (options.count // 10, options.count):
+            if (number + 1) % (options.count // 5) == 0:
                 print(f"after {number + 1:,} bodies: {server.resident_mib():.0f} MiB resident")
         server.wait_until_idle(5)
         log = list(server.log)

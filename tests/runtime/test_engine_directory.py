@@ -63,7 +63,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda engine: (engine / "manifest.json").write_text("{"),
         r"manifest\.json is not valid JSON",
     ),
-    "another format": (edit(format_version=1), "format_version"),
+    "another format": (edit(format_version=1), "format_version.*; build the engine again: trimode build"),
     "another target": (edit(target="rtx"), "target"),
     "changed token id": (
         swap("manifest.json", '"mask_token_id": 100', '"mask_token_id": 101'),
