@@ -45,7 +45,8 @@ class Acceptance:
         if self._shared is not None:
             self._shared._learn(accepted, tested, _SHARED_WEIGHT)
             # Settles where the ends foretold of so many tokens are as many as there are.
-            self._shared.end_rate += _END_WEIGHT * (ended - (accepted + 1) * self._shared.end_rate)
+            forgotten = min(1.0, _END_WEIGHT * (accepted + 1))
+            self._shared.end_rate += _END_WEIGHT * ended - forgotten * self._shared.end_rate
             self.end_rate = self._shared.end_rate
 
     def _learn(self, accepted: int, tested: int, weight: float) -> None:

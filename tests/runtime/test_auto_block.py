@@ -112,3 +112,11 @@ def test_how_often_texts_end_is_learnt_from_all() -> None:
         for cycle in range(4):
             own.observe(accepted=4, tested=4, ended=cycle == 3)
     assert Acceptance(begins_with=shared).end_rate == pytest.approx(1 / 20, rel=0.1)
+
+
+@given(st.lists(st.tuples(st.integers(0, 5000), st.booleans()), max_size=20))
+def test_how_often_texts_end_stays_a_probability(cycles: list[tuple[int, bool]]) -> None:
+    shared = Acceptance()
+    for accepted, ended in cycles:
+        Acceptance(begins_with=shared).observe(accepted=accepted, tested=accepted, ended=ended)
+        assert 0 <= shared.end_rate <= 1
