@@ -7,6 +7,7 @@ law is known (scripts/exact_law.py).
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -153,6 +154,7 @@ def law_row(law: dict[str, Any], draws: int) -> Row:
 
 def overhead_rows(engine: Path) -> list[Row]:
     """Milliseconds of a cycle that are not spent inside ONNX Runtime. Prompts come as tokens."""
+    gc.freeze()  # torch and transformers, which a runtime does not have, are no garbage to look through
     rows = []
     for batch in (1, 4, 16):
         with LLM(engine, max_batch_size=batch, prefix_cache_bytes=0) as llm:
