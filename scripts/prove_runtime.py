@@ -159,13 +159,13 @@ def overhead_rows(engine: Path) -> list[Row]:
     for batch in (1, 4, 16):
         with LLM(engine, max_batch_size=batch, prefix_cache_bytes=0) as llm:
             inside = _time_engines(llm)
-            prompts = [llm.tokenizer.encode(f"What is {number}% of 440?") for number in range(1, 65)]
+            questions = [llm.tokenizer.encode(f"What is {number}% of 440?") for number in range(1, 65)]
             params = SamplingParams(max_tokens=64, mode="linear_spec", block_length=16, ignore_eos=True)
-            llm.generate(prompts, params, use_tqdm=False)
+            llm.generate(questions, params, use_tqdm=False)
             milliseconds = []
             for _ in range(15):
                 before, steps, begun = inside(), llm.stats().steps, time.perf_counter()
-                llm.generate(prompts, params, use_tqdm=False)
+                llm.generate(questions, params, use_tqdm=False)
                 outside = time.perf_counter() - begun - (inside() - before)
                 milliseconds.append(1e3 * outside / (llm.stats().steps - steps))
         found = statistics.median(milliseconds)

@@ -135,11 +135,13 @@ def test_escape_stops_and_the_slot_is_free(page: Chrome, served: Served) -> None
         "ask(url, options?.body ? {...options, body: options.body.replace('{', '{\"ignore_eos\":true,')} : options);"
     )
     choose(page, 0, mode="ar")
+    whole = served.metrics()["trimode_answers_total"]
     page.find_element(By.ID, "prompt").send_keys("y", Keys.ENTER)
     WebDriverWait(page, SECONDS, 0.02).until(lambda page: page.find_element(By.ID, "stop").is_enabled())
     page.find_element(By.ID, "prompt").send_keys(Keys.ESCAPE)
     WebDriverWait(page, SECONDS).until(lambda page: page.find_element(By.ID, "send").is_enabled())
     served.wait_until_idle(2)
+    assert served.metrics()["trimode_answers_total"] == whole  # which one that was stopped is not
 
 
 def test_text_is_never_markup(page: Chrome) -> None:
