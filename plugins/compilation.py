@@ -1,5 +1,8 @@
 """Compile a kernel to PTX for a GPU that need not be here, and read from its binary what it costs.
 
+ptxas would rather spill a little than let fewer blocks run side by side; what it spills is compiled again with every
+register a thread can have.
+
 The PTX is to be embedded in an engine: Triton's two trailing scratch pointers, which these kernels never use, are taken
 out of its parameters, so that they are the operator's inputs, scalars and outputs and nothing else; and it names no
 source files.
@@ -34,6 +37,17 @@ SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 12
 
 _ELEMENTS: dict[ElementType, str] = {"fp32": "fp32", "int64": "i64", "bool": "i1", "int8": "i8"}
 _WARP = 32
+# A thread's most, and a multiprocessor's, by the same table.
+_THREAD_REGISTERS, _REGISTERS = 255, 65536
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What ptxas says of the binary: registers a thread, bytes a thread spills to memory and reads back, its stack."""
+
+    registers: int
+    spilled_bytes: int
+    stack_bytes: int
 
 
 @dataclass(frozen=True)
@@ -45,15 +59,7 @@ class CompiledKernel:
     compute_capability: int
     warps: int
     shared_bytes: int
-
-
-@dataclass(frozen=True)
-class Resources:
-    """What ptxas says of the binary: registers a thread, bytes a thread spills to memory and reads back, its stack."""
-
-    registers: int
-    spilled_bytes: int
-    stack_bytes: int
+    resources: Resources
 
 
 def kernel_of(operator: Operator) -> JITFunction[Any]:
@@ -89,29 +95,41 @@ def compile_operator(
             if types.get(name, "").startswith("*")
         },
     )
+    compiled = _compile(source, tactic, compute_capability, None)
+    if compiled.resources.spilled_bytes:
+        most = min(_THREAD_REGISTERS, _REGISTERS // (tactic.warps * _WARP))
+        compiled = _compile(source, tactic, compute_capability, most)
+    return compiled
+
+
+def _compile(source: ASTSource, tactic: Tactic, compute_capability: int, most_registers: int | None) -> CompiledKernel:
     options = {
         "num_warps": tactic.warps,
         "num_stages": tactic.stages,
+        "maxnreg": most_registers,
         "ptx_version": PTX_VERSION,
         "enable_fp_fusion": True,
     }
     with knobs.compilation.scope():
         knobs.compilation.disable_line_info = True
         compiled = triton.compile(source, target=GPUTarget("cuda", compute_capability, _WARP), options=options)
-    ptx = _without_scratch(compiled.asm["ptx"], len(types))
-    return CompiledKernel(compiled.metadata.name, ptx, compute_capability, tactic.warps, compiled.metadata.shared)
+    name, parameters = compiled.metadata.name, sum(kind != "constexpr" for kind in source.signature.values())
+    ptx = _without_scratch(compiled.asm["ptx"], parameters)
+    return CompiledKernel(
+        name, ptx, compute_capability, tactic.warps, compiled.metadata.shared, _resources(name, ptx, compute_capability)
+    )
 
 
-def resources(kernel: CompiledKernel) -> Resources:
+def _resources(name: str, ptx: str, compute_capability: int) -> Resources:
     """Assembles the PTX with the ptxas that comes with Triton."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernel.ptx")
-        source.write_text(kernel.ptx)
-        architecture = sm_arch_from_capability(kernel.compute_capability)
-        command = [get_ptxas(kernel.compute_capability).path, "-v", f"--gpu-name={architecture}", str(source)]
+        source.write_text(ptx)
+        architecture = sm_arch_from_capability(compute_capability)
+        command = [get_ptxas(compute_capability).path, "-v", f"--gpu-name={architecture}", str(source)]
         assembled = subprocess.run([*command, "-o", str(source.with_suffix(".cubin"))], capture_output=True, text=True)  # noqa: S603
     if assembled.returncode:
-        raise TriModeError(f"ptxas refuses {kernel.name} for {architecture}: {assembled.stderr.strip()}")
+        raise TriModeError(f"ptxas refuses {name} for {architecture}: {assembled.stderr.strip()}")
     return Resources(
         registers=_number(r"Used (\d+) registers", assembled.stderr),
         spilled_bytes=_number(r"(\d+) bytes spill stores", assembled.stderr)

@@ -1,6 +1,7 @@
 """The kernels of plugins/ in numbers, without a GPU: what docs/kernels.md shows.
 
     python scripts/kernel_table.py resources    registers and shared memory of the shipped kernels, from their binaries
+    python scripts/kernel_table.py resources --real bf16 --head-dim 64      the same for another type, another head size
     python scripts/kernel_table.py traffic      bytes that each kernel moves on the 8B checkpoint, against its floor
 
 Exit code 1 where a kernel spills, asks for more shared memory than its GPU has, or moves over 1.1 times its floor.
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple, get_args
 
 from trimode.build.roofline import ADAPTER_RANK, CONFIG_8B, REAL_BYTES
@@ -53,32 +55,34 @@ class Shipped(NamedTuple):
     tactic: Tactic
 
 
-def shipped() -> Iterator[Shipped]:
+def shipped(attention: AttentionShape) -> Iterator[Shipped]:
     """Every kernel in every tactic; products with the least and with the most that is fused."""
     for tactic in contracts.KV_WRITE_TACTICS:
-        yield Shipped(contracts.KV_WRITE, contracts.kv_write_constants(ATTENTION), tactic)
+        yield Shipped(contracts.KV_WRITE, contracts.kv_write_constants(attention), tactic)
     for pattern in get_args(Pattern):
         for tactic in contracts.ATTEND_TACTICS:
-            yield Shipped(contracts.attend(pattern), contracts.attend_constants(ATTENTION), tactic)
+            yield Shipped(contracts.attend(pattern), contracts.attend_constants(attention), tactic)
     for tactic in contracts.MERGE_TACTICS:
-        yield Shipped(contracts.MERGE, contracts.merge_constants(ATTENTION), tactic)
+        yield Shipped(contracts.MERGE, contracts.merge_constants(attention), tactic)
+    if attention.head_dim != ATTENTION.head_dim:  # of which products know nothing
+        return
     for shape in (PRODUCTS_8B["qkv"], PRODUCTS_8B["o"]):
         for tactic in contracts.INT4_PRODUCT_TACTICS:
             yield Shipped(contracts.int4_product(shape), contracts.int4_product_constants(shape), tactic)
 
 
-def print_resources(real: Real, capabilities: list[int]) -> bool:
+def print_resources(real: Real, attention: AttentionShape, capabilities: list[int]) -> bool:
     """Registers a thread and KiB of shared memory a block, by GPU; what spills says so."""
-    from trimode.plugins.compilation import SHARED_MEMORY, compile_operator, resources
+    from trimode.plugins.compilation import SHARED_MEMORY, compile_operator
 
     sound = True
     print("| kernel | tactic | warps |", *(f"sm_{capability} |" for capability in capabilities))
     print("|---|---|---|" + "---|" * len(capabilities))
-    for operator, constants, tactic in shipped():
+    for operator, constants, tactic in shipped(attention):
         cells = []
         for capability in capabilities:
             kernel = compile_operator(operator, constants, tactic, real, capability)
-            used = resources(kernel)
+            used = kernel.resources
             cell = f"{used.registers} / {kernel.shared_bytes / 1024:.0f}"
             if used.spilled_bytes or used.stack_bytes:
                 cell += f" **spills {used.spilled_bytes} bytes**"
@@ -133,11 +137,13 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     of_resources = commands.add_parser("resources")
     of_resources.add_argument("--real", choices=["fp16", "bf16"], default="fp16")
+    of_resources.add_argument("--head-dim", type=int, choices=[64, 128], default=ATTENTION.head_dim)
     of_resources.add_argument("--sm", default="80,86,89,90,100,120,121")
     commands.add_parser("traffic")
     options = parser.parse_args()
     if options.command == "resources":
-        return not print_resources(options.real, [int(capability) for capability in options.sm.split(",")])
+        attention = replace(ATTENTION, head_dim=options.head_dim)
+        return not print_resources(options.real, attention, [int(capability) for capability in options.sm.split(",")])
     return not print_traffic()
 
 
