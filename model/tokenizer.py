@@ -106,6 +106,12 @@ class Tokenizer:
         """Bytes of text that one token stands for at most."""
         return max(len(token.encode()) for token in self._tokenizer.get_vocab())
 
+    @cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """Every special token's id, by its text."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        return {token.content: token_id for token_id, token in added.items() if token.special}
+
     def token_id(self, token: str) -> int | None:
         """The id of a special token by its text, None if the vocabulary has none."""
         return self._tokenizer.token_to_id(token)

@@ -288,7 +288,8 @@ def generate(
     params = SamplingParams(**decoding, adapter=False if no_adapter else None)
     text = _read_prompt(prompt)
     with _progress() as progress:
-        llm = LLM(engine, max_batch_size=1, prefix_cache_bytes=0, progress=progress)
+        measure = params.mode == "auto"
+        llm = LLM(engine, max_batch_size=1, prefix_cache_bytes=0, measure_passes=measure, progress=progress)
     with llm:
         asked: Any = text if no_chat_template else [{"role": "user", "content": text}]
         answer = llm.generate_async(asked, params, streaming=not as_json)

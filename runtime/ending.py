@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from trimode.runtime.outputs import FinishReason
 from trimode.runtime.sampling_params import SamplingParams
 from trimode.runtime.text_stream import TextStream
@@ -11,24 +13,34 @@ from trimode.runtime.thinking_budget import ThinkingBudget
 class Ending:
     """Takes a sequence's tokens one by one, as they are emitted.
 
-    end_ids: the model's end tokens. text: hears every token, so that a stop string ends the text with the token that
-    completes it. budget: of thinking, if the request has one.
+    end_ids: the model's end tokens. stop_tokens: stop strings that are one token, by its id. text: hears every token,
+    so that any other stop string ends the text with the token that completes it. budget: of thinking, if the request
+    has one. hides_last: whether the last token, a stop token, is no part of the text.
     """
 
     def __init__(
         self,
         params: SamplingParams,
         end_ids: frozenset[int],
+        stop_tokens: Mapping[int, str] | None = None,
         text: TextStream | None = None,
         budget: ThinkingBudget | None = None,
     ) -> None:
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
         self.remaining = params.max_tokens  # tokens that may still come
-        self._stop_ids = frozenset(params.stop_token_ids or ())
-        self._end_ids = self._stop_ids if params.ignore_eos else end_ids | self._stop_ids
+        self.hides_last = False
+        self._stops: dict[int, int | str] = {token: token for token in params.stop_token_ids or ()}
+        self._stops |= stop_tokens or {}
+        self._end_ids = frozenset(self._stops) | (frozenset() if params.ignore_eos else end_ids)
+        self._hides_stops = not params.include_stop_str_in_output
         self._text = text
         self._budget = budget
+
+    @property
+    def hears_text(self) -> bool:
+        """Whether :meth:`take` feeds the text."""
+        return self._text is not None
 
     @property
     def forced(self) -> int | None:
@@ -44,11 +56,11 @@ class Ending:
         self.remaining -= 1
         if self._budget is not None:
             self._budget.take(token)
-        if self._text is not None:
+        self.hides_last = token in self._stops and self._hides_stops
+        if self._text is not None and not self.hides_last:
             self._text.feed([token])
         if token in self._end_ids:
-            self.finish_reason = "stop"
-            self.stop_reason = token if token in self._stop_ids else None
+            self.finish_reason, self.stop_reason = "stop", self._stops.get(token)
         elif self._text is not None and self._text.stop is not None:
             self.finish_reason, self.stop_reason = "stop", self._text.stop
         elif self.remaining == 0:

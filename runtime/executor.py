@@ -115,8 +115,12 @@ class KvSlots(Protocol):
         """How many are allocated."""
         ...
 
+    def fits(self, rows: int) -> bool:
+        """Whether there may ever be a sequence of ``rows`` tokens. Any thread may ask."""
+        ...
+
     def holds(self, sequences: int, rows: int) -> bool:
-        """Whether there may be so many sequences, the longest of ``rows`` tokens."""
+        """Whether there may be so many sequences now, the longest of ``rows`` tokens."""
         ...
 
     def acquire(self) -> int:

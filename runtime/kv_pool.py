@@ -39,12 +39,13 @@ class KvPool:
     def rows(self) -> int:
         return int(self.buffers[0].shape[2])
 
+    def fits(self, rows: int) -> bool:
+        """Whether a sequence of ``rows`` tokens, alone, stays within the pool's limit, whatever the pool holds now."""
+        return self._allowed(1, self._grown(rows))
+
     def holds(self, sequences: int, rows: int) -> bool:
-        """Whether so many sequences, the longest of ``rows`` tokens, stay within the pool's limit."""
-        if self._limit is None:
-            return True
-        slots = max(self.slots, 1 << (sequences - 1).bit_length())
-        return self._bytes_of(slots, max(self.rows, self._grown(rows))) <= self._limit
+        """Whether so many sequences, the longest of ``rows`` tokens, stay within the pool's limit now."""
+        return self._allowed(_power_of_two(sequences), max(self.rows, self._grown(rows)))
 
     def acquire(self) -> int:
         """A slot for a new sequence: always the first one past the active ones."""
@@ -72,7 +73,10 @@ class KvPool:
         if rows > self.capacity:
             raise TriModeError(f"a sequence of {rows} tokens exceeds the engine's capacity of {self.capacity}")
         if rows > self.rows:
-            self._resize(self.slots, self._grown(rows))
+            grown = self._grown(rows)
+            # Slots of a busier time give way to longer rows.
+            slots = self.slots if self._allowed(self.slots, grown) else _power_of_two(max(self.active, 1))
+            self._resize(slots, grown)
 
     def read_rows(self, slot: int, start: int, stop: int) -> Rows:
         """A copy of a sequence's rows from ``start`` to before ``stop``."""
@@ -89,8 +93,9 @@ class KvPool:
             grown *= 2
         return min(grown, self.capacity)
 
-    def _bytes_of(self, slots: int, rows: int) -> int:
-        return 2 * self._layers * slots * self._kv_heads * rows * self._head_dim * np.dtype(np.float32).itemsize
+    def _allowed(self, slots: int, rows: int) -> bool:
+        values = 2 * self._layers * slots * self._kv_heads * rows * self._head_dim
+        return self._limit is None or values * np.dtype(np.float32).itemsize <= self._limit
 
     def _resize(self, slots: int, rows: int) -> None:
         resized = self._allocate(slots, rows)
@@ -104,3 +109,7 @@ class KvPool:
         # Zeros, not garbage: rows past a sequence are masked, but 0 times a NaN there would be a NaN.
         shape = (slots, self._kv_heads, rows, self._head_dim)
         return [np.zeros(shape, np.float32) for _ in range(2 * self._layers)]
+
+
+def _power_of_two(least: int) -> int:
+    return 1 << (least - 1).bit_length()

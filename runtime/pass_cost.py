@@ -50,7 +50,6 @@ class PassCost:
         }
         self._log_pace = 0.0  # of how much longer passes take now than their cells say
         self._places: dict[tuple[int, int], _Place] = {}
-        self.measured = False
 
     def seconds(self, engine: EngineName, batch: int, step: int) -> float:
         return math.exp(self._log_of(engine, batch, step))
@@ -63,11 +62,17 @@ class PassCost:
         for row, column, weight in self._around(batch, step).cells:
             self._log_seconds[engine][row][column] += _CELL_WEIGHT * weight * off
 
-    def measure(self, run: Callable[[EngineName, int, int], float], seconds: float) -> None:
+    def measure(
+        self,
+        run: Callable[[EngineName, int, int], float],
+        seconds: float,
+        possible: Callable[[int, int], bool] = lambda _batch, _step: True,
+    ) -> None:
         """Fill the table by running passes, smallest first, for about ``seconds`` in all.
 
-        ``run`` makes one pass of that batch and step and returns its seconds. A cell that the time does not reach costs
-        what the largest one measured does, in proportion to its tokens; the passes to come correct it.
+        ``run`` makes one pass of that batch and step and returns its seconds. A cell that the time does not reach, or
+        whose pass is not possible, costs what the largest one measured does, in proportion to its tokens; the passes
+        to come correct it.
         """
         cells = [(b, s) for b in range(len(self._batches)) for s in range(len(self._steps))]
         cells.sort(key=self._tokens)
@@ -76,16 +81,14 @@ class PassCost:
             largest = cells[0]
             for cell in cells:
                 row, column = cell
-                if cell == cells[0] or time.perf_counter() < deadline:
-                    batch = min(self._batches[row], self._largest[0])
-                    step = min(self._steps[column], self._largest[1])
+                batch, step = min(self._batches[row], self._largest[0]), min(self._steps[column], self._largest[1])
+                if cell == cells[0] or (time.perf_counter() < deadline and possible(batch, step)):
                     table[row][column] = math.log(min(run(engine, batch, step) for _ in range(_TRIALS)))
                     largest = cell
                 else:
                     more = self._tokens(cell) / self._tokens(largest)
                     table[row][column] = table[largest[0]][largest[1]] + math.log(more)
         self._log_pace = 0.0
-        self.measured = True
 
     def _tokens(self, cell: tuple[int, int]) -> int:
         return self._batches[cell[0]] * self._steps[cell[1]]

@@ -36,7 +36,7 @@ class Request:
         self.siblings: list[Request] = []
         self.aborted = False
         self._text = text
-        self._text_is_fed = bool(sequence.params.stop_strings)  # by the sequence's ending, token by token
+        self._text_is_fed = sequence.ending.hears_text  # token by token
         self._listener = listener
         self._update_seconds = update_seconds
         self._arrived = time.perf_counter()
@@ -75,7 +75,8 @@ class Request:
         self._listener(Update(index=self.index, error=error))
 
     def _finish(self, finish_reason: FinishReason, stop_reason: int | str | None) -> None:
-        self._feed(self.sequence.emitted[self._told :])
+        shown = len(self.sequence.emitted) - self.sequence.ending.hides_last
+        self._feed(self.sequence.emitted[self._told : shown])
         text = self._text.finish()
         now = time.perf_counter()
         self._tell(

@@ -37,15 +37,16 @@ class SamplingParams:
     """How one request is decoded and where it ends. Immutable; one record may serve many requests.
 
     Sampling. temperature, top_k, top_p, min_p: greedy unless one of them asks for a draw (a temperature above 0, a
-    top_k above 1, a top_p above 0); a draw without a temperature is at 1. A draw is among the candidates that the
+    top_k above 1, a top_p above 0); a draw without a temperature is at 1, and a temperature of 0 is greedy whatever
+    the others say. A draw is among the candidates that the
     engine reports for a row (``Limits.top_k`` of the build): their probabilities are renormalised, in AR and in
     self-speculation alike. seed: the same seed and parameters give the same tokens whatever else runs.
     presence_penalty, frequency_penalty: subtracted from the logit of a token that was emitted, once or for each time.
     repetition_penalty: divides a positive logit, multiplies a negative one, of tokens emitted or in the prompt.
     n: answers to one prompt, seeds ``seed``, ``seed + 1``, ...
 
-    Ends. max_tokens; the model's end tokens unless ignore_eos; stop: strings, not part of the text unless
-    include_stop_str_in_output; stop_token_ids. max_thinking_tokens: tokens after which an open ``<think>`` is closed.
+    Ends. max_tokens; the model's end tokens unless ignore_eos; stop: strings, stop_token_ids: tokens, neither part of
+    the text unless include_stop_str_in_output. max_thinking_tokens: tokens after which an open ``<think>`` is closed.
 
     Output. logprobs: alternatives to report with each token, 0 for the token alone; log-probabilities are the model's,
     before temperature and penalties. skip_special_tokens: leave them out of the text.
@@ -190,7 +191,7 @@ class SamplingParams:
             self._require("stop", listed, "a string or a list of strings")
         if self.stop_token_ids is not None:
             ids = self.stop_token_ids
-            listed = isinstance(ids, Sequence) and all(isinstance(token, int) for token in ids)
+            listed = isinstance(ids, Sequence) and all(type(token) is int for token in ids)
             self._require("stop_token_ids", listed, "a list of token ids")
 
     def _refuse_what_cannot_be_honoured(self) -> None:

@@ -93,7 +93,6 @@ class Scheduler:
         """One cycle of every running sequence."""
         self._steps += 1
         self._drop_aborted()
-        self._measure_passes()
         self._admit()
         self._open_blocks()
         if not self._speculate():
@@ -101,14 +100,18 @@ class Scheduler:
             self._run_passes("ar")
         self._deliver()
 
+    def measure_passes(self) -> None:
+        """Learn what passes cost, before anything runs, for requests that ask for ``auto``."""
+        self._cost.measure(self._trial_pass, MEASURING_SECONDS, self._executor.pool.holds)
+
     def fail(self, error: Exception) -> None:
-        """Tell every request that the engine failed, and forget them."""
+        """Tell every request that the engine failed, and forget them and their rows."""
         for request in [*self._running, *self.waiting]:
             for answer in (request, *request.siblings):
                 answer.fail(error)
-        while self._running:
-            self._release(len(self._running) - 1)
         self.waiting.clear()
+        while self._running:
+            self._free(len(self._running) - 1)
 
     def _drop_aborted(self) -> None:
         if any(request.aborted for request in self.waiting):
@@ -125,13 +128,6 @@ class Scheduler:
         for answer in (request, *request.siblings):
             answer.cancel()
 
-    def _measure_passes(self) -> None:
-        """Learn what passes cost, once, before the first request that asks for it and while nobody waits for a pass."""
-        if self._running or self._cost.measured:
-            return
-        if any(request.sequence.params.mode == "auto" for request in self.waiting):
-            self._cost.measure(self._trial_pass, MEASURING_SECONDS)
-
     def _admit(self) -> None:
         """First come, first served, while there are slots and the KV pool may hold them."""
         while self.waiting and len(self._running) < self._max_batch:
@@ -139,9 +135,8 @@ class Scheduler:
             longest = max(other.longest for other in (request, *self._running))
             if self._running and not self._executor.pool.holds(len(self._running) + 1, longest):
                 return
-            self.waiting.popleft()
             slot = self._executor.pool.acquire()
-            self._running.append(request)
+            self._running.append(self.waiting.popleft())
             if self._prefix_cache is not None:
                 sequence = request.sequence
                 sequence.committed = self._prefix_cache.restore(sequence.prompt, self._executor.pool, slot)
@@ -251,32 +246,38 @@ class Scheduler:
         self._counts.add(request.sequence.counts)
 
     def _release(self, slot: int) -> None:
-        """Free a slot, keeping its rows for others to reuse; the last sequence moves into it."""
+        """Free a slot, keeping its rows for others to reuse."""
         sequence = self._running[slot].sequence
         if self._prefix_cache is not None:
             known = np.array(sequence.tokens[: sequence.committed], np.int64)
             self._prefix_cache.store(known, self._executor.pool, slot)
+        self._free(slot)
+
+    def _free(self, slot: int) -> None:
+        """The last sequence moves into the slot."""
         self._executor.pool.release(slot)
         last = self._running.pop()
         if slot < len(self._running):
             self._running[slot] = last
 
     def _trial_pass(self, engine: EngineName, batch: int, step: int) -> float:
-        """Seconds of a pass of nobody's tokens in free slots."""
+        """Seconds of a pass of nobody's tokens."""
         pool = self._executor.pool
-        slots = [pool.acquire() for _ in range(batch)]
-        pool.reserve(step)
         idle = Pass(
             "commit" if engine == "ar" else "draft", np.zeros(step, np.int64), np.arange(min(step, LONGEST_BLOCK))
         )
-        span = Span(slots[0], slots[-1], step, [Member(slot, idle, adapter=True, candidates=1) for slot in slots])
-        ready = _step(engine, span, [0] * (slots[-1] + 1))
-        begun = time.perf_counter()
-        self._executor.run(ready)
-        seconds = time.perf_counter() - begun
-        for slot in reversed(slots):
-            pool.release(slot)
-        return seconds
+        try:
+            while pool.active < batch:
+                pool.acquire()
+            pool.reserve(step)
+            members = [Member(slot, idle, adapter=True, candidates=1) for slot in range(batch)]
+            ready = _step(engine, Span(0, batch - 1, step, members), [0] * batch)
+            begun = time.perf_counter()
+            self._executor.run(ready)
+            return time.perf_counter() - begun
+        finally:
+            while pool.active:
+                pool.release(pool.active - 1)
 
 
 def _step(engine: EngineName, span: Span, committed: list[int]) -> CausalStep | BidirectionalStep:

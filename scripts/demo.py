@@ -50,8 +50,6 @@ def main() -> None:
     llm = LLM(folder, max_batch_size=1, prefix_cache_bytes=0)
     console.print(f"{llm.manifest.source} on {folder}, block length {BLOCK_LENGTH}, greedy")
     totals = {name: Totals() for name in MODES}
-    # The first request of mode `auto` makes the engine measure its passes.
-    llm.generate("Hello", SamplingParams(max_tokens=1, mode="auto"), use_tqdm=False)
     for question in PROMPTS:
         console.rule(f"[bold]{question}", align="left")
         for name, options in MODES.items():

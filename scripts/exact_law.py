@@ -9,7 +9,9 @@ scheduler makes of it can be compared with :func:`greedy_text` and :func:`text_l
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,14 +82,12 @@ class Bench:
 
     def __init__(self, max_batch: int = 8, prefix_cache: bool = True, capacity: int = 64, end: bool = True) -> None:
         self.executor = ExactLawExecutor(capacity=capacity, end=end)
-        cost = PassCost(max_batch, 16)
-        cost.measured = True  # passes of this language cost nothing
         self.scheduler = Scheduler(
             self.executor,
             max_batch=max_batch,
             capacity=capacity,
             prefill_tokens=6,
-            cost=cost,
+            cost=PassCost(max_batch, 16),
             prefix_cache=PrefixCache(2000) if prefix_cache else None,
         )
 
@@ -171,7 +171,7 @@ def text_law(prompt: tuple[int, ...], length: int, params: SamplingParams) -> di
     for _ in range(length):
         longer = {}
         for text, probability in found.items():
-            ranked = candidates(law(prompt + text, end=False)[None, None].copy())
+            ranked = candidates(after_penalties(law(prompt + text, end=False), prompt, text, params)[None, None])
             weights = kept_weights(ranked.logits[0], params)[0]
             for token, weight in zip(ranked.tokens[0, 0].tolist(), weights / weights.sum(), strict=True):
                 if weight:
@@ -180,14 +180,43 @@ def text_law(prompt: tuple[int, ...], length: int, params: SamplingParams) -> di
     return found
 
 
-def total_variation(found: dict[tuple[int, ...], int], exact: dict[tuple[int, ...], float]) -> tuple[float, float]:
-    """Half the L1 distance between counts and law, and what sampling alone is expected to make of it."""
+def after_penalties(
+    logits: NDArray[np.float32], prompt: tuple[int, ...], text: tuple[int, ...], params: SamplingParams
+) -> NDArray[np.float32]:
+    """A copy of a row's logits with the penalties for what the prompt and the text have said."""
+    logits = logits.copy()
+    for token in {*prompt, *text}:
+        positive = logits[token] > 0
+        logits[token] *= 1 / params.repetition_penalty if positive else params.repetition_penalty
+    for token, count in Counter(text).items():
+        logits[token] -= params.presence_penalty + params.frequency_penalty * count
+    return logits
+
+
+class Variation(NamedTuple):
+    """Half the L1 distance between counts and law; what sampling alone is expected to make of it, and how far it may
+    stray from that: a standard deviation.
+    """
+
+    distance: float
+    by_chance: float
+    deviation: float
+
+    @property
+    def is_chance(self) -> bool:
+        return self.distance <= self.by_chance + 4 * self.deviation
+
+
+def total_variation(found: dict[tuple[int, ...], int], exact: dict[tuple[int, ...], float]) -> Variation:
     draws = sum(found.values())
     keys = set(found) | set(exact)
     distance = sum(abs(found.get(key, 0) / draws - exact.get(key, 0.0)) for key in keys) / 2
-    # The mean absolute deviation of a binomial share is about sqrt(2 p (1 - p) / (pi n)).
-    expected = sum(np.sqrt(2 * p * (1 - p) / (np.pi * draws)) for p in exact.values()) / 2
-    return distance, float(expected)
+    # A binomial share's deviation is about normal: its mean size, and how far that size varies. Shares that sum to 1
+    # vary a little less together.
+    variances = np.array([p * (1 - p) / draws for p in exact.values()])
+    by_chance = np.sqrt(2 / np.pi * variances).sum() / 2
+    deviation = np.sqrt((1 - 2 / np.pi) * variances.sum()) / 2
+    return Variation(distance, float(by_chance), float(deviation))
 
 
 def prompts(count: int, seed: int) -> list[tuple[int, ...]]:

@@ -38,6 +38,10 @@ class DeviceKvPool:
         """Where ``slot`` begins in a cache, in the order of :func:`trimode.model.step.cache_inputs`."""
         return self._memory.address + (cache * self.slots + slot) * self._slot
 
+    def fits(self, rows: int) -> bool:
+        """Whether there may be a sequence of ``rows`` tokens."""
+        return rows <= self.capacity
+
     def holds(self, sequences: int, rows: int) -> bool:
         """Whether there may be so many sequences, the longest of ``rows`` tokens."""
         return sequences <= self.slots and rows <= self.capacity

@@ -98,3 +98,22 @@ def test_fresh_rows_are_zero_after_growth() -> None:
     pool.buffers[0][:] = np.nan
     pool.reserve(500)
     assert not np.isnan(pool.buffers[0][0, :, 128:]).any()
+
+
+def test_a_pool_at_its_limit_trades_slots_for_rows() -> None:
+    """Slots of a burst that is over do not stand in the way of a long sequence."""
+    pool = KvPool(layers=1, kv_heads=1, head_dim=2, capacity=2048, limit=2 * 8 * FIRST_ROWS * 2 * 4)
+    for _ in range(8):
+        assert pool.holds(pool.active + 1, FIRST_ROWS)
+        pool.acquire()
+    assert not pool.holds(9, 1)
+    assert not pool.holds(8, FIRST_ROWS + 1)
+    assert pool.fits(8 * FIRST_ROWS)  # alone, whatever is there now
+    assert not pool.fits(8 * FIRST_ROWS + 1)
+    while pool.active > 1:
+        pool.release(pool.active - 1)
+    pool.buffers[0][0, :, :5] = 7
+    assert pool.holds(1, 8 * FIRST_ROWS)
+    pool.reserve(8 * FIRST_ROWS)
+    assert (pool.slots, pool.rows) == (1, 8 * FIRST_ROWS)
+    assert (pool.buffers[0][0, :, :5] == 7).all()

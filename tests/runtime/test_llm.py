@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import threading
 import time
 from collections.abc import Iterator
@@ -38,6 +39,12 @@ def test_one_and_many_and_in_every_form(llm: LLM) -> None:
     for answer in (many[0], chat, chats[0]):
         assert answer.outputs[0].token_ids == one.outputs[0].token_ids
     assert many[1].outputs[0].token_ids != one.outputs[0].token_ids
+    for prompt in ({"prompt": text}, {"prompt_token_ids": ids}):
+        assert llm.generate(prompt, greedy()).outputs[0].token_ids == one.outputs[0].token_ids
+        assert llm.generate([prompt], greedy())[0].outputs[0].token_ids == one.outputs[0].token_ids
+    thinking = llm.generate([{"role": "user", "content": "Hi"}], greedy(max_thinking_tokens=1), enable_thinking=True)
+    assert str(thinking.prompt).endswith("<think>\n")
+    assert "forced" in thinking.outputs[0].origins
     assert one.outputs[0].text == llm.tokenizer.decode(one.outputs[0].token_ids)
     assert len({answer.request_id for answer in (one, *many, chat)}) == 4
 
@@ -112,6 +119,7 @@ def test_stop_strings_and_tokens_end_the_text_exactly(llm: LLM) -> None:
     stop = whole.text[middle : middle + 3]
     first = whole.text.index(stop)
     for mode in ({"mode": "ar", "block_length": None}, {"mode": "linear_spec", "block_length": 32}, {"mode": "auto"}):
+        hidden = llm.tokenizer.decode(whole.token_ids[: whole.token_ids.index(whole.token_ids[10])])
         found = llm.generate([300, 301], greedy(max_tokens=60, stop=[stop, "never"], **mode)).outputs[0]
         assert (found.text, found.finish_reason, found.stop_reason) == (whole.text[:first], "stop", stop)
         kept = greedy(max_tokens=60, stop=stop, include_stop_str_in_output=True, **mode)
@@ -120,6 +128,51 @@ def test_stop_strings_and_tokens_end_the_text_exactly(llm: LLM) -> None:
         found = llm.generate([300, 301], greedy(max_tokens=60, stop_token_ids=[token], **mode)).outputs[0]
         assert found.token_ids == whole.token_ids[: whole.token_ids.index(token) + 1]
         assert (found.finish_reason, found.stop_reason) == ("stop", token)
+        assert found.text == hidden
+        kept = greedy(max_tokens=60, stop_token_ids=[token], stop="never", include_stop_str_in_output=True, **mode)
+        found = llm.generate([300, 301], kept).outputs[0]
+        assert found.text == llm.tokenizer.decode(found.token_ids)
+        found = llm.generate([300, 301], greedy(max_tokens=60, stop_token_ids=[token], stop="never", **mode)).outputs[0]
+        assert found.text == hidden
+
+
+def test_stop_strings_end_a_diffusion_text_exactly(llm: LLM) -> None:
+    params = greedy(mode="diffusion", max_tokens=60)
+    whole = llm.generate([300, 301], params).outputs[0].text
+    stop = whole[len(whole) // 2 :][:3]
+    found = llm.generate([300, 301], dataclasses.replace(params, stop=stop)).outputs[0]
+    assert (found.text, found.finish_reason, found.stop_reason) == (whole[: whole.index(stop)], "stop", stop)
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_a_stop_string_may_be_a_special_token(llm: LLM, skip: bool) -> None:
+    """In the text or left out of it, its token ends it."""
+    special = llm.tokenizer.special_tokens
+    assert special["<|im_end|>"] == llm.manifest.model.eos_token_id[0]
+    for seed in range(3):
+        params = greedy(
+            mode="ar",
+            block_length=None,
+            temperature=1.6,
+            seed=seed,
+            max_tokens=2000,
+            ignore_eos=True,
+            stop=list(special),
+        )
+        found = llm.generate([300], dataclasses.replace(params, skip_special_tokens=skip)).outputs[0]
+        assert found.finish_reason == "stop"
+        assert special[str(found.stop_reason)] == found.token_ids[-1]
+        assert not set(found.token_ids[:-1]) & set(special.values())
+        assert found.text == llm.tokenizer.decode(found.token_ids[:-1])
+
+
+def test_sampled_diffusion_is_the_same_in_a_crowd(llm: LLM) -> None:
+    params = greedy(mode="diffusion", temperature=1.0, seed=4, max_tokens=40)
+    alone = llm.generate([300, 301], params).outputs[0].token_ids
+    crowd = [[310 + i] for i in range(5)]
+    together = llm.generate([*crowd, [300, 301], *crowd], [greedy(temperature=1.0)] * 5 + [params] + [greedy()] * 5)
+    assert together[5].outputs[0].token_ids == alone
+    assert llm.generate([300, 301], dataclasses.replace(params, seed=5)).outputs[0].token_ids != alone
 
 
 def test_ignoring_the_end_token(llm: LLM) -> None:
@@ -153,10 +206,19 @@ def test_back_pressure(random_engine: Path) -> None:
         first = llm.generate_async([300], long, streaming=True)
         next(iter(first))
         waiting = [llm.generate_async([300], long) for _ in range(2)]
-        with pytest.raises(QueueFullError, match="2 requests wait already; try again later"):
+        with pytest.raises(QueueFullError, match="2 answers wait already; try again later"):
             llm.generate_async([300], long)
         for request in (first, *waiting):
             request.abort()
+        for request in (first, *waiting):
+            request.result(timeout=30)
+        # An idle engine takes in what may run and what may wait, each answer of a prompt counted.
+        three = llm.generate_async([300], greedy(n=3, temperature=1.0))
+        with pytest.raises(QueueFullError):
+            llm.generate_async([300], long)
+        assert all(output.length for output in three.result().outputs)
+        with pytest.raises(TriModeError, match="n is 4, but at most 3 answers may run or wait"):
+            llm.generate_async([300], greedy(n=4, temperature=1.0))
         # Whoever waits for all gets through however many they are.
         assert len(llm.generate([[300 + i] for i in range(9)], greedy(max_tokens=2))) == 9
 
@@ -167,11 +229,42 @@ def test_shutdown_ends_what_runs_with_an_error(random_engine: Path) -> None:
     requests = [llm.generate_async([300], long) for _ in range(3)]
     llm.shutdown()
     for request in requests:
-        with pytest.raises(ShutDownError, match="before the request was finished"):
-            request.result(timeout=30)
+        for _ in range(2):  # whenever it is asked
+            with pytest.raises(ShutDownError, match="before the request was finished"):
+                request.result(timeout=30)
     with pytest.raises(ShutDownError):
         llm.generate_async([300])
     assert not any(thread.name == "trimode-scheduler" and thread is llm._thread for thread in threading.enumerate())
+
+
+def test_nobody_waits_for_a_scheduler_that_died(random_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = LLM(random_engine, max_batch_size=1, measure_passes=False)
+    fail, failures = llm._scheduler.fail, iter([True])
+
+    def step() -> None:
+        raise RuntimeError("the engine")
+
+    def fail_once(error: Exception) -> None:
+        if next(failures, False):
+            raise RuntimeError("a bug")
+        fail(error)
+
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    monkeypatch.setattr(llm._scheduler, "step", step)
+    monkeypatch.setattr(llm._scheduler, "fail", fail_once)
+    request = llm.generate_async([300])
+    with pytest.raises(ShutDownError):
+        request.result(timeout=30)
+    llm._thread.join()
+    with pytest.raises(ShutDownError):
+        llm.generate_async([300])
+
+
+def test_an_adapter_that_is_not_there_is_refused(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llm, "manifest", llm.manifest.model_copy(update={"adapter": None}))
+    with pytest.raises(TriModeError, match="adapter is True, but the engine has no draft adapter"):
+        llm.generate_async([300], greedy(adapter=True))
+    assert llm.generate([300], greedy()).finished
 
 
 @pytest.mark.parametrize(
@@ -184,6 +277,9 @@ def test_shutdown_ends_what_runs_with_an_error(random_engine: Path) -> None:
         ([300] * 8190, {"max_tokens": 5}, ContextLengthError, "exceeds the engine's capacity of 8192"),
         ([300], {"top_k": 769}, TriModeError, "top_k is 769, but the engine reports 768 candidates a row"),
         ([300], {"logprobs": 800}, TriModeError, "logprobs is 800, but the engine reports 768"),
+        ([300], {"stop_token_ids": [768]}, TriModeError, "stop token 768 is outside the model's vocabulary of 768"),
+        ([300], {"stop": "a<|im_end|>"}, TriModeError, r"has the special token <\|im_end\|> in it"),
+        ({"text": "Hi"}, {}, TriModeError, "an input has 'text'; give 'prompt' or 'prompt_token_ids'"),
     ],
 )
 def test_what_cannot_be_answered_is_refused_at_once(
@@ -202,6 +298,14 @@ def test_a_pool_that_may_not_grow_refuses_or_lets_wait(random_engine: Path) -> N
         assert all(answer.outputs[0].length == 200 for answer in answers)
         pool = llm._executor.pool
         assert sum(buffer.nbytes for buffer in pool.buffers) <= 1 << 20
+        # Slots of that burst, or of measuring, do not stand in a long request's way.
+        longest = next(1 << exponent for exponent in range(12, 0, -1) if pool.fits(1 << exponent))
+        assert not pool.fits(2 * longest)
+        long = SamplingParams(max_tokens=longest - 1, mode="auto", ignore_eos=True)
+        answer = llm.generate_async([300], long, streaming=True)
+        for _ in answer:
+            assert sum(buffer.nbytes for buffer in pool.buffers) <= 1 << 20
+        assert answer.outputs[0].length == longest - 1
 
 
 def test_a_second_turn_prefills_only_what_is_new(llm: LLM, random_engine: Path) -> None:
@@ -223,3 +327,7 @@ def test_results_wait_no_longer_than_asked(llm: LLM) -> None:
     assert time.perf_counter() - begun < 30
     request.abort()
     request.result()
+    streamed = llm.generate_async([300], SamplingParams(max_tokens=8000, mode="ar", ignore_eos=True), streaming=True)
+    with pytest.raises(TimeoutError):  # however often it is told something
+        streamed.result(timeout=0.2)
+    streamed.abort()

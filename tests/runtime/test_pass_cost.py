@@ -19,13 +19,24 @@ def seconds(engine: EngineName, batch: int, step: int) -> float:
 def test_cells_are_what_was_measured_and_what_lies_between_is_interpolated() -> None:
     cost = PassCost(8, 32)
     cost.measure(seconds, seconds=1e9)
-    assert cost.measured
     for engine in ("ar", "diffusion"):
         for batch, step in ((1, 1), (1, 16), (4, 8), (8, 32)):
             assert cost.seconds(engine, batch, step) == pytest.approx(seconds(engine, batch, step))
     assert cost.seconds("ar", 1, 24) == pytest.approx(3e-3)
     assert cost.seconds("ar", 6, 12) == pytest.approx(9e-3)
     assert cost.seconds("ar", 1, 6) == pytest.approx(1e-3)
+
+
+def test_a_pass_that_is_not_possible_is_not_run_and_costs_in_proportion() -> None:
+    cost, run = PassCost(8, 32), []
+
+    def only_small(engine: EngineName, batch: int, step: int) -> float:
+        run.append((batch, step))
+        return seconds(engine, batch, step)
+
+    cost.measure(only_small, seconds=1e9, possible=lambda batch, step: batch * step <= 16)
+    assert max(batch * step for batch, step in run) == 16
+    assert cost.seconds("ar", 8, 32) == pytest.approx(seconds("ar", 8, 32))
 
 
 def test_what_the_time_does_not_reach_costs_in_proportion() -> None:
