@@ -68,7 +68,9 @@ def test_modes_share_a_batch(fp16: Built, machine: Machine, heldout: list[dict])
         assert llm._executor.pool.slots == MAX_BATCH
         calls = listen(llm._executor)
         waits, launches, captures = machine.cuda.synchronisations, machine.cuda.launches, machine.cuda.captures
-        found = [output.outputs[0].token_ids for output in llm.generate(conversations(heldout)[:5], params)]
+        with llm._changed:  # none begins before all are there
+            asked = [llm.generate_async(*each) for each in zip(conversations(heldout)[:5], params, strict=True)]
+        found = [output.result().outputs[0].token_ids for output in asked]
     assert found == expected
     assert machine.cuda.synchronisations - waits == len(calls)
     assert machine.cuda.launches - launches + machine.cuda.captures - captures == len(calls)
