@@ -27,14 +27,16 @@ class NeededKernel(NamedTuple):
     tactic: Tactic
 
 
+def plugin_nodes(graph: onnx.ModelProto) -> list[onnx.NodeProto]:
+    return [node for node in graph.graph.node if node.domain == DOMAIN]
+
+
 def needed_kernels(graphs: list[onnx.ModelProto], config: ModelConfig) -> dict[str, NeededKernel]:
     """Every tactic of every plugin in the graphs, by the name of its kernel."""
     needed = {}
     for graph in graphs:
         weights = {value.name: _fixed(value) for value in graph.graph.input}
-        for node in graph.graph.node:
-            if node.domain != DOMAIN:
-                continue
+        for node in plugin_nodes(graph):
             launch = LAUNCHES[node.op_type]
             static = _static(node, launch.operator, weights, config)
             call = Call(static, {attribute.name: attribute.i for attribute in node.attribute}, static)

@@ -75,7 +75,7 @@ def test_greedy_decoding_through_the_functions_gives_target_cpus_tokens(
     assert checkpoint.adapter is not None
     plugins = PluginOptions(SPLITS, checkpoint.adapter.config.r)
     options = NetworkOptions(top_k=64, adapter=True, capacity=ROWS, plugins=plugins)
-    pool = write_graphs(checkpoint, tmp_path, options, (), no_progress)
+    _, pool = write_graphs(checkpoint, tmp_path, options, (), no_progress)
     graphs = GraphExecutor(tmp_path, pool, tmp_path / POOL, cpu_engine / ADAPTER, checkpoint.config, ROWS, np.float32)
     monkeypatch.setattr(llm._executor, "run", graphs.run)
     assert [decode(llm, records, mode=mode) for mode in modes] == expected
