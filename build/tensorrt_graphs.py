@@ -16,6 +16,7 @@ from trimode.model.errors import TriModeError
 from trimode.model.manifest import GRAPH, NUMPY_TYPES, PLUGIN_KERNELS, POOL, PoolEntry
 from trimode.model.progress import Progress
 from trimode.model.step import ENGINES
+from trimode.plugins.contracts import LEAST_GROUP
 
 COMPUTE_CAPABILITIES = (80, 86, 89, 90, 100, 120, 121)
 # With 8 key-value heads, as many programs of one request's attention as a large GPU has multiprocessors.
@@ -31,6 +32,7 @@ def write_graphs(
     sms: compute capabilities, 121 for 12.1.
     """
     _refuse_unknown_gpus(sms)
+    _refuse_odd_groups(checkpoint)
     (folder / POOL).parent.mkdir()
     pool = write_raw_pool(checkpoint, folder / POOL, progress, NUMPY_TYPES[options.activations])
     graphs = {}
@@ -53,3 +55,12 @@ def _refuse_unknown_gpus(sms: tuple[int, ...]) -> None:
     for sm in sms:
         if sm not in COMPUTE_CAPABILITIES:
             raise TriModeError(f"--sm {sm}: kernels are compiled for {', '.join(map(str, COMPUTE_CAPABILITIES))}")
+
+
+def _refuse_odd_groups(checkpoint: Checkpoint) -> None:
+    quantization = checkpoint.quantization
+    if quantization is not None and quantization.group_size % LEAST_GROUP:
+        raise TriModeError(
+            f"{checkpoint.folder} is int4 in groups of {quantization.group_size}; target tensorrt takes multiples of "
+            f"{LEAST_GROUP}"
+        )

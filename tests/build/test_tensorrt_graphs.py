@@ -204,6 +204,17 @@ def test_what_cannot_be_built_is_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_groups_that_tensor_cores_cannot_take_are_refused(
+    random_int4_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = Checkpoint(random_int4_checkpoint)
+    assert checkpoint.quantization is not None
+    monkeypatch.setattr(checkpoint, "quantization", checkpoint.quantization.model_copy(update={"group_size": 24}))
+    with pytest.raises(TriModeError, match="int4 in groups of 24; target tensorrt takes multiples of 16"):
+        build_engine(checkpoint, tmp_path / "out", target=TensorrtOptions(sms=(90,), emit_only=True))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_without_triton_the_remedy_is_named(
     random_int4_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,7 @@ from trimode.plugins.contracts import (
     Pattern,
     ProductShape,
     Tactic,
+    within_group,
 )
 from trimode.plugins.interpretation import Traffic
 from trimode.plugins.traffic import (
@@ -71,10 +72,12 @@ def test_attentions_counts_are_the_interpreters(pattern: Pattern, tactic: Tactic
 @pytest.mark.parametrize("tactic", INT4_PRODUCT_TACTICS, ids=lambda tactic: str(tactic.constants["BLOCK_M"]))
 def test_the_products_count_is_the_interpreters(tactic: Tactic) -> None:
     plain = ProductCase(tactic.constants["BLOCK_M"] + 3, 2, 2 * 97, tactic=tactic, dtype=torch.float16)
-    for case in (plain, replace(plain, input_scale=True, rank=32, residual=True)):
-        _, traffic = int4_product(**case.inputs(), tactic=tactic)
-        shape = ProductShape(256, case.columns, 128, case.input_scale, case.rank, case.residual)
-        same(int4_product_traffic(shape, tactic, case.rows, REAL), traffic)
+    fused = replace(plain, input_scale=True, rank=32, residual=True)
+    for case in (plain, fused, replace(plain, group=32, tactic=within_group(tactic, 32))):
+        _, traffic = int4_product(**case.inputs(), tactic=case.tactic)
+        inner = case.groups * case.group
+        shape = ProductShape(inner, case.columns, case.group, case.input_scale, case.rank, case.residual)
+        same(int4_product_traffic(shape, case.tactic, case.rows, REAL), traffic)
 
 
 @pytest.mark.parametrize("step", [1, 8, 32, 33, 48, 64])
