@@ -87,7 +87,7 @@ def print_resources(real: Real, attention: AttentionShape, capabilities: list[in
             kernel = compile_operator(operator, constants, tactic, real, capability)
             used = kernel.resources
             cell = f"{used.registers} / {kernel.shared_bytes / 1024:.0f}"
-            if used.spilled_bytes or used.stack_bytes:
+            if used.spills:
                 cell += f" **spills {used.spilled_bytes} bytes**"
             if kernel.shared_bytes > SHARED_MEMORY[capability]:
                 cell += " **too much shared memory**"

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from scripts.kernel_table import ATTENTION, PRODUCTS_8B
+from trimode.build.kernel_emission import NeededKernel, write_kernels
 from trimode.model.errors import TriModeError
 from trimode.model.manifest import Real
+from trimode.model.progress import no_progress
 from trimode.plugins import contracts
 from trimode.plugins.compilation import (
     SHARED_MEMORY,
@@ -22,6 +24,7 @@ from trimode.plugins.compilation import (
     kernel_of,
 )
 from trimode.plugins.contracts import Constants, Operator, ProductShape, Tactic
+from trimode.plugins.kernel_library import KernelLibrary, kernel_name
 
 ADAPTED = PRODUCTS_8B["o"]
 KERNELS: dict[str, tuple[Operator, Constants, Tactic]] = {
@@ -78,11 +81,22 @@ def test_nothing_spills_and_shared_memory_suffices(compiled: tuple[Operator, Com
     assert compiled[1].shared_bytes <= SHARED_MEMORY[capability]
 
 
-def test_a_spill_is_seen() -> None:
-    """One warp has no registers for 128 splits of four heads."""
+def test_a_tactic_that_spills_is_not_shipped(tmp_path: Path) -> None:
+    """Four warps have no registers for 128 splits of four heads, eight have."""
     constants = contracts.merge_constants(replace(ATTENTION, splits=128))
-    kernel = compile_operator(contracts.MERGE, constants, Tactic({}, warps=1, stages=1), "fp16", 90)
-    assert kernel.resources.spilled_bytes > 0
+    needed = {
+        kernel_name(contracts.MERGE, constants, number): NeededKernel(
+            contracts.MERGE, constants, number, Tactic({}, warps=warps, stages=1)
+        )
+        for number, warps in ((1, 4), (2, 8))
+    }
+    write_kernels(needed, "fp16", (90,), tmp_path / "both", no_progress)
+    library = KernelLibrary(tmp_path / "both", 90)
+    assert library.tactics(contracts.MERGE, constants, (1, 2)) == [2]
+    assert [path.stem for path in (tmp_path / "both/sm_90").glob("*.ptx")] == [list(needed)[1]]
+    needed.popitem()
+    with pytest.raises(TriModeError, match=r"every tactic of MergeSplits\..*SPLITS128 spills .* capability 90"):
+        write_kernels(needed, "fp16", (90,), tmp_path / "one", no_progress)
 
 
 @pytest.mark.parametrize(
