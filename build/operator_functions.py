@@ -108,7 +108,7 @@ def _softmax(body: _Body, logits: str, axis: int) -> tuple[str, str]:
     """Weights along ``axis``, all 0 where all logits are -inf, and the log-sum-exp."""
     op = body.op
     axes = body.ints(axis)
-    best = op("Max", op("ReduceMax", logits, axes, keepdims=1), body.real(np.finfo(np.float32).min))
+    best = op("Max", op("ReduceMax", logits, axes, keepdims=1), body.real(float(np.finfo(np.float32).min)))
     weights = op("Exp", op("Sub", logits, best))
     total = op("ReduceSum", weights, axes, keepdims=1)
     return op("Div", weights, op("Max", total, body.real(1))), op("Add", op("Log", total), best)

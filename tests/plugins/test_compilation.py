@@ -1,12 +1,14 @@
 """What comes out of the compiler: PTX with the operator's parameters and no others, and binaries that do not spill.
 
-The heaviest kernels and two architectures here; ``python -m scripts.kernel_table resources`` has all of both.
+In bf16, a build's default: one of each kind of kernel for two GPUs, the heaviest for others.
+``python -m scripts.kernel_table resources`` has all kernels for all GPUs, and fp16.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -46,39 +48,41 @@ KERNELS: dict[str, tuple[Operator, Constants, Tactic]] = {
             contracts.int4_product_constants(ADAPTED),
             next(t for t in contracts.INT4_PRODUCT_TACTICS if t.constants["BLOCK_M"] == rows),
         )
-        for rows in (4, 32)
+        for rows in (4, 32, 128)
     },
 }
+HEAVIEST = ("attention, many rows", "product, 32 rows", "product, 128 rows")
 
 
-@pytest.fixture(scope="module", params=[90, 121])
-def capability(request: pytest.FixtureRequest) -> int:
-    return request.param
+@pytest.fixture(
+    scope="module",
+    params=[*product((90, 121), KERNELS), *product((80, 89, 100), HEAVIEST)],
+    ids=lambda param: f"sm_{param[0]}, {param[1]}",
+)
+def compiled(request: pytest.FixtureRequest) -> tuple[Operator, CompiledKernel]:
+    capability, name = request.param
+    operator, constants, tactic = KERNELS[name]
+    return operator, compile_operator(operator, constants, tactic, "bf16", capability)
 
 
-@pytest.fixture(scope="module", params=KERNELS)
-def compiled(request: pytest.FixtureRequest, capability: int) -> tuple[Operator, CompiledKernel]:
-    operator, constants, tactic = KERNELS[request.param]
-    return operator, compile_operator(operator, constants, tactic, "fp16", capability)
-
-
-def test_the_ptx_is_the_operators(compiled: tuple[Operator, CompiledKernel], capability: int) -> None:
+def test_the_ptx_is_the_operators(compiled: tuple[Operator, CompiledKernel]) -> None:
     operator, kernel = compiled
     entry, parameters = re.findall(r"\.visible \.entry (\w+)\((.*?)\)", kernel.ptx, re.DOTALL)[0]
     assert entry == kernel.name == kernel_of(operator).fn.__name__
     types = re.findall(r"\.param \.(u\d\d)", parameters)
     scalars = dict.fromkeys(operator.scalars, "u32")
     assert types == [scalars.get(name, "u64") for name in operator.parameters]
-    assert re.search(rf"\.target sm_{capability}a?\b", kernel.ptx)
+    assert re.search(rf"\.target sm_{kernel.compute_capability}a?\b", kernel.ptx)
     assert ".py" not in kernel.ptx
     assert str(Path.home()) not in kernel.ptx
 
 
-def test_nothing_spills_and_shared_memory_suffices(compiled: tuple[Operator, CompiledKernel], capability: int) -> None:
-    used = compiled[1].resources
+def test_nothing_spills_and_shared_memory_suffices(compiled: tuple[Operator, CompiledKernel]) -> None:
+    _, kernel = compiled
+    used = kernel.resources
     assert (used.spilled_bytes, used.stack_bytes) == (0, 0)
     assert 0 < used.registers <= 255
-    assert compiled[1].shared_bytes <= SHARED_MEMORY[capability]
+    assert kernel.shared_bytes <= SHARED_MEMORY[kernel.compute_capability]
 
 
 def test_a_tactic_that_spills_is_not_shipped(tmp_path: Path) -> None:
