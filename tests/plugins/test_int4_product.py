@@ -26,10 +26,11 @@ def test_the_product_is_the_reference(case: ProductCase) -> None:
     check(case)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 @pytest.mark.parametrize("tactic", INT4_PRODUCT_TACTICS, ids=lambda tactic: str(tactic.constants["BLOCK_M"]))
-def test_every_tactic_takes_more_rows_than_a_tile(tactic: Tactic) -> None:
+def test_every_tactic_takes_more_rows_than_a_tile(tactic: Tactic, dtype: torch.dtype) -> None:
     rows = tactic.constants["BLOCK_M"] + 1
-    check(ProductCase(rows, 2, 130, input_scale=True, rank=16, residual=True, tactic=tactic, dtype=torch.float16))
+    check(ProductCase(rows, 2, 130, input_scale=True, rank=128, residual=True, tactic=tactic, dtype=dtype))
 
 
 @pytest.mark.parametrize("group", [16, 32, 48, 64])
