@@ -1,7 +1,7 @@
 """The kernels of plugins/ in numbers, without a GPU: what docs/kernels.md shows.
 
     python scripts/kernel_table.py resources    registers and shared memory of the shipped kernels, from their binaries
-    python scripts/kernel_table.py resources --real bf16 --head-dim 64      the same for another type, another head size
+    python scripts/kernel_table.py resources --real fp16 --head-dim 64      the same for another type, another head size
     python scripts/kernel_table.py traffic      bytes that each kernel moves on the 8B checkpoint, against its floor
 
 Exit code 1 where a kernel spills, asks for more shared memory than its GPU has, or moves over 1.1 times its floor in a
@@ -140,7 +140,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     of_resources = commands.add_parser("resources")
-    of_resources.add_argument("--real", choices=["fp16", "bf16"], default="fp16")
+    of_resources.add_argument("--real", choices=["bf16", "fp16"], default="bf16")
     of_resources.add_argument("--head-dim", type=int, choices=[64, 128], default=ATTENTION.head_dim)
     of_resources.add_argument("--sm", default="80,86,89,90,100,120,121")
     commands.add_parser("traffic")
