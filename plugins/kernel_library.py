@@ -1,7 +1,7 @@
 """Compiled kernels in a folder: what a build on another machine embeds, with neither Triton nor a compiler there.
 
 ``sm_90/kernels.json`` says of each kernel what a launch needs; its PTX lies beside it under the same name. Tactics that
-a GPU's registers do not suffice for are not there.
+do not fit a GPU are not there.
 """
 
 from __future__ import annotations
