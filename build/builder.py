@@ -59,16 +59,16 @@ class BuilderProgress:
         self._steps.pop(phase_name, None)
 
 
-class ProfileSizes:
-    """Least, usual and largest value of each dynamic dimension; ``others``: those that a target has beside these."""
+# Least, usual and largest.
+Sizes = tuple[int, int, int]
 
-    def __init__(self, max_batch: int, max_step: int, others: Mapping[str, tuple[int, int, int]]) -> None:
-        self._ranges = {
-            "batch": (1, 1, max_batch),
-            "step": (1, min(32, max_step), max_step),
-            "rows": (1, min(32, max_step), max_step),
-            **others,
-        }
+
+class ProfileSizes:
+    """The dynamic dimensions of an optimisation profile; ``others``: those that a target has beside these."""
+
+    def __init__(self, max_batch: int, step: Sizes, rows: Sizes, others: Mapping[str, Sizes]) -> None:
+        self._ranges = {"batch": (1, 1, max_batch), "step": step, "rows": rows, **others}
 
     def of(self, dims: list[str | int]) -> list[tuple[int, ...]]:
+        """The shapes of an input, least, usual and largest."""
         return [tuple(self._ranges[dim][at] if isinstance(dim, str) else dim for dim in dims) for at in range(3)]

@@ -224,8 +224,8 @@ def _build_tensorrt(
         capacity=limits.capacity,
         plugins=PluginOptions(splits=SPLITS, rank=checkpoint.adapter.config.r if checkpoint.adapter else 0),
     )
-    pool = write_graphs(checkpoint, folder, options, sms, progress)
-    entry = TensorrtEntry(sms=sms, max_batch=target.max_batch, max_step=target.max_step, plans=None)
+    plugins, pool = write_graphs(checkpoint, folder, options, sms, progress)
+    entry = TensorrtEntry(sms=sms, max_batch=target.max_batch, max_step=target.max_step, plugins=plugins, plans=None)
     if gpu is not None:
         from trimode.build.tensorrt_plans import compile_plans
 

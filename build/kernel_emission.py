@@ -27,14 +27,16 @@ class NeededKernel(NamedTuple):
     tactic: Tactic
 
 
+def plugin_nodes(graph: onnx.ModelProto) -> list[onnx.NodeProto]:
+    return [node for node in graph.graph.node if node.domain == DOMAIN]
+
+
 def needed_kernels(graphs: list[onnx.ModelProto], config: ModelConfig) -> dict[str, NeededKernel]:
     """Every tactic of every plugin in the graphs, by the name of its kernel."""
     needed = {}
     for graph in graphs:
         weights = {value.name: _fixed(value) for value in graph.graph.input}
-        for node in graph.graph.node:
-            if node.domain != DOMAIN:
-                continue
+        for node in plugin_nodes(graph):
             launch = LAUNCHES[node.op_type]
             static = _static(node, launch.operator, weights, config)
             call = Call(static, {attribute.name: attribute.i for attribute in node.attribute}, static)
@@ -48,7 +50,10 @@ def needed_kernels(graphs: list[onnx.ModelProto], config: ModelConfig) -> dict[s
 def write_kernels(
     needed: dict[str, NeededKernel], real: Real, sms: tuple[int, ...], folder: Path, progress: Progress
 ) -> None:
-    """Compile each kernel for each compute capability (121 for 12.1) into ``folder``, a :class:`KernelLibrary`'s."""
+    """Compile each kernel for each compute capability (121 for 12.1) into ``folder``, a :class:`KernelLibrary`'s.
+
+    A tactic that does not fit a GPU is left out there. Raises TriModeError where none of an operator's does.
+    """
     try:
         from trimode.plugins.compilation import compile_operator
     except ModuleNotFoundError as error:
@@ -60,13 +65,23 @@ def write_kernels(
         index = {}
         for name, kernel in needed.items():
             compiled = compile_operator(kernel.operator, kernel.constants, kernel.tactic, real, sm)
-            (target / f"{name}.ptx").write_text(compiled.ptx, encoding="ascii")
-            threads = compiled.warps * _WARP
-            index[name] = LibraryKernel(entry=compiled.name, threads=threads, shared_bytes=compiled.shared_bytes)
+            if compiled.fits:
+                (target / f"{name}.ptx").write_text(compiled.ptx, encoding="ascii")
+                threads = compiled.warps * _WARP
+                index[name] = LibraryKernel(entry=compiled.name, threads=threads, shared_bytes=compiled.shared_bytes)
             done += 1
             progress("kernels", done, total)
         whole = LibraryIndex(compute_capability=sm, real=real, kernels=index)
         (target / INDEX).write_text(whole.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        if lacking := {_untuned(name) for name in needed} - {_untuned(name) for name in index}:
+            raise TriModeError(
+                f"every tactic of {min(lacking)} spills registers, or lacks shared memory, on compute capability {sm}"
+            )
+
+
+def _untuned(name: str) -> str:
+    """A kernel's name without its tactic."""
+    return name.rpartition(".")[0]
 
 
 def _static(

@@ -1,9 +1,10 @@
 """The plugins' operators as ONNX functions of standard operators, by which any ONNX executor computes what TensorRT's
 plugins do.
 
-A body is a definition, not a fast way: attention is done in one split, int4 weights are unpacked on every pass. Its
-names are the operands' of :mod:`trimode.plugins.contracts`. Two attributes are for TensorRT's parser: it maps a node to
-the plugin of the node's name in ``plugin_namespace``, and prefers a plugin to a function of the same name.
+A body is a definition, not a fast way: attention is done in one split, int4 weights are unpacked on every pass. Rows
+that no token sees may hold anything, NaN included; a token that sees nothing gets zeros. Names are the operands' of
+:mod:`trimode.plugins.contracts`. Two attributes are for TensorRT's parser: it maps a node to the plugin of the node's
+name in ``plugin_namespace``, and prefers a plugin to a function of the same name.
 """
 
 from __future__ import annotations
@@ -89,15 +90,28 @@ def attend_function(pattern: Pattern) -> onnx.FunctionProto:
     keys, values = op("Cast", "k_cache", to=_FLOAT), op("Cast", "v_cache", to=_FLOAT)
     logits = op("MatMul", queries, op("Transpose", keys, perm=[0, 1, 3, 2]))
     logits = op("Reshape", logits, op("Concat", body.dims("q", 0, 3), body.dims("k_cache", 2, 3), axis=0))
-    logits = op("Where", _visible(body, pattern), logits, body.real(-np.inf))
-    log_sum_exp = op("ReduceLogSumExp", logits, body.ints(-1), keepdims=1)
-    weights = op("Exp", op("Sub", logits, log_sum_exp))
+    visible = _visible(body, pattern)
+    logits = op("Where", visible, logits, body.real(-np.inf))
+    weights, log_sum_exp = _softmax(body, logits, axis=-1)
     rows = op("Concat", body.dims("k_cache", 0, 2), body.ints(-1), body.dims("k_cache", 2, 3), axis=0)
     weights = op("Reshape", weights, rows)
+    seen = op("ReduceMax", op("Cast", visible, to=_INT32), body.ints(2), keepdims=1)
+    seen = op("Cast", op("Transpose", seen, perm=[0, 1, 3, 2]), to=TensorProto.BOOL)
+    values = op("Where", seen, values, body.real(0))
     attended = op("Reshape", op("MatMul", weights, values), op("Shape", "q"))
     body.node("Unsqueeze", [op("CastLike", attended, "q"), body.ints(1)], ["partial"])
     body.node("Unsqueeze", [op("Squeeze", log_sum_exp, body.ints(-1)), body.ints(1)], ["log_sum_exp"])
     return body.function()
+
+
+def _softmax(body: _Body, logits: str, axis: int) -> tuple[str, str]:
+    """Weights along ``axis``, all 0 where all logits are -inf, and the log-sum-exp."""
+    op = body.op
+    axes = body.ints(axis)
+    best = op("Max", op("ReduceMax", logits, axes, keepdims=1), body.real(float(np.finfo(np.float32).min)))
+    weights = op("Exp", op("Sub", logits, best))
+    total = op("ReduceSum", weights, axes, keepdims=1)
+    return op("Div", weights, op("Max", total, body.real(1))), op("Add", op("Log", total), best)
 
 
 def _visible(body: _Body, pattern: Pattern) -> str:
@@ -123,8 +137,10 @@ def _visible(body: _Body, pattern: Pattern) -> str:
 def merge_function() -> onnx.FunctionProto:
     body = _Body(MERGE)
     op = body.op
-    weights = op("Unsqueeze", op("Softmax", "log_sum_exp", axis=1), body.ints(-1))
-    merged = op("ReduceSum", op("Mul", op("Cast", "partial", to=_FLOAT), weights), body.ints(1), keepdims=0)
+    weights, _ = _softmax(body, "log_sum_exp", axis=1)
+    weights = op("Unsqueeze", weights, body.ints(-1))
+    parts = op("Where", op("Greater", weights, body.real(0)), op("Cast", "partial", to=_FLOAT), body.real(0))
+    merged = op("ReduceSum", op("Mul", parts, weights), body.ints(1), keepdims=0)
     merged = op("CastLike", op("Transpose", merged, perm=[0, 2, 1, 3]), "partial")
     body.node("Reshape", [merged, body.ints(0, 0, -1)], ["attended"])
     return body.function()

@@ -113,7 +113,8 @@ def build_rtx_engines(
                 "rank": (rank, rank, rank),
                 KEY_HEADS: (kv_heads, kv_heads, kv_heads * max_batch),
             }
-            sizes = ProfileSizes(max_batch, max_step, others)
+            steps = (1, min(32, max_step), max_step)
+            sizes = ProfileSizes(max_batch, steps, steps, others)
             plan, kernels = _compile(graph, source, target, sms, sizes, progress)
             if options.kv_read == "view":
                 refuse_disorder(kernels.root, layers)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import onnx
 
-from trimode.build.kernel_emission import needed_kernels, write_kernels
+from trimode.build.kernel_emission import needed_kernels, plugin_nodes, write_kernels
 from trimode.build.network import NetworkOptions, build_network
 from trimode.build.raw_pool import write_raw_pool
 from trimode.model.checkpoint import Checkpoint
@@ -16,6 +16,7 @@ from trimode.model.errors import TriModeError
 from trimode.model.manifest import GRAPH, NUMPY_TYPES, PLUGIN_KERNELS, POOL, PoolEntry
 from trimode.model.progress import Progress
 from trimode.model.step import ENGINES
+from trimode.plugins.contracts import LEAST_GROUP
 
 COMPUTE_CAPABILITIES = (80, 86, 89, 90, 100, 120, 121)
 # With 8 key-value heads, as many programs of one request's attention as a large GPU has multiprocessors.
@@ -24,29 +25,42 @@ SPLITS = 16
 
 def write_graphs(
     checkpoint: Checkpoint, folder: Path, options: NetworkOptions, sms: tuple[int, ...], progress: Progress
-) -> tuple[PoolEntry, ...]:
-    """Write graphs, pool and kernels into ``folder``; returns the ranges of the pool, by the graphs' inputs.
+) -> tuple[dict[str, int], tuple[PoolEntry, ...]]:
+    """Write graphs, pool and kernels into ``folder``; returns how many plugins each graph has, and the ranges of the
+    pool, by the graphs' inputs.
 
     sms: compute capabilities, 121 for 12.1.
     """
     _refuse_unknown_gpus(sms)
+    _refuse_odd_groups(checkpoint)
     (folder / POOL).parent.mkdir()
     pool = write_raw_pool(checkpoint, folder / POOL, progress, NUMPY_TYPES[options.activations])
-    graphs = []
+    graphs = {}
     for index, (name, pattern) in enumerate(ENGINES):
         progress("graphs", index, len(ENGINES))
         graph = build_network(checkpoint.config, pool, pattern, options)
         onnx.checker.check_model(graph)
         (folder / name).mkdir()
         onnx.save(graph, folder / name / GRAPH)
-        graphs.append(graph)
+        graphs[name] = graph
     progress("graphs", len(ENGINES), len(ENGINES))
-    needed = needed_kernels(graphs, checkpoint.config)
+    needed = needed_kernels(list(graphs.values()), checkpoint.config)
     write_kernels(needed, options.activations, sms, folder / PLUGIN_KERNELS, progress)
-    return tuple(PoolEntry(name=entry.name, offset=entry.offset, bytes=entry.length) for entry in pool.ranges())
+    plugins = {name: len(plugin_nodes(graph)) for name, graph in graphs.items()}
+    entries = (PoolEntry(name=entry.name, offset=entry.offset, bytes=entry.length) for entry in pool.ranges())
+    return plugins, tuple(entries)
 
 
 def _refuse_unknown_gpus(sms: tuple[int, ...]) -> None:
     for sm in sms:
         if sm not in COMPUTE_CAPABILITIES:
             raise TriModeError(f"--sm {sm}: kernels are compiled for {', '.join(map(str, COMPUTE_CAPABILITIES))}")
+
+
+def _refuse_odd_groups(checkpoint: Checkpoint) -> None:
+    quantization = checkpoint.quantization
+    if quantization is not None and quantization.group_size % LEAST_GROUP:
+        raise TriModeError(
+            f"{checkpoint.folder} is int4 in groups of {quantization.group_size}; target tensorrt takes multiples of "
+            f"{LEAST_GROUP}"
+        )

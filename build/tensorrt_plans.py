@@ -46,13 +46,26 @@ def compile_plans(folder: Path, entry: TensorrtEntry, gpu: Gpu, progress: Progre
     Raises TriModeError if the folder has no kernels for ``gpu``.
     """
     declare_plugins(KernelLibrary(folder / PLUGIN_KERNELS, gpu.compute_capability))
-    sizes = ProfileSizes(entry.max_batch, entry.max_step, {})
+    profiles = _profiles(entry.max_batch, entry.max_step)
     for name, _ in ENGINES:
-        _compile(folder / name, sizes, progress)
+        _compile(folder / name, entry.plugins[name], profiles, progress)
     return TensorrtPlans(tensorrt=trt.__version__, gpu=gpu.name, compute_capability=gpu.compute_capability)
 
 
-def _compile(engine: Path, sizes: ProfileSizes, progress: Progress) -> None:
+def _profiles(max_batch: int, max_step: int) -> list[ProfileSizes]:
+    """One for a token, one for a block, one for a chunk of a prompt, of which a single row needs logits: TensorRT times
+    the tactics at the usual sizes alone. Every step fits one of them and no other.
+    """
+    profiles = []
+    for least, usual, most, usual_rows in ((1, 1, 1, 1), (2, 32, 64, 32), (65, max_step, max_step, 1)):
+        if least <= max_step:
+            step = (least, min(usual, max_step), min(most, max_step))
+            rows = (1, min(usual_rows, max_step), min(most, max_step))
+            profiles.append(ProfileSizes(max_batch, step, rows, {}))
+    return profiles
+
+
+def _compile(engine: Path, plugins: int, profiles: list[ProfileSizes], progress: Progress) -> None:
     _LOG.lines.clear()
     builder = trt.Builder(_LOG)
     # The plugins' kernels are embedded: the plan then runs without Python.
@@ -63,17 +76,18 @@ def _compile(engine: Path, sizes: ProfileSizes, progress: Progress) -> None:
     parser = trt.OnnxParser(network, _LOG)
     if not parser.parse_from_file(str(engine / GRAPH)):
         raise RuntimeError(f"TensorRT cannot parse {engine.name}/{GRAPH}: {parser.get_error(0)}")
-    _refuse_expanded_functions(network, engine)
+    _refuse_expanded_functions(network, engine, plugins)
     config = builder.create_builder_config()
     config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)  # the KV pool is written in place
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    profile = builder.create_optimization_profile()
-    for index in range(network.num_inputs):
-        tensor = network.get_input(index)
-        dims = [tensor.get_dimension_name(at) if size < 0 else size for at, size in enumerate(tensor.shape)]
-        if any(isinstance(dim, str) for dim in dims):
-            profile.set_shape(tensor.name, *sizes.of(dims))
-    config.add_optimization_profile(profile)
+    for sizes in profiles:
+        profile = builder.create_optimization_profile()
+        for index in range(network.num_inputs):
+            tensor = network.get_input(index)
+            dims = [tensor.get_dimension_name(at) if size < 0 else size for at, size in enumerate(tensor.shape)]
+            if any(isinstance(dim, str) for dim in dims):
+                profile.set_shape(tensor.name, *sizes.of(dims))
+        config.add_optimization_profile(profile)
     with HeldSignals() as signals:
         monitor = _Monitor(engine.name, progress, signals)
         config.progress_monitor = monitor
@@ -86,8 +100,8 @@ def _compile(engine: Path, sizes: ProfileSizes, progress: Progress) -> None:
     (engine / PLAN).write_bytes(memoryview(plan))
 
 
-def _refuse_expanded_functions(network: trt.INetworkDefinition, engine: Path) -> None:
+def _refuse_expanded_functions(network: trt.INetworkDefinition, engine: Path, plugins: int) -> None:
     """The parser would take an operator's function body where it finds no plugin: right, and slower than any target."""
     kinds = [network.get_layer(index).type for index in range(network.num_layers)]
-    if trt.LayerType.PLUGIN_V3 not in kinds:
-        raise RuntimeError(f"TensorRT found none of our plugins for {engine.name}/{GRAPH}")
+    if (found := kinds.count(trt.LayerType.PLUGIN_V3)) != plugins:
+        raise RuntimeError(f"TensorRT took {found} of {plugins} operators of {engine.name}/{GRAPH} for our plugins")

@@ -147,13 +147,14 @@ class TensorrtPlans(_Record):
 
 
 class TensorrtEntry(_Record):
-    """``sms``: compute capabilities that the plugins' kernels were compiled for. ``plans``: None before
-    ``trimode compile``.
+    """``sms``: compute capabilities that the plugins' kernels were compiled for. ``plugins``: how many nodes of each
+    engine's graph are plugins. ``plans``: None before ``trimode compile``.
     """
 
     sms: tuple[PositiveInt, ...]
     max_batch: PositiveInt
     max_step: PositiveInt
+    plugins: dict[str, PositiveInt]
     plans: TensorrtPlans | None
 
 

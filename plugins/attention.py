@@ -47,8 +47,9 @@ def attend_kernel(
     With ``step_lengths`` the pattern is bidirectional, with ``block_mask`` masked, with neither causal. A split has
     MIN_ROWS rows or more, unless it is the only one.
     """
-    split, head, batch = tl.program_id(1) // KV_HEADS, tl.program_id(1) % KV_HEADS, tl.program_id(2).to(tl.int64)
     splits = tl.num_programs(1) // KV_HEADS
+    # Neighbours share what they read: tiles the rows of the pool, splits of a head its queries.
+    split, head, batch = tl.program_id(1) % splits, tl.program_id(1) // splits, tl.program_id(2).to(tl.int64)
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     exists = row < GROUP * step
     token = row % step

@@ -1,7 +1,7 @@
 """Compile a kernel to PTX for a GPU that need not be here, and read from its binary what it costs.
 
-ptxas would rather spill a little than let fewer blocks run side by side; what it spills is compiled again with every
-register a thread can have.
+Triton's ptxas would rather spill a little than let fewer blocks run side by side; what it spills is compiled again with
+every register a thread can have. The driver that assembles the PTX in the end may be another version of it.
 
 The PTX is to be embedded in an engine: Triton's two trailing scratch pointers, which these kernels never use, are taken
 out of its parameters, so that they are the operator's inputs, scalars and outputs and nothing else; and it names no
@@ -49,6 +49,10 @@ class Resources:
     spilled_bytes: int
     stack_bytes: int
 
+    @property
+    def spills(self) -> bool:
+        return self.spilled_bytes + self.stack_bytes > 0
+
 
 @dataclass(frozen=True)
 class CompiledKernel:
@@ -60,6 +64,11 @@ class CompiledKernel:
     warps: int
     shared_bytes: int
     resources: Resources
+
+    @property
+    def fits(self) -> bool:
+        """Whether neither its registers nor its shared memory are more than the GPU has."""
+        return not self.resources.spills and self.shared_bytes <= SHARED_MEMORY[self.compute_capability]
 
 
 def kernel_of(operator: Operator) -> JITFunction[Any]:
@@ -96,7 +105,7 @@ def compile_operator(
         },
     )
     compiled = _compile(source, tactic, compute_capability, None)
-    if compiled.resources.spilled_bytes:
+    if compiled.resources.spills:
         most = min(_THREAD_REGISTERS, _REGISTERS // (tactic.warps * _WARP))
         compiled = _compile(source, tactic, compute_capability, most)
     return compiled

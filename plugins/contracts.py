@@ -12,7 +12,8 @@ R the adapter's rank. ``real`` is the type of the activations.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 ElementType = Literal["real", "fp32", "int64", "bool", "int8"]
@@ -23,6 +24,8 @@ Constants = dict[str, int | bool | str | None]
 Dim = Any
 
 DOMAIN = "trimode"
+# What a tensor core multiplies at once along the inner dimension.
+LEAST_GROUP = 16
 # Steps up to this length have all splits; longer ones have rows enough to fill the chip, and fewer splits.
 SPLIT_STEP = 64
 
@@ -75,8 +78,8 @@ class AttentionShape:
 
 @dataclass(frozen=True)
 class ProductShape:
-    """What a product is compiled for: ``columns`` is even, ``inner`` a multiple of ``group``. rank: 0 without adapter.
-    input_scale, residual: whether the operator has that input."""
+    """What a product is compiled for: ``columns`` is even, ``inner`` a multiple of ``group``, and that of
+    :data:`LEAST_GROUP`. rank: 0 without adapter. input_scale, residual: whether the operator has that input."""
 
     inner: int
     columns: int
@@ -255,3 +258,9 @@ INT4_PRODUCT_TACTICS = (
     Tactic({"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64}, warps=4, stages=3),
     Tactic({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}, warps=8, stages=3),
 )
+
+
+def within_group(tactic: Tactic, group: int) -> Tactic:
+    """A product's tactic for groups of this size: a tile along the inner dimension lies in one."""
+    block = math.gcd(int(tactic.constants["BLOCK_K"] or 0), group)
+    return replace(tactic, constants={**tactic.constants, "BLOCK_K": block})

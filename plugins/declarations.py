@@ -57,8 +57,9 @@ def declare(launch: Launch) -> None:
     def autotune(*arguments: Any) -> Any:
         descs, values, outputs = arguments[: len(inputs)], arguments[len(inputs) : -1], arguments[-1]
         names = (_type_name(desc.dtype) for desc in (*descs, *outputs))
-        tactics = launch.tactics(_call(launch, descs, dict(zip(attributes, values, strict=True))))
-        return [trtp.AutoTuneCombination(", ".join(names), "LINEAR", list(tactics))]
+        call = _call(launch, descs, dict(zip(attributes, values, strict=True)))
+        tactics = _library(launch, descs).tactics(launch.operator, launch.constants(call), launch.tactics(call))
+        return [trtp.AutoTuneCombination(", ".join(names), "LINEAR", tactics)]
 
     def embed(*arguments: Any) -> Any:
         descs, values, tactic = arguments[: len(inputs)], arguments[len(inputs) : -2], arguments[-1]
@@ -90,14 +91,19 @@ def _outputs(launch: Launch, descs: tuple[Any, ...], attributes: dict[str, int])
 
 
 def _embed(launch: Launch, descs: tuple[Any, ...], attributes: dict[str, int], tactic: int) -> tuple[Any, ...]:
-    library, call = _Library.current, _call(launch, descs, attributes)
-    if library is None or descs[0].dtype != _REALS[library.index.real]:
-        raise RuntimeError(f"{launch.operator.name} has no kernels for {descs[0].dtype}")
-    kernel, ptx = library.find(launch.operator, launch.constants(call), tactic)
+    call = _call(launch, descs, attributes)
+    kernel, ptx = _library(launch, descs).find(launch.operator, launch.constants(call), tactic)
     grid = launch.grid(call, launch.tactics(call)[tactic])
     params = trtp.KernelLaunchParams(*grid, block_x=kernel.threads, shared_mem=kernel.shared_bytes)
     scalars = trtp.SymIntExprs.from_tuple([trtp.SymInt32(scalar) for scalar in launch.scalars(call)])
     return kernel.entry, ptx, params, scalars
+
+
+def _library(launch: Launch, descs: tuple[Any, ...]) -> KernelLibrary:
+    library = _Library.current
+    if library is None or descs[0].dtype != _REALS[library.index.real]:
+        raise RuntimeError(f"{launch.operator.name} has no kernels for {descs[0].dtype}")
+    return library
 
 
 def _call(launch: Launch, descs: tuple[Any, ...], attributes: dict[str, int]) -> Call:

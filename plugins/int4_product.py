@@ -129,6 +129,8 @@ def _to_float(nibble, dtype: tl.constexpr):
     biased = nibble ^ 8  # n + 8
     if dtype == tl.float16:
         return (biased.to(tl.int16) | 0x6400).to(tl.float16, bitcast=True) - 1032.0  # 2^10 + 8
+    elif dtype == tl.bfloat16:
+        return (biased.to(tl.int16) | 0x4300).to(tl.bfloat16, bitcast=True) - 136.0  # 2^7 + 8
     else:
         return ((biased.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - 8388616.0).to(dtype)  # 2^23 + 8
 

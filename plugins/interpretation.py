@@ -98,7 +98,8 @@ class _Memory:
 @contextmanager
 def _interpreter_of(memory: _Memory) -> Iterator[None]:
     builder = interpreter.interpreter_builder
-    load, store, dot = builder.create_masked_load, builder.create_masked_store, builder.create_dot
+    load, store = builder.create_masked_load, builder.create_masked_store
+    dot, subtract = builder.create_dot, builder.create_fsub
     call = JITFunction.__call__
 
     def checked_load(pointers: Any, mask: Any, *rest: Any) -> Any:
@@ -113,7 +114,12 @@ def _interpreter_of(memory: _Memory) -> Iterator[None]:
         """The interpreter holds bf16 as its bits, and would multiply those."""
         return dot(_widened(a), _widened(b), *rest)
 
-    builder.create_masked_load, builder.create_masked_store, builder.create_dot = checked_load, checked_store, exact_dot
+    def exact_subtract(a: Any, b: Any) -> Any:
+        difference = subtract(_widened(a), _widened(b))
+        return builder.create_fp_trunc(difference, a.dtype) if a.dtype.scalar == tl.bfloat16 else difference
+
+    builder.create_masked_load, builder.create_masked_store = checked_load, checked_store
+    builder.create_dot, builder.create_fsub = exact_dot, exact_subtract
     JITFunction.__call__ = lambda self, *args, **kwargs: self.fn(*args, **kwargs)
     # Functions of Triton's own library know the language as `core`, and reach the interpreter only by that name.
     language = interpreter._patch_lang(tl.zeros.fn)
@@ -121,7 +127,7 @@ def _interpreter_of(memory: _Memory) -> Iterator[None]:
         yield
     finally:
         language.restore()
-        del builder.create_masked_load, builder.create_masked_store, builder.create_dot
+        del builder.create_masked_load, builder.create_masked_store, builder.create_dot, builder.create_fsub
         JITFunction.__call__ = call
 
 

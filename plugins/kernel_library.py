@@ -1,10 +1,12 @@
 """Compiled kernels in a folder: what a build on another machine embeds, with neither Triton nor a compiler there.
 
-``sm_90/kernels.json`` says of each kernel what a launch needs; its PTX lies beside it under the same name.
+``sm_90/kernels.json`` says of each kernel what a launch needs; its PTX lies beside it under the same name. Tactics that
+do not fit a GPU are not there.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, PositiveInt
@@ -48,11 +50,17 @@ class KernelLibrary:
             )
         self.index = read_json_record(LibraryIndex, self._folder / INDEX)
 
+    def tactics(self, operator: Operator, constants: Constants, tactics: Iterable[int]) -> list[int]:
+        """Those of them that fit this GPU; raises TriModeError if none was compiled."""
+        names = {tactic: kernel_name(operator, constants, tactic) for tactic in tactics}
+        found = [tactic for tactic, name in names.items() if name in self.index.kernels]
+        if not found:
+            raise TriModeError(f"{self._folder / INDEX} lacks {min(names.values())}; build the engine again")
+        return found
+
     def find(self, operator: Operator, constants: Constants, tactic: int) -> tuple[LibraryKernel, str]:
-        """What to launch, and its PTX; raises TriModeError if it was not compiled."""
+        """What to launch, and its PTX."""
         name = kernel_name(operator, constants, tactic)
-        if name not in self.index.kernels:
-            raise TriModeError(f"{self._folder / INDEX} lacks {name}; build the engine again")
         return self.index.kernels[name], (self._folder / f"{name}.ptx").read_text(encoding="ascii")
 
 

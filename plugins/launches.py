@@ -38,6 +38,7 @@ from trimode.plugins.contracts import (
     merge_constants,
     merge_grid,
     split_count,
+    within_group,
 )
 
 Shapes = Mapping[str, Sequence[Dim]]
@@ -156,10 +157,8 @@ class _Int4Product(Launch):
         return int4_product_constants(self._shape(call))
 
     def tactics(self, call: Call, /) -> dict[int, Tactic]:
-        """A tile along the inner dimension lies in one group."""
         group = self._shape(call).group
-        numbered = enumerate(INT4_PRODUCT_TACTICS, 1)
-        return {number: tactic for number, tactic in numbered if group % int(tactic.constants["BLOCK_K"] or 1) == 0}
+        return {number: within_group(tactic, group) for number, tactic in enumerate(INT4_PRODUCT_TACTICS, 1)}
 
     def grid(self, call: Call, tactic: Tactic, /) -> tuple[Dim, Dim, Dim]:
         return int4_product_grid(self._shape(call), tactic, *self.scalars(call))

@@ -1,7 +1,8 @@
 """What each kernel moves, counted tile by tile as its programs walk, and the least that any kernel would.
 
-The counts are exact: tests hold them against those of the interpreter. A tensor of at most :data:`CACHED` bytes that is
-asked for again comes from the L2 cache, so memory moves it once; a larger one is moved each time it is asked for.
+The counts are exact: tests hold them against those of the interpreter. What is asked for again comes from the L2 cache,
+so memory moves it once, in two cases: the whole tensor is of at most :data:`CACHED` bytes, or the part of it that
+neighbouring programs share is. Everything else is moved each time it is asked for.
 """
 
 from __future__ import annotations
@@ -19,15 +20,17 @@ INDEX, FLOAT = 8, 4
 
 @dataclass
 class Asked:
-    """Bytes that a kernel loads from and stores to one tensor, each time counted; ``needed``: the distinct ones."""
+    """Bytes that a kernel loads from and stores to one tensor, each time counted; ``needed``: the distinct ones;
+    ``again``: the loaded ones that a neighbouring program loaded before."""
 
     loaded: int = 0
     stored: int = 0
     needed: int = 0
+    again: int = 0
 
     @property
     def moved(self) -> int:
-        return self.needed if self.needed <= CACHED else self.loaded + self.stored
+        return self.needed if self.needed <= CACHED else self.loaded - self.again + self.stored
 
 
 def moved_bytes(asked: Mapping[str, Asked]) -> int:
@@ -75,31 +78,43 @@ def attend_traffic(
     tiles, splits = ceil_div(rows, block_m), split_count(shape.splits, step)
     names = ("q", "k_cache", "v_cache", "write_indices", "partial", "log_sum_exp")
     asked = {name: Asked() for name in names}
-    # Heads are alike: one is walked.
-    for length_before, tile, split in product(committed, range(tiles), range(splits)):
-        tokens = [row % step for row in range(tile * block_m, min((tile + 1) * block_m, rows))]
-        asked["write_indices"].loaded += INDEX
-        asked["log_sum_exp"].stored += FLOAT * len(tokens)
-        length = length_before + (max(tokens) + 1 if pattern == "causal" else step)
-        plain = {"causal": length_before + min(tokens) + 1, "bidirectional": length, "masked": length_before}[pattern]
-        busy = min(max(length // min_rows, 1), splits)
-        share = ceil_div(ceil_div(length, busy), block_n) * block_n
-        start, end = split * share, min((split + 1) * share, length)
-        if start >= end:
-            continue
-        asked["q"].loaded += len(tokens) * row_bytes
-        asked["k_cache"].loaded += (end - start) * row_bytes
-        asked["v_cache"].loaded += (end - start) * row_bytes
-        sees = [token for token in tokens if pattern == "bidirectional" or start - length_before <= token]
-        asked["partial"].stored += len(sees) * row_bytes
-        if pattern == "masked":
-            first = start + max(min(plain, end) - start, 0) // block_n * block_n
-            asked.setdefault("block_mask", Asked()).loaded += len(tokens) * max(end - max(first, length_before), 0)
+    # Heads are alike: one is walked. Its tiles run side by side, a split after the other.
+    for length_before, split in product(committed, range(splits)):
+        walked, queries = [], 0
+        for tile in range(tiles):
+            tokens = [row % step for row in range(tile * block_m, min((tile + 1) * block_m, rows))]
+            asked["write_indices"].loaded += INDEX
+            asked["log_sum_exp"].stored += FLOAT * len(tokens)
+            length = length_before + (max(tokens) + 1 if pattern == "causal" else step)
+            plain = {"causal": length_before + min(tokens) + 1, "bidirectional": length, "masked": length_before}[
+                pattern
+            ]
+            busy = min(max(length // min_rows, 1), splits)
+            share = ceil_div(ceil_div(length, busy), block_n) * block_n
+            start, end = split * share, min((split + 1) * share, length)
+            if start >= end:
+                continue
+            walked.append(range(start, end))
+            queries += len(tokens)
+            sees = [token for token in tokens if pattern == "bidirectional" or start - length_before <= token]
+            asked["partial"].stored += len(sees) * row_bytes
+            if pattern == "masked":
+                first = start + max(min(plain, end) - start, 0) // block_n * block_n
+                asked.setdefault("block_mask", Asked()).loaded += len(tokens) * max(end - max(first, length_before), 0)
+        loaded, distinct = sum(map(len, walked)), len(set().union(*walked))
+        asked["q"].loaded += queries * row_bytes
+        asked["k_cache"].loaded += loaded * row_bytes
+        asked["v_cache"].loaded += loaded * row_bytes
+        if (queries + 2 * distinct) * row_bytes <= CACHED:
+            asked["q"].again += queries * row_bytes if split else 0
+            asked["k_cache"].again += (loaded - distinct) * row_bytes
+            asked["v_cache"].again += (loaded - distinct) * row_bytes
     if pattern == "bidirectional":
         asked["step_lengths"] = Asked(loaded=asked["write_indices"].loaded)
     for tensor in asked.values():
         tensor.loaded *= shape.kv_heads
         tensor.stored *= shape.kv_heads
+        tensor.again *= shape.kv_heads
     kv = shape.kv_heads * row_bytes * sum(length + step for length in committed)
     asked["q"].needed = len(committed) * shape.kv_heads * rows * row_bytes
     asked["k_cache"].needed = asked["v_cache"].needed = kv
@@ -135,6 +150,10 @@ def int4_product_traffic(shape: ProductShape, tactic: Tactic, rows: int, real: i
         "scale": _read(scales * tiles * (shape.group // block_k), scales),
         "y": _written(rows * columns * real),
     }
+    # The rows' tiles run side by side, a strip of columns after the other.
+    if (packed + scales) * block_n // columns <= CACHED:
+        for name in ("packed", "scale"):
+            asked[name].again = asked[name].loaded - asked[name].needed
     if shape.input_scale:
         asked["input_scale"] = _read(tiles * strips * inner * real, inner * real)
     if shape.rank:

@@ -1,6 +1,7 @@
 """An estimate of self-speculation on the 8B checkpoint with the kernels of plugins/: what docs/kernels.md shows.
 
-    python -m scripts.cycle_estimate    tables of a pass and of a cycle; no GPU is asked
+    python -m scripts.cycle_estimate                tables of a pass and of a cycle; no GPU is asked
+    python -m scripts.cycle_estimate --real fp16    the same for a build in fp16
 
 A kernel takes the longest of three times, and a launch: its bytes through memory, its products on the tensor cores,
 its instructions through the schedulers. Bytes are counted by plugins/traffic.py, instructions in the binary's loop.
@@ -9,6 +10,7 @@ Kernels that TensorRT brings itself (norms, SwiGLU, the adapter's first half, th
 
 from __future__ import annotations
 
+import argparse
 import re
 import subprocess
 import tempfile
@@ -32,6 +34,7 @@ from trimode.build.roofline import (
     TOP_K,
     Gpu,
 )
+from trimode.model.manifest import Real
 from trimode.plugins import contracts
 from trimode.plugins.compilation import compile_operator
 from trimode.plugins.contracts import Tactic
@@ -62,7 +65,7 @@ class Work(NamedTuple):
     instructions: float = 0
 
 
-def pass_work(step: int, window: int, adapter: bool, capability: int) -> Iterator[Work]:
+def pass_work(step: int, window: int, adapter: bool, capability: int, real: Real) -> Iterator[Work]:
     """A pass over a block; with the adapter it is a draft, without a verification."""
     config, layers, hidden = CONFIG_8B, CONFIG_8B.num_hidden_layers, CONFIG_8B.hidden_size
     row, inner = step * hidden * REAL_BYTES, config.intermediate_size
@@ -74,7 +77,8 @@ def pass_work(step: int, window: int, adapter: bool, capability: int) -> Iterato
         asked = int4_product_traffic(shape, tactic, step, REAL_BYTES)
         flops = 2 * step * shape.columns * (shape.inner + rank)
         weights = shape.inner * shape.columns
-        yield Work(f"{name} product", layers, moved_bytes(asked), flops, weights * _per_weight(tactic, capability))
+        instructions = weights * _per_weight(tactic, capability, real)
+        yield Work(f"{name} product", layers, moved_bytes(asked), flops, instructions)
         if rank:
             yield Work("adapter down", layers, row + hidden * rank * REAL_BYTES, 2 * step * hidden * rank)
     yield Work("KV write", layers, moved_bytes(kv_write_traffic(ATTENTION, 1, step, REAL_BYTES)))
@@ -94,11 +98,11 @@ def pass_work(step: int, window: int, adapter: bool, capability: int) -> Iterato
 
 
 @cache
-def _per_weight(tactic: Tactic, capability: int) -> float:
+def _per_weight(tactic: Tactic, capability: int, real: Real) -> float:
     """Instructions of a warp for each weight, in the product's loop."""
     shape = PRODUCTS_8B["gate_up"]
     kernel = compile_operator(
-        contracts.int4_product(shape), contracts.int4_product_constants(shape), tactic, "fp16", capability
+        contracts.int4_product(shape), contracts.int4_product_constants(shape), tactic, real, capability
     )
     with tempfile.TemporaryDirectory() as folder:
         source, binary = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
@@ -138,13 +142,16 @@ def seconds(gpu: Gpu, work: Work) -> tuple[float, str]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--real", choices=["bf16", "fp16"], default="bf16")
+    real: Real = parser.parse_args().real
     window = 4096
     for key in FP32_PEAK:
         gpu = GPUS[key]
         print(f"\n### {gpu.name}, {BLOCK} tokens over {window} rows: microseconds of a kernel\n")
         print("| kernel | a pass | MB | GFLOP | draft | verify | bound by |\n|---|---|---|---|---|---|---|")
         draft, verify = (
-            {work.name: work for work in pass_work(BLOCK, window, adapter, gpu.compute_capability)}
+            {work.name: work for work in pass_work(BLOCK, window, adapter, gpu.compute_capability, real)}
             for adapter in (True, False)
         )
         for name, work in draft.items():
@@ -163,7 +170,7 @@ def main() -> None:
             kernels = launches = 0.0
             passes = []
             for adapter in (True, False):
-                works = list(pass_work(BLOCK, rows, adapter, gpu.compute_capability))
+                works = list(pass_work(BLOCK, rows, adapter, gpu.compute_capability, real))
                 busy = sum(work.count * seconds(gpu, work)[0] for work in works)
                 waits = LAUNCH * sum(work.count for work in works)
                 passes.append((busy + waits) * 1e3)

@@ -26,12 +26,15 @@ def one_tactic_each(patch: pytest.MonkeyPatch) -> None:
 
 
 class TensorrtDouble:
-    """``asked``: what each plugin node told, by engine and node. ``profiles``: the shapes of each engine's inputs."""
+    """``asked``: what each plugin node told, by engine and node. ``profiles``: each engine's, and in them the shapes of
+    its inputs. ``expanded``: operators whose plugins the parser does not find, so that it takes their functions.
+    """
 
     def __init__(self, trt: ModuleType, patch: pytest.MonkeyPatch) -> None:
         self._trt = trt
+        self.expanded: set[str] = set()
         self.asked: list[tuple[str, Built]] = []
-        self.profiles: list[dict[str, tuple[Any, ...]]] = []
+        self.profiles: list[list[dict[str, tuple[Any, ...]]]] = []
         self.previews: list[str] = []
         patch.setattr(trt, "Builder", lambda _log: self)
         patch.setattr(trt, "OnnxParser", lambda network, _log: SimpleNamespace(parse_from_file=network.parse))
@@ -39,12 +42,13 @@ class TensorrtDouble:
 
     def create_network(self, flags: int) -> _Network:
         assert flags & 1 << int(self._trt.NetworkDefinitionCreationFlag.PREFER_AOT_PYTHON_PLUGINS)
-        return _Network(self._trt)
+        return _Network(self._trt, self.expanded)
 
     def create_builder_config(self) -> Any:
         config = SimpleNamespace(profiling_verbosity=None, progress_monitor=None)
         config.set_preview_feature = lambda feature, on: self.previews.append(feature.name) if on else None
-        config.add_optimization_profile = lambda profile: self.profiles.append(profile.shapes)
+        self.profiles.append(profiles := [])
+        config.add_optimization_profile = lambda profile: profiles.append(profile.shapes)
         return config
 
     def create_optimization_profile(self) -> Any:
@@ -68,8 +72,9 @@ class TensorrtDouble:
 
 
 class _Network:
-    def __init__(self, trt: ModuleType) -> None:
+    def __init__(self, trt: ModuleType, expanded: set[str]) -> None:
         self._trt = trt
+        self._expanded = expanded
         self.plugins: list[onnx.NodeProto] = []
 
     def parse(self, path: str) -> bool:
@@ -79,7 +84,7 @@ class _Network:
         self._values = {value.name: value for value in (*shaped.input, *shaped.value_info, *shaped.output)}
         self._inputs = list(model.graph.input)
         for node in model.graph.node:
-            if node.domain == DOMAIN:
+            if node.domain == DOMAIN and node.op_type not in self._expanded:
                 stated = {attribute.name: attribute.s.decode() for attribute in node.attribute if attribute.s}
                 registry = self._trt.get_plugin_registry()
                 registry.get_creator(node.op_type, stated["plugin_version"], stated["plugin_namespace"])

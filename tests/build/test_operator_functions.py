@@ -71,9 +71,15 @@ def test_kv_write() -> None:
         near(found, expected)
 
 
-@pytest.mark.parametrize("pattern", ["causal", "bidirectional", "masked"])
-def test_attention(pattern: Pattern) -> None:
-    """Both operators in turn, since a split is each executor's own affair."""
+@pytest.mark.parametrize(
+    ("pattern", "blind"),
+    [("causal", False), ("bidirectional", False), ("bidirectional", True), ("masked", False), ("masked", True)],
+)
+def test_attention(pattern: Pattern, blind: bool) -> None:
+    """Both operators in turn, since a split is each executor's own affair. Rows that no token sees are NaN.
+
+    blind: some tokens see nothing.
+    """
     cache = (BATCH, KV_HEADS, CAPACITY, SIZE)
     inputs: dict[str, NDArray[np.generic]] = {
         "q": random(BATCH, HEADS, STEP, SIZE),
@@ -82,19 +88,31 @@ def test_attention(pattern: Pattern) -> None:
         "write_indices": COMMITTED,
     }
     extra: dict[str, NDArray[np.generic]] = {}
+    written = COMMITTED + STEP
     if pattern == "bidirectional":
-        extra = {"step_lengths": np.array([5, 1, 3])}
+        extra = {"step_lengths": (lengths := np.array([0 if blind else 5, 1, 3]))}
+        written = COMMITTED + lengths
     if pattern == "masked":
-        extra = {"block_mask": (random(BATCH, STEP, STEP) > 0) | np.eye(STEP, dtype=np.bool_)}
+        extra = {"block_mask": (mask := (random(BATCH, STEP, STEP) > 0) | np.eye(STEP, dtype=np.bool_))}
+        if blind:
+            mask[0, 1:3] = False
+    empty = np.arange(CAPACITY) >= written[:, None]
+    for name in ("k_cache", "v_cache"):
+        inputs[name] = np.where(empty[:, None, :, None], np.float32(np.nan), inputs[name])
     tensors = {name: torch.from_numpy(array) for name, array in {**inputs, **extra}.items()}
     partial, log_sum_exp = execute(attend_function(pattern), {**inputs, **extra})
     (attended,) = execute(merge_function(), {"partial": partial, "log_sum_exp": log_sum_exp})
-    near(attended, attention.attend(**tensors))
+    expected = attention.attend(**tensors)
+    near(attended, expected)
+    saw_nothing = (expected == 0).all(-1).numpy()
+    assert saw_nothing.any() == blind
+    assert np.array_equal(np.isneginf(log_sum_exp[:, 0]).all(1), saw_nothing)
 
 
 def test_merge_weighs_splits_and_leaves_out_those_that_saw_nothing() -> None:
     parts, logs = random(BATCH, 4, HEADS, STEP, SIZE), random(BATCH, 4, HEADS, STEP)
-    logs[:, 2] = -np.inf
+    logs[:, 2] = logs[0, :, :, 1] = -np.inf
+    parts[np.isneginf(logs)] = np.nan
     expected = attention.merge(torch.from_numpy(parts), torch.from_numpy(logs))
     near(execute(merge_function(), {"partial": parts, "log_sum_exp": logs})[0], expected)
 

@@ -75,7 +75,7 @@ def test_greedy_decoding_through_the_functions_gives_target_cpus_tokens(
     assert checkpoint.adapter is not None
     plugins = PluginOptions(SPLITS, checkpoint.adapter.config.r)
     options = NetworkOptions(top_k=64, adapter=True, capacity=ROWS, plugins=plugins)
-    pool = write_graphs(checkpoint, tmp_path, options, (), no_progress)
+    _, pool = write_graphs(checkpoint, tmp_path, options, (), no_progress)
     graphs = GraphExecutor(tmp_path, pool, tmp_path / POOL, cpu_engine / ADAPTER, checkpoint.config, ROWS, np.float32)
     monkeypatch.setattr(llm._executor, "run", graphs.run)
     assert [decode(llm, records, mode=mode) for mode in modes] == expected
@@ -201,6 +201,17 @@ def test_what_cannot_be_built_is_one_line(
     found = trimode("build", tiny_int4, tmp_path / "out", "--target", "tensorrt", *arguments)
     assert (found.returncode, found.stderr.count("\n")) == (2, 1)
     assert all(word in found.stderr for word in words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_groups_that_tensor_cores_cannot_take_are_refused(
+    random_int4_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = Checkpoint(random_int4_checkpoint)
+    assert checkpoint.quantization is not None
+    monkeypatch.setattr(checkpoint, "quantization", checkpoint.quantization.model_copy(update={"group_size": 24}))
+    with pytest.raises(TriModeError, match="int4 in groups of 24; target tensorrt takes multiples of 16"):
+        build_engine(checkpoint, tmp_path / "out", target=TensorrtOptions(sms=(90,), emit_only=True))
     assert list(tmp_path.iterdir()) == []
 
 

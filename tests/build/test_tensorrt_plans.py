@@ -26,7 +26,7 @@ H100 = Gpu(ordinal=0, name="NVIDIA H100", compute_capability=90)
 @pytest.fixture(scope="module")
 def emitted(random_int4_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("emitted") / "engine"
-    options = TensorrtOptions(sms=(90,), dtype="fp16", max_batch=4, max_step=64, emit_only=True)
+    options = TensorrtOptions(sms=(90,), dtype="fp16", max_batch=4, max_step=256, emit_only=True)
     with pytest.MonkeyPatch.context() as patch:
         one_tactic_each(patch)
         build_engine(Checkpoint(random_int4_checkpoint), out, target=options, capacity=1024)
@@ -74,14 +74,43 @@ def test_the_compiled_engine_is_whole_and_shares_its_files(emitted: Path, tmp_pa
         tensorrt_compile.compile_engine(tmp_path / "out", tmp_path / "again")
 
 
-def test_profiles_span_the_limits(emitted: Path, double: TensorrtDouble, tmp_path: Path) -> None:
+def test_a_token_a_block_and_a_chunk_have_profiles_of_their_own(
+    emitted: Path, double: TensorrtDouble, tmp_path: Path
+) -> None:
     tensorrt_compile.compile_engine(emitted, tmp_path / "out")
     ar, diffusion = double.profiles
-    assert ar["input_ids"] == ((1, 1), (1, 32), (4, 64))
-    assert ar["block_mask"][2] == (4, 64, 64)
-    assert ar["k_cache.1"] == ((1, 2, 1024, 32), (1, 2, 1024, 32), (4, 2, 1024, 32))
-    assert diffusion["step_lengths"] == ((1,), (1,), (4,))
-    assert not [name for name in ar if name.startswith("encoder.")]  # weights have one shape
+    tokens = [((1, 1), (1, 1), (4, 1)), ((1, 2), (1, 32), (4, 64)), ((1, 65), (1, 256), (4, 256))]
+    for engine in (ar, diffusion):
+        assert [profile["input_ids"] for profile in engine] == tokens
+        rows = [((1, 1), (1, 1), (4, 1)), ((1, 1), (1, 32), (4, 64)), ((1, 1), (1, 1), (4, 256))]
+        assert [profile["logit_rows"] for profile in engine] == rows
+    assert ar[2]["block_mask"][2] == (4, 256, 256)
+    assert ar[0]["k_cache.1"] == ((1, 2, 1024, 32), (1, 2, 1024, 32), (4, 2, 1024, 32))
+    assert diffusion[1]["step_lengths"] == ((1,), (1,), (4,))
+    assert not [name for name in ar[0] if name.startswith("encoder.")]  # weights have one shape
+
+
+@pytest.mark.parametrize(("max_step", "count"), [(1, 1), (20, 2), (64, 2), (65, 3)])
+def test_every_step_fits_one_profile(tensorrt: ModuleType, max_step: int, count: int) -> None:
+    del tensorrt  # must be there before the import
+    profiles = importlib.import_module("trimode.build.tensorrt_plans")._profiles(8, max_step)
+    shapes = [sizes.of(["step", "rows"]) for sizes in profiles]
+    assert len(shapes) == count
+    for (least, fewest), (usual, usual_rows), (most, rows) in shapes:
+        assert least <= usual <= most == rows
+        assert fewest == 1 <= usual_rows <= rows
+    for step in range(1, max_step + 1):
+        assert sum(least <= step <= most for (least, _), _, (most, _) in shapes) == 1
+
+
+@pytest.mark.parametrize(("name", "found"), [("MergeSplits", 13), ("Int4Product", 10)])
+def test_a_node_whose_plugin_is_not_found_is_refused(
+    emitted: Path, double: TensorrtDouble, tmp_path: Path, name: str, found: int
+) -> None:
+    double.expanded.add(name)
+    with pytest.raises(RuntimeError, match=rf"took {found} of 15 operators of ar/graph\.onnx for our plugins"):
+        tensorrt_compile.compile_engine(emitted, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_building_with_a_gpu_at_hand_goes_all_the_way(
@@ -92,7 +121,7 @@ def test_building_with_a_gpu_at_hand_goes_all_the_way(
     assert manifest.tensorrt is not None
     assert manifest.tensorrt.sms == (90,)
     assert manifest.tensorrt.plans is not None
-    assert len(double.profiles) == 2
+    assert [len(profiles) for profiles in double.profiles] == [3, 3]
 
 
 @pytest.mark.usefixtures("double")

@@ -45,7 +45,7 @@ INPUTS: dict[str, Input] = {
 }
 
 
-# The operators whose kernels are compiled here; the others differ from these in which terms there are.
+# The operators whose every tactic is compiled here; the others differ from these in which terms there are.
 COMPILED = (
     *("KvWrite", "AttendMasked", "AttendBidirectional", "MergeSplits"),
     *("Int4Product", "Int4ProductScaledAdaptedResidual"),
@@ -177,7 +177,7 @@ def build(
     assert [combination.type for combination in combinations] == [desc.desc.type for desc in described]
     plugin.configure_plugin(described[: len(given)], described[len(given) :])
     kernels = {}
-    for tactic in sorted(plugin.get_valid_tactics()) if inputs is not INPUTS or name in COMPILED else ():
+    for tactic in sorted(plugin.get_valid_tactics()):
         plugin.set_tactic(tactic)
         launch, scalars = SimpleNamespace(), _Scalars()
         plugin.get_launch_params(exprs, described, len(given), launch, scalars, Arithmetic())
@@ -222,8 +222,7 @@ def _described(trt: Any, dtype: Any, expr: list[Number]) -> Any:
 
 def write_small_library(folder: Path) -> Path:
     needed = {}
-    for name in COMPILED:
-        launch = LAUNCHES[name]
+    for name, launch in LAUNCHES.items():
         static = {
             operand.name: tuple(-1 if at in dynamic else size for at, size in enumerate(shape))
             for operand in launch.operator.inputs
@@ -231,7 +230,8 @@ def write_small_library(folder: Path) -> Path:
         }
         call = Call(static, attributes_of(name), static)
         constants = launch.constants(call)
-        for number, tactic in launch.tactics(call).items():
+        tactics = list(launch.tactics(call).items())
+        for number, tactic in tactics if name in COMPILED else tactics[:1]:
             needed[kernel_name(launch.operator, constants, number)] = NeededKernel(
                 launch.operator, constants, number, tactic
             )

@@ -9,12 +9,10 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trimode.plugins.contracts import ATTEND_TACTICS, INT4_PRODUCT_TACTICS, Pattern, Tactic
+from trimode.plugins.contracts import ATTEND_TACTICS, INT4_PRODUCT_TACTICS, Pattern, Tactic, within_group
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# The interpreter's time goes by tiles, whatever their size: cases of many rows have larger ones than any GPU would.
-WIDE = Tactic({"BLOCK_M": 64, "BLOCK_N": 512, "BLOCK_S": 64, "MIN_ROWS": 256}, warps=8, stages=1)
-FEW_ROWS, ROWS = 600, 10000
+GROUPS = (1, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -72,14 +70,14 @@ class AttentionCase:
 
 @st.composite
 def attention_cases(draw: Any) -> AttentionCase:
-    batch = draw(st.integers(1, 8))
-    tactic = draw(st.sampled_from([*ATTEND_TACTICS, WIDE]))
-    longest = min(5000, (ROWS if tactic is WIDE else FEW_ROWS) // batch)
-    group = draw(st.sampled_from([1, 4, 8]))
-    tokens = max(1, min(64, 128 // batch, 3 * tactic.constants["BLOCK_M"] // group))
+    """The interpreter's time goes by tiles: one sequence may be long, and a step has four tiles of queries at most."""
+    committed = draw(st.lists(st.integers(0, 200), max_size=7))
+    committed.insert(draw(st.integers(0, len(committed))), draw(st.integers(0, 5000)))
+    tactic = draw(st.sampled_from(ATTEND_TACTICS))
+    group = draw(st.sampled_from(GROUPS))
     return AttentionCase(
-        committed=tuple(draw(st.lists(st.integers(0, longest), min_size=batch, max_size=batch))),
-        step=draw(st.integers(1, tokens)),
+        committed=tuple(committed),
+        step=draw(st.integers(1, min(64, 4 * tactic.constants["BLOCK_M"] // group))),
         pattern=draw(st.sampled_from(["causal", "bidirectional", "masked"])),
         group=group,
         kv_heads=draw(st.integers(1, 2)),
@@ -131,15 +129,16 @@ class ProductCase:
 @st.composite
 def product_cases(draw: Any) -> ProductCase:
     tactic = draw(st.sampled_from(INT4_PRODUCT_TACTICS))
+    group = draw(st.sampled_from([128, 128, 128, 64, 32, 16]))
     return ProductCase(
         rows=draw(st.integers(1, 64)) if tactic.constants["BLOCK_M"] >= 16 else draw(st.integers(1, 6)),
         groups=draw(st.integers(1, 5)),
         columns=2 * draw(st.integers(1, 150)),
-        group=draw(st.sampled_from([64, 128])) if tactic.constants["BLOCK_K"] <= 64 else 128,
+        group=group,
         input_scale=draw(st.booleans()),
-        rank=draw(st.sampled_from([0, 8, 24, 64])),
+        rank=draw(st.sampled_from([0, 8, 24, 64, 128])),
         residual=draw(st.booleans()),
-        tactic=tactic,
+        tactic=within_group(tactic, group),
         dtype=draw(st.sampled_from(DTYPES)),
         seed=draw(st.integers(0, 2**16)),
     )

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 
-from tests.plugins.cases import AttentionCase, attention_cases
+from tests.plugins.cases import DTYPES, GROUPS, AttentionCase, attention_cases
 from tests.plugins.interpreted import BARS, attend, distance
 from trimode.plugins import attention
-from trimode.plugins.contracts import ATTEND_TACTICS, SPLIT_STEP, Pattern, split_count
+from trimode.plugins.contracts import ATTEND_TACTICS, SPLIT_STEP, Pattern, Tactic, split_count
 
 PATTERNS: tuple[Pattern, ...] = ("causal", "bidirectional", "masked")
 
@@ -29,8 +29,22 @@ def test_attention_is_the_reference(case: AttentionCase) -> None:
     check(case)
 
 
-def test_a_long_sequence_beside_an_empty_one() -> None:
-    check(AttentionCase((5000, 0), 33, "masked", group=4, splits=16, tactic=ATTEND_TACTICS[2], dtype=torch.float16))
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("tactic", ATTEND_TACTICS, ids=lambda tactic: str(tactic.constants["BLOCK_M"]))
+def test_every_tactic_takes_a_long_sequence_among_short_ones(tactic: Tactic, pattern: Pattern) -> None:
+    """Groups, types and head sizes take turns: each tactic and each pattern has all. A group of 1 has 64 tokens."""
+    turn, other = ATTEND_TACTICS.index(tactic), PATTERNS.index(pattern)
+    group = GROUPS[(turn + other) % 3]
+    case = AttentionCase(
+        committed=(37, 4999, 0, 130, 1, 611, 255, 18),
+        step=min(64, 8 * tactic.constants["BLOCK_M"] // group),
+        pattern=pattern,
+        group=group,
+        head_dim=(64, 128)[(turn + other) % 2],
+        tactic=tactic,
+        dtype=DTYPES[(turn + 2 * other) % 3],
+    )
+    check(case)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

@@ -1,19 +1,22 @@
 """What comes out of the compiler: PTX with the operator's parameters and no others, and binaries that do not spill.
 
-The heaviest kernels and two architectures here; ``python -m scripts.kernel_table resources`` has all of both.
+In bf16, a build's default: one of each kind of kernel for two GPUs, the heaviest for others.
+``python -m scripts.kernel_table resources`` has all kernels for all GPUs, and fp16.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
 
 from scripts.kernel_table import ATTENTION, PRODUCTS_8B
+from trimode.build.kernel_emission import NeededKernel, write_kernels
 from trimode.model.errors import TriModeError
-from trimode.model.manifest import Real
+from trimode.model.progress import no_progress
 from trimode.plugins import contracts
 from trimode.plugins.compilation import (
     SHARED_MEMORY,
@@ -21,7 +24,8 @@ from trimode.plugins.compilation import (
     compile_operator,
     kernel_of,
 )
-from trimode.plugins.contracts import Constants, Operator, ProductShape, Tactic
+from trimode.plugins.contracts import Constants, Operator, Tactic
+from trimode.plugins.kernel_library import KernelLibrary, kernel_name
 
 ADAPTED = PRODUCTS_8B["o"]
 KERNELS: dict[str, tuple[Operator, Constants, Tactic]] = {
@@ -43,61 +47,70 @@ KERNELS: dict[str, tuple[Operator, Constants, Tactic]] = {
             contracts.int4_product_constants(ADAPTED),
             next(t for t in contracts.INT4_PRODUCT_TACTICS if t.constants["BLOCK_M"] == rows),
         )
-        for rows in (4, 32)
+        for rows in (4, 32, 128)
     },
 }
+HEAVIEST = ("attention, many rows", "product, 32 rows", "product, 128 rows")
 
 
-@pytest.fixture(scope="module", params=[90, 121])
-def capability(request: pytest.FixtureRequest) -> int:
-    return request.param
+@pytest.fixture(
+    scope="module",
+    params=[*product((90, 121), KERNELS), *product((80, 89, 100), HEAVIEST)],
+    ids=lambda param: f"sm_{param[0]}, {param[1]}",
+)
+def compiled(request: pytest.FixtureRequest) -> tuple[Operator, CompiledKernel]:
+    capability, name = request.param
+    operator, constants, tactic = KERNELS[name]
+    return operator, compile_operator(operator, constants, tactic, "bf16", capability)
 
 
-@pytest.fixture(scope="module", params=KERNELS)
-def compiled(request: pytest.FixtureRequest, capability: int) -> tuple[Operator, CompiledKernel]:
-    operator, constants, tactic = KERNELS[request.param]
-    return operator, compile_operator(operator, constants, tactic, "fp16", capability)
-
-
-def test_the_ptx_is_the_operators(compiled: tuple[Operator, CompiledKernel], capability: int) -> None:
+def test_the_ptx_is_the_operators(compiled: tuple[Operator, CompiledKernel]) -> None:
     operator, kernel = compiled
     entry, parameters = re.findall(r"\.visible \.entry (\w+)\((.*?)\)", kernel.ptx, re.DOTALL)[0]
     assert entry == kernel.name == kernel_of(operator).fn.__name__
     types = re.findall(r"\.param \.(u\d\d)", parameters)
     scalars = dict.fromkeys(operator.scalars, "u32")
     assert types == [scalars.get(name, "u64") for name in operator.parameters]
-    assert re.search(rf"\.target sm_{capability}a?\b", kernel.ptx)
+    assert re.search(rf"\.target sm_{kernel.compute_capability}a?\b", kernel.ptx)
     assert ".py" not in kernel.ptx
     assert str(Path.home()) not in kernel.ptx
 
 
-def test_nothing_spills_and_shared_memory_suffices(compiled: tuple[Operator, CompiledKernel], capability: int) -> None:
-    used = compiled[1].resources
+def test_nothing_spills_and_shared_memory_suffices(compiled: tuple[Operator, CompiledKernel]) -> None:
+    _, kernel = compiled
+    used = kernel.resources
     assert (used.spilled_bytes, used.stack_bytes) == (0, 0)
     assert 0 < used.registers <= 255
-    assert compiled[1].shared_bytes <= SHARED_MEMORY[capability]
+    assert kernel.shared_bytes <= SHARED_MEMORY[kernel.compute_capability]
 
 
-def test_a_spill_is_seen() -> None:
-    """One warp has no registers for 128 splits of four heads."""
+def test_a_tactic_that_spills_is_not_shipped(tmp_path: Path) -> None:
+    """Four warps have no registers for 128 splits of four heads, eight have."""
     constants = contracts.merge_constants(replace(ATTENTION, splits=128))
-    kernel = compile_operator(contracts.MERGE, constants, Tactic({}, warps=1, stages=1), "fp16", 90)
-    assert kernel.resources.spilled_bytes > 0
+    needed = {
+        kernel_name(contracts.MERGE, constants, number): NeededKernel(
+            contracts.MERGE, constants, number, Tactic({}, warps=warps, stages=1)
+        )
+        for number, warps in ((1, 4), (2, 8))
+    }
+    write_kernels(needed, "fp16", (90,), tmp_path / "both", no_progress)
+    library = KernelLibrary(tmp_path / "both", 90)
+    assert library.tactics(contracts.MERGE, constants, (1, 2)) == [2]
+    assert [path.stem for path in (tmp_path / "both/sm_90").glob("*.ptx")] == [list(needed)[1]]
+    needed.popitem()
+    with pytest.raises(TriModeError, match=r"every tactic of MergeSplits\..*SPLITS128 spills .* capability 90"):
+        write_kernels(needed, "fp16", (90,), tmp_path / "one", no_progress)
 
 
-@pytest.mark.parametrize(
-    ("real", "capability", "shape", "rows"), [("bf16", 121, PRODUCTS_8B["qkv"], 64), ("bf16", 86, PRODUCTS_8B["o"], 64)]
-)
-def test_what_ptxas_would_spill_gets_more_registers(
-    real: Real, capability: int, shape: ProductShape, rows: int
-) -> None:
-    """Left to itself, it stops at 254 and at 168 registers and spills 16 bytes."""
-    tactic = next(tactic for tactic in contracts.INT4_PRODUCT_TACTICS if tactic.constants["BLOCK_M"] == rows)
+def test_what_ptxas_would_spill_gets_more_registers() -> None:
+    """Left to itself, it stops at 168 registers."""
+    tactic = next(tactic for tactic in contracts.INT4_PRODUCT_TACTICS if tactic.constants["BLOCK_M"] == 64)
     kernel = compile_operator(
-        contracts.int4_product(shape), contracts.int4_product_constants(shape), tactic, real, capability
+        contracts.int4_product(ADAPTED), contracts.int4_product_constants(ADAPTED), tactic, "bf16", 86
     )
     assert ".maxnreg" in kernel.ptx
-    assert kernel.resources.spilled_bytes == 0
+    assert kernel.resources.registers > 168
+    assert not kernel.resources.spills
 
 
 def test_an_unknown_gpu_is_refused() -> None:

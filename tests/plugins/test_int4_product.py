@@ -11,7 +11,7 @@ from tests.plugins.cases import ProductCase, product_cases
 from tests.plugins.interpreted import BARS, distance, int4_product
 from trimode.model import int4
 from trimode.plugins import int4_product as reference
-from trimode.plugins.contracts import INT4_PRODUCT_TACTICS, Tactic
+from trimode.plugins.contracts import INT4_PRODUCT_TACTICS, LEAST_GROUP, Tactic, within_group
 
 
 def check(case: ProductCase) -> None:
@@ -26,10 +26,21 @@ def test_the_product_is_the_reference(case: ProductCase) -> None:
     check(case)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 @pytest.mark.parametrize("tactic", INT4_PRODUCT_TACTICS, ids=lambda tactic: str(tactic.constants["BLOCK_M"]))
-def test_every_tactic_takes_more_rows_than_a_tile(tactic: Tactic) -> None:
+def test_every_tactic_takes_more_rows_than_a_tile(tactic: Tactic, dtype: torch.dtype) -> None:
     rows = tactic.constants["BLOCK_M"] + 1
-    check(ProductCase(rows, 2, 130, input_scale=True, rank=16, residual=True, tactic=tactic, dtype=torch.float16))
+    check(ProductCase(rows, 2, 130, input_scale=True, rank=128, residual=True, tactic=tactic, dtype=dtype))
+
+
+@pytest.mark.parametrize("group", [16, 32, 48, 64])
+@pytest.mark.parametrize("tactic", INT4_PRODUCT_TACTICS, ids=lambda tactic: str(tactic.constants["BLOCK_M"]))
+def test_every_tactic_takes_small_groups(tactic: Tactic, group: int) -> None:
+    """Its tile along the inner dimension is then as large as lies in one group."""
+    tactic = within_group(tactic, group)
+    assert group % tactic.constants["BLOCK_K"] == 0
+    assert tactic.constants["BLOCK_K"] >= LEAST_GROUP
+    check(ProductCase(3, 5, 130, group=group, input_scale=True, tactic=tactic, dtype=torch.bfloat16))
 
 
 def test_dequantisation_is_the_checkpoints() -> None:

@@ -7,12 +7,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
 from tests.plugins.cases import AttentionCase, ProductCase
 from tests.plugins.interpreted import BARS, attend, distance, int4_product, kv_write
+from trimode.model.errors import TriModeError
 from trimode.plugins import attention as attention_module
 from trimode.plugins import int4_product as product_module
 from trimode.plugins import kv_write as kv_write_module
@@ -56,11 +58,12 @@ def write_distance(shift: int = 0) -> float:
 
 @pytest.fixture
 def mutant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
-    """Plant ``wrong`` for ``right`` in a module's source, and its kernel for the module's."""
+    """Plant ``wrong`` for ``right``, which is there so many ``times``, in a module's source, and its kernel for the
+    module's."""
 
-    def plant(module: ModuleType, kernel: str, right: str, wrong: str) -> None:
+    def plant(module: ModuleType, kernel: str, right: str, wrong: str, times: int = 1) -> None:
         source = Path(str(module.__file__)).read_text()
-        assert source.count(right) == 1, f"{right!r} is not in {module.__file__} once"
+        assert source.count(right) == times, f"{right!r} is in {module.__file__} {source.count(right)} times"
         path = tmp_path / "mutant.py"
         path.write_text(source.replace(right, wrong))
         spec = importlib.util.spec_from_file_location("mutant", path)
@@ -84,6 +87,12 @@ ATTENTION_FAULTS: dict[str, tuple[Pattern, str, str]] = {
     "a causal mask one further": ("causal", "other <= token[:, None]", "other <= token[:, None] + 1"),
     "a causal mask one short": ("causal", "other <= token[:, None]", "other < token[:, None]"),
     "a causal length one short": ("causal", "0) + 1\n        plain", "0)\n        plain"),
+    "a stale length": (
+        "causal",
+        "committed = tl.load(write_indices + batch).to(tl.int32)",
+        "committed = tl.load(write_indices + batch).to(tl.int32) - 1",
+    ),
+    "another sequence's length": ("masked", "write_indices + batch", "write_indices + 1 - batch"),
     "unmasked rows one further": ("causal", "step), 0) + 1", "step), 0) + 20"),
     "a block one longer": (
         "bidirectional",
@@ -127,7 +136,8 @@ def test_a_fault_in_attention_is_seen(name: str, mutant: object) -> None:
     assert not attention_distance(pattern) < 10 * BAR
 
 
-PRODUCT_FAULTS = {
+PRODUCT_FAULTS: dict[str, tuple[Any, ...]] = {
+    "another group's scales": ("first // GROUP", "(first + GROUP) % INNER // GROUP", 2),
     "the nibbles swapped": ("tl.join(even, odd)", "tl.join(odd, even)"),
     "an offset one off": ("8388616.0", "8388615.0"),
     "the adapter left out": ("if narrow is not None:", "if RANK < 0:"),
@@ -145,6 +155,7 @@ def test_a_fault_in_the_product_is_seen(name: str, few: bool, mutant: object) ->
 
 
 WRITE_FAULTS = {
+    "another sequence's length": ("write_indices + batch", "write_indices + 1 - batch"),
     "one row off": ("tl.load(write_indices + batch) + token", "tl.load(write_indices + batch) + token + 1"),
     "a rotation the other way": ("second * cos + first * sin).to", "second * cos - first * sin).to"),
     "the keys by the queries' angles": ("tl.load(key_cos + angle)", "tl.load(query_cos + angle)"),
@@ -157,6 +168,22 @@ WRITE_FAULTS = {
 def test_a_fault_in_the_write_is_seen(name: str, mutant: object) -> None:
     mutant(kv_write_module, "kv_write_kernel", *WRITE_FAULTS[name])
     assert not write_distance() < 10 * BAR
+
+
+def test_a_load_outside_the_pool_is_seen(mutant: object) -> None:
+    rows = "keys + at[:, None] * HEAD_DIM, mask=at[:, None] < end"
+    mutant(attention_module, "attend_kernel", rows, f"{rows} + 64")
+    case = AttentionCase((9, 316), 6, "causal", group=4, slack=0)
+    with pytest.raises(TriModeError, match="attend_kernel loads outside its tensors, near k_cache"):
+        attend(**case.inputs())
+
+
+def test_a_store_outside_the_pool_is_seen(mutant: object) -> None:
+    mutant(kv_write_module, "kv_write_kernel", "row < capacity", "row <= capacity")
+    tables = [torch.zeros(1, 4, 32) for _ in range(4)]
+    caches = [torch.zeros(1, 2, 8, 64) for _ in range(2)]
+    with pytest.raises(TriModeError, match="kv_write_kernel stores outside its tensors, near k_cache"):
+        kv_write(torch.zeros(1, 4, 12 * 64), *tables, torch.tensor([5]), *caches)
 
 
 @pytest.mark.parametrize("pattern", ["causal", "bidirectional", "masked"])

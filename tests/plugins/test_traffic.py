@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
 
+from scripts.kernel_table import LONGEST_HELD, PRODUCTS_8B
 from tests.plugins.cases import AttentionCase, ProductCase
 from tests.plugins.interpreted import attend, int4_product, kv_write
 from trimode.build.roofline import CONFIG_8B
@@ -17,6 +19,7 @@ from trimode.plugins.contracts import (
     Pattern,
     ProductShape,
     Tactic,
+    within_group,
 )
 from trimode.plugins.interpretation import Traffic
 from trimode.plugins.traffic import (
@@ -69,33 +72,41 @@ def test_attentions_counts_are_the_interpreters(pattern: Pattern, tactic: Tactic
 @pytest.mark.parametrize("tactic", INT4_PRODUCT_TACTICS, ids=lambda tactic: str(tactic.constants["BLOCK_M"]))
 def test_the_products_count_is_the_interpreters(tactic: Tactic) -> None:
     plain = ProductCase(tactic.constants["BLOCK_M"] + 3, 2, 2 * 97, tactic=tactic, dtype=torch.float16)
-    for case in (plain, replace(plain, input_scale=True, rank=32, residual=True)):
-        _, traffic = int4_product(**case.inputs(), tactic=tactic)
-        shape = ProductShape(256, case.columns, 128, case.input_scale, case.rank, case.residual)
-        same(int4_product_traffic(shape, tactic, case.rows, REAL), traffic)
+    fused = replace(plain, input_scale=True, rank=32, residual=True)
+    for case in (plain, fused, replace(plain, group=32, tactic=within_group(tactic, 32))):
+        _, traffic = int4_product(**case.inputs(), tactic=case.tactic)
+        inner = case.groups * case.group
+        shape = ProductShape(inner, case.columns, case.group, case.input_scale, case.rank, case.residual)
+        same(int4_product_traffic(shape, case.tactic, case.rows, REAL), traffic)
 
 
-ATTENTION = AttentionShape(CONFIG_8B.num_key_value_heads, 4, CONFIG_8B.head_dim, splits=16)
-
-
-@pytest.mark.parametrize("step", [1, 8, 32])
-def test_no_kernel_moves_more_than_a_tenth_above_its_floor(step: int) -> None:
-    """The 8B checkpoint's shapes, each kernel with the tactic that moves least."""
+@pytest.mark.parametrize("step", [1, 8, 32, 33, 48, 64])
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("group", [1, 4, 8])
+def test_no_kernel_moves_more_than_a_tenth_above_its_floor(group: int, batch: int, step: int) -> None:
+    """The 8B checkpoint's shapes, its group aside; each kernel with the tactic that moves least."""
 
     def least(found: list[dict[str, Asked]]) -> float:
         return min(moved_bytes(asked) / needed_bytes(asked) for asked in found)
 
-    assert least([kv_write_traffic(ATTENTION, 1, step, REAL)]) <= 1.1
+    attention = AttentionShape(CONFIG_8B.num_key_value_heads, group, CONFIG_8B.head_dim, splits=16)
+    assert least([kv_write_traffic(attention, batch, step, REAL)]) <= 1.1
     for window in (512, 4096, 32768):
-        for pattern in ("bidirectional", "masked"):
-            found = [attend_traffic(ATTENTION, t, pattern, [window], step, REAL) for t in ATTEND_TACTICS]
+        for pattern in get_args(Pattern):
+            found = [attend_traffic(attention, t, pattern, [window] * batch, step, REAL) for t in ATTEND_TACTICS]
             assert least(found) <= 1.1
-            assert least([merge_traffic(ATTENTION, asked, 1, step, REAL) for asked in found]) <= 1.1
-    hidden, inner = CONFIG_8B.hidden_size, CONFIG_8B.intermediate_size
-    for shape in (
-        ProductShape(hidden, CONFIG_8B.query_width + 2 * CONFIG_8B.kv_width),
-        ProductShape(hidden, hidden, rank=128, residual=True),
-        ProductShape(hidden, 2 * inner),
-        ProductShape(inner, hidden, residual=True),
-    ):
-        assert least([int4_product_traffic(shape, t, step, REAL) for t in INT4_PRODUCT_TACTICS]) <= 1.1
+            assert least([merge_traffic(attention, asked, batch, step, REAL) for asked in found]) <= 1.1
+    rows = batch * step
+    for shape in PRODUCTS_8B.values() if rows <= LONGEST_HELD else ():
+        assert least([int4_product_traffic(shape, t, rows, REAL) for t in INT4_PRODUCT_TACTICS]) <= 1.1
+
+
+def test_what_neighbours_share_counts_once_where_the_cache_holds_it() -> None:
+    """Two tiles of a step: K and V of a split pass through memory once while a split's are of 2 MiB, else twice."""
+    short, long = (
+        attend_traffic(AttentionShape(8, 4, 128, splits), ATTEND_TACTICS[2], "bidirectional", [32768], 64, REAL)
+        for splits in (16, 4)
+    )
+    for name in ("k_cache", "v_cache"):
+        assert short[name].moved == short[name].needed == short[name].loaded // 2
+        assert long[name].moved == long[name].loaded == 2 * long[name].needed
