@@ -58,7 +58,7 @@ lint: $(VENV)/.package ## ruff, the floors' import rules, the Dockerfile and the
 types: $(VENV)/.package ## mypy on the installed package
 	$(BIN)/mypy $(addprefix -p trimode.,$(PACKAGES))
 
-prove: $(VENV)/.package ## Measure the README's table: engines against the PyTorch reference (about 4 minutes)
+prove: $(VENV)/.package ## Measure the README's table: engines against the PyTorch reference (about 5 minutes)
 	@$(BIN)/python scripts/prove.py
 
 prove-runtime: $(VENV)/.package ## Measure the README's second table: many requests at once (about 6 minutes)
