@@ -130,10 +130,9 @@ def merge_adapter(linear: Callable[..., Any]) -> Callable[..., Any]:
     def pooled(self: Any, parent: str, *names: str) -> Any:
         if names != ("o_proj",):
             return linear(self, parent, *names)
-        a, b = (part.astype(np.float32) for part in self._checkpoint.adapter.matrices(int(parent.split(".")[2])))
-        merged = (
-            self._checkpoint.linear(f"{parent}.o_proj").to_float32() + self._checkpoint.adapter.config.scale * b @ a
-        )
+        adapter = self._checkpoint.adapter
+        a, b = (part.astype(np.float32) for part in adapter.matrices(int(parent.split(".")[2])))
+        merged = self._checkpoint.linear(f"{parent}.o_proj").to_float32() + adapter.config.scale * b @ a
         return raw_pool.PooledLinear(self._put(f"{parent}.o_proj", merged.T))
 
     return pooled
