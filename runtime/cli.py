@@ -284,7 +284,11 @@ def generate(
     engine: Path, prompt: str, no_adapter: bool, no_chat_template: bool, as_json: bool, **decoding: Any
 ) -> None:
     """Answer one prompt."""
-    params = SamplingParams(**decoding, adapter=False if no_adapter else None)
+    params = SamplingParams(**decoding)
+    if no_adapter:
+        if not params.uses_adapter:
+            raise TriModeError(f"--no-adapter has no meaning in mode {params.mode}, which does not draft")
+        params = dataclasses.replace(params, adapter=False)
     text = _read_prompt(prompt)
     with _progress() as progress:
         llm = LLM(engine, max_batch_size=1, prefix_cache_bytes=0, progress=progress)

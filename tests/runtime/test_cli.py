@@ -82,6 +82,10 @@ BAD_GENERATE = {
     "threshold": (["--prompt", "x", "--threshold", "1.5"], "threshold is 1.5"),
     "too long": (["--prompt", "word " * 3000], "exceeds the engine's capacity of 8192"),
     "too many tokens": (["--prompt", "x", "--max-tokens", "9000"], "exceeds the engine's capacity"),
+    "no adapter where none is used": (
+        ["--prompt", "x", "--mode", "diffusion", "--no-adapter"],
+        "--no-adapter has no meaning in mode diffusion",
+    ),
     "no prompt": ([], "--prompt"),
     "unknown option": (["--prompt", "x", "--quick"], "--quick"),
 }
