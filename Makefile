@@ -113,13 +113,13 @@ $(TRITON)/.package: $(TRITON)/.dependencies $(SOURCES)
 	$(TRITON)/bin/python -m pip install --quiet --no-deps --force-reinstall .
 	@touch $@
 
-# Beside an engine and a quantised folder: what they were asked to be. Asked for otherwise, they are made anew; what make
-# has not made is left alone.
+# Beside an engine and a quantised folder: what they were asked to be. Asked for otherwise, they are made anew; a folder
+# that make knows nothing of is left alone.
 $(ENGINE).asked: ASKED = $(MODEL) $(METHOD) $(GROUP) $(CALIBRATION) $(TARGET)
 $(QUANTIZED).asked: ASKED = $(MODEL) $(METHOD) $(GROUP) $(CALIBRATION)
 $(ENGINE).asked $(QUANTIZED).asked: FORCE
 	@test -e $@ || test ! -e $(basename $@) || \
-		{ echo "$(basename $@) was not made by make: remove it, or name another folder" >&2; exit 1; }
+		{ echo "make does not know what $(basename $@) was made of: remove it, or name another folder" >&2; exit 1; }
 	@mkdir -p $(@D)
 	@echo "$(ASKED)" | cmp --silent - $@ || echo "$(ASKED)" >$@
 
@@ -139,7 +139,5 @@ $(QUANTIZED)/config.json: $(QUANTIZED).asked $(MODEL_FILES) $(CALIBRATION) | $(V
 
 # An engine needs it no more.
 .SECONDARY: $(QUANTIZED)/config.json
-
-FORCE:
 
 .PHONY: FORCE help setup demo audit kernels build-engine serve triton triton-environment browser test lint types prove prove-runtime bench train-tiny clean
