@@ -12,6 +12,11 @@ SHAPE ?= 8b
 AUDITED ?= engines/random-$(SHAPE)
 ENGINE ?= engines/$(NAME)-$(TARGET)
 QUANTIZED ?= engines/$(NAME)-w4a16-$(METHOD)$(GROUP)
+# None of a hub id. The folders among them tell of files that have gone.
+MODEL_FILES = $(wildcard $(MODEL) $(MODEL)/* $(MODEL)/*/*)
+IS_INT4 = $(wildcard $(MODEL)/hf_quant_config.json)
+# An engine that was named is served as it is.
+SERVED = $(if $(and $(filter-out file,$(origin ENGINE)),$(wildcard $(ENGINE)/manifest.json)),,$(ENGINE)/manifest.json)
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -33,10 +38,10 @@ demo: $(VENV)/.package ## Quantise the shipped checkpoint, build its engines, an
 build-engine: $(ENGINE)/manifest.json ## Quantise MODEL (folder or hub id) and build ENGINE for TARGET
 	@$(BIN)/trimode info $(ENGINE)
 
-serve: $(ENGINE)/manifest.json ## Answer OpenAI's API over ENGINE on port 8000, with the playground at /
+serve: $(VENV)/.package $(SERVED) ## Answer OpenAI's API over ENGINE on port 8000, with the playground at /
 	@$(BIN)/trimode serve $(ENGINE)
 
-triton: $(TRITON)/.package $(ENGINE)/manifest.json ## Serve ENGINE by a real tritonserver on the CPU, ports 8000 to 8002
+triton: $(TRITON)/.package $(SERVED) ## Serve ENGINE by a real tritonserver on the CPU, ports 8000 to 8002
 	@$(TRITON)/bin/python scripts/triton_server.py $(ENGINE)
 
 triton-environment: $(TRITON)/.package ## Make .triton, in which `make triton` and its tests run the server
@@ -58,7 +63,7 @@ lint: $(VENV)/.package ## ruff, the floors' import rules, the Dockerfile and the
 types: $(VENV)/.package ## mypy on the installed package
 	$(BIN)/mypy $(addprefix -p trimode.,$(PACKAGES))
 
-prove: $(VENV)/.package ## Measure the README's table: engines against the PyTorch reference (about 4 minutes)
+prove: $(VENV)/.package ## Measure the README's table: engines against the PyTorch reference (about 5 minutes)
 	@$(BIN)/python scripts/prove.py
 
 prove-runtime: $(VENV)/.package ## Measure the README's second table: many requests at once (about 6 minutes)
@@ -108,10 +113,31 @@ $(TRITON)/.package: $(TRITON)/.dependencies $(SOURCES)
 	$(TRITON)/bin/python -m pip install --quiet --no-deps --force-reinstall .
 	@touch $@
 
-# An engine outlives changes of the code; remove its folder to build it anew.
-$(ENGINE)/manifest.json: | $(VENV)/.package
-	@test -e $(MODEL)/hf_quant_config.json || test -e $(QUANTIZED)/config.json || \
-		$(BIN)/trimode quantize $(MODEL) $(QUANTIZED) --method $(METHOD) --group $(GROUP) $(if $(CALIBRATION),--calibration $(CALIBRATION))
-	@$(BIN)/trimode build $(if $(wildcard $(MODEL)/hf_quant_config.json),$(MODEL),$(QUANTIZED)) $(ENGINE) --target $(TARGET)
+# Beside an engine and a quantised folder: what they were asked to be. Asked for otherwise, they are made anew; a folder
+# that make knows nothing of is left alone.
+$(ENGINE).asked: ASKED = $(MODEL) $(METHOD) $(GROUP) $(CALIBRATION) $(TARGET)
+$(QUANTIZED).asked: ASKED = $(MODEL) $(METHOD) $(GROUP) $(CALIBRATION)
+$(ENGINE).asked $(QUANTIZED).asked: FORCE
+	@test -e $@ || test ! -e $(basename $@) || \
+		{ echo "make does not know what $(basename $@) was made of: remove it, or name another folder" >&2; exit 1; }
+	@mkdir -p $(@D)
+	@echo "$(ASKED)" | cmp --silent - $@ || echo "$(ASKED)" >$@
 
-.PHONY: help setup demo audit kernels build-engine serve triton triton-environment browser test lint types prove prove-runtime bench train-tiny clean
+# An engine outlives changes of the code; remove its folder to build it anew.
+$(ENGINE)/manifest.json: $(ENGINE).asked $(if $(IS_INT4),$(MODEL_FILES),$(QUANTIZED)/config.json) | $(VENV)/.package
+	@echo "Building $(ENGINE) for $(TARGET)"
+	@$(BIN)/trimode build $(if $(IS_INT4),$(MODEL),$(QUANTIZED)) $(ENGINE).new --target $(TARGET) >/dev/null
+	@rm -rf $(ENGINE)
+	@mv $(ENGINE).new $(ENGINE)
+
+$(QUANTIZED)/config.json: $(QUANTIZED).asked $(MODEL_FILES) $(CALIBRATION) | $(VENV)/.package
+	@echo "Quantising $(MODEL) by $(METHOD) in groups of $(GROUP), into $(QUANTIZED)"
+	@$(BIN)/trimode quantize $(MODEL) $(QUANTIZED).new --method $(METHOD) --group $(GROUP) \
+		$(if $(CALIBRATION),--calibration $(CALIBRATION)) >/dev/null
+	@rm -rf $(QUANTIZED)
+	@mv $(QUANTIZED).new $(QUANTIZED)
+
+# An engine needs it no more.
+.SECONDARY: $(QUANTIZED)/config.json
+
+.PHONY: FORCE help setup demo audit kernels build-engine serve triton triton-environment browser test lint types prove prove-runtime bench train-tiny clean

@@ -291,9 +291,12 @@ def _download(hub_id: str) -> Path:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
+    """Those that the index names, or the single one. Others beside them are not the checkpoint's: hub folders may hold
+    the weights a second time in another program's form, such as ``consolidated.safetensors``.
+    """
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if not index.exists():
-        return [folder / "model.safetensors"]
+        return [single]
     content = read_json(index)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
@@ -302,6 +305,8 @@ def _weight_files(folder: Path) -> list[Path]:
     for name in names:
         if Path(name).name != name:
             raise TriModeError(f"{index}: weight_map names {name!r}, which is not a plain file name")
+    if single.exists() and single.name not in names:
+        raise TriModeError(f"{folder} holds two sets of weights, {single.name} and {index.name}; remove the stale one")
     return [folder / name for name in names]
 
 

@@ -6,11 +6,13 @@ by name; fields that only steer training (there are many, and they vary between 
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
+from trimode.model.errors import TriModeError
 from trimode.model.records import read_json_record
 
 TokenId = Annotated[int, Field(ge=0)]
@@ -20,10 +22,14 @@ def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else (value,) if isinstance(value, int) else value
 
 
+# Of fields that change nothing or are refused; a manifest does without them.
+_neutral = partial(Field, default=None, exclude=True)
+
+
 class RopeParameters(BaseModel):
     """YaRN (arXiv 2309.00071) with Llama-4 query scaling; active at every position, not only at long ones."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     rope_type: Literal["yarn"]
     rope_theta: Annotated[float, Field(gt=1)]
@@ -50,7 +56,7 @@ class RopeParameters(BaseModel):
 class ModelConfig(BaseModel):
     """What the network is. Widths in elements, lengths in tokens."""
 
-    model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False)
 
     model_type: Literal["nemotron_labs_diffusion"]
     vocab_size: PositiveInt
@@ -74,7 +80,17 @@ class ModelConfig(BaseModel):
     tie_word_embeddings: Literal[False] = False
     sliding_window: None = None
     rope_scaling: None = None
-    layer_types: tuple[Literal["full_attention"], ...] | None = None
+    layer_types: Annotated[tuple[Literal["full_attention"], ...] | None, BeforeValidator(_as_tuple)] = None
+    # And so it is with these, which configs of the family or of its kin may have.
+    architectures: Annotated[tuple[Literal["NemotronLabsDiffusionModel"]] | None, BeforeValidator(_as_tuple)] = (
+        _neutral()
+    )
+    dlm_paradigm: Literal["bidirectional", "block_diff", "sbd_block_diff"] | None = _neutral()
+    rope_theta: float | None = _neutral()
+    partial_rotary_factor: Annotated[float, Field(ge=1, le=1)] | None = _neutral()
+    use_qk_norm: Literal[False] | None = _neutral()
+    attn_logit_softcapping: None = _neutral()
+    final_logit_softcapping: None = _neutral()
 
     @model_validator(mode="after")
     def _consistent(self) -> ModelConfig:
@@ -92,12 +108,21 @@ class ModelConfig(BaseModel):
         ):
             if token >= self.vocab_size:
                 raise ValueError(f"{name} {token} is outside vocab_size {self.vocab_size}")
-        if self.mask_token_id in self.eos_token_id:
-            raise ValueError(f"mask_token_id {self.mask_token_id} is also an eos_token_id")
-        original = self.rope_parameters.original_max_position_embeddings
-        if original > self.max_position_embeddings:
+        for name, tokens in (("eos_token_id", self.eos_token_id), ("bos_token_id", (self.bos_token_id,))):
+            if self.mask_token_id in tokens:
+                raise ValueError(f"mask_token_id {self.mask_token_id} is also {name}")
+        if self.layer_types is not None and len(self.layer_types) != self.num_hidden_layers:
             raise ValueError(
-                f"rope_parameters.original_max_position_embeddings {original} exceeds "
+                f"layer_types has {len(self.layer_types)} entries, num_hidden_layers {self.num_hidden_layers}"
+            )
+        rope = self.rope_parameters
+        for name in ("rope_theta", "max_position_embeddings"):
+            outer, inner = getattr(self, name), getattr(rope, name)
+            if None not in (outer, inner) and outer != inner:
+                raise ValueError(f"{name} {outer} and rope_parameters.{name} {inner} contradict each other")
+        if rope.original_max_position_embeddings > self.max_position_embeddings:
+            raise ValueError(
+                f"rope_parameters.original_max_position_embeddings {rope.original_max_position_embeddings} exceeds "
                 f"max_position_embeddings {self.max_position_embeddings}"
             )
         return self
@@ -113,4 +138,7 @@ class ModelConfig(BaseModel):
     @classmethod
     def read(cls, path: Path) -> ModelConfig:
         """Read ``config.json``; raises TriModeError that names the file, the field and the value."""
-        return read_json_record(cls, path)
+        try:
+            return read_json_record(cls, path)
+        except TriModeError as error:
+            raise TriModeError(f"{error}; give a checkpoint of the Nemotron-Labs-Diffusion family") from None

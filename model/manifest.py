@@ -195,12 +195,13 @@ class Manifest(_Record):
             raise ValueError(f"files lacks {min(missing)}")
         return self
 
-    def content_hash(self) -> str:
-        return hashlib.sha256(self.model_dump_json(exclude={"sha256"}).encode()).hexdigest()
-
     def write(self, engine: Path) -> None:
-        sealed = self.model_copy(update={"sha256": self.content_hash()})
-        (engine / MANIFEST).write_text(sealed.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        (engine / MANIFEST).write_bytes(self._sealed())
+
+    def _sealed(self) -> bytes:
+        """The file, with the hash of what it says."""
+        content = hashlib.sha256(self.model_dump_json(exclude={"sha256"}).encode()).hexdigest()
+        return (self.model_copy(update={"sha256": content}).model_dump_json(indent=2) + "\n").encode()
 
     @classmethod
     def read(cls, engine: Path) -> Manifest:
@@ -213,7 +214,7 @@ class Manifest(_Record):
             manifest = read_json_record(cls, engine / MANIFEST)
         except TriModeError as error:
             raise TriModeError(f"{error}; {_remedy(engine)}") from None
-        if manifest.sha256 != manifest.content_hash():
+        if (engine / MANIFEST).read_bytes() != manifest._sealed():
             raise TriModeError(f"{engine / MANIFEST} was changed after the build; {_remedy(engine)}")
         return manifest
 

@@ -12,6 +12,7 @@ from trimode.model.checkpoint import ADAPTER_FOLDER, HEAD, Checkpoint, linear_sh
 from trimode.model.errors import TriModeError
 from trimode.model.progress import Progress, no_progress
 from trimode.model.records import read_json
+from trimode.model.tokenizer import Tokenizer
 from trimode.quantize.calibration import calibration_tokens
 from trimode.quantize.companions import copy_companions, write_json
 from trimode.quantize.modelopt_format import (
@@ -48,6 +49,7 @@ def quantize_checkpoint(
     _check_options(checkpoint, method, group, head, calibration)
     modules = [module for module in linear_shapes(checkpoint.config) if head == "int4" or module != HEAD]
     _check_shapes(checkpoint, modules, group)
+    _check_what_is_copied(checkpoint)
     texts = calibration_tokens(checkpoint, calibration) if method == "awq" else []
     with atomic_folder(out) as folder:
         copy_companions(checkpoint.folder, folder)
@@ -112,6 +114,14 @@ def _check_shapes(checkpoint: Checkpoint, modules: list[str], group: int) -> Non
             raise TriModeError(
                 f"{checkpoint.folder}: {module} has {columns} columns, not a multiple of {group}; {remedy}"
             )
+
+
+def _check_what_is_copied(checkpoint: Checkpoint) -> None:
+    """Nothing else would read the tokenizer and the adapter before an engine is built of them."""
+    Tokenizer.from_folder(checkpoint.folder)
+    if checkpoint.adapter is not None:
+        for layer in range(checkpoint.config.num_hidden_layers):
+            checkpoint.adapter.matrices(layer)
 
 
 def _config(checkpoint: Checkpoint, head: str) -> dict[str, Any]:

@@ -32,13 +32,12 @@ from trimode.runtime.sampling_params import Mode, SamplingParams
 from trimode.runtime.triton.repository import MODEL_NAME, write_repository
 
 USAGE_ERROR = 2
-INTERRUPTED = 130
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 
 
 def main() -> None:
-    """Entry point: every error that is not a bug of ours ends in one line."""
+    """Every error that is not a bug of ours ends in one line; Ctrl-C is left to :mod:`trimode.runtime.command`."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -51,8 +50,8 @@ def main() -> None:
         sys.exit(USAGE_ERROR)
     except click.ClickException as error:
         _fail(error.format_message(), USAGE_ERROR)
-    except (KeyboardInterrupt, click.Abort):
-        _fail("interrupted", INTERRUPTED)
+    except click.Abort:
+        raise KeyboardInterrupt from None
     except BrokenPipeError:
         # The reader of our output has gone; there is nobody to tell.
         sys.stderr.close()
@@ -285,7 +284,11 @@ def generate(
     engine: Path, prompt: str, no_adapter: bool, no_chat_template: bool, as_json: bool, **decoding: Any
 ) -> None:
     """Answer one prompt."""
-    params = SamplingParams(**decoding, adapter=False if no_adapter else None)
+    params = SamplingParams(**decoding)
+    if no_adapter:
+        if not params.uses_adapter:
+            raise TriModeError(f"--no-adapter has no meaning in mode {params.mode}, which does not draft")
+        params = dataclasses.replace(params, adapter=False)
     text = _read_prompt(prompt)
     with _progress() as progress:
         measure = params.mode == "auto"

@@ -20,12 +20,12 @@ class Row:
     holds: bool
 
 
-def tell(rows: list[Row], as_json: bool) -> None:
+def tell(rows: list[Row], as_json: bool, caption: str | None = None) -> None:
     """Print the rows, and exit with 1 if one does not hold."""
     if as_json:
         print(json.dumps([asdict(row) for row in rows], indent=2))
     else:
-        table = Table("what", "bar", "found", "holds")
+        table = Table("what", "bar", "found", "holds", caption=caption)
         for row in rows:
             table.add_row(row.what, row.bar, row.found, "yes" if row.holds else "[bold red]no")
         Console(width=150).print(table)

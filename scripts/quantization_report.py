@@ -2,8 +2,8 @@
 
     python scripts/quantization_report.py checkpoints/tiny awq:128 awq:64 rtn:128
 
-Quantises the checkpoint by each METHOD:GROUP, builds the engines, and decodes greedily; the first row is the checkpoint
-as it is. Tokens a cycle: what a draft and its verify pass emit together, in linear self-speculation.
+Quantises the checkpoint by each METHOD:GROUP, builds the engines, and decodes greedily; first comes the checkpoint as
+it is. Tokens a cycle: what a block's passes emit together, in self-speculation a draft and the pass that verifies it.
 """
 
 from __future__ import annotations
@@ -23,23 +23,37 @@ from rich.table import Table
 from trimode.build.engine import build_engine
 from trimode.model.checkpoint import Checkpoint
 from trimode.quantize import quantize_checkpoint
-from trimode.runtime import LLM, CompletionOutput, SamplingParams
+from trimode.runtime import LLM, SamplingParams
 
 HELD_OUT = Path(__file__).resolve().parent.parent / "tests" / "data" / "heldout.jsonl"
 MAX_TOKENS, BLOCK_LENGTH = 300, 16
 
 
+BLOCK = {"block_length": BLOCK_LENGTH}
+MODES: dict[str, dict[str, Any]] = {
+    "ar": {"mode": "ar"},
+    "diffusion": {"mode": "diffusion"} | BLOCK,
+    "linear_spec": {"mode": "linear_spec"} | BLOCK,
+    "linear_spec, no adapter": {"mode": "linear_spec", "adapter": False} | BLOCK,
+}
+
+
 @dataclass
 class Score:
-    """Shares of answers equal to the letter; weight_error is the mean relative error of the int4 matrices."""
+    """One mode's; ``exact_match`` is the share of answers equal to the letter."""
+
+    exact_match: float
+    tokens_a_forward: float
+    tokens_a_cycle: float
+
+
+@dataclass
+class Report:
+    """``weight_error`` is the mean relative error of the int4 matrices."""
 
     weights: str
     weight_error: float
-    ar: float
-    linear_spec: float
-    diffusion: float
-    tokens_a_cycle: float
-    tokens_a_cycle_without_adapter: float
+    scores: dict[str, Score]
 
 
 def main() -> None:
@@ -49,7 +63,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     records = [json.loads(line) for line in HELD_OUT.read_text(encoding="utf-8").splitlines()]
-    scores = []
+    reports = []
     with tempfile.TemporaryDirectory() as scratch:
         for name in ["as it is", *arguments.quantisation]:
             folder, error = arguments.checkpoint, 0.0
@@ -64,48 +78,33 @@ def main() -> None:
                 )
                 error = statistics.fmean(report.weight_error.values())
             build_engine(Checkpoint(folder), Path(scratch) / f"{name} engine")
-            scores.append(score(name, error, LLM(Path(scratch) / f"{name} engine"), records))
+            with LLM(Path(scratch) / f"{name} engine") as llm:
+                scores = {mode: score(llm, f"{name} {mode}", options, records) for mode, options in MODES.items()}
+            reports.append(Report(name, error, scores))
     if arguments.json:
-        print(json.dumps([asdict(row) for row in scores], indent=2))
+        print(json.dumps([asdict(report) for report in reports], indent=2))
         return
-    table = Table("weights", "weight error", "ar", "linear_spec", "diffusion", "tokens a cycle", "without adapter")
-    for row in scores:
-        shares = (f"{100 * share:.1f} %" for share in (row.ar, row.linear_spec, row.diffusion))
-        cycles = (f"{row.tokens_a_cycle:.2f}", f"{row.tokens_a_cycle_without_adapter:.2f}")
-        table.add_row(row.weights, f"{row.weight_error:.3f}", *shares, *cycles)
+    table = Table("weights", "weight error", "mode", "exact match", "tokens a forward", "tokens a cycle")
+    for report in reports:
+        for mode, found in report.scores.items():
+            rates = (f"{found.tokens_a_forward:.2f}", f"{found.tokens_a_cycle:.2f}")
+            share = f"{100 * found.exact_match:.1f} %"
+            table.add_row(report.weights, f"{report.weight_error:.3f}", mode, share, *rates)
     Console().print(table)
 
 
-def score(name: str, error: float, llm: LLM, records: list[dict[str, Any]]) -> Score:
-    render, encode = llm.tokenizer.apply_chat_template, llm.tokenizer.encode
-    prompts = [encode(render(record["messages"])) for record in records]
-
-    def decode(**options: Any) -> list[CompletionOutput]:
-        answers = []
-        for prompt in track(prompts, f"{name} {options['mode']}", transient=True, console=Console(stderr=True)):
-            tokens = min(MAX_TOKENS, llm.manifest.limits.capacity - len(prompt))
-            answers.append(llm.generate(prompt, SamplingParams(max_tokens=tokens, **options)).outputs[0])
-        return answers
-
-    def share(answers: list[CompletionOutput]) -> float:
-        return statistics.fmean(
-            answer.text == record["answer"] for answer, record in zip(answers, records, strict=True)
-        )
-
-    def rate(answers: list[CompletionOutput]) -> float:
-        return sum(answer.length - 1 for answer in answers) / sum(answer.counts.cycles for answer in answers)
-
-    blocks = {"block_length": BLOCK_LENGTH}
-    speculated = decode(mode="linear_spec", **blocks)
-    return Score(
-        weights=name,
-        weight_error=error,
-        ar=share(decode(mode="ar")),
-        linear_spec=share(speculated),
-        diffusion=share(decode(mode="diffusion", **blocks)),
-        tokens_a_cycle=rate(speculated),
-        tokens_a_cycle_without_adapter=rate(decode(mode="linear_spec", adapter=False, **blocks)),
-    )
+def score(llm: LLM, name: str, options: dict[str, Any], records: list[dict[str, Any]]) -> Score:
+    right = tokens = passes = cycles = 0
+    for record in track(records, name, transient=True, console=Console(stderr=True)):
+        prompt = llm.tokenizer.encode(llm.tokenizer.apply_chat_template(record["messages"]))
+        most = min(MAX_TOKENS, llm.manifest.limits.capacity - len(prompt))
+        answer = llm.generate(prompt, SamplingParams(max_tokens=most, **options)).outputs[0]
+        counts = answer.counts
+        right += answer.text == record["answer"]
+        tokens += answer.length - 1
+        passes += counts.draft + counts.denoise + counts.commit
+        cycles += counts.cycles
+    return Score(right / len(records), tokens / passes, tokens / cycles)
 
 
 if __name__ == "__main__":

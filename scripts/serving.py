@@ -63,7 +63,7 @@ class Served:
 @contextmanager
 def serving(engine: Path, *options: str) -> Iterator[Served]:
     """A server that listens on a free port of the loopback interface. Raises RuntimeError if it does not get there."""
-    command = [sys.executable, "-c", "from trimode.runtime.cli import main; main()", "serve", str(engine)]
+    command = [sys.executable, "-c", "from trimode.runtime.command import main; main()", "serve", str(engine)]
     environment = os.environ | {"TRIMODE_API_KEY": KEY}
     process = subprocess.Popen(
         [*command, "--port", "0", "--model-name", "tiny", *options], stderr=subprocess.PIPE, text=True, env=environment

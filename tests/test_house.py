@@ -1,10 +1,13 @@
-"""The house rules that tools would let slip: a folder named `build` is looked into, and the runtime is light."""
+"""The house rules that tools would let slip: a folder named `build` is looked into, the runtime is light, and make's
+engines are of what was asked.
+"""
 
 from __future__ import annotations
 
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -70,3 +73,86 @@ with LLM(Path(sys.argv[1])) as llm:
     found = run(ROOT, sys.executable, "-c", program, str(random_engine))
     assert found.returncode == 0, found.stderr
     assert found.stdout == "5\n"
+
+
+TRIMODE = """\
+#!/bin/sh
+echo "$@" >>log
+case "$*" in
+*broken*) exit 2 ;;
+quantize*) mkdir "$3" && touch "$3/config.json" ;;
+build*) mkdir "$3" && touch "$3/manifest.json" ;;
+esac
+"""
+
+
+@pytest.fixture
+def workshop(tmp_path: Path) -> Path:
+    """The Makefile over two models of one name, and a `trimode` that writes down what it is told."""
+    shutil.copyfile(ROOT / "Makefile", tmp_path / "Makefile")
+    for folder in ("model", "quantize", "plugins", "build", "runtime", "one/tiny/linear_spec_lora", "two/tiny"):
+        (tmp_path / folder).mkdir(parents=True)
+    for file in ("one/tiny/config.json", "one/tiny/linear_spec_lora/adapter_model.safetensors", "two/tiny/config.json"):
+        (tmp_path / file).write_text("")
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/bin/trimode").write_text(TRIMODE)
+    (tmp_path / ".venv/bin/trimode").chmod(0o755)
+    return tmp_path
+
+
+def told(workshop: Path, *arguments: str, code: int = 0) -> list[str]:
+    """The commands of `trimode` that make called, by their names."""
+    (workshop / "log").write_text("")
+    made = run(workshop, "make", "--old-file=.venv/.package", *arguments)
+    assert made.returncode == code, made.stderr
+    return [line.split()[0] for line in (workshop / "log").read_text().splitlines()]
+
+
+BUILD = ["quantize", "build", "info"]
+CHANGES: dict[str, tuple[tuple[str, ...], Callable[[Path], object]]] = {
+    "method": (("METHOD=rtn",), lambda _: None),
+    "group": (("GROUP=32",), lambda _: None),
+    "calibration": (("CALIBRATION=text.jsonl",), lambda folder: (folder / "text.jsonl").write_text("")),
+    "another folder of the same name": (("MODEL=two/tiny",), lambda _: None),
+    "changed model": ((), lambda folder: (folder / "one/tiny/config.json").write_text("{}")),
+    "changed adapter": (
+        (),
+        lambda folder: (folder / "one/tiny/linear_spec_lora/adapter_model.safetensors").write_text("x"),
+    ),
+    "no adapter": ((), lambda folder: shutil.rmtree(folder / "one/tiny/linear_spec_lora")),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_make_builds_the_engine_anew_when_it_is_not_of_what_was_asked(workshop: Path, change: str) -> None:
+    arguments, apply = CHANGES[change]
+    asked = ("build-engine", "MODEL=one/tiny")
+    assert told(workshop, *asked) == BUILD
+    assert told(workshop, *asked) == ["info"]
+    apply(workshop)
+    assert told(workshop, *asked, *arguments) == BUILD
+    assert told(workshop, *asked, *arguments) == ["info"]
+    assert not list(workshop.glob("engines/*.new"))
+
+
+def test_make_builds_for_another_target_from_the_same_weights(workshop: Path) -> None:
+    engine = ("build-engine", "MODEL=one/tiny", "ENGINE=engines/mine")
+    assert told(workshop, *engine) == BUILD
+    assert told(workshop, *engine, "TARGET=rtx") == ["build", "info"]
+
+
+def test_make_needs_the_quantised_folder_no_more_once_the_engine_stands(workshop: Path) -> None:
+    told(workshop, "build-engine", "MODEL=one/tiny")
+    shutil.rmtree(workshop / "engines/tiny-w4a16-awq64")
+    assert told(workshop, "build-engine", "MODEL=one/tiny") == ["info"]
+
+
+def test_make_keeps_what_it_has_not_made_and_what_it_cannot_replace(workshop: Path) -> None:
+    (workshop / "mine").mkdir()
+    (workshop / "mine/manifest.json").write_text("mine")
+    assert told(workshop, "build-engine", "MODEL=one/tiny", "ENGINE=mine", code=2) == []
+    assert told(workshop, "serve", "ENGINE=mine") == ["serve"]
+    assert (workshop / "mine/manifest.json").read_text() == "mine"
+    told(workshop, "build-engine", "MODEL=one/tiny", "ENGINE=engines/kept")
+    told(workshop, "build-engine", "MODEL=one/tiny", "ENGINE=engines/kept", "TARGET=broken", code=2)
+    assert (workshop / "engines/kept/manifest.json").exists()

@@ -1,4 +1,6 @@
-"""The guards are awake: each of these faults, planted in the engine, moves its logits far past the bar of parity."""
+"""The guards are awake: each of these faults, planted in the engine, moves the logits of those passes that it is in far
+past the bar of parity; planted in the runtime, it changes the text.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +19,18 @@ from trimode.model.loading import load_reference
 from trimode.model.manifest import Manifest
 from trimode.model.reference import NemotronLabsDiffusionModel
 from trimode.model.reference_decoding import bidirectional, causal
+from trimode.runtime import LLM, SamplingParams, batching
 from trimode.runtime.cpu_executor import CpuExecutor
 from trimode.runtime.executor import BidirectionalStep, CausalStep
 
-MASK, LENGTH, BLOCK, PARITY = 100, 600, 16, 1e-4
+MASK, LENGTH, BLOCK, PADDING, PARITY = 100, 600, 16, 3, 1e-4
+PASSES = ("prefill", "draft", "commit")
+PROMPT, MAX_TOKENS = list(range(200, 240)), 24
+MODES: dict[str, dict[str, Any]] = {
+    "ar": {},
+    "diffusion": {"block_length": 8, "threshold": 0.9},
+    "linear_spec": {"block_length": 8},
+}
 
 
 @pytest.fixture(scope="module")
@@ -29,20 +39,18 @@ def reference(random_int4_checkpoint: Path) -> NemotronLabsDiffusionModel:
 
 
 @torch.no_grad()
-def distances(engine: Path, reference: NemotronLabsDiffusionModel, shift: int = 0, adapter: bool = True) -> list[float]:
-    """Relative L2 of (prefill, draft, commit) logits at positions past a query-scaling step.
-
-    ``shift`` moves the block's rows and positions; ``adapter`` is what the engine is told, the reference having it on.
-    """
+def distances(engine: Path, reference: NemotronLabsDiffusionModel) -> dict[str, float]:
+    """Relative L2 of each pass's logits at positions past a query-scaling step; the draft's step is padded."""
     executor, rng = CpuExecutor(engine, Manifest.read(engine)), np.random.default_rng(0)
     ids = rng.integers(101, 768, (1, LENGTH + BLOCK))
     masked = ids[:, LENGTH:].copy()
     masked[0, 1:] = MASK
-    slot, rows, at = executor.pool.acquire(), np.arange(BLOCK)[None], np.array([LENGTH + shift])
-    last, size = np.array([[LENGTH - 1]]), np.array([BLOCK])
+    slot, rows, at = executor.pool.acquire(), np.arange(BLOCK)[None], np.array([LENGTH])
+    last, size, on = np.array([[LENGTH - 1]]), np.array([BLOCK]), np.array([True])
+    padded = np.pad(masked, ((0, 0), (0, PADDING)))
     found = [
         executor.run(CausalStep.chain(slot, ids[:, :LENGTH], np.array([0]), last)),
-        executor.run(BidirectionalStep.block(slot, masked, at, rows, size, np.array([adapter]))),
+        executor.run(BidirectionalStep.block(slot, padded, at, rows, size, on)),
         executor.run(CausalStep.chain(slot, ids[:, LENGTH:], at, rows)),
     ]
 
@@ -63,12 +71,13 @@ def distances(engine: Path, reference: NemotronLabsDiffusionModel, shift: int = 
         run(masked, past, bidirectional, on=True)[0],
         run(ids[:, LENGTH:], past, causal, on=False)[0],
     ]
-    result = []
-    for candidates, reference_logits in zip(found, expected, strict=True):
+    result = {}
+    for name, candidates, reference_logits in zip(PASSES, found, expected, strict=True):
         dense = np.empty_like(candidates.logits)
         np.put_along_axis(dense, candidates.tokens, candidates.logits, axis=-1)
         difference = np.delete(dense - reference_logits, MASK, axis=-1)
-        result.append(float(np.linalg.norm(difference) / np.linalg.norm(np.delete(reference_logits, MASK, axis=-1))))
+        size_of = np.linalg.norm(np.delete(reference_logits, MASK, axis=-1))
+        result[name] = float(np.linalg.norm(difference) / size_of)
     return result
 
 
@@ -100,6 +109,35 @@ def one_token_further(visible: Callable[..., Any]) -> Callable[..., Any]:
     return built
 
 
+def with_step_lengths(change: Callable[..., str]) -> Callable[..., Any]:
+    """The diffusion engine reads other step lengths than it is given."""
+    visible = network._Network._visible
+
+    def built(self: Any, step: str, visibility: str) -> Any:
+        read = change(self, step, visibility) if self.pattern == "bidirectional" else visibility
+        return visible(self, step, read)
+
+    return built
+
+
+def without_adapter(self: Any, attended: str, residual: str, layer: Any, _index: int) -> Any:
+    return self._linear(attended, layer.o_proj, residual)
+
+
+def merge_adapter(linear: Callable[..., Any]) -> Callable[..., Any]:
+    """The adapter is in the weights, hence in every pass."""
+
+    def pooled(self: Any, parent: str, *names: str) -> Any:
+        if names != ("o_proj",):
+            return linear(self, parent, *names)
+        adapter = self._checkpoint.adapter
+        a, b = (part.astype(np.float32) for part in adapter.matrices(int(parent.split(".")[2])))
+        merged = self._checkpoint.linear(f"{parent}.o_proj").to_float32() + adapter.config.scale * b @ a
+        return raw_pool.PooledLinear(self._put(f"{parent}.o_proj", merged.T))
+
+    return pooled
+
+
 def high_nibble_first(packed: np.ndarray) -> np.ndarray:
     return (packed << 4) | (packed >> 4)
 
@@ -111,37 +149,90 @@ def swap_packed(put: Callable[..., Any]) -> Callable[..., Any]:
     return putting
 
 
-MUTATIONS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
-    "YaRN": lambda patch: patch.setattr(network, "yarn_frequencies", plain_rope),
-    "query scaling": lambda patch: patch.setattr(
-        network._Network, "_rotations", without_query_scaling(network._Network._rotations)
+def network_with(name: str, fault: Any) -> Callable[[pytest.MonkeyPatch], None]:
+    return lambda patch: patch.setattr(network._Network, name, fault)
+
+
+# Each with the passes that it is in, or whose cache it is in.
+MUTATIONS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], tuple[str, ...]]] = {
+    "YaRN": (lambda patch: patch.setattr(network, "yarn_frequencies", plain_rope), PASSES),
+    "query scaling": (network_with("_rotations", without_query_scaling(network._Network._rotations)), PASSES),
+    "causal mask": (network_with("_visible", one_token_further(network._Network._visible)), PASSES),
+    "block's last token unseen": (
+        network_with("_visible", with_step_lengths(lambda self, _, lengths: self.op("Sub", lengths, self.ints(1)))),
+        ("draft",),
     ),
-    "mask": lambda patch: patch.setattr(network._Network, "_visible", one_token_further(network._Network._visible)),
-    "packing order": lambda patch: patch.setattr(raw_pool._Writer, "_put", swap_packed(raw_pool._Writer._put)),
+    "padding seen": (network_with("_visible", with_step_lengths(lambda _self, step, _lengths: step)), ("draft",)),
+    "adapter left off": (network_with("_o_proj", without_adapter), ("draft",)),
+    "adapter in the commit": (
+        lambda patch: patch.setattr(raw_pool._Writer, "linear", merge_adapter(raw_pool._Writer.linear)),
+        PASSES,
+    ),
+    "packing order": (
+        lambda patch: patch.setattr(raw_pool._Writer, "_put", swap_packed(raw_pool._Writer._put)),
+        PASSES,
+    ),
 }
 
 
+def build(checkpoint: Path, out: Path) -> Path:
+    build_engine(Checkpoint(checkpoint), out, target=CpuOptions(unpacked_bytes=0), top_k=768)
+    return out
+
+
 def test_the_engine_without_a_fault_is_within_the_bar(random_int4_engine: Path, reference: Any) -> None:
-    assert max(distances(random_int4_engine, reference)) < PARITY
+    assert max(distances(random_int4_engine, reference).values()) < PARITY
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_planted_fault_is_seen(
     name: str, random_int4_checkpoint: Path, reference: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    MUTATIONS[name](monkeypatch)
-    target = CpuOptions(unpacked_bytes=0)
-    build_engine(Checkpoint(random_int4_checkpoint), tmp_path / "engine", target=target, top_k=768)
-    assert max(distances(tmp_path / "engine", reference)) > 10 * PARITY
+    plant, touched = MUTATIONS[name]
+    plant(monkeypatch)
+    found = distances(build(random_int4_checkpoint, tmp_path / "engine"), reference)
+    assert min(found[name] for name in touched) > 10 * PARITY
+    assert all(found[name] < PARITY for name in found.keys() - set(touched))
+
+
+def text(engine: Path, mode: Any) -> list[int]:
+    with LLM(engine) as llm:
+        return (
+            llm.generate(PROMPT, SamplingParams(mode=mode, max_tokens=MAX_TOKENS, **MODES[mode])).outputs[0].token_ids
+        )
+
+
+def expected(reference: Any, mode: str) -> list[int]:
+    decode = {"ar": "ar_generate", "diffusion": "generate", "linear_spec": "linear_spec_generate"}[mode]
+    ids, _ = getattr(reference, decode)(torch.tensor([PROMPT]), MAX_TOKENS, **MODES[mode])
+    return ids[0, len(PROMPT) :].tolist()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_runtime_without_a_fault_gives_the_references_text(
+    mode: str, random_int4_engine: Path, reference: Any
+) -> None:
+    assert text(random_int4_engine, mode) == expected(reference, mode)
 
 
 @pytest.mark.parametrize("shift", [-1, 1])
-def test_a_block_one_row_off_is_seen(shift: int, random_int4_engine: Path, reference: Any) -> None:
-    _, draft, commit = distances(random_int4_engine, reference, shift=shift)
-    assert min(draft, commit) > 10 * PARITY
+@pytest.mark.parametrize("mode", MODES)
+def test_a_block_one_row_off_changes_the_text(
+    mode: str, shift: int, random_int4_engine: Path, reference: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrays = batching._arrays
+
+    def off_by_one(*arguments: Any) -> Any:
+        ids, rows, write = arrays(*arguments)
+        return ids, rows, write + shift * (write > 0)
+
+    monkeypatch.setattr(batching, "_arrays", off_by_one)
+    assert text(random_int4_engine, mode) != expected(reference, mode)
 
 
-def test_an_adapter_left_off_is_seen(random_int4_engine: Path, reference: Any) -> None:
-    prefill, draft, commit = distances(random_int4_engine, reference, adapter=False)
-    assert draft > 10 * PARITY
-    assert max(prefill, commit) < PARITY
+@pytest.mark.parametrize("mode", MODES)
+def test_the_adapter_in_the_commit_changes_the_text(
+    mode: str, random_int4_checkpoint: Path, reference: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    MUTATIONS["adapter in the commit"][0](monkeypatch)
+    assert text(build(random_int4_checkpoint, tmp_path / "engine"), mode) != expected(reference, mode)

@@ -141,7 +141,7 @@ def test_the_report_and_its_picture(engine: Path, tmp_path: Path) -> None:
 
 
 def trimode(*arguments: object) -> subprocess.CompletedProcess[str]:
-    program = [sys.executable, "-c", "from trimode.runtime.cli import main; main()"]
+    program = [sys.executable, "-c", "from trimode.runtime.command import main; main()"]
     return subprocess.run([*program, *map(str, arguments)], capture_output=True, text=True, check=False)
 
 
@@ -322,14 +322,14 @@ def test_a_signal_while_the_builder_runs_leaves_nothing(
 ) -> None:
     """A real one, raised in the builder's first call of ours: there an exception would be dropped."""
     program = (
-        "import signal, trimode.build.rtx as rtx, trimode.runtime.cli as cli\n"
+        "import signal, trimode.build.rtx as rtx, trimode.runtime.command as command\n"
         "start = rtx._Monitor.phase_start\n"
         "def phase_start(*arguments):\n"
         f"    signal.raise_signal({int(number)})\n"
         "    start(*arguments)\n"
         "rtx._Monitor.phase_start = phase_start\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "cli.main()"
+        "command.main()"
     )
     command = [sys.executable, "-c", program, "build", str(wide_int4_checkpoint), str(tmp_path / "out")]
     found = subprocess.run([*command, "--target", "rtx"], capture_output=True, text=True, check=False)

@@ -174,7 +174,7 @@ def _rtx_parser() -> tuple[list[str], Callable[[bytes], Any]]:
 
 
 def trimode(*arguments: object) -> subprocess.CompletedProcess[str]:
-    program = [sys.executable, "-c", "from trimode.runtime.cli import main; main()"]
+    program = [sys.executable, "-c", "from trimode.runtime.command import main; main()"]
     return subprocess.run([*program, *map(str, arguments)], capture_output=True, text=True, check=False)
 
 

@@ -43,7 +43,10 @@ def escape(folder: Path) -> None:
 
 
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no config": (lambda folder: (folder / "config.json").unlink(), r"config\.json is missing"),
+    "no config": (
+        lambda folder: (folder / "config.json").unlink(),
+        r"config\.json is missing; give a checkpoint of the Nemotron-Labs-Diffusion family",
+    ),
     "no weights": (lambda folder: (folder / WEIGHTS).unlink(), r"model\.safetensors is missing"),
     "truncated": (truncate, r"model\.safetensors is not a whole safetensors file"),
     "missing tensor": (edit(lambda tensors: tensors.pop(UP)), f"lacks 1 tensor.*{UP}"),
@@ -54,6 +57,12 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "wrong type": (edit(lambda tensors: tensors.update({UP: np.zeros((384, 128), np.int32)})), f"{UP} is I32"),
     "path that leaves": (escape, "not a plain file name"),
+    "two sets of weights": (
+        lambda folder: (folder / "model.safetensors.index.json").write_text(
+            '{"weight_map": {"x": "model-1.safetensors"}}'
+        ),
+        r"two sets of weights, model\.safetensors and model\.safetensors\.index\.json; remove the stale one",
+    ),
     "adapter of another rank": (
         lambda folder: (folder / "linear_spec_lora/adapter_config.json").write_text('{"r": 4, "lora_alpha": 16}'),
         "lora_A",
@@ -102,7 +111,7 @@ def test_shards_are_the_same_checkpoint(copy: Path, random_checkpoint: Path) -> 
         file = f"model-{number}.safetensors"
         save_file({name: tensors[name] for name in part}, copy / file)
         weight_map |= dict.fromkeys(part, file)
-    (copy / WEIGHTS).unlink()
+    (copy / WEIGHTS).rename(copy / "consolidated.safetensors")
     (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     whole = dict(Checkpoint(random_checkpoint).tensors())
     sharded = dict(Checkpoint(copy).tensors())

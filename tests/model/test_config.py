@@ -32,9 +32,16 @@ def test_published_shapes(tmp_path: Path, size: str) -> None:
     # Training knobs and loader fields of the published file; none concerns inference.
     training = {
         "ar_loss_weight": 1.0,
-        "dlm_paradigm": "bidirectional",
+        "attention_dropout": 0.0,
+        "attn_implementation": "sdpa",
         "auto_map": {"AutoModel": "x.Y"},
-        "dtype": "bfloat16",
+        "dlm_loss_weight": None,
+        "dlm_paradigm": "bidirectional",
+        "dp_varying_mask_ratio": False,
+        "initializer_range": 0.02,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "5.0.0",
+        "use_cache": False,
     }
     config = read(tmp_path, config_fields(**shape, vocab_size=131072, max_position_embeddings=262144) | training)
     assert (config.query_width, config.kv_width) == (4096, 1024)
@@ -45,8 +52,26 @@ def test_several_end_tokens(tmp_path: Path) -> None:
     assert read(tmp_path, config_fields(eos_token_id=[11, 2])).eos_token_id == (11, 2)
 
 
+@pytest.mark.parametrize(
+    "neutral",
+    [
+        {"layer_types": ["full_attention"] * 2},
+        {"rope_theta": 10000},
+        {"partial_rotary_factor": 1},
+        {"use_qk_norm": False},
+        {"final_logit_softcapping": None},
+        {"dlm_paradigm": "block_diff"},
+    ],
+)
+def test_what_says_the_same_is_read_and_leaves_the_manifest_as_it_is(tmp_path: Path, neutral: dict[str, Any]) -> None:
+    plain = read(tmp_path, config_fields()).model_dump() | {"layer_types": None}
+    assert read(tmp_path, config_fields(**neutral)).model_dump() | {"layer_types": None} == plain
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "another model": ({"model_type": "llama"}, "model_type"),
+    "another model": ({"model_type": "llama"}, "model_type.*; give a checkpoint of the Nemotron-Labs-Diffusion family"),
+    "another architecture": ({"architectures": ["LlamaForCausalLM"]}, "architectures"),
+    "no drafts": ({"dlm_paradigm": "autoregressive"}, "dlm_paradigm"),
     "another activation": ({"hidden_act": "gelu"}, "hidden_act"),
     "biases": ({"attention_bias": True}, "attention_bias"),
     "tied head": ({"tie_word_embeddings": True}, "tie_word_embeddings"),
@@ -54,9 +79,19 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "heads that do not divide": ({"num_key_value_heads": 3}, "num_key_value_heads 3"),
     "odd head": ({"head_dim": 31}, "head_dim 31"),
     "mask outside the vocabulary": ({"mask_token_id": 768}, "mask_token_id 768"),
-    "mask that ends": ({"mask_token_id": 11}, "mask_token_id 11"),
+    "mask that ends": ({"mask_token_id": 11}, "mask_token_id 11 is also eos_token_id"),
+    "mask that begins": ({"mask_token_id": 1}, "mask_token_id 1 is also bos_token_id"),
     "no end token": ({"eos_token_id": []}, "eos_token_id"),
-    "other layers": ({"layer_types": ["sliding_attention"]}, "layer_types"),
+    "other layers": ({"layer_types": ["sliding_attention"] * 2}, "layer_types.0"),
+    "types of more layers": ({"layer_types": ["full_attention"] * 3}, "layer_types has 3 entries, num_hidden_layers 2"),
+    "another theta beside": ({"rope_theta": 500000.0}, "rope_theta 500000.0 and rope_parameters.rope_theta 10000.0"),
+    "half of each head turned": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    "norms of queries and keys": ({"use_qk_norm": True}, "use_qk_norm"),
+    "capped logits": ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+    "capped attention": ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+    "truth for a token": ({"eos_token_id": True}, "eos_token_id"),
+    "text for a number": ({"hidden_size": "128"}, r"hidden_size.*\(got '128'\)"),
+    "fraction for a count": ({"num_hidden_layers": 2.0}, "num_hidden_layers"),
     "zero layers": ({"num_hidden_layers": 0}, "num_hidden_layers"),
     "original length beyond the maximum": ({"max_position_embeddings": 256}, "original_max_position_embeddings 512"),
 }
@@ -79,6 +114,8 @@ def test_refused_by_name(tmp_path: Path, case: str) -> None:
         ({"beta_fast": 1.0}, "beta_fast"),
         ({"short_factor": [1.0]}, "rope_parameters.short_factor"),
         ({"rope_theta": float("nan")}, "rope_parameters.rope_theta"),
+        ({"original_max_position_embeddings": "512"}, "rope_parameters.original_max_position_embeddings"),
+        ({"max_position_embeddings": 4096}, "max_position_embeddings 8192 and .*4096 contradict each other"),
     ],
 )
 def test_rope_refused_by_name(tmp_path: Path, change: dict[str, Any], named: str) -> None:

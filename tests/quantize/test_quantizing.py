@@ -6,6 +6,7 @@ import errno
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -124,13 +125,37 @@ def test_an_int4_checkpoint_is_refused(rounded: Checkpoint, tmp_path: Path) -> N
         quantize_checkpoint(rounded, tmp_path / "out", method="rtn")
 
 
+def poison(file: str, tensor: str) -> Callable[[Path], None]:
+    """One NaN."""
+
+    def apply(folder: Path) -> None:
+        tensors = load_file(folder / file)
+        tensors[tensor][3, 5] = np.nan
+        save_file(tensors, folder / file)
+
+    return apply
+
+
+LORA = "base_model.model.encoder.layers.1.self_attn.o_proj.lora_{}.weight"
+ADAPTER = "linear_spec_lora/adapter_model.safetensors"
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "weight": (poison("model.safetensors", f"{HEAD}.weight"), f"tensor {HEAD}.weight holds 1 NaN"),
+    "adapter's A": (poison(ADAPTER, LORA.format("A")), "lora_A.weight holds 1 NaN"),
+    "adapter's B": (poison(ADAPTER, LORA.format("B")), "lora_B.weight holds 1 NaN"),
+    "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), r"tokenizer\.json is missing"),
+    "no tokenizer's file": (lambda folder: (folder / "tokenizer.json").write_text("{}"), "is not a tokenizer"),
+}
+
+
 @pytest.mark.parametrize("method", ["rtn", "awq"])
-def test_a_damaged_weight_is_refused_and_nothing_left(source: Checkpoint, tmp_path: Path, method: Any) -> None:
-    weight = np.array(source.vector(f"{HEAD}.weight"))
-    weight[3, 5] = np.nan
-    damaged = changed_copy(source, tmp_path / "damaged", **{f"{HEAD}.weight": weight})
-    with pytest.raises(TriModeError, match=f"tensor {HEAD}.weight holds 1 NaN"):
-        quantize_checkpoint(damaged, tmp_path / "out", method=method)
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_refused_and_nothing_left(
+    source: Checkpoint, tmp_path: Path, damage: str, method: Any
+) -> None:
+    apply, complaint = DAMAGE[damage]
+    apply(Path(shutil.copytree(source.folder, tmp_path / "damaged")))
+    with pytest.raises(TriModeError, match=complaint):
+        quantize_checkpoint(Checkpoint(tmp_path / "damaged"), tmp_path / "out", method=method)
     assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
 
 

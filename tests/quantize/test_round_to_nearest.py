@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import subprocess
 import sys
 import tracemalloc
@@ -116,6 +117,7 @@ def test_memory_is_bounded_by_the_largest_tensor(
     config = json.loads((random_checkpoint / "config.json").read_text())
     config |= {"hidden_size": 512, "intermediate_size": 3072, "num_hidden_layers": 5, "num_attention_heads": 8}
     (folder / "config.json").write_text(json.dumps(config))
+    shutil.copyfile(random_checkpoint / "tokenizer.json", folder / "tokenizer.json")
     model_config = ModelConfig.model_validate(config)
     shapes = {f"{module}.weight": shape for module, shape in linear_shapes(model_config).items()}
     shapes |= vector_shapes(model_config)

@@ -9,10 +9,12 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).resolve().parents[2]
 JSON_FIELDS = {
     "text",
     "token_ids",
@@ -32,7 +34,7 @@ JSON_FIELDS = {
 
 
 def trimode(*arguments: object, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
-    command = [sys.executable, "-c", "from trimode.runtime.cli import main; main()", *map(str, arguments)]
+    command = [sys.executable, "-c", "from trimode.runtime.command import main; main()", *map(str, arguments)]
     return subprocess.run(command, input=stdin, capture_output=True, check=False)
 
 
@@ -80,6 +82,10 @@ BAD_GENERATE = {
     "threshold": (["--prompt", "x", "--threshold", "1.5"], "threshold is 1.5"),
     "too long": (["--prompt", "word " * 3000], "exceeds the engine's capacity of 8192"),
     "too many tokens": (["--prompt", "x", "--max-tokens", "9000"], "exceeds the engine's capacity"),
+    "no adapter where none is used": (
+        ["--prompt", "x", "--mode", "diffusion", "--no-adapter"],
+        "--no-adapter has no meaning in mode diffusion",
+    ),
     "no prompt": ([], "--prompt"),
     "unknown option": (["--prompt", "x", "--quick"], "--quick"),
 }
@@ -121,11 +127,11 @@ def test_the_whole_way_in_json(random_checkpoint: Path, tmp_path: Path) -> None:
 def test_a_build_that_is_stopped_leaves_nothing(random_checkpoint: Path, tmp_path: Path, number: int) -> None:
     """Stopped by a real signal while it writes: a pause stands where the big files would take their time."""
     program = (
-        "import time, trimode.build.engine as engine, trimode.runtime.cli as cli\n"
+        "import time, trimode.build.engine as engine, trimode.runtime.command as command\n"
         "hashed = engine.hash_files\n"
         "def slow(*arguments):\n    print('hashing', flush=True)\n    time.sleep(60)\n    return hashed(*arguments)\n"
         "engine.hash_files = slow\n"
-        "cli.main()"
+        "command.main()"
     )
     command = [sys.executable, "-c", program, "build", str(random_checkpoint), str(tmp_path / "engine")]
     # A shell that starts the tests in the background has them ignore SIGINT, and their children inherit that.
@@ -139,6 +145,24 @@ def test_a_build_that_is_stopped_leaves_nothing(random_checkpoint: Path, tmp_pat
     assert process.returncode == 128 + number
     assert b"Traceback" not in errors
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("module", ["trimode.runtime.cli", "click", "numpy.linalg", "onnxruntime", "tokenizers"])
+def test_an_interrupt_among_the_first_imports_is_one_line(module: str) -> None:
+    """A real signal when the installed command comes to import ``module``, which is before it has come to itself."""
+    entry = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]["trimode"]
+    program = (
+        "import os, signal, sys\n"
+        "class Interrupting:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name == {module!r}:\n            os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupting())\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        f"from {entry.replace(':', ' import ')}\n"
+        "main()"
+    )
+    found = subprocess.run([sys.executable, "-c", program, "--version"], capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stdout, found.stderr) == (130, "", "trimode: interrupted\n")
 
 
 def test_help_and_version() -> None:

@@ -71,7 +71,7 @@ def test_whether_rtx_runs(
 
 
 def test_the_command_prints_it() -> None:
-    program = [sys.executable, "-c", "from trimode.runtime.cli import main; main()", "doctor"]
+    program = [sys.executable, "-c", "from trimode.runtime.command import main; main()", "doctor"]
     found = subprocess.run(program, capture_output=True, text=True, check=True)
     assert "target cpu" in found.stdout
     assert found.stderr == ""

@@ -9,12 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from trimode.build.engine import build_engine
+from trimode.model.checkpoint import Checkpoint
 from trimode.model.errors import TriModeError
-from trimode.model.manifest import Manifest
+from trimode.model.manifest import Manifest, hash_file
 from trimode.runtime.engine import load_engine
+from trimode.runtime.executor import BidirectionalStep, CausalStep
 
 
 def flip(path: str) -> Callable[[Path], None]:
@@ -105,9 +109,29 @@ def test_without_verification_a_graph_that_is_no_graph_is_still_one_line(random_
     assert "\n" not in str(caught.value)
 
 
-def test_an_engine_is_used_where_it_stands(random_engine: Path, tmp_path: Path) -> None:
-    """Moved and read-only: nothing in it is written or named by its old place."""
-    engine = Path(shutil.copytree(random_engine, tmp_path / "elsewhere"))
-    for path in engine.rglob("*"):
-        path.chmod(0o555 if path.is_dir() else 0o444)
-    assert load_engine(engine).manifest.target == "cpu"
+@pytest.mark.parametrize("seed", range(4))
+def test_a_flipped_bit_of_the_manifest_is_never_read_over(random_engine: Path, tmp_path: Path, seed: int) -> None:
+    """Wherever it falls: in a name, a number, or white space."""
+    whole = (random_engine / "manifest.json").read_bytes()
+    random = np.random.default_rng(seed)
+    for at, bit in zip(random.integers(0, len(whole), 100), random.integers(0, 8, 100), strict=True):
+        flipped = bytearray(whole)
+        flipped[at] ^= 1 << bit
+        (tmp_path / "manifest.json").write_bytes(flipped)
+        with pytest.raises(TriModeError, match=r"manifest\.json"):
+            Manifest.read(tmp_path)
+
+
+def test_an_engine_is_used_where_it_stands(random_checkpoint: Path, tmp_path: Path) -> None:
+    """Moved from where it was built: nothing in it names its old place, and a pass of either engine writes nothing."""
+    build_engine(Checkpoint(random_checkpoint), tmp_path / "former")
+    engine = (tmp_path / "former").rename(tmp_path / "elsewhere")
+
+    def state() -> dict[Path, tuple[str, int]]:
+        return {path: (hash_file(path), path.stat().st_mtime_ns) for path in engine.rglob("*") if path.is_file()}
+
+    before = state()
+    executor, ids, first = load_engine(engine).executor, np.arange(200, 204)[None], np.array([0])
+    executor.run(CausalStep.chain(0, ids, first, np.array([[3]])))
+    executor.run(BidirectionalStep.block(0, ids, first, np.array([[3]]), np.array([4]), np.array([True])))
+    assert state() == before

@@ -244,7 +244,7 @@ def test_a_missing_package_comes_with_its_remedy(fp16: Built, monkeypatch: pytes
 
 
 def trimode(*arguments: object) -> subprocess.CompletedProcess[str]:
-    program = [sys.executable, "-c", "from trimode.runtime.cli import main; main()"]
+    program = [sys.executable, "-c", "from trimode.runtime.command import main; main()"]
     return subprocess.run([*program, *map(str, arguments)], capture_output=True, text=True, check=False)
 
 
