@@ -46,8 +46,15 @@ class Served:
         raise TimeoutError(f"an answer still runs after {seconds} s")
 
     def resident_mib(self) -> float:
+        return self._mib("VmRSS")
+
+    def peak_mib(self) -> float:
+        """The most that was ever resident."""
+        return self._mib("VmHWM")
+
+    def _mib(self, field: str) -> float:
         status = Path(f"/proc/{self.process.pid}/status").read_text(encoding="ascii")
-        found = re.search(r"VmRSS:\s+(\d+) kB", status)
+        found = re.search(rf"{field}:\s+(\d+) kB", status)
         assert found is not None
         return int(found[1]) / 1024
 

@@ -26,6 +26,8 @@ from trimode.runtime.errors import ContextLengthError, QueueFullError, ShutDownE
 from trimode.runtime.openai_server.schema import ErrorAnswer, ErrorDetail
 
 RETRY_AFTER = {"retry-after": "1"}
+# Characters of a field's path that are told: a name may be as long as a body.
+LONGEST_PATH = 200
 
 
 class Kind(NamedTuple):
@@ -95,10 +97,12 @@ def of_validation(found: Sequence[Any]) -> ApiError:
     for error in found:
         if error["type"] == "json_invalid":
             return ApiError(BAD_REQUEST, f"the body is not JSON (character {error['loc'][1]})")
-        path = ".".join(str(part) for part in error["loc"][1:] if not _is_branch(part))
+        path = ".".join(str(part) for part in error["loc"][1:] if not _is_branch(part))[:LONGEST_PATH]
+        message = error["msg"].removeprefix("Value error, ")
         if not path:
-            return ApiError(BAD_REQUEST, "the body must be a JSON object, sent with content-type application/json")
-        told.setdefault(path, error["msg"])
+            unread = "the body must be a JSON object, sent with content-type application/json"
+            return ApiError(BAD_REQUEST, message if error["type"] == "value_error" else unread)
+        told.setdefault(path, message)
     listed = [f"{path}: {message}" for path, message in told.items()]
     return ApiError(BAD_REQUEST, "; ".join(listed[:3]), next(iter(told)))
 

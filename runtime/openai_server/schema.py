@@ -9,13 +9,20 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from trimode.model.tokenizer import Message
 from trimode.runtime.sampling_params import Denoising, Mode, SamplingParams
 
 SAMPLING_FIELDS = frozenset(field.name for field in dataclasses.fields(SamplingParams))
 MAX_CHOICES = 128
+# As OpenAI has it.
+MAX_MESSAGES = 2048
+MAX_PARTS = 64
+MAX_PROMPTS = 64
+MAX_PROMPT_TOKENS = 1 << 20
+# Of one object of a body; more than any has.
+MAX_FIELDS = 100
 # OpenAI's own default for /v1/completions.
 COMPLETION_TOKENS = 16
 
@@ -36,10 +43,24 @@ Natural = Annotated[int, Field(ge=0, lt=2**31)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 StopString = Annotated[Text, Field(min_length=1, max_length=1000)]
+# A list ends at its first wrong element: a finding costs far more than the element that it is about.
+StopStrings = Annotated[list[StopString], Field(fail_fast=True, max_length=16)]
+StopTokenIds = Annotated[list[TokenId], Field(fail_fast=True, max_length=64)]
+Texts = Annotated[list[Text], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPT_TOKENS)]
+TokenIdLists = Annotated[list[TokenIds], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
 
 
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bounded(cls, given: Any) -> Any:
+        """One finding about all fields, not one about each."""
+        if isinstance(given, dict) and len(given) > MAX_FIELDS:
+            raise ValueError(f"Input should have at most {MAX_FIELDS} fields, not {len(given)}")
+        return given
 
 
 class StreamOptions(_Body):
@@ -58,14 +79,14 @@ class _Decoding(_Body):
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Share | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
-    stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
+    stop: StopString | StopStrings | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     # Not OpenAI's: as vLLM and SGLang name them.
     top_k: Natural | None = None
     min_p: Share | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = None
+    stop_token_ids: StopTokenIds | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
@@ -100,7 +121,7 @@ class ChatMessage(_Body):
     """A turn; fields that OpenAI's clients send back with an assistant's turn must be null."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[TextPart]
+    content: Text | Annotated[list[TextPart], Field(fail_fast=True, max_length=MAX_PARTS)]
     name: str | None = None
     reasoning_content: str | None = None
     annotations: None = None
@@ -124,7 +145,7 @@ class ResponseFormat(_Body):
 
 
 class ChatCompletionRequest(_Decoding):
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: Positive | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -136,12 +157,7 @@ class ChatCompletionRequest(_Decoding):
         return self.chat_template_kwargs is not None and self.chat_template_kwargs.enable_thinking
 
 
-Prompt = (
-    Text
-    | Annotated[list[Text], Field(min_length=1, max_length=64)]
-    | Annotated[list[TokenId], Field(min_length=1)]
-    | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=64)]
-)
+Prompt = Text | Texts | TokenIds | TokenIdLists
 
 
 class CompletionRequest(_Decoding):

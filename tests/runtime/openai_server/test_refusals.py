@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from scripts.malformed_bodies import malformed
+from scripts.malformed_bodies import WIDE, malformed, wide
 from scripts.serving import KEY, Served, serving
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -35,6 +35,7 @@ BAD_BODIES: dict[str, tuple[str, object, int, str | None, str]] = {
     "empty messages": (CHAT, {"messages": []}, 400, "messages", "at least 1"),
     "unknown field": (CHAT, {"messages": HELLO, "best_of": 2}, 400, "best_of", "not permitted"),
     "tools": (CHAT, {"messages": HELLO, "tools": []}, 400, "tools", "not permitted"),
+    "many fields": (CHAT, {str(number): 1 for number in range(101)}, 400, None, "at most 100 fields, not 101"),
     "unknown role": (CHAT, {"messages": [{"role": "cat", "content": ""}]}, 400, "messages.0.role", "'system'"),
     "picture": (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, None, "'text'"),
     "text as number": (CHAT, {"messages": HELLO, "max_tokens": "9"}, 400, "max_tokens", "integer"),
@@ -86,6 +87,25 @@ def test_bodies_that_are_no_request(http: httpx.Client, case: str) -> None:
     response = http.post(COMPLETIONS, content=RAW[case], headers={"content-type": "application/json"})
     assert response.status_code == 400
     error_of(response)
+
+
+@pytest.mark.parametrize("kind", WIDE)
+def test_wide_bodies(served: Served, http: httpx.Client, kind: str) -> None:
+    """As long as the server lets in; no element costs a finding of its own."""
+    before = served.peak_mib()
+    path, body = wide(kind)
+    response = http.post(path, content=body, headers={"content-type": "application/json"})
+    assert response.status_code == 400
+    assert len(error_of(response)["message"]) < 1000
+    assert served.peak_mib() - before < 256
+    assert http.get("/health").status_code == 200
+
+
+def test_a_name_as_long_as_a_body_is_not_repeated(http: httpx.Client) -> None:
+    response = http.post(CHAT, json={"messages": HELLO, "x" * 1_000_000: 1})
+    assert response.status_code == 400
+    assert "not permitted" in error_of(response)["message"]
+    assert len(response.content) < 1000
 
 
 def test_another_content_type(http: httpx.Client) -> None:
