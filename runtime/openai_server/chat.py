@@ -33,9 +33,7 @@ async def complete_chat(service: Service, body: ChatCompletionRequest, http: Req
         [message.turn() for message in body.messages], enable_thinking=body.enable_thinking
     )
     prompt = await service.encode(text)
-    params = body.sampling_params(
-        max_tokens=body.max_completion_tokens or body.max_tokens or service.room(prompt), logprobs=_logprobs(body)
-    )
+    params = body.sampling_params(max_tokens=_max_tokens(body) or service.room(prompt), logprobs=_logprobs(body))
     thinking = leaves_thinking_open(text)
     head = service.head("chatcmpl")
     run = service.running.start([prompt], params, streaming=bool(body.stream))
@@ -59,10 +57,18 @@ async def complete_chat(service: Service, body: ChatCompletionRequest, http: Req
         )
 
 
+def _max_tokens(body: ChatCompletionRequest) -> int | None:
+    """The older name stands for the newer one."""
+    old, new = body.max_tokens, body.max_completion_tokens
+    if old is not None and new is not None and old != new:
+        raise ApiError(BAD_REQUEST, "max_tokens is another than max_completion_tokens; give one of them", "max_tokens")
+    return new or old
+
+
 def _logprobs(body: ChatCompletionRequest) -> int | None:
     if body.logprobs:
         return body.top_logprobs or 0
-    if body.top_logprobs is not None:
+    if body.top_logprobs:
         raise ApiError(BAD_REQUEST, "top_logprobs has a meaning only with logprobs", "top_logprobs")
     return None
 

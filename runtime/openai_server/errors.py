@@ -23,7 +23,7 @@ from fastapi.responses import Response
 
 from trimode.model.errors import TriModeError
 from trimode.runtime.errors import ContextLengthError, QueueFullError, ShutDownError
-from trimode.runtime.openai_server.schema import ErrorAnswer, ErrorDetail
+from trimode.runtime.openai_server.schema import LACKING, ErrorAnswer, ErrorDetail
 
 RETRY_AFTER = {"retry-after": "1"}
 # Characters of a field's path that are told: a name may be as long as a body.
@@ -102,7 +102,7 @@ def of_validation(found: Sequence[Any]) -> ApiError:
         if not path:
             unread = "the body must be a JSON object, sent with content-type application/json"
             return ApiError(BAD_REQUEST, message if error["type"] == "value_error" else unread)
-        told.setdefault(path, message)
+        told.setdefault(path, next((LACKING[part] for part in error["loc"] if part in LACKING), message))
     listed = [f"{path}: {message}" for path, message in told.items()]
     return ApiError(BAD_REQUEST, "; ".join(listed[:3]), next(iter(told)))
 
