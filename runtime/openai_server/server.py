@@ -14,6 +14,7 @@ import uvicorn
 from trimode.model.errors import TriModeError
 from trimode.runtime.llm import LLM
 from trimode.runtime.openai_server.app import create_app
+from trimode.runtime.openai_server.connection import Connection
 from trimode.runtime.openai_server.gate import Gate
 from trimode.runtime.openai_server.service import Service
 
@@ -57,7 +58,7 @@ def serve(llm: LLM, options: ServerOptions) -> None:
         host=options.host,
         port=options.port,
         loop="uvloop",
-        http="httptools",
+        http=Connection,
         ws="none",
         access_log=False,
         log_level="warning",
