@@ -68,10 +68,10 @@ class Served:
 
 
 @contextmanager
-def serving(engine: Path, *options: str) -> Iterator[Served]:
+def serving(engine: Path, *options: str, key: str = KEY) -> Iterator[Served]:
     """A server that listens on a free port of the loopback interface. Raises RuntimeError if it does not get there."""
     command = [sys.executable, "-c", "from trimode.runtime.cli import main; main()", "serve", str(engine)]
-    environment = os.environ | {"TRIMODE_API_KEY": KEY}
+    environment = os.environ | {"TRIMODE_API_KEY": key}
     process = subprocess.Popen(
         [*command, "--port", "0", "--model-name", "tiny", *options], stderr=subprocess.PIPE, text=True, env=environment
     )
@@ -80,11 +80,13 @@ def serving(engine: Path, *options: str) -> Iterator[Served]:
     guard.start()
     log: list[str] = []
     try:
-        first = process.stderr.readline()
+        said, found = "", None
+        while found is None and (line := process.stderr.readline()):
+            said += line
+            found = re.search(r"http://\S+", line)
         guard.cancel()
-        found = re.search(r"http://\S+", first)
         if found is None:
-            raise RuntimeError(f"the server did not start: {first}{process.stderr.read()}")
+            raise RuntimeError(f"the server did not start: {said}")
         threading.Thread(target=log.extend, args=(process.stderr,), daemon=True).start()
         yield Served(found[0], process, log)
     finally:

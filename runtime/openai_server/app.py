@@ -56,7 +56,7 @@ def _documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ErrorAnswer} for status in statuses}
 
 
-REFUSALS = _documented(401, 500, 503)
+REFUSALS = _documented(401, 421, 500, 503)
 BODY_REFUSALS = REFUSALS | _documented(400, 404, 408, 413, 429, 504)
 STREAM: dict[str, Any] = {
     "description": "The answer; with `stream`, its chunks as server-sent events.",
@@ -96,7 +96,7 @@ def create_app(service: Service) -> FastAPI:
             max_model_len=service.llm.manifest.limits.capacity,
         )
 
-    @app.get("/health", responses=_documented(503), response_model=Health)
+    @app.get("/health", responses=_documented(421, 503), response_model=Health)
     async def health() -> Response:
         return json_response(Health(status="ok"))
 

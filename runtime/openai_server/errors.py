@@ -8,6 +8,7 @@
 | 405 | invalid_request_error | method_not_allowed | |
 | 408 | timeout_error | body_timeout | the body did not come in time |
 | 413 | invalid_request_error | context_length_exceeded, body_too_large | |
+| 421 | invalid_request_error | wrong_host | a server without a key, on the loopback interface, under another name |
 | 429 | rate_limit_error | queue_full | with Retry-After |
 | 500 | server_error | internal_error | a fault of ours; the reason is in the server's log alone |
 | 503 | server_error | shutting_down | with Retry-After |
@@ -44,6 +45,7 @@ BAD_METHOD = Kind(405, "invalid_request_error", "method_not_allowed")
 BODY_TIMEOUT = Kind(408, "timeout_error", "body_timeout")
 BODY_TOO_LARGE = Kind(413, "invalid_request_error", "body_too_large")
 TOO_LONG = Kind(413, "invalid_request_error", "context_length_exceeded")
+WRONG_HOST = Kind(421, "invalid_request_error", "wrong_host")
 QUEUE_FULL = Kind(429, "rate_limit_error", "queue_full")
 INTERNAL = Kind(500, "server_error", "internal_error")
 SHUTTING_DOWN = Kind(503, "server_error", "shutting_down")
@@ -72,6 +74,8 @@ def respond(error: Exception) -> Response:
     headers = RETRY_AFTER if kind in (QUEUE_FULL, SHUTTING_DOWN) else {}
     if kind is UNAUTHORIZED:
         headers = {"www-authenticate": "Bearer"}
+    if kind in (BODY_TIMEOUT, BODY_TOO_LARGE):
+        headers = {"connection": "close"}  # the rest of the body stays unread
     return Response(answer(error).json_text(), kind.status, headers=headers, media_type="application/json")
 
 
