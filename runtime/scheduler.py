@@ -142,6 +142,7 @@ class Scheduler:
             self.waiting.popleft()
             slot = self._executor.pool.acquire()
             self._running.append(request)
+            request.admit()
             if self._prefix_cache is not None:
                 sequence = request.sequence
                 sequence.committed = self._prefix_cache.restore(sequence.prompt, self._executor.pool, slot)
