@@ -29,6 +29,7 @@ OURS = {
     "chat_template_kwargs",
     "return_token_origins",
     "top_k",
+    "ignore_eos",
     "include_stop_str_in_output",
 }
 
@@ -110,6 +111,28 @@ def test_length_and_stop(client: openai.OpenAI) -> None:
     assert stopped.choices[0].finish_reason == "stop"
     streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chat(client, stop=" Tens", stream=True))
     assert streamed == ANSWER.partition(" Tens")[0]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        pytest.param({}, id="to its end token"),
+        pytest.param({"ignore_eos": True, "max_tokens": 120}, id="beyond its end tokens"),
+        pytest.param({"chat_template_kwargs": {"enable_thinking": True}}, id="after a thought"),
+        pytest.param({"stop": " Tens"}, id="to a stop string"),
+        pytest.param({"stop": "4, 2"}, id="to a stop string of several tokens"),
+    ],
+)
+def test_logprobs_are_those_of_the_content(client: openai.OpenAI, fields: dict[str, Any]) -> None:
+    choice = chat(client, logprobs=True, **fields).choices[0]
+    assert "".join(entry.token for entry in choice.logprobs.content) == choice.message.content != ""
+    content, told = "", []
+    for chunk in chat(client, logprobs=True, stream=True, **fields):
+        content += chunk.choices[0].delta.content or ""
+        if chunk.choices[0].logprobs:
+            told += chunk.choices[0].logprobs.content
+    assert content == choice.message.content
+    assert told == choice.logprobs.content
 
 
 def test_seed_and_n(client: openai.OpenAI) -> None:
