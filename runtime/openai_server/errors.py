@@ -24,7 +24,7 @@ from fastapi.responses import Response
 
 from trimode.model.errors import TriModeError
 from trimode.runtime.errors import ContextLengthError, QueueFullError, ShutDownError
-from trimode.runtime.openai_server.schema import LACKING, ErrorAnswer, ErrorDetail
+from trimode.runtime.openai_server.schema import LACKING, TOO_MANY_FIELDS, ErrorAnswer, ErrorDetail
 
 RETRY_AFTER = {"retry-after": "1"}
 # Characters of a field's path that are told: a name may be as long as a body.
@@ -102,10 +102,10 @@ def of_validation(found: Sequence[Any]) -> ApiError:
         if error["type"] == "json_invalid":
             return ApiError(BAD_REQUEST, f"the body is not JSON (character {error['loc'][1]})")
         path = ".".join(str(part) for part in error["loc"][1:] if not _is_branch(part))[:LONGEST_PATH]
-        message = error["msg"].removeprefix("Value error, ")
+        message = error["msg"]
         if not path:
             unread = "the body must be a JSON object, sent with content-type application/json"
-            return ApiError(BAD_REQUEST, message if error["type"] == "value_error" else unread)
+            return ApiError(BAD_REQUEST, message if error["type"] == TOO_MANY_FIELDS else unread)
         told.setdefault(path, next((LACKING[part] for part in error["loc"] if part in LACKING), message))
     listed = [f"{path}: {message}" for path, message in told.items()]
     return ApiError(BAD_REQUEST, "; ".join(listed[:3]), next(iter(told)))

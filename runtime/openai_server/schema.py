@@ -11,6 +11,7 @@ import dataclasses
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from trimode.model.tokenizer import Message
 from trimode.runtime.sampling_params import Denoising, Mode, SamplingParams
@@ -24,6 +25,7 @@ MAX_PROMPTS = 64
 MAX_PROMPT_TOKENS = 1 << 20
 # Of one object of a body; more than any has.
 MAX_FIELDS = 100
+TOO_MANY_FIELDS = "too_many_fields"
 # OpenAI's own default for /v1/completions.
 COMPLETION_TOKENS = 16
 
@@ -51,12 +53,13 @@ LACKING = {
 }
 
 
+# Not ValueError: pydantic would keep it, with its frames, and so with the input and all that it was called by.
 def _whole(text: str) -> str:
     """JSON can spell halves of characters, which no tokenizer takes."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError("Input should be valid Unicode, without lone surrogates") from None
+        raise PydanticCustomError("text", "Input should be valid Unicode, without lone surrogates") from None
     return text
 
 
@@ -85,7 +88,8 @@ class _Body(BaseModel):
     def _bounded(cls, given: Any) -> Any:
         """One finding about all fields, not one about each."""
         if isinstance(given, dict) and len(given) > MAX_FIELDS:
-            raise ValueError(f"Input should have at most {MAX_FIELDS} fields, not {len(given)}")
+            bounds = {"most": MAX_FIELDS, "count": len(given)}
+            raise PydanticCustomError(TOO_MANY_FIELDS, "Input should have at most {most} fields, not {count}", bounds)
         return given
 
 

@@ -122,6 +122,24 @@ def test_wide_bodies(served: Served, http: httpx.Client, kind: str) -> None:
     assert http.get("/health").status_code == 200
 
 
+UNREADABLE = {
+    "truncated": b'{"prompt": "' + b"y" * 4_000_000,
+    "not UTF-8": b'{"prompt": "' + b"\xff" * 4_000_000 + b'"}',
+    "half a character": b'{"prompt": "\\ud800' + b"y" * 4_000_000 + b'"}',
+    "deep": b'{"prompt": ' + b"[" * 4_000_000,
+    "many keys": wide("keys")[1],
+}
+
+
+@pytest.mark.parametrize("case", UNREADABLE)
+def test_a_refused_body_is_not_kept(served: Served, http: httpx.Client, case: str) -> None:
+    before = served.peak_mib()
+    for _ in range(50):
+        response = http.post(COMPLETIONS, content=UNREADABLE[case], headers={"content-type": "application/json"})
+        assert response.status_code == 400
+    assert served.peak_mib() - before < 100  # two or three of them at most
+
+
 def test_a_name_as_long_as_a_body_is_not_repeated(http: httpx.Client) -> None:
     response = http.post(CHAT, json={"messages": HELLO, "x" * 1_000_000: 1})
     assert response.status_code == 400
