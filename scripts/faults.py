@@ -121,7 +121,7 @@ def main() -> None:
         print(
             f"{options.kills} clients killed in mid-stream: slot free after {1000 * seconds[len(seconds) // 2]:.0f} ms "
             f"(median), {1000 * seconds[-1]:.0f} ms at most, as polled; {before:.0f} MiB resident before, "
-            f"{server.resident_mib():.0f} after with {cache:.0f} of the prefix cache; {len(server.log)} lines in the log"
+            f"{server.resident_mib():.0f} after with {cache:.0f} of prefix cache; {len(server.log)} lines in the log"
         )
     total: Counter[str] = Counter()
     longest = 0.0
