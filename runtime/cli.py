@@ -381,10 +381,16 @@ def serve(
 @click.argument("repository", type=click.Path(path_type=Path))
 @click.option("--max-batch", type=click.IntRange(min=1), default=16, show_default=True, help="Answers at once.")
 @click.option("--max-queue", type=click.IntRange(min=1), default=1024, show_default=True, help="Answers that may wait.")
-def triton(engine: Path, repository: Path, max_batch: int, max_queue: int) -> None:
+@click.option(
+    "--decoupled/--no-decoupled",
+    default=True,
+    show_default=True,
+    help="Streams, or one answer to each request, as TensorRT-LLM's own client asks for it.",
+)
+def triton(engine: Path, repository: Path, **options: Any) -> None:
     """Write the new folder REPOSITORY, from which Triton Inference Server serves ENGINE."""
     Manifest.read(engine)
-    write_repository(engine, repository, max_batch, max_queue)
+    write_repository(engine, repository, **options)
     print(f"{repository}: model {MODEL_NAME}")
 
 

@@ -53,6 +53,7 @@ class Update:
     counts: Counts = field(default_factory=Counts)
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    time_to_slot: float | None = None
     time_to_first_token: float | None = None
     seconds: float | None = None
     error: Exception | None = None
@@ -65,8 +66,8 @@ class CompletionOutput:
 
     logprobs: for each token, itself first, then the asked number of the likeliest. finish_reason: None while it runs.
     stop_reason: the stop string or stop token id, None for the model's end token. origins: how each token came.
-    rejected: drafted tokens of the latest update that the causal rows did not agree with. time_to_first_token, seconds:
-    from the request's arrival. ``*_diff``: what the latest update added.
+    rejected: drafted tokens of the latest update that the causal rows did not agree with. time_to_slot,
+    time_to_first_token, seconds: from the request's arrival. ``*_diff``: what the latest update added.
     """
 
     index: int
@@ -79,6 +80,7 @@ class CompletionOutput:
     origins: list[Origin] = field(default_factory=list)
     rejected: list[int] = field(default_factory=list)
     counts: Counts = field(default_factory=Counts)
+    time_to_slot: float | None = None
     time_to_first_token: float | None = None
     seconds: float | None = None
     text_diff: str = ""
@@ -121,4 +123,5 @@ class CompletionOutput:
             self.cumulative_logprob = (self.cumulative_logprob or 0.0) + sum(own)
         self.counts = update.counts
         self.finish_reason, self.stop_reason = update.finish_reason, update.stop_reason
-        self.time_to_first_token, self.seconds = update.time_to_first_token, update.seconds
+        self.time_to_slot, self.time_to_first_token = update.time_to_slot, update.time_to_first_token
+        self.seconds = update.seconds

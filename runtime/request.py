@@ -40,6 +40,7 @@ class Request:
         self._listener = listener
         self._update_seconds = update_seconds
         self._arrived = time.perf_counter()
+        self._admitted_at: float | None = None
         self._first_token_at: float | None = None
         self._told = 0  # tokens
         self._told_at = -math.inf
@@ -49,6 +50,10 @@ class Request:
     def longest(self) -> int:
         """Tokens that the answer and its prompt can come to."""
         return len(self.sequence.prompt) + self.sequence.params.max_tokens
+
+    def admit(self) -> None:
+        """It has a slot."""
+        self._admitted_at = time.perf_counter()
 
     def deliver(self) -> None:
         """Tell what is new, if it is time to."""
@@ -83,9 +88,13 @@ class Request:
             text,
             finish_reason=finish_reason,
             stop_reason=stop_reason,
-            time_to_first_token=None if self._first_token_at is None else self._first_token_at - self._arrived,
+            time_to_slot=self._since_arrival(self._admitted_at),
+            time_to_first_token=self._since_arrival(self._first_token_at),
             seconds=now - self._arrived,
         )
+
+    def _since_arrival(self, moment: float | None) -> float | None:
+        return None if moment is None else moment - self._arrived
 
     def _feed(self, tokens: list[int]) -> None:
         if not self._text_is_fed:

@@ -137,6 +137,7 @@ class Scheduler:
                 return
             slot = self._executor.pool.acquire()
             self._running.append(self.waiting.popleft())
+            request.admit()
             if self._prefix_cache is not None:
                 sequence = request.sequence
                 sequence.committed = self._prefix_cache.restore(sequence.prompt, self._executor.pool, slot)

@@ -15,7 +15,10 @@ def missing_browser() -> str | None:
 
 
 @contextmanager
-def browser(width: int = 1280, height: int = 800, dark: bool = False) -> Iterator[webdriver.Chrome]:
+def browser(
+    width: int = 1280, height: int = 800, dark: bool = False, still: bool = False
+) -> Iterator[webdriver.Chrome]:
+    """still: for one who prefers that nothing moves."""
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium") or ""
     # Chromium's own sandbox refuses to run as root, as which CI runs.
@@ -27,7 +30,8 @@ def browser(width: int = 1280, height: int = 800, dark: bool = False) -> Iterato
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
         driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         theme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [theme]})
+        motion = {"name": "prefers-reduced-motion", "value": "reduce" if still else "no-preference"}
+        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [theme, motion]})
         yield driver
     finally:
         driver.quit()

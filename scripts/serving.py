@@ -46,8 +46,15 @@ class Served:
         raise TimeoutError(f"an answer still runs after {seconds} s")
 
     def resident_mib(self) -> float:
+        return self._mib("VmRSS")
+
+    def peak_mib(self) -> float:
+        """The most that was ever resident."""
+        return self._mib("VmHWM")
+
+    def _mib(self, field: str) -> float:
         status = Path(f"/proc/{self.process.pid}/status").read_text(encoding="ascii")
-        found = re.search(r"VmRSS:\s+(\d+) kB", status)
+        found = re.search(rf"{field}:\s+(\d+) kB", status)
         assert found is not None
         return int(found[1]) / 1024
 
@@ -61,10 +68,10 @@ class Served:
 
 
 @contextmanager
-def serving(engine: Path, *options: str) -> Iterator[Served]:
+def serving(engine: Path, *options: str, key: str = KEY) -> Iterator[Served]:
     """A server that listens on a free port of the loopback interface. Raises RuntimeError if it does not get there."""
     command = [sys.executable, "-c", "from trimode.runtime.command import main; main()", "serve", str(engine)]
-    environment = os.environ | {"TRIMODE_API_KEY": KEY}
+    environment = os.environ | {"TRIMODE_API_KEY": key}
     process = subprocess.Popen(
         [*command, "--port", "0", "--model-name", "tiny", *options], stderr=subprocess.PIPE, text=True, env=environment
     )
@@ -73,11 +80,13 @@ def serving(engine: Path, *options: str) -> Iterator[Served]:
     guard.start()
     log: list[str] = []
     try:
-        first = process.stderr.readline()
+        said, found = "", None
+        while found is None and (line := process.stderr.readline()):
+            said += line
+            found = re.search(r"http://\S+", line)
         guard.cancel()
-        found = re.search(r"http://\S+", first)
         if found is None:
-            raise RuntimeError(f"the server did not start: {first}{process.stderr.read()}")
+            raise RuntimeError(f"the server did not start: {said}")
         threading.Thread(target=log.extend, args=(process.stderr,), daemon=True).start()
         yield Served(found[0], process, log)
     finally:

@@ -36,12 +36,13 @@ class Ports(NamedTuple):
 
 @contextmanager
 def triton_server(
-    engine: Path, ports: Ports, max_batch: int = 16, max_queue: int = 1024, environment: Path = ENVIRONMENT
+    engine: Path, ports: Ports, *options: str, environment: Path = ENVIRONMENT
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A server that is ready. Raises TimeoutError or RuntimeError if it does not get there."""
+    """A server that is ready; ``options`` are those of `trimode triton`. Raises TimeoutError or RuntimeError if it does
+    not get there.
+    """
     with tempfile.TemporaryDirectory(prefix="trimode-triton-") as scratch:
         repository, backends = Path(scratch) / "repository", Path(scratch) / "backends"
-        options = [f"--max-batch={max_batch}", f"--max-queue={max_queue}"]
         subprocess.run([environment / "bin" / "trimode", "triton", engine, repository, *options], check=True)
         site = Path(_ask(environment, "import sysconfig; print(sysconfig.get_path('purelib'))"))
         triton = site / "pytriton" / "tritonserver"
@@ -117,10 +118,12 @@ def main() -> None:
     parser.add_argument("--http-port", type=int, default=Ports().http)
     parser.add_argument("--grpc-port", type=int, default=Ports().grpc)
     parser.add_argument("--metrics-port", type=int, default=Ports().metrics)
+    parser.add_argument("--no-decoupled", action="store_true", help="as `trimode triton` has it")
     options = parser.parse_args()
     ports = Ports(options.http_port, options.grpc_port, options.metrics_port)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    with triton_server(options.engine, ports) as process, suppress(KeyboardInterrupt):
+    policy = ["--no-decoupled"] if options.no_decoupled else []
+    with triton_server(options.engine, ports, *policy) as process, suppress(KeyboardInterrupt):
         print(f"tensorrt_llm on http://127.0.0.1:{ports.http}, grpc {ports.grpc}, metrics {ports.metrics}", flush=True)
         process.wait()
 

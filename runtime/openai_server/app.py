@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Awaitable, Callable
 from importlib import resources
 from typing import Any
@@ -56,7 +57,7 @@ def _documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ErrorAnswer} for status in statuses}
 
 
-REFUSALS = _documented(401, 500, 503)
+REFUSALS = _documented(401, 421, 500, 503)
 BODY_REFUSALS = REFUSALS | _documented(400, 404, 408, 413, 429, 504)
 STREAM: dict[str, Any] = {
     "description": "The answer; with `stream`, its chunks as server-sent events.",
@@ -96,7 +97,7 @@ def create_app(service: Service) -> FastAPI:
             max_model_len=service.llm.manifest.limits.capacity,
         )
 
-    @app.get("/health", responses=_documented(503), response_model=Health)
+    @app.get("/health", responses=_documented(421, 503), response_model=Health)
     async def health() -> Response:
         return json_response(Health(status="ok"))
 
@@ -132,6 +133,13 @@ def _showing(page: Response) -> Callable[[Request], Awaitable[Response]]:
     return show
 
 
+def _release(error: Exception) -> None:
+    """FastAPI's frames keep the error that keeps them, and the body. Megabytes would wait for a collection of garbage,
+    which counts objects.
+    """
+    traceback.clear_frames(error.__traceback__)
+
+
 def _add_handlers(app: FastAPI) -> None:
     @app.exception_handler(TriModeError)
     async def refuse(_: Request, error: TriModeError) -> Response:
@@ -139,10 +147,12 @@ def _add_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def refuse_body(_: Request, error: RequestValidationError) -> Response:
+        _release(error)
         return errors.respond(errors.of_validation(error.errors()))
 
     @app.exception_handler(HTTPException)
     async def refuse_http(_: Request, error: HTTPException) -> Response:
+        _release(error)
         # FastAPI makes one of what goes wrong while a body is read, the gate's refusals among them.
         if isinstance(error.__cause__, ApiError):
             return errors.respond(error.__cause__)

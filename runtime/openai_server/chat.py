@@ -22,7 +22,7 @@ from trimode.runtime.openai_server.schema import (
     TokenOrigins,
 )
 from trimode.runtime.openai_server.service import Head, Service, ended, json_response, some
-from trimode.runtime.openai_server.tokens import OriginsTeller, chat_logprobs
+from trimode.runtime.openai_server.tokens import LikelihoodsTeller, OriginsTeller
 from trimode.runtime.outputs import CompletionOutput, Logprob
 
 
@@ -33,9 +33,7 @@ async def complete_chat(service: Service, body: ChatCompletionRequest, http: Req
         [message.turn() for message in body.messages], enable_thinking=body.enable_thinking
     )
     prompt = await service.encode(text)
-    params = body.sampling_params(
-        max_tokens=body.max_completion_tokens or body.max_tokens or service.room(prompt), logprobs=_logprobs(body)
-    )
+    params = body.sampling_params(max_tokens=_max_tokens(body) or service.room(prompt), logprobs=_logprobs(body))
     thinking = leaves_thinking_open(text)
     head = service.head("chatcmpl")
     run = service.running.start([prompt], params, streaming=bool(body.stream))
@@ -59,10 +57,18 @@ async def complete_chat(service: Service, body: ChatCompletionRequest, http: Req
         )
 
 
+def _max_tokens(body: ChatCompletionRequest) -> int | None:
+    """The older name stands for the newer one."""
+    old, new = body.max_tokens, body.max_completion_tokens
+    if old is not None and new is not None and old != new:
+        raise ApiError(BAD_REQUEST, "max_tokens is another than max_completion_tokens; give one of them", "max_tokens")
+    return new or old
+
+
 def _logprobs(body: ChatCompletionRequest) -> int | None:
     if body.logprobs:
         return body.top_logprobs or 0
-    if body.top_logprobs is not None:
+    if body.top_logprobs:
         raise ApiError(BAD_REQUEST, "top_logprobs has a meaning only with logprobs", "top_logprobs")
     return None
 
@@ -71,10 +77,11 @@ class _Teller:
     """One choice: its thinking set apart, whole or as it comes."""
 
     def __init__(self, service: Service, body: ChatCompletionRequest, thinking: bool) -> None:
-        self._tokenizer = service.llm.tokenizer
-        self._logprobs = _logprobs(body)
+        tokenizer, top = service.llm.tokenizer, _logprobs(body)
+        skip = body.skip_special_tokens is not False
+        self._likelihoods = None if top is None else LikelihoodsTeller(tokenizer, top, thinking, skip)
         self._splitter = ReasoningSplitter(thinking)
-        self._origins = OriginsTeller(self._tokenizer) if body.return_token_origins else None
+        self._origins = OriginsTeller(tokenizer) if body.return_token_origins else None
         self._told = 0  # tokens
         self._finished = False
 
@@ -87,7 +94,7 @@ class _Teller:
             ),
             finish_reason=ended(output),
             **some(
-                logprobs=self._likelihoods(output.logprobs or ()),
+                logprobs=self._tell_likelihoods(output.logprobs or (), split.content),
                 trimode=self._tell(output.token_ids, output),
             ),
         )
@@ -106,13 +113,13 @@ class _Teller:
             delta=Delta(**some(reasoning_content=split.reasoning or None, content=split.content or None)),
             finish_reason=ended(output),
             **some(
-                logprobs=self._likelihoods(output.logprobs_diff),
+                logprobs=self._tell_likelihoods(output.logprobs_diff, split.content),
                 trimode=self._tell(output.token_ids_diff, output),
             ),
         )
 
-    def _likelihoods(self, rows: Sequence[dict[int, Logprob]]) -> ChatLogprobs | None:
-        return None if self._logprobs is None else chat_logprobs(self._tokenizer, rows, self._logprobs)
+    def _tell_likelihoods(self, rows: Sequence[dict[int, Logprob]], content: str) -> ChatLogprobs | None:
+        return None if self._likelihoods is None else self._likelihoods.tell(rows, content)
 
     def _tell(self, token_ids: list[int], output: CompletionOutput) -> TokenOrigins | None:
         return None if self._origins is None else self._origins.tell(token_ids, output)

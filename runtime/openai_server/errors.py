@@ -8,6 +8,7 @@
 | 405 | invalid_request_error | method_not_allowed | |
 | 408 | timeout_error | body_timeout | the body did not come in time |
 | 413 | invalid_request_error | context_length_exceeded, body_too_large | |
+| 421 | invalid_request_error | wrong_host | a server without a key, on the loopback interface, under another name |
 | 429 | rate_limit_error | queue_full | with Retry-After |
 | 500 | server_error | internal_error | a fault of ours; the reason is in the server's log alone |
 | 503 | server_error | shutting_down | with Retry-After |
@@ -23,9 +24,11 @@ from fastapi.responses import Response
 
 from trimode.model.errors import TriModeError
 from trimode.runtime.errors import ContextLengthError, QueueFullError, ShutDownError
-from trimode.runtime.openai_server.schema import ErrorAnswer, ErrorDetail
+from trimode.runtime.openai_server.schema import LACKING, TOO_MANY_FIELDS, ErrorAnswer, ErrorDetail
 
 RETRY_AFTER = {"retry-after": "1"}
+# Characters of a field's path that are told: a name may be as long as a body.
+LONGEST_PATH = 200
 
 
 class Kind(NamedTuple):
@@ -42,6 +45,7 @@ BAD_METHOD = Kind(405, "invalid_request_error", "method_not_allowed")
 BODY_TIMEOUT = Kind(408, "timeout_error", "body_timeout")
 BODY_TOO_LARGE = Kind(413, "invalid_request_error", "body_too_large")
 TOO_LONG = Kind(413, "invalid_request_error", "context_length_exceeded")
+WRONG_HOST = Kind(421, "invalid_request_error", "wrong_host")
 QUEUE_FULL = Kind(429, "rate_limit_error", "queue_full")
 INTERNAL = Kind(500, "server_error", "internal_error")
 SHUTTING_DOWN = Kind(503, "server_error", "shutting_down")
@@ -70,6 +74,8 @@ def respond(error: Exception) -> Response:
     headers = RETRY_AFTER if kind in (QUEUE_FULL, SHUTTING_DOWN) else {}
     if kind is UNAUTHORIZED:
         headers = {"www-authenticate": "Bearer"}
+    if kind in (BODY_TIMEOUT, BODY_TOO_LARGE):
+        headers = {"connection": "close"}  # the rest of the body stays unread
     return Response(answer(error).json_text(), kind.status, headers=headers, media_type="application/json")
 
 
@@ -95,10 +101,12 @@ def of_validation(found: Sequence[Any]) -> ApiError:
     for error in found:
         if error["type"] == "json_invalid":
             return ApiError(BAD_REQUEST, f"the body is not JSON (character {error['loc'][1]})")
-        path = ".".join(str(part) for part in error["loc"][1:] if not _is_branch(part))
+        path = ".".join(str(part) for part in error["loc"][1:] if not _is_branch(part))[:LONGEST_PATH]
+        message = error["msg"]
         if not path:
-            return ApiError(BAD_REQUEST, "the body must be a JSON object, sent with content-type application/json")
-        told.setdefault(path, error["msg"])
+            unread = "the body must be a JSON object, sent with content-type application/json"
+            return ApiError(BAD_REQUEST, message if error["type"] == TOO_MANY_FIELDS else unread)
+        told.setdefault(path, next((LACKING[part] for part in error["loc"] if part in LACKING), message))
     listed = [f"{path}: {message}" for path, message in told.items()]
     return ApiError(BAD_REQUEST, "; ".join(listed[:3]), next(iter(told)))
 

@@ -1,9 +1,12 @@
-"""What every request passes before it is read: the key, the limits of its body, whether the server still takes it."""
+"""What every request passes before it is read: the server's name and key, the limits of its body, whether the server
+still takes it.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import hmac
+import re
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -12,6 +15,7 @@ from trimode.runtime.openai_server.errors import (
     BODY_TOO_LARGE,
     SHUTTING_DOWN,
     UNAUTHORIZED,
+    WRONG_HOST,
     ApiError,
     respond,
 )
@@ -19,15 +23,29 @@ from trimode.runtime.openai_server.errors import (
 # Answered without a key: the page, which asks for one, and whether the server is up.
 OPEN_PATHS = frozenset({"/", "/playground.css", "/playground.js", "/health"})
 BODY_SECONDS = 30.0
+LOOPBACK_NAMES = frozenset({b"localhost", b"127.0.0.1", b"[::1]"})
 
 
 class Gate:
-    """ASGI middleware. ``active``: requests that are being answered. ``draining``: refuse what comes, with 503."""
+    """ASGI middleware. ``active``: requests that are being answered. ``draining``: refuse what comes, with 503.
 
-    def __init__(self, app: ASGIApp, api_key: str | None, max_body: int, body_seconds: float = BODY_SECONDS) -> None:
+    loopback_only: refuse what was asked under another name than those of the loopback interface. A page from elsewhere,
+    whose own name was made to point there, asks under that name.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        api_key: str | None,
+        max_body: int,
+        loopback_only: bool = False,
+        body_seconds: float = BODY_SECONDS,
+    ) -> None:
         self._app = app
         self._key = None if api_key is None else f"Bearer {api_key}".encode()
         self._max_body = max_body
+        self._loopback_only = loopback_only
         self._body_seconds = body_seconds
         self.active = 0
         self.draining = False
@@ -51,6 +69,8 @@ class Gate:
     def _refusal(self, path: str, headers: dict[bytes, bytes]) -> ApiError | None:
         if self.draining:
             return ApiError(SHUTTING_DOWN, "the server is shutting down; ask another, or later")
+        if self._loopback_only and _name(headers.get(b"host", b"")) not in LOOPBACK_NAMES:
+            return ApiError(WRONG_HOST, "this server has no API key, and answers under the name localhost alone")
         given = headers.get(b"authorization", b"")
         if self._key is not None and path not in OPEN_PATHS and not hmac.compare_digest(given, self._key):
             return ApiError(UNAUTHORIZED, "the API key is missing or wrong; send it as `Authorization: Bearer KEY`")
@@ -84,3 +104,8 @@ class Gate:
             return message
 
         return bounded
+
+
+def _name(host: bytes) -> bytes:
+    """Without the port."""
+    return re.sub(rb":\d*$", b"", host).lower()

@@ -20,13 +20,13 @@ async function refusal(response) {
   return new Error(body?.error?.message ?? `the server answered ${response.status}`);
 }
 
-// The JSON of each server-sent event.
+// The JSON of each server-sent event. Without the last one the answer is not whole.
 async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let held = "";
   for (;;) {
     const { value, done } = await reader.read();
-    if (done) return;
+    if (done) throw new Error("the connection broke off");
     const parts = (held + value).split("\n\n");
     held = parts.pop();
     for (const part of parts) {
@@ -43,6 +43,7 @@ class Lane {
     this.root.querySelector("legend").textContent = name;
     this.fields = this.root.querySelector("fieldset").elements;
     this.talk = this.root.querySelector(".talk");
+    this.turns = this.talk.firstElementChild;
     this.talk.setAttribute("aria-label", `Conversation, ${name}`);
     this.messages = [];
     const { mode: select, block_length: block } = this.fields;
@@ -73,7 +74,7 @@ class Lane {
   turn(who, text = "") {
     const turn = element("li", "turn", text);
     turn.dataset.who = who;
-    this.talk.append(turn);
+    this.turns.append(turn);
     this.talk.scrollTop = this.talk.scrollHeight;
     return turn;
   }
@@ -96,6 +97,7 @@ class Lane {
         for (const choice of event.choices) answer.add(choice);
       }
       this.messages.push({ role: "assistant", content: answer.content });
+      this.turns.append(element("li", "hidden", answer.origins()));
     } catch (error) {
       this.messages.pop();
       answer.turn.append(element("span", "error", error.name === "AbortError" ? " [stopped]" : ` ${error.message}`));
@@ -118,6 +120,7 @@ class Answer {
     this.thinking = thinking;
     this.content = "";
     this.tokens = 0;
+    this.counts = {};
     this.first = null;
   }
 
@@ -134,6 +137,7 @@ class Answer {
 
   addToken(piece, origin) {
     this.tokens += 1;
+    this.counts[origin] = (this.counts[origin] ?? 0) + 1;
     if (this.thinking && piece === THINK_END) {
       this.thinking = false;
       this.turn.append("\n");
@@ -142,6 +146,11 @@ class Answer {
       token.title = origin;
       this.turn.append(token);
     }
+  }
+
+  // What the colours say, for those who do not see them.
+  origins() {
+    return `Tokens: ${Object.entries(this.counts).map(([origin, count]) => `${count} ${origin}`).join(", ")}`;
   }
 
   flash(rejected) {
@@ -181,12 +190,17 @@ async function send() {
   if (!prompt || stopper) return;
   field.value = "";
   stopper = new AbortController();
-  byId("send").disabled = true;
-  byId("stop").disabled = false;
+  exchange(byId("send"), byId("stop"));
   await Promise.all(showLanes().map((lane) => lane.ask(prompt, stopper.signal)));
   stopper = null;
-  byId("send").disabled = false;
-  byId("stop").disabled = true;
+  exchange(byId("stop"), byId("send"), field);
+}
+
+// Enable one button instead of another, and do not lose the keyboard's focus with that.
+function exchange(old, button, next = button) {
+  button.disabled = false;
+  if (document.activeElement === old) next.focus();
+  old.disabled = true;
 }
 
 async function showModel() {

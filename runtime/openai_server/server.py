@@ -14,6 +14,7 @@ import uvicorn
 from trimode.model.errors import TriModeError
 from trimode.runtime.llm import LLM
 from trimode.runtime.openai_server.app import create_app
+from trimode.runtime.openai_server.connection import Connection
 from trimode.runtime.openai_server.gate import Gate
 from trimode.runtime.openai_server.service import Service
 
@@ -51,13 +52,19 @@ def serve(llm: LLM, options: ServerOptions) -> None:
     gc.freeze()
     gc.set_threshold(GARBAGE_OBJECTS)
     service = Service(llm, options.model_name or llm.manifest.source, options.request_seconds)
-    gate = Gate(create_app(service), options.api_key, options.max_body)
+    exposed = options.host not in LOOPBACK
+    gate = Gate(
+        create_app(service),
+        api_key=options.api_key,
+        max_body=options.max_body,
+        loopback_only=options.api_key is None and not exposed,
+    )
     config = uvicorn.Config(
         gate,
         host=options.host,
         port=options.port,
         loop="uvloop",
-        http="httptools",
+        http=Connection,
         ws="none",
         access_log=False,
         log_level="warning",
@@ -66,7 +73,7 @@ def serve(llm: LLM, options: ServerOptions) -> None:
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=LAST_WORDS_SECONDS,
     )
-    if options.host not in LOOPBACK and options.api_key is None:
+    if exposed and options.api_key is None:
         print(f"trimode: {options.host} is open to other machines, and no API key is set", file=sys.stderr)
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
     try:

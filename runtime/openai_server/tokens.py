@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Sequence
 
 from tokenizers.decoders import DecodeStream
 
 from trimode.model.tokenizer import Tokenizer
+from trimode.runtime.openai_server.reasoning import CLOSE, OPEN
 from trimode.runtime.openai_server.schema import (
     ChatLogprobs,
     CompletionLogprobs,
@@ -41,15 +43,51 @@ class OriginsTeller:
         )
 
 
-def chat_logprobs(tokenizer: Tokenizer, rows: Sequence[dict[int, Logprob]], top: int) -> ChatLogprobs:
-    """``top``: the number of the likeliest to list with each token."""
-    content = []
-    for row in rows:
-        entries = {token: _entry(tokenizer, token, found) for token, found in row.items()}
-        likeliest = sorted(row, key=lambda token: row[token].rank)[:top]
+class LikelihoodsTeller:
+    """The :class:`ChatLogprobs` of an answer's successive updates: of the tokens that make its content. Those of its
+    thought and of a stop string are not among them, nor those that are no text.
+
+    top: the number of the likeliest to list with each token. thinking: the prompt left a thought open.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, top: int, thinking: bool, skip_special_tokens: bool) -> None:
+        self._tokenizer = tokenizer
+        self._top = top
+        self._skip_special_tokens = skip_special_tokens
+        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
+        self._open, self._close = (tokenizer.token_id(mark) for mark in (OPEN, CLOSE))
+        self._thinking: bool | None = thinking or None  # None: it may yet begin
+        self._untold: deque[tuple[int, dict[int, Logprob]]] = deque()  # with the characters that a token completes
+        self._missing = 0  # characters of the content that no token told so far has completed
+
+    def tell(self, rows: Iterable[dict[int, Logprob]], content: str) -> ChatLogprobs:
+        """``rows`` and ``content`` are what is newest; the content may lag behind the rows."""
+        self._missing += len(content)
+        self._untold += [
+            (len(self._tokenizer.step(self._stream, token) or ""), row)
+            for row in rows
+            if self._makes_content(token := next(iter(row)))
+        ]
+        told = []
+        while self._untold and self._missing > 0:
+            length, row = self._untold.popleft()
+            self._missing -= length
+            told.append(self._likelihoods(row))
+        return ChatLogprobs(content=told)
+
+    def _makes_content(self, token: int) -> bool:
+        if self._thinking is None:
+            self._thinking = token == self._open
+        if self._thinking:
+            self._thinking = token != self._close
+            return False
+        return bool(self._tokenizer.decode([token], self._skip_special_tokens))
+
+    def _likelihoods(self, row: dict[int, Logprob]) -> TokenLogprob:
+        entries = {token: _entry(self._tokenizer, token, found) for token, found in row.items()}
+        likeliest = sorted(row, key=lambda token: row[token].rank)[: self._top]
         chosen = entries[next(iter(row))]
-        content.append(TokenLogprob(**chosen.model_dump(), top_logprobs=[entries[token] for token in likeliest]))
-    return ChatLogprobs(content=content)
+        return TokenLogprob(**chosen.model_dump(), top_logprobs=[entries[token] for token in likeliest])
 
 
 def completion_logprobs(tokenizer: Tokenizer, rows: Sequence[dict[int, Logprob]], offset: int) -> CompletionLogprobs:

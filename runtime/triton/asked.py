@@ -12,6 +12,10 @@ from trimode.model.errors import TriModeError
 from trimode.runtime.sampling_params import SamplingParams
 from trimode.runtime.triton.tensors import OPTIONAL_INPUTS, TEXT_INPUT, Tensor
 
+# TensorRT-LLM's own client says by this parameter, in each request, whether it wants a stream. Its model is not
+# decoupled, and ignores it.
+STREAMING = "Streaming"
+
 
 class Asked(NamedTuple):
     """``with_input``: the prompt precedes the answer's text. The last four: which outputs are sent beside the text."""
@@ -31,13 +35,16 @@ def stops_another(request: Any) -> bool:
     return bool(_values(request).get("stop"))
 
 
-def read(request: Any) -> Asked:
-    """Raises TriModeError that names the tensor or the field."""
+def read(request: Any, decoupled: bool) -> Asked:
+    """Raises TriModeError that names the tensor or the field. decoupled: whether the model may answer in parts."""
     values = _values(request)
-    _refuse_unknown(request)
+    parameters = _parameters(request)
     (prompt,) = _one("text_input", _read(request, TEXT_INPUT))
     if values.get("sampling_param_best_of", 1) != 1:
         raise TriModeError("sampling_param_best_of must be 1; for several answers give n")
+    streaming = bool(values.get("streaming", decoupled and parameters.get(STREAMING)))
+    if streaming and not decoupled:
+        raise TriModeError("streaming needs a decoupled model; write the repository with --decoupled")
     with_logprob = bool(values.get("return_cumulative_logprob"))
     fields: dict[str, Any] = {
         tensor.field: values[tensor.name] for tensor in OPTIONAL_INPUTS if tensor.field and tensor.name in values
@@ -47,7 +54,7 @@ def read(request: Any) -> Asked:
     return Asked(
         prompt=prompt,
         params=SamplingParams(**fields),
-        streaming=bool(values.get("streaming")),
+        streaming=streaming,
         with_input=values.get("sampling_param_exclude_input_from_output") is False,
         finish_reason=bool(values.get("return_finish_reason")),
         stop_reason=bool(values.get("return_stop_reason")),
@@ -56,11 +63,13 @@ def read(request: Any) -> Asked:
     )
 
 
-def _refuse_unknown(request: Any) -> None:
+def _parameters(request: Any) -> dict[str, Any]:
     """HTTP's ``generate`` makes a parameter of each field that is no input."""
-    for name in json.loads(request.parameters() or "{}"):
-        if not name.startswith("triton_"):
+    found: dict[str, Any] = json.loads(request.parameters() or "{}")
+    for name in found:
+        if name != STREAMING and not name.startswith("triton_"):
             raise TriModeError(f"there is no input {name}; config.pbtxt of this model lists all")
+    return found
 
 
 def _values(request: Any) -> dict[str, Any]:
@@ -69,6 +78,8 @@ def _values(request: Any) -> dict[str, Any]:
     for tensor in OPTIONAL_INPUTS:
         values = _read(request, tensor)
         if values is not None:
+            if tensor.lacking:
+                raise TriModeError(f"{tensor.name} cannot be honoured: {tensor.lacking}")
             found[tensor.name] = values if tensor.many else _one(tensor.name, values)[0]
     return found
 

@@ -1,12 +1,15 @@
 """The model that Triton's Python backend runs: every request goes into one engine, whose scheduler batches them.
 
-``execute`` returns at once as far as Triton is concerned: the backend runs it as a coroutine beside all others.
+``execute`` returns at once; the requests are coroutines of the model's own event loop. The backend would run coroutines
+itself, but for a model that is not decoupled one after the other.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import math
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ import triton_python_backend_utils as pb_utils
 from trimode.model.errors import TriModeError
 from trimode.runtime.errors import QueueFullError, ShutDownError
 from trimode.runtime.llm import LLM, RequestOutput
+from trimode.runtime.prefix_cache import BLOCK
 from trimode.runtime.triton.asked import Asked, read, stops_another
 from trimode.runtime.triton.metrics import EngineMetrics
 
@@ -27,8 +31,9 @@ WATCH_SECONDS = 0.05
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
-        parameters = json.loads(args["model_config"])["parameters"]
-        values = {name: value["string_value"] for name, value in parameters.items()}
+        config = json.loads(args["model_config"])
+        values = {name: value["string_value"] for name, value in config["parameters"].items()}
+        self._decoupled = pb_utils.using_decoupled_model_transaction_policy(config)
         self._llm = LLM(
             Path(values["engine"]),
             max_batch_size=int(values["max_batch"]),
@@ -36,20 +41,26 @@ class TritonPythonModel:
         )
         self._running: dict[str, RequestOutput] = {}
         self._metrics = EngineMetrics(self._llm)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="trimode-requests", daemon=True)
+        self._thread.start()
 
-    async def execute(self, requests: list[Any]) -> None:
-        await asyncio.gather(*(self._execute(request) for request in requests))
+    def execute(self, requests: list[Any]) -> None:
+        for request in requests:
+            asyncio.run_coroutine_threadsafe(self._execute(request), self._loop)
 
     def finalize(self) -> None:
         self._metrics.stop()
         self._llm.shutdown()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
 
     async def _execute(self, request: Any) -> None:
         sender = request.get_response_sender()
         try:
             if stops_another(request):
                 self._stop(request.request_id())
-                sender.send(flags=FINAL)
+                sender.send(_cancelled(), FINAL)
             else:
                 await self._answer(request, sender)
         except TriModeError as error:
@@ -61,7 +72,7 @@ class TritonPythonModel:
             )
 
     async def _answer(self, request: Any, sender: Any) -> None:
-        asked, arrival = read(request), time.monotonic_ns()
+        asked, arrival = read(request, self._decoupled), time.monotonic_ns()
         output = self._llm.generate_async(asked.prompt, asked.params, asked.streaming)
         name = request.request_id()
         self._running[name] = output
@@ -77,7 +88,7 @@ class TritonPythonModel:
             watch.cancel()
             self._running.pop(name, None)
         if any(answer.finish_reason == "cancelled" for answer in output.outputs):
-            sender.send(_failure("the request was cancelled", pb_utils.TritonError.CANCELLED), FINAL)
+            sender.send(_cancelled(), FINAL)
         else:
             sender.send(_response(asked, output, arrival), FINAL)
 
@@ -112,14 +123,23 @@ def _response(asked: Asked, output: RequestOutput, arrival: int) -> Any:
 
 
 def _perf_metrics(output: RequestOutput, arrival: int) -> list[Any]:
-    """Times on one monotonic clock; drafts of all answers together."""
+    """Times on one monotonic clock; drafts of all answers together; blocks are the prefix cache's, and the KV pool
+    allocates none.
+    """
     counts = [answer.counts for answer in output.outputs]
+    reused = math.ceil(counts[0].cached_tokens / BLOCK)
+    scheduled = min(answer.time_to_slot or 0.0 for answer in output.outputs)
     first = min(answer.time_to_first_token or 0.0 for answer in output.outputs)
     last = max(answer.seconds or 0.0 for answer in output.outputs)
     drafted, accepted = sum(count.drafted for count in counts), sum(count.accepted for count in counts)
     found: dict[str, tuple[float, type[np.generic]]] = {
+        "kv_cache_reused_block": (reused, np.int32),
+        "kv_cache_missed_block": (math.ceil(len(output.prompt_token_ids) / BLOCK) - reused, np.int32),
+        "kv_cache_alloc_new_blocks": (0, np.int32),
+        "kv_cache_alloc_total_blocks": (0, np.int32),
         "kv_cache_hit_rate": (counts[0].cached_tokens / len(output.prompt_token_ids), np.float32),
         "arrival_time_ns": (arrival, np.int64),
+        "first_scheduled_time_ns": (arrival + round(scheduled * 1e9), np.int64),
         "first_token_time_ns": (arrival + round(first * 1e9), np.int64),
         "last_token_time_ns": (arrival + round(last * 1e9), np.int64),
         "acceptance_rate": (accepted / drafted if drafted else 0.0, np.float32),
@@ -131,6 +151,11 @@ def _perf_metrics(output: RequestOutput, arrival: int) -> list[Any]:
 
 def _strings(name: str, texts: list[str]) -> Any:
     return pb_utils.Tensor(name, np.array([text.encode() for text in texts], np.object_))
+
+
+def _cancelled() -> Any:
+    """TensorRT-LLM's clients expect it of a request to stop another, too."""
+    return _failure("the request was cancelled", pb_utils.TritonError.CANCELLED)
 
 
 def _failure(message: str, code: Any) -> Any:

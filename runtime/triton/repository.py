@@ -12,17 +12,20 @@ MODEL_NAME = "tensorrt_llm"
 _MODEL_FILE = "from trimode.runtime.triton.model import TritonPythonModel  # noqa: F401\n"
 
 
-def write_repository(engine: Path, repository: Path, max_batch: int, max_queue: int) -> None:
-    """Write the new folder ``repository``. Raises TriModeError if it exists."""
+def write_repository(engine: Path, repository: Path, *, max_batch: int, max_queue: int, decoupled: bool = True) -> None:
+    """Write the new folder ``repository``. Raises TriModeError if it exists.
+
+    decoupled: answers can be streamed. If not, each request has one answer, and Triton takes plain ``infer`` calls too.
+    """
     with atomic_folder(repository) as folder:
         model = folder / MODEL_NAME
         (model / "1").mkdir(parents=True)
         (model / "1" / "model.py").write_text(_MODEL_FILE, encoding="utf-8")
         parameters = {"engine": str(engine.resolve()), "max_batch": str(max_batch), "max_queue": str(max_queue)}
-        (model / "config.pbtxt").write_text(_config(parameters), encoding="utf-8")
+        (model / "config.pbtxt").write_text(_config(parameters, decoupled), encoding="utf-8")
 
 
-def _config(parameters: Mapping[str, str]) -> str:
+def _config(parameters: Mapping[str, str], decoupled: bool) -> str:
     inputs = [_tensor("input", TEXT_INPUT), *(_tensor("input", tensor, optional=True) for tensor in OPTIONAL_INPUTS)]
     return _lines(
         (
@@ -30,7 +33,7 @@ def _config(parameters: Mapping[str, str]) -> str:
             'backend: "python"',
             # Requests are batched by the engine's own scheduler, cycle by cycle.
             "max_batch_size: 0",
-            "model_transaction_policy { decoupled: true }",
+            f"model_transaction_policy {{ decoupled: {str(decoupled).lower()} }}",
             "instance_group [ { count: 1 kind: KIND_CPU } ]",
             *inputs,
             *(_tensor("output", tensor) for tensor in OUTPUTS),

@@ -1,6 +1,6 @@
 """The model's tensors: TensorRT-LLM's ``llmapi`` model by name and type, and TriMode's beside them.
 
-So a client of TensorRT-LLM's model works unchanged, short of what this one has not: LoRA adapters, images, ``best_of``
+So a client of TensorRT-LLM's model works unchanged, short of what this one lacks: LoRA adapters, images, ``best_of``
 above 1.
 """
 
@@ -12,18 +12,20 @@ Dtype = Literal["TYPE_STRING", "TYPE_BOOL", "TYPE_INT32", "TYPE_INT64", "TYPE_UI
 
 
 class Tensor(NamedTuple):
-    """``field``: the field of ``SamplingParams`` that an input sets, if it sets one."""
+    """``field``: the field of ``SamplingParams`` that an input sets, if it sets one. ``lacking``: why it is refused."""
 
     name: str
     dtype: Dtype
     field: str | None = None
     many: bool = False
+    lacking: str | None = None
 
     @property
     def dims(self) -> str:
         return "[ -1 ]" if self.many else "[ 1 ]"
 
 
+_NO_LORA = "this model has no LoRA adapters but its own draft adapter"
 TEXT_INPUT = Tensor("text_input", "TYPE_STRING", many=True)
 TENSORRT_LLM_INPUTS = (
     Tensor("streaming", "TYPE_BOOL"),
@@ -42,6 +44,11 @@ TENSORRT_LLM_INPUTS = (
     Tensor("return_stop_reason", "TYPE_BOOL"),
     Tensor("return_cumulative_logprob", "TYPE_BOOL"),
     Tensor("stop", "TYPE_BOOL"),
+    Tensor("image_url", "TYPE_STRING", many=True, lacking="this model sees no images"),
+    Tensor("lora_id", "TYPE_UINT64", lacking=_NO_LORA),
+    Tensor("lora_name", "TYPE_STRING", lacking=_NO_LORA),
+    Tensor("lora_path", "TYPE_STRING", lacking=_NO_LORA),
+    Tensor("lora_ckpt_source", "TYPE_STRING", lacking=_NO_LORA),
 )
 TRIMODE_INPUTS = (
     Tensor("n", "TYPE_INT32", "n"),
@@ -67,8 +74,13 @@ OUTPUTS = (
     Tensor("finish_reason", "TYPE_STRING", many=True),
     Tensor("stop_reason", "TYPE_STRING", many=True),
     Tensor("cumulative_logprob", "TYPE_FP32", many=True),
+    Tensor("kv_cache_reused_block", "TYPE_INT32", many=True),
+    Tensor("kv_cache_missed_block", "TYPE_INT32", many=True),
+    Tensor("kv_cache_alloc_new_blocks", "TYPE_INT32", many=True),
+    Tensor("kv_cache_alloc_total_blocks", "TYPE_INT32", many=True),
     Tensor("kv_cache_hit_rate", "TYPE_FP32", many=True),
     Tensor("arrival_time_ns", "TYPE_INT64"),
+    Tensor("first_scheduled_time_ns", "TYPE_INT64"),
     Tensor("first_token_time_ns", "TYPE_INT64"),
     Tensor("last_token_time_ns", "TYPE_INT64"),
     Tensor("acceptance_rate", "TYPE_FP32"),

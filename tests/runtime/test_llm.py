@@ -79,7 +79,7 @@ def test_streamed_pieces_are_the_whole(llm: LLM, mode: Any) -> None:
     assert len(output.origins) == output.length == len(output.logprobs or [])
     assert output.cumulative_logprob is not None
     assert output.cumulative_logprob < 0
-    assert 0 < (output.time_to_first_token or 0) <= (output.seconds or 0)
+    assert 0 < (output.time_to_slot or 0) < (output.time_to_first_token or 0) <= (output.seconds or 0)
 
 
 def test_many_are_awaited_together(llm: LLM) -> None:

@@ -29,6 +29,7 @@ OURS = {
     "chat_template_kwargs",
     "return_token_origins",
     "top_k",
+    "ignore_eos",
     "include_stop_str_in_output",
 }
 
@@ -112,6 +113,28 @@ def test_length_and_stop(client: openai.OpenAI) -> None:
     assert streamed == ANSWER.partition(" Tens")[0]
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        pytest.param({}, id="to its end token"),
+        pytest.param({"ignore_eos": True, "max_tokens": 120}, id="beyond its end tokens"),
+        pytest.param({"chat_template_kwargs": {"enable_thinking": True}}, id="after a thought"),
+        pytest.param({"stop": " Tens"}, id="to a stop string"),
+        pytest.param({"stop": "4, 2"}, id="to a stop string of several tokens"),
+    ],
+)
+def test_logprobs_are_those_of_the_content(client: openai.OpenAI, fields: dict[str, Any]) -> None:
+    choice = chat(client, logprobs=True, **fields).choices[0]
+    assert "".join(entry.token for entry in choice.logprobs.content) == choice.message.content != ""
+    content, told = "", []
+    for chunk in chat(client, logprobs=True, stream=True, **fields):
+        content += chunk.choices[0].delta.content or ""
+        if chunk.choices[0].logprobs:
+            told += chunk.choices[0].logprobs.content
+    assert content == choice.message.content
+    assert told == choice.logprobs.content
+
+
 def test_seed_and_n(client: openai.OpenAI) -> None:
     drawn = [chat(client, temperature=3.0, seed=seed, max_tokens=12).choices[0].message.content for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
@@ -137,6 +160,57 @@ def test_logprobs(client: openai.OpenAI) -> None:
     assert [entry.token for entry in told] == [entry.token for entry in tokens]
     alone = chat(client, logprobs=True, max_tokens=2).choices[0].logprobs.content
     assert [entry.top_logprobs for entry in alone] == [[], []]
+
+
+NEUTRAL: dict[str, Any] = {
+    "audio": None,
+    "function_call": "none",
+    "functions": [],
+    "logit_bias": {},
+    "max_completion_tokens": 200,
+    "max_tokens": 200,
+    "metadata": {"team": "a"},
+    "modalities": ["text"],
+    "parallel_tool_calls": False,
+    "prediction": None,
+    "prompt_cache_key": "a",
+    "reasoning_effort": None,
+    "response_format": {"type": "text"},
+    "safety_identifier": "a",
+    "seed": -(2**63),
+    "service_tier": "auto",
+    "store": False,
+    "tool_choice": "none",
+    "tools": [],
+    "top_logprobs": 0,
+    "user": "a",
+}
+
+
+def test_openai_fields_that_ask_for_nothing(client: openai.OpenAI) -> None:
+    """Also in the turn of an earlier answer, as the client gives it."""
+    assert chat(client, **NEUTRAL).choices[0].message.content == ANSWER
+    earlier = chat(client).choices[0].message.model_dump() | {"annotations": [], "tool_calls": []}
+    messages = [*QUESTION, earlier, {"role": "user", "content": "Spell planet and ladder."}]
+    options = {"include_usage": False, "include_obfuscation": False}
+    told = chat(client, messages=messages, stream=True, stream_options=options)
+    spelt = "planet: p-l-a-n-e-t. ladder: l-a-d-d-e-r."
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in told) == spelt
+    neutral = {"prompt": PROMPT, "best_of": 1, "echo": False, "suffix": None, "logit_bias": {}, "max_tokens": 200}
+    assert client.completions.create(model="tiny", **neutral).choices[0].text == ANSWER
+
+
+def test_every_seed_that_openai_takes(client: openai.OpenAI) -> None:
+    hot = {"temperature": 3.0, "max_tokens": 12}
+    seeds = (-1, -1, 1, -(2**63), 2**63 - 1)
+    drawn = [chat(client, seed=seed, **hot).choices[0].message.content for seed in seeds]
+    assert drawn[0] == drawn[1]
+    assert len(set(drawn)) == 4
+    several = chat(client, seed=-1, n=2, **hot)  # the second one's seed is 0
+    assert [choice.message.content for choice in several.choices] == [
+        drawn[0],
+        chat(client, seed=0, **hot).choices[0].message.content,
+    ]
 
 
 def test_penalties_change_the_answer(client: openai.OpenAI) -> None:

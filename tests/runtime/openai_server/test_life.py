@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import socket
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from scripts.event_client import DONE, stream
+from scripts.event_client import DONE, event_request, stream
 from scripts.faults import LONG, SLOTS, kill_a_client, stop_under_load
 from scripts.load_test import Load, run_load
 from scripts.serving import KEY, Served, serving
 
-CHAT = "/v1/chat/completions"
+ANSWERS = 3  # with their likelihoods, more than the sockets' buffers hold
 
 
 def test_killed_clients_free_their_slots(served: Served) -> None:
@@ -24,16 +25,11 @@ def test_killed_clients_free_their_slots(served: Served) -> None:
 
 
 def test_a_client_that_hangs_up_before_a_whole_answer_frees_its_slot(served: Served, http: httpx.Client) -> None:
-    whole = LONG | {"stream": False}
+    finished = served.metrics()["trimode_answers_total"]
     with pytest.raises(httpx.ReadTimeout):
-        http.post("/v1/completions", json=whole, timeout=0.3)
+        http.post("/v1/completions", json=LONG | {"stream": False}, timeout=0.3)
     served.wait_until_idle(2)
-
-
-def test_an_answer_is_cut_at_a_killed_client_and_not_computed_further(served: Served) -> None:
-    before = served.metrics()["trimode_answers_total"]
-    kill_a_client(served)
-    assert served.metrics()["trimode_answers_total"] == before
+    assert served.metrics()["trimode_answers_total"] == finished
 
 
 @pytest.mark.parametrize("after", [0.0, 0.3])
@@ -47,8 +43,7 @@ def test_stopped_under_load(tiny_engine: Path, after: float) -> None:
 
 def test_what_does_not_finish_in_time_is_told(tiny_engine: Path) -> None:
     async def ask_and_stop(server: Served) -> list[Any]:
-        body = LONG | {"n": 8, "temperature": 1.0}
-        asked = asyncio.create_task(stream(f"{server.url}/v1/completions", body, KEY))
+        asked = asyncio.create_task(stream(f"{server.url}/v1/completions", LONG, KEY))
         await asyncio.sleep(0.5)
         server.terminate()
         await asyncio.sleep(0.2)
@@ -79,17 +74,34 @@ def test_many_at_once_answer_as_each_alone(served: Served, heldout: list[dict[st
 
 
 def test_a_slow_reader_holds_up_nobody(served: Served) -> None:
-    async def ask() -> tuple[float, float]:
-        reader, writer = await asyncio.open_connection("127.0.0.1", int(served.url.rpartition(":")[2]))
-        body = b'{"prompt": "abc", "max_tokens": 1900, "ignore_eos": true, "stream": true}'
-        writer.write(
-            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-            b"Authorization: Bearer %s\r\nContent-Length: %d\r\n\r\n" % (KEY.encode(), len(body)) + body
-        )
-        await reader.readexactly(100)  # and no further
-        found = await stream(f"{served.url}/v1/completions", {"prompt": "abc", "max_tokens": 8, "stream": True}, KEY)
-        writer.close()
-        return found.events[-1]
+    """Its answers are computed while the server cannot tell them, others are told, and it loses nothing."""
+    few = {"messages": [{"role": "user", "content": "abc"}], "max_tokens": 8, "stream": True}
+    much = few | {"max_tokens": 1900, "ignore_eos": True, "n": ANSWERS, "temperature": 1.0, "logprobs": True}
 
-    assert asyncio.run(asyncio.wait_for(ask(), 30)) == DONE
-    served.wait_until_idle(10)
+    async def ask() -> None:
+        before = served.metrics()
+        connection = _narrow_connection(served)
+        reader, writer = await asyncio.open_connection(sock=connection)
+        writer.write(event_request(f"{served.url}/v1/chat/completions", much | {"top_logprobs": 20}, KEY))
+        told = await reader.readexactly(100)  # and no further
+        assert (await stream(f"{served.url}/v1/chat/completions", few, KEY)).events[-1] == DONE
+        await asyncio.to_thread(served.wait_until_idle, 100)
+        after = served.metrics()
+        assert after["trimode_answers_total"] - before["trimode_answers_total"] == ANSWERS + 1
+        assert after["trimode_answer_tokens_count"] - before["trimode_answer_tokens_count"] == 1  # not the slow one's
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+        told += await reader.read()
+        assert told.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+        assert told.count(b'"finish_reason":"length"') == ANSWERS
+        writer.close()
+
+    asyncio.run(asyncio.wait_for(ask(), 120))
+
+
+def _narrow_connection(server: Served) -> socket.socket:
+    """One that takes little before it is read."""
+    host, _, port = server.url.removeprefix("http://").rpartition(":")
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.connect((host, int(port)))
+    return connection

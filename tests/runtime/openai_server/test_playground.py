@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from selenium.webdriver import Chrome
+from selenium.webdriver import ActionChains, Chrome
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.wait import WebDriverWait
@@ -34,13 +35,35 @@ def chrome() -> Iterator[Chrome]:
 
 @pytest.fixture
 def page(chrome: Chrome, served: Served) -> Chrome:
+    return opened(chrome, served)
+
+
+def opened(browser: Chrome, served: Served) -> Chrome:
     """The page, with the key given."""
-    chrome.get(f"{served.url}/")
-    WebDriverWait(chrome, SECONDS).until(lambda page: page.find_element(By.ID, "key").is_displayed())
-    chrome.find_element(By.ID, "key").send_keys(KEY, Keys.ENTER)
-    WebDriverWait(chrome, SECONDS).until(lambda page: page.find_element(By.ID, "model").text == "tiny")
-    chrome.get_log("browser")  # the refusal without the key is in it
-    return chrome
+    browser.get(f"{served.url}/")
+    WebDriverWait(browser, SECONDS).until(lambda page: page.find_element(By.ID, "key").is_displayed())
+    browser.find_element(By.ID, "key").send_keys(KEY, Keys.ENTER)
+    WebDriverWait(browser, SECONDS).until(lambda page: page.find_element(By.ID, "model").text == "tiny")
+    browser.get_log("browser")  # the refusal without the key is in it
+    return browser
+
+
+def press(page: Chrome, *keys: str) -> None:
+    """Wherever the focus is."""
+    ActionChains(page).send_keys(*keys).perform()
+
+
+def focused(page: Chrome) -> str:
+    return str(page.execute_script("return document.activeElement.id || document.activeElement.name"))
+
+
+def go_to(page: Chrome, name: str) -> None:
+    """By the tab key."""
+    for _ in range(20):
+        if focused(page) == name:
+            return
+        press(page, Keys.TAB)
+    raise AssertionError(f"no way to {name}")
 
 
 def ask(page: Chrome, prompt: str) -> None:
@@ -80,6 +103,33 @@ def test_a_question_by_keyboard(page: Chrome) -> None:
     assert float(figures["forward"]) > 1
     assert figures["acceptance"].endswith("%")
     assert complaints(page) == []
+
+
+def test_all_by_the_keys_alone(page: Chrome) -> None:
+    go_to(page, "mode")
+    press(page, Keys.ARROW_DOWN, Keys.TAB, Keys.ARROW_DOWN, Keys.ARROW_DOWN)  # linear_spec to diffusion; block 8
+    go_to(page, "prompt")
+    press(page, QUESTION)
+    go_to(page, "send")
+    press(page, Keys.ENTER)
+    WebDriverWait(page, SECONDS).until(lambda page: focused(page) == "prompt")  # after Stop, which is of no use now
+    assert page.find_elements(By.CLASS_NAME, "turn")[-1].get_attribute("data-who") == "diffusion, block 8"
+    assert "denoised" in kinds(page)
+    press(page, "Count.", Keys.ENTER)
+    assert focused(page) == "prompt"
+    WebDriverWait(page, SECONDS).until(lambda page: page.find_element(By.ID, "send").is_enabled())
+    assert len(page.find_elements(By.CLASS_NAME, "turn")) == 4
+
+
+def test_origins_are_told_without_colours(page: Chrome) -> None:
+    ask(page, QUESTION)
+    assert answers(page) == [ANSWER]
+    last = page.find_elements(By.CSS_SELECTOR, ".talk[role=log] > ol[role=list] > li")[-1]
+    text = str(last.get_attribute("textContent"))
+    told = re.fullmatch(r"Tokens: (1) prefill, (\d+) accepted, (\d+) bonus", text)
+    assert told is not None
+    shown = len(page.find_elements(By.CSS_SELECTOR, ".turn .token"))
+    assert sum(map(int, told.groups())) == shown + 1  # the end token, which has no text
 
 
 def test_a_conversation_goes_on(page: Chrome) -> None:
@@ -129,12 +179,12 @@ def test_thinking_is_told_apart(page: Chrome) -> None:
 
 
 def test_escape_stops_and_the_slot_is_free(page: Chrome, served: Served) -> None:
-    # An answer without an end of its own.
+    # Answers without an end of their own, and too many to be done soon.
     page.execute_script(
-        "const ask = window.fetch; window.fetch = (url, options) => "
-        "ask(url, options?.body ? {...options, body: options.body.replace('{', '{\"ignore_eos\":true,')} : options);"
+        "const ask = window.fetch; window.fetch = (url, { body, ...options }) => "
+        "ask(url, { ...options, body: body.replace('{', '{\"ignore_eos\":true,\"n\":64,') });"
     )
-    choose(page, 0, mode="ar")
+    choose(page, 0, mode="ar", temperature="1")
     whole = served.metrics()["trimode_answers_total"]
     page.find_element(By.ID, "prompt").send_keys("y", Keys.ENTER)
     WebDriverWait(page, SECONDS, 0.02).until(lambda page: page.find_element(By.ID, "stop").is_enabled())
@@ -159,16 +209,45 @@ def test_a_refusal_is_told(page: Chrome) -> None:
     assert "capacity" in page.find_element(By.CSS_SELECTOR, ".turn .error").text
 
 
+CUT = """
+const ask = window.fetch;
+window.asked = [];
+window.fetch = async (url, options) => {
+  const response = await ask(url, options);
+  if (!options?.body) return response;
+  window.asked.push(JSON.parse(options.body).messages.length);
+  return new Response((await response.text()).replace("data: [DONE]\\n\\n", ""));
+};
+"""
+
+
+def test_a_stream_that_is_cut_is_no_answer(page: Chrome) -> None:
+    page.execute_script(CUT)
+    ask(page, QUESTION)
+    assert answers(page) == [f"{ANSWER} the connection broke off"]
+    ask(page, QUESTION)
+    assert page.execute_script("return window.asked") == [1, 1]  # nothing of it is in the history
+
+
 @pytest.mark.parametrize("dark", [False, True])
 def test_it_fits_a_phone_and_can_be_read(served: Served, dark: bool) -> None:
     with browser(width=390, height=844, dark=dark) as page:
-        page.get(f"{served.url}/")
+        opened(page, served)
         page.find_element(By.ID, "compare").click()
+        ask(page, QUESTION)
+        assert answers(page) == [ANSWER, ANSWER]
+        assert page.execute_script(IN_SIGHT, "#prompt, #send, #stop, .figures, .talk")
         assert page.execute_script("return document.documentElement.scrollWidth <= innerWidth")
         for kind in ("prefill", "accepted", "bonus", "denoised", "forced", "rejected"):
             assert page.execute_script(CONTRAST, f"#legend .{kind}") >= 4.5  # WCAG AA
 
 
+IN_SIGHT = """
+return [...document.querySelectorAll(arguments[0])].every((element) => {
+  const { height, right, bottom } = element.getBoundingClientRect();
+  return height > 20 && right <= innerWidth && bottom <= innerHeight;
+});
+"""
 CONTRAST = """
 const style = getComputedStyle(document.querySelector(arguments[0]));
 const light = (colour) => {

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from scripts.malformed_bodies import malformed
+from scripts.malformed_bodies import WIDE, malformed, wide
 from scripts.serving import KEY, Served, serving
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -33,8 +33,30 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
 BAD_BODIES: dict[str, tuple[str, object, int, str | None, str]] = {
     "no messages": (CHAT, {}, 400, "messages", "Field required"),
     "empty messages": (CHAT, {"messages": []}, 400, "messages", "at least 1"),
-    "unknown field": (CHAT, {"messages": HELLO, "best_of": 2}, 400, "best_of", "not permitted"),
-    "tools": (CHAT, {"messages": HELLO, "tools": []}, 400, "tools", "not permitted"),
+    "unknown field": (CHAT, {"messages": HELLO, "beam_width": 2}, 400, "beam_width", "not permitted"),
+    "tools": (CHAT, {"messages": HELLO, "tools": [{"type": "function"}]}, 400, "tools", "calls no tools"),
+    "tool_choice": (CHAT, {"messages": HELLO, "tool_choice": "required"}, 400, "tool_choice", "calls no tools"),
+    "tool_calls": (CHAT, {"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, 400, None, "tools"),
+    "store": (CHAT, {"messages": HELLO, "store": True}, 400, "store", "stores nothing"),
+    "logit_bias": (COMPLETIONS, {"prompt": "a", "logit_bias": {"1": 2}}, 400, "logit_bias", "biases no tokens"),
+    "JSON": (CHAT, {"messages": HELLO, "response_format": {"type": "json_object"}}, 400, None, "no format but text"),
+    "obfuscation": (
+        CHAT,
+        {"messages": HELLO, "stream": True, "stream_options": {"include_obfuscation": True}},
+        400,
+        "stream_options.include_obfuscation",
+        "does not pad",
+    ),
+    "tier": (CHAT, {"messages": HELLO, "service_tier": "flex"}, 400, "service_tier", "one tier"),
+    "two lengths": (
+        CHAT,
+        {"messages": HELLO, "max_tokens": 3, "max_completion_tokens": 4},
+        400,
+        "max_tokens",
+        "one of",
+    ),
+    "seed": (CHAT, {"messages": HELLO, "seed": 2**63}, 400, "seed", "less than"),
+    "many fields": (CHAT, {str(number): 1 for number in range(101)}, 400, None, "at most 100 fields, not 101"),
     "unknown role": (CHAT, {"messages": [{"role": "cat", "content": ""}]}, 400, "messages.0.role", "'system'"),
     "picture": (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, None, "'text'"),
     "text as number": (CHAT, {"messages": HELLO, "max_tokens": "9"}, 400, "max_tokens", "integer"),
@@ -86,6 +108,43 @@ def test_bodies_that_are_no_request(http: httpx.Client, case: str) -> None:
     response = http.post(COMPLETIONS, content=RAW[case], headers={"content-type": "application/json"})
     assert response.status_code == 400
     error_of(response)
+
+
+@pytest.mark.parametrize("kind", WIDE)
+def test_wide_bodies(served: Served, http: httpx.Client, kind: str) -> None:
+    """As long as the server lets in; no element costs a finding of its own."""
+    before = served.peak_mib()
+    path, body = wide(kind)
+    response = http.post(path, content=body, headers={"content-type": "application/json"})
+    assert response.status_code == 400
+    assert len(error_of(response)["message"]) < 1000
+    assert served.peak_mib() - before < 256
+    assert http.get("/health").status_code == 200
+
+
+UNREADABLE = {
+    "truncated": b'{"prompt": "' + b"y" * 4_000_000,
+    "not UTF-8": b'{"prompt": "' + b"\xff" * 4_000_000 + b'"}',
+    "half a character": b'{"prompt": "\\ud800' + b"y" * 4_000_000 + b'"}',
+    "deep": b'{"prompt": ' + b"[" * 4_000_000,
+    "many keys": wide("keys")[1],
+}
+
+
+@pytest.mark.parametrize("case", UNREADABLE)
+def test_a_refused_body_is_not_kept(served: Served, http: httpx.Client, case: str) -> None:
+    before = served.peak_mib()
+    for _ in range(50):
+        response = http.post(COMPLETIONS, content=UNREADABLE[case], headers={"content-type": "application/json"})
+        assert response.status_code == 400
+    assert served.peak_mib() - before < 100  # two or three of them at most
+
+
+def test_a_name_as_long_as_a_body_is_not_repeated(http: httpx.Client) -> None:
+    response = http.post(CHAT, json={"messages": HELLO, "x" * 1_000_000: 1})
+    assert response.status_code == 400
+    assert "not permitted" in error_of(response)["message"]
+    assert len(response.content) < 1000
 
 
 def test_another_content_type(http: httpx.Client) -> None:

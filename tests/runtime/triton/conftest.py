@@ -17,11 +17,21 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-@pytest.fixture(scope="session")
-def triton(tiny_engine: Path) -> Iterator[Ports]:
+def serving(engine: Path, *options: str) -> Iterator[Ports]:
     """CI sets the variable, so that there a missing environment is a failure."""
     if not (ENVIRONMENT / "bin" / "trimode").exists() and "TRIMODE_NEED_TRITON" not in os.environ:
         pytest.skip(f"{ENVIRONMENT} is not there; `make triton-environment` makes it")
     ports = Ports(free_port(), free_port(), free_port())
-    with triton_server(tiny_engine, ports, max_batch=4):
+    with triton_server(engine, ports, "--max-batch", "4", *options):
         yield ports
+
+
+@pytest.fixture(scope="session")
+def triton(tiny_engine: Path) -> Iterator[Ports]:
+    yield from serving(tiny_engine)
+
+
+@pytest.fixture(scope="session")
+def undecoupled(tiny_engine: Path) -> Iterator[Ports]:
+    """As TensorRT-LLM's own model is configured: one answer to each request."""
+    yield from serving(tiny_engine, "--no-decoupled")

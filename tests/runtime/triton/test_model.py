@@ -32,6 +32,8 @@ DTYPES: dict[str, tuple[str, Any]] = {
     "TYPE_UINT64": ("UINT64", np.uint64),
     "TYPE_FP32": ("FP32", np.float32),
 }
+# With n above 1 no machine is done with it while a test looks.
+LONG = {"sampling_param_max_tokens": 1900, "ignore_eos": True, "mode": "ar", "sampling_param_temperature": 1.0}
 BY_NAME = {tensor.name: tensor for tensor in (TEXT_INPUT, *OPTIONAL_INPUTS)}
 
 
@@ -122,10 +124,14 @@ def test_generate(triton: Ports) -> None:
     assert told["cumulative_logprob"] < 0
     assert 0.5 < told["acceptance_rate"] <= 1
     assert told["acceptance_rate"] == pytest.approx(told["total_accepted_draft_tokens"] / told["total_draft_tokens"])
-    assert told["arrival_time_ns"] < told["first_token_time_ns"] < told["last_token_time_ns"]
+    times = [told[f"{moment}_time_ns"] for moment in ("arrival", "first_scheduled", "first_token", "last_token")]
+    assert times == sorted(set(times))
     long = {"text_input": PROMPT * 4, "sampling_param_return_perf_metrics": True, "sampling_param_max_tokens": 1}
-    rates = [generate(triton, **long).json()["kv_cache_hit_rate"] for _ in range(2)]
-    assert rates[0] < 0.5 < rates[1] < 1  # the second time it is known
+    once, again = (generate(triton, **long).json() for _ in range(2))
+    assert once["kv_cache_hit_rate"] < 0.5 < again["kv_cache_hit_rate"] < 1  # the second time it is known
+    assert once["kv_cache_missed_block"] > 1 > again["kv_cache_missed_block"]
+    assert again["kv_cache_reused_block"] == once["kv_cache_reused_block"] + once["kv_cache_missed_block"]
+    assert again["kv_cache_alloc_new_blocks"] == again["kv_cache_alloc_total_blocks"] == 0
 
 
 def test_sampling_fields(triton: Ports) -> None:
@@ -159,7 +165,8 @@ BAD = {
     "too long": ({"sampling_param_max_tokens": 5000}, "capacity"),
     "best_of": ({"sampling_param_best_of": 2}, "best_of"),
     "two prompts": ({"text_input": ["a", "b"]}, "text_input has 2 elements"),
-    "lora": ({"lora_id": 1}, "lora_id"),
+    "lora": ({"lora_id": 1}, "lora_id cannot be honoured: this model has no LoRA"),
+    "image": ({"image_url": ["data:,"]}, "image_url cannot be honoured: this model sees no images"),
     "misspelt": ({"block_lenght": 8}, "block_lenght"),
     "stop of nobody": ({"stop": True}, "stop needs the id"),
 }
@@ -174,22 +181,21 @@ def test_bad_requests_are_triton_errors(triton: Ports, case: str) -> None:
 
 
 def test_grpc_streams_share_the_engine(triton: Ports) -> None:
-    """More requests on one stream than the engine has slots; all slots have answered before the first is done."""
+    """More requests on one stream than the engine has slots; the first, which is long, is done last."""
     with stream_to(triton) as stream:
-        for number in range(8):
+        stream.ask("long", mode="ar", ignore_eos=True, sampling_param_max_tokens=1900)
+        for number in range(7):
             stream.ask(str(number), mode="ar")
         latest: dict[str, str] = {}
-        order: list[str] = []
-        finals = first_final = 0
-        while finals < 8:
+        done: list[str] = []
+        while len(done) < 8:
             name, texts, final = stream.next()
             if texts:
                 latest[name] = texts[0]
-            order.append(name)
-            finals += final
-            first_final = first_final or len(order) * final
-    assert latest == {str(number): ANSWER for number in range(8)}
-    assert len(set(order[:first_final])) >= 4
+            if final:
+                done.append(name)
+    assert done[-1] == "long"
+    assert [latest[str(number)] for number in range(7)] == [ANSWER] * 7
 
 
 def test_grpc_errors(triton: Ports) -> None:
@@ -204,23 +210,109 @@ def test_a_client_that_leaves_frees_its_slot(triton: Ports) -> None:
     before = metrics(triton)["trimode_tokens_emitted_total"]
     for _ in range(6):  # more than there are slots
         with stream_to(triton) as stream:
-            stream.ask("long", ignore_eos=True, mode="ar", sampling_param_max_tokens=1900)
+            stream.ask("long", n=64, **LONG)
             assert stream.next()[1] != []
     assert generate(triton).json()["text_output"] == ANSWER
     time.sleep(3 * PERIOD_SECONDS)
-    assert metrics(triton)["trimode_tokens_emitted_total"] - before < 1900
     wait_for_metrics(triton, requests_running=0, requests_waiting=0)
+    assert metrics(triton)["trimode_tokens_emitted_total"] - before < 64 * 1900
 
 
 def test_stop_by_request_id(triton: Ports) -> None:
     with stream_to(triton) as stream, stream_to(triton) as other:
-        stream.ask("one", ignore_eos=True, mode="ar", sampling_param_max_tokens=1900)
+        stream.ask("one", n=64, **LONG)
         stream.next()
         other.ask("one", stop=True)
-        assert other.next() == ("one", [], True)
+        with pytest.raises(grpc.InferenceServerException, match="cancelled"):
+            other.next()
         with pytest.raises(grpc.InferenceServerException, match="cancelled"):  # noqa: PT012
             while True:
                 stream.next()
+
+
+class Unary:
+    """Asks as TensorRT-LLM's own client does, `triton_backend/tools/llmapi_client.py`."""
+
+    def __init__(self, client: grpc.InferenceServerClient) -> None:
+        self._client = client
+        self._told: queue.Queue[Any] = queue.Queue()
+
+    def ask(self, request_id: str, **fields: Any) -> Any:
+        inputs = {"text_input": PROMPT, "sampling_param_max_tokens": 200} | fields
+        return self._infer(request_id, [as_input(name, value) for name, value in inputs.items()])
+
+    def stop(self, request_id: str) -> None:
+        inputs = [grpc.InferInput("text_input", [1], "BYTES"), grpc.InferInput("stop", [1], "BOOL")]
+        inputs[0].set_data_from_numpy(np.empty([1], np.bytes_))
+        inputs[1].set_data_from_numpy(np.array([True], bool))
+        self._infer(request_id, inputs)
+
+    def next(self) -> str:
+        """The text of what is answered next, or its error's status."""
+        found = self._told.get(timeout=SECONDS)
+        if isinstance(found, grpc.InferenceServerException):
+            return str(found.status())
+        return str(found.as_numpy("text_output")[0].decode())
+
+    def _infer(self, request_id: str, inputs: list[grpc.InferInput]) -> Any:
+        return self._client.async_infer(
+            "tensorrt_llm",
+            inputs,
+            outputs=None,
+            request_id=request_id,
+            callback=lambda result, error: self._told.put(error or result),
+            parameters={"Streaming": False},
+        )
+
+
+CANCELLED = "StatusCode.CANCELLED"
+
+
+@pytest.fixture
+def unary(undecoupled: Ports) -> Iterator[Unary]:
+    with grpc.InferenceServerClient(f"127.0.0.1:{undecoupled.grpc}") as client:
+        yield Unary(client)
+
+
+def test_their_client(unary: Unary) -> None:
+    unary.stop("1")  # there is none of this id yet
+    assert unary.next() == CANCELLED
+    answered = unary.ask("1")
+    assert unary.next() == ANSWER
+    answered.cancel()
+    unary.stop("1")
+    assert unary.next() == CANCELLED
+    unary.ask("2")
+    assert unary.next() == ANSWER
+
+
+def test_their_client_stops_and_cancels(unary: Unary, undecoupled: Ports) -> None:
+    unary.ask("long", n=64, **LONG)
+    wait_for_metrics(undecoupled, requests_running=4)
+    unary.stop("long")
+    assert [unary.next(), unary.next()] == [CANCELLED, CANCELLED]
+    wait_for_metrics(undecoupled, requests_running=0)
+    running = unary.ask("longer", n=64, **LONG)
+    wait_for_metrics(undecoupled, requests_running=4)
+    running.cancel()
+    assert unary.next() == CANCELLED
+    wait_for_metrics(undecoupled, requests_running=0)
+    assert metrics(undecoupled)["trimode_tokens_emitted_total"] < 60 * 1900  # neither was computed to its end
+
+
+def test_single_answers_share_the_engine_too(unary: Unary) -> None:
+    unary.ask("long", n=3, **LONG)
+    unary.ask("short")
+    assert unary.next() == ANSWER
+    unary.stop("long")
+    assert [unary.next(), unary.next()] == [CANCELLED, CANCELLED]
+
+
+def test_single_answers_over_http(undecoupled: Ports) -> None:
+    assert generate(undecoupled).json()["text_output"] == ANSWER
+    refused = generate(undecoupled, streaming=True)
+    assert refused.status_code == 400
+    assert "streaming needs a decoupled model" in refused.json()["error"]
 
 
 def test_metrics(triton: Ports) -> None:

@@ -9,16 +9,35 @@ import pytest
 
 from trimode.model.errors import TriModeError
 from trimode.runtime.triton.repository import write_repository
-from trimode.runtime.triton.tensors import OPTIONAL_INPUTS, OUTPUTS, TEXT_INPUT
+from trimode.runtime.triton.tensors import OPTIONAL_INPUTS, TEXT_INPUT
 
 # Of TensorRT-LLM's `llmapi` model, config.pbtxt.
 THEIR_INPUTS = {
-    "text_input", "streaming", "sampling_param_best_of", "sampling_param_temperature", "sampling_param_top_k",
-    "sampling_param_top_p", "sampling_param_frequency_penalty", "sampling_param_presence_penalty",
-    "sampling_param_max_tokens", "sampling_param_stop", "sampling_param_seed",
-    "sampling_param_exclude_input_from_output", "sampling_param_return_perf_metrics", "return_finish_reason",
-    "return_stop_reason", "return_cumulative_logprob", "stop",
+    "text_input": "STRING [ -1 ]", "image_url": "STRING [ -1 ]", "streaming": "BOOL [ 1 ]",
+    "sampling_param_best_of": "INT32 [ 1 ]", "sampling_param_temperature": "FP32 [ 1 ]",
+    "sampling_param_top_k": "INT32 [ 1 ]", "sampling_param_top_p": "FP32 [ 1 ]",
+    "sampling_param_frequency_penalty": "FP32 [ 1 ]", "sampling_param_presence_penalty": "FP32 [ 1 ]",
+    "sampling_param_max_tokens": "INT32 [ 1 ]", "sampling_param_stop": "STRING [ -1 ]",
+    "sampling_param_seed": "UINT64 [ 1 ]", "sampling_param_exclude_input_from_output": "BOOL [ 1 ]",
+    "sampling_param_return_perf_metrics": "BOOL [ 1 ]", "return_finish_reason": "BOOL [ 1 ]",
+    "return_stop_reason": "BOOL [ 1 ]", "return_cumulative_logprob": "BOOL [ 1 ]", "stop": "BOOL [ 1 ]",
+    "lora_id": "UINT64 [ 1 ]", "lora_name": "STRING [ 1 ]", "lora_path": "STRING [ 1 ]",
+    "lora_ckpt_source": "STRING [ 1 ]",
 }  # fmt: skip
+THEIR_OUTPUTS = {
+    "text_output": "STRING [ -1 ]", "finish_reason": "STRING [ -1 ]", "stop_reason": "STRING [ -1 ]",
+    "cumulative_logprob": "FP32 [ -1 ]", "kv_cache_reused_block": "INT32 [ -1 ]",
+    "kv_cache_missed_block": "INT32 [ -1 ]", "kv_cache_alloc_new_blocks": "INT32 [ -1 ]",
+    "kv_cache_alloc_total_blocks": "INT32 [ -1 ]", "kv_cache_hit_rate": "FP32 [ -1 ]",
+    "arrival_time_ns": "INT64 [ 1 ]", "first_scheduled_time_ns": "INT64 [ 1 ]", "first_token_time_ns": "INT64 [ 1 ]",
+    "last_token_time_ns": "INT64 [ 1 ]", "acceptance_rate": "FP32 [ 1 ]",
+    "total_accepted_draft_tokens": "INT32 [ 1 ]", "total_draft_tokens": "INT32 [ 1 ]",
+}  # fmt: skip
+
+
+def declared(kind: str, config: str) -> dict[str, str]:
+    found = re.findall(rf'^{kind} {{ name: "(\w+)" data_type: TYPE_(\w+) dims: (\[ -?1 \])', config, re.MULTILINE)
+    return {name: f"{dtype} {dims}" for name, dtype, dims in found}
 
 
 def test_what_is_written(tmp_path: Path) -> None:
@@ -27,14 +46,16 @@ def test_what_is_written(tmp_path: Path) -> None:
     written = sorted(path.relative_to(tmp_path).as_posix() for path in (tmp_path / "repository").rglob("*.*"))
     assert written == ["repository/tensorrt_llm/1/model.py", "repository/tensorrt_llm/config.pbtxt"]
     config = (tmp_path / "repository/tensorrt_llm/config.pbtxt").read_text()
-    inputs = re.findall(r'^input { name: "(\w+)"', config, re.MULTILINE)
-    assert inputs == [tensor.name for tensor in (TEXT_INPUT, *OPTIONAL_INPUTS)]
-    assert set(inputs) >= THEIR_INPUTS
-    assert re.findall(r'^output { name: "(\w+)"', config, re.MULTILINE) == [tensor.name for tensor in OUTPUTS]
+    inputs = declared("input", config)
+    assert list(inputs) == [tensor.name for tensor in (TEXT_INPUT, *OPTIONAL_INPUTS)]
+    assert inputs.items() >= THEIR_INPUTS.items()
+    assert declared("output", config) == THEIR_OUTPUTS
     assert config.count("optional: true") == len(OPTIONAL_INPUTS)
     assert f'{tmp_path.resolve()}/an \\"engine\\""' in config
     assert 'key: "max_batch" value { string_value: "3" }' in config
     assert "decoupled: true" in config
+    write_repository(engine, tmp_path / "another", max_batch=3, max_queue=7, decoupled=False)
+    assert "decoupled: false" in (tmp_path / "another/tensorrt_llm/config.pbtxt").read_text()
 
 
 def test_a_folder_that_is_there_is_left_alone(tmp_path: Path) -> None:

@@ -1,0 +1,56 @@
+"""Whom the server answers under which name, and for how long it waits for a body."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from scripts.serving import Served, serving
+from trimode.runtime import LLM
+from trimode.runtime.openai_server.app import create_app
+from trimode.runtime.openai_server.gate import Gate
+from trimode.runtime.openai_server.service import Service
+
+OURS = ["localhost", "localhost:8000", "LocalHost:1", "127.0.0.1", "127.0.0.1:8000", "[::1]", "[::1]:8000"]
+OTHERS = ["", "evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example", "::1"]
+
+
+def status(server: Served, host: str, path: str = "/v1/models") -> int:
+    return httpx.get(f"{server.url}{path}", headers={"host": host}).status_code
+
+
+def test_a_server_without_a_key_answers_under_its_own_names_alone(tiny_engine: Path) -> None:
+    """A page of another site whose name was made to point here asks under that name."""
+    with serving(tiny_engine, key="") as server:
+        assert {host: status(server, host) for host in OURS} == dict.fromkeys(OURS, 200)
+        assert {host: status(server, host) for host in OTHERS} == dict.fromkeys(OTHERS, 421)
+        assert status(server, "evil.example", "/") == 421
+        refused = httpx.get(f"{server.url}/v1/models", headers={"host": "evil.example"}).json()
+        assert refused["error"]["code"] == "wrong_host"
+
+
+def test_under_any_name_with_a_key_or_for_other_machines(served: Served, tiny_engine: Path) -> None:
+    assert status(served, "proxied.example", "/health") == 200
+    with serving(tiny_engine, "--host", "0.0.0.0", key="") as server:  # noqa: S104
+        assert status(server, "trimode.example") == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_a_body_that_does_not_come_in_time(tiny_engine: Path, path: str) -> None:
+    async def slow() -> AsyncIterator[bytes]:
+        yield b"{"
+        await asyncio.sleep(60)
+
+    async def talk(llm: LLM) -> httpx.Response:
+        gate = Gate(create_app(Service(llm, "tiny", 60)), api_key=None, max_body=1000, body_seconds=0.1)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(gate), base_url="http://test") as client:
+            return await client.post(path, content=slow(), headers={"content-type": "application/json"})
+
+    with LLM(tiny_engine) as llm:
+        response = asyncio.run(asyncio.wait_for(talk(llm), 10))
+    assert (response.status_code, response.json()["error"]["code"]) == (408, "body_timeout")
+    assert response.headers["connection"] == "close"  # or what is left of the body would keep it open
