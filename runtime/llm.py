@@ -245,7 +245,7 @@ class LLM:
         turn.
         """
         alone = _is_one(inputs)
-        asked: Many[Any] = [inputs] if alone else inputs
+        asked: list[Any] = [inputs] if alone else list(inputs)
         params = sampling_params if isinstance(sampling_params, Many) else [sampling_params] * len(asked)
         if len(params) != len(asked):
             raise TriModeError(f"sampling_params has {len(params)} entries for {len(asked)} inputs")
