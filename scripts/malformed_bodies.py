@@ -128,6 +128,13 @@ def misfits(server: Served, count: int) -> Counter[int]:
     return statuses
 
 
+def _resident(server: Served, after: str) -> float:
+    """In MiB, told."""
+    resident, cache = server.resident_mib(), server.metrics()["trimode_prefix_cache_bytes"] / 2**20
+    print(f"after {after}: {resident:.0f} MiB resident, {cache:.0f} of prefix cache; {server.peak_mib():.0f} at most")
+    return resident
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("engine", type=Path)
@@ -142,11 +149,9 @@ def main() -> None:
             path, body = malformed(number)
             statuses[http.post(path, content=body).status_code] += 1
             if (number + 1) % (options.count // 5) == 0:
-                resident.append(server.resident_mib())
-                print(f"after {number + 1:,} bodies: {resident[-1]:.0f} MiB resident, {server.peak_mib():.0f} at most")
+                resident.append(_resident(server, f"{number + 1:,} bodies"))
         statuses += misfits(server, options.misfits)
-        resident.append(server.resident_mib())
-        print(f"after {options.misfits:,} misfits: {resident[-1]:.0f} MiB resident, {server.peak_mib():.0f} at most")
+        resident.append(_resident(server, f"{options.misfits:,} misfits"))
         server.wait_until_idle(5)
         log = list(server.log)
     print(f"statuses: {dict(sorted(statuses.items()))}; {len(log)} lines in the server's log")
