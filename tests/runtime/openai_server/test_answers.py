@@ -70,7 +70,7 @@ def test_a_stream_is_the_answer(client: openai.OpenAI, mode: str) -> None:
     assert last.choices == []
     assert last.usage.completion_tokens == whole.usage.completion_tokens
     assert last.usage.prompt_tokens == whole.usage.prompt_tokens
-    assert len(told) > 3
+    assert len(told) >= 3  # the role, the first tokens at once, the end
 
 
 def test_thinking_is_set_apart_also_as_it_streams(client: openai.OpenAI) -> None:

@@ -151,7 +151,7 @@ def test_sampling_fields(triton: Ports) -> None:
 def test_generate_stream(triton: Ports, mode: str) -> None:
     found = events(generate(triton, "generate_stream", streaming=True, mode=mode, return_finish_reason=True))
     texts = [event["text_output"] for event in found]
-    assert len(texts) >= 3
+    assert len(texts) >= 2  # the first tokens are told at once
     for earlier, later in itertools.pairwise(texts):
         assert later.startswith(earlier)
     assert [event["finish_reason"] for event in found] == ["None"] * (len(found) - 1) + ["stop"]
