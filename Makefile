@@ -63,10 +63,10 @@ lint: $(VENV)/.package ## ruff, the floors' import rules, the Dockerfile and the
 types: $(VENV)/.package ## mypy on the installed package
 	$(BIN)/mypy $(addprefix -p trimode.,$(PACKAGES))
 
-prove: $(VENV)/.package ## Measure the README's table: engines against the PyTorch reference (about 5 minutes)
+prove: $(VENV)/.package ## Measure the README's table: engines against the PyTorch reference (about 2 to 5 minutes)
 	@$(BIN)/python scripts/prove.py
 
-prove-runtime: $(VENV)/.package ## Measure the README's second table: many requests at once (about 6 minutes)
+prove-runtime: $(VENV)/.package ## Measure the README's second table: many requests at once (about 5 minutes)
 	@$(MAKE) --no-print-directory engines/tiny-cpu/manifest.json ENGINE=engines/tiny-cpu MODEL=checkpoints/tiny
 	@$(BIN)/python scripts/prove_runtime.py engines/tiny-cpu --checkpoint engines/tiny-w4a16-awq64
 
