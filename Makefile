@@ -70,7 +70,7 @@ prove-runtime: $(VENV)/.package ## Measure the README's second table: many reque
 	@$(MAKE) --no-print-directory engines/tiny-cpu/manifest.json ENGINE=engines/tiny-cpu MODEL=checkpoints/tiny
 	@$(BIN)/python scripts/prove_runtime.py engines/tiny-cpu --checkpoint engines/tiny-w4a16-awq64
 
-bench: $(VENV)/.package ## Tokens a second by mode and load against the PyTorch reference, with the curves (about 8 minutes)
+bench: $(VENV)/.package ## Tokens a second by mode and load against the PyTorch reference, with the curves (about 2 to 8 minutes)
 	@$(MAKE) --no-print-directory engines/tiny-cpu/manifest.json ENGINE=engines/tiny-cpu MODEL=checkpoints/tiny
 	@$(BIN)/python scripts/bench.py engines/tiny-cpu --checkpoint engines/tiny-w4a16-awq64 --plot engines/bench.png
 
