@@ -178,12 +178,20 @@ def test_thinking_is_told_apart(page: Chrome) -> None:
     assert page.find_elements(By.CSS_SELECTOR, ".turn .token:not(.thought)")
 
 
+# Answers without an end of their own, and too many to be done soon; of which the page is shown little.
+ENDLESS = """
+const ask = window.fetch;
+window.fetch = async (url, { body, ...options }) => {
+  const response = await ask(url, { ...options, body: body.replace("{", '{"ignore_eos":true,"n":64,') });
+  let shown = 0;
+  const few = { transform: (part, stream) => { if (shown++ < 3) stream.enqueue(part); } };
+  return new Response(response.body.pipeThrough(new TransformStream(few)));
+};
+"""
+
+
 def test_escape_stops_and_the_slot_is_free(page: Chrome, served: Served) -> None:
-    # Answers without an end of their own, and too many to be done soon.
-    page.execute_script(
-        "const ask = window.fetch; window.fetch = (url, { body, ...options }) => "
-        "ask(url, { ...options, body: body.replace('{', '{\"ignore_eos\":true,\"n\":64,') });"
-    )
+    page.execute_script(ENDLESS)
     choose(page, 0, mode="ar", temperature="1")
     whole = served.metrics()["trimode_answers_total"]
     page.find_element(By.ID, "prompt").send_keys("y", Keys.ENTER)
