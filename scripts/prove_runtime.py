@@ -12,6 +12,7 @@ import os
 import statistics
 import time
 from collections import Counter
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -79,50 +80,57 @@ def equality_rows(engine: Path, checkpoint: Path | None, count: int) -> list[Row
             [output.outputs[0] for output in llm.generate(messages, SamplingParams(max_tokens=MAX_TOKENS, **mode))]
             for mode in MODES[:2]
         )
-    margin = _margins(checkpoint)
-    rows = [_equality("linear_spec emits ar's tokens, each alone", encoded, spec, ar, margin)]
+    margins = _Margins(checkpoint)
+    own = [mode["mode"] for mode in modes]
+    rows = [_equality("linear_spec emits ar's tokens, each alone", encoded, ["ar"] * len(encoded), spec, ar, margins)]
     for batch in (2, 4, 8, 16):
         with LLM(engine, max_batch_size=batch) as llm:
             together = [output.outputs[0] for output in llm.generate(messages, params)]
-        rows.append(_equality(f"modes mixed in batches of {batch}: as alone", encoded, together, alone, margin))
+        rows.append(_equality(f"modes mixed in batches of {batch}: as alone", encoded, own, together, alone, margins))
     return rows
 
 
 def _equality(
-    what: str, encoded: list[list[int]], found: list[CompletionOutput], expected: list[CompletionOutput], margin: Any
+    what: str,
+    encoded: list[list[int]],
+    modes: list[str],
+    found: list[CompletionOutput],
+    expected: list[CompletionOutput],
+    margins: _Margins,
 ) -> Row:
     differing = [
-        (prompt, one.token_ids, other.token_ids)
-        for prompt, one, other in zip(encoded, found, expected, strict=True)
+        (prompt, one.token_ids, other.token_ids, mode)
+        for prompt, mode, one, other in zip(encoded, modes, found, expected, strict=True)
         if one.token_ids != other.token_ids
     ]
     told = f"{len(found) - len(differing)} of {len(found)}"
     if differing:
-        told += "; margins of logits " + ", ".join(margin(*each) for each in differing)
+        told += "; margins of logits " + ", ".join(margins.told(*each) for each in differing)
     return Row(what, "all", told, not differing)
 
 
-def _margins(checkpoint: Path | None) -> Any:
-    """By how much the reference prefers the expected token to the found one, where two texts part."""
+class _Margins:
+    """By how much the reference prefers the expected token to the found one, where two texts part. Torch is loaded with
+    the first exception: a runtime has no need of it, and the rows to come are measured without.
+    """
 
-    def margin(prompt: list[int], found: list[int], expected: list[int]) -> str:
-        at = next((i for i, pair in enumerate(zip(found, expected, strict=False)) if pair[0] != pair[1]), None)
-        if at is None:
-            return "none: one text is longer"
-        if checkpoint is None:
-            return "unknown (give --checkpoint)"
-        # What a runtime has no need of, and the rows to come are measured without, as long as there are no exceptions.
-        import torch
+    def __init__(self, checkpoint: Path | None) -> None:
+        self._checkpoint = checkpoint
 
+    @cached_property
+    def _reference(self) -> Any:
         from trimode.model.checkpoint import Checkpoint
         from trimode.model.loading import load_reference
 
-        reference = load_reference(Checkpoint(checkpoint))
-        with torch.no_grad(), reference.draft_adapter(False):
-            logits = reference(torch.tensor([prompt + expected[:at]])).logits[0, -1]
-        return f"{float(logits[expected[at]] - logits[found[at]]):.1e}"
+        assert self._checkpoint is not None
+        return load_reference(Checkpoint(self._checkpoint))
 
-    return margin
+    def told(self, prompt: list[int], found: list[int], expected: list[int], mode: str) -> str:
+        if self._checkpoint is None:
+            return "unknown (give --checkpoint)"
+        from prove import margin
+
+        return f"{margin(self._reference, prompt, found, expected, mode):.1e}"
 
 
 def law_row(law: dict[str, Any], prompt: tuple[int, ...], draws: int) -> Row:
