@@ -21,8 +21,6 @@ SERVED = $(if $(and $(filter-out file,$(origin ENGINE)),$(wildcard $(ENGINE)/man
 VENV := .venv
 BIN := $(VENV)/bin
 TRITON := .triton
-SOURCES := $(shell find model quantize plugins build runtime -name '*.py' -o -name 'playground.*')
-PACKAGES := model quantize plugins build runtime
 
 .DEFAULT_GOAL := help
 
@@ -33,7 +31,7 @@ setup: $(VENV)/.package ## Make .venv and install trimode with everything the ot
 
 demo: $(VENV)/.package ## Quantise the shipped checkpoint, build its engines, answer prompts in every mode
 	@$(MAKE) --no-print-directory engines/tiny-cpu/manifest.json ENGINE=engines/tiny-cpu MODEL=checkpoints/tiny
-	@$(BIN)/python scripts/demo.py engines/tiny-cpu
+	@$(BIN)/python -m scripts.demo engines/tiny-cpu
 
 build-engine: $(ENGINE)/manifest.json ## Quantise MODEL (folder or hub id) and build ENGINE for TARGET
 	@$(BIN)/trimode info $(ENGINE)
@@ -42,7 +40,7 @@ serve: $(VENV)/.package $(SERVED) ## Answer OpenAI's API over ENGINE on port 800
 	@$(BIN)/trimode serve $(ENGINE)
 
 triton: $(TRITON)/.package $(SERVED) ## Serve ENGINE by a real tritonserver on the CPU, ports 8000 to 8002
-	@$(TRITON)/bin/python scripts/triton_server.py $(ENGINE)
+	@$(TRITON)/bin/python -m scripts.serving.triton_server $(ENGINE)
 
 triton-environment: $(TRITON)/.package ## Make .triton, in which `make triton` and its tests run the server
 
@@ -60,57 +58,48 @@ lint: $(VENV)/.package ## ruff, the floors' import rules, the Dockerfile and the
 	$(BIN)/hadolint Dockerfile
 	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.compose-spec compose.yaml
 
-types: $(VENV)/.package ## mypy on the installed package
-	$(BIN)/mypy $(addprefix -p trimode.,$(PACKAGES))
+types: $(VENV)/.package ## mypy on the package
+	$(BIN)/mypy -p trimode
 
 prove: $(VENV)/.package ## Measure the README's table: engines against the PyTorch reference (about 2 to 5 minutes)
-	@$(BIN)/python scripts/prove.py
+	@$(BIN)/python -m scripts.prove.engines
 
 prove-runtime: $(VENV)/.package ## Measure the README's second table: many requests at once (about 5 minutes)
 	@$(MAKE) --no-print-directory engines/tiny-cpu/manifest.json ENGINE=engines/tiny-cpu MODEL=checkpoints/tiny
-	@$(BIN)/python scripts/prove_runtime.py engines/tiny-cpu --checkpoint engines/tiny-w4a16-awq64
+	@$(BIN)/python -m scripts.prove.runtime engines/tiny-cpu --checkpoint engines/tiny-w4a16-awq64
 
 bench: $(VENV)/.package ## Tokens a second by mode and load against the PyTorch reference, with the curves (about 2 to 8 minutes)
 	@$(MAKE) --no-print-directory engines/tiny-cpu/manifest.json ENGINE=engines/tiny-cpu MODEL=checkpoints/tiny
-	@$(BIN)/python scripts/bench.py engines/tiny-cpu --checkpoint engines/tiny-w4a16-awq64 --plot engines/bench.png
+	@$(BIN)/python -m scripts.bench.modes engines/tiny-cpu --checkpoint engines/tiny-w4a16-awq64 --plot engines/bench.png
 
 audit: $(VENV)/.package ## Build the 8B shape with random weights for TensorRT-RTX and audit it (20 GB of disk, 23 GiB of memory)
-	@test -e $(AUDITED)/config.json || $(BIN)/python scripts/random_w4a16_checkpoint.py $(SHAPE) $(AUDITED)
+	@test -e $(AUDITED)/config.json || $(BIN)/python -m scripts.gpu.random_w4a16_checkpoint $(SHAPE) $(AUDITED)
 	@test -e $(AUDITED)-rtx/manifest.json || $(BIN)/trimode build $(AUDITED) $(AUDITED)-rtx --target rtx --sm 121,120,89 --capacity 32768
 	@$(BIN)/trimode audit $(AUDITED)-rtx --window 512,4096,32768 --plot $(AUDITED)-rtx.png
 
 kernels: $(VENV)/.package ## The GPU kernels in numbers: traffic, an estimated cycle, registers (compiles for seven GPUs: 10 minutes)
-	@$(BIN)/python -m scripts.kernel_table traffic
-	@$(BIN)/python -m scripts.cycle_estimate
-	@$(BIN)/python -m scripts.kernel_table resources
+	@$(BIN)/python -m scripts.gpu.kernel_table traffic
+	@$(BIN)/python -m scripts.gpu.cycle_estimate
+	@$(BIN)/python -m scripts.gpu.kernel_table resources
 
 train-tiny: $(VENV)/.package ## Train the shipped checkpoint again from its seed (about an hour)
-	$(BIN)/python scripts/tiny/train.py --out engines/tiny-trained
+	$(BIN)/python -m scripts.tiny.train --out engines/tiny-trained
 
 clean: ## Remove .venv, .triton, engines and caches
 	rm -rf $(VENV) $(TRITON) engines .setuptools .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
-$(VENV)/.dependencies: pyproject.toml
+# Installed in place: tools and commands see every change of the working tree.
+$(VENV)/.package: pyproject.toml trimode/__init__.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet '.[build,rtx,tensorrt,serve,dev]'
-	@touch $@
-
-$(VENV)/.package: $(VENV)/.dependencies $(SOURCES)
-	rm -rf .setuptools
-	$(BIN)/python -m pip install --quiet --no-deps --force-reinstall .
+	$(BIN)/python -m pip install --quiet --editable '.[build,rtx,tensorrt,serve,dev]'
 	@touch $@
 
 # numpy 1, which the Python backend's stub needs, and no torch.
-$(TRITON)/.dependencies: pyproject.toml
+$(TRITON)/.package: pyproject.toml trimode/__init__.py
 	$(PYTHON) -m venv $(TRITON)
 	$(TRITON)/bin/python -m pip install --quiet --upgrade pip
-	$(TRITON)/bin/python -m pip install --quiet '.[triton]'
-	@touch $@
-
-$(TRITON)/.package: $(TRITON)/.dependencies $(SOURCES)
-	rm -rf .setuptools
-	$(TRITON)/bin/python -m pip install --quiet --no-deps --force-reinstall .
+	$(TRITON)/bin/python -m pip install --quiet --editable '.[triton]'
 	@touch $@
 
 # Beside an engine and a quantised folder: what they were asked to be. Asked for otherwise, they are made anew; a folder

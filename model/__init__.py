@@ -1,1 +1,1 @@
-"""What the network is: config, checkpoint, tokenizer, and the PyTorch reference."""
+"""What the network is: config, checkpoint, tokenizer and template, rotary embedding, step contract."""

@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 from safetensors import SafetensorError, safe_open
 
+from trimode.common.errors import TriModeError
+from trimode.common.records import read_json, read_json_record
 from trimode.model import int4
 from trimode.model.config import ModelConfig
-from trimode.model.errors import TriModeError
-from trimode.model.records import read_json, read_json_record
 
 ADAPTER_FOLDER = "linear_spec_lora"
 HEAD = "diffusion_head"

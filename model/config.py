@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
-from trimode.model.errors import TriModeError
-from trimode.model.records import read_json_record
+from trimode.common.errors import TriModeError
+from trimode.common.records import read_json_record
 
 TokenId = Annotated[int, Field(ge=0)]
 

@@ -18,8 +18,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pydantic import BaseModel
 from tokenizers.decoders import DecodeStream
 
-from trimode.model.errors import TriModeError
-from trimode.model.records import read_json_record
+from trimode.common.errors import TriModeError
+from trimode.common.records import read_json_record
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 

@@ -26,8 +26,8 @@ from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from trimode.model.errors import TriModeError
-from trimode.model.manifest import Real
+from trimode.common.errors import TriModeError
+from trimode.engine.manifest import Real
 from trimode.plugins.contracts import Constants, ElementType, Operator, Tactic
 
 # PTX of CUDA 12.9: the first to know every GPU below, and read by all later drivers.

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, PositiveInt
 
-from trimode.model.errors import TriModeError
-from trimode.model.manifest import Real
-from trimode.model.records import read_json_record
+from trimode.common.errors import TriModeError
+from trimode.common.records import read_json_record
+from trimode.engine.manifest import Real
 from trimode.plugins.contracts import Constants, Operator
 
 INDEX = "kernels.json"

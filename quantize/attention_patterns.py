@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trimode.model.reference import NemotronLabsDiffusionModel
-from trimode.model.reference_decoding import causal
+from trimode.model.reference.decoding import causal
+from trimode.model.reference.network import NemotronLabsDiffusionModel
 
 
 class PatternLogits(NamedTuple):

@@ -22,10 +22,10 @@ from modelopt.torch.export import export_hf_checkpoint
 from numpy.typing import NDArray
 from torch import Tensor
 
+from trimode.common.progress import Progress
 from trimode.model.checkpoint import HEAD, Checkpoint
-from trimode.model.loading import load_reference
-from trimode.model.progress import Progress
-from trimode.model.reference import NemotronLabsDiffusionModel
+from trimode.model.reference.loading import load_reference
+from trimode.model.reference.network import NemotronLabsDiffusionModel
 from trimode.quantize.attention_patterns import PatternLogits, both_patterns
 from trimode.quantize.report import CalibrationReport
 from trimode.quantize.safetensors_stream import TensorSpec, write_tensors

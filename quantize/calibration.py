@@ -8,9 +8,9 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from trimode.common.errors import TriModeError
+from trimode.common.records import describe
 from trimode.model.checkpoint import Checkpoint
-from trimode.model.errors import TriModeError
-from trimode.model.records import describe
 from trimode.model.tokenizer import Tokenizer
 
 CALIBRATION_FILE = "calibration.jsonl"

@@ -7,11 +7,11 @@ import shutil
 from pathlib import Path
 from typing import Any, Literal
 
-from trimode.model.atomic_folder import atomic_folder
+from trimode.common.atomic_folder import atomic_folder
+from trimode.common.errors import TriModeError
+from trimode.common.progress import Progress, no_progress
+from trimode.common.records import read_json
 from trimode.model.checkpoint import ADAPTER_FOLDER, HEAD, Checkpoint, linear_shapes
-from trimode.model.errors import TriModeError
-from trimode.model.progress import Progress, no_progress
-from trimode.model.records import read_json
 from trimode.model.tokenizer import Tokenizer
 from trimode.quantize.calibration import calibration_tokens
 from trimode.quantize.companions import copy_companions, write_json

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
-from trimode.model.progress import Progress
+from trimode.common.progress import Progress
 
 
 @contextmanager

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveInt
 
+from trimode.common.progress import Progress
 from trimode.model.checkpoint import Checkpoint, Int4Weight
-from trimode.model.progress import Progress
 from trimode.quantize.row_slices import row_slices
 
 REPORT_FILE = "quantization_report.json"

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trimode.common.progress import Progress
 from trimode.model import int4
 from trimode.model.checkpoint import Checkpoint, linear_shapes, vector_shapes
-from trimode.model.progress import Progress
 from trimode.quantize.row_slices import row_slices
 from trimode.quantize.safetensors_stream import TensorSpec, write_tensors
 

@@ -17,11 +17,11 @@ from typing import Any
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, PositiveInt
 
-from trimode.model.atomic_folder import atomic_folder
+from trimode.common.atomic_folder import atomic_folder
+from trimode.common.errors import TriModeError
+from trimode.common.progress import Progress, no_progress
 from trimode.model.checkpoint import HEAD, Checkpoint
 from trimode.model.config import ModelConfig
-from trimode.model.errors import TriModeError
-from trimode.model.progress import Progress, no_progress
 from trimode.quantize.companions import copy_companions, write_json
 from trimode.quantize.modelopt_format import QUANT_CONFIG_FILE, hf_quant_config, quantization_config
 from trimode.quantize.safetensors_stream import DTYPE_NAMES, TensorSpec, write_tensors

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from trimode.model.manifest import TOKENIZER, Manifest, verify_files
-from trimode.model.progress import Progress, no_progress
+from trimode.common.progress import Progress, no_progress
+from trimode.engine.manifest import TOKENIZER, Manifest, verify_files
 from trimode.model.tokenizer import Tokenizer
 from trimode.runtime.executor import Executor
 from trimode.runtime.loading import load_executor

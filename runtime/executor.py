@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from trimode.runtime.kv_pool import Rows
+from trimode.runtime.kv.slots import KvSlots
 
 Ints = NDArray[np.int64]
 
@@ -102,46 +102,6 @@ class Candidates(NamedTuple):
     def of(self, index: int, rows: int) -> Candidates:
         """One sequence's first ``rows`` rows: [rows, k], [rows, k], [rows]."""
         return Candidates(self.logits[index, :rows], self.tokens[index, :rows], self.log_sum_exp[index, :rows])
-
-
-class KvSlots(Protocol):
-    """KV memory for sequences of at most ``capacity`` tokens: they sit in slots 0 .. ``active`` - 1."""
-
-    capacity: int
-    active: int
-
-    @property
-    def slots(self) -> int:
-        """How many are allocated."""
-        ...
-
-    def fits(self, rows: int) -> bool:
-        """Whether there may ever be a sequence of ``rows`` tokens. Any thread may ask."""
-        ...
-
-    def holds(self, sequences: int, rows: int) -> bool:
-        """Whether there may be so many sequences now, the longest of ``rows`` tokens."""
-        ...
-
-    def acquire(self) -> int:
-        """A slot for a new sequence: always the first one past the active ones."""
-        ...
-
-    def release(self, slot: int) -> int:
-        """Give a slot back. The last active sequence moves into it; returns that sequence's former slot."""
-        ...
-
-    def reserve(self, rows: int) -> None:
-        """Make room for sequences of ``rows`` tokens; raises TriModeError past the engine's capacity."""
-        ...
-
-    def read_rows(self, slot: int, start: int, stop: int) -> Rows:
-        """A copy of a sequence's rows from ``start`` to before ``stop``."""
-        ...
-
-    def write_rows(self, slot: int, start: int, rows: Rows) -> None:
-        """Put rows that :meth:`read_rows` gave into a sequence, from ``start`` on; there is room for them."""
-        ...
 
 
 class Executor(Protocol):

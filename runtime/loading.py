@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from trimode.model.errors import TriModeError
-from trimode.model.manifest import Manifest
-from trimode.runtime.cpu_executor import CpuExecutor
+from trimode.common.errors import TriModeError
+from trimode.engine.manifest import Manifest
+from trimode.runtime.cpu.executor import CpuExecutor
 from trimode.runtime.executor import Executor
 from trimode.runtime.rtx import load_rtx_executor
 

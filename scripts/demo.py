@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from trimode.runtime import LLM, CompletionOutput, SamplingParams
+from trimode import LLM, CompletionOutput, SamplingParams
 
 BLOCK_LENGTH = 16
 MODES: dict[str, dict[str, Any]] = {

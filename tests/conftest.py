@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import logging as transformers_logging
 
-from scripts.random_checkpoint import write_random_checkpoint
-from trimode.build.engine import CpuOptions, build_engine
+from tests.support.random_checkpoint import write_random_checkpoint
+from trimode.build.engine_builder import CpuOptions, build_engine
 from trimode.model.checkpoint import Checkpoint
 from trimode.quantize import quantize_checkpoint
 
@@ -78,7 +78,7 @@ def random_unpacked_engine(random_int4_checkpoint: Path, tmp_path_factory: pytes
 @pytest.fixture(scope="session")
 def tensorrt(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
     """TensorRT's Python bindings over stub libraries: it declares plugins, and builds nothing."""
-    from tests.plugins.stubs import bindings_on_stubs
+    from tests.support.tensorrt_stubs import bindings_on_stubs
 
     yield from bindings_on_stubs(tmp_path_factory.mktemp("stubs"))
 

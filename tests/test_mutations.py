@@ -12,16 +12,17 @@ import numpy as np
 import pytest
 import torch
 
-from trimode.build import network, raw_pool
-from trimode.build.engine import CpuOptions, build_engine
+from trimode import LLM, SamplingParams
+from trimode.build.engine_builder import CpuOptions, build_engine
+from trimode.build.graph import network, raw_pool
+from trimode.engine.manifest import Manifest
 from trimode.model.checkpoint import Checkpoint
-from trimode.model.loading import load_reference
-from trimode.model.manifest import Manifest
-from trimode.model.reference import NemotronLabsDiffusionModel
-from trimode.model.reference_decoding import bidirectional, causal
-from trimode.runtime import LLM, SamplingParams, batching
-from trimode.runtime.cpu_executor import CpuExecutor
+from trimode.model.reference.decoding import bidirectional, causal
+from trimode.model.reference.loading import load_reference
+from trimode.model.reference.network import NemotronLabsDiffusionModel
+from trimode.runtime.cpu.executor import CpuExecutor
 from trimode.runtime.executor import BidirectionalStep, CausalStep
+from trimode.runtime.scheduling import batching
 
 MASK, LENGTH, BLOCK, PADDING, PARITY = 100, 600, 16, 3, 1e-4
 PASSES = ("prefill", "draft", "commit")

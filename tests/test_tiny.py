@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from scripts.quantization_report import MODES, score
-from trimode.build.audit import audit_pass, read_plans
-from trimode.build.engine import RtxOptions, build_engine
+from scripts.prove.quantization import MODES, score
+from trimode import LLM, CompletionOutput, SamplingParams
+from trimode.build.audit.counting import audit_pass, read_plans
+from trimode.build.engine_builder import RtxOptions, build_engine
 from trimode.model.checkpoint import Checkpoint
-from trimode.model.loading import load_reference
-from trimode.model.reference import NemotronLabsDiffusionModel
+from trimode.model.reference.loading import load_reference
+from trimode.model.reference.network import NemotronLabsDiffusionModel
 from trimode.quantize import quantize_checkpoint
-from trimode.runtime import LLM, CompletionOutput, SamplingParams
 
 pytestmark = pytest.mark.slow
 

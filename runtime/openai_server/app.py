@@ -15,11 +15,11 @@ from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
-from trimode.model.errors import TriModeError
-from trimode.runtime.openai_server import errors
+from trimode.common.errors import TriModeError
+from trimode.runtime.openai_server import http_errors as errors
 from trimode.runtime.openai_server.chat import complete_chat
 from trimode.runtime.openai_server.completions import complete
-from trimode.runtime.openai_server.errors import BAD_METHOD, BAD_REQUEST, NOT_FOUND, ApiError
+from trimode.runtime.openai_server.http_errors import BAD_METHOD, BAD_REQUEST, NOT_FOUND, ApiError
 from trimode.runtime.openai_server.running import ClientLeftError
 from trimode.runtime.openai_server.schema import (
     ChatCompletion,

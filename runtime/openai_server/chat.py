@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from fastapi import Request
 from fastapi.responses import Response
 
-from trimode.runtime.llm import RequestOutput
-from trimode.runtime.openai_server.errors import BAD_REQUEST, ApiError
+from trimode.runtime.api.llm import RequestOutput
+from trimode.runtime.openai_server.http_errors import BAD_REQUEST, ApiError
 from trimode.runtime.openai_server.reasoning import ReasoningSplitter, Split, leaves_thinking_open
 from trimode.runtime.openai_server.schema import (
     AssistantMessage,
@@ -23,7 +23,7 @@ from trimode.runtime.openai_server.schema import (
 )
 from trimode.runtime.openai_server.service import Head, Service, ended, json_response, some
 from trimode.runtime.openai_server.tokens import LikelihoodsTeller, OriginsTeller
-from trimode.runtime.outputs import CompletionOutput, Logprob
+from trimode.runtime.request.outputs import CompletionOutput, Logprob
 
 
 async def complete_chat(service: Service, body: ChatCompletionRequest, http: Request) -> Response:

@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import Request
 from fastapi.responses import Response
 
-from trimode.runtime.llm import RequestOutput
+from trimode.runtime.api.llm import RequestOutput
 from trimode.runtime.openai_server.schema import (
     COMPLETION_TOKENS,
     Completion,
@@ -18,7 +18,7 @@ from trimode.runtime.openai_server.schema import (
 )
 from trimode.runtime.openai_server.service import Head, Service, ended, json_response, some
 from trimode.runtime.openai_server.tokens import OriginsTeller, completion_logprobs
-from trimode.runtime.outputs import CompletionOutput, Logprob
+from trimode.runtime.request.outputs import CompletionOutput, Logprob
 
 
 async def complete(service: Service, body: CompletionRequest, http: Request) -> Response:

@@ -10,7 +10,7 @@ import re
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from trimode.runtime.openai_server.errors import (
+from trimode.runtime.openai_server.http_errors import (
     BODY_TIMEOUT,
     BODY_TOO_LARGE,
     SHUTTING_DOWN,

@@ -8,12 +8,12 @@ from collections.abc import Awaitable, Sequence
 from starlette.requests import Request
 from starlette.types import Receive
 
-from trimode.model.errors import TriModeError
-from trimode.runtime.errors import ShutDownError
-from trimode.runtime.llm import LLM, RequestOutput
-from trimode.runtime.openai_server.errors import REQUEST_TIMEOUT, ApiError
-from trimode.runtime.outputs import CompletionOutput
-from trimode.runtime.sampling_params import SamplingParams
+from trimode.common.errors import TriModeError
+from trimode.runtime.api.llm import LLM, RequestOutput
+from trimode.runtime.openai_server.http_errors import REQUEST_TIMEOUT, ApiError
+from trimode.runtime.request.errors import ShutDownError
+from trimode.runtime.request.outputs import CompletionOutput
+from trimode.runtime.request.sampling_params import SamplingParams
 
 
 class ClientLeftError(Exception):

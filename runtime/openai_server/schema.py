@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from pydantic_core import PydanticCustomError
 
 from trimode.model.tokenizer import Message
-from trimode.runtime.sampling_params import Denoising, Mode, SamplingParams
+from trimode.runtime.request.sampling_params import Denoising, Mode, SamplingParams
 
 SAMPLING_FIELDS = frozenset(field.name for field in dataclasses.fields(SamplingParams))
 MAX_CHOICES = 128

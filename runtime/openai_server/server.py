@@ -11,8 +11,8 @@ from types import FrameType
 
 import uvicorn
 
-from trimode.model.errors import TriModeError
-from trimode.runtime.llm import LLM
+from trimode.common.errors import TriModeError
+from trimode.runtime.api.llm import LLM
 from trimode.runtime.openai_server.app import create_app
 from trimode.runtime.openai_server.connection import Connection
 from trimode.runtime.openai_server.gate import Gate

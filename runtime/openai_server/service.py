@@ -12,11 +12,10 @@ from typing import Any, NamedTuple
 from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from trimode.model.errors import TriModeError
-from trimode.runtime.errors import ContextLengthError
-from trimode.runtime.llm import LLM, RequestOutput
-from trimode.runtime.openai_server import errors
-from trimode.runtime.openai_server.errors import BAD_REQUEST, NO_MODEL, ApiError
+from trimode.common.errors import TriModeError
+from trimode.runtime.api.llm import LLM, RequestOutput
+from trimode.runtime.openai_server import http_errors as errors
+from trimode.runtime.openai_server.http_errors import BAD_REQUEST, NO_MODEL, ApiError
 from trimode.runtime.openai_server.metrics import ServerMetrics
 from trimode.runtime.openai_server.reasoning import CLOSE, OPEN
 from trimode.runtime.openai_server.running import ClientLeftError, Run, Running
@@ -27,7 +26,8 @@ from trimode.runtime.openai_server.schema import (
     PromptTokensDetails,
     Usage,
 )
-from trimode.runtime.outputs import CompletionOutput
+from trimode.runtime.request.errors import ContextLengthError
+from trimode.runtime.request.outputs import CompletionOutput
 
 log = logging.getLogger("trimode.server")
 

@@ -18,7 +18,7 @@ from trimode.runtime.openai_server.schema import (
     TokenOrigins,
     TopLogprob,
 )
-from trimode.runtime.outputs import CompletionOutput, Logprob
+from trimode.runtime.request.outputs import CompletionOutput, Logprob
 
 # What OpenAI gives for a token that is all but impossible; JSON has no infinity.
 LEAST_LOGPROB = -9999.0

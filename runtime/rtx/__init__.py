@@ -14,9 +14,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trimode.model.errors import TriModeError
-from trimode.model.manifest import Manifest
-from trimode.runtime.gpus import fitting_gpu
+from trimode.common.errors import TriModeError
+from trimode.engine.manifest import Manifest
+from trimode.runtime.gpu.fitting_gpu import fitting_gpu
 
 if TYPE_CHECKING:
     from trimode.runtime.rtx.executor import RtxExecutor

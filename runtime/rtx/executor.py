@@ -9,12 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from trimode.model.errors import TriModeError
-from trimode.model.manifest import ADAPTER, NUMPY_TYPES, Manifest
+from trimode.common.errors import TriModeError
+from trimode.engine.manifest import ADAPTER, NUMPY_TYPES, Manifest
 from trimode.runtime.executor import BidirectionalStep, Candidates, CausalStep, Speculated, Step
-from trimode.runtime.rtx.buckets import Bucket, bucket_of
-from trimode.runtime.rtx.cuda import Device
-from trimode.runtime.rtx.device_kv_pool import DeviceKvPool
+from trimode.runtime.gpu.buckets import Bucket, bucket_of
+from trimode.runtime.gpu.cuda import Device
+from trimode.runtime.gpu.device_kv_pool import DeviceKvPool
 from trimode.runtime.rtx.passes import (
     WINDOW_ROWS,
     BoundPass,

@@ -18,12 +18,12 @@ import numpy as np
 import tensorrt_rtx as trt
 from numpy.typing import NDArray
 
-from trimode.model.manifest import NUMPY_TYPES, Manifest
+from trimode.engine.manifest import NUMPY_TYPES, Manifest
 from trimode.model.step import cache_inputs, cache_outputs, cache_views
 from trimode.runtime.executor import BidirectionalStep, Candidates, CausalStep, Speculated
-from trimode.runtime.rtx.buckets import Bucket
-from trimode.runtime.rtx.cuda import Buffer, Bytes, Device, Graph, Runs
-from trimode.runtime.rtx.device_kv_pool import DeviceKvPool
+from trimode.runtime.gpu.buckets import Bucket
+from trimode.runtime.gpu.cuda import Buffer, Bytes, Device, Graph, Runs
+from trimode.runtime.gpu.device_kv_pool import DeviceKvPool
 from trimode.runtime.rtx.plans import expect
 
 ALIGNMENT = 256

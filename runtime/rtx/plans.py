@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorrt_rtx as trt
 
-from trimode.model.errors import TriModeError
-from trimode.model.manifest import PLAN, POOL, PlanEntry, RtxEntry
-from trimode.model.plan import whole_plan
-from trimode.runtime.rtx.cuda import Bytes, Device
+from trimode.common.errors import TriModeError
+from trimode.engine.manifest import PLAN, POOL, PlanEntry, RtxEntry
+from trimode.engine.plan import whole_plan
+from trimode.runtime.gpu.cuda import Bytes, Device
 
 logger = logging.getLogger(__name__)
 

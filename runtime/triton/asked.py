@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from trimode.model.errors import TriModeError
-from trimode.runtime.sampling_params import SamplingParams
+from trimode.common.errors import TriModeError
+from trimode.runtime.request.sampling_params import SamplingParams
 from trimode.runtime.triton.tensors import OPTIONAL_INPUTS, TEXT_INPUT, Tensor
 
 # TensorRT-LLM's own client says by this parameter, in each request, whether it wants a stream. Its model is not

@@ -7,7 +7,7 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-from trimode.runtime.llm import LLM
+from trimode.runtime.api.llm import LLM
 
 PERIOD_SECONDS = 0.5
 

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from trimode.model.errors import TriModeError
-from trimode.runtime.errors import QueueFullError, ShutDownError
-from trimode.runtime.llm import LLM, RequestOutput
-from trimode.runtime.prefix_cache import BLOCK
+from trimode.common.errors import TriModeError
+from trimode.runtime.api.llm import LLM, RequestOutput
+from trimode.runtime.kv.prefix_cache import BLOCK
+from trimode.runtime.request.errors import QueueFullError, ShutDownError
 from trimode.runtime.triton.asked import Asked, read, stops_another
 from trimode.runtime.triton.metrics import EngineMetrics
 

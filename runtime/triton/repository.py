@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from trimode.model.atomic_folder import atomic_folder
+from trimode.common.atomic_folder import atomic_folder
 from trimode.runtime.triton.tensors import OPTIONAL_INPUTS, OUTPUTS, TEXT_INPUT, Tensor
 
 MODEL_NAME = "tensorrt_llm"

@@ -1,6 +1,6 @@
 """Score a checkpoint on held-out prompts with the PyTorch reference's own decoding functions.
 
-    python scripts/tiny/evaluate.py checkpoints/tiny --data tests/data/heldout.jsonl --json scores.json
+    python -m scripts.tiny.evaluate checkpoints/tiny --data tests/data/heldout.jsonl --json scores.json
 
 Exact match of the whole answer in every mode, by kind and by where in the context the answer ends; tokens a cycle of
 linear self-speculation with and without the draft adapter. Every prompt is decoded both ways, so the adapter's gain has
@@ -25,7 +25,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from trimode.model.reference import NemotronLabsDiffusionModel
+from trimode.model.reference.network import NemotronLabsDiffusionModel
 
 MAX_NEW_TOKENS = 320
 BLOCKS = (8, 16, 32)

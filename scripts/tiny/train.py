@@ -1,6 +1,6 @@
 """Train the tiny tri-mode checkpoint from one seed: tokenizer, network, draft adapter, files.
 
-    python scripts/tiny/train.py --out checkpoints/tiny
+    python -m scripts.tiny.train --out checkpoints/tiny
 
 The network is the project's PyTorch reference itself. One sequence carries two streams, ``[clean | noisy]``: the clean
 stream is causal and learns autoregression; noisy blocks learn to fill masks, and each sees the clean tokens before its
@@ -27,14 +27,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from corpus import REVISED_SHARES, Conversation, Corpus, held_out_records
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from trimode.model.reference import NemotronLabsDiffusionConfig, NemotronLabsDiffusionModel
+from scripts.tiny.corpus import REVISED_SHARES, Conversation, Corpus, held_out_records
+from trimode.model.reference.network import NemotronLabsDiffusionConfig, NemotronLabsDiffusionModel
 
 VOCABULARY = 768
 SPECIAL_IDS = {

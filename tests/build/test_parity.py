@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+from trimode.engine.manifest import Manifest
 from trimode.model.checkpoint import Checkpoint
-from trimode.model.loading import load_reference
-from trimode.model.manifest import Manifest
-from trimode.model.reference import NemotronLabsDiffusionModel
-from trimode.model.reference_decoding import bidirectional, causal
-from trimode.runtime.cpu_executor import CpuExecutor
+from trimode.model.reference.decoding import bidirectional, causal
+from trimode.model.reference.loading import load_reference
+from trimode.model.reference.network import NemotronLabsDiffusionModel
+from trimode.runtime.cpu.executor import CpuExecutor
 from trimode.runtime.executor import BidirectionalStep, Candidates, CausalStep, Ints
 
 MASK = 100

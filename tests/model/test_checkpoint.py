@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from trimode.common.errors import TriModeError
 from trimode.model.checkpoint import Checkpoint, open_checkpoint
-from trimode.model.errors import TriModeError
 
 UP = "encoder.layers.1.mlp.up_proj.weight"
 WEIGHTS = "model.safetensors"

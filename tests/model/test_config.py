@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from scripts.random_checkpoint import config_fields
+from tests.support.random_checkpoint import config_fields
+from trimode.common.errors import TriModeError
 from trimode.model.config import ModelConfig
-from trimode.model.errors import TriModeError
 
 
 def read(folder: Path, fields: dict[str, Any]) -> ModelConfig:

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from scripts.random_checkpoint import config_fields
+from tests.support.random_checkpoint import config_fields
 from trimode.model.config import ModelConfig
-from trimode.model.reference import NemotronLabsDiffusionConfig
+from trimode.model.reference.network import NemotronLabsDiffusionConfig
 from trimode.model.rope import yarn_frequencies
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from trimode.model.errors import TriModeError
+from trimode.common.errors import TriModeError
 from trimode.model.tokenizer import Tokenizer
 
 CONVERSATIONS = [

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from tests.plugins.builder import write_small_library
+from tests.support.plugin_builder import write_small_library
 
 
 @pytest.fixture(scope="session")

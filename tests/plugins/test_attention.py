@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 
-from tests.plugins.cases import DTYPES, GROUPS, AttentionCase, attention_cases
-from tests.plugins.interpreted import BARS, attend, distance
+from tests.support.interpreted import BARS, attend, distance
+from tests.support.kernel_cases import DTYPES, GROUPS, AttentionCase, attention_cases
 from trimode.plugins import attention
 from trimode.plugins.contracts import ATTEND_TACTICS, SPLIT_STEP, Pattern, Tactic, split_count
 

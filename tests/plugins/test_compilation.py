@@ -1,7 +1,7 @@
 """What comes out of the compiler: PTX with the operator's parameters and no others, and binaries that do not spill.
 
 In bf16, a build's default: one of each kind of kernel for two GPUs, the heaviest for others.
-``python -m scripts.kernel_table resources`` has all kernels for all GPUs, and fp16.
+``python -m scripts.gpu.kernel_table resources`` has all kernels for all GPUs, and fp16.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from scripts.kernel_table import ATTENTION, PRODUCTS_8B
-from trimode.build.kernel_emission import NeededKernel, write_kernels
-from trimode.model.errors import TriModeError
-from trimode.model.progress import no_progress
+from scripts.gpu.kernel_table import ATTENTION, PRODUCTS_8B
+from trimode.build.tensorrt.kernel_emission import NeededKernel, write_kernels
+from trimode.common.errors import TriModeError
+from trimode.common.progress import no_progress
 from trimode.plugins import contracts
 from trimode.plugins.compilation import (
     SHARED_MEMORY,

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.plugins.builder import (
+from tests.support.plugin_builder import (
     BATCH,
     CACHE,
     CAPACITY,
@@ -25,7 +25,7 @@ from tests.plugins.builder import (
     Built,
     build,
 )
-from trimode.model.errors import TriModeError
+from trimode.common.errors import TriModeError
 from trimode.plugins.contracts import ATTEND_TACTICS, INT4_PRODUCT_TACTICS, split_count
 from trimode.plugins.kernel_library import KernelLibrary
 from trimode.plugins.launches import LAUNCHES

@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from tests.plugins.cases import ProductCase, product_cases
-from tests.plugins.interpreted import BARS, distance, int4_product
+from tests.support.interpreted import BARS, distance, int4_product
+from tests.support.kernel_cases import ProductCase, product_cases
 from trimode.model import int4
 from trimode.plugins import int4_product as reference
 from trimode.plugins.contracts import INT4_PRODUCT_TACTICS, LEAST_GROUP, Tactic, within_group

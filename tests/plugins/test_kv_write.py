@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.plugins.cases import DTYPES
-from tests.plugins.interpreted import BARS, distance, kv_write
-from trimode.model.reference import rotate
+from tests.support.interpreted import BARS, distance, kv_write
+from tests.support.kernel_cases import DTYPES
+from trimode.model.reference.network import rotate
 from trimode.plugins import kv_write as reference
 
 

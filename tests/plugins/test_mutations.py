@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.plugins.cases import AttentionCase, ProductCase
-from tests.plugins.interpreted import BARS, attend, distance, int4_product, kv_write
-from trimode.model.errors import TriModeError
+from tests.support.interpreted import BARS, attend, distance, int4_product, kv_write
+from tests.support.kernel_cases import AttentionCase, ProductCase
+from trimode.common.errors import TriModeError
 from trimode.plugins import attention as attention_module
 from trimode.plugins import int4_product as product_module
 from trimode.plugins import kv_write as kv_write_module

@@ -8,10 +8,20 @@ from typing import get_args
 import pytest
 import torch
 
-from scripts.kernel_table import LONGEST_HELD, PRODUCTS_8B
-from tests.plugins.cases import AttentionCase, ProductCase
-from tests.plugins.interpreted import attend, int4_product, kv_write
-from trimode.build.roofline import CONFIG_8B
+from scripts.gpu.kernel_table import LONGEST_HELD, PRODUCTS_8B
+from scripts.gpu.traffic import (
+    Asked,
+    attend_traffic,
+    int4_product_traffic,
+    kv_write_traffic,
+    merge_traffic,
+    moved_bytes,
+    needed_bytes,
+)
+from tests.support.interpretation import Traffic
+from tests.support.interpreted import attend, int4_product, kv_write
+from tests.support.kernel_cases import AttentionCase, ProductCase
+from trimode.build.audit.roofline import CONFIG_8B
 from trimode.plugins.contracts import (
     ATTEND_TACTICS,
     INT4_PRODUCT_TACTICS,
@@ -20,16 +30,6 @@ from trimode.plugins.contracts import (
     ProductShape,
     Tactic,
     within_group,
-)
-from trimode.plugins.interpretation import Traffic
-from trimode.plugins.traffic import (
-    Asked,
-    attend_traffic,
-    int4_product_traffic,
-    kv_write_traffic,
-    merge_traffic,
-    moved_bytes,
-    needed_bytes,
 )
 
 REAL = 2

@@ -15,8 +15,8 @@ from safetensors.numpy import load_file
 from torch import Tensor
 
 from trimode.model.checkpoint import HEAD, Checkpoint, DenseWeight, Int4Weight, linear_shapes
-from trimode.model.loading import load_reference
-from trimode.model.reference import NemotronLabsDiffusionModel
+from trimode.model.reference.loading import load_reference
+from trimode.model.reference.network import NemotronLabsDiffusionModel
 from trimode.quantize.attention_patterns import both_patterns
 from trimode.quantize.awq import scratch_folder
 from trimode.quantize.calibration import calibration_tokens

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from trimode.common.errors import TriModeError
 from trimode.model.checkpoint import Checkpoint
-from trimode.model.errors import TriModeError
 from trimode.model.tokenizer import Tokenizer
 from trimode.quantize.calibration import MAX_TEXTS, MAX_TOKENS, calibration_tokens
 

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from scripts.random_checkpoint import write_random_checkpoint
+from tests.support.random_checkpoint import write_random_checkpoint
+from trimode.common.errors import TriModeError
 from trimode.model.checkpoint import HEAD, Checkpoint
-from trimode.model.errors import TriModeError
 from trimode.quantize import QuantizationReport, quantize_checkpoint, safetensors_stream
 
 

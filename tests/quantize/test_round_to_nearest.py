@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 from trimode.model.checkpoint import HEAD, Checkpoint, DenseWeight, Int4Weight, linear_shapes, vector_shapes
 from trimode.model.config import ModelConfig
-from trimode.model.loading import load_reference
+from trimode.model.reference.loading import load_reference
 from trimode.quantize import QuantizationReport, quantize_checkpoint, row_slices
 from trimode.quantize.safetensors_stream import TensorSpec, write_tensors
 

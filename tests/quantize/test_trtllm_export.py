@@ -13,12 +13,12 @@ import torch
 from safetensors.numpy import load_file
 from transformers import AutoConfig, AutoTokenizer, Ministral3Config, Ministral3ForCausalLM
 
-from scripts.random_checkpoint import write_random_checkpoint
+from tests.support.random_checkpoint import write_random_checkpoint
+from trimode.common.errors import TriModeError
+from trimode.engine.manifest import hash_file
 from trimode.model import int4
 from trimode.model.checkpoint import Checkpoint
-from trimode.model.errors import TriModeError
-from trimode.model.loading import load_reference
-from trimode.model.manifest import hash_file
+from trimode.model.reference.loading import load_reference
 from trimode.quantize import export_trtllm, quantize_checkpoint
 
 ORIGINAL = 512  # the random checkpoint's original_max_position_embeddings

@@ -9,7 +9,7 @@ import httpx
 import openai
 import pytest
 
-from scripts.serving import KEY, Served, serving
+from scripts.serving.server_process import KEY, Served, serving
 
 
 @pytest.fixture(scope="session")

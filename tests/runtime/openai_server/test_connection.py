@@ -12,7 +12,7 @@ import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
-from scripts.serving import Served
+from scripts.serving.server_process import Served
 from trimode.runtime.openai_server.connection import MOST_HELD, Connection
 
 GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n"

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from trimode.runtime import LLM
+from trimode import LLM
 from trimode.runtime.openai_server.app import create_app
 from trimode.runtime.openai_server.service import Service
 

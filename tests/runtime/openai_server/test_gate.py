@@ -9,8 +9,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from scripts.serving import Served, serving
-from trimode.runtime import LLM
+from scripts.serving.server_process import Served, serving
+from trimode import LLM
 from trimode.runtime.openai_server.app import create_app
 from trimode.runtime.openai_server.gate import Gate
 from trimode.runtime.openai_server.service import Service

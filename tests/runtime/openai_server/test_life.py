@@ -11,10 +11,10 @@ from typing import Any
 import httpx
 import pytest
 
-from scripts.event_client import DONE, event_request, stream
-from scripts.faults import LONG, SLOTS, kill_a_client, stop_under_load
-from scripts.load_test import Load, run_load
-from scripts.serving import KEY, Served, serving
+from scripts.serving.event_client import DONE, event_request, stream
+from scripts.serving.faults import LONG, SLOTS, kill_a_client, stop_under_load
+from scripts.serving.load_test import Load, run_load
+from scripts.serving.server_process import KEY, Served, serving
 
 ANSWERS = 3  # with their likelihoods, more than the sockets' buffers hold
 

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
 from schemathesis.config import PositiveDataAcceptanceConfig
 
-from scripts.serving import KEY, Served
+from scripts.serving.server_process import KEY, Served
 
 HEADERS = {"Authorization": f"Bearer {KEY}"}
 FITS, FITS_NOT = GenerationMode.POSITIVE, GenerationMode.NEGATIVE

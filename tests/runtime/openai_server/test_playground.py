@@ -13,8 +13,8 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.wait import WebDriverWait
 
-from scripts.browser import browser, missing_browser
-from scripts.serving import KEY, Served
+from scripts.serving.server_process import KEY, Served
+from tests.support.browser import browser, missing_browser
 
 SECONDS = 30
 QUESTION = "What is 60% of 440?"

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from scripts.malformed_bodies import WIDE, malformed, wide
-from scripts.serving import KEY, Served, serving
+from scripts.serving.malformed_bodies import WIDE, malformed, wide
+from scripts.serving.server_process import KEY, Served, serving
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "Hi"}]
@@ -155,7 +155,7 @@ def test_another_content_type(http: httpx.Client) -> None:
 
 
 def test_many_malformed_bodies(served: Served, http: httpx.Client) -> None:
-    """A sample of `scripts/malformed_bodies.py`, the same each run."""
+    """A sample of `scripts/serving/malformed_bodies.py`, the same each run."""
     for number in range(400):
         path, body = malformed(number)
         response = http.post(path, content=body, headers={"content-type": "application/json"})

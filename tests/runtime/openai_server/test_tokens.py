@@ -6,7 +6,7 @@ from pathlib import Path
 
 from trimode.model.tokenizer import Tokenizer
 from trimode.runtime.openai_server.tokens import LikelihoodsTeller
-from trimode.runtime.outputs import Logprob
+from trimode.runtime.request.outputs import Logprob
 
 
 def test_a_character_of_several_tokens_is_told_when_it_is_whole(tiny_checkpoint: Path) -> None:

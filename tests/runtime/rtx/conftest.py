@@ -12,16 +12,17 @@ import onnx
 import pytest
 import tensorrt_rtx
 
-from tests.runtime.rtx.rtx_double import DriverDouble, LibcudaDouble, PlanDouble, TrtDouble, plan_doubles
-from trimode.build.engine import RtxOptions, build_engine
-from trimode.build.network import NetworkOptions, build_network
-from trimode.build.raw_pool import write_raw_pool
+from tests.support.rtx_double import DriverDouble, LibcudaDouble, PlanDouble, TrtDouble, plan_doubles
+from trimode.build.engine_builder import RtxOptions, build_engine
+from trimode.build.graph.network import NetworkOptions, build_network
+from trimode.build.graph.raw_pool import write_raw_pool
+from trimode.common.progress import no_progress
+from trimode.engine.manifest import GRAPH, Manifest
 from trimode.model.checkpoint import Checkpoint
-from trimode.model.manifest import GRAPH, Manifest
-from trimode.model.progress import no_progress
 from trimode.model.step import ENGINES
 from trimode.quantize import quantize_checkpoint
-from trimode.runtime.rtx import cuda, passes, plans
+from trimode.runtime.gpu import cuda
+from trimode.runtime.rtx import passes, plans
 
 CAPACITY, MAX_BATCH, MAX_STEP = 512, 4, 64
 

@@ -11,14 +11,14 @@ import tensorrt_rtx
 from numpy.typing import NDArray
 
 from tests.runtime.rtx.conftest import CAPACITY, MAX_BATCH, MAX_STEP, Built, Machine
-from tests.runtime.rtx.rtx_double import FaultError, misremembered_calls
-from trimode.model.errors import TriModeError
-from trimode.runtime import LLM, SamplingParams
+from tests.support.rtx_double import FaultError, misremembered_calls
+from trimode import LLM, SamplingParams
+from trimode.common.errors import TriModeError
 from trimode.runtime.engine import load_engine
 from trimode.runtime.executor import BidirectionalStep, Candidates, CausalStep, Executor, SpeculatingExecutor
+from trimode.runtime.gpu.buckets import Bucket
+from trimode.runtime.gpu.device_kv_pool import DeviceKvPool
 from trimode.runtime.rtx import executor, passes
-from trimode.runtime.rtx.buckets import Bucket
-from trimode.runtime.rtx.device_kv_pool import DeviceKvPool
 from trimode.runtime.rtx.executor import RtxExecutor
 
 MASK = 100

@@ -19,10 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.runtime.rtx.conftest import Built, Machine
-from tests.runtime.rtx.rtx_double import GRANULARITY, FaultError, LibcudaDouble, PlanDouble
-from trimode.model.errors import TriModeError
-from trimode.model.manifest import Manifest
-from trimode.runtime import LLM, SamplingParams
+from tests.support.rtx_double import GRANULARITY, FaultError, LibcudaDouble, PlanDouble
+from trimode import LLM, SamplingParams
+from trimode.common.errors import TriModeError
+from trimode.engine.manifest import Manifest
 from trimode.runtime.engine import load_engine
 from trimode.runtime.rtx import plans
 from trimode.runtime.rtx.executor import RtxExecutor
@@ -244,7 +244,7 @@ def test_a_missing_package_comes_with_its_remedy(fp16: Built, monkeypatch: pytes
 
 
 def trimode(*arguments: object) -> subprocess.CompletedProcess[str]:
-    program = [sys.executable, "-c", "from trimode.runtime.command import main; main()"]
+    program = [sys.executable, "-c", "from trimode.cli.command import main; main()"]
     return subprocess.run([*program, *map(str, arguments)], capture_output=True, text=True, check=False)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.triton_server import ENVIRONMENT, Ports, triton_server
+from scripts.serving.triton_server import ENVIRONMENT, Ports, triton_server
 
 
 def free_port() -> int:

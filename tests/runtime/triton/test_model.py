@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import tritonclient.grpc as grpc
 
-from scripts.triton_server import Ports
+from scripts.serving.triton_server import Ports
 from trimode.runtime.triton.tensors import OPTIONAL_INPUTS, OUTPUTS, TEXT_INPUT
 
 ANSWER = "10% of 440 is 44. Ones: 4x6=24, carry 2. Tens: 4x6=24, 24+2=26. So 60% of 440 is 264."

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from trimode.model.errors import TriModeError
+from trimode.common.errors import TriModeError
 from trimode.runtime.triton.repository import write_repository
 from trimode.runtime.triton.tensors import OPTIONAL_INPUTS, TEXT_INPUT
 

@@ -1,0 +1,1 @@
+"""What compiled plans do on a GPU, counted without one."""

@@ -1,0 +1,177 @@
+"""An audit of an engine directory for several shapes of pass, as a record, as tables and as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel
+from rich.console import Console
+from rich.table import Table
+
+from trimode.build.audit.counting import PassAudit, audit_pass, cycle_bytes_to_host, read_plans
+from trimode.build.audit.roofline import find_gpu, pass_seconds, published_comparison
+
+BLOCK_LENGTH = 32
+
+
+class TimeFloor(BaseModel):
+    """Least milliseconds of passes, and most tokens a second of one request, that the GPU allows for the plan's own
+    bytes at this window. Speculation drafts and verifies blocks of ``block_length``."""
+
+    window: int
+    block_length: int
+    ar_ms: float
+    draft_ms: float
+    verify_ms: float
+    ar_tokens_per_second: float
+    linear_spec_tokens_per_second: float
+
+
+class Report(BaseModel):
+    engine: str
+    gpu: str
+    acceptance: float
+    weights_shared: int
+    weights_private: int
+    cycle_bytes_to_host: int
+    passes: list[PassAudit]
+    floors: list[TimeFloor]
+
+
+def audit_engine(
+    folder: Path, batch: int, steps: tuple[int, ...], windows: tuple[int, ...], gpu: str, acceptance: float
+) -> Report:
+    """Audit both plans at every step and window; raises TriModeError for what the plans cannot do."""
+    card = find_gpu(gpu)
+    ar, diffusion = read_plans(folder)
+    passes = [
+        audit_pass(plan, batch, step, window, card.cache)
+        for plan in (ar, diffusion)
+        for window in windows
+        for step in steps
+    ]
+    floors = []
+    for window in windows:
+        block = min(BLOCK_LENGTH, window)
+        one, verify, draft = (
+            audit_pass(ar, 1, 1, window),
+            audit_pass(ar, 1, block, window),
+            audit_pass(diffusion, 1, block, window),
+        )
+        seconds = [pass_seconds(card, counted.bytes, counted.flops) for counted in (one, draft, verify)]
+        floors.append(
+            TimeFloor(
+                window=window,
+                block_length=block,
+                ar_ms=seconds[0] * 1e3,
+                draft_ms=seconds[1] * 1e3,
+                verify_ms=seconds[2] * 1e3,
+                ar_tokens_per_second=1 / seconds[0],
+                linear_spec_tokens_per_second=acceptance / (seconds[1] + seconds[2]),
+            )
+        )
+    # What one plan has between runs of the pool is a constant that the other lacks.
+    private = [
+        following.plan_offset - splice.plan_offset
+        for entry in (ar.rtx.ar, ar.rtx.diffusion)
+        for splice, following in zip(entry.splices, entry.splices[1:], strict=False)
+    ]
+    return Report(
+        engine=str(folder),
+        gpu=card.key,
+        acceptance=acceptance,
+        weights_shared=sum(splice.bytes for splice in ar.rtx.ar.splices),
+        weights_private=sum(private),
+        cycle_bytes_to_host=cycle_bytes_to_host(ar.manifest, BLOCK_LENGTH),
+        passes=passes,
+        floors=floors,
+    )
+
+
+def print_report(report: Report, console: Console) -> None:
+    first = report.passes[0]
+    console.print(f"{report.engine}: what the compiled plans will do; nothing here was run on a GPU")
+    table = _table(
+        "engine", "step", "window", "kernels", "a layer", "int4", "alone", "copies", "MB", "/floor", "whole", "cache"
+    )
+    for row in report.passes:
+        table.add_row(
+            row.engine,
+            str(row.step),
+            str(row.window),
+            str(row.kernels),
+            str(row.kernels_a_layer),
+            f"{row.int4_products}/{row.int4_matrices}",
+            str(row.lone_dequantisations),
+            str(row.kv_copies),
+            f"{row.bytes / 1e6:.1f}",
+            f"{row.ratio:.3f}",
+            f"{row.ratio_whole_pool:.3f}",
+            f"{row.ratio_with_cache:.3f}",
+        )
+    console.print(table)
+    console.print(
+        f"batch {first.batch}; int4: matrices whose product reads the integers; alone: kernels that dequantise only; "
+        "copies: of keys and values; /floor: bytes against the floor; whole: if the attention read the pool past the "
+        f"window too; cache: if what the very next kernel reads stays in the L2 of {find_gpu(report.gpu).name}; "
+        f"{first.unresolved} tensors of the builder's bookkeeping are not counted"
+    )
+    console.print(
+        f"weights: {report.weights_shared / 1e6:.1f} MB the same in both plans, {report.weights_private} bytes in one "
+        f"alone; to the host a self-speculation cycle of {BLOCK_LENGTH}: {report.cycle_bytes_to_host} bytes"
+    )
+    floors = _table("window", "AR ms", "draft ms", "verify ms", "AR tok/s", "linear_spec tok/s")
+    for floor in report.floors:
+        numbers = (floor.ar_ms, floor.draft_ms, floor.verify_ms, floor.ar_tokens_per_second)
+        floors.add_row(
+            str(floor.window),
+            *(f"{number:.2f}" for number in numbers),
+            f"{floor.linear_spec_tokens_per_second:.1f}",
+        )
+    card = find_gpu(report.gpu).name
+    console.print(f"time floor on {card}: the plan's bytes at full bandwidth, {report.acceptance} tokens a cycle")
+    console.print(floors)
+    console.print("the roofline against published speeds of the 8B checkpoint (arXiv 2607.05722), one request")
+    published = _table("GPU", "weights", "mode", "published", "floor", "ratio", "model", "residual")
+    for line in published_comparison():
+        published.add_row(
+            line.gpu,
+            line.weights,
+            line.mode,
+            f"{line.published:g}",
+            f"{line.floor:.1f}",
+            f"{line.ratio:.2f}",
+            f"{line.predicted:.1f}",
+            f"{line.residual:+.1%}",
+        )
+    console.print(published)
+
+
+def _table(*columns: str) -> Table:
+    return Table(*columns, box=None, header_style="bold", pad_edge=False)
+
+
+def write_plot(report: Report, path: Path) -> None:
+    """Bars of bytes by kind of kernel, one a pass, with its floor; a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    kinds = list(dict.fromkeys(kind for row in report.passes for kind in row.bytes_by_kind))
+    labels = [f"{row.engine}\nstep {row.step}, window {row.window}" for row in report.passes]
+    figure, axes = pyplot.subplots(figsize=(9, 0.42 * len(labels) + 1.6), layout="constrained")
+    left = [0.0] * len(labels)
+    for kind in kinds:
+        sizes = [row.bytes_by_kind.get(kind, 0) / 1e9 for row in report.passes]
+        axes.barh(labels, sizes, left=left, label=kind, height=0.7)
+        left = [start + size for start, size in zip(left, sizes, strict=True)]
+    floors = [row.floor / 1e9 for row in report.passes]
+    axes.plot(floors, labels, "k|", markersize=12, markeredgewidth=2, label="floor")
+    axes.invert_yaxis()
+    axes.set_xlabel("GB a pass, by the compiled kernels (not run)")
+    axes.tick_params(labelsize=7)
+    axes.margins(y=0.02)
+    figure.legend(fontsize=7, loc="outside upper center", ncols=5, frameon=False)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)

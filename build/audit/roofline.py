@@ -1,0 +1,233 @@
+"""The roofline of a pass: the least time that memory and tensor cores of a named GPU allow it.
+
+A pass moves every weight of the layers and the head once, reads the KV window once, writes its own KV rows and moves
+its inputs and outputs; of the embedding table only the rows it looks up. Activations between layers stay on chip.
+
+:func:`published_comparison` holds the floor against the speeds that arXiv 2607.05722 reports for the 8B checkpoint at
+one request (the model card has some of them). What the report leaves open was chosen by how well one efficiency a
+platform, published speed / floor, explains all nine; in brackets the root mean square of the residuals' logarithms:
+
+- Tokens a cycle of linear self-speculation: 6.82 (0.07), the acceptance length on SPEED-Bench with the adapter, bonus
+  token included. A pass over a block then takes about as long as AR's. The 11.98 that follow from 5.99 tokens a pass
+  on the report's own tasks would make it up to twice as long (0.31). 6.4 would fit best (0.07).
+- The head has 16 bits in FP8 and w4a16 alike (0.07; 0.09 with the layers' bits): AR on DGX Spark then runs at 78 and
+  77 % of the floor. RTX PRO 6000 alone would rather have the narrow head.
+- A context of 1024 rows: 2 to 3 % of the bytes, so the guess matters little.
+
+A fixed time a pass as second parameter comes out negative on RTX PRO 6000. The largest residual is -15 %: w4a16
+speculation on DGX Spark.
+
+The report's "speed of light" is no such floor; the model card presents it as what better sampling could yet gain. Held
+against these floors it asks for 1.6 (GB200) to 5.6 (DGX Spark, FP8) tokens a pass; at the pace of the published
+speculation, for 5.9 to 7.7. DGX Spark's 223 tokens a second in w4a16 are 4.2 a pass (8.3 a cycle) at the floor, 6.8 a
+pass at the real pace.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import geometric_mean
+from typing import Literal, NamedTuple
+
+from trimode.common.errors import TriModeError
+from trimode.model.config import ModelConfig, RopeParameters
+
+Mode = Literal["ar", "linear_spec"]
+REAL_BYTES = 2  # activations, scales, norms, KV and adapter are fp16 or bf16
+INTEGER_BYTES, LOGIT_BYTES = 8, 4
+ACCEPTANCE_LENGTH = 6.82  # tokens a cycle, bonus token included: see above
+ADAPTER_RANK = 128  # of the published draft adapters
+TOP_K = 64
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """compute_capability: 121 is 12.1. bandwidth: bytes/s of device memory. peak: dense 16-bit FLOP/s of the tensor
+    cores with fp32 accumulation at the data sheet's boost clock, which a cool card can exceed. cache: bytes of L2."""
+
+    key: str
+    name: str
+    compute_capability: int
+    bandwidth: float
+    peak: float
+    cache: int
+
+
+# NVIDIA's data sheets and architecture whitepapers. GeForce cards accumulate in fp32 at half rate, the others do not.
+GPUS: dict[str, Gpu] = {
+    gpu.key: gpu
+    for gpu in (
+        # The data sheet has 1 PFLOP of sparse FP4 alone; an eighth of it, as on the RTX PRO cards of the same cores.
+        # Users measure 97e12 in fp16 (github.com/GuigsEvt/dgx_spark_config, issue 1), so the rate is not halved.
+        Gpu("dgx-spark", "DGX Spark (GB10)", 121, 273e9, 125e12, 24 << 20),
+        Gpu("rtx-pro-6000", "RTX PRO 6000 Blackwell Workstation Edition", 120, 1792e9, 503.8e12, 128 << 20),
+        Gpu("rtx-5090", "GeForce RTX 5090", 120, 1792e9, 209.5e12, 96 << 20),
+        Gpu("rtx-4090", "GeForce RTX 4090", 89, 1008e9, 165.2e12, 72 << 20),
+        Gpu("rtx-3090", "GeForce RTX 3090", 86, 936e9, 71e12, 6 << 20),
+        Gpu("a100-80gb", "A100 80GB SXM", 80, 2039e9, 312e12, 40 << 20),
+        Gpu("h100", "H100 SXM", 90, 3350e9, 989.4e12, 50 << 20),
+        # HGX B200 data sheet: 36 PFLOP/s of sparse 16-bit tensor work in eight GPUs; DGX B200's: 64 TB/s in eight.
+        Gpu("b200", "B200 SXM", 100, 8000e9, 2250e12, 126 << 20),
+        Gpu("gb200", "GB200 NVL72, one of its GPUs", 100, 8000e9, 2500e12, 126 << 20),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Bits of a weight in the layers and in the head; below 16, every ``group`` weights share a scale (0: no scales
+    worth counting)."""
+
+    layer_bits: int
+    head_bits: int
+    group: int = 0
+
+
+PRECISIONS = {"bf16": Precision(16, 16), "fp8": Precision(8, 16), "w4a16": Precision(4, 16, group=128)}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A pass: ``step`` tokens for each of ``batch`` sequences, each with ``window`` KV rows (the step's own included),
+    logits for ``rows`` tokens of each and ``top_k`` candidates a row. adapter_rank: 0 without the draft adapter."""
+
+    batch: int
+    step: int
+    window: int
+    rows: int
+    top_k: int
+    adapter_rank: int = 0
+
+
+def find_gpu(key: str) -> Gpu:
+    """Raises TriModeError that names the known GPUs."""
+    if key not in GPUS:
+        raise TriModeError(f"GPU {key} is not known; known are {', '.join(GPUS)}")
+    return GPUS[key]
+
+
+def floor_bytes(config: ModelConfig, shape: Shape, precision: Precision) -> int:
+    """Bytes that a pass cannot but move through device memory."""
+    layers, hidden = config.num_hidden_layers, config.hidden_size
+    norms = REAL_BYTES * hidden * (2 * layers + 1)
+    matrices = _matrix_bytes(_layer_weights(config), precision.layer_bits, precision.group)
+    head = _matrix_bytes(config.vocab_size * hidden, precision.head_bits, precision.group)
+    adapter = REAL_BYTES * _adapter_weights(config, shape.adapter_rank)
+    kv_row = REAL_BYTES * 2 * config.kv_width * layers
+    inputs = REAL_BYTES * shape.step * hidden + INTEGER_BYTES * (2 * shape.step + shape.rows + 1)
+    outputs = shape.rows * (shape.top_k * (LOGIT_BYTES + INTEGER_BYTES) + LOGIT_BYTES)
+    return norms + matrices + head + adapter + shape.batch * (kv_row * (shape.window + shape.step) + inputs + outputs)
+
+
+def floor_flops(config: ModelConfig, shape: Shape) -> int:
+    """FLOPs of a pass's products, a multiplication and an addition each; every token attends to the whole window."""
+    weights = _layer_weights(config) + _adapter_weights(config, shape.adapter_rank)
+    attention = 4 * shape.window * config.query_width * config.num_hidden_layers
+    head = 2 * config.vocab_size * config.hidden_size
+    return shape.batch * (shape.step * (2 * weights + attention) + shape.rows * head)
+
+
+def pass_seconds(gpu: Gpu, moved: int, flops: int) -> float:
+    """Seconds that a pass of so many bytes and FLOPs takes at least: the longer of the two, perfectly overlapped."""
+    return max(moved / gpu.bandwidth, flops / gpu.peak)
+
+
+def tokens_per_second(
+    gpu: Gpu,
+    config: ModelConfig,
+    precision: Precision,
+    mode: Mode,
+    *,
+    window: int,
+    block_length: int = 32,
+    acceptance_length: float = ACCEPTANCE_LENGTH,
+) -> float:
+    """Tokens a second of one request at the floor. ``ar``: a token a pass. ``linear_spec``: ``acceptance_length``
+    tokens a draft (adapter on) and a verification (adapter off), both over a block."""
+
+    def seconds(step: int, rank: int) -> float:
+        shape = Shape(1, step, window, step, TOP_K, rank)
+        return pass_seconds(gpu, floor_bytes(config, shape, precision), floor_flops(config, shape))
+
+    if mode == "ar":
+        return 1 / seconds(1, 0)
+    return acceptance_length / (seconds(block_length, ADAPTER_RANK) + seconds(block_length, 0))
+
+
+class Comparison(NamedTuple):
+    """Tokens a second as published, at the floor, and predicted (the floor times the platform's efficiency)."""
+
+    gpu: str
+    weights: str
+    mode: Mode
+    published: float
+    floor: float
+    ratio: float  # published / floor
+    predicted: float
+    residual: float  # published / predicted - 1
+
+
+# The sizes of Nemotron-Labs-Diffusion-8B, as its config.json has them.
+CONFIG_8B = ModelConfig(
+    model_type="nemotron_labs_diffusion",
+    vocab_size=131072,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=34,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    max_position_embeddings=262144,
+    rms_norm_eps=1e-5,
+    rope_parameters=RopeParameters(
+        rope_type="yarn", rope_theta=1e6, factor=16, original_max_position_embeddings=16384, llama_4_scaling_beta=0.1
+    ),
+    mask_token_id=100,
+    eos_token_id=(11,),
+    bos_token_id=1,
+)
+CONTEXT = 1024  # KV rows: see above
+PUBLISHED: tuple[tuple[str, str, Mode, float], ...] = (
+    ("gb200", "fp8", "ar", 256),
+    ("gb200", "fp8", "linear_spec", 851),
+    ("rtx-pro-6000", "fp8", "ar", 80),
+    ("rtx-pro-6000", "fp8", "linear_spec", 277),
+    ("rtx-pro-6000", "w4a16", "linear_spec", 525),
+    ("dgx-spark", "fp8", "ar", 24.7),
+    ("dgx-spark", "fp8", "linear_spec", 77.5),
+    ("dgx-spark", "w4a16", "ar", 41.8),
+    ("dgx-spark", "w4a16", "linear_spec", 112.5),
+)
+
+
+def published_comparison() -> tuple[Comparison, ...]:
+    """Every published speed against its floor. A platform's efficiency is the geometric mean of its ratios, the least
+    squares of their logarithms."""
+    floors = [
+        tokens_per_second(GPUS[gpu], CONFIG_8B, PRECISIONS[weights], mode, window=CONTEXT)
+        for gpu, weights, mode, _ in PUBLISHED
+    ]
+    ratios: dict[str, list[float]] = {}
+    for (gpu, _, _, published), floor in zip(PUBLISHED, floors, strict=True):
+        ratios.setdefault(gpu, []).append(published / floor)
+    rows = []
+    for (gpu, weights, mode, published), floor in zip(PUBLISHED, floors, strict=True):
+        predicted = floor * geometric_mean(ratios[gpu])
+        rows.append(
+            Comparison(gpu, weights, mode, published, floor, published / floor, predicted, published / predicted - 1)
+        )
+    return tuple(rows)
+
+
+def _layer_weights(config: ModelConfig) -> int:
+    attention = 2 * (config.query_width + config.kv_width)  # q and o, k and v
+    return config.num_hidden_layers * config.hidden_size * (attention + 3 * config.intermediate_size)
+
+
+def _adapter_weights(config: ModelConfig, rank: int) -> int:
+    return config.num_hidden_layers * rank * (config.query_width + config.hidden_size)
+
+
+def _matrix_bytes(weights: int, bits: int, group: int) -> int:
+    scales = weights // group if group and bits < 16 else 0
+    return weights * bits // 8 + REAL_BYTES * scales

@@ -1,0 +1,1 @@
+"""Target ``cpu``: ONNX Runtime over one file of prepacked weights."""

@@ -1,0 +1,78 @@
+"""Target ``cpu``: both graphs optimised for ONNX Runtime, over one file of kernel-ready weights.
+
+ONNX Runtime optimises each graph offline and writes its constants with their packed copies to a file of its own. The
+two files hold the same constants; they become one (:mod:`trimode.build.cpu.prepacked_pool`), and both sessions map its
+pages.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+
+from trimode.build.cpu.prepacked_pool import merge_pools
+from trimode.build.graph.network import NetworkOptions, build_network
+from trimode.build.graph.raw_pool import write_raw_pool
+from trimode.common.errors import TriModeError
+from trimode.common.progress import Progress
+from trimode.engine.manifest import POOL, Activations, PoolEntry
+from trimode.model.checkpoint import Checkpoint
+from trimode.model.step import ENGINES
+
+# MatMulNBits computes in fp32 at level 1; at 4 it rounds its input to 8 bits and is several times as fast.
+_ACCURACY_LEVELS: dict[Activations, str] = {"fp32": "1", "int8": "4"}
+# Constants below this stay in the graph: shapes and scalars.
+POOLED_FROM_BYTES = 1024
+
+
+def build_cpu_engines(
+    checkpoint: Checkpoint,
+    folder: Path,
+    options: NetworkOptions,
+    activations: Activations,
+    unpack: bool,
+    progress: Progress,
+) -> tuple[PoolEntry, ...]:
+    """Write ``ar/model.onnx``, ``diffusion/model.onnx`` and the pool into ``folder``; returns the pool's ranges.
+
+    unpack: store int4 matrices as fp32.
+    """
+    with TemporaryDirectory(dir=folder) as temporary:
+        scratch = Path(temporary)
+        raw = write_raw_pool(checkpoint, scratch / "raw.bin", progress, np.dtype(np.float32), unpack)
+        models = []
+        for index, (name, pattern) in enumerate(ENGINES):
+            progress("graphs", index, len(ENGINES))
+            source = scratch / f"{name}.onnx"
+            onnx.save(build_network(checkpoint.config, raw, pattern, options), source)
+            onnx.checker.check_model(source)
+            models.append(folder / name / "model.onnx")
+            models[-1].parent.mkdir()
+            _optimise(source, models[-1], activations)
+        progress("graphs", len(ENGINES), len(ENGINES))
+    (folder / POOL).parent.mkdir()
+    return merge_pools(models, folder / POOL)
+
+
+def _optimise(source: Path, result: Path, activations: Activations) -> None:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3  # the warning that the result is for this machine only: the manifest says so
+    options.optimized_model_filepath = str(result)
+    for key, value in {
+        "session.optimized_model_external_initializers_file_name": Path(POOL).name,
+        "session.optimized_model_external_initializers_min_size_in_bytes": str(POOLED_FROM_BYTES),
+        "session.save_external_prepacked_constant_initializers": "1",
+        "session.qdq_matmulnbits_accuracy_level": _ACCURACY_LEVELS[activations],
+    }.items():
+        options.add_session_config_entry(key, value)
+    try:
+        ort.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime raises its own unrelated exception types
+        if re.search("No space left|Failed to (write|flush)", str(error)):
+            raise TriModeError(f"{result.parent}: the disk is full; free space and build again") from None
+        raise

@@ -1,0 +1,140 @@
+"""The ``cpu`` target's weight pool: what ONNX Runtime wrote for two graphs, as one file that both name.
+
+Optimising a graph offline leaves its constants, each followed by the kernel's packed copy, in a file in no fixed order.
+The two graphs' constants are the same bytes under the same names; that is checked range by range while they are copied
+into one file in order of their names, and both graphs are pointed at it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+
+from trimode.engine.manifest import PoolEntry
+
+ALIGNMENT = 4096  # pages: a constant can be mapped on its own
+_CHUNK = 1 << 22
+_PREPACKED = "prepacked_"
+
+
+@dataclass(frozen=True)
+class _Blob:
+    """A packed copy: the kernel's key for it, its place, and ONNX Runtime's checksum field."""
+
+    key: str
+    offset: int
+    length: int
+    checksum: str
+
+
+@dataclass(frozen=True)
+class _Constant:
+    """A constant in the file that ONNX Runtime wrote."""
+
+    offset: int
+    length: int
+    blobs: tuple[_Blob, ...]
+
+    def ranges(self) -> Iterator[tuple[int, int]]:
+        yield self.offset, self.length
+        for blob in self.blobs:
+            yield blob.offset, blob.length
+
+
+def merge_pools(models: list[Path], pool: Path) -> tuple[PoolEntry, ...]:
+    """Write one pool for the optimised ``models``, point them at it, remove their own; returns the pool's ranges.
+
+    Every model's data file lies beside it under the name of ``pool``. Raises RuntimeError that names the constant in
+    which two models differ.
+    """
+    graphs = [onnx.load(model, load_external_data=False) for model in models]
+    constants = [_constants(graph) for graph in graphs]
+    for other in constants[1:]:
+        if differing := constants[0].keys() ^ other.keys():
+            raise RuntimeError(f"only one of the engines has the constant {min(differing)}")
+    placed: dict[str, _Constant] = {}
+    sources = [model.with_name(pool.name) for model in models]
+    with pool.open("wb") as target:
+        for name in sorted(constants[0]):
+            blobs = []
+            starts = []
+            for ranges in zip(*(table[name].ranges() for table in constants), strict=True):
+                target.seek(-(-target.tell() // ALIGNMENT) * ALIGNMENT)
+                starts.append(target.tell())
+                for chunks in _read_together(sources, list(ranges)):
+                    if any(chunk != chunks[0] for chunk in chunks):
+                        raise RuntimeError(f"the engines' constant {name} differs")
+                    target.write(chunks[0])
+            first = constants[0][name]
+            for blob, start in zip(first.blobs, starts[1:], strict=True):
+                blobs.append(_Blob(blob.key, start, blob.length, blob.checksum))
+            placed[name] = _Constant(starts[0], first.length, tuple(blobs))
+    for graph, model, source in zip(graphs, models, sources, strict=True):
+        _point_at(graph, pool.name, placed)
+        onnx.save(graph, model)
+        source.unlink()
+    return tuple(
+        PoolEntry(
+            name=name,
+            offset=constant.offset,
+            bytes=constant.length,
+            packed_offset=constant.blobs[0].offset if constant.blobs else None,
+            packed_bytes=sum(blob.length for blob in constant.blobs),
+        )
+        for name, constant in placed.items()
+    )
+
+
+def _constants(model: onnx.ModelProto) -> dict[str, _Constant]:
+    found = {}
+    for tensor in model.graph.initializer:
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            continue
+        fields = {field.key: field.value for field in tensor.external_data}
+        blobs = [_blob(value) for key, value in sorted(fields.items()) if key.startswith(_PREPACKED)]
+        found[tensor.name] = _Constant(int(fields["offset"]), int(fields["length"]), tuple(blobs))
+    return found
+
+
+def _blob(value: str) -> _Blob:
+    """ONNX Runtime's ``key|offset;length;checksum``; a kernel with several blobs would repeat the second part."""
+    key, *places = value.split("|")
+    if len(places) != 1:
+        raise RuntimeError(f"unexpected form of a packed constant: {value}")
+    offset, length, checksum = places[0].split(";")
+    return _Blob(key, int(offset), int(length), checksum)
+
+
+def _point_at(model: onnx.ModelProto, location: str, placed: dict[str, _Constant]) -> None:
+    for tensor in model.graph.initializer:
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            continue
+        constant = placed[tensor.name]
+        del tensor.external_data[:]
+        fields = {"location": location, "offset": str(constant.offset), "length": str(constant.length)}
+        for index, blob in enumerate(constant.blobs):
+            fields[f"{_PREPACKED}{index}"] = f"{blob.key}|{blob.offset};{blob.length};{blob.checksum}"
+        for key, value in fields.items():
+            tensor.external_data.add(key=key, value=value)
+
+
+def _read_together(files: list[Path], ranges: list[tuple[int, int]]) -> Iterator[list[bytes]]:
+    """The same range of every file, chunk by chunk; ranges of different lengths differ in their last chunk."""
+    handles = [file.open("rb") for file in files]
+    try:
+        left = []
+        for handle, (offset, length) in zip(handles, ranges, strict=True):
+            handle.seek(offset)
+            left.append(length)
+        while any(left):
+            chunks = [handle.read(min(_CHUNK, length)) for handle, length in zip(handles, left, strict=True)]
+            if not all(chunks):
+                raise RuntimeError(f"{files[0].name} ends before its constants do")
+            left = [length - len(chunk) for length, chunk in zip(left, chunks, strict=True)]
+            yield chunks
+    finally:
+        for handle in handles:
+            handle.close()

@@ -1,0 +1,400 @@
+"""The network as ONNX graphs of standard operators: one function, two attention patterns.
+
+It reads like :mod:`trimode.model.reference.network`, module by module; the step contract is :mod:`trimode.model.step`.
+Angles and masks are made once a pass and shared by all layers. What may differ by target is in :class:`NetworkOptions`;
+norms, softmax and logits are fp32 in every one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import onnx
+from onnx import TensorProto
+
+from trimode.build.graph.onnx_graph import OnnxGraph, Shape
+from trimode.build.graph.operator_functions import (
+    PARSER_ATTRIBUTES,
+    attend_function,
+    int4_product_function,
+    kv_write_function,
+    merge_function,
+)
+from trimode.build.graph.raw_pool import PooledLayer, PooledLinear, PoolRange, RawPool
+from trimode.engine.manifest import Real
+from trimode.model.config import ModelConfig
+from trimode.model.rope import yarn_frequencies
+from trimode.model.step import AttentionPattern, adapter_inputs, cache_inputs, cache_outputs, cache_views
+from trimode.plugins.contracts import ProductShape
+
+REAL_TYPES: dict[Real, int] = {
+    "fp32": TensorProto.FLOAT,
+    "fp16": TensorProto.FLOAT16,
+    "bf16": TensorProto.BFLOAT16,
+}
+KvRead = Literal["cache", "window", "view"]
+FLOAT, INT64, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL
+# Far below any logit, yet finite: its exponential is 0, and no NaN can come of it.
+NEVER = np.float32(-1e30)
+
+
+class Rotation(NamedTuple):
+    """cos and sin of a pass's angles, each [batch, step, head_dim / 2]."""
+
+    cos: str
+    sin: str
+
+
+@dataclass(frozen=True)
+class PluginOptions:
+    """splits: parts of a sequence's KV rows that are attended to at once. rank: the draft adapter's, 0 without one."""
+
+    splits: int
+    rank: int
+
+
+@dataclass(frozen=True)
+class NetworkOptions:
+    """What a target chooses.
+
+    adapter: whether the diffusion graph takes a draft adapter. top_k: candidates a row; None has the pass say how many.
+    activations: type of activations, KV pool, scales and adapter. capacity: KV rows if the target needs them fixed.
+
+    kv_read: what the attention reads. ``cache``: the KV pool as the pass leaves it. ``window``: its first rows, as many
+    as the input ``window_rows`` is long. ``view``: inputs of their own, ``k_view.i`` and ``v_view.i``, which are the
+    pool's memory under a second name, since TensorRT copies a tensor that it writes before it attends to it.
+    rotate_together: turn queries and keys in one node and scale the queries after it, so that one kernel can do both
+    and write the step's rows besides; without, the queries' rotation carries the scale.
+    select_by_product: take the rows that need logits by a product with ones and zeros, which like the adapter's are
+    activations on both sides: the two numbers that TensorRT scales such products by are then constants of both plans.
+    plugins: attention, KV writes and int4 products as nodes of the domain ``trimode``
+    (:mod:`trimode.build.graph.operator_functions`), and every weight an input of the graph.
+    """
+
+    adapter: bool
+    top_k: int | None = None
+    activations: Real = "fp32"
+    capacity: int | None = None
+    kv_read: KvRead = "cache"
+    rotate_together: bool = False
+    select_by_product: bool = False
+    plugins: PluginOptions | None = None
+
+
+def build_network(
+    config: ModelConfig, pool: RawPool, pattern: AttentionPattern, options: NetworkOptions
+) -> onnx.ModelProto:
+    """The AR graph (``causal``) or the diffusion graph (``bidirectional``) over the weights in ``pool``."""
+    return _Network(config, pool, pattern, options).build()
+
+
+class _Network:
+    def __init__(self, config: ModelConfig, pool: RawPool, pattern: AttentionPattern, options: NetworkOptions) -> None:
+        self.config = config
+        self.pool = pool
+        self.pattern = pattern
+        self.options = options
+        self.real = REAL_TYPES[options.activations]
+        # Heads of queries that become rows of one head: no executor need repeat keys and values, and on a CPU a single
+        # token is several rows to the attention, whose kernel for one row rounds otherwise.
+        self.folded = config.num_attention_heads // config.num_key_value_heads
+        self.graph = OnnxGraph(pattern, None if options.plugins else pool.path.name)
+        self.op = self.graph.op
+        self.ints = self.graph.ints
+
+    def build(self) -> onnx.ModelProto:
+        graph = self.graph
+        input_ids = graph.input("input_ids", INT64, ["batch", "step"])
+        position_ids = graph.input("position_ids", INT64, ["batch", "step"])
+        self.write_indices = graph.input("write_indices", INT64, ["batch"])
+        self.visibility = (
+            graph.input("block_mask", BOOL, ["batch", "step", "step"])
+            if self.pattern == "causal"
+            else graph.input("step_lengths", INT64, ["batch"])
+        )
+        logit_rows = graph.input("logit_rows", INT64, ["batch", "rows"])
+        capacity = self.options.capacity or "capacity"
+        cache_shape: Shape = ["batch", self.config.num_key_value_heads, capacity, self.config.head_dim]
+        layers = self.config.num_hidden_layers
+        for name in cache_inputs(layers) + (cache_views(layers) if self.options.kv_read == "view" else []):
+            graph.input(name, self.real, cache_shape)
+        if self.options.plugins is None:
+            self.kv_rows = self._kv_rows()
+        self.has_adapter = self.options.adapter and self.pattern == "bidirectional"
+        if self.has_adapter:
+            self._declare_adapter()
+
+        self.query_scale = self._query_scale(position_ids)
+        self.query_rotation, self.key_rotation = self._rotations(position_ids)
+        step = self.op("Shape", input_ids, start=1, end=2)
+        if self.options.plugins is None:
+            self.visible = self._visible(step, self.visibility)
+        embedding = self.pool.embed_tokens
+        x = self._cast(self.op("Gather", graph.pooled(embedding), input_ids), embedding.dtype)
+        for index, layer in enumerate(self.pool.layers):
+            graph.scope = f"layers.{index}/"
+            attended = self._attention(self._rms_norm(x, layer.input_layernorm), layer, index)
+            if layer is self.pool.layers[-1]:
+                # Past its keys and values the last layer serves the logits alone.
+                rows = self.op("Unsqueeze", logit_rows, self.ints(2))
+                x, attended = (self._rows(value, rows, step) for value in (x, attended))
+            x = self._o_proj(attended, x, layer, index)
+            x = self._mlp(self._rms_norm(x, layer.post_attention_layernorm), x, layer)
+        graph.scope = "head/"
+        self._head(x)
+        for name in cache_outputs(layers):
+            graph.output(name, self.real, cache_shape)
+        return graph.model()
+
+    def _declare_adapter(self) -> None:
+        scale = self.graph.input("adapter_scale", self.real, ["batch"])
+        self.adapter_scale = self.op("Unsqueeze", scale, self.ints(1, 2))
+        rank = self.options.plugins.rank if self.options.plugins else "rank"
+        for index in range(self.config.num_hidden_layers):
+            down, up = adapter_inputs(index)
+            self.graph.input(down, self.real, [self.config.query_width, rank])
+            self.graph.input(up, self.real, [rank, self.config.hidden_size])
+
+    def _rotations(self, position_ids: str) -> tuple[Rotation, Rotation]:
+        """YaRN's cos and sin, for queries and for keys. Angles are fp32 whatever the activations: a position past 256
+        has no exact 16-bit value.
+        """
+        frequencies, attention_factor = yarn_frequencies(self.config)
+        positions = self.op("Unsqueeze", self.op("Cast", position_ids, to=FLOAT), self.ints(2))
+        angles = self.op("Mul", positions, self.graph.constant("rotary_frequencies", frequencies))
+        cos, sin = self.op("Cos", angles), self.op("Sin", angles)
+        if attention_factor != 1:
+            factor = self._float("attention_factor", attention_factor)
+            cos, sin = self.op("Mul", cos, factor), self.op("Mul", sin, factor)
+        keys = self._rotation(cos, sin)
+        if self.options.rotate_together:
+            return keys, keys
+        scale = self.op("Unsqueeze", self.query_scale, self.ints(2))
+        return self._rotation(self.op("Mul", cos, scale), self.op("Mul", sin, scale)), keys
+
+    def _query_scale(self, position_ids: str) -> str:
+        """1 + beta * log(1 + floor(position / original length)), [batch, step], from a table of its few values.
+
+        The attention's own scale rides along: compilers would apply its root to every key of the pool as well.
+        """
+        rope = self.config.rope_parameters
+        length = rope.original_max_position_embeddings
+        steps = np.arange(-(-self.config.max_position_embeddings // length))
+        table = (1 + rope.llama_4_scaling_beta * np.log1p(steps)) * self.config.head_dim**-0.5
+        step = self.op("Div", position_ids, self._int("original_max_position_embeddings", length))
+        return self.op("Gather", self.graph.constant("query_scale", table.astype(np.float32)), step)
+
+    def _rotation(self, cos: str, sin: str) -> Rotation:
+        return Rotation(self._cast(cos, FLOAT), self._cast(sin, FLOAT))
+
+    def _kv_rows(self) -> str:
+        """The numbers of the KV rows that this pass attends to."""
+        if self.options.kv_read == "window":
+            rows = self.graph.input("window_rows", INT64, ["window"])
+            self.window = self.op("Shape", rows)
+            return rows
+        capacity = self.op("Squeeze", self.op("Shape", "k_cache.0", start=2, end=3), self.ints(0))
+        return self.op("Range", self._int("zero", 0), capacity, self._int("unit", 1))
+
+    def _visible(self, step: str, visibility: str) -> str:
+        """Which KV rows each token sees, [batch, 1, step, rows] bool, [batch, 1, group * step, rows] for folded
+        queries: the committed ones, and its step's by pattern.
+        """
+        seen = self._seen(step, visibility)
+        if self.folded > 1 and self.pattern == "causal":
+            return self.op("Concat", *[seen] * self.folded, axis=2)
+        return seen
+
+    def _seen(self, step: str, visibility: str) -> str:
+        # 0 is the step's first row; committed rows are negative.
+        row_in_step = self.op("Sub", self.kv_rows, self.op("Unsqueeze", self.write_indices, self.ints(1)))
+        row_in_step = self.op("Unsqueeze", row_in_step, self.ints(1))
+        if self.pattern == "bidirectional":
+            seen = self.op("Less", row_in_step, self.op("Unsqueeze", visibility, self.ints(1, 2)))
+            queries = step if self.folded == 1 else self.op("Mul", step, self.ints(self.folded))
+            shape = self.op("Concat", self.ints(1), queries, self.ints(1), axis=0)
+            return self.op("Unsqueeze", self.op("Expand", seen, shape), self.ints(1))
+        committed = self.op("Less", row_in_step, self._int("zero", 0))
+        inside = self.op("And", self.op("Not", committed), self.op("Less", row_in_step, step))
+        last = self.op("Sub", step, self.ints(1))
+        column = self.op("Min", self.op("Max", row_in_step, self.ints(0)), last)
+        column = self.op("Expand", column, self.op("Concat", self.ints(1), step, self.ints(1), axis=0))
+        chosen = self.op("GatherElements", visibility, column, axis=2)
+        seen = self.op("Or", committed, self.op("And", inside, chosen))
+        return self.op("Unsqueeze", seen, self.ints(1))
+
+    def _attention(self, x: str, layer: PooledLayer, index: int) -> str:
+        """Write the step's keys and values, attend to what is visible; [batch, step, query width]."""
+        qkv, plugins = self._linear(x, layer.qkv_proj), self.options.plugins
+        return self._attend(qkv, index) if plugins is None else self._attend_by_plugins(qkv, index, plugins.splits)
+
+    def _attend(self, qkv: str, index: int) -> str:
+        config = self.config
+        layers = config.num_hidden_layers
+        q, k, v = self._rotated(qkv, index)
+        caches, updated = (names(layers)[2 * index : 2 * index + 2] for names in (cache_inputs, cache_outputs))
+        for cache, rows, result in zip(caches, (k, v), updated, strict=True):
+            self.graph.node("TensorScatter", [cache, rows, self.write_indices], [result], axis=2, mode="linear")
+        if self.folded > 1:
+            q = self.op("Reshape", q, self.ints(0, config.num_key_value_heads, -1, config.head_dim))
+        keys, values = updated
+        if self.options.kv_read == "window":
+            keys, values = (self.op("Slice", cache, self.ints(0), self.window, self.ints(2)) for cache in updated)
+        elif self.options.kv_read == "view":
+            keys, values = cache_views(layers)[2 * index : 2 * index + 2]
+            q = self._after(q, updated)
+        attended = self.op("Attention", q, keys, values, self.visible, scale=1.0)
+        if self.folded > 1:
+            attended = self.op("Reshape", attended, self.ints(0, config.num_attention_heads, -1, config.head_dim))
+        attended = self.op("Transpose", attended, perm=[0, 2, 1, 3])
+        return self.op("Reshape", attended, self.ints(0, 0, config.query_width))
+
+    def _attend_by_plugins(self, qkv: str, index: int, splits: int) -> str:
+        config = self.config
+        caches = cache_inputs(config.num_hidden_layers)[2 * index : 2 * index + 2]
+        updated = cache_outputs(config.num_hidden_layers)[2 * index : 2 * index + 2]
+        rotations = (*self.query_rotation, *self.key_rotation)
+        (q,) = self._plugin(
+            kv_write_function(config.head_dim), [qkv, *rotations, self.write_indices, *caches], [f"q.{index}"], updated
+        )
+        attend = attend_function("masked" if self.pattern == "causal" else "bidirectional")
+        seen = [q, *updated, self.write_indices, self.visibility]
+        parts = self._plugin(attend, seen, [f"partial.{index}", f"log_sum_exp.{index}"], splits=splits)
+        group = config.num_attention_heads // config.num_key_value_heads
+        return self._plugin(merge_function(), parts, [f"attended.{index}"], splits=splits, group=group)[0]
+
+    def _plugin(
+        self,
+        function: onnx.FunctionProto,
+        inputs: Sequence[str],
+        results: Sequence[str],
+        aliases: Sequence[str] = (),
+        **attributes: int,
+    ) -> Sequence[str]:
+        """A node of the domain ``trimode``; returns ``results``, not what is written in place."""
+        self.graph.call(function, inputs, [*results, *aliases], **PARSER_ATTRIBUTES, **attributes)
+        return results
+
+    def _o_proj(self, attended: str, residual: str, layer: PooledLayer, index: int) -> str:
+        if not self.has_adapter:
+            return self._linear(attended, layer.o_proj, residual)
+        # The adapter reads the attention's own output, not the one AWQ rescales for the base matrix.
+        down, up = adapter_inputs(index)
+        narrow = self.op("Mul", self.op("MatMul", attended, down), self.adapter_scale)
+        return self._linear(attended, layer.o_proj, residual, (narrow, up))
+
+    def _rotated(self, qkv: str, index: int) -> tuple[str, str, str]:
+        """Queries and keys, turned, and values, each [batch, heads, step, head_dim]."""
+        heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
+        q, k, v = f"q.{index}", f"k.{index}", f"v.{index}"
+        qkv = self.op("Reshape", qkv, self.ints(0, 0, heads + 2 * kv_heads, self.config.head_dim))
+        qkv = self.op("Transpose", qkv, perm=[0, 2, 1, 3])
+        if self.options.rotate_together:
+            both = f"qk.{index}"
+            self.graph.node("Split", [qkv, self.ints(heads + kv_heads, kv_heads)], [both, v], axis=1)
+            both = self.op("RotaryEmbedding", both, *self.key_rotation)
+            self.graph.node("Split", [both, self.ints(heads, kv_heads)], [q, k], axis=1)
+            scale = self.op("Unsqueeze", self.query_scale, self.ints(1, 3))
+            return self._cast(self.op("Mul", self._as_float(q), scale), FLOAT), k, v
+        self.graph.node("Split", [qkv, self.ints(heads, kv_heads, kv_heads)], [q, k, v], axis=1)
+        q = self.op("RotaryEmbedding", q, *self.query_rotation)
+        return q, self.op("RotaryEmbedding", k, *self.key_rotation), v
+
+    def _after(self, q: str, updated: list[str]) -> str:
+        """``q`` once the caches are written, which no use of a view's values would say: none of their rows are added.
+        TensorRT drops the addition; that its kernels keep the order is for the build to check.
+        """
+        nothing = [self.op("Slice", cache, self.ints(0), self.ints(0), self.ints(2)) for cache in updated]
+        return self.op("Concat", q, *nothing, axis=2)
+
+    def _rows(self, x: str, logit_rows: str, step: str) -> str:
+        """Those rows of ``x`` [batch, step, width] that need logits; ``logit_rows`` [batch, rows, 1]."""
+        if not self.options.select_by_product:
+            return self.op("GatherND", x, logit_rows, batch_dims=1)
+        rows = self.op("Range", self._int("zero", 0), self.op("Squeeze", step, self.ints(0)), self._int("unit", 1))
+        return self.op("MatMul", self.op("Cast", self.op("Equal", logit_rows, rows), to=self.real), x)
+
+    def _mlp(self, x: str, residual: str, layer: PooledLayer) -> str:
+        gate, up = f"{layer.gate_up_proj.weight.name}.gate", f"{layer.gate_up_proj.weight.name}.up"
+        widths = self.ints(self.config.intermediate_size, self.config.intermediate_size)
+        self.graph.node("Split", [self._linear(x, layer.gate_up_proj), widths], [gate, up], axis=-1)
+        activated = self.op("Mul", gate, self.op("Sigmoid", gate))
+        return self._linear(self.op("Mul", activated, up), layer.down_proj, residual)
+
+    def _linear(
+        self, x: str, linear: PooledLinear, residual: str | None = None, adapter: tuple[str, str] | None = None
+    ) -> str:
+        """residual + x W + narrow up; ``adapter`` is the last two."""
+        if self.options.plugins is not None and linear.scale is not None:
+            return self._int4_product(x, linear, residual, adapter, self.options.plugins.rank if adapter else 0)
+        if linear.input_scale is not None:
+            x = self.op("Mul", x, self.graph.pooled(linear.input_scale))
+        weight = self.graph.pooled(linear.weight)
+        if linear.scale is not None:
+            scale = self.graph.pooled(linear.scale)
+            weight = self.op("DequantizeLinear", weight, scale, axis=0, block_size=linear.group)
+        y = self.op("MatMul", x, weight)
+        if adapter is not None:
+            y = self.op("Add", y, self.op("MatMul", *adapter))
+        return y if residual is None else self.op("Add", residual, y)
+
+    def _int4_product(
+        self, x: str, linear: PooledLinear, residual: str | None, adapter: tuple[str, str] | None, rank: int
+    ) -> str:
+        scaled, added = linear.input_scale is not None, residual is not None
+        inner, columns = linear.weight.shape
+        shape = ProductShape(inner, columns, linear.group, input_scale=scaled, rank=rank, residual=added)
+        pooled = [self.graph.pooled(part) for part in (linear.weight, linear.scale, linear.input_scale) if part]
+        inputs = [x, *pooled, *(adapter or ()), *([residual] if residual else [])]
+        return self._plugin(int4_product_function(shape), inputs, [f"{linear.weight.name}.y"])[0]
+
+    def _cast(self, x: str, dtype: int) -> str:
+        """``x`` of type ``dtype`` as an activation."""
+        return x if dtype == self.real else self.op("Cast", x, to=self.real)
+
+    def _as_float(self, x: str) -> str:
+        return x if self.real == FLOAT else self.op("Cast", x, to=FLOAT)
+
+    def _rms_norm(self, x: str, weight: PoolRange) -> str:
+        return self.op("RMSNormalization", x, self.graph.pooled(weight), axis=-1, epsilon=self.config.rms_norm_eps)
+
+    def _head(self, x: str) -> None:
+        """Final norm, logits, and what of them goes to the host: the best ``top_k`` of each row and its log-sum-exp."""
+        logits = self._linear(self._rms_norm(x, self.pool.norm), self.pool.head)
+        # The mask token is an input only.
+        bias = np.zeros(self.config.vocab_size, np.float32)
+        bias[self.config.mask_token_id] = NEVER
+        possible = self.op("Add", self._as_float(logits), self.graph.constant("mask_token_bias", bias))
+        top_k = self.options.top_k
+        wanted = self.graph.input("top_k", INT64, [1]) if top_k is None else self.ints(top_k)
+        if self.real == FLOAT:
+            self.graph.node("TopK", [possible, wanted], ["top_logits", "top_tokens"], axis=-1)
+        else:
+            self._top_of_narrow(logits, wanted)
+        # The best logit is at hand: ReduceLogSumExp would read the row once more to find it.
+        best = self.op("Slice", "top_logits", self.ints(0), self.ints(1), self.ints(2))
+        total = self.op("ReduceSum", self.op("Exp", self.op("Sub", possible, best)), self.ints(-1), keepdims=0)
+        self.graph.node("Add", [self.op("Log", total), self.op("Squeeze", best, self.ints(2))], ["log_sum_exp"])
+        self.graph.output("top_logits", FLOAT, ["batch", "rows", top_k or "top_k"])
+        self.graph.output("top_tokens", INT64, ["batch", "rows", top_k or "top_k"])
+        self.graph.output("log_sum_exp", FLOAT, ["batch", "rows"])
+
+    def _top_of_narrow(self, logits: str, wanted: str) -> None:
+        """The best of 16-bit logits, sought in them as they are: a row in fp32 is twice the bytes, written and read
+        again. So the mask token is among the candidates, and of one candidate more it becomes the last.
+        """
+        more = self.op("Min", self.op("Add", wanted, self.ints(1)), self.ints(self.config.vocab_size))
+        self.graph.node("TopK", [logits, more], ["found", "tokens"], axis=-1)
+        is_mask = self.op("Equal", "tokens", self._int("mask_token", self.config.mask_token_id))
+        found = self.op("Where", is_mask, self._float("never", float(NEVER)), self._as_float("found"))
+        self.graph.node("TopK", [found, wanted], ["top_logits", "order"], axis=-1)
+        self.graph.node("GatherElements", ["tokens", "order"], ["top_tokens"], axis=2)
+
+    def _float(self, name: str, value: float) -> str:
+        return self.graph.constant(f"float_{name}", np.array(value, np.float32))
+
+    def _int(self, name: str, value: int) -> str:
+        return self.graph.constant(f"int_{name}", np.array(value, np.int64))

@@ -1,0 +1,183 @@
+"""The weight pool as the graphs see it: one file of raw tensors, written in one pass over the checkpoint.
+
+Both graphs name ranges of this one file, so their constants are the same by construction. Matrices are stored as
+``MatMul`` wants them, [in, out]; matrices that share an input are one (q, k and v; gate and up).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+from onnx import TensorProto
+
+from trimode.common.errors import TriModeError
+from trimode.common.progress import Progress
+from trimode.model.checkpoint import HEAD, Checkpoint, Int4Weight
+
+ALIGNMENT = 4096  # a page, so that every tensor can be mapped on its own
+
+ONNX_DTYPES = {
+    np.dtype(np.float32): TensorProto.FLOAT,
+    np.dtype(np.float16): TensorProto.FLOAT16,
+    np.dtype(ml_dtypes.bfloat16): TensorProto.BFLOAT16,
+}
+
+
+@dataclass(frozen=True)
+class PoolRange:
+    """One tensor of the pool; ``dtype`` is ONNX's, ``offset`` and ``length`` in bytes."""
+
+    name: str
+    dtype: int
+    shape: tuple[int, ...]
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True)
+class PooledLinear:
+    """y = (x * input_scale) W, W as int4 with ``scale`` or as it is."""
+
+    weight: PoolRange
+    scale: PoolRange | None = None
+    input_scale: PoolRange | None = None
+    group: int = 0
+
+    def ranges(self) -> Iterator[PoolRange]:
+        yield from (part for part in (self.weight, self.scale, self.input_scale) if part is not None)
+
+
+@dataclass(frozen=True)
+class PooledLayer:
+    input_layernorm: PoolRange
+    qkv_proj: PooledLinear
+    o_proj: PooledLinear
+    post_attention_layernorm: PoolRange
+    gate_up_proj: PooledLinear
+    down_proj: PooledLinear
+
+
+@dataclass(frozen=True)
+class RawPool:
+    """Where every weight of the network lies; ``stored`` bytes in all, what pads them to pages aside."""
+
+    path: Path
+    stored: int
+    embed_tokens: PoolRange
+    layers: tuple[PooledLayer, ...]
+    norm: PoolRange
+    head: PooledLinear
+
+    def ranges(self) -> Iterator[PoolRange]:
+        """Every tensor, in the order of the file."""
+        yield self.embed_tokens
+        for layer in self.layers:
+            yield layer.input_layernorm
+            yield from layer.qkv_proj.ranges()
+            yield from layer.o_proj.ranges()
+            yield layer.post_attention_layernorm
+            yield from layer.gate_up_proj.ranges()
+            yield from layer.down_proj.ranges()
+        yield self.norm
+        yield from self.head.ranges()
+
+
+def write_raw_pool(
+    checkpoint: Checkpoint, path: Path, progress: Progress, real: np.dtype[np.generic], unpack: bool = False
+) -> RawPool:
+    """Stream the checkpoint's weights into ``path``; no more than one layer's matrix is in memory at a time.
+
+    real: type of scales, norms and matrices that are not int4. unpack: store int4 matrices as ``real`` ones, input
+    scales multiplied in.
+    """
+    layers = checkpoint.config.num_hidden_layers
+    with path.open("wb") as file:
+        writer = _Writer(file, checkpoint, real, unpack)
+        embed_tokens = writer.embedding()
+        pooled = []
+        for index in range(layers):
+            progress("weights", index, layers + 1)
+            prefix = f"encoder.layers.{index}"
+            pooled.append(
+                PooledLayer(
+                    input_layernorm=writer.norm(f"{prefix}.input_layernorm"),
+                    qkv_proj=writer.linear(f"{prefix}.self_attn", "q_proj", "k_proj", "v_proj"),
+                    o_proj=writer.linear(f"{prefix}.self_attn", "o_proj"),
+                    post_attention_layernorm=writer.norm(f"{prefix}.post_attention_layernorm"),
+                    gate_up_proj=writer.linear(f"{prefix}.mlp", "gate_proj", "up_proj"),
+                    down_proj=writer.linear(f"{prefix}.mlp", "down_proj"),
+                )
+            )
+        progress("weights", layers, layers + 1)
+        norm = writer.norm("encoder.norm")
+        head = writer.linear("", HEAD)
+        progress("weights", layers + 1, layers + 1)
+    return RawPool(path, writer.stored, embed_tokens, tuple(pooled), norm, head)
+
+
+class _Writer:
+    def __init__(self, file: BinaryIO, checkpoint: Checkpoint, real: np.dtype[np.generic], unpack: bool) -> None:
+        self._file = file
+        self._checkpoint = checkpoint
+        self._real = real
+        self._unpack = unpack
+        self.stored = 0
+
+    def embedding(self) -> PoolRange:
+        """As stored: a lookup needs no wider type."""
+        return self._put("encoder.embed_tokens", self._checkpoint.vector("encoder.embed_tokens.weight"))
+
+    def norm(self, module: str) -> PoolRange:
+        return self._put(module, self._checkpoint.vector(f"{module}.weight").astype(self._real))
+
+    def linear(self, parent: str, *names: str) -> PooledLinear:
+        """One matrix, or several that read the same input, side by side along ``out``."""
+        modules = [f"{parent}.{name}" if parent else name for name in names]
+        weights = [self._checkpoint.linear(module) for module in modules]
+        name = modules[0] if len(names) == 1 else f"{parent}." + "_".join(part.removesuffix("_proj") for part in names)
+        int4 = [weight for weight in weights if isinstance(weight, Int4Weight)]
+        if self._unpack or not int4:
+            matrices = (weight.to_float32() if isinstance(weight, Int4Weight) else weight.array for weight in weights)
+            dense = [matrix.astype(self._real, copy=False) for matrix in matrices]
+            return PooledLinear(self._put(name, np.concatenate(dense).T))
+        if len(int4) < len(weights) or not _share_input_scale(int4):
+            raise TriModeError(
+                f"{self._checkpoint.folder}: {', '.join(modules)} read one input but are quantised differently; "
+                "quantise the checkpoint with `trimode quantize`"
+            )
+        # ModelOpt packs pairs along `out`; transposed, that is ONNX's packing along the last dimension.
+        packed = np.concatenate([weight.packed for weight in int4]).T
+        scale = np.concatenate([weight.scale for weight in int4]).T.astype(self._real)
+        input_scale = int4[0].input_scale
+        return PooledLinear(
+            weight=self._put(name, packed, TensorProto.INT4, (packed.shape[0], packed.shape[1] * 2)),
+            scale=self._put(f"{name}.scale", scale),
+            input_scale=(
+                None if input_scale is None else self._put(f"{name}.input_scale", input_scale.astype(self._real))
+            ),
+            group=packed.shape[0] // scale.shape[0],
+        )
+
+    def _put(
+        self, name: str, array: NDArray[np.generic], dtype: int | None = None, shape: tuple[int, ...] | None = None
+    ) -> PoolRange:
+        offset = -(-self._file.tell() // ALIGNMENT) * ALIGNMENT
+        self._file.seek(offset)
+        self._file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        self.stored += array.nbytes
+        return PoolRange(
+            name, ONNX_DTYPES[array.dtype] if dtype is None else dtype, shape or array.shape, offset, array.nbytes
+        )
+
+
+def _share_input_scale(weights: list[Int4Weight]) -> bool:
+    first = weights[0].input_scale
+    if first is None:
+        return all(weight.input_scale is None for weight in weights)
+    return all(weight.input_scale is not None and np.array_equal(weight.input_scale, first) for weight in weights)

@@ -1,0 +1,1 @@
+"""Target ``rtx``: plans compiled by TensorRT-RTX for named GPUs."""

@@ -1,0 +1,231 @@
+"""Target ``rtx``: both graphs compiled by TensorRT-RTX for named GPUs, over one file of weights.
+
+The builder needs no GPU. Its log is the only account of what it made, so it is read closely: every warning that is not
+on the list below fails the build, and the kernels it names become ``layers.json``. Plans that the builder strips of
+their weights itself (``STRIP_PLAN``) need a GPU already when they are built; so the section is cut out of whole plans.
+"""
+
+from __future__ import annotations
+
+import re
+from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import onnx
+import tensorrt_rtx as trt
+
+from trimode.build.graph.network import NetworkOptions, build_network
+from trimode.build.graph.raw_pool import RawPool, write_raw_pool
+from trimode.build.plan_builder import BuilderProgress, HeldSignals, ProfileSizes
+from trimode.build.rtx.graph_form import KEY_HEADS, refuse_disorder, tensorrt_form
+from trimode.build.rtx.kernel_list import KernelList, parse_kernels
+from trimode.build.rtx.weight_section import Run, cut_runs, find_shared_runs
+from trimode.common.errors import TriModeError
+from trimode.common.progress import Progress
+from trimode.engine.manifest import (
+    GRAPH,
+    KERNELS,
+    NUMPY_TYPES,
+    PLAN,
+    POOL,
+    RTX_COMPUTE_CAPABILITIES,
+    PoolEntry,
+    RtxEntry,
+)
+from trimode.model.checkpoint import Checkpoint
+from trimode.model.step import ENGINES
+
+# Of the constants' bytes. The builder folds a few small ones into kernels or widens them; no matrix may be missing.
+LEAST_SHARED = 0.99
+# What the builder may complain of, and why it is no fault.
+EXPECTED_MESSAGES = {
+    r"Make sure (in|out)put \w+ has Int64 binding": "it does, by the step contract",
+    r"cudaError(NoDevice| 35| 100)|CUDA initialization failure|no CUDA-capable device": "building needs no GPU",
+    r"driver version is insufficient|Unable to determine GPU memory|CUDA lazy loading": "building needs no GPU",
+}
+
+
+class _Log(trt.ILogger):  # type: ignore[misc]
+    """Keeps every message: the kernels are listed among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begin()
+
+    def begin(self) -> None:
+        self.messages: list[str] = []
+        self.complaints: list[str] = []
+
+    def log(self, severity: trt.ILogger.Severity, message: str) -> None:
+        self.messages.append(message)
+        expected = any(re.search(pattern, message) for pattern in EXPECTED_MESSAGES)
+        if severity <= trt.ILogger.Severity.WARNING and not expected:
+            self.complaints.append(message)
+
+
+# TensorRT keeps the first logger that a process gives it.
+_LOG = _Log()
+
+
+class _Monitor(BuilderProgress, trt.IProgressMonitor):  # type: ignore[misc]
+    def __init__(self, stage: str, progress: Progress, signals: HeldSignals) -> None:
+        trt.IProgressMonitor.__init__(self)
+        BuilderProgress.__init__(self, stage, progress, signals)
+
+
+def build_rtx_engines(
+    checkpoint: Checkpoint,
+    folder: Path,
+    options: NetworkOptions,
+    sms: tuple[int, ...],
+    max_batch: int,
+    max_step: int,
+    progress: Progress,
+) -> tuple[RtxEntry, tuple[PoolEntry, ...]]:
+    """Write both plans, their graphs and kernels, and the pool into ``folder``.
+
+    sms: compute capabilities, 121 for 12.1; the plans run on each of them and on no other.
+    """
+    refuse_unknown_gpus(sms)
+    plans, constants = [], []
+    with TemporaryDirectory(dir=folder) as temporary:
+        pool = write_raw_pool(checkpoint, Path(temporary) / "raw.bin", progress, NUMPY_TYPES[options.activations])
+        checkpoint.unmap()
+        probe = _first_bytes(pool)
+        for name, pattern in ENGINES:
+            graph = build_network(checkpoint.config, pool, pattern, options)
+            constants.append(_pooled_constants(graph))
+            _refuse_differing(constants)
+            target = folder / name
+            target.mkdir()
+            onnx.save(graph, target / GRAPH)
+            layers = checkpoint.config.num_hidden_layers
+            if options.kv_read == "view":
+                graph = tensorrt_form(graph, layers)
+            source = Path(temporary) / f"{name}.onnx"
+            onnx.save(graph, source)
+            rank = checkpoint.adapter.config.r if checkpoint.adapter else 0
+            kv_heads, capacity = checkpoint.config.num_key_value_heads, options.capacity or 0
+            others = {
+                "window": (1, min(512, capacity), capacity),
+                "rank": (rank, rank, rank),
+                KEY_HEADS: (kv_heads, kv_heads, kv_heads * max_batch),
+            }
+            steps = (1, min(32, max_step), max_step)
+            sizes = ProfileSizes(max_batch, steps, steps, others)
+            plan, kernels = _compile(graph, source, target, sms, sizes, progress)
+            if options.kv_read == "view":
+                refuse_disorder(kernels.root, layers)
+            plans.append(plan)
+    progress("weights", 0, 1)
+    first, second = (np.memmap(plan, np.uint8, mode="r") for plan in plans)
+    runs = find_shared_runs(first, second, probe)
+    _refuse_private_constants(runs)
+    (folder / POOL).parent.mkdir()
+    ar = cut_runs(plans[0], [(run.first, run.length) for run in runs], folder / POOL)
+    diffusion = cut_runs(plans[1], [(run.second, run.length) for run in runs], None)
+    shared = (folder / POOL).stat().st_size
+    if shared < pool.stored * LEAST_SHARED:
+        raise RuntimeError(
+            f"the plans share {shared} bytes of weights of {pool.stored}: the engines' constants differ, or lie in "
+            "another order"
+        )
+    progress("weights", 1, 1)
+    entry = RtxEntry(
+        tensorrt_rtx=trt.__version__,
+        sms=sms,
+        max_batch=max_batch,
+        max_step=max_step,
+        ar=ar,
+        diffusion=diffusion,
+    )
+    pool_entries = []
+    for number, splice in enumerate(ar.splices):
+        pool_entries.append(PoolEntry(name=f"run {number}", offset=splice.pool_offset, bytes=splice.bytes))
+    return entry, tuple(pool_entries)
+
+
+def refuse_unknown_gpus(sms: tuple[int, ...]) -> None:
+    for sm in sms:
+        if sm not in RTX_COMPUTE_CAPABILITIES:
+            raise TriModeError(
+                f"--sm {sm}: TensorRT-RTX builds for {', '.join(map(str, RTX_COMPUTE_CAPABILITIES))}; "
+                "datacentre parts need the target tensorrt"
+            )
+
+
+def _compile(
+    graph: onnx.ModelProto, source: Path, target: Path, sms: tuple[int, ...], sizes: ProfileSizes, progress: Progress
+) -> tuple[Path, KernelList]:
+    log = _LOG
+    log.begin()
+    builder = trt.Builder(log)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse_from_file(str(source)):
+        raise RuntimeError(f"TensorRT-RTX cannot parse {target.name}/graph.onnx: {parser.get_error(0)}")
+    for tensor in (network.get_input(index) for index in range(network.num_inputs)):
+        if tensor.name.startswith("k_view."):
+            tensor.allowed_formats = 1 << int(trt.TensorFormat.HWC8)
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # or the kernels are listed by number alone
+    # The runtime captures passes as CUDA graphs, over memory of its own: the build fails if the graph rules that out.
+    config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+    config.num_compute_capabilities = len(sms)
+    for index, sm in enumerate(sms):
+        config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), index)
+    profile = builder.create_optimization_profile()
+    for value in graph.graph.input:
+        dims = [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        if any(isinstance(dim, str) for dim in dims):
+            profile.set_shape(value.name, *sizes.of(dims))
+    config.add_optimization_profile(profile)
+    with HeldSignals() as signals:
+        monitor = _Monitor(target.name, progress, signals)
+        config.progress_monitor = monitor
+        plan = builder.build_serialized_network(network, config)
+    if monitor.interruption is not None:
+        raise monitor.interruption
+    if log.complaints or plan is None:
+        raise RuntimeError(f"TensorRT-RTX on {target.name}/graph.onnx: {'; '.join(log.complaints) or 'no plan'}")
+    path = target / PLAN
+    path.write_bytes(memoryview(plan))
+    kernels = parse_kernels(log.messages)
+    (target / KERNELS).write_text(kernels.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    return path, kernels
+
+
+def _refuse_private_constants(runs: list[Run]) -> None:
+    """One allocation serves both plans' weights only if their sections are the same to the byte."""
+    for run, following in pairwise(runs):
+        lone = [after - before - run.length for before, after in zip(run, following, strict=True)][:2]
+        raise RuntimeError(
+            f"the plans' weight sections differ after {run.length} bytes: {lone[0]} bytes that the AR plan alone has, "
+            f"{lone[1]} that the diffusion plan alone has"
+        )
+
+
+def _pooled_constants(graph: onnx.ModelProto) -> dict[str, str]:
+    """Where in the raw pool each of the graph's matrices and vectors lies."""
+    return {
+        tensor.name: " ".join(f"{field.key} {field.value}" for field in tensor.external_data)
+        for tensor in graph.graph.initializer
+        if tensor.data_location == onnx.TensorProto.EXTERNAL
+    }
+
+
+def _refuse_differing(constants: list[dict[str, str]]) -> None:
+    """Every graph must name the same ranges of the pool as the first: their plans are to share them."""
+    first, last = constants[0], constants[-1]
+    for name in sorted(first.keys() | last.keys()):
+        if first.get(name) != last.get(name):
+            raise RuntimeError(f"the engines' constant {name} differs: {first.get(name)} against {last.get(name)}")
+
+
+def _first_bytes(pool: RawPool) -> bytes:
+    """Enough of the embedding table to find it in a plan."""
+    with pool.path.open("rb") as file:
+        file.seek(pool.embed_tokens.offset)
+        return file.read(min(4096, pool.embed_tokens.length))

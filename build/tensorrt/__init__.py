@@ -1,0 +1,1 @@
+"""Target ``tensorrt``: graphs and kernels that TensorRT compiles on the machine with the GPU."""

@@ -1,0 +1,61 @@
+"""``trimode compile``: the last step of target ``tensorrt``, on the machine with the GPU."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from trimode.common.atomic_folder import atomic_folder
+from trimode.common.errors import TriModeError
+from trimode.common.gpus import Gpu, find_gpus
+from trimode.common.progress import Progress, no_progress
+from trimode.engine.manifest import MANIFEST, Manifest, hash_files, verify_files
+
+
+def compile_engine(emitted: Path, out: Path, progress: Progress = no_progress) -> Manifest:
+    """Compile what ``trimode build --target tensorrt --emit-only`` wrote, into the new folder ``out``.
+
+    Its other files are hard links where the file system has them. Raises TriModeError if ``emitted`` is no such folder
+    or was changed, or if this machine lacks TensorRT, a GPU, or kernels for it.
+    """
+    manifest = Manifest.read(emitted)
+    if manifest.tensorrt is None:
+        raise TriModeError(
+            f"{emitted} is for target {manifest.target}, which has no second step; give an engine that "
+            "`trimode build --target tensorrt --emit-only` wrote"
+        )
+    if manifest.tensorrt.plans is not None:
+        raise TriModeError(f"{emitted} was compiled already, on {manifest.tensorrt.plans.gpu}")
+    gpu = require_tensorrt("run this on the machine with the GPU")
+    verify_files(emitted, manifest, progress)
+    with atomic_folder(out) as folder:
+        shutil.copytree(emitted, folder, ignore=lambda *_: [MANIFEST], copy_function=_link, dirs_exist_ok=True)
+        from trimode.build.tensorrt.plans import compile_plans
+
+        plans = compile_plans(folder, manifest.tensorrt, gpu, progress)
+        entry = manifest.tensorrt.model_copy(update={"plans": plans})
+        manifest.model_copy(update={"tensorrt": entry, "files": hash_files(folder, progress)}).write(folder)
+    return Manifest.read(out)
+
+
+def require_tensorrt(remedy: str) -> Gpu:
+    """The GPU that TensorRT will build for; raises TriModeError that says all that is missing, and ``remedy``."""
+    missing = []
+    try:
+        import tensorrt  # noqa: F401
+    except (ImportError, OSError) as error:
+        missing.append(f"the package tensorrt ({str(error).splitlines()[0]}; pip install 'tensorrt>=11.4,<12')")
+    gpus = find_gpus()
+    if not gpus.found:
+        missing.append(f"an NVIDIA GPU (driver: {gpus.driver})")
+    if missing:
+        raise TriModeError(f"compiling for target tensorrt needs {' and '.join(missing)}; {remedy}")
+    return gpus.found[0]
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

@@ -1,0 +1,106 @@
+"""The kernels that two graphs' plugins need, compiled for GPUs that need not be here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import onnx
+
+from trimode.common.errors import TriModeError
+from trimode.common.progress import Progress
+from trimode.engine.manifest import Real
+from trimode.model.config import ModelConfig
+from trimode.plugins.contracts import DOMAIN, Constants, Operator, Tactic
+from trimode.plugins.kernel_library import INDEX, LibraryIndex, LibraryKernel, kernel_name, library_folder
+from trimode.plugins.launches import LAUNCHES, Call, Shapes
+
+_WARP = 32
+# A dimension that is known at run time only.
+_DYNAMIC = -1
+
+
+class NeededKernel(NamedTuple):
+    operator: Operator
+    constants: Constants
+    number: int
+    tactic: Tactic
+
+
+def plugin_nodes(graph: onnx.ModelProto) -> list[onnx.NodeProto]:
+    return [node for node in graph.graph.node if node.domain == DOMAIN]
+
+
+def needed_kernels(graphs: list[onnx.ModelProto], config: ModelConfig) -> dict[str, NeededKernel]:
+    """Every tactic of every plugin in the graphs, by the name of its kernel."""
+    needed = {}
+    for graph in graphs:
+        weights = {value.name: _fixed(value) for value in graph.graph.input}
+        for node in plugin_nodes(graph):
+            launch = LAUNCHES[node.op_type]
+            static = _static(node, launch.operator, weights, config)
+            call = Call(static, {attribute.name: attribute.i for attribute in node.attribute}, static)
+            constants = launch.constants(call)
+            for number, tactic in launch.tactics(call).items():
+                kernel = NeededKernel(launch.operator, constants, number, tactic)
+                needed[kernel_name(launch.operator, constants, number)] = kernel
+    return needed
+
+
+def write_kernels(
+    needed: dict[str, NeededKernel], real: Real, sms: tuple[int, ...], folder: Path, progress: Progress
+) -> None:
+    """Compile each kernel for each compute capability (121 for 12.1) into ``folder``, a :class:`KernelLibrary`'s.
+
+    A tactic that does not fit a GPU is left out there. Raises TriModeError where none of an operator's does.
+    """
+    try:
+        from trimode.plugins.compilation import compile_operator
+    except ModuleNotFoundError as error:
+        raise TriModeError(f"target tensorrt needs the package {error.name}: pip install 'trimode[tensorrt]'") from None
+    done, total = 0, len(sms) * len(needed)
+    for sm in sms:
+        target = library_folder(folder, sm)
+        target.mkdir(parents=True)
+        index = {}
+        for name, kernel in needed.items():
+            compiled = compile_operator(kernel.operator, kernel.constants, kernel.tactic, real, sm)
+            if compiled.fits:
+                (target / f"{name}.ptx").write_text(compiled.ptx, encoding="ascii")
+                threads = compiled.warps * _WARP
+                index[name] = LibraryKernel(entry=compiled.name, threads=threads, shared_bytes=compiled.shared_bytes)
+            done += 1
+            progress("kernels", done, total)
+        whole = LibraryIndex(compute_capability=sm, real=real, kernels=index)
+        (target / INDEX).write_text(whole.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        if lacking := {_untuned(name) for name in needed} - {_untuned(name) for name in index}:
+            raise TriModeError(
+                f"every tactic of {min(lacking)} spills registers, or lacks shared memory, on compute capability {sm}"
+            )
+
+
+def _untuned(name: str) -> str:
+    """A kernel's name without its tactic."""
+    return name.rpartition(".")[0]
+
+
+def _static(
+    node: onnx.NodeProto, operator: Operator, weights: dict[str, tuple[int, ...]], config: ModelConfig
+) -> Shapes:
+    """The shapes of a node's inputs as far as they are fixed: weights by the graph, the rest by the config."""
+    heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    activations = {
+        "qkv": (_DYNAMIC, _DYNAMIC, config.query_width + 2 * config.kv_width),
+        "q": (_DYNAMIC, heads, _DYNAMIC, size),
+        "k_cache": (_DYNAMIC, kv_heads, _DYNAMIC, size),
+        "partial": (_DYNAMIC, _DYNAMIC, heads, _DYNAMIC, size),
+    }
+    return {
+        operand.name: activations.get(operand.name) or weights.get(name, ())
+        for operand, name in zip(operator.inputs, node.input, strict=True)
+    }
+
+
+def _fixed(value: onnx.ValueInfoProto) -> tuple[int, ...]:
+    dims = value.type.tensor_type.shape.dim
+    return tuple(dim.dim_value if dim.HasField("dim_value") else _DYNAMIC for dim in dims)

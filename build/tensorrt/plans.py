@@ -1,0 +1,107 @@
+"""Both graphs compiled by TensorRT with our plugins, for the GPU of this machine, where it times their tactics.
+
+Weights are inputs of the graphs, so the plans hold none, and both engines bind the one pool.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import tensorrt as trt
+
+from trimode.build.plan_builder import BuilderProgress, HeldSignals, ProfileSizes
+from trimode.common.gpus import Gpu
+from trimode.common.progress import Progress
+from trimode.engine.manifest import BUILDER_LOG, GRAPH, PLAN, PLUGIN_KERNELS, TensorrtEntry, TensorrtPlans
+from trimode.model.step import ENGINES
+from trimode.plugins.declarations import declare_plugins
+from trimode.plugins.kernel_library import KernelLibrary
+
+
+class _Log(trt.ILogger):  # type: ignore[misc]
+    """Keeps warnings and errors."""
+
+    def __init__(self) -> None:
+        trt.ILogger.__init__(self)
+        self.lines: list[str] = []
+
+    def log(self, severity: trt.ILogger.Severity, message: str) -> None:
+        if severity <= trt.ILogger.Severity.WARNING:
+            self.lines.append(f"{severity.name}: {message}")
+
+
+# TensorRT keeps the first logger that a process gives it.
+_LOG = _Log()
+
+
+class _Monitor(BuilderProgress, trt.IProgressMonitor):  # type: ignore[misc]
+    def __init__(self, stage: str, progress: Progress, signals: HeldSignals) -> None:
+        trt.IProgressMonitor.__init__(self)
+        BuilderProgress.__init__(self, stage, progress, signals)
+
+
+def compile_plans(folder: Path, entry: TensorrtEntry, gpu: Gpu, progress: Progress) -> TensorrtPlans:
+    """Write ``engine.plan``, and what the builder warned of, beside each ``graph.onnx`` of ``folder``.
+
+    Raises TriModeError if the folder has no kernels for ``gpu``.
+    """
+    declare_plugins(KernelLibrary(folder / PLUGIN_KERNELS, gpu.compute_capability))
+    profiles = _profiles(entry.max_batch, entry.max_step)
+    for name, _ in ENGINES:
+        _compile(folder / name, entry.plugins[name], profiles, progress)
+    return TensorrtPlans(tensorrt=trt.__version__, gpu=gpu.name, compute_capability=gpu.compute_capability)
+
+
+def _profiles(max_batch: int, max_step: int) -> list[ProfileSizes]:
+    """One for a token, one for a block, one for a chunk of a prompt, of which a single row needs logits: TensorRT times
+    the tactics at the usual sizes alone. Every step fits one of them and no other.
+    """
+    profiles = []
+    for least, usual, most, usual_rows in ((1, 1, 1, 1), (2, 32, 64, 32), (65, max_step, max_step, 1)):
+        if least <= max_step:
+            step = (least, min(usual, max_step), min(most, max_step))
+            rows = (1, min(usual_rows, max_step), min(most, max_step))
+            profiles.append(ProfileSizes(max_batch, step, rows, {}))
+    return profiles
+
+
+def _compile(engine: Path, plugins: int, profiles: list[ProfileSizes], progress: Progress) -> None:
+    _LOG.lines.clear()
+    builder = trt.Builder(_LOG)
+    # The plugins' kernels are embedded: the plan then runs without Python.
+    network = builder.create_network(
+        1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+        | 1 << int(trt.NetworkDefinitionCreationFlag.PREFER_AOT_PYTHON_PLUGINS)
+    )
+    parser = trt.OnnxParser(network, _LOG)
+    if not parser.parse_from_file(str(engine / GRAPH)):
+        raise RuntimeError(f"TensorRT cannot parse {engine.name}/{GRAPH}: {parser.get_error(0)}")
+    _refuse_expanded_functions(network, engine, plugins)
+    config = builder.create_builder_config()
+    config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)  # the KV pool is written in place
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    for sizes in profiles:
+        profile = builder.create_optimization_profile()
+        for index in range(network.num_inputs):
+            tensor = network.get_input(index)
+            dims = [tensor.get_dimension_name(at) if size < 0 else size for at, size in enumerate(tensor.shape)]
+            if any(isinstance(dim, str) for dim in dims):
+                profile.set_shape(tensor.name, *sizes.of(dims))
+        config.add_optimization_profile(profile)
+    with HeldSignals() as signals:
+        monitor = _Monitor(engine.name, progress, signals)
+        config.progress_monitor = monitor
+        plan = builder.build_serialized_network(network, config)
+    if monitor.interruption is not None:
+        raise monitor.interruption
+    (engine / BUILDER_LOG).write_text("\n".join(_LOG.lines) + "\n", encoding="utf-8")
+    if plan is None:
+        raise RuntimeError(f"TensorRT on {engine.name}/{GRAPH}: {'; '.join(_LOG.lines) or 'no plan'}")
+    (engine / PLAN).write_bytes(memoryview(plan))
+
+
+def _refuse_expanded_functions(network: trt.INetworkDefinition, engine: Path, plugins: int) -> None:
+    """The parser would take an operator's function body where it finds no plugin: right, and slower than any target."""
+    kinds = [network.get_layer(index).type for index in range(network.num_layers)]
+    if (found := kinds.count(trt.LayerType.PLUGIN_V3)) != plugins:
+        raise RuntimeError(f"TensorRT took {found} of {plugins} operators of {engine.name}/{GRAPH} for our plugins")

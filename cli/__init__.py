@@ -1,0 +1,1 @@
+"""The ``trimode`` command: the top layer, which may import every other package."""

@@ -1,0 +1,1 @@
+"""What callers use: ``LLM`` and its results."""

@@ -1,0 +1,1 @@
+"""Target ``cpu``: ONNX Runtime sessions over the engine's mapped weights."""

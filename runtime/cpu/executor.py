@@ -1,0 +1,174 @@
+"""Target ``cpu``: two ONNX Runtime sessions over one mapped weight pool, bound to the KV pool's own memory."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
+
+from trimode.common.errors import TriModeError
+from trimode.common.machine import instruction_set
+from trimode.engine.manifest import ADAPTER, POOL, Manifest
+from trimode.model.step import cache_inputs, cache_outputs
+from trimode.runtime.executor import BidirectionalStep, Candidates, CausalStep, Step
+from trimode.runtime.kv.kv_pool import KvPool
+
+_FOLDERS: dict[type[Step], str] = {CausalStep: "ar", BidirectionalStep: "diffusion"}
+# Shapes of passes whose memory is kept.
+_MOST_SHAPES = 256
+
+_Arrays = dict[str, NDArray[Any]]
+
+
+class _Memory(NamedTuple):
+    """What passes of one shape read and write: arrays, and the same memory as ONNX Runtime's values."""
+
+    inputs: _Arrays
+    results: Candidates
+    input_values: dict[str, ort.OrtValue]
+    result_values: dict[str, ort.OrtValue]
+
+
+@dataclass
+class _Binding:
+    """A run of the pool's slots, bound to a session, and the memory of the shape that is bound with it."""
+
+    session_binding: ort.IOBinding
+    memory: _Memory | None = None
+
+    def bind(self, memory: _Memory) -> None:
+        if self.memory is memory:  # as in most passes, and binding takes longer than all else around them
+            return
+        for name, value in memory.input_values.items():
+            self.session_binding.bind_ortvalue_input(name, value)
+        for name, value in memory.result_values.items():
+            self.session_binding.bind_ortvalue_output(name, value)
+        self.memory = memory
+
+
+class CpuExecutor:
+    """Loads ``ar/`` and ``diffusion/`` of an engine directory; raises TriModeError if they are not for this machine."""
+
+    def __init__(
+        self, engine: Path, manifest: Manifest, threads: int | None = None, kv_cache_bytes: int | None = None
+    ) -> None:
+        _refuse_foreign_layout(engine, manifest)
+        model, capacity = manifest.model, manifest.limits.capacity
+        self.pool = KvPool(model.num_hidden_layers, model.num_key_value_heads, model.head_dim, capacity, kv_cache_bytes)
+        self._top_k = manifest.limits.top_k
+        self._caches = list(
+            zip(cache_inputs(model.num_hidden_layers), cache_outputs(model.num_hidden_layers), strict=True)
+        )
+        self._adapter = load_file(engine / ADAPTER) if manifest.adapter else {}
+        self._sessions = {
+            kind: _load(engine, folder, threads or len(os.sched_getaffinity(0))) for kind, folder in _FOLDERS.items()
+        }
+        self._memories: dict[tuple[int, ...], _Memory] = {}
+        # A binding of the caches is good until the pool moves.
+        self._bindings: dict[tuple[type[Step], int, int], _Binding] = {}
+        self._bound_generation = self.pool.generation
+
+    def run(self, step: CausalStep | BidirectionalStep) -> Candidates:
+        self.pool.reserve(step.rows_written)
+        memory, binding = self._memory(step), self._binding(step)
+        for name, array in self._inputs(step).items():
+            memory.inputs[name][...] = array
+        binding.bind(memory)
+        self._sessions[type(step)].run_with_iobinding(binding.session_binding)
+        logits, tokens, log_sum_exp = memory.results
+        return Candidates(logits.copy(), tokens.copy(), log_sum_exp.copy())
+
+    def _inputs(self, step: CausalStep | BidirectionalStep) -> _Arrays:
+        inputs: _Arrays = {
+            "input_ids": step.input_ids,
+            "position_ids": step.position_ids,
+            "write_indices": step.write_indices,
+            "logit_rows": step.logit_rows,
+        }
+        if isinstance(step, CausalStep):
+            inputs["block_mask"] = step.block_mask
+        else:
+            inputs["step_lengths"] = step.step_lengths
+            if self._adapter:
+                inputs["adapter_scale"] = step.adapter
+        return inputs
+
+    def _memory(self, step: CausalStep | BidirectionalStep) -> _Memory:
+        top_k = min(step.top_k or self._top_k, self._top_k)
+        batch_and_rows = step.logit_rows.shape
+        key = (isinstance(step, CausalStep), *step.input_ids.shape, *batch_and_rows, top_k)
+        if key not in self._memories:
+            if len(self._memories) == _MOST_SHAPES:
+                self._memories.clear()
+            inputs: _Arrays = {name: np.empty(array.shape, array.dtype) for name, array in self._inputs(step).items()}
+            if "adapter_scale" in inputs:
+                inputs["adapter_scale"] = np.empty(step.batch, np.float32)
+            inputs["top_k"] = np.array([top_k])
+            results: _Arrays = {
+                "top_logits": np.empty((*batch_and_rows, top_k), np.float32),
+                "top_tokens": np.empty((*batch_and_rows, top_k), np.int64),
+                "log_sum_exp": np.empty(batch_and_rows, np.float32),
+            }
+            self._memories[key] = _Memory(inputs, Candidates(*results.values()), _values(inputs), _values(results))
+        return self._memories[key]
+
+    def _binding(self, step: Step) -> _Binding:
+        """A binding whose caches are the step's slots of the pool, inputs and outputs at the same addresses."""
+        if self._bound_generation != self.pool.generation:
+            self._bindings.clear()
+            self._bound_generation = self.pool.generation
+        key = (type(step), step.first_slot, step.batch)
+        if key not in self._bindings:
+            binding = self._sessions[type(step)].io_binding()
+            for (name, updated), buffer in zip(self._caches, self.pool.buffers, strict=True):
+                rows = buffer[step.first_slot : step.first_slot + step.batch]
+                place = ("cpu", 0, np.float32, rows.shape, rows.ctypes.data)
+                binding.bind_input(name, *place)
+                binding.bind_output(updated, *place)
+            if isinstance(step, BidirectionalStep):
+                for name, array in self._adapter.items():
+                    binding.bind_cpu_input(name, array)
+            self._bindings[key] = _Binding(binding)
+        return self._bindings[key]
+
+
+def _values(arrays: _Arrays) -> dict[str, ort.OrtValue]:
+    """The arrays' own memory, not copies of it."""
+    return {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
+
+
+def _refuse_foreign_layout(engine: Path, manifest: Manifest) -> None:
+    """The pool's packed copies fit one kernel library and instruction set; others would make nonsense of them."""
+    remedy = f"build it again here: trimode build CHECKPOINT {engine}"
+    if manifest.onnxruntime != ort.__version__:
+        raise TriModeError(
+            f"{engine} was built with onnxruntime {manifest.onnxruntime}, this is {ort.__version__}; {remedy}"
+        )
+    if manifest.instruction_set != instruction_set():
+        raise TriModeError(
+            f"{engine} was built for another processor ({manifest.instruction_set}; this is {instruction_set()}); "
+            f"{remedy}"
+        )
+
+
+def _load(engine: Path, folder: str, threads: int) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # done by the build
+    options.intra_op_num_threads = threads
+    # The engines take turns: threads spin within a pass, which is faster, and not into the other engine's.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", str((engine / POOL).parent)
+    )
+    path = engine / folder / "model.onnx"
+    try:
+        return ort.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime raises its own unrelated exception types
+        raise TriModeError(f"{path} cannot be loaded by onnxruntime: {str(error).splitlines()[0]}") from None

@@ -1,0 +1,1 @@
+"""How one sequence decodes: drafts, commits, sampling, text and its end."""

@@ -1,0 +1,254 @@
+"""Decoding: one loop, three policies.
+
+Every cycle drafts zero or more bidirectional passes until its block is full, then commits it with one causal pass:
+
+| mode | block | bidirectional passes | commit accepts |
+|---|---|---|---|
+| ``ar`` | 1 | 0 | the token |
+| ``linear_spec`` | b | 1 draft, or until filled with a draft threshold | the longest matching run, and one more token |
+| ``diffusion`` | b | denoise until filled | the whole block, and one more token |
+| ``auto`` | chosen each cycle | as ``linear_spec``, or ``ar`` with a block of one | as ``linear_spec`` |
+
+So AR is speculation with a block of one. A :class:`Sequence` is one answer's state: it says which pass it needs next
+and absorbs what the pass found, so that sequences of all modes can share a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Many
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trimode.runtime.decoding.acceptance import Acceptance
+from trimode.runtime.decoding.denoising import settled
+from trimode.runtime.decoding.ending import Ending
+from trimode.runtime.decoding.sampling import Sampler
+from trimode.runtime.executor import Candidates, Ints
+from trimode.runtime.request.outputs import Counts, Logprob, Origin
+from trimode.runtime.request.sampling_params import SamplingParams
+
+PassKind = Literal["prefill", "draft", "denoise", "commit"]
+NO_BLOCK = np.empty(0, np.int64)
+
+
+class Pass(NamedTuple):
+    """What a sequence needs next: these tokens through an engine, and logits of these of its rows."""
+
+    kind: PassKind
+    tokens: Ints  # [S]
+    rows: Ints  # [R]
+
+
+class Sequence:
+    """One answer: its tokens, how many of them are committed to the KV pool, and the block under work.
+
+    The *seed* is the newest emitted token: known, but its KV row is not yet committed. It is its block's first token.
+
+    mask_id: of the model. prefill_step: tokens of a prefill pass at most. seed: of its draws. acceptance: what is known
+    of its drafts' luck.
+    """
+
+    def __init__(
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        ending: Ending,
+        acceptance: Acceptance,
+        *,
+        mask_id: int,
+        prefill_step: int,
+        seed: int,
+    ) -> None:
+        self.prompt = np.array(prompt, np.int64)
+        self.params = params
+        self.ending = ending
+        self.acceptance = acceptance
+        self.committed = 0
+        self.emitted: list[int] = []
+        self.origins: list[Origin] = []
+        self.logprobs: list[dict[int, Logprob]] = []
+        self.rejected: list[int] = []  # drafts that the latest commit did not agree with
+        self.counts = Counts()
+        self._sampler = Sampler(params, self.prompt, seed)
+        self._mask_id = mask_id
+        self._prefill_step = prefill_step
+        self._block = NO_BLOCK
+        self._masks = 0  # places of the block that are not settled
+        self._block_logprobs: dict[int, dict[int, Logprob]] = {}  # diffusion: by place in the block
+        self._passes_of_block = 0
+
+    @property
+    def tokens(self) -> list[int]:
+        """All that is known: the prompt and what was emitted."""
+        return [*self.prompt.tolist(), *self.emitted]
+
+    @property
+    def prefilling(self) -> bool:
+        return self.committed < len(self.prompt)
+
+    @property
+    def fills_block(self) -> bool:
+        """Whether its next pass is a bidirectional one."""
+        return not self.prefilling and self._masks > 0
+
+    @property
+    def needs_block(self) -> bool:
+        return not self.prefilling and not len(self._block)
+
+    @property
+    def drafts_in_passes(self) -> bool:
+        """Whether its masks may take more than one bidirectional pass to fill."""
+        return self.params.mode == "diffusion" or bool(self.params.draft_threshold)
+
+    @property
+    def longest_block(self) -> int:
+        """Tokens of the longest block that the request and its end allow."""
+        return min(self.params.longest_block, self.ending.remaining)
+
+    def open_block(self, length: int) -> None:
+        """Lay out the next block: the seed, and masks up to ``length``, which is at most ``longest_block``."""
+        self._block = np.full(length, self._mask_id, np.int64)
+        self._block[0] = self.emitted[-1]
+        self._masks = length - 1
+        self._block_logprobs = {}
+        self._passes_of_block = 0
+        self.rejected = []
+
+    def next_pass(self) -> Pass:
+        """The pass that brings the sequence on; it has a block, or is in its prefill."""
+        if self.prefilling:
+            chunk = self.prompt[self.committed : self.committed + self._prefill_step]
+            return Pass("prefill", chunk, np.array([len(chunk) - 1]))
+        diffusion = self.params.mode == "diffusion"
+        if self._masks:
+            masked = np.flatnonzero(self._block == self._mask_id)
+            return Pass("denoise" if diffusion else "draft", self._block, masked)
+        rows = np.array([len(self._block) - 1]) if diffusion else np.arange(len(self._block))
+        return Pass("commit", self._block, rows)
+
+    def absorb(self, done: Pass, found: Candidates) -> None:
+        """Take a pass's candidates: logits, tokens [R, k] and log_sum_exp [R] of the rows it asked for."""
+        setattr(self.counts, done.kind, getattr(self.counts, done.kind) + 1)
+        if done.kind == "prefill":
+            self.committed += len(done.tokens)
+            if not self.prefilling:
+                self._emit_run(found, [self.committed], "prefill")
+        elif done.kind == "draft":
+            self._draft(done, found)
+        elif done.kind == "denoise":
+            self._denoise(done, found)
+        elif self.params.mode == "diffusion":
+            self._commit_diffusion(found)
+        else:
+            self._commit(found)
+
+    def _draft(self, done: Pass, found: Candidates) -> None:
+        """Fill masks with the likeliest tokens: those are the likeliest to be accepted, at any temperature."""
+        threshold = self.params.draft_threshold
+        if not threshold:
+            self._settle(done.rows, found.tokens[:, 0])
+            return
+        confidence = np.exp(found.logits[:, 0] - found.log_sum_exp)
+        sure = confidence >= threshold
+        sure[confidence.argmax()] = True
+        self._settle(done.rows[sure], found.tokens[sure, 0])
+
+    def _denoise(self, done: Pass, found: Candidates) -> None:
+        """Settle masked positions of the block by confidence, the probability of the token chosen for them."""
+        positions = (self.committed + done.rows).tolist()
+        tokens = self._sampler.rows(found.logits, found.tokens, positions, draw=self._passes_of_block + 1)
+        confidence = np.exp(found.logits[found.tokens == tokens[:, None]] - found.log_sum_exp)
+        masks = len(self._block) - 1
+        sure = settled(confidence, self.params, masks, self._passes_of_block)
+        self._passes_of_block += 1
+        self._settle(done.rows[sure], tokens[sure])
+        if self.params.logprobs is not None:
+            for row in np.flatnonzero(sure):
+                self._block_logprobs[int(done.rows[row])] = self._logprobs(found, row, int(tokens[row]))
+        # A budget may put another token before the end that the block has found.
+        if self.params.max_thinking_tokens is None and self._ends_before_a_mask():
+            self.counts.cycles += 1
+            self._emit_denoised()
+            self._block, self._masks = NO_BLOCK, 0
+
+    def _settle(self, places: Ints, tokens: Ints) -> None:
+        self._block[places] = tokens
+        self._masks -= len(places)
+
+    def _commit(self, found: Candidates) -> None:
+        """Accept the block's longest run that the causal rows agree with, and the token that follows."""
+        drafts, before = self._block[1:].tolist(), len(self.emitted)
+        positions = range(self.committed + 1, self.committed + 1 + len(self._block))
+        agreed = self._emit_run(found, positions, "bonus", drafts)
+        self.committed += len(self.emitted) - before
+        tested = len(drafts) if agreed == len(drafts) else agreed + (self.ending.finish_reason is None)
+        if drafts:
+            self.acceptance.observe(agreed, tested, ended=self.ending.finish_reason == "stop")
+        self.rejected = drafts[agreed:] if tested > agreed else []
+        self.counts.cycles += 1
+        self.counts.drafted += len(drafts)
+        self.counts.accepted += agreed
+        self._block = NO_BLOCK
+
+    def _commit_diffusion(self, found: Candidates) -> None:
+        """Accept the whole block, and the token that follows."""
+        before = len(self.emitted)
+        if self._emit_denoised():
+            self._emit_run(found, [self.committed + len(self._block)], "bonus")
+        self.committed += len(self.emitted) - before
+        self.counts.cycles += 1
+        self._block = NO_BLOCK
+
+    def _emit_run(self, found: Candidates, positions: Many[int], origin: Origin, drafts: Many[int] = ()) -> int:
+        """Emit the tokens of causal rows, for these absolute positions, as long as each is the one drafted there;
+        returns how many were.
+        """
+        agreed = 0
+        for row, drawn in enumerate(self._sampler.run(found.logits, found.tokens, positions)):
+            forced = self.ending.forced
+            token = drawn if forced is None else forced
+            if self.params.logprobs is not None:
+                self.logprobs.append(self._logprobs(found, row, token))
+            agrees = row < len(drafts) and token == drafts[row]
+            agreed += agrees
+            goes_on = self._emit(token, "forced" if forced is not None else "accepted" if agrees else origin)
+            if not (agrees and goes_on):
+                break
+        return agreed
+
+    def _emit_denoised(self) -> bool:
+        """Emit the block behind its seed; returns whether all of it came, and more may."""
+        for place, drawn in enumerate(self._block[1:].tolist(), start=1):
+            forced = self.ending.forced
+            if self.params.logprobs is not None:
+                self.logprobs.append(self._block_logprobs[place])
+            goes_on = self._emit(*((drawn, "denoised") if forced is None else (forced, "forced")))
+            if not goes_on or (forced is not None and forced != drawn):
+                return False
+        return True
+
+    def _emit(self, token: int, origin: Origin) -> bool:
+        """Append a token; returns whether another may follow."""
+        self.emitted.append(token)
+        self.origins.append(origin)
+        self._sampler.note(token)
+        self.ending.take(token)
+        return self.ending.finish_reason is None
+
+    def _ends_before_a_mask(self) -> bool:
+        """Whether an end token stands in the block, past its seed, with no mask before it."""
+        for token in self._block[1:].tolist():
+            if token == self._mask_id:
+                return False
+            if self.ending.ends_with(token):
+                return True
+        return False
+
+    def _logprobs(self, found: Candidates, row: np.intp | int, token: int) -> dict[int, Logprob]:
+        """The token's own log-probability, then those of the asked number of the likeliest."""
+        tokens = found.tokens[row].tolist()
+        values: NDArray[np.float32] = found.logits[row] - found.log_sum_exp[row]
+        ranks = [tokens.index(token), *range(self.params.logprobs or 0)]
+        return {tokens[rank]: Logprob(float(values[rank]), rank + 1) for rank in ranks}

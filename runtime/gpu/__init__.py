@@ -1,0 +1,1 @@
+"""What GPU targets share: device memory, streams, CUDA graphs, KV slots, shapes of passes."""

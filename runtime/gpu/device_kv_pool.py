@@ -1,0 +1,96 @@
+"""The KV pool in the GPU's memory: a fixed number of slots of a fixed number of rows."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from trimode.common.errors import TriModeError
+from trimode.engine.manifest import NUMPY_TYPES, Real
+from trimode.model.config import ModelConfig
+from trimode.runtime.gpu.cuda import Device, Runs
+from trimode.runtime.kv.slots import Rows
+
+
+class DeviceKvPool:
+    """Keys of layer 0, values of layer 0, keys of layer 1, ...: each [slots, kv_heads, capacity, head_dim].
+
+    Slots are used as :class:`trimode.runtime.kv.kv_pool.KvPool` uses them. Every address stays what it is, as captured
+    passes need it.
+    """
+
+    def __init__(self, device: Device, model: ModelConfig, dtype: Real, slots: int, capacity: int) -> None:
+        self.capacity = capacity
+        self.slots = slots
+        self.active = 0
+        self.shape = (model.num_key_value_heads, capacity, model.head_dim)
+        self._caches = 2 * model.num_hidden_layers
+        self._device = device
+        self._dtype = NUMPY_TYPES[dtype]
+        self._row = model.head_dim * self._dtype.itemsize
+        self._head = capacity * self._row
+        self._slot = model.num_key_value_heads * self._head
+        self._memory = device.allocate(self._caches * slots * self._slot, "the KV pool")
+        # Zeros, not garbage: rows past a sequence are masked, but 0 times a NaN there would be a NaN.
+        device.clear(self._memory.address, self._memory.size)
+        device.synchronize()
+
+    def address(self, cache: int, slot: int) -> int:
+        """Where ``slot`` begins in a cache, in the order of :func:`trimode.model.step.cache_inputs`."""
+        return self._memory.address + (cache * self.slots + slot) * self._slot
+
+    def fits(self, rows: int) -> bool:
+        """Whether there may be a sequence of ``rows`` tokens."""
+        return rows <= self.capacity
+
+    def holds(self, sequences: int, rows: int) -> bool:
+        """Whether there may be so many sequences, the longest of ``rows`` tokens."""
+        return sequences <= self.slots and rows <= self.capacity
+
+    def acquire(self) -> int:
+        """A slot for a new sequence: the first one past the active ones. Raises TriModeError if all are taken."""
+        if self.active == self.slots:
+            raise TriModeError(
+                f"all {self.slots} slots of the KV pool are taken; build with a larger --max-batch for more at a time"
+            )
+        self.active += 1
+        return self.active - 1
+
+    def release(self, slot: int) -> int:
+        """Give a slot back. The last active sequence moves into it; returns that sequence's former slot."""
+        if not 0 <= slot < self.active:
+            raise ValueError(f"slot {slot} is not active; {self.active} are")
+        last = self.active - 1
+        if slot != last:
+            self._device.activate()
+            for cache in range(self._caches):
+                self._device.copy(self.address(cache, slot), self.address(cache, last), self._slot)
+        self.active = last
+        return last
+
+    def reserve(self, rows: int) -> None:
+        """There is room for every sequence up to the capacity; raises TriModeError past it."""
+        if rows > self.capacity:
+            raise TriModeError(f"a sequence of {rows} tokens exceeds the engine's capacity of {self.capacity}")
+
+    def read_rows(self, slot: int, start: int, stop: int) -> Rows:
+        """A copy of a sequence's rows from ``start`` to before ``stop``, in the pool's type."""
+        heads, _, head_dim = self.shape
+        rows = np.empty((self._caches, heads, stop - start, head_dim), self._dtype)
+        self._copy_rows(slot, start, rows, upload=False)
+        return rows
+
+    def write_rows(self, slot: int, start: int, rows: Rows) -> None:
+        """Put rows that :meth:`read_rows` gave into a sequence, from ``start`` on; there is room for them."""
+        self._copy_rows(slot, start, np.ascontiguousarray(rows), upload=True)
+
+    def _copy_rows(self, slot: int, start: int, rows: Rows, upload: bool) -> None:
+        heads, count = rows.shape[1:3]
+        if start + count > self.capacity:
+            raise ValueError(f"rows {start} to {start + count} of {self.capacity}")
+        width = count * self._row
+        self._device.activate()
+        for cache in range(self._caches):
+            here = Runs(self.address(cache, slot) + start * self._row, self._head)
+            host = Runs(rows[cache].ctypes.data, width, on_device=False)
+            self._device.copy_rows(*((here, host) if upload else (host, here)), width, heads)
+        self._device.synchronize()

@@ -1,0 +1,226 @@
+"""What a request may ask for: TensorRT-LLM's ``SamplingParams`` by name and meaning, and the fields of the three modes.
+
+A value or a combination that cannot be honoured is refused with the reason, never ignored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from trimode.common.errors import TriModeError
+
+Mode = Literal["auto", "ar", "diffusion", "linear_spec"]
+Denoising = Literal["threshold", "quota", "top_n", "factor", "product"]
+
+DEFAULT_BLOCK_LENGTH = 32
+DEFAULT_THRESHOLD = 0.9
+# Fields of the block modes, and the modes in which each has a meaning.
+_MODES_OF_FIELD: dict[str, tuple[Mode, ...]] = {
+    "block_length": ("auto", "diffusion", "linear_spec"),
+    "threshold": ("diffusion",),
+    "denoising": ("diffusion",),
+    "denoising_steps": ("diffusion",),
+    "denoising_top_n": ("diffusion",),
+    "draft_threshold": ("linear_spec",),
+    "adapter": ("auto", "linear_spec"),
+}
+# Tokens of a diffusion block are chosen together, so none of them is "already in the text" for another.
+_PENALTIES = {"presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How one request is decoded and where it ends. Immutable; one record may serve many requests.
+
+    Sampling. temperature, top_k, top_p, min_p: greedy unless one of them asks for a draw (a temperature above 0, a
+    top_k above 1, a top_p above 0); a draw without a temperature is at 1, and a temperature of 0 is greedy whatever
+    the others say. A draw is among the candidates that the
+    engine reports for a row (``Limits.top_k`` of the build): their probabilities are renormalised, in AR and in
+    self-speculation alike. seed: the same seed and parameters give the same tokens whatever else runs.
+    presence_penalty, frequency_penalty: subtracted from the logit of a token that was emitted, once or for each time.
+    repetition_penalty: divides a positive logit, multiplies a negative one, of tokens emitted or in the prompt.
+    n: answers to one prompt, seeds ``seed``, ``seed + 1``, ...
+
+    Ends. max_tokens; the model's end tokens unless ignore_eos; stop: strings, stop_token_ids: tokens, neither part of
+    the text unless include_stop_str_in_output. max_thinking_tokens: tokens after which an open ``<think>`` is closed.
+
+    Output. logprobs: alternatives to report with each token, 0 for the token alone; log-probabilities are the model's,
+    before temperature and penalties. skip_special_tokens: leave them out of the text.
+
+    Modes. mode: ``auto`` chooses the block length of self-speculation each cycle by its cost at the current load.
+    block_length: tokens of a block, seed included; the longest that ``auto`` may choose. adapter: draft with the draft
+    adapter. draft_threshold: above 0, drafts are refined in further passes until every token is at least this probable.
+    denoising: which masked positions a denoise pass of ``diffusion`` settles, the most confident one always:
+    ``threshold``, every one whose confidence reaches threshold; ``quota``, an even share in denoising_steps passes a
+    block; ``top_n``, the denoising_top_n most confident; ``factor``, by rank r = 0, 1, ..., the leading run with
+    confidence at least 1 - threshold / (r + 2); ``product``, the leading run whose confidences multiply to at least
+    threshold.
+
+    Raises TriModeError that names the field, the value and the rule.
+    """
+
+    max_tokens: int = 32
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    n: int = 1
+    stop: str | Sequence[str] | None = None
+    stop_token_ids: Sequence[int] | None = None
+    ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    max_thinking_tokens: int | None = None
+    logprobs: int | None = None
+    skip_special_tokens: bool = True
+    mode: Mode = "auto"
+    block_length: int | None = None
+    adapter: bool | None = None
+    draft_threshold: float | None = None
+    denoising: Denoising | None = None
+    threshold: float | None = None
+    denoising_steps: int | None = None
+    denoising_top_n: int | None = None
+
+    def __post_init__(self) -> None:
+        self._require_types()
+        self._require("max_tokens", self.max_tokens >= 1, "at least 1")
+        for field in ("temperature", "repetition_penalty", "presence_penalty", "frequency_penalty"):
+            value = getattr(self, field)
+            self._require(field, value is None or math.isfinite(value), "a finite number")
+        self._require("temperature", (self.temperature or 0) >= 0, "0 (greedy) or a positive number")
+        self._require("top_k", (self.top_k or 0) >= 0, "0 (all candidates) or a positive number")
+        self._require("top_p", 0 <= (self.top_p or 0) <= 1, "between 0 and 1")
+        self._require("min_p", 0 <= (self.min_p or 0) <= 1, "between 0 and 1")
+        self._require("seed", 0 <= (self.seed or 0) < 2**64, "between 0 and 2**64 - 1")
+        self._require("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "between 0.01 and 100")
+        self._require("n", self.n >= 1, "at least 1")
+        self._require("stop", all(self.stop_strings), "without empty strings")
+        self._require("max_thinking_tokens", (self.max_thinking_tokens or 0) >= 0, "at least 0")
+        self._require("logprobs", (self.logprobs or 0) >= 0, "at least 0")
+        self._require("mode", self.mode in get_args(Mode), f"one of {', '.join(get_args(Mode))}")
+        self._require("block_length", self.block_length is None or self.block_length >= 1, "at least 1")
+        self._require("draft_threshold", 0 <= (self.draft_threshold or 0) <= 1, "between 0 and 1")
+        self._require("threshold", 0 <= (self.threshold or 0) <= 1, "between 0 and 1")
+        self._require(
+            "denoising", self.denoising in (None, *get_args(Denoising)), f"one of {', '.join(get_args(Denoising))}"
+        )
+        self._require("denoising_steps", self.denoising_steps is None or self.denoising_steps >= 1, "at least 1")
+        self._require("denoising_top_n", self.denoising_top_n is None or self.denoising_top_n >= 1, "at least 1")
+        self._refuse_what_cannot_be_honoured()
+
+    @classmethod
+    def of(cls, params: Any) -> SamplingParams:
+        """Ours as it is, or TensorRT-LLM's by its public fields; a field of its that is set and that we have not is
+        refused.
+        """
+        if isinstance(params, cls):
+            return params
+        if type(params).__module__.partition(".")[0] != "tensorrt_llm":
+            raise TriModeError(f"sampling_params is a {type(params).__name__}; give trimode.runtime.SamplingParams")
+        ours = {field.name for field in dataclasses.fields(cls)}
+        given = {}
+        for field in dataclasses.fields(params):
+            value = getattr(params, field.name)
+            if field.name.startswith("_") or value is None or value == field.default:
+                continue
+            if field.name in ours:
+                given[field.name] = value
+            elif (field.name == "best_of" and value == params.n) or field.name in ("end_id", "pad_id"):
+                continue  # tensorrt_llm sets them itself
+            else:
+                raise TriModeError(f"sampling_params: {field.name} is {value!r}; TriMode does not support it")
+        return cls(**given)
+
+    @property
+    def greedy(self) -> bool:
+        if self.temperature is not None:
+            return self.temperature == 0 or self.top_k == 1
+        return (self.top_k or 0) <= 1 and not self.top_p
+
+    @property
+    def penalised(self) -> bool:
+        return any(getattr(self, field) != neutral for field, neutral in _PENALTIES.items())
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def candidates(self) -> int | None:
+        """Of a row that its choice may need; None for all that the engine reports."""
+        return None if self.penalised or not self.greedy else max(1, self.logprobs or 0)
+
+    @property
+    def longest_block(self) -> int:
+        """Tokens of a block, seed included; AR's block is its one token."""
+        return 1 if self.mode == "ar" else self.block_length or DEFAULT_BLOCK_LENGTH
+
+    @property
+    def uses_adapter(self) -> bool:
+        return self.mode in ("auto", "linear_spec") and self.adapter is not False
+
+    def _require(self, field: str, holds: bool, rule: str) -> None:
+        if not holds:
+            raise TriModeError(f"{field} is {getattr(self, field)!r}; it must be {rule}")
+
+    def _require_types(self) -> None:
+        """Numbers are numbers and flags are flags: requests come from JSON too."""
+        for field in dataclasses.fields(self):
+            value, kind = getattr(self, field.name), str(field.type)
+            if value is None and "None" in kind:
+                continue
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if kind.startswith("int"):
+                self._require(field.name, whole, "a whole number")
+            elif kind.startswith("float"):
+                self._require(field.name, whole or isinstance(value, float), "a number")
+            elif kind.startswith("bool"):
+                self._require(field.name, isinstance(value, bool), "true or false")
+        if self.stop is not None and not isinstance(self.stop, str):
+            listed = isinstance(self.stop, Sequence) and all(isinstance(text, str) for text in self.stop)
+            self._require("stop", listed, "a string or a list of strings")
+        if self.stop_token_ids is not None:
+            ids = self.stop_token_ids
+            listed = isinstance(ids, Sequence) and all(type(token) is int for token in ids)
+            self._require("stop_token_ids", listed, "a list of token ids")
+
+    def _refuse_what_cannot_be_honoured(self) -> None:
+        for field, modes in _MODES_OF_FIELD.items():
+            if getattr(self, field) is not None and self.mode not in modes:
+                raise TriModeError(f"{field} has no meaning in mode {self.mode}, only in {' and '.join(modes)}")
+        policy = self.denoising or "threshold"
+        for field, policies in {
+            "threshold": ("threshold", "factor", "product"),
+            "denoising_steps": ("quota",),
+            "denoising_top_n": ("top_n",),
+        }.items():
+            if getattr(self, field) is not None and policy not in policies:
+                raise TriModeError(
+                    f"{field} has no meaning with denoising {policy}, only with {' and '.join(policies)}"
+                )
+        if policy == "top_n" and self.denoising_top_n is None:
+            raise TriModeError("denoising top_n needs denoising_top_n, the number of tokens to settle a pass")
+        if self.mode == "diffusion" and self.penalised:
+            name = next(field for field, neutral in _PENALTIES.items() if getattr(self, field) != neutral)
+            raise TriModeError(
+                f"{name} cannot be honoured in mode diffusion: a block's tokens are chosen together, not one after "
+                "another; use mode auto, ar or linear_spec"
+            )
+        if self.n > 1 and self.greedy:
+            raise TriModeError(f"n is {self.n}, but greedy answers are all the same; give a temperature, or n 1")
+        if self.min_p and self.greedy:
+            raise TriModeError(f"min_p is {self.min_p}, but greedy decoding draws nothing; give a temperature")
+        if self.logprobs is not None and self.max_thinking_tokens is not None:
+            raise TriModeError(
+                "logprobs cannot be given with max_thinking_tokens: a token that the budget forces was not drawn"
+            )

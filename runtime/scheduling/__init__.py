@@ -1,0 +1,1 @@
+"""Continuous batching: which sequences share a pass, and the block length of mode ``auto``."""

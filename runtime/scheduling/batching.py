@@ -1,0 +1,121 @@
+"""Which sequences share a pass, and the step they make together.
+
+A pass covers a run of neighbouring slots. Sequences that need it may have others between them that do not; those go
+along as padding, or the pass is cut in two, whichever costs less by :mod:`trimode.runtime.scheduling.pass_cost`. The
+same choice keeps one-token steps and long prefill chunks apart where padding would cost more than another pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Many
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+
+from trimode.runtime.decoding.sequence import Pass
+from trimode.runtime.executor import BidirectionalStep, CausalStep, Ints
+from trimode.runtime.scheduling.pass_cost import EngineName, PassCost
+
+
+class Member(NamedTuple):
+    """A sequence that needs a pass. adapter: whether a draft of it uses the draft adapter. candidates: of each row that
+    it needs, None for all.
+    """
+
+    slot: int
+    needed: Pass
+    adapter: bool
+    candidates: int | None
+
+
+class Span(NamedTuple):
+    """Slots ``first`` to ``last`` in one pass of ``step`` tokens each."""
+
+    first: int
+    last: int
+    step: int
+    members: list[Member]
+
+    @property
+    def batch(self) -> int:
+        return self.last - self.first + 1
+
+
+def plan_spans(
+    members: list[Member], committed: Many[int], capacity: int, engine: EngineName, cost: PassCost
+) -> list[Span]:
+    """Cut the members, in order of their slots, into the passes that cost least together.
+
+    committed: KV rows of every active slot. No pass reaches past ``capacity``, padding included: a slot too full for
+    its neighbours' step has a pass of its own.
+    """
+    whole = _span(members)
+    if _alike(members) and max(committed[whole.first : whole.last + 1]) + whole.step <= capacity:
+        return [whole]
+    seconds_of = cache(lambda batch, step: cost.seconds(engine, batch, step))
+    # The least seconds for the first so many members, and where the span that ends there begins.
+    least, begins = [0.0], [0]
+    for end in range(1, len(members) + 1):
+        choices: list[tuple[float, int]] = []
+        last, step, highest = members[end - 1].slot, 0, 0
+        for start in range(end - 1, -1, -1):
+            first = members[start].slot
+            step = max(step, len(members[start].needed.tokens))
+            highest = max(highest, *committed[first : members[start + 1].slot if start + 1 < end else last + 1])
+            if start < end - 1 and highest + step > capacity:
+                break
+            choices.append((least[start] + seconds_of(last - first + 1, step), start))
+        seconds, start = min(choices)
+        least.append(seconds)
+        begins.append(start)
+    spans: list[Span] = []
+    end = len(members)
+    while end:
+        spans.append(_span(members[begins[end] : end]))
+        end = begins[end]
+    return spans[::-1]
+
+
+def causal_step(span: Span, committed: Many[int]) -> CausalStep:
+    """The span as a pass of the AR engine; padding writes past the committed rows, where the next pass writes anew."""
+    ids, rows, write = _arrays(span, committed)
+    return CausalStep.chain(span.first, ids, write, rows, _candidates(span))
+
+
+def bidirectional_step(span: Span, committed: Many[int]) -> BidirectionalStep:
+    """The span as a pass of the diffusion engine."""
+    ids, rows, write = _arrays(span, committed)
+    lengths, adapter = np.ones(span.batch, np.int64), np.zeros(span.batch, np.bool_)
+    for member in span.members:
+        lengths[member.slot - span.first] = len(member.needed.tokens)
+        adapter[member.slot - span.first] = member.adapter
+    return BidirectionalStep.block(span.first, ids, write, rows, lengths, adapter, _candidates(span))
+
+
+def _arrays(span: Span, committed: Many[int]) -> tuple[Ints, Ints, Ints]:
+    """input_ids [B, S], logit_rows [B, R], write_indices [B]."""
+    ids = np.zeros((span.batch, span.step), np.int64)
+    rows = np.zeros((span.batch, max(len(member.needed.rows) for member in span.members)), np.int64)
+    for slot, needed, _, _ in span.members:
+        ids[slot - span.first, : len(needed.tokens)] = needed.tokens
+        rows[slot - span.first, : len(needed.rows)] = needed.rows
+    return ids, rows, np.array(committed[span.first : span.last + 1], np.int64)
+
+
+def _candidates(span: Span) -> int | None:
+    wanted = [member.candidates for member in span.members]
+    return None if None in wanted else max(each for each in wanted if each is not None)
+
+
+def _alike(members: list[Member]) -> bool:
+    """Neighbours with steps of one length: no padding, so nothing to choose."""
+    first, last = members[0], members[-1]
+    return last.slot - first.slot == len(members) - 1 and all(
+        len(member.needed.tokens) == len(first.needed.tokens) for member in members
+    )
+
+
+def _span(members: list[Member]) -> Span:
+    step = max(len(member.needed.tokens) for member in members)
+    return Span(members[0].slot, members[-1].slot, step, members)

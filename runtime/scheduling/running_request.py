@@ -1,0 +1,118 @@
+"""One answer on its way: its sequence, its slot, its text, and whom to tell."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+
+from trimode.runtime.decoding.sequence import Sequence
+from trimode.runtime.decoding.text_stream import TextStream
+from trimode.runtime.request.outputs import FinishReason, Update
+
+Listener = Callable[[Update], None]
+
+
+class Request:
+    """``listener`` is called on the scheduler's thread.
+
+    update_seconds: between its calls at least, but for the last one, which never waits; None for that one alone.
+    index: of the answer, where one prompt has several. siblings: answers to the same prompt, which wait until its KV
+    rows can be reused.
+    """
+
+    def __init__(
+        self,
+        sequence: Sequence,
+        text: TextStream,
+        listener: Listener,
+        *,
+        index: int,
+        update_seconds: float | None,
+    ) -> None:
+        self.sequence = sequence
+        self.index = index
+        self.siblings: list[Request] = []
+        self.aborted = False
+        self._text = text
+        self._text_is_fed = sequence.ending.hears_text  # token by token
+        self._listener = listener
+        self._update_seconds = update_seconds
+        self._arrived = time.perf_counter()
+        self._admitted_at: float | None = None
+        self._first_token_at: float | None = None
+        self._told = 0  # tokens
+        self._told_at = -math.inf
+        self._rejected: list[int] = []  # drafts, since the last update
+
+    @property
+    def longest(self) -> int:
+        """Tokens that the answer and its prompt can come to."""
+        return len(self.sequence.prompt) + self.sequence.params.max_tokens
+
+    def admit(self) -> None:
+        """It has a slot."""
+        self._admitted_at = time.perf_counter()
+
+    def deliver(self) -> None:
+        """Tell what is new, if it is time to."""
+        sequence = self.sequence
+        new = sequence.emitted[self._told :]
+        now = time.perf_counter()
+        if new and self._first_token_at is None:
+            self._first_token_at = now
+        self._rejected += sequence.rejected
+        finish_reason = sequence.ending.finish_reason
+        if finish_reason is not None:
+            self._finish(finish_reason, sequence.ending.stop_reason)
+        elif new and self._update_seconds is not None and now - self._told_at >= self._update_seconds:
+            self._told_at = now
+            self._feed(new)
+            self._tell(self._text.told())
+
+    def cancel(self) -> None:
+        """Tell that it ended because somebody wanted it to."""
+        self._finish("cancelled", None)
+
+    def fail(self, error: Exception) -> None:
+        """Tell that the engine failed."""
+        self._listener(Update(index=self.index, error=error))
+
+    def _finish(self, finish_reason: FinishReason, stop_reason: int | str | None) -> None:
+        shown = len(self.sequence.emitted) - self.sequence.ending.hides_last
+        self._feed(self.sequence.emitted[self._told : shown])
+        text = self._text.finish()
+        now = time.perf_counter()
+        self._tell(
+            text,
+            finish_reason=finish_reason,
+            stop_reason=stop_reason,
+            time_to_slot=self._since_arrival(self._admitted_at),
+            time_to_first_token=self._since_arrival(self._first_token_at),
+            seconds=now - self._arrived,
+        )
+
+    def _since_arrival(self, moment: float | None) -> float | None:
+        return None if moment is None else moment - self._arrived
+
+    def _feed(self, tokens: list[int]) -> None:
+        if not self._text_is_fed:
+            self._text.feed(tokens)
+
+    def _tell(self, text: str, **ending: object) -> None:
+        sequence, begin = self.sequence, self._told
+        self._told = len(sequence.emitted)
+        rejected, self._rejected = self._rejected, []
+        self._listener(
+            Update(
+                index=self.index,
+                text=text,
+                token_ids=sequence.emitted[begin:],
+                logprobs=sequence.logprobs[begin:],
+                origins=sequence.origins[begin:],
+                rejected=rejected,
+                counts=dataclasses.replace(sequence.counts),
+                **ending,  # type: ignore[arg-type]
+            )
+        )

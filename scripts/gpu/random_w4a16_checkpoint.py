@@ -1,0 +1,155 @@
+"""A w4a16 checkpoint of a published shape (3B, 8B, 14B) with random weights, streamed tensor by tensor.
+
+    python -m scripts.gpu.random_w4a16_checkpoint 8b engines/random-8b
+
+Format, names, sizes and files are a quantised checkpoint's; the integers are noise. It is what engines are built from
+and audited with where the published weights cannot be had: bytes, kernels and build cost do not depend on the values.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+from random_checkpoint import write_random_tokenizer
+from rich.progress import track
+
+from trimode.common.atomic_folder import atomic_folder
+from trimode.model.checkpoint import ADAPTER_FOLDER, HEAD, adapter_shapes, linear_shapes, vector_shapes
+from trimode.model.config import ModelConfig
+from trimode.quantize.modelopt_format import QUANT_CONFIG_FILE, excluded_modules, hf_quant_config, quantization_config
+from trimode.quantize.safetensors_stream import TensorSpec, write_tensors
+
+# hidden size, layers, MLP width, rope theta: the published config.json of each.
+SHAPES = {
+    "3b": (3072, 26, 9216, 1e6),
+    "8b": (4096, 34, 14336, 1e6),
+    "14b": (5120, 40, 16384, 1e9),
+}
+GROUP = 128
+RANK = 128
+BF16 = np.dtype(ml_dtypes.bfloat16)
+# Scales that give the matrices the spread of a trained network's, about 0.02: int4 values have a deviation of 4.6.
+SCALE = 0.004
+
+
+def config_fields(shape: str, layers: int | None, vocab_size: int) -> dict[str, Any]:
+    """``config.json`` of the family's ``shape``; fewer ``layers`` or a smaller vocabulary make a quick stand-in."""
+    hidden, published_layers, mlp, theta = SHAPES[shape]
+    return {
+        "architectures": ["NemotronLabsDiffusionModel"],
+        "model_type": "nemotron_labs_diffusion",
+        "vocab_size": vocab_size,
+        "hidden_size": hidden,
+        "intermediate_size": mlp,
+        "num_hidden_layers": layers or published_layers,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 262144,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": theta,
+            "factor": 16.0,
+            "original_max_position_embeddings": 16384,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.1,
+        },
+        "mask_token_id": 100,
+        "eos_token_id": 11,
+        "bos_token_id": 1,
+        "block_size": 32,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+        "sliding_window": None,
+    }
+
+
+def write_checkpoint(
+    folder: Path, shape: str, layers: int | None = None, vocab_size: int = 131072, int4_head: bool = True, seed: int = 0
+) -> Path:
+    """Write the checkpoint into the new ``folder``, whole or not at all."""
+    fields = config_fields(shape, layers, vocab_size)
+    config = ModelConfig.model_validate(fields)
+    specs = list(_specs(config, int4_head))
+    with atomic_folder(folder) as out:
+        write_tensors(out, specs, track(_random(specs, seed), f"{shape} weights", total=len(specs)))
+        (out / "config.json").write_text(
+            json.dumps(fields | {"quantization_config": quantization_config(excluded_modules(int4_head))}, indent=2)
+        )
+        (out / QUANT_CONFIG_FILE).write_text(json.dumps(hf_quant_config(GROUP, excluded_modules(int4_head)), indent=2))
+        adapter = out / ADAPTER_FOLDER
+        adapter.mkdir()
+        matrices = [TensorSpec(name, BF16, size) for name, size in adapter_shapes(config, RANK).items()]
+        write_tensors(adapter, matrices, _random(matrices, seed + 1))
+        (adapter / "model.safetensors").rename(adapter / "adapter_model.safetensors")
+        (adapter / "adapter_config.json").write_text(
+            json.dumps(
+                {"peft_type": "LORA", "r": RANK, "lora_alpha": 4 * RANK, "target_modules": ["o_proj"], "bias": "none"}
+            )
+        )
+        write_random_tokenizer(out, vocab_size)
+    return folder
+
+
+def _specs(config: ModelConfig, int4_head: bool) -> Iterator[TensorSpec]:
+    for name, size in vector_shapes(config).items():
+        yield TensorSpec(name, BF16, size)
+    for module, (rows, columns) in linear_shapes(config).items():
+        if module == HEAD and not int4_head:
+            yield TensorSpec(f"{module}.weight", BF16, (rows, columns))
+            continue
+        yield TensorSpec(f"{module}.weight", np.dtype(np.uint8), (rows // 2, columns))
+        yield TensorSpec(f"{module}.weight_scale", BF16, (rows, columns // GROUP))
+
+
+def _random(specs: list[TensorSpec], seed: int) -> Iterator[NDArray[Any]]:
+    rng = np.random.default_rng(seed)
+    for spec in specs:
+        if spec.dtype == np.uint8:
+            yield np.frombuffer(rng.bytes(spec.bytes), np.uint8).reshape(spec.shape)
+        elif spec.name.endswith("weight_scale"):
+            yield (SCALE * rng.uniform(0.5, 1.5, spec.shape)).astype(spec.dtype)
+        elif "norm" in spec.name:
+            yield np.ones(spec.shape, spec.dtype)
+        else:
+            yield _normal(rng, spec)
+
+
+def _normal(rng: np.random.Generator, spec: TensorSpec) -> NDArray[Any]:
+    """Filled by rows: a table of the vocabulary would need four times its size in fp32."""
+    array = np.empty(spec.shape, spec.dtype)
+    for first in range(0, len(array), 4096):
+        part = array[first : first + 4096]
+        part[...] = rng.standard_normal(part.shape, np.float32) * np.float32(0.02)
+    return array
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--layers", type=int, help="fewer than the published shape has")
+    parser.add_argument("--vocab-size", type=int, default=131072)
+    parser.add_argument("--head", choices=["int4", "16bit"], default="int4")
+    arguments = parser.parse_args()
+    write_checkpoint(
+        arguments.out, arguments.shape, arguments.layers, arguments.vocab_size, int4_head=arguments.head == "int4"
+    )
+    print(arguments.out)
+
+
+if __name__ == "__main__":
+    main()

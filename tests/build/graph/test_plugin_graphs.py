@@ -1,0 +1,120 @@
+"""The form with the plugins' operators and weights as inputs computes what the plain form does, by the operators'
+functions in ONNX Runtime; faults planted in these are seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from tests.build.graph.test_target_graphs import CAPACITY, PATTERNS, Arrays, assert_same, graph_of, inputs_of
+from tests.support.graph_executor import bind_pooled, open_session
+from trimode.build.graph import network
+from trimode.build.graph.network import NetworkOptions, PluginOptions
+from trimode.build.graph.raw_pool import RawPool, write_raw_pool
+from trimode.common.progress import no_progress
+from trimode.model.checkpoint import Checkpoint
+from trimode.model.step import AttentionPattern
+
+
+@pytest.fixture(scope="module")
+def checkpoint(random_int4_checkpoint: Path) -> Checkpoint:
+    return Checkpoint(random_int4_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def pool(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> RawPool:
+    path = tmp_path_factory.mktemp("pool") / "raw.bin"
+    return write_raw_pool(checkpoint, path, no_progress, np.dtype(np.float32))
+
+
+def execute(checkpoint: Checkpoint, pool: RawPool, pattern: AttentionPattern, options: NetworkOptions) -> Arrays:
+    """One pass over a pool of random rows, in ONNX Runtime; weights that are inputs lie where they are in the pool."""
+    onnx.save(graph_of(checkpoint, pool, pattern, options), source := pool.path.with_name(f"{pattern}.onnx"))
+    session, feeds = open_session(source), inputs_of(checkpoint)
+    binding = session.io_binding()
+    data = np.memmap(pool.path, np.uint8, mode="r")
+    pooled = {entry.name: data[entry.offset : entry.offset + entry.length] for entry in pool.ranges()}
+    for value in session.get_inputs():
+        if value.name in pooled:
+            bind_pooled(binding, value, pooled[value.name])
+        else:
+            binding.bind_cpu_input(value.name, feeds[value.name])
+    names = [value.name for value in session.get_outputs()]
+    for name in names:
+        binding.bind_output(name)
+    session.run_with_iobinding(binding)
+    return dict(zip(names, binding.copy_outputs_to_cpu(), strict=True))
+
+
+@PATTERNS
+def test_the_plugins_functions_compute_the_same(
+    checkpoint: Checkpoint, pool: RawPool, pattern: AttentionPattern
+) -> None:
+    plain = NetworkOptions(top_k=768, adapter=True)
+    plugins = NetworkOptions(top_k=768, adapter=True, capacity=CAPACITY, plugins=PluginOptions(splits=16, rank=8))
+    assert_same(execute(checkpoint, pool, pattern, plugins), execute(checkpoint, pool, pattern, plain))
+
+
+def less_or_equal(function: onnx.FunctionProto) -> None:
+    """Each token sees one row more."""
+    for node in function.node:
+        node.op_type = {"Less": "LessOrEqual"}.get(node.op_type, node.op_type)
+
+
+def odd_first(function: onnx.FunctionProto) -> None:
+    """The high nibble as the even column."""
+    for node in function.node:
+        if node.op_type == "Concat" and node.attribute[0].i == 2:
+            node.input[:] = node.input[::-1]
+
+
+def rotated_alike(function: onnx.FunctionProto) -> None:
+    """Queries without their scale."""
+    for node in function.node:
+        node.input[:] = [name.replace("query_", "key_") for name in node.input]
+
+
+def without_adapter(function: onnx.FunctionProto) -> None:
+    """Zeros in the place of the adapter's first half."""
+    for node in function.node:
+        if list(node.input) == ["narrow"]:
+            node.CopyFrom(onnx.helper.make_node("Sub", ["narrow", "narrow"], node.output))
+
+
+@pytest.mark.parametrize(
+    ("made", "spoil", "pattern"),
+    [
+        ("attend_function", less_or_equal, "causal"),
+        ("attend_function", less_or_equal, "bidirectional"),
+        ("int4_product_function", odd_first, "causal"),
+        ("int4_product_function", without_adapter, "bidirectional"),
+        ("kv_write_function", rotated_alike, "causal"),
+    ],
+)
+def test_a_fault_in_a_function_is_seen(
+    checkpoint: Checkpoint,
+    pool: RawPool,
+    monkeypatch: pytest.MonkeyPatch,
+    made: str,
+    spoil: Callable[[onnx.FunctionProto], None],
+    pattern: AttentionPattern,
+) -> None:
+    right, changed = getattr(network, made), []
+
+    def spoilt(*arguments: Any) -> onnx.FunctionProto:
+        function = right(*arguments)
+        before = function.SerializeToString()
+        spoil(function)
+        changed.append(function.SerializeToString() != before)
+        return function
+
+    monkeypatch.setattr(network, made, spoilt)
+    with pytest.raises(AssertionError, match=r"log_sum_exp|_cache_out"):
+        test_the_plugins_functions_compute_the_same(checkpoint, pool, pattern)
+    assert any(changed)

@@ -1,0 +1,217 @@
+"""The forms that a GPU target gives the graph, a window or a view of the KV pool and rows chosen by a product, compute
+what the plain form does: the same logits, and the same rows in the same places of the pool.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from numpy.typing import NDArray
+from onnx.reference import ReferenceEvaluator
+
+from trimode.build.graph.network import KvRead, NetworkOptions, build_network
+from trimode.build.graph.raw_pool import RawPool, write_raw_pool
+from trimode.build.rtx.graph_form import tensorrt_form
+from trimode.common.progress import no_progress
+from trimode.model.checkpoint import Checkpoint
+from trimode.model.step import AttentionPattern, cache_inputs, cache_outputs, cache_views
+
+CAPACITY, COMMITTED, WINDOW, STEP, BATCH = 256, (40, 93), 128, 12, 2
+ON_GPU = NetworkOptions(
+    top_k=768, adapter=True, capacity=CAPACITY, kv_read="view", rotate_together=True, select_by_product=True
+)
+PATTERNS = pytest.mark.parametrize("pattern", ["causal", "bidirectional"])
+Arrays = dict[str, NDArray[np.generic]]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(random_int4_checkpoint: Path) -> Checkpoint:
+    return Checkpoint(random_int4_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def pool(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> RawPool:
+    path = tmp_path_factory.mktemp("pool") / "raw.bin"
+    return write_raw_pool(checkpoint, path, no_progress, np.dtype(np.float32))
+
+
+def inputs_of(checkpoint: Checkpoint) -> Arrays:
+    """A step for two sequences over a pool of random rows; what is past the committed ones is noise too."""
+    rng, config = np.random.default_rng(0), checkpoint.config
+    write = np.array(COMMITTED)
+    feeds: Arrays = {
+        "input_ids": rng.integers(101, 768, (BATCH, STEP)),
+        "position_ids": write[:, None] + np.arange(STEP),
+        "write_indices": write,
+        "logit_rows": np.array([[2, 0, 11, 5], [1, 4, 4, 6]]),
+        "block_mask": np.tril(rng.random((BATCH, STEP, STEP)) < 0.7) | np.eye(STEP, dtype=bool),
+        "step_lengths": np.array([STEP, STEP - 5]),
+        "adapter_scale": np.array([1, 0], np.float32),
+        "window_rows": np.arange(WINDOW),
+    }
+    cache = (BATCH, config.num_key_value_heads, CAPACITY, config.head_dim)
+    for name in cache_inputs(config.num_hidden_layers):
+        feeds[name] = rng.standard_normal(cache, np.float32)
+    for index in range(config.num_hidden_layers):
+        feeds[f"adapter_down.{index}"] = rng.standard_normal((config.query_width, 8), np.float32) * np.float32(0.1)
+        feeds[f"adapter_up.{index}"] = rng.standard_normal((8, config.hidden_size), np.float32) * np.float32(0.1)
+    return feeds
+
+
+def graph_of(
+    checkpoint: Checkpoint, pool: RawPool, pattern: AttentionPattern, options: NetworkOptions
+) -> onnx.ModelProto:
+    graph = build_network(checkpoint.config, pool, pattern, options)
+    onnx.save(graph, source := pool.path.with_name("checked.onnx"))
+    onnx.checker.check_model(source, full_check=True)
+    return graph
+
+
+def execute(
+    checkpoint: Checkpoint, pool: RawPool, pattern: AttentionPattern, options: NetworkOptions
+) -> dict[str, NDArray[np.generic]]:
+    """One pass in ONNX Runtime, each cache, its output and its view one buffer."""
+    layers = checkpoint.config.num_hidden_layers
+    onnx.save(graph_of(checkpoint, pool, pattern, options), source := pool.path.with_name(f"{pattern}.onnx"))
+    settings = ort.SessionOptions()
+    settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # fp32: roundings hide no fault
+    session = ort.InferenceSession(str(source), settings, providers=["CPUExecutionProvider"])
+    values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in inputs_of(checkpoint).items()}
+    for aliases in (cache_views(layers), cache_outputs(layers)):
+        values |= {alias: values[name] for alias, name in zip(aliases, cache_inputs(layers), strict=True)}
+    binding = session.io_binding()
+    for wanted in session.get_inputs():
+        binding.bind_ortvalue_input(wanted.name, values[wanted.name])
+    names = [made.name for made in session.get_outputs()]
+    for name in names:
+        if name in values:
+            binding.bind_ortvalue_output(name, values[name])
+        else:
+            binding.bind_output(name)
+    session.run_with_iobinding(binding)
+    return dict(zip(names, binding.copy_outputs_to_cpu(), strict=True))
+
+
+def assert_same(found: Arrays, expected: Arrays) -> None:
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        if not name.startswith("top_"):
+            np.testing.assert_allclose(found[name], array, rtol=0, atol=2e-4, err_msg=name)
+    np.testing.assert_array_equal(found["top_tokens"][..., 0], expected["top_tokens"][..., 0])
+
+
+@PATTERNS
+@pytest.mark.parametrize("kv_read", ["cache", "window", "view"])
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_every_form_computes_the_same(
+    checkpoint: Checkpoint, pool: RawPool, pattern: AttentionPattern, kv_read: KvRead, on_gpu: bool
+) -> None:
+    plain = execute(checkpoint, pool, pattern, NetworkOptions(top_k=768, adapter=True))
+    form = NetworkOptions(
+        top_k=768, adapter=True, capacity=CAPACITY, kv_read=kv_read, rotate_together=on_gpu, select_by_product=on_gpu
+    )
+    assert_same(execute(checkpoint, pool, pattern, form), plain)
+
+
+def test_a_window_that_ends_too_early_is_seen(
+    checkpoint: Checkpoint, pool: RawPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The guard above can fail: rows past the window are not attended to."""
+    monkeypatch.setattr(f"{__name__}.WINDOW", 64)
+    plain = execute(checkpoint, pool, "causal", NetworkOptions(top_k=4, adapter=False))
+    form = NetworkOptions(top_k=4, adapter=False, capacity=CAPACITY, kv_read="window")
+    differing = np.abs(execute(checkpoint, pool, "causal", form)["log_sum_exp"] - plain["log_sum_exp"])
+    assert differing[0].max() < 1e-3 < differing[1].max()
+
+
+@PATTERNS
+def test_a_pass_leaves_committed_rows_as_they_were(
+    checkpoint: Checkpoint, pool: RawPool, pattern: AttentionPattern
+) -> None:
+    before, after = inputs_of(checkpoint), execute(checkpoint, pool, pattern, ON_GPU)
+    layers = checkpoint.config.num_hidden_layers
+    for name, updated in zip(cache_inputs(layers), cache_outputs(layers), strict=True):
+        for sequence, committed in enumerate(COMMITTED):
+            untouched = np.r_[0:committed, committed + STEP : CAPACITY]
+            old, new = before[name][sequence], after[updated][sequence]
+            np.testing.assert_array_equal(new[:, untouched], old[:, untouched])
+            assert (new[:, committed : committed + STEP] != old[:, committed : committed + STEP]).mean() > 0.99
+
+
+@PATTERNS
+def test_attention_waits_for_the_caches_that_it_views(
+    checkpoint: Checkpoint, pool: RawPool, pattern: AttentionPattern
+) -> None:
+    """An executor knows of the order by the graph's edges alone."""
+    graph = graph_of(checkpoint, pool, pattern, ON_GPU).graph
+    makers = {result: node for node in graph.node for result in node.output}
+    attentions = [node for node in graph.node if node.op_type == "Attention"]
+    assert len(attentions) == checkpoint.config.num_hidden_layers
+    for index, attention in enumerate(attentions):
+        assert list(attention.input[1:3]) == [f"k_view.{index}", f"v_view.{index}"]
+        needed, waiting = set(), [attention]
+        while waiting:
+            for name in waiting.pop().input:
+                if name in makers and name not in needed:
+                    needed.add(name)
+                    waiting.append(makers[name])
+        assert {f"k_cache_out.{index}", f"v_cache_out.{index}"} <= needed
+
+
+@PATTERNS
+def test_what_tensorrt_parses_computes_the_same(
+    checkpoint: Checkpoint, pool: RawPool, pattern: AttentionPattern
+) -> None:
+    """Keys as columns and the mask not spread, in ONNX's reference; ONNX Runtime takes no such mask. A view of columns
+    is no alias here, so it is given the rows that the pass will have written.
+    """
+    layers = checkpoint.config.num_hidden_layers
+    feeds = inputs_of(checkpoint)
+    expected = refer(graph_of(checkpoint, pool, pattern, NetworkOptions(top_k=768, adapter=True)), pool, feeds)
+    for view, updated in zip(cache_views(layers), cache_outputs(layers), strict=True):
+        rows = expected[updated]
+        heads = rows.reshape(-1, *rows.shape[2:])
+        feeds[view] = rows if view.startswith("v") else heads.transpose(0, 2, 1)[..., None]
+    graph = tensorrt_form(graph_of(checkpoint, pool, pattern, ON_GPU), layers)
+    assert_same(refer(graph, pool, feeds), expected)
+    spread = [node for node in graph.graph.node if node.op_type == "Expand"]
+    assert len(spread) == (pattern == "causal")  # the one there spreads no mask
+
+
+def refer(graph: onnx.ModelProto, pool: RawPool, feeds: Arrays) -> Arrays:
+    """One pass in ONNX's reference."""
+    onnx.save(graph, source := pool.path.with_name("referred.onnx"))
+    reference = ReferenceEvaluator(str(source))
+    results = reference.run(None, {name: feeds[name] for name in reference.input_names})
+    return dict(zip(reference.output_names, results, strict=True))
+
+
+def test_narrow_logits_rank_as_wide_ones_and_without_the_mask_token(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """fp16: the mask token is sought along with the others and dropped, here in rows where it is the best."""
+    pool = write_raw_pool(checkpoint, tmp_path / "raw.bin", no_progress, np.dtype(np.float16))
+    options = NetworkOptions(top_k=5, adapter=False, activations="fp16")
+    feeds = {
+        name: array.astype(np.float16) if array.dtype == np.float32 else array
+        for name, array in inputs_of(checkpoint).items()
+    }
+
+    def run(mask_token: int) -> tuple[NDArray[np.float32], Arrays]:
+        config = checkpoint.config.model_copy(update={"mask_token_id": mask_token})
+        graph = build_network(config, pool, "causal", options)
+        logits = next(node for node in graph.graph.node if node.op_type == "TopK").input[0]
+        graph.graph.output.append(onnx.helper.make_tensor_value_info(logits, onnx.TensorProto.FLOAT16, None))
+        found = refer(graph, pool, feeds)
+        return found.pop(logits).astype(np.float32), found
+
+    logits, _ = run(checkpoint.config.mask_token_id)
+    mask_token = int(logits[1, 1].argmax())
+    logits, found = run(mask_token)
+    logits[..., mask_token] = -np.inf
+    best = np.argsort(-logits, axis=-1, kind="stable")[..., :5]
+    np.testing.assert_array_equal(found["top_tokens"], best)
+    np.testing.assert_array_equal(found["top_logits"], np.take_along_axis(logits, best, -1))
+    np.testing.assert_allclose(found["log_sum_exp"], np.log(np.exp(logits).sum(-1)), rtol=1e-5)

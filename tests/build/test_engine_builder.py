@@ -1,0 +1,181 @@
+"""Building is all or nothing, and the manifest says what was built."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+
+from trimode.build.cpu.engines import engines as cpu
+from trimode.build.engine_builder import CpuOptions, build_engine
+from trimode.common.errors import TriModeError
+from trimode.engine.manifest import ADAPTER, Manifest, hash_file
+from trimode.model.checkpoint import Checkpoint, linear_shapes
+
+
+def test_the_manifest_describes_every_file(random_int4_engine: Path) -> None:
+    manifest = Manifest.read(random_int4_engine)
+    on_disk = {
+        path.relative_to(random_int4_engine).as_posix() for path in random_int4_engine.rglob("*") if path.is_file()
+    }
+    assert {entry.path for entry in manifest.files} == on_disk - {"manifest.json"}
+    for entry in manifest.files:
+        path = random_int4_engine / entry.path
+        assert (path.stat().st_size, hash_file(path)) == (entry.bytes, entry.sha256)
+    assert manifest.precision.linear == manifest.precision.head == "int4"
+    assert manifest.precision.embedding == "bf16"
+
+
+def test_the_pools_ranges_lie_apart_and_inside(random_int4_engine: Path) -> None:
+    manifest = Manifest.read(random_int4_engine)
+    ranges = []
+    for entry in manifest.pool:
+        ranges.append((entry.offset, entry.bytes))
+        if entry.packed_offset is not None:
+            ranges.append((entry.packed_offset, entry.packed_bytes))
+    ranges.sort()
+    for (offset, length), (following, _) in pairwise(ranges):
+        assert offset + length <= following
+    assert sum(ranges[-1]) <= (random_int4_engine / "weights/pool.bin").stat().st_size
+
+
+def test_both_graphs_name_the_same_ranges_of_the_one_pool(random_int4_engine: Path) -> None:
+    tables = []
+    for name in ("ar", "diffusion"):
+        graph = onnx.load(random_int4_engine / name / "model.onnx", load_external_data=False).graph
+        tables.append(
+            {
+                tensor.name: sorted((item.key, item.value) for item in tensor.external_data)
+                for tensor in graph.initializer
+                if tensor.external_data
+            }
+        )
+    assert tables[0] == tables[1]
+    assert all(("location", "pool.bin") in fields for fields in tables[0].values())
+
+
+def test_every_matrix_is_an_int4_product_and_the_embedding_stays_narrow(random_int4_engine: Path) -> None:
+    for name in ("ar", "diffusion"):
+        graph = onnx.load(random_int4_engine / name / "model.onnx", load_external_data=False).graph
+        kinds = [node.op_type for node in graph.node]
+        # Four matrices a layer and the head; q, k, v and gate, up are merged.
+        assert kinds.count("MatMulNBits") == 2 * 4 + 1
+        assert kinds.count("MatMul") == (0 if name == "ar" else 2 * 2)  # the adapter's
+        assert "DequantizeLinear" not in kinds
+        types = {tensor.name: tensor.data_type for tensor in graph.initializer}
+        assert types["encoder.embed_tokens"] == onnx.TensorProto.BFLOAT16
+
+
+def test_int4_matrices_that_fit_a_cache_are_unpacked(random_int4_checkpoint: Path, tmp_path: Path) -> None:
+    checkpoint = Checkpoint(random_int4_checkpoint)
+    as_fp32 = 4 * sum(rows * columns for rows, columns in linear_shapes(checkpoint.config).values())
+    for limit, unpacked in ((as_fp32, True), (as_fp32 - 1, False)):
+        out = tmp_path / str(limit)
+        manifest = build_engine(checkpoint, out, target=CpuOptions(unpacked_bytes=limit))
+        assert manifest.precision.unpacked == unpacked
+        assert manifest.precision.linear == "int4"
+        graph = onnx.load(out / "ar/model.onnx", load_external_data=False).graph
+        assert ("MatMulNBits" in {node.op_type for node in graph.node}) == (not unpacked)
+
+
+def leftovers(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
+@pytest.mark.parametrize("stage", ["weights", "graphs", "hashes"])
+def test_a_build_that_ends_early_leaves_nothing(
+    random_checkpoint: Path, tmp_path: Path, error: BaseException, stage: str
+) -> None:
+    def fail_in_the_middle(at: str, done: int, _total: int) -> None:
+        if at == stage and done:
+            raise error
+
+    out = tmp_path / "engine"
+    expected = TriModeError if isinstance(error, OSError) else KeyboardInterrupt
+    with pytest.raises(expected) as caught:
+        build_engine(Checkpoint(random_checkpoint), out, progress=fail_in_the_middle)
+    assert leftovers(tmp_path) == []
+    if expected is TriModeError:
+        assert "disk is full" in str(caught.value)
+
+
+@pytest.mark.parametrize("megabytes", [0.5, 3.0])
+def test_a_disk_that_fills_up_is_one_line(random_checkpoint: Path, tmp_path: Path, megabytes: float) -> None:
+    """A real refusal to write: first of our own file, then, past it, of the larger one that ONNX Runtime writes."""
+    program = (
+        "import resource, sys\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({int(megabytes * 1e6)}, resource.RLIM_INFINITY))\n"
+        "from trimode.cli.command import main\n"
+        "main()"
+    )
+    command = [sys.executable, "-c", program, "build", str(random_checkpoint), str(tmp_path / "engine")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 2, result.stderr
+    assert "the disk is full" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert leftovers(tmp_path) == []
+
+
+def test_int8_activations_are_faster_kernels_and_coarser_logits(random_int4_checkpoint: Path, tmp_path: Path) -> None:
+    manifest = build_engine(
+        Checkpoint(random_int4_checkpoint), tmp_path / "engine", target=CpuOptions(activations="int8")
+    )
+    assert manifest.precision.activations == "int8"
+    graph = onnx.load(tmp_path / "engine/ar/model.onnx", load_external_data=False).graph
+    products = [node for node in graph.node if node.op_type == "MatMulNBits"]
+    levels = {attribute.i for node in products for attribute in node.attribute if attribute.name == "accuracy_level"}
+    assert levels == {4}
+
+
+def test_an_occupied_folder_is_kept(random_checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "engine"
+    out.mkdir()
+    (out / "mine.txt").write_text("mine")
+    with pytest.raises(TriModeError, match="exists already"):
+        build_engine(Checkpoint(random_checkpoint), out)
+    assert leftovers(out) == ["mine.txt"]
+
+
+def test_a_capacity_beyond_the_models_is_refused(random_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(TriModeError, match="capacity 9000 exceeds the model's max_position_embeddings 8192"):
+        build_engine(Checkpoint(random_checkpoint), tmp_path / "engine", capacity=9000)
+
+
+def test_engines_whose_constants_differ_are_not_merged(
+    random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The guard of the shared pool: one changed weight in one graph's file."""
+
+    optimise = cpu._optimise
+
+    def spoil(source: Path, result: Path, activations: Any) -> None:
+        optimise(source, result, activations)
+        if result.parent.name == "diffusion":
+            pool = result.with_name("pool.bin")
+            data = bytearray(pool.read_bytes())
+            data[len(data) // 2] ^= 1
+            pool.write_bytes(data)
+
+    monkeypatch.setattr(cpu, "_optimise", spoil)
+    with pytest.raises(RuntimeError, match=r"the engines' constant .* differs"):
+        build_engine(Checkpoint(random_checkpoint), tmp_path / "engine")
+    assert leftovers(tmp_path) == []
+
+
+def test_a_checkpoint_without_an_adapter(random_checkpoint: Path, tmp_path: Path) -> None:
+
+    plain = Path(shutil.copytree(random_checkpoint, tmp_path / "plain"))
+    shutil.rmtree(plain / "linear_spec_lora")
+    manifest = build_engine(Checkpoint(plain), tmp_path / "engine")
+    assert manifest.adapter is None
+    graph = onnx.load(tmp_path / "engine/diffusion/model.onnx", load_external_data=False).graph
+    assert not [value.name for value in graph.input if "adapter" in value.name]
+    assert ADAPTER not in {entry.path for entry in manifest.files}

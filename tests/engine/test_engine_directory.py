@@ -1,0 +1,137 @@
+"""An engine directory that is not whole, or not for this machine, is refused in one line that names the file."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from trimode.build.engine_builder import build_engine
+from trimode.common.errors import TriModeError
+from trimode.engine.manifest import Manifest, hash_file
+from trimode.model.checkpoint import Checkpoint
+from trimode.runtime.engine import load_engine
+from trimode.runtime.executor import BidirectionalStep, CausalStep
+
+
+def flip(path: str) -> Callable[[Path], None]:
+    """Change one byte in the middle."""
+
+    def apply(engine: Path) -> None:
+        data = bytearray((engine / path).read_bytes())
+        data[len(data) // 2] ^= 1
+        (engine / path).write_bytes(data)
+
+    return apply
+
+
+def edit(**changes: Any) -> Callable[[Path], None]:
+    """A manifest that says otherwise, with a hash that is right for it where it is a manifest at all."""
+
+    def apply(engine: Path) -> None:
+        changed = json.loads((engine / "manifest.json").read_text()) | changes
+        (engine / "manifest.json").write_text(json.dumps(changed))
+        with contextlib.suppress(ValidationError):
+            Manifest.model_validate(changed).write(engine)
+
+    return apply
+
+
+def cut(path: str) -> Callable[[Path], None]:
+    def apply(engine: Path) -> None:
+        data = (engine / path).read_bytes()
+        (engine / path).write_bytes(data[:-1])
+
+    return apply
+
+
+def swap(path: str, old: str, new: str) -> Callable[[Path], None]:
+    def apply(engine: Path) -> None:
+        text = (engine / path).read_text()
+        assert old in text
+        (engine / path).write_text(text.replace(old, new))
+
+    return apply
+
+
+BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no manifest": (lambda engine: (engine / "manifest.json").unlink(), "is not an engine directory"),
+    "manifest that is not JSON": (
+        lambda engine: (engine / "manifest.json").write_text("{"),
+        r"manifest\.json is not valid JSON",
+    ),
+    "another format": (edit(format_version=1), "format_version.*; build the engine again: trimode build"),
+    "another target": (edit(target="rtx"), "target"),
+    "changed token id": (
+        swap("manifest.json", '"mask_token_id": 100', '"mask_token_id": 101'),
+        r"manifest\.json was changed",
+    ),
+    "changed limit": (swap("manifest.json", '"top_k": 768', '"top_k": 764'), r"manifest\.json was changed"),
+    "surplus file": (
+        lambda engine: (engine / "tokenizer/chat_template.jinja").write_text("x"),
+        r"chat_template\.jinja is not part of the engine",
+    ),
+    "unlisted files": (edit(files=[]), "files lacks"),
+    "changed pool": (flip("weights/pool.bin"), r"weights/pool\.bin was changed after the build"),
+    "changed graph": (flip("ar/model.onnx"), r"ar/model\.onnx was changed"),
+    "changed adapter": (flip("weights/adapter.safetensors"), r"weights/adapter\.safetensors was changed"),
+    "changed tokenizer": (flip("tokenizer/tokenizer.json"), r"tokenizer/tokenizer\.json was changed"),
+    "truncated pool": (cut("weights/pool.bin"), r"weights/pool\.bin has \d+ bytes, the manifest says"),
+    "missing graph": (lambda engine: (engine / "diffusion/model.onnx").unlink(), r"diffusion/model\.onnx is missing"),
+    "another processor": (edit(instruction_set="riscv64:"), "built for another processor"),
+    "another onnxruntime": (edit(onnxruntime="1.0.0"), r"built with onnxruntime 1\.0\.0"),
+    "a file outside": (edit(files=[{"path": "../x", "bytes": 1, "sha256": "0" * 64}]), "leaves the engine directory"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_engine_is_refused_by_name(random_engine: Path, tmp_path: Path, case: str) -> None:
+    engine = Path(shutil.copytree(random_engine, tmp_path / "engine"))
+    damage, message = BROKEN[case]
+    damage(engine)
+    with pytest.raises(TriModeError, match=message) as caught:
+        load_engine(engine)
+    assert "\n" not in str(caught.value)
+
+
+def test_without_verification_a_graph_that_is_no_graph_is_still_one_line(random_engine: Path, tmp_path: Path) -> None:
+    engine = Path(shutil.copytree(random_engine, tmp_path / "engine"))
+    (engine / "ar/model.onnx").write_bytes(b"nothing")
+    with pytest.raises(TriModeError, match=r"ar/model\.onnx cannot be loaded") as caught:
+        load_engine(engine, verify=False)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_flipped_bit_of_the_manifest_is_never_read_over(random_engine: Path, tmp_path: Path, seed: int) -> None:
+    """Wherever it falls: in a name, a number, or white space."""
+    whole = (random_engine / "manifest.json").read_bytes()
+    random = np.random.default_rng(seed)
+    for at, bit in zip(random.integers(0, len(whole), 100), random.integers(0, 8, 100), strict=True):
+        flipped = bytearray(whole)
+        flipped[at] ^= 1 << bit
+        (tmp_path / "manifest.json").write_bytes(flipped)
+        with pytest.raises(TriModeError, match=r"manifest\.json"):
+            Manifest.read(tmp_path)
+
+
+def test_an_engine_is_used_where_it_stands(random_checkpoint: Path, tmp_path: Path) -> None:
+    """Moved from where it was built: nothing in it names its old place, and a pass of either engine writes nothing."""
+    build_engine(Checkpoint(random_checkpoint), tmp_path / "former")
+    engine = (tmp_path / "former").rename(tmp_path / "elsewhere")
+
+    def state() -> dict[Path, tuple[str, int]]:
+        return {path: (hash_file(path), path.stat().st_mtime_ns) for path in engine.rglob("*") if path.is_file()}
+
+    before = state()
+    executor, ids, first = load_engine(engine).executor, np.arange(200, 204)[None], np.array([0])
+    executor.run(CausalStep.chain(0, ids, first, np.array([[3]])))
+    executor.run(BidirectionalStep.block(0, ids, first, np.array([[3]]), np.array([4]), np.array([True])))
+    assert state() == before

@@ -1,0 +1,69 @@
+"""Buckets: few shapes, each of which holds its steps and stays inside the pool."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trimode.runtime.executor import CausalStep
+from trimode.runtime.gpu.buckets import SMALLEST_WINDOW, Bucket, bucket_of
+
+MAX_STEP, CAPACITY = 200, 3000
+
+
+def step(length: int, committed: list[int], rows: int, first_slot: int = 0) -> CausalStep:
+    batch = len(committed)
+    ids = np.zeros((batch, length), np.int64)
+    return CausalStep.chain(first_slot, ids, np.array(committed), np.zeros((batch, rows), np.int64))
+
+
+@given(
+    length=st.integers(1, MAX_STEP),
+    rooms=st.lists(st.integers(0, CAPACITY), min_size=1, max_size=8),
+    rows=st.integers(1, MAX_STEP),
+    first_slot=st.integers(0, 3),
+)
+def test_a_bucket_holds_the_step_and_stays_inside_the_pool(
+    length: int, rooms: list[int], rows: int, first_slot: int
+) -> None:
+    committed = [min(room, CAPACITY - length) for room in rooms]
+    rows = min(rows, length)
+    bucket = bucket_of(step(length, committed, rows, first_slot), MAX_STEP, CAPACITY, windowed=True)
+    assert (bucket.kind, bucket.first_slot, bucket.batch) == (CausalStep, first_slot, len(committed))
+    assert length <= bucket.step <= MAX_STEP
+    assert rows <= bucket.rows <= bucket.step
+    assert max(committed) + bucket.step <= bucket.window <= CAPACITY
+
+
+def test_there_are_few_of_them() -> None:
+    """Away from the pool's end: eight lengths and the largest, two kinds of rows, four windows and the whole."""
+    seen = {
+        bucket_of(step(length, [committed], rows), MAX_STEP, CAPACITY, windowed=True)
+        for length in range(1, MAX_STEP + 1)
+        for committed in range(0, CAPACITY - 2 * MAX_STEP, 211)
+        for rows in (1, length)
+    }
+    assert {bucket.step for bucket in seen} == {1, 2, 4, 8, 16, 32, 64, 128, MAX_STEP}
+    assert {bucket.window for bucket in seen} == {SMALLEST_WINDOW, 512, 1024, 2048, CAPACITY}
+    assert all(bucket.rows in (1, bucket.step) for bucket in seen)
+
+
+@pytest.mark.parametrize(
+    ("length", "committed", "expected"),
+    [
+        (16, 0, (16, 256)),
+        (17, 0, (32, 256)),
+        (17, 224, (32, 256)),
+        (17, 225, (32, 512)),
+        (17, CAPACITY - 32, (32, CAPACITY)),
+        (17, CAPACITY - 31, (17, CAPACITY)),  # 32 would reach past the last row
+        (1, CAPACITY - 1, (1, CAPACITY)),
+    ],
+)
+def test_by_hand(length: int, committed: int, expected: tuple[int, int]) -> None:
+    bucket = bucket_of(step(length, [3, committed], length), MAX_STEP, CAPACITY, windowed=True)
+    assert bucket == Bucket(CausalStep, 0, 2, expected[0], expected[0], expected[1])
+    in_place = bucket_of(step(length, [3, committed], length), MAX_STEP, CAPACITY, windowed=False)
+    assert in_place == bucket._replace(window=CAPACITY)

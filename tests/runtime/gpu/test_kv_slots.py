@@ -1,0 +1,152 @@
+"""What both KV pools promise, against a dictionary of sequences: each keeps its own rows, whoever comes and goes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from tests.support.random_checkpoint import config_fields
+from tests.support.rtx_double import DriverDouble
+from trimode.common.errors import TriModeError
+from trimode.model.config import ModelConfig
+from trimode.runtime.gpu import cuda
+from trimode.runtime.gpu.device_kv_pool import DeviceKvPool
+from trimode.runtime.kv.kv_pool import KvPool
+from trimode.runtime.kv.slots import KvSlots
+
+SLOTS, CAPACITY = 5, 300
+MODEL = ModelConfig.model_validate(config_fields(num_hidden_layers=2, num_key_value_heads=2, head_dim=4))
+
+
+class Slots(RuleBasedStateMachine):
+    """Every row of a sequence holds the sequence's own number."""
+
+    def make(self) -> KvSlots:
+        raise NotImplementedError
+
+    @initialize()
+    def start(self) -> None:
+        self.pool = self.make()
+        self.lengths: dict[int, int] = {}  # sequence -> rows
+        self.slot_of: dict[int, int] = {}
+        self.next = 1
+
+    @precondition(lambda self: len(self.slot_of) < SLOTS)
+    @rule()
+    def join(self) -> None:
+        self.slot_of[self.next] = self.pool.acquire()
+        self.lengths[self.next] = 0
+        self.next += 1
+
+    @precondition(lambda self: self.slot_of)
+    @rule(data=st.data(), more=st.integers(1, 150))
+    def write(self, data: st.DataObject, more: int) -> None:
+        sequence = data.draw(st.sampled_from(sorted(self.slot_of)))
+        begin, end = self.lengths[sequence], min(self.lengths[sequence] + more, CAPACITY)
+        rows = np.full((2 * 2, 2, end - begin, 4), sequence, np.float32)
+        self.pool.reserve(end)
+        self.pool.write_rows(self.slot_of[sequence], begin, rows.astype(self.dtype))
+        self.lengths[sequence] = end
+
+    @precondition(lambda self: self.slot_of)
+    @rule(data=st.data())
+    def leave(self, data: st.DataObject) -> None:
+        sequence = data.draw(st.sampled_from(sorted(self.slot_of)))
+        slot = self.slot_of.pop(sequence)
+        del self.lengths[sequence]
+        moved_from = self.pool.release(slot)
+        for other, place in self.slot_of.items():
+            if place == moved_from:
+                self.slot_of[other] = slot
+
+    @invariant()
+    def every_sequence_has_its_rows(self) -> None:
+        for sequence, slot in self.slot_of.items():
+            rows = self.pool.read_rows(slot, 0, self.lengths[sequence])
+            assert rows.shape == (4, 2, self.lengths[sequence], 4)
+            assert (rows == sequence).all()
+
+    @invariant()
+    def active_slots_are_the_first_ones(self) -> None:
+        assert sorted(self.slot_of.values()) == list(range(self.pool.active))
+
+
+class OnTheHost(Slots):
+    dtype = np.float32
+
+    def make(self) -> KvSlots:
+        return KvPool(layers=2, kv_heads=2, head_dim=4, capacity=CAPACITY)
+
+
+class OnTheDevice(Slots):
+    dtype = np.float16
+
+    def make(self) -> KvSlots:
+        self.patch = pytest.MonkeyPatch()
+        return device_pool(self.patch)
+
+    def teardown(self) -> None:
+        self.patch.undo()
+
+
+def device_pool(patch: pytest.MonkeyPatch, memory: int = 1 << 24) -> DeviceKvPool:
+    patch.setattr(cuda, "driver", DriverDouble(memory))
+    return DeviceKvPool(cuda.Device(0), MODEL, "fp16", SLOTS, CAPACITY)
+
+
+TestOnTheHost = OnTheHost.TestCase
+TestOnTheDevice = OnTheDevice.TestCase
+TestOnTheHost.settings = TestOnTheDevice.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
+
+
+def test_the_devices_pool_begins_with_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = device_pool(monkeypatch)
+    assert all((pool.read_rows(slot, 0, CAPACITY) == 0).all() for slot in range(SLOTS))
+
+
+def test_single_rows_are_found_where_they_were_put(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, rng = device_pool(monkeypatch), np.random.default_rng(0)
+    kept: dict[tuple[int, int], Any] = {}
+    for slot in range(SLOTS):
+        for start in (0, 7, CAPACITY - 3):
+            kept[slot, start] = rng.standard_normal((4, 2, 3, 4)).astype(np.float16)
+            pool.write_rows(slot, start, kept[slot, start])
+    for (slot, start), rows in kept.items():
+        np.testing.assert_array_equal(pool.read_rows(slot, start, start + 3), rows)
+        np.testing.assert_array_equal(pool.read_rows(slot, start + 1, start + 2), rows[:, :, 1:2])
+
+
+def test_what_the_devices_pool_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = device_pool(monkeypatch)
+    with pytest.raises(ValueError, match="slot 0 is not active"):
+        pool.release(0)
+    with pytest.raises(TriModeError, match="301 tokens exceeds the engine's capacity of 300"):
+        pool.reserve(301)
+    with pytest.raises(ValueError, match="rows 299 to 301 of 300"):
+        pool.read_rows(0, 299, 301)
+    for _ in range(SLOTS):
+        assert pool.holds(pool.active + 1, CAPACITY)
+        pool.acquire()
+    assert not pool.holds(SLOTS + 1, 1)
+    assert not pool.holds(1, CAPACITY + 1)
+    with pytest.raises(TriModeError, match="all 5 slots of the KV pool are taken"):
+        pool.acquire()
+
+
+def test_a_gpu_too_small_for_the_pool_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(TriModeError, match=r"no 0\.00 GB left for the KV pool.*--capacity") as caught:
+        device_pool(monkeypatch, memory=1000)
+    assert "\n" not in str(caught.value)
+
+
+def test_memory_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = device_pool(monkeypatch)
+    driver: Any = cuda.driver
+    before = driver.free
+    del pool
+    assert driver.free > before

@@ -1,0 +1,122 @@
+"""Mode auto: long blocks where tokens are free and drafts lucky, short ones where either fails."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trimode import SamplingParams
+from trimode.runtime.decoding.acceptance import Acceptance
+from trimode.runtime.decoding.ending import Ending
+from trimode.runtime.decoding.sequence import Sequence
+from trimode.runtime.scheduling.auto_block import CHOICES, choose_block_length
+from trimode.runtime.scheduling.pass_cost import EngineName, PassCost
+
+
+def sequence(luck: float, mode: str = "auto", block_length: int | None = None, ends: float = 0.0) -> Sequence:
+    params = SamplingParams(mode=mode, block_length=block_length, max_tokens=100)  # type: ignore[arg-type]
+    acceptance = Acceptance()
+    acceptance.rates, acceptance.end_rate = [luck] * len(acceptance.rates), ends
+    return Sequence([5], params, Ending(params, frozenset()), acceptance, mask_id=0, prefill_step=8, seed=0)
+
+
+def machine(free_tokens: float, batches: int = 16) -> PassCost:
+    """A pass costs 1 ms up to so many tokens, and in proportion beyond."""
+    cost = PassCost(batches, 32)
+
+    def seconds(_: EngineName, batch: int, step: int) -> float:
+        return 1e-3 * max(1.0, batch * step / free_tokens)
+
+    cost.measure(seconds, seconds=1e9)
+    return cost
+
+
+@pytest.mark.parametrize(
+    ("luck", "free_tokens", "requests", "block"),
+    [
+        (0.99, 1000, 1, 32),  # tokens cost nothing and all are accepted
+        (0.0, 1000, 1, 1),  # a draft pass that yields nothing
+        (0.9, 1, 1, 1),  # every token costs in full: twice, and some are rejected
+        (0.9, 16, 1, 16),
+        (0.9, 16, 16, 1),  # the same machine under load
+        (0.4, 1000, 1, 1),  # 1.67 tokens for two passes
+    ],
+)
+def test_what_pays(luck: float, free_tokens: float, requests: int, block: int) -> None:
+    deciding = [sequence(luck) for _ in range(requests)]
+    assert choose_block_length(deciding, [], machine(free_tokens)) == block
+
+
+@given(
+    lucks=st.lists(st.floats(0, 1), min_size=1, max_size=8),
+    free_tokens=st.floats(1, 200),
+    longest=st.integers(1, 40),
+    ends=st.floats(0, 0.2),
+)
+def test_it_is_the_best_of_all_choices(lucks: list[float], free_tokens: float, longest: int, ends: float) -> None:
+    """Against the formula, written out."""
+    deciding = [sequence(luck, block_length=longest, ends=ends) for luck in lucks]
+    cost = machine(free_tokens)
+
+    def rate(block: int) -> float:
+        block = min(block, longest)
+        tokens = sum(1 + sum((luck * (1 - ends)) ** place for place in range(1, min(block, 32))) for luck in lucks)
+        passes = ["ar"] if block == 1 else ["ar", "diffusion"]
+        return tokens / sum(cost.seconds(engine, len(lucks), block) for engine in passes)  # type: ignore[arg-type]
+
+    chosen = choose_block_length(deciding, [], cost)
+    assert rate(chosen) >= max(rate(block) for block in CHOICES) * (1 - 1e-9)
+
+
+def test_beside_a_long_block_a_short_one_saves_nothing() -> None:
+    """A fixed request's draft pass runs anyway, and a longer step than ours: ours rides along."""
+    cost, doubtful = machine(1000), [sequence(0.45)]
+    assert choose_block_length(doubtful, [], cost) == 1
+    assert choose_block_length(doubtful, [sequence(0.9, "linear_spec", 32)], cost) > 1
+
+
+def test_history_decides_and_is_forgotten() -> None:
+    shared = Acceptance()
+    own = Acceptance(begins_with=shared)
+    begins = own.yields()[15]
+    for _ in range(50):
+        own.observe(accepted=1, tested=2, ended=False)
+    assert own.yields()[15] == pytest.approx(2, abs=0.1)
+    assert own.yields()[15] < Acceptance(begins_with=shared).yields()[15] < begins
+    for _ in range(2000):
+        own.forget()
+    assert own.yields()[15] == pytest.approx(begins, rel=0.1)
+
+
+def test_a_text_that_ends_says_nothing_of_the_drafts_behind_its_end() -> None:
+    acceptance = Acceptance()
+    before = acceptance.rates.copy()
+    acceptance.observe(accepted=3, tested=3, ended=True)
+    assert all(rate > known for rate, known in zip(acceptance.rates[:3], before, strict=False))
+    assert acceptance.rates[3:] == before[3:]
+
+
+def test_short_texts_want_short_blocks() -> None:
+    """What a block holds beyond the end of its text is lost, however lucky its drafts."""
+    cost = machine(12)
+    assert choose_block_length([sequence(1.0, ends=0.0)], [], cost) == 16
+    assert choose_block_length([sequence(1.0, ends=0.2)], [], cost) == 8
+
+
+def test_how_often_texts_end_is_learnt_from_all() -> None:
+    """Texts of 20 tokens, four cycles of 5 each."""
+    shared = Acceptance()
+    for _ in range(1000):
+        own = Acceptance(begins_with=shared)
+        for cycle in range(4):
+            own.observe(accepted=4, tested=4, ended=cycle == 3)
+    assert Acceptance(begins_with=shared).end_rate == pytest.approx(1 / 20, rel=0.1)
+
+
+@given(st.lists(st.tuples(st.integers(0, 5000), st.booleans()), max_size=20))
+def test_how_often_texts_end_stays_a_probability(cycles: list[tuple[int, bool]]) -> None:
+    shared = Acceptance()
+    for accepted, ended in cycles:
+        Acceptance(begins_with=shared).observe(accepted=accepted, tested=accepted, ended=ended)
+        assert 0 <= shared.end_rate <= 1

@@ -1,0 +1,78 @@
+"""Which sequences share a pass: against all ways to cut them, tried one by one."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trimode.runtime.decoding.sequence import Pass
+from trimode.runtime.scheduling.batching import Member, Span, bidirectional_step, causal_step, plan_spans
+from trimode.runtime.scheduling.pass_cost import EngineName, PassCost
+
+CAPACITY = 40
+
+
+def machine(per_token: float) -> PassCost:
+    cost = PassCost(16, 32)
+
+    def seconds(_: EngineName, batch: int, step: int) -> float:
+        return 1.0 + per_token * batch * step
+
+    cost.measure(seconds, seconds=1e9)
+    return cost
+
+
+def member(slot: int, length: int) -> Member:
+    needed = Pass("commit", np.arange(1, length + 1), np.arange(length))
+    return Member(slot, needed, adapter=slot % 2 == 0, candidates=1)
+
+
+def total(cuts: list[list[Member]], committed: list[int], cost: PassCost) -> float:
+    """Seconds of these passes, or infinity if one reaches past the capacity that need not."""
+    seconds = 0.0
+    for cut in cuts:
+        step = max(len(each.needed.tokens) for each in cut)
+        first, last = cut[0].slot, cut[-1].slot
+        if len(cut) > 1 and max(committed[first : last + 1]) + step > CAPACITY:
+            return float("inf")
+        seconds += cost.seconds("ar", last - first + 1, step)
+    return seconds
+
+
+requests = st.lists(st.one_of(st.none(), st.integers(1, 12)), min_size=1, max_size=7).filter(any)
+
+
+@settings(max_examples=200, deadline=None)
+@given(lengths=requests, per_token=st.sampled_from([0.001, 0.05, 0.3, 2.0]), data=st.data())
+def test_no_other_cut_costs_less(lengths: list[int | None], per_token: float, data: st.DataObject) -> None:
+    """None: a slot whose sequence needs no such pass."""
+    cost = machine(per_token)
+    committed = [data.draw(st.integers(0, CAPACITY - (length or 0))) for length in lengths]
+    members = [member(slot, length) for slot, length in enumerate(lengths) if length is not None]
+    spans = plan_spans(members, committed, CAPACITY, "ar", cost)
+    assert [each for span in spans for each in span.members] == members
+    found = total([span.members for span in spans], committed, cost)
+    places = range(1, len(members))
+    for chosen in itertools.chain.from_iterable(itertools.combinations(places, k) for k in range(len(members))):
+        bounds = [0, *chosen, len(members)]
+        cuts = [members[begin:end] for begin, end in itertools.pairwise(bounds)]
+        assert found <= total(cuts, committed, cost) * (1 + 1e-9)
+
+
+def test_steps_carry_each_member_and_leave_the_rest_as_padding() -> None:
+    members = [member(1, 3), member(3, 2)]
+    span = Span(1, 3, 3, members)
+    committed = [9, 5, 7, 2]
+    for step in (causal_step(span, committed), bidirectional_step(span, committed)):
+        assert step.first_slot == 1
+        assert step.input_ids.tolist() == [[1, 2, 3], [0, 0, 0], [1, 2, 0]]
+        assert step.write_indices.tolist() == [5, 7, 2]
+        assert step.position_ids.tolist() == [[5, 6, 7], [7, 8, 9], [2, 3, 4]]
+        assert step.logit_rows.tolist() == [[0, 1, 2], [0, 0, 0], [0, 1, 0]]
+        assert step.top_k == 1
+    drafted = bidirectional_step(span, committed)
+    assert drafted.step_lengths.tolist() == [3, 1, 2]
+    assert drafted.adapter.tolist() == [False, False, False]

@@ -1,0 +1,95 @@
+"""The cost of passes: what was measured, what lies between, and what passes that run make of it."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trimode.runtime.scheduling.pass_cost import EngineName, PassCost
+
+
+def seconds(engine: EngineName, batch: int, step: int) -> float:
+    """A machine that is memory-bound up to 8 tokens and compute-bound beyond."""
+    return (2 if engine == "diffusion" else 1) * 1e-3 * max(1.0, batch * step / 8)
+
+
+def test_cells_are_what_was_measured_and_what_lies_between_is_interpolated() -> None:
+    cost = PassCost(8, 32)
+    cost.measure(seconds, seconds=1e9)
+    for engine in ("ar", "diffusion"):
+        for batch, step in ((1, 1), (1, 16), (4, 8), (8, 32)):
+            assert cost.seconds(engine, batch, step) == pytest.approx(seconds(engine, batch, step))
+    assert cost.seconds("ar", 1, 24) == pytest.approx(3e-3)
+    assert cost.seconds("ar", 6, 12) == pytest.approx(9e-3)
+    assert cost.seconds("ar", 1, 6) == pytest.approx(1e-3)
+
+
+def test_a_pass_that_is_not_possible_is_not_run_and_costs_in_proportion() -> None:
+    cost, run = PassCost(8, 32), []
+
+    def only_small(engine: EngineName, batch: int, step: int) -> float:
+        run.append((batch, step))
+        return seconds(engine, batch, step)
+
+    cost.measure(only_small, seconds=1e9, possible=lambda batch, step: batch * step <= 16)
+    assert max(batch * step for batch, step in run) == 16
+    assert cost.seconds("ar", 8, 32) == pytest.approx(seconds("ar", 8, 32))
+
+
+def test_what_the_time_does_not_reach_costs_in_proportion() -> None:
+    cost = PassCost(8, 32)
+
+    def slow(engine: EngineName, batch: int, step: int) -> float:
+        time.sleep(0.001)
+        return seconds(engine, batch, step)
+
+    cost.measure(slow, seconds=0.0)  # the first cell is always measured
+    assert cost.seconds("ar", 1, 1) == pytest.approx(1e-3)
+    assert cost.seconds("ar", 8, 32) == pytest.approx(256e-3)
+
+
+def test_larger_passes_than_the_table_has_cost_in_proportion() -> None:
+    cost = PassCost(2, 8)
+    cost.measure(seconds, seconds=1e9)
+    assert cost.seconds("ar", 6, 16) == pytest.approx(6 * cost.seconds("ar", 2, 8))
+    cost.observe("ar", 6, 16, 1.0)
+
+
+@given(batch=st.integers(1, 16), step=st.integers(1, 256), taken=st.floats(1e-6, 10))
+def test_passes_that_run_correct_the_cost(batch: int, step: int, taken: float) -> None:
+    cost = PassCost(16, 256)
+    cost.measure(seconds, seconds=1e9)
+    for _ in range(400):
+        cost.observe("ar", batch, step, taken)
+    assert cost.seconds("ar", batch, step) == pytest.approx(taken, rel=0.02)
+
+
+def test_a_slower_machine_is_slower_for_passes_that_have_not_run() -> None:
+    cost = PassCost(4, 16)
+    cost.measure(seconds, seconds=1e9)
+    for _ in range(50):
+        for engine in ("ar", "diffusion"):
+            cost.observe(engine, 2, 16, 1.5 * seconds(engine, 2, 16))
+    for engine in ("ar", "diffusion"):
+        assert cost.seconds(engine, 2, 16) == pytest.approx(1.5 * seconds(engine, 2, 16), rel=0.01)
+        assert cost.seconds(engine, 1, 8) == pytest.approx(1.5 * seconds(engine, 1, 8), rel=0.1)
+
+
+def test_a_cell_that_was_measured_wrongly_is_found_out_beside_others() -> None:
+    cost = PassCost(4, 16)
+    cost.measure(lambda engine, batch, step: seconds(engine, batch, step) * (2 if step == 8 else 1), seconds=1e9)
+    for _ in range(400):
+        for step in (8, 16):
+            cost.observe("ar", 1, step, seconds("ar", 1, step))
+    assert cost.seconds("ar", 1, 16) / cost.seconds("ar", 1, 8) == pytest.approx(2, rel=0.02)
+
+
+def test_one_disturbed_pass_moves_little() -> None:
+    cost = PassCost(4, 16)
+    cost.measure(seconds, seconds=1e9)
+    before = cost.seconds("ar", 1, 8)
+    cost.observe("ar", 1, 8, 1000 * before)
+    assert before < cost.seconds("ar", 1, 8) < 1.2 * before

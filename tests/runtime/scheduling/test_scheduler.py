@@ -1,0 +1,292 @@
+"""Many requests at once, against a language whose law is known: each gets its own text, whatever runs beside it.
+
+The executor of these tests computes from the KV pool's rows (tests/support/exact_law.py), so a row of another sequence
+that is read or overwritten shows in the text.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.support.exact_law import (
+    MASK,
+    Bench,
+    greedy_text,
+    law,
+    prompts,
+    text_law,
+    total_variation,
+)
+from trimode import SamplingParams
+from trimode.runtime.request.outputs import Update
+from trimode.runtime.scheduling.running_request import Request
+
+DIFFUSION = {"mode": "diffusion", "block_length": 5, "threshold": 0.5}
+GREEDY_MODES: list[dict[str, Any]] = [
+    {"mode": "ar"},
+    {"mode": "linear_spec", "block_length": 4},
+    {"mode": "linear_spec", "block_length": 9, "draft_threshold": 0.6},
+    {"mode": "auto", "block_length": 8},
+]
+
+
+class Recorder(Bench):
+    """What came of its requests, by their number."""
+
+    def __init__(self, *options: Any, **more: Any) -> None:
+        super().__init__(*options, **more)
+        self.texts: dict[int, list[int]] = {}
+        self.updates: dict[int, list[Update]] = {}
+        self.finished: dict[int, Update] = {}
+        self.requests: dict[int, Request] = {}
+
+    def submit(
+        self, prompt: tuple[int, ...], params: SamplingParams, seed: int = 0, update_seconds: float | None = None
+    ) -> int:
+        number = len(self.requests)
+        self.texts[number], self.updates[number] = [], []
+
+        def hear(update: Update) -> None:
+            assert number not in self.finished, "an update after the last"
+            self.texts[number] += update.token_ids
+            self.updates[number].append(update)
+            if update.finish_reason or update.error:
+                self.finished[number] = update
+
+        self.requests[number] = self.ask(prompt, params, hear, seed, update_seconds)
+        return number
+
+
+def joined(updates: list[Update], field: str) -> list[Any]:
+    return [item for update in updates for item in getattr(update, field)]
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5, 16])
+def test_greedy_texts_in_mixed_batches_are_those_of_the_law(batch: int) -> None:
+    bench = Recorder(max_batch=batch)
+    expected = {}
+    for index, prompt in enumerate(prompts(60, seed=batch)):
+        params = SamplingParams(max_tokens=3 + index % 20, **GREEDY_MODES[index % 4])
+        expected[bench.submit(prompt, params)] = greedy_text(prompt, params.max_tokens)
+    bench.run()
+    assert bench.texts == expected
+    assert bench.executor.pool.active == 0
+
+
+def test_diffusion_in_a_batch_is_diffusion_alone() -> None:
+    """Rows with different numbers of denoise passes do not stop or disturb one another, nor does padding."""
+    asked = prompts(24, seed=3)
+    blocks = [
+        {"mode": "diffusion", "block_length": 3 + index % 5, "threshold": 0.5} if index % 3 else GREEDY_MODES[1]
+        for index in range(len(asked))
+    ]
+    params = [SamplingParams(max_tokens=9 + index % 7, **block) for index, block in enumerate(blocks)]
+    together = Recorder(max_batch=8)
+    for prompt, one in zip(asked, params, strict=True):
+        together.submit(prompt, one)
+    together.run()
+    for index, prompt in enumerate(asked):
+        if params[index].mode == "diffusion":
+            assert together.texts[index] == alone(prompt, params[index])
+
+
+def test_updates_may_be_held_back_but_for_the_first_and_the_last() -> None:
+    """What is held back comes with the next one, rejected drafts as well."""
+    params = SamplingParams(max_tokens=40, mode="linear_spec", block_length=6, ignore_eos=True)
+    told = {}
+    for update_seconds in (0.0, 1e9, None):
+        bench = Recorder(max_batch=1)
+        number = bench.submit((2, 3), params, update_seconds=update_seconds)
+        bench.run()
+        told[update_seconds] = bench.updates[number]
+    every, some, last = told.values()
+    assert (len(every) > 4, len(some), len(last)) == (True, 2, 1)
+    assert some[0].token_ids == every[0].token_ids
+    for updates in (some, last):
+        for field in ("token_ids", "origins", "rejected"):
+            assert joined(updates, field) == joined(every, field)
+        assert updates[-1].counts == every[-1].counts
+    assert joined(every, "rejected")
+
+
+def alone(prompt: tuple[int, ...], params: SamplingParams) -> list[int]:
+    if params.mode != "diffusion":
+        return greedy_text(prompt, params.max_tokens)
+    bench = Recorder(max_batch=1, prefix_cache=False)
+    bench.submit(prompt, params)
+    bench.run()
+    return bench.texts[0]
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), batch=st.integers(1, 6), seed=st.integers(0, 2**16))
+def test_joins_finishes_and_cancels_in_any_order(data: st.DataObject, batch: int, seed: int) -> None:
+    """Against the plain model: a dictionary of texts by the law, or of diffusion alone. Nothing leaks, nothing is told
+    twice.
+    """
+    bench, rng = Recorder(max_batch=batch), np.random.default_rng(seed)
+    expected: dict[int, list[int]] = {}
+    cancelled: set[int] = set()
+    pool = prompts(6, seed)
+    for event in data.draw(st.lists(st.sampled_from(["join", "step", "step", "cancel"]), max_size=60)):
+        if event == "join":
+            prompt = pool[rng.integers(len(pool))] + pool[rng.integers(len(pool))]
+            params = SamplingParams(max_tokens=int(rng.integers(1, 20)), **[*GREEDY_MODES, DIFFUSION][rng.integers(5)])
+            number = bench.submit(prompt, params, update_seconds=(None, 0.0, 0.001)[rng.integers(3)])
+            expected[number] = alone(prompt, params)
+        elif event == "step":
+            bench.scheduler.step()
+        elif expected:
+            chosen = int(rng.integers(len(expected)))
+            if chosen not in bench.finished:
+                bench.requests[chosen].aborted = True
+                cancelled.add(chosen)
+                bench.scheduler.step()  # within one cycle
+                assert bench.finished[chosen].finish_reason == "cancelled"
+    bench.run()
+    assert bench.finished.keys() == expected.keys()
+    for number, text in expected.items():
+        if number in cancelled:
+            assert bench.texts[number] == text[: len(bench.texts[number])]
+        else:
+            assert bench.texts[number] == text
+    assert bench.executor.pool.active == 0
+    assert bench.scheduler.stats().running == bench.scheduler.stats().waiting == 0
+
+
+def test_measuring_leaves_every_slot_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when a pass fails in it: a slot that nobody owns would shift all others."""
+    bench = Recorder(max_batch=4)
+    bench.scheduler.measure_passes()
+    assert bench.executor.pool.active == 0
+    run = bench.executor.run
+
+    def fail(step: Any) -> Any:
+        run(step)
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(bench.executor, "run", fail)
+    with pytest.raises(RuntimeError, match="no memory"):
+        bench.scheduler.measure_passes()
+    assert bench.executor.pool.active == 0
+
+
+def test_who_has_no_slot_yet_is_told_of_a_failure_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Recorder(max_batch=4)
+    number = bench.submit((2, 3), SamplingParams(mode="ar"))
+
+    def fail() -> int:
+        raise MemoryError
+
+    monkeypatch.setattr(bench.executor.pool, "acquire", fail)
+    with pytest.raises(MemoryError):
+        bench.scheduler.step()
+    bench.scheduler.fail(MemoryError())
+    assert isinstance(bench.finished[number].error, MemoryError)
+    assert not bench.scheduler.busy
+
+
+def test_a_text_may_fill_the_capacity_to_the_last_row_beside_others() -> None:
+    """Padding would reach past the pool's end: such a slot has passes of its own."""
+    bench = Recorder(max_batch=4, capacity=24, end=False)
+    numbers = {}
+    for prompt, tokens in (((2,) * 20, 4), ((3, 4), 20), ((5,) * 12, 12), ((6, 2, 3), 21)):
+        params = SamplingParams(max_tokens=tokens, mode="linear_spec", block_length=16)
+        numbers[bench.submit(prompt, params)] = greedy_text(prompt, tokens, end=False)
+    bench.run()
+    assert bench.texts == numbers
+
+
+def test_prompts_share_the_rows_of_their_beginnings() -> None:
+    bench = Recorder(max_batch=2, capacity=64)
+    system = (2, 3, 4, 5, 6) * 8  # 40 tokens: one whole block, and a short one
+    first = bench.submit((*system, 2), SamplingParams(max_tokens=4, mode="ar"))
+    bench.run()
+    follow_up = (*system, 2, *bench.texts[first][:3], 6, 6)
+    second = bench.submit(follow_up, SamplingParams(max_tokens=4, mode="ar"))
+    other = bench.submit((*system, 6), SamplingParams(max_tokens=4, mode="linear_spec", block_length=4))
+    bench.run()
+    assert bench.texts[second] == greedy_text(follow_up, 4)
+    assert bench.texts[other] == greedy_text((*system, 6), 4)
+    known = len(system) + 1 + len(bench.texts[first]) - 1
+    assert bench.requests[second].sequence.counts.cached_tokens == min(known, len(follow_up) - 1)
+    assert bench.requests[second].sequence.counts.prefill == 1
+    assert bench.requests[other].sequence.counts.cached_tokens == 32
+
+
+def test_an_engine_that_fails_fails_its_requests_and_serves_the_next() -> None:
+    bench = Recorder(max_batch=2)
+    asked = [bench.submit((2, 3), SamplingParams(max_tokens=9, mode="ar")) for _ in range(4)]
+    bench.scheduler.step()
+    bench.scheduler.fail(RuntimeError("out of order"))
+    assert all("out of order" in str(bench.finished[number].error) for number in asked)
+    number = bench.submit((2, 3), SamplingParams(max_tokens=9, mode="ar"))
+    bench.run()
+    assert bench.texts[number] == greedy_text((2, 3), 9)
+
+
+def drawn(mode: dict[str, Any], how: dict[str, Any], draws: int, length: int) -> Counter[tuple[int, ...]]:
+    bench = Recorder(max_batch=16, prefix_cache=False, end=False, capacity=16)
+    for seed in range(draws):
+        bench.submit((2, 3), SamplingParams(max_tokens=length, **mode, **how), seed=seed)
+    bench.run()
+    return Counter(tuple(text) for text in bench.texts.values())
+
+
+LAWS = [
+    {"temperature": 1.0},
+    {"temperature": 1.5, "top_k": 3},
+    {"temperature": 0.8, "top_p": 0.7},
+    {"temperature": 0.8, "presence_penalty": 0.5, "frequency_penalty": 0.3, "repetition_penalty": 1.3},
+]
+
+
+@pytest.mark.parametrize("how", LAWS, ids=str)
+def test_sampled_self_speculation_has_ars_law(how: dict[str, Any]) -> None:
+    """Over whole texts of three tokens; `scripts/prove/runtime.py` does the same with many more draws."""
+    found = drawn({"mode": "linear_spec", "block_length": 4}, how, draws=4000, length=3)
+    assert total_variation(found, text_law((2, 3), 3, SamplingParams(**how))).is_chance
+
+
+def test_the_test_of_the_law_can_fail() -> None:
+    """A draw that the draft sways: the confidence of a draft raised in the causal row."""
+    found = drawn({"mode": "linear_spec", "block_length": 4}, {"temperature": 1.1}, draws=4000, length=3)
+    assert not total_variation(found, text_law((2, 3), 3, SamplingParams(temperature=1.0))).is_chance
+
+
+def penalised_text(prompt: tuple[int, ...], length: int, presence: float, frequency: float) -> list[int]:
+    """Greedy AR with penalties, written out."""
+    text: list[int] = []
+    for _ in range(length):
+        logits = law((*prompt, *text), False).astype(np.float64).copy()
+        logits[MASK] = -np.inf
+        for token, count in Counter(text).items():
+            logits[token] -= presence + frequency * count
+        text.append(int(logits.argmax()))
+    return text
+
+
+@pytest.mark.parametrize("mode", GREEDY_MODES, ids=str)
+def test_greedy_texts_with_penalties_are_those_of_the_law(mode: dict[str, Any]) -> None:
+    bench, expected = Recorder(end=False), {}
+    for prompt in prompts(12, seed=5):
+        params = SamplingParams(max_tokens=14, presence_penalty=0.6, frequency_penalty=0.3, **mode)
+        expected[bench.submit(prompt, params)] = penalised_text(prompt, 14, 0.6, 0.3)
+    bench.run()
+    assert bench.texts == expected
+    assert list(expected.values()) != [greedy_text(prompt, 14, end=False) for prompt in prompts(12, seed=5)]
+
+
+def test_penalties_count_within_a_run() -> None:
+    """Sampled with penalties, one token after another: speculation draws what AR draws, seed by seed."""
+    how = {"temperature": 1.0, "presence_penalty": 1.5, "frequency_penalty": 0.5, "repetition_penalty": 1.4}
+    modes = ({"mode": "ar"}, {"mode": "linear_spec", "block_length": 6}, {"mode": "auto"})
+    texts = [drawn(mode, how, draws=300, length=8) for mode in modes]
+    assert texts[0] == texts[1] == texts[2]
+    assert texts[0] != drawn({"mode": "ar"}, {"temperature": 1.0}, draws=300, length=8)

@@ -1,0 +1,224 @@
+"""An executor whose next-token law is known exactly: a language of a few tokens, computed from the KV pool's own rows.
+
+For proofs of the runtime, not for use. It keeps the step contract to the letter: it writes each step's tokens and
+positions into the KV pool's rows, and what it answers depends on the rows that the contract lets it see and on nothing
+else. So a row that another sequence wrote, a stale row, or padding that is seen changes the answer, and what the
+scheduler makes of it can be compared with :func:`greedy_text` and :func:`text_law`, which know no pool and no batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trimode import SamplingParams
+from trimode.runtime.decoding.acceptance import Acceptance
+from trimode.runtime.decoding.ending import Ending
+from trimode.runtime.decoding.sampling import kept_weights
+from trimode.runtime.decoding.sequence import Sequence
+from trimode.runtime.executor import BidirectionalStep, Candidates, CausalStep
+from trimode.runtime.kv.kv_pool import KvPool
+from trimode.runtime.kv.prefix_cache import PrefixCache
+from trimode.runtime.scheduling.pass_cost import PassCost
+from trimode.runtime.scheduling.running_request import Listener, Request
+from trimode.runtime.scheduling.scheduler import Scheduler
+
+MASK, END = 0, 1
+VOCABULARY = 7  # tokens 2 .. 6 are words
+
+
+class ExactLawExecutor:
+    """luck: how often, of 256, a draft is the likeliest next word of the text so far; else it is another word."""
+
+    def __init__(self, capacity: int = 64, luck: int = 200, end: bool = True) -> None:
+        self.pool = KvPool(layers=1, kv_heads=1, head_dim=1, capacity=capacity)
+        self.passes = 0
+        self._luck = luck
+        self._end = end
+
+    def run(self, step: CausalStep | BidirectionalStep) -> Candidates:
+        self.passes += 1
+        self.pool.reserve(step.rows_written)
+        tokens, positions = self.pool.buffers
+        batch, rows = step.logit_rows.shape
+        logits = np.empty((batch, rows, VOCABULARY), np.float32)
+        for index in range(batch):
+            slot, write, size = step.first_slot + index, int(step.write_indices[index]), step.input_ids.shape[1]
+            if not (positions[slot, 0, :write, 0] == np.arange(write)).all():
+                raise AssertionError(f"slot {slot}: its {write} committed rows are not those of one text")
+            tokens[slot, 0, write : write + size, 0] = step.input_ids[index]
+            positions[slot, 0, write : write + size, 0] = step.position_ids[index]
+            committed = tuple(int(token) for token in tokens[slot, 0, :write, 0])
+            ids = step.input_ids[index].tolist()
+            for place, row in enumerate(step.logit_rows[index].tolist()):
+                if isinstance(step, CausalStep):
+                    seen = [token for token, visible in zip(ids, step.block_mask[index, row], strict=True) if visible]
+                    logits[index, place] = law(committed + tuple(seen), self._end)
+                else:
+                    block = tuple(ids[: int(step.step_lengths[index])])
+                    logits[index, place] = draft(committed, block, row, self._luck, self._end)
+        return candidates(logits)
+
+
+class Silence:
+    """The text of a language that has no letters: tokens are what is compared."""
+
+    def feed(self, tokens: list[int]) -> None: ...
+
+    def told(self) -> str:
+        return ""
+
+    def finish(self) -> str:
+        return ""
+
+
+class Bench:
+    """A scheduler over the known language."""
+
+    def __init__(self, max_batch: int = 8, prefix_cache: bool = True, capacity: int = 64, end: bool = True) -> None:
+        self.executor = ExactLawExecutor(capacity=capacity, end=end)
+        self.scheduler = Scheduler(
+            self.executor,
+            max_batch=max_batch,
+            capacity=capacity,
+            prefill_tokens=6,
+            cost=PassCost(max_batch, 16),
+            prefix_cache=PrefixCache(2000) if prefix_cache else None,
+        )
+
+    def ask(
+        self,
+        prompt: tuple[int, ...],
+        params: SamplingParams,
+        hear: Listener,
+        seed: int = 0,
+        update_seconds: float | None = None,
+    ) -> Request:
+        ending = Ending(params, frozenset({END}))
+        sequence = Sequence(list(prompt), params, ending, Acceptance(), mask_id=MASK, prefill_step=4, seed=seed)
+        request = Request(sequence, Silence(), hear, index=0, update_seconds=update_seconds)  # type: ignore[arg-type]
+        self.scheduler.waiting.append(request)
+        return request
+
+    def run(self) -> None:
+        for _ in range(100_000):
+            if not self.scheduler.busy:
+                return
+            self.scheduler.step()
+        raise AssertionError("the scheduler does not come to an end")
+
+
+def candidates(logits: NDArray[np.float32]) -> Candidates:
+    logits[..., MASK] = -1e30
+    order = np.argsort(-logits, axis=-1, kind="stable")
+    ranked = np.take_along_axis(logits, order, axis=-1)
+    log_sum_exp = ranked[..., 0] + np.log(np.exp(ranked - ranked[..., :1]).sum(-1))
+    return Candidates(ranked, order, log_sum_exp.astype(np.float32))
+
+
+@cache
+def _hash(key: tuple[object, ...]) -> bytes:
+    return hashlib.blake2b(repr(key).encode(), digest_size=32).digest()
+
+
+@cache
+def law(text: tuple[int, ...], end: bool = True) -> NDArray[np.float32]:
+    """Logits after ``text``: they depend on all of it. ``end``: whether it may end."""
+    noise = np.frombuffer(_hash(("law", text)), np.uint8)[:VOCABULARY]
+    logits = (noise / 48.0).astype(np.float32)
+    logits[END] = logits[END] - 2.0 if end else -1e30
+    return logits
+
+
+@cache
+def draft(committed: tuple[int, ...], block: tuple[int, ...], row: int, luck: int, end: bool) -> NDArray[np.float32]:
+    """Logits of the diffusion engine for a place of the block."""
+    text = committed + block[:1]
+    for place in range(1, row + 1):
+        known = block[place]
+        if known != MASK and place < row:
+            text += (known,)
+            continue
+        chance = _hash(("draft", committed, block, place))
+        guess = greedy(text, end) if chance[0] < luck else 2 + chance[1] % 5
+        text += (guess,)
+    logits = np.frombuffer(_hash(("rest", committed, block, row)), np.uint8)[:VOCABULARY] / 64.0
+    logits[text[-1]] = 6.0
+    return logits.astype(np.float32)
+
+
+def greedy(text: tuple[int, ...], end: bool = True) -> int:
+    ranked = candidates(law(text, end)[None, None].copy())
+    return int(ranked.tokens[0, 0, 0])
+
+
+def greedy_text(prompt: tuple[int, ...], max_tokens: int, end: bool = True) -> list[int]:
+    """What greedy AR says, by the law alone."""
+    text = prompt
+    while len(text) < len(prompt) + max_tokens and (len(text) == len(prompt) or text[-1] != END):
+        text += (greedy(text, end),)
+    return list(text[len(prompt) :])
+
+
+def text_law(prompt: tuple[int, ...], length: int, params: SamplingParams) -> dict[tuple[int, ...], float]:
+    """The exact probability of every continuation of ``length`` tokens, in a language that does not end."""
+    found = {(): 1.0}
+    for _ in range(length):
+        longer = {}
+        for text, probability in found.items():
+            ranked = candidates(after_penalties(law(prompt + text, end=False), prompt, text, params)[None, None])
+            weights = kept_weights(ranked.logits[0], params)[0]
+            for token, weight in zip(ranked.tokens[0, 0].tolist(), weights / weights.sum(), strict=True):
+                if weight:
+                    longer[(*text, token)] = probability * float(weight)
+        found = longer
+    return found
+
+
+def after_penalties(
+    logits: NDArray[np.float32], prompt: tuple[int, ...], text: tuple[int, ...], params: SamplingParams
+) -> NDArray[np.float32]:
+    """A copy of a row's logits with the penalties for what the prompt and the text have said."""
+    logits = logits.copy()
+    for token in {*prompt, *text}:
+        positive = logits[token] > 0
+        logits[token] *= 1 / params.repetition_penalty if positive else params.repetition_penalty
+    for token, count in Counter(text).items():
+        logits[token] -= params.presence_penalty + params.frequency_penalty * count
+    return logits
+
+
+class Variation(NamedTuple):
+    """Half the L1 distance between counts and law; what sampling alone is expected to make of it, and how far it may
+    stray from that: a standard deviation.
+    """
+
+    distance: float
+    by_chance: float
+    deviation: float
+
+    @property
+    def is_chance(self) -> bool:
+        return self.distance <= self.by_chance + 4 * self.deviation
+
+
+def total_variation(found: dict[tuple[int, ...], int], exact: dict[tuple[int, ...], float]) -> Variation:
+    draws = sum(found.values())
+    keys = set(found) | set(exact)
+    distance = sum(abs(found.get(key, 0) / draws - exact.get(key, 0.0)) for key in keys) / 2
+    # A binomial share's deviation is about normal: its mean size, and how far that size varies. Shares that sum to 1
+    # vary a little less together.
+    variances = np.array([p * (1 - p) / draws for p in exact.values()])
+    by_chance = np.sqrt(2 / np.pi * variances).sum() / 2
+    deviation = np.sqrt((1 - 2 / np.pi) * variances.sum()) / 2
+    return Variation(distance, float(by_chance), float(deviation))
+
+
+def prompts(count: int, seed: int) -> list[tuple[int, ...]]:
+    rng = np.random.default_rng(seed)
+    return [tuple(rng.integers(2, VOCABULARY, size=int(rng.integers(1, 12))).tolist()) for _ in range(count)]

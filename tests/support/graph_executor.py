@@ -1,0 +1,104 @@
+"""Target tensorrt's graphs in ONNX Runtime, by the functions that their plugins' operators are: every weight, the KV
+pool and the adapter bound as inputs, as the target's runtime would bind them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+from onnx import TensorProto
+from safetensors.numpy import load_file
+
+from trimode.engine.manifest import GRAPH, PoolEntry
+from trimode.model.config import ModelConfig
+from trimode.model.step import cache_inputs, cache_outputs
+from trimode.runtime.executor import BidirectionalStep, Candidates, CausalStep, Step
+
+TYPES = {
+    "tensor(float)": TensorProto.FLOAT,
+    "tensor(float16)": TensorProto.FLOAT16,
+    "tensor(bfloat16)": TensorProto.BFLOAT16,
+    "tensor(int8)": TensorProto.INT8,
+}
+
+
+def open_session(graph: Path) -> ort.InferenceSession:
+    settings = ort.SessionOptions()
+    # fp32, and not 8-bit, products
+    settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    settings.log_severity_level = 3
+    settings.intra_op_num_threads = 1
+    return ort.InferenceSession(str(graph), settings, providers=["CPUExecutionProvider"])
+
+
+def bind_pooled(binding: ort.IOBinding, value: ort.NodeArg, data: NDArray[np.uint8]) -> None:
+    """Bind the bytes where they lie; numpy need not know their type. ``data`` must outlive the binding."""
+    binding.bind_input(value.name, "cpu", 0, TYPES[value.type], value.shape, data.ctypes.data)
+
+
+class GraphExecutor:
+    """Runs ``ar/graph.onnx`` and ``diffusion/graph.onnx`` of ``folder`` over one mapped pool, for one sequence.
+
+    ``seen``: the steps it was given.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        pool: tuple[PoolEntry, ...],
+        pool_file: Path,
+        adapter: Path,
+        config: ModelConfig,
+        rows: int,
+        real: type[np.floating[Any]],
+    ) -> None:
+        shape = (1, config.num_key_value_heads, rows, config.head_dim)
+        self._caches = [np.zeros(shape, real) for _ in range(2 * config.num_hidden_layers)]
+        self._real = real
+        self.seen: list[Step] = []
+        data = np.memmap(pool_file, np.uint8, mode="r")
+        self._weights = {entry.name: data[entry.offset : entry.offset + entry.bytes] for entry in pool}
+        self._adapter = {name: array.astype(real) for name, array in load_file(adapter).items()}
+        self._layers = config.num_hidden_layers
+        self._sessions = {
+            CausalStep: open_session(folder / "ar" / GRAPH),
+            BidirectionalStep: open_session(folder / "diffusion" / GRAPH),
+        }
+
+    def run(self, step: CausalStep | BidirectionalStep) -> Candidates:
+        self.seen.append(step)
+        session = self._sessions[type(step)]
+        binding = session.io_binding()
+        caches = zip(cache_inputs(self._layers), cache_outputs(self._layers), self._caches, strict=True)
+        for name, updated, buffer in caches:
+            place = ("cpu", 0, buffer.dtype, buffer.shape, buffer.ctypes.data)
+            binding.bind_input(name, *place)
+            binding.bind_output(updated, *place)
+        feeds = self._feeds(step)
+        for value in session.get_inputs():
+            if value.name in self._weights:
+                bind_pooled(binding, value, self._weights[value.name])
+            elif value.name in feeds:
+                binding.bind_cpu_input(value.name, np.ascontiguousarray(feeds[value.name]))
+        for name in ("top_logits", "top_tokens", "log_sum_exp"):
+            binding.bind_output(name)
+        session.run_with_iobinding(binding)
+        return Candidates(*binding.copy_outputs_to_cpu()[-3:])  # in the order they were bound
+
+    def _feeds(self, step: Step) -> Mapping[str, NDArray[np.generic]]:
+        feeds: dict[str, NDArray[np.generic]] = {
+            "input_ids": step.input_ids,
+            "position_ids": step.position_ids,
+            "write_indices": step.write_indices,
+            "logit_rows": step.logit_rows,
+        }
+        if isinstance(step, CausalStep):
+            return feeds | {"block_mask": step.block_mask}
+        assert isinstance(step, BidirectionalStep)
+        scale = step.adapter.astype(self._real)
+        return feeds | {"step_lengths": step.step_lengths, "adapter_scale": scale, **self._adapter}

@@ -1,0 +1,138 @@
+"""Run a kernel on the CPU, in Triton's interpreter, with every access to memory checked and counted.
+
+Triton interprets a process's kernels all or none, by a variable that is read on import. Here one kernel is interpreted
+at a time, so the same process can compile others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import triton.language as tl
+from numpy.typing import NDArray
+from torch import Tensor
+from triton.runtime import interpreter
+from triton.runtime.jit import JITFunction
+
+from trimode.common.errors import TriModeError
+
+
+@dataclass
+class Traffic:
+    """What a kernel asked of one tensor. loaded, stored: bytes, each time counted. touched: distinct bytes."""
+
+    bytes: int
+    loaded: int = 0
+    stored: int = 0
+    touched: int = 0
+
+
+def interpret(
+    kernel: JITFunction[Any], grid: tuple[int, ...], arguments: Mapping[str, Any], constants: Mapping[str, Any]
+) -> dict[str, Traffic]:
+    """Launch ``kernel`` over ``grid`` and count its traffic by the names of its tensors.
+
+    arguments: tensors (contiguous) and integers by parameter. Raises TriModeError where it loads or stores outside its
+    tensors.
+    """
+    tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
+    memory = _Memory(tensors)
+    with _interpreter_of(memory):
+        try:
+            interpreter.InterpretedFunction(kernel.fn)[grid](**arguments, **constants)
+        except interpreter.InterpreterError as error:
+            if memory.fault:
+                raise TriModeError(f"{kernel.fn.__name__} {memory.fault}") from error
+            raise
+    return memory.traffic()
+
+
+class _Memory:
+    """The tensors a kernel may touch. Two names of one memory (an in-place output) are counted under the first."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._names: list[str] = []
+        self._traffic: list[Traffic] = []
+        self._touched: list[NDArray[np.bool_]] = []
+        self._bases: list[int] = []
+        for name, tensor in sorted(tensors.items(), key=lambda item: item[1].data_ptr()):
+            if tensor.data_ptr() in self._bases:
+                continue
+            self._names.append(name)
+            self._traffic.append(Traffic(tensor.nbytes))
+            self._touched.append(np.zeros(tensor.nbytes, bool))
+            self._bases.append(tensor.data_ptr())
+        self.fault: str | None = None
+
+    def access(self, pointers: Any, mask: NDArray[np.bool_], store: bool) -> None:
+        size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+        addresses = pointers.data[np.broadcast_to(mask, pointers.data.shape)].astype(np.int64)
+        if not addresses.size:
+            return
+        index = int(np.searchsorted(self._bases, addresses.min(), side="right")) - 1
+        offsets = addresses - self._bases[index] if index >= 0 else addresses
+        if index < 0 or offsets.max() + size > self._traffic[index].bytes:
+            near = self._names[max(index, 0)]
+            self.fault = f"{'stores' if store else 'loads'} outside its tensors, near {near}"
+            raise IndexError(self.fault)
+        traffic = self._traffic[index]
+        if store:
+            traffic.stored += addresses.size * size
+        else:
+            traffic.loaded += addresses.size * size
+        # An element is touched whole: its first byte stands for it.
+        self._touched[index][offsets] = True
+        traffic.touched = size
+
+    def traffic(self) -> dict[str, Traffic]:
+        for traffic, touched in zip(self._traffic, self._touched, strict=True):
+            traffic.touched *= int(touched.sum())
+        return dict(zip(self._names, self._traffic, strict=True))
+
+
+@contextmanager
+def _interpreter_of(memory: _Memory) -> Iterator[None]:
+    builder = interpreter.interpreter_builder
+    load, store = builder.create_masked_load, builder.create_masked_store
+    dot, subtract = builder.create_dot, builder.create_fsub
+    call = JITFunction.__call__
+
+    def checked_load(pointers: Any, mask: Any, *rest: Any) -> Any:
+        memory.access(pointers, mask.data, store=False)
+        return load(pointers, mask, *rest)
+
+    def checked_store(pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        memory.access(pointers, mask.data, store=True)
+        return store(pointers, value, mask, *rest)
+
+    def exact_dot(a: Any, b: Any, *rest: Any) -> Any:
+        """The interpreter holds bf16 as its bits, and would multiply those."""
+        return dot(_widened(a), _widened(b), *rest)
+
+    def exact_subtract(a: Any, b: Any) -> Any:
+        difference = subtract(_widened(a), _widened(b))
+        return builder.create_fp_trunc(difference, a.dtype) if a.dtype.scalar == tl.bfloat16 else difference
+
+    builder.create_masked_load, builder.create_masked_store = checked_load, checked_store
+    builder.create_dot, builder.create_fsub = exact_dot, exact_subtract
+    JITFunction.__call__ = lambda self, *args, **kwargs: self.fn(*args, **kwargs)
+    # Functions of Triton's own library know the language as `core`, and reach the interpreter only by that name.
+    language = interpreter._patch_lang(tl.zeros.fn)
+    try:
+        yield
+    finally:
+        language.restore()
+        del builder.create_masked_load, builder.create_masked_store, builder.create_dot, builder.create_fsub
+        JITFunction.__call__ = call
+
+
+def _widened(operand: Any) -> Any:
+    if operand.dtype.scalar != tl.bfloat16:
+        return operand
+    bits = torch.from_numpy(operand.data.astype(np.int32) << 16)
+    return interpreter.TensorHandle(bits.view(torch.float32).numpy(), tl.float32)

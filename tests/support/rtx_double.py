@@ -1,0 +1,635 @@
+"""A test double of CUDA's driver and of TensorRT-RTX: no GPU, and real numbers at the addresses that were bound.
+
+It replaces ``trimode.runtime.gpu.cuda.driver`` and the name ``trt`` of the modules beside it. "Device memory" is the
+host's; physical memory is a file in memory, which the kernel maps at several places as a GPU's would be. Work of the
+stream waits until it is synchronised, so a result that is read too early is not there. A captured graph is the list of
+its operations with the addresses of the time, as a CUDA graph is.
+
+An engine executes its ``graph.onnx`` in ONNX Runtime, every input and output bound at the address that was set. The
+weights that ONNX Runtime computes with come from a file of the test's; the double checks that the same bytes are mapped
+as the plan's weights, and refuses to run otherwise. It is strict where a GPU would go wrong in silence: memory that was
+not allocated or is too short, an output that is not its input's alias, a context changed after its capture.
+
+What it does not show: that the plans compute what the graphs say, that the real calls accept what is asked of them
+(their names and arguments at least are held against the real bindings), and any timing.
+"""
+
+# ruff: noqa: ARG002, N802, N803 - CUDA's names and arguments
+
+from __future__ import annotations
+
+import ctypes
+import inspect
+import mmap
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from cuda.bindings import driver as real_driver
+
+from trimode.engine.manifest import PLAN, POOL, Manifest
+from trimode.engine.plan import whole_plan
+
+SUCCESS = real_driver.CUresult.CUDA_SUCCESS
+FULL = real_driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY
+GRANULARITY = 1 << 16
+STREAM = 77
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_MAP_FIXED = 0x10
+
+
+class FaultError(Exception):
+    """What on a GPU would be undefined behaviour."""
+
+
+def _map(address: int | None, size: int, file: int | None) -> int:
+    flags = mmap.MAP_SHARED if file is not None else mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    if address is not None:
+        flags |= _MAP_FIXED
+    access = mmap.PROT_READ | mmap.PROT_WRITE if file is not None else 0
+    place = _libc.mmap(address, size, access, flags, -1 if file is None else file, 0)
+    assert place not in (None, ctypes.c_void_p(-1).value), os.strerror(ctypes.get_errno())
+    return int(place)
+
+
+class LibcudaDouble:
+    """Stands in for the driver's own library: one GPU of compute capability 12.1, or a driver that does not start."""
+
+    def __init__(self, status: int = 0, capability: tuple[int, int] = (12, 1)) -> None:
+        self.status = status
+        self.capability = capability
+
+    def cuInit(self, _flags: int) -> int:
+        return self.status
+
+    def cuDriverGetVersion(self, number: Any) -> int:
+        number._obj.value = 13010
+        return 0
+
+    def cuDeviceGetCount(self, count: Any) -> int:
+        count._obj.value = 1
+        return 0
+
+    def cuDeviceGet(self, device: Any, index: int) -> int:
+        device._obj.value = index
+        return 0
+
+    def cuDeviceGetName(self, name: Any, _size: int, _device: Any) -> int:
+        name.value = b"GB10"
+        return 0
+
+    def cuDeviceGetAttribute(self, value: Any, attribute: int, _device: Any) -> int:
+        value._obj.value = self.capability[{75: 0, 76: 1}[attribute]]
+        return 0
+
+
+class DriverDouble:
+    """The driver calls that the executor makes; everything else, enumerations and records, is the real module's."""
+
+    def __init__(self, memory: int = 1 << 31) -> None:
+        self.free = memory
+        self.allocations: dict[int, np.ndarray] = {}  # device memory, by address
+        self.page_locked: dict[int, np.ndarray] = {}
+        self.files: dict[int, tuple[int, int]] = {}  # physical memory: (file, size) by handle
+        self.mapped: dict[int, int] = {}  # sizes of mapped ranges, by address
+        self.queue: list[Callable[[], None]] = []
+        self.capturing: list[Callable[[], None]] | None = None
+        self.graphs: dict[int, list[Callable[[], None]]] = {}
+        self.current = False
+        # What the tests count.
+        self.synchronisations = self.launches = self.captures = 0
+        self.crossed = 0  # bytes copied to the host
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("cu"):
+            raise AttributeError(f"{name} is not among the calls that the double knows")
+        return getattr(real_driver, name)
+
+    # Device and stream.
+
+    def cuInit(self, Flags):
+        return (SUCCESS,)
+
+    def cuDeviceGet(self, ordinal):
+        return SUCCESS, ordinal
+
+    def cuDevicePrimaryCtxRetain(self, dev):
+        return SUCCESS, 1
+
+    def cuCtxSetCurrent(self, ctx):
+        self.current = ctx == 1
+        return (SUCCESS,)
+
+    def cuStreamCreate(self, Flags):
+        return SUCCESS, STREAM
+
+    def cuStreamSynchronize(self, hStream):
+        self._known(hStream)
+        if self.capturing is not None:
+            raise FaultError("synchronised within a capture")
+        self.synchronisations += 1
+        waiting, self.queue = self.queue, []
+        for work in waiting:
+            work()
+        return (SUCCESS,)
+
+    # Memory.
+
+    def cuMemAlloc(self, bytesize):
+        if bytesize > self.free:
+            return FULL, 0
+        self.free -= bytesize
+        # Fresh device memory is not zero.
+        memory = np.full(bytesize, 0xFF, np.uint8)
+        self.allocations[memory.ctypes.data] = memory
+        return SUCCESS, memory.ctypes.data
+
+    def cuMemFree(self, dptr):
+        memory = self.allocations.pop(dptr)
+        memory[:] = 0xFF
+        self.free += memory.nbytes
+        return (SUCCESS,)
+
+    def cuMemHostAlloc(self, bytesize, Flags):
+        memory = np.full(bytesize, 0xFF, np.uint8)
+        self.page_locked[memory.ctypes.data] = memory
+        return SUCCESS, memory.ctypes.data
+
+    def cuMemFreeHost(self, p):
+        del self.page_locked[p]
+        return (SUCCESS,)
+
+    def cuMemsetD8Async(self, dstDevice, uc, N, hStream):
+        self.on_device(dstDevice, N)
+        self._submit(hStream, lambda: ctypes.memset(dstDevice, uc, N))
+        return (SUCCESS,)
+
+    def cuMemcpyHtoDAsync(self, dstDevice, srcHost, ByteCount, hStream):
+        self.on_device(dstDevice, ByteCount)
+        self._submit(hStream, lambda: ctypes.memmove(dstDevice, srcHost, ByteCount))
+        return (SUCCESS,)
+
+    def cuMemcpyDtoHAsync(self, dstHost, srcDevice, ByteCount, hStream):
+        self.on_device(srcDevice, ByteCount)
+
+        def copy() -> None:
+            self.crossed += ByteCount
+            ctypes.memmove(dstHost, srcDevice, ByteCount)
+
+        self._submit(hStream, copy)
+        return (SUCCESS,)
+
+    def cuMemcpyDtoDAsync(self, dstDevice, srcDevice, ByteCount, hStream):
+        self.on_device(dstDevice, ByteCount)
+        self.on_device(srcDevice, ByteCount)
+        self._submit(hStream, lambda: ctypes.memmove(dstDevice, srcDevice, ByteCount))
+        return (SUCCESS,)
+
+    def cuMemcpy2DAsync(self, pCopy, hStream):
+        ends = []
+        for side in ("src", "dst"):
+            pitch = getattr(pCopy, f"{side}Pitch")
+            if pCopy.WidthInBytes > pitch:
+                raise FaultError("rows overlap")
+            if getattr(pCopy, f"{side}MemoryType") == real_driver.CUmemorytype.CU_MEMORYTYPE_DEVICE:
+                address = int(getattr(pCopy, f"{side}Device"))
+                self.on_device(address, pitch * (pCopy.Height - 1) + pCopy.WidthInBytes)
+            else:
+                address = int(getattr(pCopy, f"{side}Host"))
+            ends.append((address, pitch))
+        (source, source_pitch), (to, to_pitch) = ends
+        width, height = pCopy.WidthInBytes, pCopy.Height
+
+        def copy() -> None:
+            for row in range(height):
+                ctypes.memmove(to + row * to_pitch, source + row * source_pitch, width)
+
+        self._submit(hStream, copy)
+        return (SUCCESS,)
+
+    # Graphs.
+
+    def cuStreamBeginCapture(self, hStream, mode):
+        self._known(hStream)
+        self.capturing = []
+        return (SUCCESS,)
+
+    def cuStreamEndCapture(self, hStream):
+        self._known(hStream)
+        captured, self.capturing = self.capturing, None
+        self.captures += 1
+        self.graphs[len(self.graphs) + 1] = captured or []
+        return SUCCESS, len(self.graphs)
+
+    def cuGraphInstantiate(self, hGraph, flags):
+        return SUCCESS, hGraph
+
+    def cuGraphDestroy(self, hGraph):
+        return (SUCCESS,)
+
+    def cuGraphExecDestroy(self, hGraphExec):
+        return (SUCCESS,)
+
+    def cuGraphLaunch(self, hGraphExec, hStream):
+        self.launches += 1
+        for work in self.graphs[hGraphExec]:
+            self._submit(hStream, work)
+        return (SUCCESS,)
+
+    # Physical memory.
+
+    def cuMemGetAllocationGranularity(self, prop, option):
+        return SUCCESS, GRANULARITY
+
+    def cuMemCreate(self, size, prop, flags):
+        if size % GRANULARITY:
+            raise FaultError(f"{size} bytes are no multiple of the granularity")
+        if size > self.free:
+            return FULL, 0
+        self.free -= size
+        file = os.memfd_create("physical")
+        os.ftruncate(file, size)
+        self.files[file] = (file, size)
+        return SUCCESS, file
+
+    def cuMemRelease(self, handle):
+        # The file lives on in its mappings.
+        self.files.pop(handle)
+        os.close(handle)
+        return (SUCCESS,)
+
+    def cuMemAddressReserve(self, size, alignment, addr, flags):
+        return SUCCESS, _map(None, size, None)
+
+    def cuMemMap(self, ptr, size, offset, handle, flags):
+        assert offset == 0
+        file, available = self.files[handle]
+        if size > available:
+            raise FaultError("mapped past the end of an allocation")
+        _map(ptr, size, file)
+        return (SUCCESS,)
+
+    def cuMemSetAccess(self, ptr, size, desc, count):
+        assert desc[0].flags == real_driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+        self.mapped[ptr] = size
+        return (SUCCESS,)
+
+    def cuMemUnmap(self, ptr, size):
+        assert self.mapped.pop(ptr) == size
+        _map(ptr, size, None)
+        return (SUCCESS,)
+
+    def cuMemAddressFree(self, ptr, size):
+        _libc.munmap(ptr, size)
+        return (SUCCESS,)
+
+    # For the double itself.
+
+    def on_device(self, address: int, size: int) -> None:
+        """Device memory, whole within one allocation; never the host's."""
+        ranges = [(begin, memory.nbytes) for begin, memory in self.allocations.items()]
+        if not any(
+            begin <= address and address + size <= begin + length for begin, length in [*ranges, *self.mapped.items()]
+        ):
+            raise FaultError(f"{size} bytes at {address:#x} are no memory of the device")
+
+    def submit(self, work: Callable[[], None]) -> None:
+        if not self.current:
+            raise FaultError("no context is current")
+        (self.queue if self.capturing is None else self.capturing).append(work)
+
+    def _submit(self, stream: Any, work: Callable[[], Any]) -> None:
+        self._known(stream)
+        self.submit(work)
+
+    def _known(self, stream: Any) -> None:
+        if stream != STREAM:
+            raise FaultError(f"stream {stream} is not the one that was made")
+
+
+@dataclass
+class PlanDouble:
+    """What the double knows of a plan: the graph it was compiled from, its bytes, and its weights among them."""
+
+    graph: Path
+    content: bytes
+    section: np.ndarray
+    activations: int = 4096
+
+
+def plan_doubles(engine: Path, graphs: Path) -> list[PlanDouble]:
+    """Of a real engine directory; ``graphs`` has ar.onnx and diffusion.onnx, and the weights that they name."""
+    manifest = Manifest.read(engine)
+    assert manifest.rtx is not None
+    doubles = []
+    for name, entry in (("ar", manifest.rtx.ar), ("diffusion", manifest.rtx.diffusion)):
+        content = b"".join(whole_plan(engine / name / PLAN, engine / POOL, entry))
+        begin = entry.splices[0].plan_offset
+        end = entry.splices[-1].plan_offset + sum(splice.bytes for splice in entry.splices)
+        weights = np.frombuffer(content[begin:end], np.uint8)
+        section = np.zeros(-(-len(weights) // GRANULARITY) * GRANULARITY, np.uint8)
+        section[: len(weights)] = weights
+        doubles.append(PlanDouble(graphs / f"{name}.onnx", content, section))
+    return doubles
+
+
+class TrtDouble:
+    """The names of ``tensorrt_rtx`` that the runtime uses, for these plans and one GPU."""
+
+    def __init__(self, real: Any, cuda: DriverDouble, plans: list[PlanDouble], manages_weights: bool = True) -> None:
+        self._real = real
+        self._cuda = cuda
+        self.plans = plans
+        self.manages_weights = manages_weights
+        self.engines: list[EngineDouble] = []
+        self.invalidity = 0  # what get_engine_validity is to find
+
+    def __getattr__(self, name: str) -> Any:
+        """Enumerations, the version and the base class of loggers are the real ones."""
+        return getattr(self._real, name)
+
+    def Runtime(self, logger: Any) -> RuntimeDouble:
+        return RuntimeDouble(self, logger)
+
+
+class RuntimeDouble:
+    engine_header_size = 64
+
+    def __init__(self, trt: TrtDouble, logger: Any) -> None:
+        self._trt = trt
+        self._logger = logger
+
+    def get_engine_validity(self, buffer: Any) -> tuple[Any, int]:
+        assert len(buffer) == self.engine_header_size
+        if self._trt.invalidity:
+            return self._trt.EngineValidity.INVALID, self._trt.invalidity
+        return self._trt.EngineValidity.VALID, 0
+
+    def deserialize_cuda_engine(self, serialized_engine: Any) -> EngineDouble | None:
+        for plan in self._trt.plans:
+            if plan.content == bytes(serialized_engine):
+                self._trt.engines.append(EngineDouble(self._trt, plan))
+                return self._trt.engines[-1]
+        self._logger.log(self._trt.ILogger.Severity.ERROR, "Serialization assertion failed")
+        return None
+
+
+class EngineDouble:
+    def __init__(self, trt: TrtDouble, plan: PlanDouble) -> None:
+        self.trt = trt
+        self.cuda = trt._cuda
+        self.plan = plan
+        model = onnx.load(plan.graph, load_external_data=False)
+        self.aliases = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "TensorScatter"}
+        self.session = ort.InferenceSession(str(plan.graph), _session_options(), providers=["CPUExecutionProvider"])
+        self.names = [value.name for value in (*self.session.get_inputs(), *self.session.get_outputs())]
+        self.device_memory_size_v2 = plan.activations
+        # Where the weights are on the device: the engine's own copy, pieces of other memory, or nothing.
+        self.own_copy = True
+        self.pieces: dict[int, int] = {}
+        self.weights_at = _map(None, plan.section.nbytes, None)
+
+    @property
+    def num_io_tensors(self) -> int:
+        return len(self.names)
+
+    def get_tensor_name(self, index: int) -> str:
+        return self.names[index]
+
+    def create_weights_manager(self) -> WeightsManagerDouble | None:
+        return WeightsManagerDouble(self) if self.trt.manages_weights else None
+
+    def create_runtime_config(self) -> RuntimeConfigDouble:
+        return RuntimeConfigDouble(self.trt)
+
+    def create_execution_context(self, runtime_config: RuntimeConfigDouble) -> ContextDouble:
+        if not self.weights_are_whole():
+            raise FaultError("a context of an engine without its weights")
+        return ContextDouble(self, runtime_config)
+
+    def weights_are_whole(self) -> bool:
+        """Every byte mapped, and every byte the plan's."""
+        if self.own_copy:
+            return True
+        size = self.plan.section.nbytes
+        if sum(self.pieces.values()) != size:
+            return False
+        return np.array_equal(_at(self.weights_at, np.dtype(np.uint8), (size,)), self.plan.section)
+
+
+class WeightsManagerDouble:
+    def __init__(self, engine: EngineDouble) -> None:
+        self._engine = engine
+        self._cuda = engine.cuda
+
+    def get_size(self) -> int:
+        return self._engine.plan.section.nbytes
+
+    def save_to_buffer(self, destination: int, size: int, location: Any, stream_handle: int) -> bool:
+        assert location == self._engine.trt.TensorLocation.HOST
+        section = self._engine.plan.section
+        if size != section.nbytes or not self._engine.own_copy:
+            return False
+        self._cuda._submit(stream_handle, lambda: ctypes.memmove(destination, section.ctypes.data, size))
+        return True
+
+    def unload(self, stream_handle: int) -> bool:
+        self._cuda._known(stream_handle)
+        self._engine.own_copy = False
+        return True
+
+    def restore_from_vmm_allocation(self, allocation_handle: int, offset: int, size: int, stream_handle: int) -> bool:
+        self._cuda._known(stream_handle)
+        file, available = self._cuda.files[allocation_handle]
+        overlaps = any(offset < at + length and at < offset + size for at, length in self._engine.pieces.items())
+        if self._engine.own_copy or overlaps or offset % GRANULARITY or size % GRANULARITY or size > available:
+            return False
+        _map(self._engine.weights_at + offset, size, file)
+        self._engine.pieces[offset] = size
+        return True
+
+
+class RuntimeConfigDouble:
+    """Takes what is set; a context is only made if all of it was."""
+
+    def __init__(self, trt: TrtDouble) -> None:
+        self._trt = trt
+        self.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.LAZY
+        self._allocation: Any = None
+
+    def set_execution_context_allocation_strategy(self, strategy: Any) -> None:
+        self._allocation = strategy
+
+    def create_runtime_cache(self) -> object:
+        return object()
+
+    def set_runtime_cache(self, cache: object) -> bool:
+        return cache is not None
+
+    def is_for_capture(self) -> bool:
+        eager = self._trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        user_managed = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        return self.dynamic_shapes_kernel_specialization_strategy == eager and self._allocation == user_managed
+
+
+@dataclass
+class ContextDouble:
+    engine: EngineDouble
+    config: RuntimeConfigDouble
+    memory: tuple[int, int] | None = None
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    addresses: dict[str, int] = field(default_factory=dict)
+    captured: bool = False
+
+    def __post_init__(self) -> None:
+        assert self.config.is_for_capture()
+        self._inputs = {value.name: value for value in self.engine.session.get_inputs()}
+        self._outputs = {value.name: value for value in self.engine.session.get_outputs()}
+
+    def set_device_memory(self, memory: int, size: int) -> None:
+        self._change()
+        self.memory = (memory, size)
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        self._change()
+        declared = self._inputs[name].shape
+        if name.startswith("k_view."):
+            # A plan takes keys as columns that lie as rows do; the graph calls them rows.
+            columns, head_dim, rows, one = shape
+            assert one == 1
+            shape = (columns // declared[1], declared[1], rows, head_dim)
+        fits = len(declared) == len(shape) and all(
+            isinstance(one, str) or one == other for one, other in zip(declared, shape, strict=True)
+        )
+        self.shapes[name] = tuple(shape)
+        return fits
+
+    def set_tensor_address(self, name: str, memory: int) -> bool:
+        self._change()
+        self.addresses[name] = memory
+        return name in self._inputs or name in self._outputs
+
+    def infer_shapes(self) -> list[str]:
+        return [name for name in self._inputs if name not in self.shapes]
+
+    def execute_async_v3(self, stream_handle: int) -> bool:
+        cuda = self.engine.cuda
+        if self.memory is None or self.memory[1] < self.engine.device_memory_size_v2:
+            raise FaultError("no memory for activations")
+        cuda.on_device(*self.memory)
+        run = self._bound_run()
+        self.captured |= cuda.capturing is not None
+        cuda._submit(stream_handle, run)
+        return True
+
+    def _change(self) -> None:
+        if self.captured:
+            raise FaultError("a context was changed after it was captured")
+
+    def _bound_run(self) -> Callable[[], None]:
+        """The pass as it is bound now: whatever is set later does not change it."""
+        sizes: dict[str, int] = {}
+        for name, shape in self.shapes.items():
+            for dimension, size in zip(self._inputs[name].shape, shape, strict=True):
+                if isinstance(dimension, str) and sizes.setdefault(dimension, size) != size:
+                    raise FaultError(f"{name}: {dimension} is {size} here and {sizes[dimension]} elsewhere")
+        places = []
+        for name, value in (self._inputs | self._outputs).items():
+            dtype = _DTYPES[value.type]
+            shape = tuple(sizes[one] if isinstance(one, str) else one for one in value.shape)
+            address = self.addresses[name]
+            self.engine.cuda.on_device(address, int(np.prod(shape)) * dtype.itemsize)
+            if name in self.engine.aliases and address != self.addresses[self.engine.aliases[name]]:
+                raise FaultError(f"{name} is not bound where {self.engine.aliases[name]} is")
+            if "_view." in name and address != self.addresses[name.replace("_view.", "_cache.")]:
+                raise FaultError(f"{name} is not bound where its cache is")
+            places.append((name, dtype, shape, address))
+        binding = self.engine.session.io_binding()
+        for name, dtype, shape, address in places:
+            bind = binding.bind_input if name in self._inputs else binding.bind_output
+            bind(name, "cpu", 0, dtype, shape, address)
+        write, window_rows, window = (
+            self.addresses["write_indices"],
+            self.addresses.get("window_rows"),
+            sizes.get("window"),
+        )
+        mask, batch = self.addresses.get("block_mask"), sizes["batch"]
+        step, capacity = sizes["step"], places[[name for name, *_ in places].index("k_cache.0")][2][2]
+
+        def run() -> None:
+            reach = int(_at(write, np.dtype(np.int64), (batch,)).max()) + step
+            if reach > capacity:
+                raise FaultError(f"a pass wrote up to row {reach} of slots of {capacity}")
+            if window_rows and not np.array_equal(_at(window_rows, np.dtype(np.int64), (window,)), np.arange(window)):
+                raise FaultError("window_rows are not 0, 1, ...")
+            if mask is not None and not _at(mask, np.dtype(np.bool_), (batch, step, step)).any(axis=2).all():
+                raise FaultError("a token sees nothing of its step: NaN in the pool")
+            if not self.engine.weights_are_whole():
+                raise FaultError("the weights are not the plan's")
+            self.engine.session.run_with_iobinding(binding)
+
+        return run
+
+
+_DTYPES = {
+    "tensor(int64)": np.dtype(np.int64),
+    "tensor(bool)": np.dtype(np.bool_),
+    "tensor(float)": np.dtype(np.float32),
+    "tensor(float16)": np.dtype(np.float16),
+}
+
+
+def _at(address: int, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    size = int(np.prod(shape)) * dtype.itemsize
+    return np.frombuffer((ctypes.c_uint8 * size).from_address(address), dtype).reshape(shape)
+
+
+def _session_options() -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = 1
+    # Or int4 products round their inputs to 8 bits.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    return options
+
+
+def misremembered_calls(real_trt: Any) -> list[str]:
+    """Calls of the double that the real bindings do not have, or that take other arguments there."""
+    found = []
+    for name, call in vars(DriverDouble).items():
+        if name.startswith("cu"):
+            real = getattr(real_driver, name, None)
+            if real is None or list(inspect.signature(real).parameters) != list(inspect.signature(call).parameters)[1:]:
+                found.append(name)
+    for double, kind in {
+        RuntimeDouble: real_trt.Runtime,
+        EngineDouble: real_trt.ICudaEngine,
+        WeightsManagerDouble: real_trt.IWeightsManager,
+        RuntimeConfigDouble: real_trt.IRuntimeConfig,
+        ContextDouble: real_trt.IExecutionContext,
+    }.items():
+        for name, call in vars(double).items():
+            if callable(call) and not name.startswith("_") and name not in _OWN_CALLS:
+                documented = [_documented(line) for line in (getattr(kind, name).__doc__ or "").splitlines()]
+                if list(inspect.signature(call).parameters)[1:] not in documented:
+                    found.append(f"{kind.__name__}.{name}")
+    return found
+
+
+_OWN_CALLS = {"weights_are_whole", "is_for_capture"}
+
+
+def _documented(line: str) -> list[str] | None:
+    """Argument names of a signature such as ``2. name(self: A, one: B, two: C = <D>) -> E``."""
+    match = re.match(r"(?:\d+\. )?\w+\(self: [^,)]+(?:, )?(.*)\) -> ", line)
+    return None if match is None else re.findall(r"(\w+): ", re.sub(r"<[^>]*>", "", match[1]))

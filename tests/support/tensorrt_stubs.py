@@ -1,0 +1,53 @@
+"""TensorRT's own Python bindings, and with them its validator of plugin declarations, without TensorRT.
+
+The bindings need three libraries, of which they take nine functions; stubs of these, made here by the C compiler, let
+them be imported. The symbolic shapes that TensorRT's builder would compute with are stood in for by numbers, so that
+the very classes by which TensorRT asks a plugin can be asked here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from tests.support.plugin_builder import DimsExprs, Handed, Number, Registry
+
+STUBS = {
+    "libnvinfer.so.11": (
+        *("createInferBuilder_INTERNAL", "createInferRefitter_INTERNAL", "createInferRuntime_INTERNAL"),
+        *("getBuilderPluginRegistry", "getPluginRegistry"),
+    ),
+    "libnvinfer_plugin.so.11": ("initLibNvInferPlugins",),
+    "libnvonnxparser.so.11": (
+        *("createNvOnnxParser_INTERNAL", "createNvOnnxParserRefitter_INTERNAL", "getNvOnnxParserVersion"),
+    ),
+}
+
+
+def bindings_on_stubs(folder: Path) -> Iterator[ModuleType]:
+    """The bindings, under the name that a whole installation gives them; taken back when the generator goes on."""
+    kept: list[Any] = []
+    for library, functions in STUBS.items():
+        source = folder / f"{library}.c"
+        source.write_text("".join(f"void *{name}(void) {{ return 0; }}\n" for name in functions))
+        command = ["cc", "-shared", "-fPIC", f"-Wl,-soname,{library}", "-o", str(folder / library), str(source)]
+        subprocess.run(command, check=True)
+        kept.append(ctypes.CDLL(str(folder / library)))  # so that the bindings find it by its soname
+    bindings = importlib.import_module("tensorrt_bindings")
+    patch = pytest.MonkeyPatch()
+    patch.setitem(sys.modules, "tensorrt", bindings)
+    patch.setattr(bindings, "IDimensionExpr", Number)
+    patch.setattr(bindings, "DimsExprs", DimsExprs)
+    patch.setattr(bindings, "get_plugin_registry", Registry().itself)
+    # What hands a symbol over to TensorRT itself; here it stays in Python.
+    patch.setattr(importlib.import_module("tensorrt.plugin._tensor"), "SymExprImpl", Handed)
+    yield bindings
+    patch.undo()
