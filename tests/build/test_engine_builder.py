@@ -13,7 +13,7 @@ from typing import Any
 import onnx
 import pytest
 
-from trimode.build.cpu.engines import engines as cpu
+from trimode.build.cpu import engines as cpu
 from trimode.build.engine_builder import CpuOptions, build_engine
 from trimode.common.errors import TriModeError
 from trimode.engine.manifest import ADAPTER, Manifest, hash_file

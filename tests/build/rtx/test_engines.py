@@ -18,7 +18,7 @@ from PIL import Image
 from trimode.build.audit.counting import Plan, audit_pass, kind_of, read_plans
 from trimode.build.audit.report import audit_engine, write_plot
 from trimode.build.engine_builder import RtxOptions, build_engine
-from trimode.build.rtx.engines import engines as rtx
+from trimode.build.rtx import engines as rtx
 from trimode.build.rtx.graph_form import refuse_disorder
 from trimode.build.rtx.kernel_list import Kernel, KernelTensor
 from trimode.common.errors import TriModeError

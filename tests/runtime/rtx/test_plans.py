@@ -236,7 +236,9 @@ def test_too_little_memory_is_one_line(fp16: Built, machine: Machine) -> None:
 @pytest.mark.usefixtures("machine")
 @pytest.mark.parametrize("missing", ["tensorrt_rtx", "cuda.bindings"])
 def test_a_missing_package_comes_with_its_remedy(fp16: Built, monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
-    for name in [name for name in sys.modules if name.startswith(("trimode.runtime.rtx.", missing))]:
+    for name in [
+        name for name in sys.modules if name.startswith(("trimode.runtime.rtx.", "trimode.runtime.gpu.", missing))
+    ]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(TriModeError, match=rf"needs the package {missing}: pip install 'trimode\[rtx\]'"):
