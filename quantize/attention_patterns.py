@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trimode.model.reference.decoding import causal
 from trimode.model.reference.network import NemotronLabsDiffusionModel
+from trimode.model.reference.patterns import causal
 
 
 class PatternLogits(NamedTuple):
@@ -44,7 +44,7 @@ def both_patterns(model: NemotronLabsDiffusionModel, tokens: list[int]) -> Patte
 
 
 def masked_positions(blocks: int, size: int) -> Tensor:
-    """[blocks, size] bool. Even blocks are fresh (a seed, then masks only); odd ones are at some point of denoising.
+    """[blocks, size] bool. Even blocks are fresh (a pending token, then masks); odd ones are partly denoised.
 
     The first token is always clean, the last always masked, and the draws are the same every time: AWQ runs the
     calibration twice and compares.

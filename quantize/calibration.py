@@ -16,7 +16,7 @@ from trimode.model.tokenizer import Tokenizer
 CALIBRATION_FILE = "calibration.jsonl"
 MAX_TOKENS = 512
 MAX_TEXTS = 128
-# A block needs a seed and a mask.
+# A block needs a pending token and a mask.
 MIN_TOKENS = 2
 
 

@@ -87,7 +87,7 @@ class BidirectionalStep(Step):
         return cls(first_slot, input_ids, positions, write_indices, logit_rows, step_lengths, adapter, top_k=top_k)
 
     def verification(self, drafted: Ints | None = None) -> CausalStep:
-        """The causal pass over the same rows, of ``drafted`` tokens [B, S] after the seed, or of what stands there."""
+        """The causal pass over the same rows. ``drafted`` [B, S] replaces the tokens behind the pending token."""
         ids = self.input_ids if drafted is None else np.concatenate([self.input_ids[:, :1], drafted[:, 1:]], axis=1)
         return CausalStep.chain(self.first_slot, ids, self.write_indices, self.logit_rows)
 
@@ -129,7 +129,7 @@ class SpeculatingExecutor(Executor, Protocol):
     def speculate(self, draft: BidirectionalStep) -> Speculated:
         """A draft of whole blocks, and the causal pass over the blocks that it fills.
 
-        ``draft`` asks for all its rows. Every row's best token stands in the causal pass's input, but for the first
-        row, which keeps the seed.
+        ``draft`` asks for all its rows. The best token of each row is the causal pass's input of that row; the first
+        row keeps the pending token.
         """
         ...

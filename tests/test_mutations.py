@@ -17,9 +17,9 @@ from trimode.build.engine_builder import CpuOptions, build_engine
 from trimode.build.graph import network, raw_pool
 from trimode.engine.manifest import Manifest
 from trimode.model.checkpoint import Checkpoint
-from trimode.model.reference.decoding import bidirectional, causal
 from trimode.model.reference.loading import load_reference
 from trimode.model.reference.network import NemotronLabsDiffusionModel
+from trimode.model.reference.patterns import bidirectional, causal
 from trimode.runtime.cpu.executor import CpuExecutor
 from trimode.runtime.executor import BidirectionalStep, CausalStep
 from trimode.runtime.scheduling import batching

@@ -1,6 +1,6 @@
 """The three decoding modes on the PyTorch reference, with the model card's signatures: the oracle of every decoding
 test.
-One sequence at a time, one plain loop a mode. In all modes the *seed* is the last emitted token whose KV row is not yet
+One sequence at a time, one plain loop a mode. The *pending token* is the newest emitted token, whose KV row is not yet
 committed; the cache holds causal rows only. Every function returns ``(ids, nfe)``: prompt and continuation, ended after
 an end token or at ``max_new_tokens`` exactly, and the number of forward passes made, prefill included.
 
@@ -13,25 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from trimode.model.reference.network import KeyValue
+from trimode.model.reference.patterns import KeyValue, bidirectional, causal, crop
 
 Ids = list[int]
-
-
-def causal(batch: int, step: int, past: int, device: torch.device | None = None) -> Tensor:
-    """Token i sees the committed prefix and tokens 0..i of its step: [batch, step, past + step] bool."""
-    return torch.ones(step, past + step, dtype=torch.bool, device=device).tril(past).expand(batch, -1, -1)
-
-
-def bidirectional(batch: int, step: int, past: int, device: torch.device | None = None) -> Tensor:
-    """Every token sees the committed prefix and its whole step: [batch, step, past + step] bool."""
-    return torch.ones(batch, step, past + step, dtype=torch.bool, device=device)
 
 
 class TriModeGeneration:
@@ -54,16 +43,16 @@ class TriModeGeneration:
     ) -> tuple[Tensor, int]:
         """One token a causal pass."""
 
-        def row(prompt: Tensor, ending: Ending) -> tuple[Ids, int]:
+        def row(prompt: Tensor, stop: StopRule) -> tuple[Ids, int]:
             logits, cache = self._commit(prompt, [])
-            emitted, passes = ending.cut([], [self._draw(logits[-1], temperature)]), 1
-            while not ending.reached(emitted):
+            emitted, passes = stop.cut([], [self._draw(logits[-1], temperature)]), 1
+            while not stop.reached(emitted):
                 logits, cache = self._commit(prompt.new_tensor(emitted[-1:]), cache)
-                emitted, passes = ending.cut(emitted, [self._draw(logits[-1], temperature)]), passes + 1
+                emitted, passes = stop.cut(emitted, [self._draw(logits[-1], temperature)]), passes + 1
             return emitted, passes
 
-        ending = Ending(max_new_tokens, self._end_ids(eos_token_id), max_thinking_tokens, end_think_token_id)
-        return self._each_row(prompt_ids, ending, row)
+        stop = StopRule(max_new_tokens, self._end_ids(eos_token_id), max_thinking_tokens, end_think_token_id)
+        return self._each_row(prompt_ids, stop, row)
 
     @torch.no_grad()
     def generate(
@@ -87,13 +76,13 @@ class TriModeGeneration:
         """
         size = block_length or self.config.block_size
 
-        def row(prompt: Tensor, ending: Ending) -> tuple[Ids, int]:
+        def row(prompt: Tensor, stop: StopRule) -> tuple[Ids, int]:
             logits, cache = self._commit(prompt, [])
-            emitted, passes = ending.cut([], [self._draw(logits[-1], temperature)]), 1
-            while not ending.reached(emitted):
-                block = self._masked_block(emitted[-1], min(size, ending.remaining(emitted)), prompt)
+            emitted, passes = stop.cut([], [self._draw(logits[-1], temperature)]), 1
+            while not stop.reached(emitted):
+                block = self._masked_block(emitted[-1], min(size, stop.remaining(emitted)), prompt)
                 quotas = even_quotas(int((block == self.config.mask_token_id).sum()), steps or size)
-                while (masked := block == self.config.mask_token_id).any() and not ending.ends_before_a_mask(
+                while (masked := block == self.config.mask_token_id).any() and not stop.ends_before_a_mask(
                     block, masked
                 ):
                     logits = self._bidirectional_logits(block, cache, adapter=False)
@@ -107,20 +96,20 @@ class TriModeGeneration:
                         settled = confidence >= threshold
                         settled[confidence.argmax()] = True
                     block[settled & masked] = tokens[settled & masked]
-                if ending.ends_before_a_mask(block, masked=block == self.config.mask_token_id):
-                    finished = ending.cut(emitted, block[1:].tolist())
-                    if ending.reached(finished):
+                if stop.ends_before_a_mask(block, masked=block == self.config.mask_token_id):
+                    finished = stop.cut(emitted, block[1:].tolist())
+                    if stop.reached(finished):
                         emitted = finished
                         break
                 logits, cache = self._commit(block, cache)
                 passes += 1
                 before = len(emitted)
-                emitted = ending.cut(emitted, [*block[1:].tolist(), self._draw(logits[-1], temperature)])
+                emitted = stop.cut(emitted, [*block[1:].tolist(), self._draw(logits[-1], temperature)])
                 cache = crop(cache, cache[0][0].shape[2] - len(block) + len(emitted) - before)
             return emitted, passes
 
-        ending = Ending(max_new_tokens, self._end_ids(eos_token_id), max_thinking_tokens, end_think_token_id)
-        return self._each_row(prompt_ids, ending, row)
+        stop = StopRule(max_new_tokens, self._end_ids(eos_token_id), max_thinking_tokens, end_think_token_id)
+        return self._each_row(prompt_ids, stop, row)
 
     @torch.no_grad()
     def linear_spec_generate(
@@ -141,11 +130,11 @@ class TriModeGeneration:
         """
         size = block_length or self.config.block_size
 
-        def row(prompt: Tensor, ending: Ending) -> tuple[Ids, int]:
+        def row(prompt: Tensor, stop: StopRule) -> tuple[Ids, int]:
             logits, cache = self._commit(prompt, [])
-            emitted, passes = ending.cut([], [self._draw(logits[-1], temperature)]), 1
-            while not ending.reached(emitted):
-                block = self._masked_block(emitted[-1], min(size, ending.remaining(emitted)), prompt)
+            emitted, passes = stop.cut([], [self._draw(logits[-1], temperature)]), 1
+            while not stop.reached(emitted):
+                block = self._masked_block(emitted[-1], min(size, stop.remaining(emitted)), prompt)
                 while (masked := block == self.config.mask_token_id).any():
                     logits = self._bidirectional_logits(block, cache, adapter=True)
                     passes += 1
@@ -160,12 +149,12 @@ class TriModeGeneration:
                 verified = self._draw(logits, temperature)
                 matches = (verified[:-1] == block[1:]).int().cumprod(0).sum()
                 before = len(emitted)
-                emitted = ending.cut(emitted, verified[: int(matches) + 1].tolist())
+                emitted = stop.cut(emitted, verified[: int(matches) + 1].tolist())
                 cache = crop(cache, committed + len(emitted) - before)
             return emitted, passes
 
-        ending = Ending(max_new_tokens, self._end_ids(eos_token_id), max_thinking_tokens, end_think_token_id)
-        return self._each_row(prompt_ids, ending, row)
+        stop = StopRule(max_new_tokens, self._end_ids(eos_token_id), max_thinking_tokens, end_think_token_id)
+        return self._each_row(prompt_ids, stop, row)
 
     def _commit(self, tokens: Tensor, cache: list[KeyValue]) -> tuple[Tensor, list[KeyValue]]:
         """One causal pass, adapter off: logits [step, vocabulary] and the cache with the step's rows."""
@@ -195,9 +184,9 @@ class TriModeGeneration:
             tokens = logits.view(-1, logits.shape[-1]).argmax(-1)
         return tokens if logits.dim() == 2 else int(tokens[0])
 
-    def _masked_block(self, seed: int, size: int, like: Tensor) -> Tensor:
+    def _masked_block(self, pending_token: int, size: int, like: Tensor) -> Tensor:
         block = like.new_full((size,), self.config.mask_token_id)
-        block[0] = seed
+        block[0] = pending_token
         return block
 
     @contextmanager
@@ -218,19 +207,19 @@ class TriModeGeneration:
         return set(ids) if isinstance(ids, list) else {ids} - {None}
 
     def _each_row(
-        self, prompt_ids: Tensor, ending: Ending, row: Callable[[Tensor, Ending], tuple[Ids, int]]
+        self, prompt_ids: Tensor, stop: StopRule, row: Callable[[Tensor, StopRule], tuple[Ids, int]]
     ) -> tuple[Tensor, int]:
         """Decode every row on its own; shorter ones are padded with the end token."""
-        results = [row(prompt, ending) for prompt in prompt_ids]
+        results = [row(prompt, stop) for prompt in prompt_ids]
         longest = max(len(emitted) for emitted, _ in results)
-        pad = min(ending.end_ids, default=0)
+        pad = min(stop.end_ids, default=0)
         continuation = prompt_ids.new_full((len(results), longest), pad)
         for index, (emitted, _) in enumerate(results):
             continuation[index, : len(emitted)] = prompt_ids.new_tensor(emitted)
         return torch.cat((prompt_ids, continuation), dim=1), sum(passes for _, passes in results)
 
 
-class Ending:
+class StopRule:
     """When a continuation is over, and what the thinking budget makes of it."""
 
     def __init__(
@@ -266,7 +255,7 @@ class Ending:
         return result
 
     def ends_before_a_mask(self, block: Tensor, masked: Tensor) -> bool:
-        """Whether an end token stands in the block, past its seed, with no mask before it."""
+        """Whether an end token stands in the block, past its pending token, with no mask before it."""
         for token, is_mask in zip(block[1:].tolist(), masked[1:].tolist(), strict=True):
             if is_mask:
                 return False
@@ -280,7 +269,3 @@ def even_quotas(masks: int, steps: int) -> Iterator[int]:
     share, remainder = divmod(masks, steps)
     for step in range(steps):
         yield max(1, share + (step < remainder))
-
-
-def crop(cache: list[KeyValue], length: int) -> list[KeyValue]:
-    return [(k[:, :, :length], v[:, :, :length]) for k, v in cache]

@@ -20,9 +20,8 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.ministral3 import Ministral3Config
 
-from trimode.model.reference.decoding import TriModeGeneration, causal
-
-KeyValue = tuple[Tensor, Tensor]
+from trimode.model.reference.decoding import TriModeGeneration
+from trimode.model.reference.patterns import KeyValue, causal
 
 
 class NemotronLabsDiffusionConfig(Ministral3Config):

@@ -38,7 +38,7 @@ class Ending:
         self._budget = budget
 
     @property
-    def hears_text(self) -> bool:
+    def feeds_text(self) -> bool:
         """Whether :meth:`take` feeds the text."""
         return self._text is not None
 

@@ -44,10 +44,11 @@ class Pass(NamedTuple):
 class Sequence:
     """One answer: its tokens, how many of them are committed to the KV pool, and the block under work.
 
-    The *seed* is the newest emitted token: known, but its KV row is not yet committed. It is its block's first token.
+    The *pending token* is the newest emitted token. Its KV row is not committed yet; it is the first token of the next
+    block.
 
-    mask_id: of the model. prefill_step: tokens of a prefill pass at most. seed: of its draws. acceptance: what is known
-    of its drafts' luck.
+    mask_id: the model's mask token. prefill_step: most tokens of a prefill pass. seed: of the random generator.
+    acceptance: running estimate of this sequence's acceptance rate.
     """
 
     def __init__(
@@ -85,6 +86,10 @@ class Sequence:
         return [*self.prompt.tolist(), *self.emitted]
 
     @property
+    def pending_token(self) -> int:
+        return self.emitted[-1]
+
+    @property
     def prefilling(self) -> bool:
         return self.committed < len(self.prompt)
 
@@ -108,9 +113,9 @@ class Sequence:
         return min(self.params.longest_block, self.ending.remaining)
 
     def open_block(self, length: int) -> None:
-        """Lay out the next block: the seed, and masks up to ``length``, which is at most ``longest_block``."""
+        """Lay out the next block: the pending token, and masks up to ``length``, which is at most ``longest_block``."""
         self._block = np.full(length, self._mask_id, np.int64)
-        self._block[0] = self.emitted[-1]
+        self._block[0] = self.pending_token
         self._masks = length - 1
         self._block_logprobs = {}
         self._passes_of_block = 0
@@ -219,7 +224,7 @@ class Sequence:
         return agreed
 
     def _emit_denoised(self) -> bool:
-        """Emit the block behind its seed; returns whether all of it came, and more may."""
+        """Emit the block behind its pending token; returns whether all of it came, and more may."""
         for place, drawn in enumerate(self._block[1:].tolist(), start=1):
             forced = self.ending.forced
             if self.params.logprobs is not None:
@@ -238,7 +243,7 @@ class Sequence:
         return self.ending.finish_reason is None
 
     def _ends_before_a_mask(self) -> bool:
-        """Whether an end token stands in the block, past its seed, with no mask before it."""
+        """Whether an end token stands in the block, past its pending token, with no mask before it."""
         for token in self._block[1:].tolist():
             if token == self._mask_id:
                 return False

@@ -8,8 +8,8 @@ from trimode.model.tokenizer import Tokenizer
 
 
 class TextStream:
-    """The text of the tokens fed, up to the first stop string. What :meth:`told` and :meth:`finish` return, joined, is
-    that text.
+    """The text of the tokens fed, up to the first stop string: the joined results of :meth:`new_text` and
+    :meth:`finish`.
 
     stops: strings that end it; the text keeps the one found if ``include_stop``. stop: the one found, if any.
     """
@@ -40,7 +40,7 @@ class TextStream:
     def feed(self, tokens: list[int]) -> None:
         self._tokens += tokens
 
-    def told(self) -> str:
+    def new_text(self) -> str:
         """The text since the last call that is complete and that no later token can turn into a stop string."""
         return self._tell(len(self._decoded) if self.stop else len(self._decoded) - self._possible_stop())
 

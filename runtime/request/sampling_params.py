@@ -52,8 +52,9 @@ class SamplingParams:
     before temperature and penalties. skip_special_tokens: leave them out of the text.
 
     Modes. mode: ``auto`` chooses the block length of self-speculation each cycle by its cost at the current load.
-    block_length: tokens of a block, seed included; the longest that ``auto`` may choose. adapter: draft with the draft
-    adapter. draft_threshold: above 0, drafts are refined in further passes until every token is at least this probable.
+    block_length: tokens of a block, pending token included; the longest that ``auto`` may choose. adapter: draft with
+    the draft adapter. draft_threshold: above 0, drafts are refined in further passes until every token is at least
+    this probable.
     denoising: which masked positions a denoise pass of ``diffusion`` settles, the most confident one always:
     ``threshold``, every one whose confidence reaches threshold; ``quota``, an even share in denoising_steps passes a
     block; ``top_n``, the denoising_top_n most confident; ``factor``, by rank r = 0, 1, ..., the leading run with
@@ -162,7 +163,7 @@ class SamplingParams:
 
     @property
     def longest_block(self) -> int:
-        """Tokens of a block, seed included; AR's block is its one token."""
+        """Tokens of a block, pending token included; AR's block is its one token."""
         return 1 if self.mode == "ar" else self.block_length or DEFAULT_BLOCK_LENGTH
 
     @property

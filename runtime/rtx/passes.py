@@ -258,7 +258,7 @@ class Speculation:
             bound.download()
 
     def _hand_over(self) -> None:
-        """The best token of each row but the first, which is the seed's, becomes the commit's input of that row."""
+        """The best token of each row becomes the commit's input of that row; the first row keeps the pending token."""
         (found, pitch), (wanted, width) = self._draft.place("top_tokens"), self._commit.place("input_ids")
         step = self._bucket.step
         for sequence in range(self._bucket.batch if step > 1 else 0):

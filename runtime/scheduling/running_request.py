@@ -36,7 +36,7 @@ class Request:
         self.siblings: list[Request] = []
         self.aborted = False
         self._text = text
-        self._text_is_fed = sequence.ending.hears_text  # token by token
+        self._text_is_fed = sequence.ending.feeds_text  # token by token
         self._listener = listener
         self._update_seconds = update_seconds
         self._arrived = time.perf_counter()
@@ -69,7 +69,7 @@ class Request:
         elif new and self._update_seconds is not None and now - self._told_at >= self._update_seconds:
             self._told_at = now
             self._feed(new)
-            self._tell(self._text.told())
+            self._tell(self._text.new_text())
 
     def cancel(self) -> None:
         """Tell that it ended because somebody wanted it to."""

@@ -30,9 +30,9 @@ from scripts.prove.proof_table import Row, tell
 from trimode import LLM, CompletionOutput, SamplingParams
 from trimode.build.engine_builder import CpuOptions, build_engine
 from trimode.model.checkpoint import Checkpoint
-from trimode.model.reference.decoding import bidirectional, causal
 from trimode.model.reference.loading import load_reference
 from trimode.model.reference.network import NemotronLabsDiffusionModel
+from trimode.model.reference.patterns import bidirectional, causal
 from trimode.quantize import quantize_checkpoint
 from trimode.runtime.engine import load_engine
 from trimode.runtime.executor import BidirectionalStep, CausalStep

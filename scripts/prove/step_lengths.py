@@ -36,8 +36,10 @@ def main() -> None:
     for record in records:
         prompt = tokenizer.encode(tokenizer.apply_chat_template(record["messages"]))
         slot = executor.pool.acquire()
-        seed = prefill(executor, slot, prompt, manifest.limits.prefill_step)
-        answer, rows = greedy(executor, slot, len(prompt), seed, arguments.max_tokens, manifest.model.eos_token_id)
+        pending_token = prefill(executor, slot, prompt, manifest.limits.prefill_step)
+        answer, rows = greedy(
+            executor, slot, len(prompt), pending_token, arguments.max_tokens, manifest.model.eos_token_id
+        )
         singly.append(rows)
         together.append(causal_rows(executor, slot, len(prompt), answer, arguments.step))
         executor.pool.release(slot)
@@ -53,10 +55,10 @@ def prefill(executor: CpuExecutor, slot: int, prompt: list[int], chunk: int) -> 
 
 
 def greedy(
-    executor: CpuExecutor, slot: int, committed: int, seed: int, longest: int, ends: tuple[int, ...]
+    executor: CpuExecutor, slot: int, committed: int, pending_token: int, longest: int, ends: tuple[int, ...]
 ) -> tuple[list[int], NDArray[np.float64]]:
-    """Tokens from the seed on, one a step, and what :func:`best_two` says of each one's row."""
-    tokens, rows = [seed], []
+    """Tokens from the pending token on, one a step, and what :func:`best_two` says of each one's row."""
+    tokens, rows = [pending_token], []
     while tokens[-1] not in ends and len(tokens) < longest:
         at = np.array([committed + len(tokens) - 1])
         found = executor.run(CausalStep.chain(slot, np.array([tokens[-1:]]), at, np.array([[0]])))

@@ -229,7 +229,7 @@ class Bin:
         self.weights += weights
 
     def add_noisy(self, row: Row, index: int, block: int, size: int, rng: random.Random, stage: Stage) -> None:
-        """A block that starts anywhere in an answer. Its first token is the seed, which decoding always knows."""
+        """A block that starts anywhere in an answer. Its first token is the pending token, which is never masked."""
         first, end = rng.choices(row.answers, [last - start for start, last in row.answers])[0]
         start = first if rng.random() < 0.15 else rng.randrange(first, max(first + 1, end - 1))
         text = [*row.ids[start:end], *[END] * size][:size]

@@ -13,9 +13,9 @@ import torch
 
 from trimode.engine.manifest import Manifest
 from trimode.model.checkpoint import Checkpoint
-from trimode.model.reference.decoding import bidirectional, causal
 from trimode.model.reference.loading import load_reference
 from trimode.model.reference.network import NemotronLabsDiffusionModel
+from trimode.model.reference.patterns import bidirectional, causal
 from trimode.runtime.cpu.executor import CpuExecutor
 from trimode.runtime.executor import BidirectionalStep, Candidates, CausalStep, Ints
 

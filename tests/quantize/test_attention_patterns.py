@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from trimode.model.checkpoint import Checkpoint
-from trimode.model.reference.decoding import bidirectional, causal, crop
 from trimode.model.reference.loading import load_reference
+from trimode.model.reference.patterns import bidirectional, causal, crop
 from trimode.quantize.attention_patterns import both_patterns, masked_positions
 
 

@@ -23,7 +23,7 @@ def pieces_of(stream: TextStream, tokens: list[int], cuts: list[int]) -> list[st
     while left and stream.stop is None:
         size = cuts.pop() if cuts else 3
         stream.feed(left[:size])
-        pieces.append(stream.told())
+        pieces.append(stream.new_text())
         left = left[size:]
     return pieces
 
@@ -75,7 +75,7 @@ def test_a_stop_string_that_straddles_portions_is_never_told_in_part(tokenizer: 
     told = []
     for text in ("ab", "c#", "d##", "e", "#", "##f"):
         stream.feed(tokenizer.encode(text))
-        told.append(stream.told())
+        told.append(stream.new_text())
     assert told == ["ab", "c", "#d", "##e", "", ""]
     assert stream.stop == "###"
     assert stream.finish() == ""
@@ -85,5 +85,5 @@ def test_an_unfinished_character_comes_at_the_end_only(tokenizer: Tokenizer) -> 
     tokens = tokenizer.encode("é🙂")[:-1]
     stream = TextStream(tokenizer)
     stream.feed(tokens)
-    assert stream.told() == "é"
+    assert stream.new_text() == "é"
     assert stream.finish() == tokenizer.decode(tokens).removeprefix("é")
