@@ -17,9 +17,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
-from random_checkpoint import write_random_tokenizer
 from rich.progress import track
 
+from tests.support.random_checkpoint import write_random_tokenizer
 from trimode.common.atomic_folder import atomic_folder
 from trimode.model.checkpoint import ADAPTER_FOLDER, HEAD, adapter_shapes, linear_shapes, vector_shapes
 from trimode.model.config import ModelConfig

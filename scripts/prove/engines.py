@@ -22,11 +22,11 @@ from unittest import mock
 
 import numpy as np
 import torch
-from random_checkpoint import write_random_checkpoint
 from rich.console import Console
 from rich.progress import track
 
 from scripts.prove.proof_table import Row, tell
+from tests.support.random_checkpoint import write_random_checkpoint
 from trimode import LLM, CompletionOutput, SamplingParams
 from trimode.build.engine_builder import CpuOptions, build_engine
 from trimode.model.checkpoint import Checkpoint

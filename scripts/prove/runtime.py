@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from exact_law import Bench, greedy_text, prompts, text_law, total_variation
 from rich.console import Console
 from rich.progress import track
 
 from scripts.prove.proof_table import Row, tell
+from tests.support.exact_law import Bench, greedy_text, prompts, text_law, total_variation
 from trimode import LLM, CompletionOutput, SamplingParams
 from trimode.runtime.request.outputs import Update
 from trimode.runtime.scheduling.running_request import Request

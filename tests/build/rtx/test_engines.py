@@ -43,9 +43,9 @@ def wide_int4_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_random_checkpoint(shape: str, folder: Path, layers: int) -> Path:
-    script = Path(__file__).parents[2] / "scripts" / "random_w4a16_checkpoint.py"
-    command = [sys.executable, str(script), shape, str(folder), "--layers", str(layers), "--vocab-size", "2048"]
-    subprocess.run(command, check=True, capture_output=True)
+    script = [sys.executable, "-m", "scripts.gpu.random_w4a16_checkpoint"]
+    command = [*script, shape, str(folder), "--layers", str(layers), "--vocab-size", "2048"]
+    subprocess.run(command, cwd=Path(__file__).parents[3], check=True, capture_output=True)
     return folder
 
 
