@@ -48,23 +48,29 @@ browser: ## Install Debian's Chromium, for the playground's test (as root)
 	@command -v chromium chromedriver >/dev/null || \
 		(apt-get update -qq && apt-get install -qq --yes --no-install-recommends chromium chromium-driver >/dev/null)
 
-test: lint types ## Set-up, lint, types and all tests
+test: lint types docs ## Set-up, lint, types, the documentation site and all tests
 	$(BIN)/python -m pytest
 
-lint: $(VENV)/.package ## ruff, the floors' import rules, the Dockerfile and the compose file
+lint: $(VENV)/.package ## Ruff, import rules, Dockerfile, compose file, GitHub's files
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/hadolint Dockerfile
 	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.compose-spec compose.yaml
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/[!c]*.yml
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.citation-file-format CITATION.cff
 
 types: $(VENV)/.package ## mypy on the package
 	$(BIN)/mypy -p trimode
 
-prove: $(VENV)/.package ## Measure the README's table: engines against the PyTorch reference (about 2 to 5 minutes)
+docs: $(VENV)/.package ## Build the documentation site into site/, with warnings as errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+prove: $(VENV)/.package ## Measure the table of docs/results.md: engines against the PyTorch reference (about 2 to 5 minutes)
 	@$(BIN)/python -m scripts.prove.engines
 
-prove-runtime: $(VENV)/.package ## Measure the README's second table: many requests at once (about 5 minutes)
+prove-runtime: $(VENV)/.package ## Measure the second table of docs/results.md: many requests at once (about 5 minutes)
 	@$(MAKE) --no-print-directory engines/tiny-cpu/manifest.json ENGINE=engines/tiny-cpu MODEL=checkpoints/tiny
 	@$(BIN)/python -m scripts.prove.runtime engines/tiny-cpu --checkpoint engines/tiny-w4a16-awq64
 
@@ -86,13 +92,13 @@ train-tiny: $(VENV)/.package ## Train the shipped checkpoint again from its seed
 	$(BIN)/python -m scripts.tiny.train --out engines/tiny-trained
 
 clean: ## Remove .venv, .triton, engines and caches
-	rm -rf $(VENV) $(TRITON) engines .setuptools .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(TRITON) engines site .setuptools .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 # Installed in place: tools and commands see every change of the working tree.
 $(VENV)/.package: pyproject.toml trimode/__init__.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[build,rtx,tensorrt,serve,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[build,rtx,tensorrt,serve,dev,docs]'
 	@touch $@
 
 # numpy 1, which the Python backend's stub needs, and no torch.
@@ -129,4 +135,4 @@ $(QUANTIZED)/config.json: $(QUANTIZED).asked $(MODEL_FILES) $(CALIBRATION) | $(V
 # An engine needs it no more.
 .SECONDARY: $(QUANTIZED)/config.json
 
-.PHONY: FORCE help setup demo audit kernels build-engine serve triton triton-environment browser test lint types prove prove-runtime bench train-tiny clean
+.PHONY: FORCE help setup demo audit kernels build-engine serve triton triton-environment browser test lint types docs prove prove-runtime bench train-tiny clean
