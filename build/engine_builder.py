@@ -23,23 +23,13 @@ from trimode.common.errors import TriModeError
 from trimode.common.machine import instruction_set
 from trimode.common.progress import Progress, no_progress
 from trimode.common.version import __version__
-from trimode.engine.manifest import (
-    ADAPTER,
-    FORMAT_VERSION,
-    TOKENIZER,
-    Activations,
-    AdapterEntry,
-    Limits,
-    Manifest,
-    PoolEntry,
-    Precision,
-    Real,
-    RtxEntry,
-    Target,
-    TensorrtEntry,
-    hash_files,
-)
-from trimode.model.checkpoint import HEAD, Checkpoint, linear_shapes
+from trimode.engine.files import ADAPTER, TOKENIZER, hash_files
+from trimode.engine.manifest import FORMAT_VERSION, AdapterEntry, Limits, Manifest, PoolEntry
+from trimode.engine.precision import Precision, Real
+from trimode.engine.targets.cpu import Activations, CpuSection
+from trimode.engine.targets.section import TargetSection
+from trimode.engine.targets.tensorrt import TensorrtSection
+from trimode.model.checkpoint import Checkpoint, linear_shapes
 from trimode.model.step import adapter_inputs
 from trimode.model.tokenizer import FILES, Tokenizer
 
@@ -96,10 +86,8 @@ TargetOptions = CpuOptions | RtxOptions | TensorrtOptions
 class _Built(NamedTuple):
     """What a target's build tells the manifest."""
 
-    target: Target
+    section: TargetSection
     pool: tuple[PoolEntry, ...]
-    rtx: RtxEntry | None = None
-    tensorrt: TensorrtEntry | None = None
 
 
 def build_engine(
@@ -124,6 +112,8 @@ def build_engine(
         capacity=capacity or min(config.max_position_embeddings, 4096 if on_gpu else config.max_position_embeddings),
         prefill_step=prefill_step if isinstance(target, CpuOptions) else min(prefill_step, target.max_step),
         top_k=min(top_k or (4 if on_gpu else 64), config.vocab_size),
+        max_batch=None if isinstance(target, CpuOptions) else target.max_batch,
+        max_step=None if isinstance(target, CpuOptions) else target.max_step,
     )
     if limits.capacity > config.max_position_embeddings:
         raise TriModeError(
@@ -132,37 +122,29 @@ def build_engine(
     Tokenizer.from_folder(checkpoint.folder)
     real: Real = "fp32" if isinstance(target, CpuOptions) else target.dtype
     with atomic_folder(out) as folder:
-        unpacked = _unpacks(checkpoint, target)
-        built = _build_target(checkpoint, folder, limits, target, unpacked, progress)
+        built = _build_target(checkpoint, folder, limits, target, progress)
         adapter = _write_adapter(checkpoint, folder / ADAPTER)
         (folder / TOKENIZER).mkdir()
         for name in FILES:
             if (checkpoint.folder / name).exists():
                 shutil.copyfile(checkpoint.folder / name, folder / TOKENIZER / name)
-        linear_is_int4 = checkpoint.is_int4("encoder.layers.0.self_attn.q_proj")
         quantization = checkpoint.quantization
         manifest = Manifest(
             format_version=FORMAT_VERSION,
-            target=built.target,
+            target=built.section,
             source=checkpoint.folder.resolve().name,
             quantization="none" if quantization is None else quantization.quant_algo,
             model=config,
             precision=Precision(
-                linear="int4" if linear_is_int4 else real,
-                head="int4" if checkpoint.is_int4(HEAD) else real,
+                matrices={module: "int4" if checkpoint.is_int4(module) else real for module in linear_shapes(config)},
                 embedding=_EMBEDDING_TYPES[checkpoint.vector("encoder.embed_tokens.weight").dtype],
-                activations=target.activations if isinstance(target, CpuOptions) and linear_is_int4 else real,
+                activations=real,
                 kv_cache=real,
                 group=None if quantization is None else quantization.group_size,
-                unpacked=unpacked,
             ),
             limits=limits,
             adapter=adapter,
             parameters=checkpoint.parameters,
-            instruction_set=None if on_gpu else instruction_set(),
-            onnxruntime=None if on_gpu else onnxruntime.__version__,
-            rtx=built.rtx,
-            tensorrt=built.tensorrt,
             tools={
                 "trimode": __version__,
                 "onnx": version("onnx"),
@@ -185,12 +167,20 @@ def _unpacks(checkpoint: Checkpoint, target: TargetOptions) -> bool:
 
 
 def _build_target(
-    checkpoint: Checkpoint, folder: Path, limits: Limits, target: TargetOptions, unpack: bool, progress: Progress
+    checkpoint: Checkpoint, folder: Path, limits: Limits, target: TargetOptions, progress: Progress
 ) -> _Built:
     adapter = checkpoint.adapter is not None
     if isinstance(target, CpuOptions):
         options = NetworkOptions(adapter=adapter)
-        return _Built("cpu", build_cpu_engines(checkpoint, folder, options, target.activations, unpack, progress))
+        unpack = _unpacks(checkpoint, target)
+        pool = build_cpu_engines(checkpoint, folder, options, target.activations, unpack, progress)
+        section = CpuSection(
+            instruction_set=instruction_set(),
+            onnxruntime=onnxruntime.__version__,
+            activations=target.activations,
+            unpacked=unpack,
+        )
+        return _Built(section, pool)
     if isinstance(target, TensorrtOptions):
         return _build_tensorrt(checkpoint, folder, limits, target, progress)
     try:
@@ -210,7 +200,7 @@ def _build_target(
         select_by_product=True,
     )
     rtx, pool = build_rtx_engines(checkpoint, folder, options, target.sms, target.max_batch, target.max_step, progress)
-    return _Built("rtx", pool, rtx=rtx)
+    return _Built(rtx, pool)
 
 
 def _build_tensorrt(
@@ -226,12 +216,12 @@ def _build_tensorrt(
         plugins=PluginOptions(splits=SPLITS, rank=checkpoint.adapter.config.r if checkpoint.adapter else 0),
     )
     plugins, pool = write_graphs(checkpoint, folder, options, sms, progress)
-    entry = TensorrtEntry(sms=sms, max_batch=target.max_batch, max_step=target.max_step, plugins=plugins, plans=None)
+    section = TensorrtSection(sms=sms, plugins=plugins, plans=None)
     if gpu is not None:
         from trimode.build.tensorrt.plans import compile_plans
 
-        entry = entry.model_copy(update={"plans": compile_plans(folder, entry, gpu, progress)})
-    return _Built("tensorrt", pool, tensorrt=entry)
+        section = section.model_copy(update={"plans": compile_plans(folder, section, limits, gpu, progress)})
+    return _Built(section, pool)
 
 
 def _write_adapter(checkpoint: Checkpoint, path: Path) -> AdapterEntry | None:

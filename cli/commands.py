@@ -25,7 +25,9 @@ from trimode.cli.examination import examine
 from trimode.common.errors import TriModeError
 from trimode.common.progress import Progress
 from trimode.common.version import __version__
-from trimode.engine.manifest import Activations, Manifest, RtxEntry, Target, TensorrtEntry
+from trimode.engine.manifest import Manifest
+from trimode.engine.targets import SECTIONS
+from trimode.engine.targets.cpu import Activations
 from trimode.model.checkpoint import open_checkpoint
 from trimode.runtime.api.llm import LLM, RequestOutput
 from trimode.runtime.request.outputs import CompletionOutput
@@ -122,7 +124,7 @@ def quantize(
 @commands.command()
 @click.argument("checkpoint")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--target", type=click.Choice(get_args(Target)), default="cpu", show_default=True)
+@click.option("--target", type=click.Choice(list(SECTIONS)), default="cpu", show_default=True)
 @click.option(
     "--capacity",
     type=click.IntRange(min=1),
@@ -414,43 +416,26 @@ def _print_manifest(engine: Path, manifest: Manifest, as_json: bool) -> None:
     if as_json:
         print(manifest.model_dump_json())
         return
-    model, precision = manifest.model, manifest.precision
+    model, precision, limits = manifest.model, manifest.precision, manifest.limits
     stored = sum(entry.bytes for entry in manifest.files)
-    linear = precision.linear if precision.group is None else f"{precision.linear} in groups of {precision.group}"
-    if precision.unpacked:
-        linear += ", unpacked to fp32"
     rows = {
-        "engine": f"{engine} (format {manifest.format_version}, target {manifest.target})",
+        "engine": f"{engine} (format {manifest.format_version}, target {manifest.target.name})",
         "made from": f"{manifest.source}, quantisation {manifest.quantization}",
         "model": f"{manifest.parameters:,} parameters, {model.num_hidden_layers} layers of {model.hidden_size}, "
         f"{model.num_attention_heads} query and {model.num_key_value_heads} KV heads of {model.head_dim}",
-        "weights": f"{linear}; head {precision.head}, embedding {precision.embedding}",
+        "weights": f"{precision.summary()}; embedding {precision.embedding}",
         "activations, KV": f"{precision.activations}, {precision.kv_cache}",
         "draft adapter": "none" if manifest.adapter is None else f"rank {manifest.adapter.rank}",
-        "limits": f"{manifest.limits.capacity} tokens, prefill by {manifest.limits.prefill_step}, "
-        f"{manifest.limits.top_k} candidates a row",
+        "limits": f"{limits.capacity} tokens, prefill by {limits.prefill_step}, "
+        f"{limits.top_k} candidates a row"
+        + ("" if limits.max_batch is None else f", batch to {limits.max_batch}, step to {limits.max_step}"),
         "on disk": f"{stored / 1e6:.1f} MB in {len(manifest.files)} files",
-        "made for": _made_for(manifest),
+        "made for": manifest.target.summary,
     }
     table = Table(show_header=False, box=None, pad_edge=False)
     for name, value in rows.items():
         table.add_row(name, value)
     Console(highlight=False).print(table)
-
-
-def _made_for(manifest: Manifest) -> str:
-    if manifest.rtx is not None:
-        return f"TensorRT-RTX {manifest.rtx.tensorrt_rtx} on {_on_gpus(manifest.rtx)}"
-    if manifest.tensorrt is None:
-        return f"onnxruntime {manifest.onnxruntime} on {manifest.instruction_set}"
-    plans = manifest.tensorrt.plans
-    made = "TensorRT, not compiled yet" if plans is None else f"TensorRT {plans.tensorrt} on {plans.gpu}"
-    return f"{made}; kernels for {_on_gpus(manifest.tensorrt)}"
-
-
-def _on_gpus(entry: RtxEntry | TensorrtEntry) -> str:
-    gpus = ", ".join(f"{sm // 10}.{sm % 10}" for sm in entry.sms)
-    return f"compute capability {gpus}; batch to {entry.max_batch}, step to {entry.max_step}"
 
 
 @contextmanager

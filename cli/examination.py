@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from trimode.common.gpus import Gpu, Gpus, find_gpus
 from trimode.common.machine import instruction_set
-from trimode.engine.manifest import RTX_COMPUTE_CAPABILITIES
+from trimode.engine.targets.rtx import COMPUTE_CAPABILITIES
 
 _PACKAGES = (
     *("onnxruntime", "onnx", "torch", "nvidia-modelopt", "tensorrt-rtx-cu13", "cuda-bindings"),
@@ -77,9 +77,9 @@ def _tensorrt_builds(packages: dict[str, str | None], gpus: Gpus) -> str:
 def _rtx_runs(packages: dict[str, str | None], gpus: Gpus) -> str:
     if not gpus.found:
         return "does not run: it needs an NVIDIA GPU and its driver"
-    fitting = [gpu for gpu in gpus.found if gpu.compute_capability in RTX_COMPUTE_CAPABILITIES]
+    fitting = [gpu for gpu in gpus.found if gpu.compute_capability in COMPUTE_CAPABILITIES]
     if not fitting:
-        needed = ", ".join(map(str, RTX_COMPUTE_CAPABILITIES))
+        needed = ", ".join(map(str, COMPUTE_CAPABILITIES))
         return f"does not run: it needs a GPU of compute capability {needed}"
     if packages["tensorrt-rtx-cu13"] is None or packages["cuda-bindings"] is None:
         return "does not run: pip install 'trimode[rtx]'"

@@ -27,7 +27,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from trimode.common.errors import TriModeError
-from trimode.engine.manifest import Real
+from trimode.engine.precision import Real
 from trimode.plugins.contracts import Constants, ElementType, Operator, Tactic
 
 # PTX of CUDA 12.9: the first to know every GPU below, and read by all later drivers.

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, PositiveInt
 
 from trimode.common.errors import TriModeError
 from trimode.common.records import read_json_record
-from trimode.engine.manifest import Real
+from trimode.engine.precision import Real
 from trimode.plugins.contracts import Constants, Operator
 
 INDEX = "kernels.json"

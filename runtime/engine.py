@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from trimode.common.progress import Progress, no_progress
-from trimode.engine.manifest import TOKENIZER, Manifest, verify_files
+from trimode.engine.files import TOKENIZER, verify_files
+from trimode.engine.manifest import Manifest
 from trimode.model.tokenizer import Tokenizer
 from trimode.runtime.executor import Executor
 from trimode.runtime.loading import load_executor
@@ -34,6 +35,6 @@ def load_engine(
     """
     manifest = Manifest.read(folder)
     if verify:
-        verify_files(folder, manifest, progress)
+        verify_files(folder, manifest.files, progress)
     tokenizer = Tokenizer.from_folder(folder / TOKENIZER)
     return Engine(manifest, tokenizer, load_executor(folder, manifest, threads, kv_cache_bytes))

@@ -16,9 +16,9 @@ def load_executor(engine: Path, manifest: Manifest, threads: int | None, kv_cach
 
     threads, kv_cache_bytes: of target cpu; on a GPU, the build has set the size of the KV pool.
     """
-    if manifest.target == "rtx":
+    if manifest.target.name == "rtx":
         return load_rtx_executor(engine, manifest)
-    if manifest.target == "tensorrt":
+    if manifest.target.name == "tensorrt":
         raise TriModeError(
             f"{engine} is for target tensorrt, which this version builds and does not run; for this machine: "
             "trimode build CHECKPOINT OUT --target cpu, or rtx"

@@ -33,11 +33,14 @@ import onnx
 from onnx import numpy_helper
 from pydantic import BaseModel
 
-from trimode.build.audit.roofline import Precision, Shape, floor_bytes, floor_flops
+from trimode.build.audit.roofline import PassShape, floor_bytes, floor_flops, stored_matrix_bytes
+from trimode.build.graph.raw_pool import merged_matrices
 from trimode.build.rtx.kernel_list import Kernel, KernelList, KernelTensor
 from trimode.common.errors import TriModeError
 from trimode.common.records import read_json_record
-from trimode.engine.manifest import GRAPH, KERNELS, Manifest, RtxEntry, verify_file
+from trimode.engine.files import verify_file
+from trimode.engine.manifest import Manifest
+from trimode.engine.targets.rtx import GRAPH, KERNELS, RtxSection
 from trimode.model.step import ENGINES, cache_outputs
 
 Kind = Literal[
@@ -55,7 +58,6 @@ _BITS = {
 }
 _REAL_TYPES = {"Half", "BFloat16", "Float"}
 _TILE = 64  # KV rows that the fused attention takes or leaves together
-_MATRICES_A_LAYER = 4  # qkv, o, gate_up, down
 
 
 class PassAudit(BaseModel):
@@ -90,7 +92,7 @@ class Plan:
 
     engine: str
     manifest: Manifest
-    rtx: RtxEntry
+    rtx: RtxSection
     kernels: tuple[Kernel, ...]
     graph: onnx.ModelProto
 
@@ -100,17 +102,16 @@ def read_plans(folder: Path) -> list[Plan]:
     changed after the build.
     """
     manifest = Manifest.read(folder)
-    if manifest.rtx is None:
-        raise TriModeError(f"{folder} is for target {manifest.target}; an audit reads the kernels of target rtx")
+    section = manifest.target
+    if not isinstance(section, RtxSection):
+        raise TriModeError(f"{folder} is for target {section.name}; an audit reads the kernels of target rtx")
     plans = []
     for entry in manifest.files:
         if entry.path.endswith((KERNELS, GRAPH)):
             verify_file(folder, entry)
     for name, _ in ENGINES:
         kernels = read_json_record(KernelList, folder / name / KERNELS).root
-        plans.append(
-            Plan(name, manifest, manifest.rtx, kernels, onnx.load(folder / name / GRAPH, load_external_data=False))
-        )
+        plans.append(Plan(name, manifest, section, kernels, onnx.load(folder / name / GRAPH, load_external_data=False)))
     return plans
 
 
@@ -132,7 +133,7 @@ def audit_pass(plan: Plan, batch: int, step: int, window: int, cache_bytes: int 
         if (layer := _layer_of(kernel)) is not None:
             layers[layer] += 1
     config, precision = plan.manifest.model, plan.manifest.precision
-    shape = Shape(
+    shape = PassShape(
         batch,
         step,
         window,
@@ -140,10 +141,7 @@ def audit_pass(plan: Plan, batch: int, step: int, window: int, cache_bytes: int 
         plan.manifest.limits.top_k,
         plan.manifest.adapter.rank if plan.manifest.adapter and plan.engine == "diffusion" else 0,
     )
-    layer_bits, head_bits = (4 if stored == "int4" else 16 for stored in (precision.linear, precision.head))
-    bits = Precision(layer_bits, head_bits, precision.group or 0)
-    floor, total = floor_bytes(config, shape, bits), sum(by_kind.values())
-    int4_head = precision.head == "int4"
+    floor, total = floor_bytes(config, shape, stored_matrix_bytes(config, precision)), sum(by_kind.values())
     return PassAudit(
         engine=plan.engine,
         batch=batch,
@@ -152,7 +150,7 @@ def audit_pass(plan: Plan, batch: int, step: int, window: int, cache_bytes: int 
         kernels=len(plan.kernels),
         kernels_a_layer=mode(layers.values()),
         int4_products=sum(_reads_int4(kernel) and "MatMul" in _operators(kernel) for kernel in plan.kernels),
-        int4_matrices=(precision.linear == "int4") * _MATRICES_A_LAYER * config.num_hidden_layers + int4_head,
+        int4_matrices=sum(precision.all_int4(modules) for modules in merged_matrices(config)),
         lone_dequantisations=kinds["dequantisation"],
         kv_copies=kinds["KV copy"],
         bytes=total,
@@ -193,9 +191,10 @@ def kind_of(kernel: Kernel) -> Kind:
 
 
 def _refuse_impossible(plan: Plan, batch: int, step: int, window: int) -> None:
+    max_batch, max_step = plan.manifest.limits.largest_pass
     limits = {
-        "batch": (batch, plan.rtx.max_batch),
-        "step": (step, plan.rtx.max_step),
+        "batch": (batch, max_batch),
+        "step": (step, max_step),
         "window": (window, plan.manifest.limits.capacity),
     }
     for name, (value, largest) in limits.items():

@@ -30,9 +30,11 @@ from statistics import geometric_mean
 from typing import Literal, NamedTuple
 
 from trimode.common.errors import TriModeError
+from trimode.engine.precision import Precision
+from trimode.model.checkpoint import linear_shapes
 from trimode.model.config import ModelConfig, RopeParameters
 
-Mode = Literal["ar", "linear_spec"]
+PublishedMode = Literal["ar", "linear_spec"]
 REAL_BYTES = 2  # activations, scales, norms, KV and adapter are fp16 or bf16
 INTEGER_BYTES, LOGIT_BYTES = 8, 4
 ACCEPTANCE_LENGTH = 6.82  # tokens a cycle, bonus token included: see above
@@ -41,7 +43,7 @@ TOP_K = 64
 
 
 @dataclass(frozen=True)
-class Gpu:
+class GpuModel:
     """compute_capability: 121 is 12.1. bandwidth: bytes/s of device memory. peak: dense 16-bit FLOP/s of the tensor
     cores with fp32 accumulation at the data sheet's boost clock, which a cool card can exceed. cache: bytes of L2."""
 
@@ -54,42 +56,44 @@ class Gpu:
 
 
 # NVIDIA's data sheets and architecture whitepapers. GeForce cards accumulate in fp32 at half rate, the others do not.
-GPUS: dict[str, Gpu] = {
+GPUS: dict[str, GpuModel] = {
     gpu.key: gpu
     for gpu in (
         # The data sheet has 1 PFLOP of sparse FP4 alone; an eighth of it, as on the RTX PRO cards of the same cores.
         # Users measure 97e12 in fp16 (github.com/GuigsEvt/dgx_spark_config, issue 1), so the rate is not halved.
-        Gpu("dgx-spark", "DGX Spark (GB10)", 121, 273e9, 125e12, 24 << 20),
-        Gpu("rtx-pro-6000", "RTX PRO 6000 Blackwell Workstation Edition", 120, 1792e9, 503.8e12, 128 << 20),
-        Gpu("rtx-5090", "GeForce RTX 5090", 120, 1792e9, 209.5e12, 96 << 20),
-        Gpu("rtx-4090", "GeForce RTX 4090", 89, 1008e9, 165.2e12, 72 << 20),
-        Gpu("rtx-3090", "GeForce RTX 3090", 86, 936e9, 71e12, 6 << 20),
-        Gpu("a100-80gb", "A100 80GB SXM", 80, 2039e9, 312e12, 40 << 20),
-        Gpu("h100", "H100 SXM", 90, 3350e9, 989.4e12, 50 << 20),
+        GpuModel("dgx-spark", "DGX Spark (GB10)", 121, 273e9, 125e12, 24 << 20),
+        GpuModel("rtx-pro-6000", "RTX PRO 6000 Blackwell Workstation Edition", 120, 1792e9, 503.8e12, 128 << 20),
+        GpuModel("rtx-5090", "GeForce RTX 5090", 120, 1792e9, 209.5e12, 96 << 20),
+        GpuModel("rtx-4090", "GeForce RTX 4090", 89, 1008e9, 165.2e12, 72 << 20),
+        GpuModel("rtx-3090", "GeForce RTX 3090", 86, 936e9, 71e12, 6 << 20),
+        GpuModel("a100-80gb", "A100 80GB SXM", 80, 2039e9, 312e12, 40 << 20),
+        GpuModel("h100", "H100 SXM", 90, 3350e9, 989.4e12, 50 << 20),
         # HGX B200 data sheet: 36 PFLOP/s of sparse 16-bit tensor work in eight GPUs; DGX B200's: 64 TB/s in eight.
-        Gpu("b200", "B200 SXM", 100, 8000e9, 2250e12, 126 << 20),
-        Gpu("gb200", "GB200 NVL72, one of its GPUs", 100, 8000e9, 2500e12, 126 << 20),
+        GpuModel("b200", "B200 SXM", 100, 8000e9, 2250e12, 126 << 20),
+        GpuModel("gb200", "GB200 NVL72, one of its GPUs", 100, 8000e9, 2500e12, 126 << 20),
     )
 }
 
 
 @dataclass(frozen=True)
-class Precision:
-    """Bits of a weight in the layers and in the head; below 16, every ``group`` weights share a scale (0: no scales
-    worth counting)."""
+class WeightFormat:
+    """Bits of a weight in the layers and in the head. Below 16 bits, ``group`` weights share a scale; 0 if the scales
+    are too few to count.
+    """
 
     layer_bits: int
     head_bits: int
     group: int = 0
 
 
-PRECISIONS = {"bf16": Precision(16, 16), "fp8": Precision(8, 16), "w4a16": Precision(4, 16, group=128)}
+FORMATS = {"bf16": WeightFormat(16, 16), "fp8": WeightFormat(8, 16), "w4a16": WeightFormat(4, 16, group=128)}
 
 
 @dataclass(frozen=True)
-class Shape:
-    """A pass: ``step`` tokens for each of ``batch`` sequences, each with ``window`` KV rows (the step's own included),
-    logits for ``rows`` tokens of each and ``top_k`` candidates a row. adapter_rank: 0 without the draft adapter."""
+class PassShape:
+    """A pass: ``step`` tokens for each of ``batch`` sequences, each with ``window`` KV rows (including the step's own),
+    logits for ``rows`` tokens of each and ``top_k`` candidates for each row. adapter_rank: 0 without the draft adapter.
+    """
 
     batch: int
     step: int
@@ -99,27 +103,42 @@ class Shape:
     adapter_rank: int = 0
 
 
-def find_gpu(key: str) -> Gpu:
+def find_gpu(key: str) -> GpuModel:
     """Raises TriModeError that names the known GPUs."""
     if key not in GPUS:
         raise TriModeError(f"GPU {key} is not known; known are {', '.join(GPUS)}")
     return GPUS[key]
 
 
-def floor_bytes(config: ModelConfig, shape: Shape, precision: Precision) -> int:
-    """Bytes that a pass cannot but move through device memory."""
+def uniform_matrix_bytes(config: ModelConfig, weights: WeightFormat) -> int:
+    """Bytes of all matrices with one format in every layer."""
+    head = config.vocab_size * config.hidden_size
+    return _matrix_bytes(_layer_weights(config), weights.layer_bits, weights.group) + _matrix_bytes(
+        head, weights.head_bits, weights.group
+    )
+
+
+def stored_matrix_bytes(config: ModelConfig, precision: Precision) -> int:
+    """Bytes of all matrices of an engine, each in its own type."""
+    return sum(
+        _matrix_bytes(rows * columns, 4 if precision.matrices[module] == "int4" else 16, precision.group or 0)
+        for module, (rows, columns) in linear_shapes(config).items()
+    )
+
+
+def floor_bytes(config: ModelConfig, shape: PassShape, matrix_bytes: int) -> int:
+    """Bytes that a pass must move through device memory; ``matrix_bytes`` are those of the weight matrices."""
     layers, hidden = config.num_hidden_layers, config.hidden_size
     norms = REAL_BYTES * hidden * (2 * layers + 1)
-    matrices = _matrix_bytes(_layer_weights(config), precision.layer_bits, precision.group)
-    head = _matrix_bytes(config.vocab_size * hidden, precision.head_bits, precision.group)
     adapter = REAL_BYTES * _adapter_weights(config, shape.adapter_rank)
     kv_row = REAL_BYTES * 2 * config.kv_width * layers
     inputs = REAL_BYTES * shape.step * hidden + INTEGER_BYTES * (2 * shape.step + shape.rows + 1)
     outputs = shape.rows * (shape.top_k * (LOGIT_BYTES + INTEGER_BYTES) + LOGIT_BYTES)
-    return norms + matrices + head + adapter + shape.batch * (kv_row * (shape.window + shape.step) + inputs + outputs)
+    per_sequence = kv_row * (shape.window + shape.step) + inputs + outputs
+    return norms + matrix_bytes + adapter + shape.batch * per_sequence
 
 
-def floor_flops(config: ModelConfig, shape: Shape) -> int:
+def floor_flops(config: ModelConfig, shape: PassShape) -> int:
     """FLOPs of a pass's products, a multiplication and an addition each; every token attends to the whole window."""
     weights = _layer_weights(config) + _adapter_weights(config, shape.adapter_rank)
     attention = 4 * shape.window * config.query_width * config.num_hidden_layers
@@ -127,16 +146,16 @@ def floor_flops(config: ModelConfig, shape: Shape) -> int:
     return shape.batch * (shape.step * (2 * weights + attention) + shape.rows * head)
 
 
-def pass_seconds(gpu: Gpu, moved: int, flops: int) -> float:
+def pass_seconds(gpu: GpuModel, moved: int, flops: int) -> float:
     """Seconds that a pass of so many bytes and FLOPs takes at least: the longer of the two, perfectly overlapped."""
     return max(moved / gpu.bandwidth, flops / gpu.peak)
 
 
 def tokens_per_second(
-    gpu: Gpu,
+    gpu: GpuModel,
     config: ModelConfig,
-    precision: Precision,
-    mode: Mode,
+    weights: WeightFormat,
+    mode: PublishedMode,
     *,
     window: int,
     block_length: int = 32,
@@ -145,9 +164,11 @@ def tokens_per_second(
     """Tokens a second of one request at the floor. ``ar``: a token a pass. ``linear_spec``: ``acceptance_length``
     tokens a draft (adapter on) and a verification (adapter off), both over a block."""
 
+    matrix_bytes = uniform_matrix_bytes(config, weights)
+
     def seconds(step: int, rank: int) -> float:
-        shape = Shape(1, step, window, step, TOP_K, rank)
-        return pass_seconds(gpu, floor_bytes(config, shape, precision), floor_flops(config, shape))
+        shape = PassShape(1, step, window, step, TOP_K, rank)
+        return pass_seconds(gpu, floor_bytes(config, shape, matrix_bytes), floor_flops(config, shape))
 
     if mode == "ar":
         return 1 / seconds(1, 0)
@@ -159,7 +180,7 @@ class Comparison(NamedTuple):
 
     gpu: str
     weights: str
-    mode: Mode
+    mode: PublishedMode
     published: float
     floor: float
     ratio: float  # published / floor
@@ -187,7 +208,7 @@ CONFIG_8B = ModelConfig(
     bos_token_id=1,
 )
 CONTEXT = 1024  # KV rows: see above
-PUBLISHED: tuple[tuple[str, str, Mode, float], ...] = (
+PUBLISHED: tuple[tuple[str, str, PublishedMode, float], ...] = (
     ("gb200", "fp8", "ar", 256),
     ("gb200", "fp8", "linear_spec", 851),
     ("rtx-pro-6000", "fp8", "ar", 80),
@@ -204,7 +225,7 @@ def published_comparison() -> tuple[Comparison, ...]:
     """Every published speed against its floor. A platform's efficiency is the geometric mean of its ratios, the least
     squares of their logarithms."""
     floors = [
-        tokens_per_second(GPUS[gpu], CONFIG_8B, PRECISIONS[weights], mode, window=CONTEXT)
+        tokens_per_second(GPUS[gpu], CONFIG_8B, FORMATS[weights], mode, window=CONTEXT)
         for gpu, weights, mode, _ in PUBLISHED
     ]
     ratios: dict[str, list[float]] = {}

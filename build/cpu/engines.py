@@ -20,7 +20,9 @@ from trimode.build.graph.network import NetworkOptions, build_network
 from trimode.build.graph.raw_pool import write_raw_pool
 from trimode.common.errors import TriModeError
 from trimode.common.progress import Progress
-from trimode.engine.manifest import POOL, Activations, PoolEntry
+from trimode.engine.files import POOL
+from trimode.engine.manifest import PoolEntry
+from trimode.engine.targets.cpu import MODEL, Activations
 from trimode.model.checkpoint import Checkpoint
 from trimode.model.step import ENGINES
 
@@ -51,7 +53,7 @@ def build_cpu_engines(
             source = scratch / f"{name}.onnx"
             onnx.save(build_network(checkpoint.config, raw, pattern, options), source)
             onnx.checker.check_model(source)
-            models.append(folder / name / "model.onnx")
+            models.append(folder / name / MODEL)
             models[-1].parent.mkdir()
             _optimise(source, models[-1], activations)
         progress("graphs", len(ENGINES), len(ENGINES))

@@ -24,7 +24,7 @@ from trimode.build.graph.operator_functions import (
     merge_function,
 )
 from trimode.build.graph.raw_pool import PooledLayer, PooledLinear, PoolRange, RawPool
-from trimode.engine.manifest import Real
+from trimode.engine.precision import Real
 from trimode.model.config import ModelConfig
 from trimode.model.rope import yarn_frequencies
 from trimode.model.step import AttentionPattern, adapter_inputs, cache_inputs, cache_outputs, cache_views

@@ -19,6 +19,7 @@ from onnx import TensorProto
 from trimode.common.errors import TriModeError
 from trimode.common.progress import Progress
 from trimode.model.checkpoint import HEAD, Checkpoint, Int4Weight
+from trimode.model.config import ModelConfig
 
 ALIGNMENT = 4096  # a page, so that every tensor can be mapped on its own
 
@@ -27,6 +28,26 @@ ONNX_DTYPES = {
     np.dtype(np.float16): TensorProto.FLOAT16,
     np.dtype(ml_dtypes.bfloat16): TensorProto.BFLOAT16,
 }
+
+
+# Matrices of a layer that read the same input are one matrix of the pool.
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_O = ("self_attn.o_proj",)
+_GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
+_DOWN = ("mlp.down_proj",)
+
+
+def merged_matrices(config: ModelConfig) -> list[tuple[str, ...]]:
+    """The checkpoint's modules, grouped by the matrix of the pool that holds them."""
+    layers = range(config.num_hidden_layers)
+    return [
+        *(_of_layer(index, modules) for index in layers for modules in (_QKV, _O, _GATE_UP, _DOWN)),
+        (HEAD,),
+    ]
+
+
+def _of_layer(index: int, modules: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(f"encoder.layers.{index}.{module}" for module in modules)
 
 
 @dataclass(frozen=True)
@@ -107,16 +128,16 @@ def write_raw_pool(
             pooled.append(
                 PooledLayer(
                     input_layernorm=writer.norm(f"{prefix}.input_layernorm"),
-                    qkv_proj=writer.linear(f"{prefix}.self_attn", "q_proj", "k_proj", "v_proj"),
-                    o_proj=writer.linear(f"{prefix}.self_attn", "o_proj"),
+                    qkv_proj=writer.linear(*_of_layer(index, _QKV)),
+                    o_proj=writer.linear(*_of_layer(index, _O)),
                     post_attention_layernorm=writer.norm(f"{prefix}.post_attention_layernorm"),
-                    gate_up_proj=writer.linear(f"{prefix}.mlp", "gate_proj", "up_proj"),
-                    down_proj=writer.linear(f"{prefix}.mlp", "down_proj"),
+                    gate_up_proj=writer.linear(*_of_layer(index, _GATE_UP)),
+                    down_proj=writer.linear(*_of_layer(index, _DOWN)),
                 )
             )
         progress("weights", layers, layers + 1)
         norm = writer.norm("encoder.norm")
-        head = writer.linear("", HEAD)
+        head = writer.linear(HEAD)
         progress("weights", layers + 1, layers + 1)
     return RawPool(path, writer.stored, embed_tokens, tuple(pooled), norm, head)
 
@@ -136,11 +157,10 @@ class _Writer:
     def norm(self, module: str) -> PoolRange:
         return self._put(module, self._checkpoint.vector(f"{module}.weight").astype(self._real))
 
-    def linear(self, parent: str, *names: str) -> PooledLinear:
-        """One matrix, or several that read the same input, side by side along ``out``."""
-        modules = [f"{parent}.{name}" if parent else name for name in names]
+    def linear(self, *modules: str) -> PooledLinear:
+        """One matrix, or several that read the same input, concatenated along ``out``."""
         weights = [self._checkpoint.linear(module) for module in modules]
-        name = modules[0] if len(names) == 1 else f"{parent}." + "_".join(part.removesuffix("_proj") for part in names)
+        name = modules[0] if len(modules) == 1 else _merged_name(modules)
         int4 = [weight for weight in weights if isinstance(weight, Int4Weight)]
         if self._unpack or not int4:
             matrices = (weight.to_float32() if isinstance(weight, Int4Weight) else weight.array for weight in weights)
@@ -174,6 +194,12 @@ class _Writer:
         return PoolRange(
             name, ONNX_DTYPES[array.dtype] if dtype is None else dtype, shape or array.shape, offset, array.nbytes
         )
+
+
+def _merged_name(modules: tuple[str, ...]) -> str:
+    """E.g. ``encoder.layers.0.self_attn.q_k_v``."""
+    parent = modules[0].rpartition(".")[0]
+    return f"{parent}." + "_".join(module.rpartition(".")[2].removesuffix("_proj") for module in modules)
 
 
 def _share_input_scale(weights: list[Int4Weight]) -> bool:

@@ -24,16 +24,10 @@ from trimode.build.rtx.kernel_list import KernelList, parse_kernels
 from trimode.build.rtx.weight_section import Run, cut_runs, find_shared_runs
 from trimode.common.errors import TriModeError
 from trimode.common.progress import Progress
-from trimode.engine.manifest import (
-    GRAPH,
-    KERNELS,
-    NUMPY_TYPES,
-    PLAN,
-    POOL,
-    RTX_COMPUTE_CAPABILITIES,
-    PoolEntry,
-    RtxEntry,
-)
+from trimode.engine.files import POOL
+from trimode.engine.manifest import PoolEntry
+from trimode.engine.precision import NUMPY_TYPES
+from trimode.engine.targets.rtx import COMPUTE_CAPABILITIES, GRAPH, KERNELS, PLAN, RtxSection
 from trimode.model.checkpoint import Checkpoint
 from trimode.model.step import ENGINES
 
@@ -83,7 +77,7 @@ def build_rtx_engines(
     max_batch: int,
     max_step: int,
     progress: Progress,
-) -> tuple[RtxEntry, tuple[PoolEntry, ...]]:
+) -> tuple[RtxSection, tuple[PoolEntry, ...]]:
     """Write both plans, their graphs and kernels, and the pool into ``folder``.
 
     sms: compute capabilities, 121 for 12.1; the plans run on each of them and on no other.
@@ -133,11 +127,9 @@ def build_rtx_engines(
             "another order"
         )
     progress("weights", 1, 1)
-    entry = RtxEntry(
+    entry = RtxSection(
         tensorrt_rtx=trt.__version__,
         sms=sms,
-        max_batch=max_batch,
-        max_step=max_step,
         ar=ar,
         diffusion=diffusion,
     )
@@ -149,9 +141,9 @@ def build_rtx_engines(
 
 def refuse_unknown_gpus(sms: tuple[int, ...]) -> None:
     for sm in sms:
-        if sm not in RTX_COMPUTE_CAPABILITIES:
+        if sm not in COMPUTE_CAPABILITIES:
             raise TriModeError(
-                f"--sm {sm}: TensorRT-RTX builds for {', '.join(map(str, RTX_COMPUTE_CAPABILITIES))}; "
+                f"--sm {sm}: TensorRT-RTX builds for {', '.join(map(str, COMPUTE_CAPABILITIES))}; "
                 "datacentre parts need the target tensorrt"
             )
 

@@ -13,8 +13,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from trimode.engine.manifest import PlanEntry, Splice
-from trimode.engine.plan import read_chunks
+from trimode.engine.plan_file import PlanEntry, Splice, read_chunks
 
 _CHUNK = 1 << 24
 _ANCHOR = 256  # bytes looked for in the other plan

@@ -10,7 +10,9 @@ from trimode.common.atomic_folder import atomic_folder
 from trimode.common.errors import TriModeError
 from trimode.common.gpus import Gpu, find_gpus
 from trimode.common.progress import Progress, no_progress
-from trimode.engine.manifest import MANIFEST, Manifest, hash_files, verify_files
+from trimode.engine.files import MANIFEST, hash_files, verify_files
+from trimode.engine.manifest import Manifest
+from trimode.engine.targets.tensorrt import TensorrtSection
 
 
 def compile_engine(emitted: Path, out: Path, progress: Progress = no_progress) -> Manifest:
@@ -20,22 +22,23 @@ def compile_engine(emitted: Path, out: Path, progress: Progress = no_progress) -
     or was changed, or if this machine lacks TensorRT, a GPU, or kernels for it.
     """
     manifest = Manifest.read(emitted)
-    if manifest.tensorrt is None:
+    section = manifest.target
+    if not isinstance(section, TensorrtSection):
         raise TriModeError(
-            f"{emitted} is for target {manifest.target}, which has no second step; give an engine that "
+            f"{emitted} is for target {section.name}, which has no second step; give an engine that "
             "`trimode build --target tensorrt --emit-only` wrote"
         )
-    if manifest.tensorrt.plans is not None:
-        raise TriModeError(f"{emitted} was compiled already, on {manifest.tensorrt.plans.gpu}")
+    if section.plans is not None:
+        raise TriModeError(f"{emitted} was compiled already, on {section.plans.gpu}")
     gpu = require_tensorrt("run this on the machine with the GPU")
-    verify_files(emitted, manifest, progress)
+    verify_files(emitted, manifest.files, progress)
     with atomic_folder(out) as folder:
         shutil.copytree(emitted, folder, ignore=lambda *_: [MANIFEST], copy_function=_link, dirs_exist_ok=True)
         from trimode.build.tensorrt.plans import compile_plans
 
-        plans = compile_plans(folder, manifest.tensorrt, gpu, progress)
-        entry = manifest.tensorrt.model_copy(update={"plans": plans})
-        manifest.model_copy(update={"tensorrt": entry, "files": hash_files(folder, progress)}).write(folder)
+        plans = compile_plans(folder, section, manifest.limits, gpu, progress)
+        compiled = section.model_copy(update={"plans": plans})
+        manifest.model_copy(update={"target": compiled, "files": hash_files(folder, progress)}).write(folder)
     return Manifest.read(out)
 
 

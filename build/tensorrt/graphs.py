@@ -13,7 +13,10 @@ from trimode.build.graph.raw_pool import write_raw_pool
 from trimode.build.tensorrt.kernel_emission import needed_kernels, plugin_nodes, write_kernels
 from trimode.common.errors import TriModeError
 from trimode.common.progress import Progress
-from trimode.engine.manifest import GRAPH, NUMPY_TYPES, PLUGIN_KERNELS, POOL, PoolEntry
+from trimode.engine.files import POOL
+from trimode.engine.manifest import PoolEntry
+from trimode.engine.precision import NUMPY_TYPES
+from trimode.engine.targets.tensorrt import GRAPH, PLUGIN_KERNELS
 from trimode.model.checkpoint import Checkpoint
 from trimode.model.step import ENGINES
 from trimode.plugins.contracts import LEAST_GROUP

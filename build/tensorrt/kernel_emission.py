@@ -9,7 +9,7 @@ import onnx
 
 from trimode.common.errors import TriModeError
 from trimode.common.progress import Progress
-from trimode.engine.manifest import Real
+from trimode.engine.precision import Real
 from trimode.model.config import ModelConfig
 from trimode.plugins.contracts import DOMAIN, Constants, Operator, Tactic
 from trimode.plugins.kernel_library import INDEX, LibraryIndex, LibraryKernel, kernel_name, library_folder

@@ -12,7 +12,8 @@ import tensorrt as trt
 from trimode.build.plan_builder import BuilderProgress, HeldSignals, ProfileSizes
 from trimode.common.gpus import Gpu
 from trimode.common.progress import Progress
-from trimode.engine.manifest import BUILDER_LOG, GRAPH, PLAN, PLUGIN_KERNELS, TensorrtEntry, TensorrtPlans
+from trimode.engine.manifest import Limits
+from trimode.engine.targets.tensorrt import BUILDER_LOG, GRAPH, PLAN, PLUGIN_KERNELS, TensorrtPlans, TensorrtSection
 from trimode.model.step import ENGINES
 from trimode.plugins.declarations import declare_plugins
 from trimode.plugins.kernel_library import KernelLibrary
@@ -40,15 +41,17 @@ class _Monitor(BuilderProgress, trt.IProgressMonitor):  # type: ignore[misc]
         BuilderProgress.__init__(self, stage, progress, signals)
 
 
-def compile_plans(folder: Path, entry: TensorrtEntry, gpu: Gpu, progress: Progress) -> TensorrtPlans:
+def compile_plans(
+    folder: Path, section: TensorrtSection, limits: Limits, gpu: Gpu, progress: Progress
+) -> TensorrtPlans:
     """Write ``engine.plan``, and what the builder warned of, beside each ``graph.onnx`` of ``folder``.
 
     Raises TriModeError if the folder has no kernels for ``gpu``.
     """
     declare_plugins(KernelLibrary(folder / PLUGIN_KERNELS, gpu.compute_capability))
-    profiles = _profiles(entry.max_batch, entry.max_step)
+    profiles = _profiles(*limits.largest_pass)
     for name, _ in ENGINES:
-        _compile(folder / name, entry.plugins[name], profiles, progress)
+        _compile(folder / name, section.plugins[name], profiles, progress)
     return TensorrtPlans(tensorrt=trt.__version__, gpu=gpu.name, compute_capability=gpu.compute_capability)
 
 

@@ -184,16 +184,16 @@ class LLM:
         self.manifest = engine.manifest
         self.tokenizer = engine.tokenizer
         self._executor = engine.executor
-        limits, built_for = self.manifest.limits, self.manifest.rtx
+        limits = self.manifest.limits
         if max_batch_size is None:
-            max_batch_size = min(DEFAULT_BATCH_SIZE, built_for.max_batch if built_for else DEFAULT_BATCH_SIZE)
-        if built_for is not None and max_batch_size > built_for.max_batch:
+            max_batch_size = min(DEFAULT_BATCH_SIZE, limits.max_batch or DEFAULT_BATCH_SIZE)
+        if limits.max_batch is not None and max_batch_size > limits.max_batch:
             raise TriModeError(
-                f"max_batch_size is {max_batch_size}, but the engine was built for batches of {built_for.max_batch}"
+                f"max_batch_size is {max_batch_size}, but the engine was built for batches of {limits.max_batch}"
             )
         largest_step = max(limits.prefill_step, LONGEST_BLOCK)
-        if built_for is not None:
-            largest_step = min(largest_step, built_for.max_step)
+        if limits.max_step is not None:
+            largest_step = min(largest_step, limits.max_step)
         self._scheduler = Scheduler(
             engine.executor,
             max_batch=max_batch_size,
@@ -362,10 +362,9 @@ class LLM:
             raise ContextLengthError(
                 f"the KV rows of {longest} tokens exceed kv_cache_bytes; allow more, or ask for fewer tokens"
             )
-        built_for = self.manifest.rtx
-        if built_for is not None and params.longest_block > built_for.max_step:
+        if limits.max_step is not None and params.longest_block > limits.max_step:
             raise TriModeError(
-                f"block_length is {params.longest_block}, but the engine was built for steps of {built_for.max_step}; "
+                f"block_length is {params.longest_block}, but the engine was built for steps of {limits.max_step}; "
                 "lower it, or build with a larger --max-step"
             )
         if params.n > self._most_answers:

@@ -14,7 +14,9 @@ from safetensors.numpy import load_file
 
 from trimode.common.errors import TriModeError
 from trimode.common.machine import instruction_set
-from trimode.engine.manifest import ADAPTER, POOL, Manifest
+from trimode.engine.files import ADAPTER, POOL
+from trimode.engine.manifest import Manifest
+from trimode.engine.targets.cpu import MODEL, CpuSection
 from trimode.model.step import cache_inputs, cache_outputs
 from trimode.runtime.executor import BidirectionalStep, Candidates, CausalStep, Step
 from trimode.runtime.kv.kv_pool import KvPool
@@ -146,13 +148,14 @@ def _values(arrays: _Arrays) -> dict[str, ort.OrtValue]:
 def _refuse_foreign_layout(engine: Path, manifest: Manifest) -> None:
     """The pool's packed copies fit one kernel library and instruction set; others would make nonsense of them."""
     remedy = f"build it again here: trimode build CHECKPOINT {engine}"
-    if manifest.onnxruntime != ort.__version__:
+    section = manifest.section(CpuSection)
+    if section.onnxruntime != ort.__version__:
         raise TriModeError(
-            f"{engine} was built with onnxruntime {manifest.onnxruntime}, this is {ort.__version__}; {remedy}"
+            f"{engine} was built with onnxruntime {section.onnxruntime}, this is {ort.__version__}; {remedy}"
         )
-    if manifest.instruction_set != instruction_set():
+    if section.instruction_set != instruction_set():
         raise TriModeError(
-            f"{engine} was built for another processor ({manifest.instruction_set}; this is {instruction_set()}); "
+            f"{engine} was built for another processor ({section.instruction_set}; this is {instruction_set()}); "
             f"{remedy}"
         )
 
@@ -167,7 +170,7 @@ def _load(engine: Path, folder: str, threads: int) -> ort.InferenceSession:
     options.add_session_config_entry(
         "session.model_external_initializers_file_folder_path", str((engine / POOL).parent)
     )
-    path = engine / folder / "model.onnx"
+    path = engine / folder / MODEL
     try:
         return ort.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime raises its own unrelated exception types

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from trimode.common.errors import TriModeError
-from trimode.engine.manifest import NUMPY_TYPES, Real
+from trimode.engine.precision import NUMPY_TYPES, Real
 from trimode.model.config import ModelConfig
 from trimode.runtime.gpu.cuda import Device, Runs
 from trimode.runtime.kv.slots import Rows

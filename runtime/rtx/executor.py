@@ -10,7 +10,10 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from trimode.common.errors import TriModeError
-from trimode.engine.manifest import ADAPTER, NUMPY_TYPES, Manifest
+from trimode.engine.files import ADAPTER
+from trimode.engine.manifest import Manifest
+from trimode.engine.precision import NUMPY_TYPES
+from trimode.engine.targets.rtx import RtxSection
 from trimode.runtime.executor import BidirectionalStep, Candidates, CausalStep, Speculated, Step
 from trimode.runtime.gpu.buckets import Bucket, bucket_of
 from trimode.runtime.gpu.cuda import Device
@@ -37,13 +40,13 @@ class RtxExecutor:
     """
 
     def __init__(self, engine: Path, manifest: Manifest, ordinal: int) -> None:
-        assert manifest.rtx is not None  # noqa: S101 - the manifest sees to it
-        self._limits, self._rtx = manifest.limits, manifest.rtx
+        self._capacity = manifest.limits.capacity
+        self._max_batch, self._max_step = manifest.limits.largest_pass
         self._device = Device(ordinal)
-        plans = load_plans(self._device, engine, manifest.rtx)
+        plans = load_plans(self._device, engine, manifest.section(RtxSection))
         self.weights = plans.weights
         self.pool = DeviceKvPool(
-            self._device, manifest.model, manifest.precision.kv_cache, manifest.rtx.max_batch, manifest.limits.capacity
+            self._device, manifest.model, manifest.precision.kv_cache, self._max_batch, self._capacity
         )
         both: dict[type[Step], Any] = {CausalStep: plans.ar, BidirectionalStep: plans.diffusion}
         activations = self._device.allocate(max(plan.device_memory_size_v2 for plan in both.values()), "activations")
@@ -88,7 +91,7 @@ class RtxExecutor:
         self._refuse(step)
         self._device.activate()
         windowed = WINDOW_ROWS in self._resources[type(step)].tensors
-        return bucket_of(step, self._rtx.max_step, self._limits.capacity, windowed)
+        return bucket_of(step, self._max_step, self._capacity, windowed)
 
     def _bind(self, bucket: Bucket) -> BoundPass:
         if bucket not in self._bound:
@@ -99,9 +102,9 @@ class RtxExecutor:
         """What would write outside the step's slots."""
         if step.first_slot + step.batch > self.pool.slots:
             raise ValueError(f"slots {step.first_slot} to {step.first_slot + step.batch} of {self.pool.slots}")
-        if step.input_ids.shape[1] > self._rtx.max_step:
+        if step.input_ids.shape[1] > self._max_step:
             raise TriModeError(
-                f"a step of {step.input_ids.shape[1]} tokens exceeds the engine's max_step of {self._rtx.max_step}; "
+                f"a step of {step.input_ids.shape[1]} tokens exceeds the engine's max_step of {self._max_step}; "
                 "use a shorter block, or build with a larger --max-step"
             )
         self.pool.reserve(step.rows_written)
@@ -114,6 +117,6 @@ class RtxExecutor:
 
     def _staging(self, kind: type[Step], manifest: Manifest) -> Staging:
         """Enough for the largest pass of an engine."""
-        largest = Bucket(kind, 0, self._rtx.max_batch, self._rtx.max_step, self._rtx.max_step, 0)
+        largest = Bucket(kind, 0, self._max_batch, self._max_step, self._max_step, 0)
         size = Layout(largest, manifest).end
         return Staging(self._device.allocate(size, "the engines' inputs"), *self._device.allocate_page_locked(size))

@@ -18,7 +18,8 @@ import numpy as np
 import tensorrt_rtx as trt
 from numpy.typing import NDArray
 
-from trimode.engine.manifest import NUMPY_TYPES, Manifest
+from trimode.engine.manifest import Manifest
+from trimode.engine.precision import NUMPY_TYPES
 from trimode.model.step import cache_inputs, cache_outputs, cache_views
 from trimode.runtime.executor import BidirectionalStep, Candidates, CausalStep, Speculated
 from trimode.runtime.gpu.buckets import Bucket

@@ -18,8 +18,9 @@ import numpy as np
 import tensorrt_rtx as trt
 
 from trimode.common.errors import TriModeError
-from trimode.engine.manifest import PLAN, POOL, PlanEntry, RtxEntry
-from trimode.engine.plan import whole_plan
+from trimode.engine.files import POOL
+from trimode.engine.plan_file import PlanEntry, whole_plan
+from trimode.engine.targets.rtx import PLAN, RtxSection
 from trimode.runtime.gpu.cuda import Bytes, Device
 
 logger = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ class _Managed(NamedTuple):
     section: Bytes
 
 
-def load_plans(device: Device, engine: Path, entry: RtxEntry) -> Plans:
+def load_plans(device: Device, engine: Path, entry: RtxSection) -> Plans:
     """Raises TriModeError that names the plan if it is not whole, or not for this runtime and GPU.
 
     Takes host memory for both engines' weights while it loads, and no more device memory than it ends with, but for

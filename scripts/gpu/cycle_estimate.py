@@ -39,9 +39,9 @@ from trimode.build.audit.roofline import (
     PUBLISHED,
     REAL_BYTES,
     TOP_K,
-    Gpu,
+    GpuModel,
 )
-from trimode.engine.manifest import Real
+from trimode.engine.precision import Real
 from trimode.plugins import contracts
 from trimode.plugins.compilation import compile_operator
 from trimode.plugins.contracts import Tactic
@@ -129,7 +129,7 @@ def _longest_loop(listing: str) -> int:
     return longest
 
 
-def seconds(gpu: Gpu, work: Work) -> tuple[float, str]:
+def seconds(gpu: GpuModel, work: Work) -> tuple[float, str]:
     """Of one such kernel, launch aside, and what bounds it."""
     issue = FP32_PEAK[gpu.key] / FLOP_AN_INSTRUCTION
     bounds = {

@@ -27,7 +27,7 @@ from scripts.gpu.traffic import (
     needed_bytes,
 )
 from trimode.build.audit.roofline import ADAPTER_RANK, CONFIG_8B, REAL_BYTES
-from trimode.engine.manifest import Real
+from trimode.engine.precision import Real
 from trimode.plugins import contracts
 from trimode.plugins.contracts import AttentionShape, Constants, Operator, Pattern, ProductShape, Tactic
 

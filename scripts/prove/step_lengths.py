@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from trimode.engine.manifest import TOKENIZER, Manifest
+from trimode.engine.files import TOKENIZER
+from trimode.engine.manifest import Manifest
 from trimode.model.tokenizer import Tokenizer
 from trimode.runtime.cpu.executor import CpuExecutor
 from trimode.runtime.executor import Candidates, CausalStep

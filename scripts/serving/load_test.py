@@ -22,7 +22,7 @@ from scripts.serving.event_client import DONE, Streamed, stream
 from scripts.serving.server_process import KEY, Served, serving
 from scripts.serving.triton_server import Ports, triton_server
 from trimode import LLM, SamplingParams
-from trimode.engine.manifest import TOKENIZER
+from trimode.engine.files import TOKENIZER
 from trimode.model.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -16,7 +16,9 @@ import pytest
 from trimode.build.cpu import engines as cpu
 from trimode.build.engine_builder import CpuOptions, build_engine
 from trimode.common.errors import TriModeError
-from trimode.engine.manifest import ADAPTER, Manifest, hash_file
+from trimode.engine.files import ADAPTER, hash_file
+from trimode.engine.manifest import Manifest
+from trimode.engine.targets.cpu import CpuSection
 from trimode.model.checkpoint import Checkpoint, linear_shapes
 
 
@@ -29,7 +31,7 @@ def test_the_manifest_describes_every_file(random_int4_engine: Path) -> None:
     for entry in manifest.files:
         path = random_int4_engine / entry.path
         assert (path.stat().st_size, hash_file(path)) == (entry.bytes, entry.sha256)
-    assert manifest.precision.linear == manifest.precision.head == "int4"
+    assert set(manifest.precision.matrices.values()) == {"int4"}
     assert manifest.precision.embedding == "bf16"
 
 
@@ -79,8 +81,8 @@ def test_int4_matrices_that_fit_a_cache_are_unpacked(random_int4_checkpoint: Pat
     for limit, unpacked in ((as_fp32, True), (as_fp32 - 1, False)):
         out = tmp_path / str(limit)
         manifest = build_engine(checkpoint, out, target=CpuOptions(unpacked_bytes=limit))
-        assert manifest.precision.unpacked == unpacked
-        assert manifest.precision.linear == "int4"
+        assert manifest.section(CpuSection).unpacked == unpacked
+        assert set(manifest.precision.matrices.values()) == {"int4"}
         graph = onnx.load(out / "ar/model.onnx", load_external_data=False).graph
         assert ("MatMulNBits" in {node.op_type for node in graph.node}) == (not unpacked)
 
@@ -128,7 +130,7 @@ def test_int8_activations_are_faster_kernels_and_coarser_logits(random_int4_chec
     manifest = build_engine(
         Checkpoint(random_int4_checkpoint), tmp_path / "engine", target=CpuOptions(activations="int8")
     )
-    assert manifest.precision.activations == "int8"
+    assert manifest.section(CpuSection).activations == "int8"
     graph = onnx.load(tmp_path / "engine/ar/model.onnx", load_external_data=False).graph
     products = [node for node in graph.node if node.op_type == "MatMulNBits"]
     levels = {attribute.i for node in products for attribute in node.attribute if attribute.name == "accuracy_level"}

@@ -15,7 +15,8 @@ from pydantic import ValidationError
 
 from trimode.build.engine_builder import build_engine
 from trimode.common.errors import TriModeError
-from trimode.engine.manifest import Manifest, hash_file
+from trimode.engine.files import hash_file
+from trimode.engine.manifest import Manifest
 from trimode.model.checkpoint import Checkpoint
 from trimode.runtime.engine import load_engine
 from trimode.runtime.executor import BidirectionalStep, CausalStep
@@ -44,6 +45,16 @@ def edit(**changes: Any) -> Callable[[Path], None]:
     return apply
 
 
+def edit_target(**changes: Any) -> Callable[[Path], None]:
+    """A manifest with another section of the target, sealed again."""
+
+    def apply(engine: Path) -> None:
+        manifest = Manifest.read(engine)
+        manifest.model_copy(update={"target": manifest.target.model_copy(update=changes)}).write(engine)
+
+    return apply
+
+
 def cut(path: str) -> Callable[[Path], None]:
     def apply(engine: Path) -> None:
         data = (engine / path).read_bytes()
@@ -68,7 +79,9 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         r"manifest\.json is not valid JSON",
     ),
     "another format": (edit(format_version=1), "format_version.*; build the engine again: trimode build"),
-    "another target": (edit(target="rtx"), "target"),
+    "another target's section": (edit(target={"name": "rtx"}), r"target\..*tensorrt_rtx"),
+    "an unknown target": (edit(target={"name": "abacus"}), "target: name must be one of cpu, rtx, tensorrt"),
+    "a former section": (edit(target="cpu"), "target: name must be one of cpu"),
     "changed token id": (
         swap("manifest.json", '"mask_token_id": 100', '"mask_token_id": 101'),
         r"manifest\.json was changed",
@@ -85,8 +98,8 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "changed tokenizer": (flip("tokenizer/tokenizer.json"), r"tokenizer/tokenizer\.json was changed"),
     "truncated pool": (cut("weights/pool.bin"), r"weights/pool\.bin has \d+ bytes, the manifest says"),
     "missing graph": (lambda engine: (engine / "diffusion/model.onnx").unlink(), r"diffusion/model\.onnx is missing"),
-    "another processor": (edit(instruction_set="riscv64:"), "built for another processor"),
-    "another onnxruntime": (edit(onnxruntime="1.0.0"), r"built with onnxruntime 1\.0\.0"),
+    "another processor": (edit_target(instruction_set="riscv64:"), "built for another processor"),
+    "another onnxruntime": (edit_target(onnxruntime="1.0.0"), r"built with onnxruntime 1\.0\.0"),
     "a file outside": (edit(files=[{"path": "../x", "bytes": 1, "sha256": "0" * 64}]), "leaves the engine directory"),
 }
 

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoTokenizer, Ministral3Config, Ministral3
 
 from tests.support.random_checkpoint import write_random_checkpoint
 from trimode.common.errors import TriModeError
-from trimode.engine.manifest import hash_file
+from trimode.engine.files import hash_file
 from trimode.model import int4
 from trimode.model.checkpoint import Checkpoint
 from trimode.model.reference.loading import load_reference

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 from safetensors.numpy import load_file
 
-from trimode.engine.manifest import GRAPH, PoolEntry
+from trimode.engine.manifest import PoolEntry
+from trimode.engine.targets.tensorrt import GRAPH
 from trimode.model.config import ModelConfig
 from trimode.model.step import cache_inputs, cache_outputs
 from trimode.runtime.executor import BidirectionalStep, Candidates, CausalStep, Step

@@ -33,8 +33,10 @@ import onnx
 import onnxruntime as ort
 from cuda.bindings import driver as real_driver
 
-from trimode.engine.manifest import PLAN, POOL, Manifest
-from trimode.engine.plan import whole_plan
+from trimode.engine.files import POOL
+from trimode.engine.manifest import Manifest
+from trimode.engine.plan_file import whole_plan
+from trimode.engine.targets.rtx import PLAN, RtxSection
 
 SUCCESS = real_driver.CUresult.CUDA_SUCCESS
 FULL = real_driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY
@@ -329,10 +331,9 @@ class PlanDouble:
 
 def plan_doubles(engine: Path, graphs: Path) -> list[PlanDouble]:
     """Of a real engine directory; ``graphs`` has ar.onnx and diffusion.onnx, and the weights that they name."""
-    manifest = Manifest.read(engine)
-    assert manifest.rtx is not None
+    section = Manifest.read(engine).section(RtxSection)
     doubles = []
-    for name, entry in (("ar", manifest.rtx.ar), ("diffusion", manifest.rtx.diffusion)):
+    for name, entry in (("ar", section.ar), ("diffusion", section.diffusion)):
         content = b"".join(whole_plan(engine / name / PLAN, engine / POOL, entry))
         begin = entry.splices[0].plan_offset
         end = entry.splices[-1].plan_offset + sum(splice.bytes for splice in entry.splices)

@@ -10,22 +10,27 @@ import pytest
 from trimode.build.audit.roofline import (
     ACCEPTANCE_LENGTH,
     CONFIG_8B,
+    FORMATS,
     GPUS,
-    PRECISIONS,
     PUBLISHED,
-    Precision,
-    Shape,
+    PassShape,
+    WeightFormat,
     find_gpu,
     floor_bytes,
     floor_flops,
     pass_seconds,
     published_comparison,
+    stored_matrix_bytes,
     tokens_per_second,
+    uniform_matrix_bytes,
 )
 from trimode.common.errors import TriModeError
+from trimode.engine.precision import Precision
+from trimode.model.checkpoint import linear_shapes
+from trimode.model.config import ModelConfig
 
-ONE_TOKEN = Shape(batch=1, step=1, window=1, rows=1, top_k=1)
-BLOCK = Shape(batch=2, step=32, window=1024, rows=32, top_k=64)
+ONE_TOKEN = PassShape(batch=1, step=1, window=1, rows=1, top_k=1)
+BLOCK = PassShape(batch=2, step=32, window=1024, rows=32, top_k=64)
 SPARK = GPUS["dgx-spark"]
 # [out, in] of an 8B layer's matrices: q, k, v, o, gate, up, down.
 LAYER_8B = [(4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336)]
@@ -36,12 +41,16 @@ SIZES = {
 }
 
 
+def uniform_floor(config: ModelConfig, shape: PassShape, weights: WeightFormat) -> int:
+    return floor_bytes(config, shape, uniform_matrix_bytes(config, weights))
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_a_pass_reads_all_parameters_but_the_embedding(size: str) -> None:
     changes, parameters, _ = SIZES[size]
     config = CONFIG_8B.model_copy(update=changes)
     embedding = 131072 * config.hidden_size
-    assert floor_bytes(config, ONE_TOKEN, PRECISIONS["bf16"]) == pytest.approx(2 * (parameters - embedding), rel=2e-3)
+    assert uniform_floor(config, ONE_TOKEN, FORMATS["bf16"]) == pytest.approx(2 * (parameters - embedding), rel=2e-3)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -49,22 +58,35 @@ def test_a_kv_row_has_the_published_size(size: str) -> None:
     changes, _, kib = SIZES[size]
     config = CONFIG_8B.model_copy(update=changes)
     longer = replace(BLOCK, window=BLOCK.window + 1)
-    precision = PRECISIONS["w4a16"]
-    assert floor_bytes(config, longer, precision) - floor_bytes(config, BLOCK, precision) == BLOCK.batch * kib * 1024
+    precision = FORMATS["w4a16"]
+    assert (
+        uniform_floor(config, longer, precision) - uniform_floor(config, BLOCK, precision) == BLOCK.batch * kib * 1024
+    )
 
 
 def test_a_token_more_writes_a_kv_row_and_reads_an_embedding_row() -> None:
     longer = replace(ONE_TOKEN, step=2)
-    more = floor_bytes(CONFIG_8B, longer, PRECISIONS["fp8"]) - floor_bytes(CONFIG_8B, ONE_TOKEN, PRECISIONS["fp8"])
+    more = uniform_floor(CONFIG_8B, longer, FORMATS["fp8"]) - uniform_floor(CONFIG_8B, ONE_TOKEN, FORMATS["fp8"])
     assert more == 136 * 1024 + 4096 * 2 + 8 + 8  # and its id and position
 
 
 def test_int4_costs_four_bits_and_a_share_of_a_scale() -> None:
     layers, head = 34 * sum(map(prod, LAYER_8B)), 131072 * 4096
-    wide = floor_bytes(CONFIG_8B, BLOCK, Precision(16, 16))
-    assert wide - floor_bytes(CONFIG_8B, BLOCK, PRECISIONS["w4a16"]) == layers * (16 - 4.125) / 8
-    assert wide - floor_bytes(CONFIG_8B, BLOCK, Precision(4, 4, group=32)) == (layers + head) * (16 - 4.5) / 8
-    assert wide - floor_bytes(CONFIG_8B, BLOCK, PRECISIONS["fp8"]) == layers
+    wide = uniform_floor(CONFIG_8B, BLOCK, WeightFormat(16, 16))
+    assert wide - uniform_floor(CONFIG_8B, BLOCK, FORMATS["w4a16"]) == layers * (16 - 4.125) / 8
+    assert wide - uniform_floor(CONFIG_8B, BLOCK, WeightFormat(4, 4, group=32)) == (layers + head) * (16 - 4.5) / 8
+    assert wide - uniform_floor(CONFIG_8B, BLOCK, FORMATS["fp8"]) == layers
+
+
+def test_every_matrix_of_an_engine_counts_in_its_own_type() -> None:
+    shapes = linear_shapes(CONFIG_8B)
+    mixed = {module: "int4" if ".mlp." in module else "bf16" for module in shapes}
+    precision = Precision(matrices=mixed, embedding="bf16", activations="bf16", kv_cache="bf16", group=64)
+    mlp = sum(rows * columns for module, (rows, columns) in shapes.items() if ".mlp." in module)
+    others = sum(rows * columns for module, (rows, columns) in shapes.items() if ".mlp." not in module)
+    assert stored_matrix_bytes(CONFIG_8B, precision) == mlp * 4.25 / 8 + 2 * others
+    uniform = precision.model_copy(update={"matrices": dict.fromkeys(shapes, "bf16")})
+    assert stored_matrix_bytes(CONFIG_8B, uniform) == uniform_matrix_bytes(CONFIG_8B, FORMATS["bf16"])
 
 
 def test_every_byte_of_a_token() -> None:
@@ -73,14 +95,12 @@ def test_every_byte_of_a_token() -> None:
     kv_rows = 2 * 136 * 1024  # the one read and the one written
     inputs = 2 * 4096 + 8 * 4  # embedding row; id, position, first KV row, logit row
     outputs = 4 + 8 + 4  # logit, token, log-sum-exp
-    assert floor_bytes(CONFIG_8B, ONE_TOKEN, PRECISIONS["bf16"]) == 2 * weights + kv_rows + inputs + outputs
+    assert uniform_floor(CONFIG_8B, ONE_TOKEN, FORMATS["bf16"]) == 2 * weights + kv_rows + inputs + outputs
 
 
 def test_the_adapter_is_about_36_million_parameters_read_once() -> None:
     with_adapter = replace(BLOCK, adapter_rank=128)
-    more = floor_bytes(CONFIG_8B, with_adapter, PRECISIONS["w4a16"]) - floor_bytes(
-        CONFIG_8B, BLOCK, PRECISIONS["w4a16"]
-    )
+    more = uniform_floor(CONFIG_8B, with_adapter, FORMATS["w4a16"]) - uniform_floor(CONFIG_8B, BLOCK, FORMATS["w4a16"])
     assert more == 34 * 2 * (128 * 4096 + 4096 * 128)
     assert more / 2 == pytest.approx(36e6, rel=0.02)
 
@@ -99,7 +119,7 @@ def test_flops_are_those_of_every_product() -> None:
 @pytest.mark.parametrize("field", ["batch", "step", "window", "rows", "top_k", "adapter_rank"])
 def test_more_of_anything_moves_more(field: str) -> None:
     larger = replace(BLOCK, **{field: getattr(BLOCK, field) + 1})
-    assert floor_bytes(CONFIG_8B, larger, PRECISIONS["w4a16"]) > floor_bytes(CONFIG_8B, BLOCK, PRECISIONS["w4a16"])
+    assert uniform_floor(CONFIG_8B, larger, FORMATS["w4a16"]) > uniform_floor(CONFIG_8B, BLOCK, FORMATS["w4a16"])
     if field != "top_k":
         assert floor_flops(CONFIG_8B, larger) > floor_flops(CONFIG_8B, BLOCK)
 
@@ -112,16 +132,16 @@ def test_the_slower_of_memory_and_tensor_cores_bounds_a_pass() -> None:
 
 def test_autoregression_by_hand() -> None:
     # 8.49 B parameters less 0.54 B of the embedding, 2 bytes each, at 273 GB/s; 15.9 GB leave 1000 KV rows 1 %.
-    found = tokens_per_second(SPARK, CONFIG_8B, PRECISIONS["bf16"], "ar", window=1000)
+    found = tokens_per_second(SPARK, CONFIG_8B, FORMATS["bf16"], "ar", window=1000)
     assert found == pytest.approx(273 / (2 * (8.49 - 0.537) + 0.139), rel=1e-3)
     # A block would keep the tensor cores of this one busy for longer than its memory; a token does not.
-    found = tokens_per_second(GPUS["rtx-3090"], CONFIG_8B, PRECISIONS["w4a16"], "ar", window=1)
-    assert found == pytest.approx(936e9 / floor_bytes(CONFIG_8B, ONE_TOKEN, PRECISIONS["w4a16"]), rel=1e-5)
+    found = tokens_per_second(GPUS["rtx-3090"], CONFIG_8B, FORMATS["w4a16"], "ar", window=1)
+    assert found == pytest.approx(936e9 / uniform_floor(CONFIG_8B, ONE_TOKEN, FORMATS["w4a16"]), rel=1e-5)
 
 
 def test_speculation_on_memory_is_half_its_acceptance_times_autoregression() -> None:
     for gpu in ("dgx-spark", "rtx-pro-6000", "gb200"):
-        for precision in PRECISIONS.values():
+        for precision in FORMATS.values():
             ar = tokens_per_second(GPUS[gpu], CONFIG_8B, precision, "ar", window=512)
             found = tokens_per_second(
                 GPUS[gpu], CONFIG_8B, precision, "linear_spec", window=512, acceptance_length=10, block_length=16
@@ -130,7 +150,7 @@ def test_speculation_on_memory_is_half_its_acceptance_times_autoregression() -> 
 
 
 def test_a_long_block_is_bound_by_the_tensor_cores() -> None:
-    precision, gpu = PRECISIONS["w4a16"], GPUS["rtx-3090"]
+    precision, gpu = FORMATS["w4a16"], GPUS["rtx-3090"]
     times = [
         1 / tokens_per_second(gpu, CONFIG_8B, precision, "linear_spec", window=512, block_length=block)
         for block in (8, 16, 256, 512)
@@ -140,10 +160,10 @@ def test_a_long_block_is_bound_by_the_tensor_cores() -> None:
 
 
 def test_context_costs_and_bandwidth_pays() -> None:
-    speeds = [tokens_per_second(SPARK, CONFIG_8B, PRECISIONS["w4a16"], "ar", window=rows) for rows in (1, 4096, 65536)]
+    speeds = [tokens_per_second(SPARK, CONFIG_8B, FORMATS["w4a16"], "ar", window=rows) for rows in (1, 4096, 65536)]
     assert speeds == sorted(speeds, reverse=True)
     by_bandwidth = sorted(GPUS.values(), key=lambda gpu: gpu.bandwidth)
-    speeds = [tokens_per_second(gpu, CONFIG_8B, PRECISIONS["w4a16"], "ar", window=1) for gpu in by_bandwidth]
+    speeds = [tokens_per_second(gpu, CONFIG_8B, FORMATS["w4a16"], "ar", window=1) for gpu in by_bandwidth]
     assert speeds == sorted(speeds)
 
 

@@ -22,8 +22,10 @@ from trimode.build.rtx import engines as rtx
 from trimode.build.rtx.graph_form import refuse_disorder
 from trimode.build.rtx.kernel_list import Kernel, KernelTensor
 from trimode.common.errors import TriModeError
-from trimode.engine.manifest import POOL, Manifest, verify_files
-from trimode.engine.plan import whole_plan
+from trimode.engine.files import POOL, verify_files
+from trimode.engine.manifest import Manifest
+from trimode.engine.plan_file import whole_plan
+from trimode.engine.targets.rtx import RtxSection
 from trimode.model.checkpoint import Checkpoint
 
 OPTIONS = RtxOptions(sms=(121, 89), max_batch=4, max_step=64)
@@ -51,11 +53,11 @@ def write_random_checkpoint(shape: str, folder: Path, layers: int) -> Path:
 
 def test_both_plans_share_every_matrix(engine: Path, wide_int4_checkpoint: Path) -> None:
     manifest = Manifest.read(engine)
-    verify_files(engine, manifest)
-    assert manifest.rtx is not None
+    verify_files(engine, manifest.files)
     stored = sum(array.nbytes for _, array in Checkpoint(wide_int4_checkpoint).tensors())
     assert (engine / POOL).stat().st_size == pytest.approx(stored, rel=0.01)
-    ar, diffusion = manifest.rtx.ar, manifest.rtx.diffusion
+    section = manifest.section(RtxSection)
+    ar, diffusion = section.ar, section.diffusion
     assert [splice.bytes for splice in ar.splices] == [splice.bytes for splice in diffusion.splices]
     assert len(ar.splices) == 1  # the sections are the same to the byte
     for name, entry in (("ar", ar), ("diffusion", diffusion)):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trimode.build.rtx.weight_section import cut_runs, find_shared_runs
-from trimode.engine.plan import whole_plan
+from trimode.engine.plan_file import whole_plan
 
 LARGE = 600_000  # bytes of a shared run: more than twice what the search steps over
 sizes = st.integers(0, 5000)

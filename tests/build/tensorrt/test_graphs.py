@@ -20,7 +20,9 @@ from trimode.build.graph.network import NetworkOptions, PluginOptions
 from trimode.build.tensorrt.graphs import SPLITS, write_graphs
 from trimode.common.errors import TriModeError
 from trimode.common.progress import no_progress
-from trimode.engine.manifest import ADAPTER, GRAPH, POOL, Manifest, verify_files
+from trimode.engine.files import ADAPTER, POOL, verify_files
+from trimode.engine.manifest import Manifest
+from trimode.engine.targets.tensorrt import GRAPH
 from trimode.model.checkpoint import Checkpoint
 from trimode.plugins.contracts import DOMAIN
 from trimode.plugins.kernel_library import KernelLibrary
@@ -99,7 +101,7 @@ def test_the_emitted_16_bit_graphs_decode_too(
 
 def test_both_graphs_take_the_pools_one_copy_and_hold_no_weights(emitted: Path) -> None:
     manifest = Manifest.read(emitted)
-    verify_files(emitted, manifest)
+    verify_files(emitted, manifest.files)
     pooled = {entry.name: entry.bytes for entry in manifest.pool}
     taken = []
     for name in ("ar", "diffusion"):
@@ -181,7 +183,8 @@ def trimode(*arguments: object) -> subprocess.CompletedProcess[str]:
 def test_info_says_that_it_is_not_compiled_and_generate_declines(emitted: Path) -> None:
     shown = " ".join(trimode("info", emitted).stdout.split())
     assert "target tensorrt" in shown
-    assert "TensorRT, not compiled yet; kernels for compute capability 12.0, 9.0; batch to 4, step to 256" in shown
+    assert "TensorRT, not compiled yet; kernels for compute capability 12.0, 9.0" in shown
+    assert "4 candidates a row, batch to 4, step to 256" in shown
     declined = trimode("generate", "--engine", emitted, "--prompt", "hello")
     assert (declined.returncode, declined.stderr.count("\n")) == (2, 1)
     assert "does not run" in declined.stderr

@@ -16,7 +16,9 @@ from trimode.build.engine_builder import TensorrtOptions, build_engine
 from trimode.build.tensorrt import compile as tensorrt_compile
 from trimode.common.errors import TriModeError
 from trimode.common.gpus import Gpu, Gpus
-from trimode.engine.manifest import Manifest, verify_files
+from trimode.engine.files import verify_files
+from trimode.engine.manifest import Manifest
+from trimode.engine.targets.tensorrt import TensorrtSection
 from trimode.model.checkpoint import Checkpoint
 from trimode.plugins.kernel_library import LibraryIndex
 
@@ -61,15 +63,15 @@ def test_tensorrt_asks_for_the_kernels_that_were_emitted_and_no_others(
 @pytest.mark.usefixtures("double")
 def test_the_compiled_engine_is_whole_and_shares_its_files(emitted: Path, tmp_path: Path) -> None:
     manifest = tensorrt_compile.compile_engine(emitted, tmp_path / "out")
-    verify_files(tmp_path / "out", manifest)
-    assert manifest.tensorrt is not None
-    assert manifest.tensorrt.plans is not None
-    assert (manifest.tensorrt.plans.gpu, manifest.tensorrt.plans.compute_capability) == ("NVIDIA H100", 90)
+    verify_files(tmp_path / "out", manifest.files)
+    plans = manifest.section(TensorrtSection).plans
+    assert plans is not None
+    assert (plans.gpu, plans.compute_capability) == ("NVIDIA H100", 90)
     added = {entry.path for entry in manifest.files} - {entry.path for entry in Manifest.read(emitted).files}
     assert added == {f"{engine}/{name}" for engine in ("ar", "diffusion") for name in ("engine.plan", "builder.log")}
     assert (tmp_path / "out/weights/pool.bin").samefile(emitted / "weights/pool.bin")
     assert not (tmp_path / "out/manifest.json").samefile(emitted / "manifest.json")
-    verify_files(emitted, Manifest.read(emitted))
+    verify_files(emitted, Manifest.read(emitted).files)
     with pytest.raises(TriModeError, match="was compiled already, on NVIDIA H100"):
         tensorrt_compile.compile_engine(tmp_path / "out", tmp_path / "again")
 
@@ -118,9 +120,9 @@ def test_building_with_a_gpu_at_hand_goes_all_the_way(
 ) -> None:
     options = TensorrtOptions(dtype="fp16")
     manifest = build_engine(Checkpoint(random_int4_checkpoint), tmp_path / "out", target=options, capacity=512)
-    assert manifest.tensorrt is not None
-    assert manifest.tensorrt.sms == (90,)
-    assert manifest.tensorrt.plans is not None
+    section = manifest.section(TensorrtSection)
+    assert section.sms == (90,)
+    assert section.plans is not None
     assert [len(profiles) for profiles in double.profiles] == [3, 3]
 
 
@@ -133,7 +135,7 @@ def test_an_interrupted_compilation_leaves_nothing(emitted: Path, tmp_path: Path
     with pytest.raises(KeyboardInterrupt):
         tensorrt_compile.compile_engine(emitted, tmp_path / "out", interrupt)
     assert list(tmp_path.iterdir()) == []
-    verify_files(emitted, Manifest.read(emitted))
+    verify_files(emitted, Manifest.read(emitted).files)
 
 
 @pytest.mark.usefixtures("double")
@@ -186,4 +188,4 @@ def test_every_name_of_tensorrt_that_we_use_exists(tensorrt: ModuleType) -> None
 
 def test_json_of_the_manifest_names_the_target(emitted: Path) -> None:
     written = json.loads((emitted / "manifest.json").read_text())
-    assert (written["target"], written["rtx"], written["tensorrt"]["plans"]) == ("tensorrt", None, None)
+    assert (written["target"]["name"], written["target"]["plans"]) == ("tensorrt", None)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from tests.support.random_checkpoint import write_random_checkpoint
 from trimode.build.engine_builder import build_engine
-from trimode.engine.manifest import POOL, Manifest
+from trimode.engine.files import POOL
+from trimode.engine.manifest import Manifest
 from trimode.model.checkpoint import Checkpoint
 
 # 13 million parameters, beside which what a session has of its own is small.

@@ -17,7 +17,8 @@ from trimode.build.engine_builder import RtxOptions, build_engine
 from trimode.build.graph.network import NetworkOptions, build_network
 from trimode.build.graph.raw_pool import write_raw_pool
 from trimode.common.progress import no_progress
-from trimode.engine.manifest import GRAPH, Manifest
+from trimode.engine.manifest import Manifest
+from trimode.engine.targets.rtx import GRAPH
 from trimode.model.checkpoint import Checkpoint
 from trimode.model.step import ENGINES
 from trimode.quantize import quantize_checkpoint

@@ -138,8 +138,7 @@ def edit(**changes: Any) -> Callable[[Path], None]:
 
     def apply(engine: Path) -> None:
         manifest = Manifest.read(engine)
-        assert manifest.rtx is not None
-        manifest.model_copy(update={"rtx": manifest.rtx.model_copy(update=changes)}).write(engine)
+        manifest.model_copy(update={"target": manifest.target.model_copy(update=changes)}).write(engine)
 
     return apply
 

@@ -1,4 +1,4 @@
-"""A TensorRT plan whose weights lie in the pool, put together again."""
+"""TensorRT plan files whose weights are stored in the weight pool."""
 
 from __future__ import annotations
 
@@ -6,14 +6,31 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from pydantic import NonNegativeInt, PositiveInt
+
 from trimode.common.errors import TriModeError
-from trimode.engine.manifest import PlanEntry
+from trimode.engine.record import Record
 
 _CHUNK = 1 << 24
 
 
+class Splice(Record):
+    """A range of the pool that belongs before byte ``plan_offset`` of the plan file."""
+
+    plan_offset: NonNegativeInt
+    pool_offset: NonNegativeInt
+    bytes: PositiveInt
+
+
+class PlanEntry(Record):
+    """How to assemble a plan from its file, ``private_bytes`` long, and the pool."""
+
+    splices: tuple[Splice, ...]
+    private_bytes: NonNegativeInt
+
+
 def whole_plan(plan: Path, pool: Path, entry: PlanEntry) -> Iterator[bytes]:
-    """The plan as the builder wrote it, in chunks: nobody need hold it whole.
+    """The plan as the builder wrote it, in chunks, so that it need not fit into memory.
 
     Raises TriModeError if a file ends early.
     """
@@ -26,7 +43,7 @@ def whole_plan(plan: Path, pool: Path, entry: PlanEntry) -> Iterator[bytes]:
 
 
 def read_chunks(source: BinaryIO, length: int) -> Iterator[bytes]:
-    """The next ``length`` bytes of a file."""
+    """The next ``length`` bytes of a file, in chunks."""
     while length:
         chunk = source.read(min(_CHUNK, length))
         if not chunk:

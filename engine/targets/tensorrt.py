@@ -1,0 +1,46 @@
+"""Target ``tensorrt``: graphs with TriMode's plugins and the plugins' kernels; once compiled, also plans.
+
+``kernels/`` holds the kernels for each compute capability. ``trimode compile`` adds ``engine.plan`` and
+``builder.log``, TensorRT's warnings, to both engines' folders.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import PositiveInt
+
+from trimode.engine.record import Record
+from trimode.engine.targets.section import TargetSection, compute_capabilities
+
+GRAPH, PLAN, BUILDER_LOG = "graph.onnx", "engine.plan", "builder.log"
+PLUGIN_KERNELS = "kernels"
+
+
+class TensorrtPlans(Record):
+    """The version of TensorRT and the GPU that compiled the plans. They run on that model of GPU only."""
+
+    tensorrt: str
+    gpu: str
+    compute_capability: PositiveInt
+
+
+class TensorrtSection(TargetSection):
+    """sms: compute capabilities that the plugins' kernels were compiled for, 121 for 12.1.
+    plugins: the number of plugin nodes in each engine's graph. plans: None until ``trimode compile``.
+    """
+
+    name: Literal["tensorrt"] = "tensorrt"
+    sms: tuple[PositiveInt, ...]
+    plugins: dict[str, PositiveInt]
+    plans: TensorrtPlans | None
+
+    @property
+    def engine_files(self) -> tuple[str, ...]:
+        return (GRAPH,) if self.plans is None else (GRAPH, PLAN, BUILDER_LOG)
+
+    @property
+    def summary(self) -> str:
+        plans = self.plans
+        compiled = "TensorRT, not compiled yet" if plans is None else f"TensorRT {plans.tensorrt} on {plans.gpu}"
+        return f"{compiled}; kernels for {compute_capabilities(self.sms)}"
