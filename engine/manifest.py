@@ -24,7 +24,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BeforeValidator, NonNegativeInt, PositiveInt, SerializeAsAny, model_validator
 
 from trimode.common.errors import TriModeError
-from trimode.common.records import read_json_record
+from trimode.common.records import read_json, read_json_record
 from trimode.engine.files import ADAPTER, MANIFEST, POOL, TOKENIZER, EngineFile, rebuild_remedy
 from trimode.engine.precision import Precision
 from trimode.engine.record import Record
@@ -134,6 +134,12 @@ class Manifest(Record):
         if not (engine / MANIFEST).is_file():
             raise TriModeError(
                 f"{engine} is not an engine directory; build one with `trimode build CHECKPOINT {engine}`"
+            )
+        content = read_json(engine / MANIFEST)
+        found = content.get("format_version") if isinstance(content, dict) else None
+        if isinstance(found, int) and found != FORMAT_VERSION:
+            raise TriModeError(
+                f"{engine / MANIFEST} has format {found}, this version reads {FORMAT_VERSION}; {rebuild_remedy(engine)}"
             )
         try:
             manifest = read_json_record(cls, engine / MANIFEST)
