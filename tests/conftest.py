@@ -11,7 +11,9 @@ import pytest
 import torch
 from transformers import logging as transformers_logging
 
+from scripts.serving.triton_server import Ports
 from tests.support.random_checkpoint import write_random_checkpoint
+from tests.support.tritonserver import serving
 from trimode.build.engine_builder import CpuOptions, build_engine
 from trimode.model.checkpoint import Checkpoint
 from trimode.quantize import quantize_checkpoint
@@ -90,3 +92,9 @@ def tiny_engine(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
     quantize_checkpoint(Checkpoint(tiny_checkpoint), folder / "w4a16", method="rtn", group=64)
     build_engine(Checkpoint(folder / "w4a16"), folder / "engine")
     return folder / "engine"
+
+
+@pytest.fixture(scope="session")
+def triton(tiny_engine: Path) -> Iterator[Ports]:
+    """A real tritonserver over the tiny engine, whose model is decoupled, so that it streams."""
+    yield from serving(tiny_engine)
