@@ -67,6 +67,14 @@ types: $(VENV)/.package ## mypy on the package
 docs: $(VENV)/.package ## Build the documentation site into site/, with warnings as errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
+wheel: $(VENV)/.package ## Build the sdist and the wheel into dist/
+	@rm -rf dist
+	@$(BIN)/pyproject-build --outdir dist . >/dev/null
+	@ls dist
+
+wheel-test: wheel ## Install the wheel alone in a fresh environment and answer a prompt there
+	@$(BIN)/python -m scripts.check_wheel dist
+
 prove: $(VENV)/.package ## Measure the table of docs/results.md: engines against the PyTorch reference (about 2 to 5 minutes)
 	@$(BIN)/python -m scripts.prove.engines
 
@@ -92,17 +100,17 @@ train-tiny: $(VENV)/.package ## Train the shipped checkpoint again from its seed
 	$(BIN)/python -m scripts.tiny.train --out engines/tiny-trained
 
 clean: ## Remove .venv, .triton, engines and caches
-	rm -rf $(VENV) $(TRITON) engines site .setuptools .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(TRITON) engines site dist .setuptools .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 # Installed in place: tools and commands see every change of the working tree.
-$(VENV)/.package: pyproject.toml trimode/__init__.py
+$(VENV)/.package: pyproject.toml trimode/__init__.py common/version.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[build,rtx,tensorrt,serve,dev,docs]'
 	@touch $@
 
 # numpy 1, which the Python backend's stub needs, and no torch.
-$(TRITON)/.package: pyproject.toml trimode/__init__.py
+$(TRITON)/.package: pyproject.toml trimode/__init__.py common/version.py
 	$(PYTHON) -m venv $(TRITON)
 	$(TRITON)/bin/python -m pip install --quiet --upgrade pip
 	$(TRITON)/bin/python -m pip install --quiet --editable '.[triton]'
@@ -135,4 +143,4 @@ $(QUANTIZED)/config.json: $(QUANTIZED).asked $(MODEL_FILES) $(CALIBRATION) | $(V
 # An engine needs it no more.
 .SECONDARY: $(QUANTIZED)/config.json
 
-.PHONY: FORCE help setup demo audit kernels build-engine serve triton triton-environment browser test lint types docs prove prove-runtime bench train-tiny clean
+.PHONY: FORCE help setup demo audit kernels build-engine serve triton triton-environment browser test lint types docs wheel wheel-test prove prove-runtime bench train-tiny clean

@@ -1,1 +1,1 @@
-"""The ``trimode`` command: the top layer, which may import every other package."""
+"""The ``trimode`` command: the top layer. One module for each command, imported when that command runs."""

@@ -64,7 +64,7 @@ class Forbidden:
             raise AssertionError(f"imported {name}")
 
 sys.meta_path.insert(0, Forbidden())
-import trimode.cli.commands
+import trimode.cli.generate
 from trimode import LLM, SamplingParams
 
 with LLM(Path(sys.argv[1])) as llm:

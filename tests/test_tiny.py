@@ -22,8 +22,6 @@ from trimode.model.reference.loading import load_reference
 from trimode.model.reference.network import NemotronLabsDiffusionModel
 from trimode.quantize import quantize_checkpoint
 
-pytestmark = pytest.mark.slow
-
 MAX_TOKENS = 200
 
 

@@ -1,10 +1,12 @@
-"""The command line as a user meets it: in its own process, by its output and its exit code."""
+"""The command line in a process of its own: output, exit code and signals."""
 
 from __future__ import annotations
 
 import functools
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +14,12 @@ import time
 import tomllib
 from pathlib import Path
 
+import click
 import pytest
+
+from trimode import SamplingParams, __version__
+from trimode.cli.commands import SUMMARIES, commands
+from trimode.cli.prompt import read_prompt
 
 ROOT = Path(__file__).resolve().parents[2]
 JSON_FIELDS = {
@@ -34,7 +41,7 @@ JSON_FIELDS = {
 
 
 def trimode(*arguments: object, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
-    command = [sys.executable, "-c", "from trimode.cli.command import main; main()", *map(str, arguments)]
+    command = [sys.executable, "-m", "trimode", *map(str, arguments)]
     return subprocess.run(command, input=stdin, capture_output=True, check=False)
 
 
@@ -48,9 +55,7 @@ def one_line_error(result: subprocess.CompletedProcess[bytes]) -> str:
 
 @pytest.mark.parametrize("mode", ["auto", "ar", "diffusion", "linear_spec"])
 def test_generate_json(random_engine: Path, mode: str) -> None:
-    result = trimode(
-        "generate", "--engine", random_engine, "--prompt", "Hi", "--mode", mode, "--max-tokens", 9, "--json"
-    )
+    result = trimode("generate", random_engine, "--prompt", "Hi", "--mode", mode, "--max-tokens", 9, "--json")
     assert result.returncode == 0, result.stderr
     answer = json.loads(result.stdout)
     assert answer.keys() == JSON_FIELDS
@@ -59,15 +64,15 @@ def test_generate_json(random_engine: Path, mode: str) -> None:
 
 
 def test_streamed_text_is_the_text_of_the_json(random_engine: Path) -> None:
-    arguments = ["generate", "--engine", random_engine, "--prompt", "-", "--max-tokens", 20, "--temperature", 1.3]
+    arguments = ["generate", random_engine, "--prompt", "-", "--max-tokens", 20, "--temperature", 1.3]
     streamed = trimode(*arguments, "--seed", 5, stdin="Grüße 🙂\n".encode())
     answer = json.loads(trimode(*arguments, "--seed", 5, "--json", stdin="Grüße 🙂\n".encode()).stdout)
     assert streamed.stdout.decode() == answer["text"] + "\n"
-    assert b"tokens a cycle" in streamed.stderr
+    assert b"tokens per cycle" in streamed.stderr
 
 
 def test_chat_template_or_not(random_engine: Path) -> None:
-    common = ["generate", "--engine", random_engine, "--prompt", "abc", "--max-tokens", 1, "--json"]
+    common = ["generate", random_engine, "--prompt", "abc", "--max-tokens", 1, "--json"]
     plain = json.loads(trimode(*common, "--no-chat-template").stdout)
     assert plain["prompt_tokens"] == 3
     assert json.loads(trimode(*common).stdout)["prompt_tokens"] > 3
@@ -84,7 +89,7 @@ BAD_GENERATE = {
     "too many tokens": (["--prompt", "x", "--max-tokens", "9000"], "exceeds the engine's capacity"),
     "no adapter where none is used": (
         ["--prompt", "x", "--mode", "diffusion", "--no-adapter"],
-        "--no-adapter has no meaning in mode diffusion",
+        "--no-adapter has no effect in mode diffusion",
     ),
     "no prompt": ([], "--prompt"),
     "unknown option": (["--prompt", "x", "--quick"], "--quick"),
@@ -94,13 +99,13 @@ BAD_GENERATE = {
 @pytest.mark.parametrize("case", BAD_GENERATE)
 def test_bad_requests_are_one_line_and_exit_code_2(random_engine: Path, case: str) -> None:
     arguments, message = BAD_GENERATE[case]
-    result = trimode("generate", "--engine", random_engine, *arguments)
+    result = trimode("generate", random_engine, *arguments)
     assert message in one_line_error(result)
     assert result.stdout == b""
 
 
 def test_bad_stdin(random_engine: Path) -> None:
-    result = trimode("generate", "--engine", random_engine, "--prompt", "-", stdin=b"abc\xff")
+    result = trimode("generate", random_engine, "--prompt", "-", stdin=b"abc\xff")
     assert "not UTF-8 (byte 3)" in one_line_error(result)
 
 
@@ -147,9 +152,20 @@ def test_a_build_that_is_stopped_leaves_nothing(random_checkpoint: Path, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("module", ["trimode.cli.commands", "click", "numpy.linalg", "onnxruntime", "tokenizers"])
-def test_an_interrupt_among_the_first_imports_is_one_line(module: str) -> None:
-    """A real signal when the installed command comes to import ``module``, which is before it has come to itself."""
+@pytest.mark.parametrize(
+    ("module", "arguments"),
+    [
+        ("trimode.cli.commands", ["--version"]),
+        ("click", ["--version"]),
+        ("numpy.linalg", ["info", "none"]),
+        ("onnxruntime", ["generate", "none", "--prompt", "x"]),
+        ("tokenizers", ["build", "none", "out"]),
+        ("onnx", ["build", "none", "out"]),
+        ("fastapi", ["serve", "none"]),
+    ],
+)
+def test_an_interrupt_during_imports_is_one_line(module: str, arguments: list[str], tmp_path: Path) -> None:
+    """A real signal, when the installed entry point imports ``module``."""
     entry = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]["trimode"]
     program = (
         "import os, signal, sys\n"
@@ -161,10 +177,145 @@ def test_an_interrupt_among_the_first_imports_is_one_line(module: str) -> None:
         f"from {entry.replace(':', ' import ')}\n"
         "main()"
     )
-    found = subprocess.run([sys.executable, "-c", program, "--version"], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", program, *arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    found = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
     assert (found.returncode, found.stdout, found.stderr) == (130, "", "trimode: interrupted\n")
 
 
-def test_help_and_version() -> None:
-    assert "quantize" in trimode("--help").stdout.decode()
-    assert trimode("--version").returncode == 0
+def test_the_version() -> None:
+    assert trimode("--version").stdout.decode() == f"trimode, version {__version__}\n"
+
+
+def test_help_lists_every_command_whole_and_imports_none() -> None:
+    program = (
+        "import json, sys\n"
+        "from trimode.cli.command import main\n"
+        "try:\n    main()\n"
+        "except SystemExit:\n    pass\n"
+        "print(json.dumps(sorted(sys.modules)))"
+    )
+    environment = os.environ | {"COLUMNS": "80"}
+    found = subprocess.run(
+        [sys.executable, "-c", program, "--help"], capture_output=True, text=True, check=True, env=environment
+    )
+    *lines, modules = found.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    for name, summary in SUMMARIES.items():
+        assert [line.split(None, 1) for line in lines].count([name, summary]) == 1
+    assert not {"numpy", "onnxruntime", "pydantic", "rich", *(f"trimode.cli.{name}" for name in SUMMARIES)} & set(
+        json.loads(modules)
+    )
+
+
+def test_every_module_of_a_command_is_listed() -> None:
+    modules = {path.stem for path in (ROOT / "cli").glob("*.py") if "\n@click.command" in path.read_text()}
+    groups = {path.stem for path in (ROOT / "cli").glob("*.py") if "\n@click.group" in path.read_text()}
+    assert modules | groups - {"commands"} == set(SUMMARIES)
+
+
+@pytest.mark.parametrize("name", SUMMARIES)
+def test_help_of_each_command(name: str) -> None:
+    with click.Context(commands, info_name="trimode") as parent:
+        command = commands.get_command(parent, name)
+        assert command is not None
+        text = command.get_help(click.Context(command, parent=parent, info_name=name))
+    assert f"Usage: trimode {name} " in text
+    assert "_" not in re.sub(r"[a-z]+_spec", "", text.split("Options:")[0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "command"),
+    [
+        (["generate", "x", "--quick"], "trimode generate"),
+        (["generate"], "trimode generate"),
+        (["build", "x", "y", "--target", "abacus"], "trimode build"),
+        (["audit", "x", "--step", "one"], "trimode audit"),
+        (["complie"], "trimode"),
+        (["--quick"], "trimode"),
+    ],
+)
+def test_a_usage_error_names_the_help(arguments: list[str], command: str) -> None:
+    assert one_line_error(trimode(*arguments)).endswith(f"Try '{command} --help'.\n")
+
+
+def test_a_missing_package_names_its_extra(tmp_path: Path) -> None:
+    for package, extra, arguments in (
+        ("onnx", "build", ["build", "x", "y"]),
+        ("fastapi", "serve", ["serve", "x"]),
+        ("onnx", "build", ["audit", "x"]),
+    ):
+        program = f"import sys; sys.modules[{package!r}] = None; from trimode.cli.command import main; main()"
+        command = [sys.executable, "-c", program, *arguments]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        found = subprocess.run(command, capture_output=True, check=False, cwd=tmp_path, env=environment)
+        assert f"the package {package} is not installed: pip install 'trimode[{extra}]'" in one_line_error(found)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion(shell: str) -> None:
+    environment = os.environ | {
+        "_TRIMODE_COMPLETE": f"{shell}_complete",
+        "COMP_WORDS": "trimode qu",
+        "COMP_CWORD": "qu" if shell == "fish" else "1",
+    }
+    found = subprocess.run(
+        [sys.executable, "-m", "trimode"], capture_output=True, text=True, check=False, env=environment
+    )
+    assert "quantize" in found.stdout
+    assert "build" not in found.stdout
+
+
+BYTES_OF_A_PROMPT = {
+    "a byte order mark": (b"\xef\xbb\xbfabc\n", "abc"),
+    "CRLF": (b"ab\r\nc\r\n", "ab\nc"),
+    "both": (b"\xef\xbb\xbfab\r\nc", "ab\nc"),
+    "two line breaks at the end": (b"abc\n\n", "abc\n"),
+    "spaces": (b"  abc ", "  abc "),
+    "a byte order mark inside": ("ab\ufeffc".encode(), "ab\ufeffc"),
+}
+
+
+@pytest.mark.parametrize("case", BYTES_OF_A_PROMPT)
+def test_a_prompt_from_stdin(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given, expected = BYTES_OF_A_PROMPT[case]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(given)))
+    assert read_prompt("-") == expected
+
+
+def test_a_prompt_with_crlf_gives_the_answer_of_the_same_prompt_with_lf(random_engine: Path) -> None:
+    arguments = ["generate", random_engine, "--prompt", "-", "--max-tokens", 8, "--json"]
+    answers = [
+        json.loads(trimode(*arguments, stdin=given).stdout) for given in (b"one\ntwo\n", b"\xef\xbb\xbfone\r\ntwo\r\n")
+    ]
+    assert answers[0]["token_ids"] == answers[1]["token_ids"]
+    assert answers[0]["prompt_tokens"] == answers[1]["prompt_tokens"]
+
+
+def with_closed(stream: str, *arguments: object) -> subprocess.CompletedProcess[bytes]:
+    """The command, started by a shell that closes one of its standard streams."""
+    script = f'exec "$@" {stream}'
+    command = ["sh", "-c", script, "sh", sys.executable, "-m", "trimode", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, check=False)
+
+
+def test_closed_stdin(random_engine: Path) -> None:
+    common = ["generate", random_engine, "--max-tokens", 3, "--json"]
+    assert "stdin is closed" in one_line_error(with_closed("<&-", *common, "--prompt", "-"))
+    closed = with_closed("<&-", *common, "--prompt", "abc")
+    assert closed.returncode == 0, closed.stderr
+    assert len(json.loads(closed.stdout)["token_ids"]) == 3
+
+
+def test_closed_stdout_and_stderr(random_engine: Path) -> None:
+    arguments = ["generate", random_engine, "--max-tokens", 3, "--prompt", "abc"]
+    silent = with_closed(">&-", *arguments)
+    assert (silent.returncode, silent.stdout) == (0, b"")
+    assert b"tokens per cycle" in silent.stderr
+    failed = with_closed("2>&-", "info", "none")
+    assert (failed.returncode, failed.stdout, failed.stderr) == (2, b"", b"")
+
+
+def test_the_default_mode_is_the_api_s(random_engine: Path) -> None:
+    answer = json.loads(trimode("generate", random_engine, "--prompt", "x", "--max-tokens", 2, "--json").stdout)
+    assert answer["mode"] == SamplingParams().mode

@@ -1,4 +1,4 @@
-"""The doctor tells what is there, what is not, and the remedy."""
+"""``trimode doctor``: what is installed, what is missing, and the remedy."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_whether_rtx_runs(
 
 
 def test_the_command_prints_it() -> None:
-    program = [sys.executable, "-c", "from trimode.cli.command import main; main()", "doctor"]
+    program = [sys.executable, "-m", "trimode", "doctor"]
     found = subprocess.run(program, capture_output=True, text=True, check=True)
     assert "target cpu" in found.stdout
     assert found.stderr == ""

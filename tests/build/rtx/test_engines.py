@@ -152,7 +152,7 @@ def trimode(*arguments: object) -> subprocess.CompletedProcess[str]:
     [
         (("--sm", "90"), "--sm 90: TensorRT-RTX builds for 75, 80, 86, 89, 120, 121"),
         (("--sm", "12.1"), "'12.1' is not a list of whole numbers"),
-        (("--activations", "int8"), "--activations is no option of target rtx"),
+        (("--activations", "int8"), "--activations is not an option of target rtx"),
         (("--capacity", "999999"), "capacity 999999 exceeds"),
     ],
 )

@@ -184,8 +184,8 @@ def test_info_says_that_it_is_not_compiled_and_generate_declines(emitted: Path) 
     shown = " ".join(trimode("info", emitted).stdout.split())
     assert "target tensorrt" in shown
     assert "TensorRT, not compiled yet; kernels for compute capability 12.0, 9.0" in shown
-    assert "4 candidates a row, batch to 4, step to 256" in shown
-    declined = trimode("generate", "--engine", emitted, "--prompt", "hello")
+    assert "top 4 logits, batch up to 4, step up to 256" in shown
+    declined = trimode("generate", emitted, "--prompt", "hello")
     assert (declined.returncode, declined.stderr.count("\n")) == (2, 1)
     assert "does not run" in declined.stderr
 
@@ -195,7 +195,7 @@ def test_info_says_that_it_is_not_compiled_and_generate_declines(emitted: Path) 
     [
         ((), ("the package tensorrt", "an NVIDIA GPU", "or give --emit-only")),
         (("--emit-only", "--sm", "75"), ("--sm 75: kernels are compiled for 80, 86, 89, 90, 100, 120, 121",)),
-        (("--emit-only", "--activations", "int8"), ("--activations is no option of target tensorrt",)),
+        (("--emit-only", "--activations", "int8"), ("--activations is not an option of target tensorrt",)),
     ],
 )
 def test_what_cannot_be_built_is_one_line(
@@ -238,14 +238,14 @@ def test_compile_says_what_is_missing_and_what_it_takes(emitted: Path, cpu_engin
         assert (found.returncode, found.stderr.count("\n")) == (2, 1)
         assert words in found.stderr
     other = trimode("build", cpu_engine, tmp_path / "out", "--emit-only")
-    assert "--emit-only is no option of target cpu" in other.stderr
+    assert "--emit-only is not an option of target cpu" in other.stderr
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_compiles_needs_neither_torch_nor_triton_nor_onnx() -> None:
     """All that `trimode compile` imports, but for the two modules that begin by importing TensorRT."""
     modules = (
-        *("cli.commands", "build.tensorrt.compile", "build.plan_builder", "plugins.launches", "plugins.kernel_library"),
+        *("cli.compile", "build.tensorrt.compile", "build.plan_builder", "plugins.launches", "plugins.kernel_library"),
     )
     imports = "".join(f"import trimode.{module}\n" for module in modules)
     program = f"import sys\n{imports}print(sorted({{'torch', 'triton', 'onnx'}} & sys.modules.keys()))"

@@ -251,7 +251,7 @@ def trimode(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="this machine has a GPU")
 def test_without_a_gpu_the_command_says_so(fp16: Built) -> None:
-    found = trimode("generate", "--engine", fp16.rtx, "--prompt", "hello")
+    found = trimode("generate", fp16.rtx, "--prompt", "hello")
     assert (found.returncode, found.stdout) == (2, "")
     assert "needs an NVIDIA GPU" in found.stderr
     assert "--target cpu" in found.stderr

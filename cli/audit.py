@@ -1,0 +1,53 @@
+"""``trimode audit``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from trimode.cli.extras import requires_extra
+from trimode.cli.parameters import PATH, integers, json_option
+
+
+@click.command()
+@click.argument("engine", type=PATH)
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences in a pass.")
+@click.option(
+    "--step",
+    "steps",
+    callback=integers,
+    metavar="N,N,...",
+    default="1,8,32",
+    show_default=True,
+    help="Tokens of a sequence in a pass.",
+)
+@click.option(
+    "--window", "windows", callback=integers, metavar="N,N,...", default="512,4096", show_default=True, help="KV rows."
+)
+@click.option("--gpu", default="dgx-spark", show_default=True, help="GPU whose time floors to compute.")
+@click.option("--acceptance", type=float, default=6.82, show_default=True, help="Tokens of a self-speculation cycle.")
+@click.option("--plot", type=PATH, help="Write the bytes of each kind of kernel to this PNG.")
+@json_option
+def command(
+    engine: Path,
+    batch: int,
+    steps: tuple[int, ...],
+    windows: tuple[int, ...],
+    gpu: str,
+    acceptance: float,
+    plot: Path | None,
+    as_json: bool,
+) -> None:
+    """List the GPU kernels of ENGINE (target rtx) and the bytes that each moves. Needs no GPU."""
+    with requires_extra("build"):
+        from trimode.build.audit.report import audit_engine, print_report, write_plot
+
+    report = audit_engine(engine, batch=batch, steps=steps, windows=windows, gpu=gpu, acceptance=acceptance)
+    if plot is not None:
+        write_plot(report, plot)
+    if as_json:
+        print(report.model_dump_json())
+    else:
+        print_report(report, Console(highlight=False))

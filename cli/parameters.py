@@ -1,0 +1,27 @@
+"""Options and option types that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+PATH = click.Path(path_type=Path)
+
+
+def integers(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    """Callback of an option: whole numbers separated by commas, without repetitions."""
+    if value is None:
+        return None
+    try:
+        return tuple(dict.fromkeys(int(part) for part in value.split(",")))
+    except ValueError:
+        message = f"{value!r} is not a list of whole numbers separated by commas"
+        raise click.BadParameter(message, ctx=ctx, param=param) from None
+
+
+def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """``--json``, as the parameter ``as_json``."""
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")(command)

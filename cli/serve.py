@@ -1,0 +1,89 @@
+"""``trimode serve``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from trimode.cli.extras import requires_extra
+from trimode.cli.parameters import PATH
+from trimode.common.progress_bars import progress_bars
+from trimode.runtime.api.llm import LLM
+
+
+@click.command()
+@click.argument("engine", type=PATH)
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free port.")
+@click.option("--api-key", envvar="TRIMODE_API_KEY", help="Key that clients must send [default: none].")
+@click.option("--model-name", help="Name that clients give the model [default: the engine's source].")
+@click.option(
+    "--max-batch", type=click.IntRange(min=1), default=16, show_default=True, help="Sequences that run at once."
+)
+@click.option(
+    "--max-queue", type=click.IntRange(min=1), default=1024, show_default=True, help="Sequences that may wait."
+)
+@click.option("--threads", type=click.IntRange(min=1), help="Threads of a pass [default: all cores].")
+@click.option(
+    "--max-body", type=click.IntRange(min=1), default=4 << 20, show_default=True, help="Largest request in bytes."
+)
+@click.option(
+    "--request-seconds",
+    type=click.FloatRange(min=1),
+    default=600,
+    show_default=True,
+    help="Longest time for an answer.",
+)
+@click.option(
+    "--drain-seconds",
+    type=click.FloatRange(min=0),
+    default=7,
+    show_default=True,
+    help="Time to finish running answers after SIGTERM.",
+)
+@click.option(
+    "--update-seconds",
+    type=click.FloatRange(min=0),
+    default=0.04,
+    show_default=True,
+    help="Least time between two events of a stream. The last event is never delayed.",
+)
+def command(
+    engine: Path,
+    host: str,
+    port: int,
+    api_key: str | None,
+    model_name: str | None,
+    max_batch: int,
+    max_queue: int,
+    threads: int | None,
+    max_body: int,
+    request_seconds: float,
+    drain_seconds: float,
+    update_seconds: float,
+) -> None:
+    """Serve the engine directory ENGINE over the OpenAI API, with a playground at /."""
+    with requires_extra("serve"):
+        from trimode.runtime.openai_server.server import ServerOptions, serve
+
+    options = ServerOptions(
+        host=host,
+        port=port,
+        api_key=api_key,
+        model_name=model_name,
+        max_body=max_body,
+        request_seconds=request_seconds,
+        drain_seconds=drain_seconds,
+    )
+    with progress_bars() as progress:
+        llm = LLM(
+            engine,
+            threads=threads,
+            max_batch_size=max_batch,
+            max_queue_size=max_queue,
+            update_seconds=update_seconds,
+            progress=progress,
+        )
+    with llm:
+        serve(llm, options)

@@ -1,0 +1,5 @@
+"""``python -m trimode``: the ``trimode`` command."""
+
+from trimode.cli.command import main
+
+main()
