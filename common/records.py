@@ -1,4 +1,7 @@
-"""Reading JSON files into checked records, with errors that name the file, the field and the value."""
+"""Reading JSON files into checked records, with errors that name the file, the field and the value.
+
+Files are UTF-8. A byte order mark at the start, which some editors write, is skipped.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +16,31 @@ from trimode.common.errors import TriModeError
 Record = TypeVar("Record", bound=BaseModel)
 
 
-def read_json(path: Path) -> Any:
-    """Parse a JSON file; raises TriModeError if it is missing or not JSON."""
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file. Raises TriModeError if it is missing or not UTF-8."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise TriModeError(f"{path} is missing") from None
     except (OSError, UnicodeDecodeError) as error:
         raise TriModeError(f"{path} cannot be read: {error}") from None
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file. Raises TriModeError if it is missing or not JSON."""
+    text = read_text(path)
+    try:
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise TriModeError(f"{path} is not valid JSON: {error}") from None
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Parse a JSON file that holds an object."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise TriModeError(f"{path}: a JSON object is expected")
+    return content
 
 
 def read_json_record(record: type[Record], path: Path) -> Record:

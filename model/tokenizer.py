@@ -1,148 +1,203 @@
-"""The checkpoint's own tokenizer and chat template, without transformers.
-
-The template comes with the checkpoint and is not trusted: it is rendered in jinja's immutable sandbox.
-"""
+"""The checkpoint's own tokenizer and chat templates, without transformers: the same text gives the same ids."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from datetime import datetime
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
-from typing import TypedDict
+from pathlib import Path, PurePath
+from typing import Any
 
-import tokenizers
-from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from pydantic import BaseModel
+from tokenizers import Tokenizer as Backend
 from tokenizers.decoders import DecodeStream
 
 from trimode.common.errors import TriModeError
-from trimode.common.records import read_json_record
+from trimode.common.records import read_json_object, read_text
+from trimode.model.chat_template import ChatPrompt, ChatTemplate, Message
+from trimode.model.special_tokens import ADDED_TOKENS_FILE, CONFIG_FILE, SPECIAL_TOKENS_FILE, SpecialTokens
 
-FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-
-
-class _NamedTemplate(BaseModel):
-    name: str
-    template: str
-
-
-class _SpecialToken(BaseModel):
-    content: str
-
-
-class _TokenizerConfig(BaseModel):
-    """The part of ``tokenizer_config.json`` that templates need."""
-
-    chat_template: str | list[_NamedTemplate] | None = None
-    bos_token: str | _SpecialToken | None = None
-    eos_token: str | _SpecialToken | None = None
-    unk_token: str | _SpecialToken | None = None
-    pad_token: str | _SpecialToken | None = None
-
-    def default_template(self) -> str | None:
-        if isinstance(self.chat_template, list):
-            return next((entry.template for entry in self.chat_template if entry.name == "default"), None)
-        return self.chat_template
-
-    def special_tokens(self) -> dict[str, str]:
-        tokens = {name: getattr(self, name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
-        return {name: token if isinstance(token, str) else token.content for name, token in tokens.items() if token}
+TOKENIZER_FILE = "tokenizer.json"
+TEMPLATE_FILE = "chat_template.jinja"
+# As transformers' processors, which hold a tokenizer, wrote it; read where there is no other template.
+PROCESSOR_TEMPLATE_FILE = "chat_template.json"
+TEMPLATE_FOLDER = "additional_chat_templates"
+FILES = (
+    TOKENIZER_FILE,
+    CONFIG_FILE,
+    SPECIAL_TOKENS_FILE,
+    ADDED_TOKENS_FILE,
+    TEMPLATE_FILE,
+    PROCESSOR_TEMPLATE_FILE,
+)
+_DEFAULT, _TOOL_USE = "default", "tool_use"
 
 
-class Message(TypedDict):
-    role: str
-    content: str
+def is_tokenizer_file(path: PurePath) -> bool:
+    """Whether :class:`Tokenizer` reads a file of this path, which is relative to the tokenizer's folder."""
+    if len(path.parts) == 1:
+        return path.name in FILES
+    return path.parts[:-1] == (TEMPLATE_FOLDER,) and path.suffix == ".jinja" and not path.name.startswith(".")
+
+
+def tokenizer_files(folder: Path) -> list[PurePath]:
+    """The files of the folder that :class:`Tokenizer` reads, relative to the folder."""
+    candidates = [*folder.iterdir(), *(folder / TEMPLATE_FOLDER).glob("*")]
+    paths = [path.relative_to(folder) for path in candidates if path.is_file()]
+    return sorted(filter(is_tokenizer_file, paths), key=lambda path: (len(path.parts), path))
 
 
 class Tokenizer:
     """Text to ids and back, and conversations to prompts."""
 
     def __init__(
-        self, tokenizer: tokenizers.Tokenizer, chat_template: str | None, special_tokens: dict[str, str]
+        self, backend: Backend, templates: Mapping[str, str], template_variables: Mapping[str, Any] | None = None
     ) -> None:
-        self._tokenizer = tokenizer
-        self._special_tokens = special_tokens
-        self._template = None if chat_template is None else _environment().from_string(chat_template)
+        """templates: sources of chat templates by name. template_variables: what they read beside the conversation.
+
+        Raises TriModeError if the default template does not compile.
+        """
+        self._backend = backend
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._sources = dict(templates)
+        self._variables = dict(template_variables or {})
+        self._compiled: dict[str, ChatTemplate] = {}
+        if _DEFAULT in self._sources:
+            self._template(_DEFAULT, with_tools=False)
 
     @classmethod
     def from_folder(cls, folder: Path) -> Tokenizer:
-        """Read ``tokenizer.json`` and, if there is one, the chat template of a checkpoint or engine folder."""
-        path = folder / "tokenizer.json"
+        """Read the tokenizer and the chat templates of a checkpoint, or of an engine's ``tokenizer`` folder.
+
+        Raises TriModeError if a file is missing or cannot be used.
+        """
+        path = folder / TOKENIZER_FILE
         if not path.exists():
             raise TriModeError(f"{path} is missing; copy the checkpoint's tokenizer files there")
+        content = read_text(path)
         try:
-            tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            backend = Backend.from_str(content)
         except Exception as error:  # the library raises bare Exception on a bad file
             raise TriModeError(f"{path} is not a tokenizer: {error}") from None
-        config_path = folder / "tokenizer_config.json"
-        config = read_json_record(_TokenizerConfig, config_path) if config_path.exists() else _TokenizerConfig()
-        template_path = folder / "chat_template.jinja"
+        config = read_json_object(folder / CONFIG_FILE) if (folder / CONFIG_FILE).exists() else {}
+        special_tokens = SpecialTokens(folder, config, backend)
+        special_tokens.add_to(backend)
+        backend.encode_special_tokens = bool(config.get("split_special_tokens", False))
+        templates = _read_templates(folder, config.get("chat_template"))
         try:
-            template = (
-                template_path.read_text(encoding="utf-8") if template_path.exists() else config.default_template()
-            )
-            return cls(tokenizer, template, config.special_tokens())
-        except (OSError, UnicodeDecodeError) as error:
-            raise TriModeError(f"{template_path} cannot be read: {error}") from None
-        except TemplateError as error:
-            raise TriModeError(f"{folder}: the chat template does not compile: {error}") from None
+            return cls(backend, templates, special_tokens.template_variables())
+        except TriModeError as error:
+            raise TriModeError(f"{folder}: {error}") from None
 
-    def encode(self, text: str) -> list[int]:
-        """Text to ids; special tokens spelled out in the text become their ids, as the model card does it."""
-        return self._tokenizer.encode(text).ids
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """Text to ids; special tokens spelled out in the text become their ids.
+
+        add_special_tokens: add what the tokenizer adds around plain text, such as BOS. A rendered chat has it already.
+        """
+        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def step(self, stream: DecodeStream, token: int) -> str | None:
         """The text that ``token`` completes in an incremental decoding, if it completes any."""
-        return stream.step(self._tokenizer, token)
+        return stream.step(self._backend, token)
 
     @cached_property
     def longest_token(self) -> int:
         """Bytes of text that one token stands for at most."""
-        return max(len(token.encode()) for token in self._tokenizer.get_vocab())
+        return max(len(token.encode()) for token in self._backend.get_vocab())
 
     @cached_property
     def special_tokens(self) -> dict[str, int]:
         """Every special token's id, by its text."""
-        added = self._tokenizer.get_added_tokens_decoder()
+        added = self._backend.get_added_tokens_decoder()
         return {token.content: token_id for token_id, token in added.items() if token.special}
 
     def token_id(self, token: str) -> int | None:
-        """The id of a special token by its text, None if the vocabulary has none."""
-        return self._tokenizer.token_to_id(token)
+        """The id of a token by its text; None if the vocabulary does not have it."""
+        return self._backend.token_to_id(token)
 
-    def apply_chat_template(
-        self, messages: Sequence[Message], add_generation_prompt: bool = True, enable_thinking: bool = False
-    ) -> str:
-        """A conversation as the prompt text that the model was trained on."""
-        if self._template is None:
-            raise TriModeError("this checkpoint has no chat template; give the prompt as it is (--no-chat-template)")
-        try:
-            return self._template.render(
-                messages=[dict(message) for message in messages],
-                add_generation_prompt=add_generation_prompt,
-                enable_thinking=enable_thinking,
-                **self._special_tokens,
-            )
-        except Exception as error:  # a template may divide by zero, index out of range, or raise on purpose
-            raise TriModeError(f"the chat template refuses the conversation: {error}") from None
+    def apply_chat_template(self, messages: Sequence[Message], **options: Any) -> str:
+        """The text of :meth:`chat_prompt`, with the same options."""
+        return self.chat_prompt(messages, **options).text
+
+    def chat_prompt(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        enable_thinking: bool | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> ChatPrompt:
+        """A conversation as the prompt that the model was trained on; :meth:`encode` makes its ids.
+
+        tools: JSON schemas of functions. documents: records with title and text. chat_template: the name of one of the
+        checkpoint's templates, or a template; by default the checkpoint's ``tool_use`` template if there are tools,
+        else its ``default`` one. enable_thinking: passed to the template; None leaves it to the template's own default.
+        continue_final_message: end the prompt inside the last message; needs ``add_generation_prompt=False``.
+        chat_template_kwargs: further variables of the template; they take precedence over special tokens.
+
+        Raises TriModeError if there is no such template, or the template refuses the conversation.
+        """
+        variables = self._variables | dict(chat_template_kwargs or {})
+        if enable_thinking is not None:
+            variables["enable_thinking"] = enable_thinking
+        return self._template(chat_template, with_tools=tools is not None).render(
+            messages,
+            tools=tools,
+            documents=documents,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            variables=variables,
+        )
+
+    def _template(self, name: str | None, with_tools: bool) -> ChatTemplate:
+        """The template of that name, or that source. None: the default for a conversation with or without tools."""
+        if name is None:
+            name = _TOOL_USE if with_tools and _TOOL_USE in self._sources else _DEFAULT
+            if name not in self._sources:
+                raise TriModeError(
+                    f"this checkpoint has no default chat template; name one of {', '.join(sorted(self._sources))}"
+                    if self._sources
+                    else "this checkpoint has no chat template; give the prompt as it is (--no-chat-template)"
+                )
+        if name not in self._sources:
+            return ChatTemplate(name)
+        if name not in self._compiled:
+            self._compiled[name] = ChatTemplate(self._sources[name])
+        return self._compiled[name]
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
-    """The names that Hugging Face templates may use."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
+def _read_templates(folder: Path, configured: Any) -> dict[str, str]:
+    """Chat templates by name. Template files take the place of those in ``tokenizer_config.json``."""
+    templates = {
+        _DEFAULT if path.parent == PurePath() else path.stem: _read_template(folder / path)
+        for path in tokenizer_files(folder)
+        if path.suffix == ".jinja"
+    }
+    if templates:
+        return templates
+    if configured is None and (path := folder / PROCESSOR_TEMPLATE_FILE).is_file():
+        configured = read_json_object(path).get("chat_template")
+    if configured is None:
+        return {}
+    if isinstance(configured, str):
+        return {_DEFAULT: configured}
+    try:
+        named = configured if isinstance(configured, dict) else {each["name"]: each["template"] for each in configured}
+        if all(isinstance(text, str) for text in (*named, *named.values())):
+            return dict(named)
+    except (TypeError, KeyError):
+        pass
+    raise TriModeError(f"{folder / CONFIG_FILE}: chat_template must be a template, or a list of name and template")
 
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
 
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TriModeError(f"{path} cannot be read: {error}") from None
