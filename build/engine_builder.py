@@ -6,7 +6,7 @@ import platform
 import shutil
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Literal, NamedTuple
 
 import ml_dtypes
@@ -30,8 +30,9 @@ from trimode.engine.targets.cpu import Activations, CpuSection
 from trimode.engine.targets.section import TargetSection
 from trimode.engine.targets.tensorrt import TensorrtSection
 from trimode.model.checkpoint import Checkpoint, linear_shapes
+from trimode.model.config import CONFIG, GENERATION_CONFIG
 from trimode.model.step import adapter_inputs
-from trimode.model.tokenizer import FILES, Tokenizer
+from trimode.model.tokenizer import Tokenizer, tokenizer_files
 
 _EMBEDDING_TYPES: dict[np.dtype[np.generic], Real] = {
     np.dtype(ml_dtypes.bfloat16): "bf16",
@@ -124,10 +125,11 @@ def build_engine(
     with atomic_folder(out) as folder:
         built = _build_target(checkpoint, folder, limits, target, progress)
         adapter = _write_adapter(checkpoint, folder / ADAPTER)
-        (folder / TOKENIZER).mkdir()
-        for name in FILES:
-            if (checkpoint.folder / name).exists():
-                shutil.copyfile(checkpoint.folder / name, folder / TOKENIZER / name)
+        # The configs are for other servers, which read them beside the tokenizer; TriMode's runtime does not.
+        for path in (*tokenizer_files(checkpoint.folder), PurePath(CONFIG), PurePath(GENERATION_CONFIG)):
+            if (checkpoint.folder / path).exists():
+                (folder / TOKENIZER / path).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(checkpoint.folder / path, folder / TOKENIZER / path)
         quantization = checkpoint.quantization
         manifest = Manifest(
             format_version=FORMAT_VERSION,

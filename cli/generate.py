@@ -14,7 +14,7 @@ from trimode.cli.parameters import PATH, json_option
 from trimode.cli.prompt import read_prompt
 from trimode.common.errors import TriModeError
 from trimode.common.progress_bars import progress_bars
-from trimode.model.tokenizer import Message
+from trimode.model.chat_template import Message
 from trimode.runtime.api.llm import LLM, RequestOutput
 from trimode.runtime.request.sampling_params import (
     DEFAULT_BLOCK_LENGTH,

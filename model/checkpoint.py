@@ -198,7 +198,7 @@ class Checkpoint:
                 f"{folder} is not a folder; give a checkpoint folder (config.json, *.safetensors) or a hub id"
             )
         self.folder = folder
-        self.config = ModelConfig.read(folder / "config.json")
+        self.config = ModelConfig.of_folder(folder)
         quantization_file = folder / "hf_quant_config.json"
         self.quantization = (
             read_json_record(_QuantizationFile, quantization_file).quantization if quantization_file.exists() else None

@@ -20,6 +20,7 @@ ADDED_TOKENS_FILE = "added_tokens.json"
 # The names that every tokenizer may have, in the order in which transformers adds their tokens.
 _STANDARD = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _UNNAMED, _FORMER_UNNAMED = "extra_special_tokens", "additional_special_tokens"
+_FLAGS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
 _DESCRIBED = "added_tokens_decoder"
 
 
@@ -106,8 +107,7 @@ def _token(value: Any, where: Path, special: bool = True) -> AddedToken:
     if isinstance(value, str):
         return AddedToken(value, special=special)
     try:
-        flags = {name: flag for name, flag in value.items() if name != "__type"}
-        return AddedToken(**{"special": special} | flags)
+        return AddedToken(**{"special": special} | {name: value[name] for name in _FLAGS if name in value})
     except (TypeError, AttributeError):
         raise TriModeError(f"{where}: {value!r} is not a token; give its text, or an object with content") from None
 

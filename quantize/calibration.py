@@ -77,11 +77,12 @@ def _tokens(line: str, tokenizer: Tokenizer, vocabulary: int, where: str) -> lis
                 [{"role": message.role, "content": message.content} for message in messages],
                 add_generation_prompt=False,
             )
+            ids = tokenizer.encode(text)
         else:
-            text = _Text.model_validate(record).text
+            ids = tokenizer.encode(_Text.model_validate(record).text, add_special_tokens=True)
     except ValidationError as error:
         raise TriModeError(f"{where}: {describe(error)}") from None
-    ids = tokenizer.encode(text)[:MAX_TOKENS]
+    ids = ids[:MAX_TOKENS]
     if len(ids) < MIN_TOKENS:
         raise TriModeError(f"{where} has {len(ids)} token(s); a text needs at least {MIN_TOKENS}")
     if max(ids) >= vocabulary:

@@ -7,11 +7,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from trimode.model.tokenizer import TEMPLATE_FOLDER
 from trimode.quantize.modelopt_format import QUANT_CONFIG_FILE
 from trimode.quantize.report import REPORT_FILE
 from trimode.quantize.safetensors_stream import INDEX
 
-COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*")
+COPIED = ("*.json", "*.jinja", f"{TEMPLATE_FOLDER}/*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*")
 # Rewritten, or of the source alone.
 NOT_COPIED = {"config.json", INDEX, QUANT_CONFIG_FILE, REPORT_FILE}
 
@@ -20,8 +21,9 @@ def copy_companions(source: Path, folder: Path) -> None:
     """Tokenizer, template, generation settings and licence."""
     for pattern in COPIED:
         for path in source.glob(pattern):
-            if path.is_file() and path.name not in NOT_COPIED:
-                shutil.copyfile(path, folder / path.name)
+            if path.is_file() and path.name not in NOT_COPIED and not path.name.startswith("."):
+                (folder / path.relative_to(source)).parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, folder / path.relative_to(source))
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import itertools
 import os
 import secrets
@@ -13,13 +14,14 @@ from collections import deque
 from collections.abc import AsyncIterator, Generator, Iterator, Mapping
 from collections.abc import Sequence as Many
 from pathlib import Path
-from typing import Any, Self, overload
+from typing import Any, NamedTuple, Self, overload
 
 from rich.progress import track
 
 from trimode.common.errors import TriModeError
 from trimode.common.progress import Progress, no_progress
-from trimode.model.tokenizer import Message
+from trimode.model.chat_template import Message
+from trimode.model.tokenizer import Tokenizer
 from trimode.runtime.decoding.acceptance import LONGEST_BLOCK, Acceptance
 from trimode.runtime.decoding.ending import Ending
 from trimode.runtime.decoding.sequence import Sequence
@@ -36,8 +38,22 @@ from trimode.runtime.scheduling.scheduler import Scheduler, Stats
 
 Input = str | Many[int] | Many[Message] | Mapping[str, Any]
 Params = Any  # trimode.runtime.SamplingParams, or tensorrt_llm's, which need not be installed
+# What a dict may have beside each kind of input.
+_INPUT_OPTIONS: dict[str, frozenset[str]] = {
+    "prompt": frozenset(),
+    "prompt_token_ids": frozenset({"thinking"}),
+    "messages": frozenset(inspect.signature(Tokenizer.chat_prompt).parameters) - {"self", "messages"},
+}
 DEFAULT_BATCH_SIZE = 16
 DEFAULT_PREFIX_CACHE_BYTES = 256 << 20
+
+
+class _Prompt(NamedTuple):
+    """An encoded input. text: None if ids were given. thinking: whether it ends inside a thought; None: not known."""
+
+    text: str | None
+    token_ids: list[int]
+    thinking: bool | None
 
 
 class RequestOutput:
@@ -218,7 +234,11 @@ class LLM:
 
     @overload
     def generate(  # type: ignore[overload-overlap]  # a text is a sequence of texts to the type checker
-        self, inputs: Input, sampling_params: Params | None = ..., use_tqdm: bool = ..., enable_thinking: bool = ...
+        self,
+        inputs: Input,
+        sampling_params: Params | None = ...,
+        use_tqdm: bool = ...,
+        enable_thinking: bool | None = ...,
     ) -> RequestOutput: ...
 
     @overload
@@ -227,7 +247,7 @@ class LLM:
         inputs: Many[Input],
         sampling_params: Params | Many[Params] | None = ...,
         use_tqdm: bool = ...,
-        enable_thinking: bool = ...,
+        enable_thinking: bool | None = ...,
     ) -> list[RequestOutput]: ...
 
     def generate(
@@ -235,14 +255,17 @@ class LLM:
         inputs: Input | Many[Input],
         sampling_params: Params | Many[Params] | None = None,
         use_tqdm: bool = True,
-        enable_thinking: bool = False,
+        enable_thinking: bool | None = None,
     ) -> RequestOutput | list[RequestOutput]:
         """Answer one input or many, and wait for all.
 
-        inputs: a text, token ids, a chat's messages, or TensorRT-LLM's ``{"prompt": text}`` or ``{"prompt_token_ids":
-        ids}``; or a list of such. sampling_params: for all, or one for each. use_tqdm: show a progress bar on a
-        terminal. enable_thinking: have the chat template open a thought. Requests beyond the queue's size wait their
-        turn.
+        inputs: a text, token ids, a chat's messages, or one of these as a dict: ``{"prompt": text}``,
+        ``{"prompt_token_ids": ids}``, ``{"messages": messages}``; or a list of such. Beside ``messages`` a dict may
+        have the options of :meth:`Tokenizer.chat_prompt`, such as ``tools`` and ``chat_template_kwargs``. Beside
+        ``prompt_token_ids`` it may have ``thinking``: whether they end inside a thought; by default they do if their
+        last mark is ``<think>``. sampling_params: for all, or one for each. use_tqdm: show a progress bar on a
+        terminal. enable_thinking: whether the chat template opens a thought; None leaves it to the template. Requests
+        beyond the queue's size wait their turn.
         """
         alone = _is_one(inputs)
         asked: list[Any] = [inputs] if alone else list(inputs)
@@ -269,7 +292,7 @@ class LLM:
         inputs: Input,
         sampling_params: Params | None = None,
         streaming: bool = False,
-        enable_thinking: bool = False,
+        enable_thinking: bool | None = None,
     ) -> RequestOutput:
         """Begin to answer one input; returns at once. streaming: give updates as tokens come, not one at the end.
 
@@ -281,15 +304,17 @@ class LLM:
         return output
 
     def _prepare(
-        self, inputs: Any, params: Any, enable_thinking: bool, streaming: bool
+        self, inputs: Any, params: Any, enable_thinking: bool | None, streaming: bool
     ) -> tuple[RequestOutput, Request]:
         """A request and where its answers will come; refused if it cannot be answered at all."""
         params = SamplingParams() if params is None else SamplingParams.of(params)
-        text, prompt = self._encode(inputs, enable_thinking)
-        self._refuse(prompt, params)
-        output = RequestOutput(next(self._ids), text, prompt, params.n)
+        prompt = self._encode(inputs, enable_thinking)
+        self._refuse(prompt.token_ids, params)
+        output = RequestOutput(next(self._ids), prompt.text, prompt.token_ids, params.n)
         seed = secrets.randbits(63) if params.seed is None else params.seed
-        requests = [self._request(output, index, seed + index, params, streaming) for index in range(params.n)]
+        requests = [
+            self._request(output, index, seed + index, params, prompt.thinking, streaming) for index in range(params.n)
+        ]
         requests[0].siblings = requests[1:]
         output._requests = requests
         return output, requests[0]
@@ -328,20 +353,19 @@ class LLM:
     def __exit__(self, *_: object) -> None:
         self.shutdown()
 
-    def _encode(self, inputs: Any, enable_thinking: bool) -> tuple[str | None, list[int]]:
+    def _encode(self, inputs: Any, enable_thinking: bool | None) -> _Prompt:
+        options: dict[str, Any] = {}
         if isinstance(inputs, Mapping):
-            if set(inputs) not in ({"prompt"}, {"prompt_token_ids"}):
-                raise TriModeError(f"an input has {', '.join(map(repr, inputs))}; give 'prompt' or 'prompt_token_ids'")
-            (inputs,) = inputs.values()
+            inputs, options = _input_and_options(inputs)
         if isinstance(inputs, str):
-            return inputs, self.tokenizer.encode(inputs)
+            return _Prompt(inputs, self.tokenizer.encode(inputs, add_special_tokens=True), None)
         items = list(inputs)
         if items and all(isinstance(item, dict) for item in items):
-            text = self.tokenizer.apply_chat_template(items, enable_thinking=enable_thinking)
-            return text, self.tokenizer.encode(text)
+            chat = self.tokenizer.chat_prompt(items, **{"enable_thinking": enable_thinking} | options)
+            return _Prompt(chat.text, self.tokenizer.encode(chat.text), chat.thinking)
         for token in items:
             self._refuse_foreign("prompt token", token)
-        return None, items
+        return _Prompt(None, items, options.get("thinking"))
 
     def _refuse_foreign(self, what: str, token: Any) -> None:
         vocabulary = self.manifest.model.vocab_size
@@ -391,7 +415,13 @@ class LLM:
                 )
 
     def _request(
-        self, output: RequestOutput, index: int, seed: int, params: SamplingParams, streaming: bool
+        self,
+        output: RequestOutput,
+        index: int,
+        seed: int,
+        params: SamplingParams,
+        thinking: bool | None,
+        streaming: bool,
     ) -> Request:
         prompt, model = output.prompt_token_ids, self.manifest.model
         # A special token is no part of the text, so a string that spells one is found by its id.
@@ -404,7 +434,7 @@ class LLM:
             frozenset(model.eos_token_id),
             {special[stop]: stop for stop in params.stop_strings if stop in special},
             text if stops else None,
-            None if budget is None else ThinkingBudget(budget, ThinkingIds.of(self.tokenizer), prompt),
+            None if budget is None else ThinkingBudget(budget, ThinkingIds.of(self.tokenizer), prompt, thinking),
         )
         sequence = Sequence(
             prompt,
@@ -451,6 +481,14 @@ class LLM:
                 scheduler.step()
             except Exception as error:  # the engine failed under these requests; others may fare better
                 scheduler.fail(error)
+
+
+def _input_and_options(record: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    kind = next((name for name in _INPUT_OPTIONS if name in record), None)
+    if kind is None or record.keys() - _INPUT_OPTIONS[kind] != {kind}:
+        found = ", ".join(map(repr, record))
+        raise TriModeError(f"an input has {found}; give 'prompt', 'prompt_token_ids' or 'messages', and its options")
+    return record[kind], {name: value for name, value in record.items() if name != kind}
 
 
 def _is_one(inputs: Any) -> bool:

@@ -26,14 +26,17 @@ class ThinkingIds(NamedTuple):
 
 
 class ThinkingBudget:
-    """Counts the tokens of an open ``<think>``, whether the prompt leaves it open or the model opens it."""
+    """Counts the tokens of an open ``<think>``, whether the prompt leaves it open or the model opens it.
 
-    def __init__(self, tokens: int, ids: ThinkingIds, prompt: list[int]) -> None:
+    thinking: whether the prompt leaves it open; None: it does if the last mark among its tokens is ``<think>``.
+    """
+
+    def __init__(self, tokens: int, ids: ThinkingIds, prompt: list[int], thinking: bool | None = None) -> None:
         self.ids = ids
         self._tokens = tokens
         self._thought = 0
         marks = [token for token in prompt if token in ids]
-        self._open = bool(marks) and marks[-1] == ids.begin
+        self._open = bool(marks) and marks[-1] == ids.begin if thinking is None else thinking
 
     @property
     def spent(self) -> bool:

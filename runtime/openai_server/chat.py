@@ -9,7 +9,7 @@ from fastapi.responses import Response
 
 from trimode.runtime.api.llm import RequestOutput
 from trimode.runtime.openai_server.http_errors import BAD_REQUEST, ApiError
-from trimode.runtime.openai_server.reasoning import ReasoningSplitter, Split, leaves_thinking_open
+from trimode.runtime.openai_server.reasoning import ReasoningSplitter, Split
 from trimode.runtime.openai_server.schema import (
     AssistantMessage,
     ChatChoice,
@@ -29,14 +29,14 @@ from trimode.runtime.request.outputs import CompletionOutput, Logprob
 async def complete_chat(service: Service, body: ChatCompletionRequest, http: Request) -> Response:
     service.require_model(body.model)
     service.require_stream(body.stream, body.stream_options)
-    text = service.llm.tokenizer.apply_chat_template(
+    text, thinking = service.llm.tokenizer.chat_prompt(
         [message.turn() for message in body.messages], enable_thinking=body.enable_thinking
     )
-    prompt = await service.encode(text)
+    prompt = await service.encode(text, add_special_tokens=False)
     params = body.sampling_params(max_tokens=_max_tokens(body) or service.room(prompt), logprobs=_logprobs(body))
-    thinking = leaves_thinking_open(text)
     head = service.head("chatcmpl")
-    run = service.running.start([prompt], params, streaming=bool(body.stream))
+    inputs = {"prompt_token_ids": prompt, "thinking": thinking}
+    run = service.running.start([inputs], params, streaming=bool(body.stream))
     tellers = [_Teller(service, body, thinking) for _ in range(params.n)]
     if body.stream:
         chunks = _Chunks(service, head, body, tellers, thinking)

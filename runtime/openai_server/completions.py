@@ -43,10 +43,10 @@ async def complete(service: Service, body: CompletionRequest, http: Request) -> 
 
 async def _encoded(service: Service, prompt: Prompt) -> list[list[int]]:
     if isinstance(prompt, str):
-        return [await service.encode(prompt)]
+        return [await service.encode(prompt, add_special_tokens=True)]
     if isinstance(prompt[0], int):
         return [prompt]
-    return [await service.encode(part) if isinstance(part, str) else part for part in prompt]
+    return [await service.encode(part, add_special_tokens=True) if isinstance(part, str) else part for part in prompt]
 
 
 def _completion(head: Head, choices: list[CompletionChoice], **usage: Any) -> Completion:

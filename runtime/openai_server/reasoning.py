@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-OPEN, CLOSE = "<think>", "</think>"
+from trimode.model.chat_template import END_THINK, THINK
+
+OPEN, CLOSE = THINK, END_THINK
 
 
 class Split(NamedTuple):
     reasoning: str
     content: str
-
-
-def leaves_thinking_open(prompt: str) -> bool:
-    """Whether the prompt ends inside a thought, so that the answer goes on with it."""
-    return prompt.rfind(OPEN) > prompt.rfind(CLOSE)
 
 
 class ReasoningSplitter:

@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.types import Receive
 
 from trimode.common.errors import TriModeError
-from trimode.runtime.api.llm import LLM, RequestOutput
+from trimode.runtime.api.llm import LLM, Input, RequestOutput
 from trimode.runtime.openai_server.http_errors import REQUEST_TIMEOUT, ApiError
 from trimode.runtime.request.errors import ShutDownError
 from trimode.runtime.request.outputs import CompletionOutput
@@ -28,7 +28,7 @@ class Running:
         self._seconds = seconds
         self._runs: set[Run] = set()
 
-    def start(self, prompts: Sequence[list[int]], params: SamplingParams, streaming: bool) -> Run:
+    def start(self, prompts: Sequence[Input], params: SamplingParams, streaming: bool) -> Run:
         """One request of the engine for each prompt, or none: raises what the first refused one raises."""
         run = Run(self, self._seconds)
         try:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from trimode.model.tokenizer import Message
+from trimode.model.chat_template import Message
 from trimode.runtime.request.sampling_params import Denoising, Mode, SamplingParams
 
 SAMPLING_FIELDS = frozenset(field.name for field in dataclasses.fields(SamplingParams))
@@ -171,7 +171,7 @@ class ChatMessage(_Body):
 
 
 class ChatTemplateOptions(_Body):
-    enable_thinking: bool = False
+    enable_thinking: bool | None = None
 
 
 class ResponseFormat(_Body):
@@ -205,8 +205,8 @@ class ChatCompletionRequest(_Decoding):
     web_search_options: None = None
 
     @property
-    def enable_thinking(self) -> bool:
-        return self.chat_template_kwargs is not None and self.chat_template_kwargs.enable_thinking
+    def enable_thinking(self) -> bool | None:
+        return None if self.chat_template_kwargs is None else self.chat_template_kwargs.enable_thinking
 
 
 Prompt = Text | Texts | TokenIds | TokenIdLists

@@ -63,16 +63,18 @@ class Service:
         if options is not None and not stream:
             raise ApiError(BAD_REQUEST, "stream_options has a meaning only with stream", "stream_options")
 
-    async def encode(self, text: str) -> list[int]:
-        """Raises ContextLengthError, at once, for a text that is too long whatever its tokens are."""
+    async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        """add_special_tokens: what the tokenizer adds around plain text; a rendered chat has it already.
+
+        Raises ContextLengthError, at once, for a text that is too long whatever its tokens are."""
         capacity = self.llm.manifest.limits.capacity
         if len(text) > capacity * self.llm.tokenizer.longest_token:
             raise ContextLengthError(
                 f"the prompt has {len(text)} characters; the engine's capacity is {capacity} tokens"
             )
         if len(text) < LONG_TEXT:
-            return self.llm.tokenizer.encode(text)
-        return await asyncio.to_thread(self.llm.tokenizer.encode, text)
+            return self.llm.tokenizer.encode(text, add_special_tokens)
+        return await asyncio.to_thread(self.llm.tokenizer.encode, text, add_special_tokens)
 
     def room(self, prompt: list[int]) -> int:
         """Tokens that may follow the prompt."""

@@ -49,6 +49,27 @@ def test_one_and_many_and_in_every_form(llm: LLM) -> None:
     assert len({answer.request_id for answer in (one, *many, chat)}) == 4
 
 
+def test_chats_with_options_of_their_template(llm: LLM) -> None:
+    messages = [{"role": "user", "content": "Hi"}]
+    source = "{{ tools[0].name }}{{ custom }}{{ messages[0].content }}"
+    options = {"chat_template": source, "tools": [{"name": "f"}], "chat_template_kwargs": {"custom": 7}}
+    assert llm.generate({"messages": messages, **options}, greedy(max_tokens=1)).prompt == "f7Hi"
+    plain = llm.generate({"messages": messages}, greedy(max_tokens=1))
+    assert plain.prompt == llm.tokenizer.apply_chat_template(messages)
+
+
+def test_a_users_mark_opens_no_thought(llm: LLM) -> None:
+    """The budget of thinking counts only in a thought that the template or the model opens."""
+    params = greedy(max_thinking_tokens=0, max_tokens=4)
+    template = "{{ messages[0].content }}"
+    messages = [{"role": "user", "content": "<think>"}]
+    chat = llm.generate({"messages": messages, "chat_template": template}, params)
+    ids = chat.prompt_token_ids
+    assert "forced" not in chat.outputs[0].origins
+    assert "forced" in llm.generate(ids, params).outputs[0].origins
+    assert "forced" not in llm.generate({"prompt_token_ids": ids, "thinking": False}, params).outputs[0].origins
+
+
 def test_the_default_is_auto_and_greedy(llm: LLM) -> None:
     found = llm.generate([300, 301]).outputs[0]
     assert found.token_ids == llm.generate([300, 301], SamplingParams(mode="ar")).outputs[0].token_ids
@@ -279,7 +300,8 @@ def test_an_adapter_that_is_not_there_is_refused(llm: LLM, monkeypatch: pytest.M
         ([300], {"logprobs": 800}, TriModeError, "logprobs is 800, but the engine reports 768"),
         ([300], {"stop_token_ids": [768]}, TriModeError, "stop token 768 is outside the model's vocabulary of 768"),
         ([300], {"stop": "a<|im_end|>"}, TriModeError, r"has the special token <\|im_end\|> in it"),
-        ({"text": "Hi"}, {}, TriModeError, "an input has 'text'; give 'prompt' or 'prompt_token_ids'"),
+        ({"text": "Hi"}, {}, TriModeError, "an input has 'text'; give 'prompt', 'prompt_token_ids' or 'messages'"),
+        ({"prompt": "Hi", "tools": []}, {}, TriModeError, "an input has 'prompt', 'tools'; give"),
     ],
 )
 def test_what_cannot_be_answered_is_refused_at_once(

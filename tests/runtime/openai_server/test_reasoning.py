@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trimode.runtime.openai_server.reasoning import ReasoningSplitter, Split, leaves_thinking_open
+from trimode.runtime.openai_server.reasoning import ReasoningSplitter, Split
 
 TEXTS = st.lists(st.sampled_from(["<think>", "</think>", "<", "</", "think>", "a", "ü", " "]), max_size=12).map("".join)
 
@@ -39,9 +39,3 @@ def test_pieces_do_not_matter(text: str, thinking: bool, data: st.DataObject) ->
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
     pieces = [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
     assert split(pieces, thinking) == split([text], thinking)
-
-
-def test_an_open_thought_in_the_prompt() -> None:
-    assert leaves_thinking_open("<|im_start|>assistant\n<think>\n")
-    assert not leaves_thinking_open("<|im_start|>assistant\n<think></think>")
-    assert not leaves_thinking_open("no mark")
