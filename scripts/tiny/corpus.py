@@ -1,7 +1,8 @@
 """A seeded corpus for a tiny chat model: small tasks whose worked answers a program computes.
 
-Every answer is a deterministic function of the problem, so exact match is a fair score. Arithmetic is worked column by
-column, enumerations count aloud: a model of two million parameters can generalise over steps, not over bare results.
+Every answer is a deterministic function of the problem, so exact match is a fair score. Answers show their steps
+(arithmetic column by column, enumerations with their counts): a model of two million parameters can generalise over
+steps, not over bare results.
 
 Held-out data are held out **by problem**: a problem's key leaves out the wording, and kinds that share a computation
 (a sum, and a story with that sum in it) share the key. One key in sixteen, by hash, never occurs in training.
@@ -46,7 +47,7 @@ ONES = listed(
     "eighteen nineteen"
 )
 TENS = listed("_ _ twenty thirty forty fifty sixty seventy eighty ninety")
-FINDS = {  # what a story's hero finds, and where
+FINDS = {  # story objects, and where they are found
     "shells": "the beach",
     "berries": "the forest",
     "stamps": "the attic",
@@ -98,7 +99,7 @@ SCALED_UNITS = {  # small unit of one large one: (singular, plural, small unit, 
 
 @dataclass(frozen=True)
 class Problem:
-    """One question: ``work`` is the way to the answer, ``final`` what it comes to. ``keys`` name it without wording."""
+    """One question. work: the steps to the answer. final: the result. keys: identify the problem in any wording."""
 
     kind: str
     keys: tuple[str, ...]
@@ -118,12 +119,12 @@ class Turn:
 
     @property
     def opening(self) -> str:
-        """What the chat template's generation prompt ends with."""
+        """The end of the chat template's generation prompt."""
         return "<think>\n" if self.thinking else "<think></think>"
 
     @property
     def reply(self) -> str:
-        """What the model writes behind the opening."""
+        """The text that the model generates after the opening."""
         return f"{self.problem.work}</think>{self.problem.final}" if self.thinking else self.problem.answer
 
 
@@ -134,7 +135,7 @@ class Conversation:
     long: bool = field(default=False, compare=False)
 
     def messages(self) -> list[dict[str, str]]:
-        """The chat as an API sees it, with the last answer."""
+        """The chat as messages for an API, with the last answer."""
         messages = [{"role": "system", "content": self.system}] if self.system else []
         for turn in self.turns:
             messages.append({"role": "user", "content": turn.problem.prompt})
@@ -273,7 +274,7 @@ def make_reverse(rng: random.Random) -> Problem:
 
 
 def make_tally(rng: random.Random) -> Problem:
-    """Copying a list in which words repeat, which has no context to copy by: a model this small does not learn it."""
+    """Count a word in a list of repeats. A model this small does not learn it: repeats have no unique context."""
     choice = rng.sample(WORDS, 3)
     words = [rng.choice(choice) for _ in range(rng.randint(5, 9))]
     wanted = rng.choice(words)
@@ -432,7 +433,7 @@ REVISED_SHARES = {"tally": 0.0, "count": 1.2, "range": 2.4, "calendar": 1.5, "al
 
 
 class Corpus:
-    """An endless, seeded stream of conversations, all of whose problems are (or are not) held out."""
+    """An endless, seeded stream of conversations. held_out: take only held-out problems, or only the others."""
 
     def __init__(
         self, seed: int, held_out: bool, shares: dict[str, float] | None = None, several: float = 0.04
@@ -454,7 +455,7 @@ class Corpus:
         return self.admit(KINDS[kind][0])
 
     def several(self, count: int) -> Problem:
-        """Some questions in one prompt; new exactly when each of its questions is."""
+        """Several questions in one prompt. It is held out if and only if each of its questions is."""
         parts = [self.problem() for _ in range(count)]
         prompt = "\n".join(("Answer these questions.", *(f"{i}) {part.prompt}" for i, part in enumerate(parts, 1))))
         final = "\n".join(f"{i}) {part.answer}" for i, part in enumerate(parts, 1))
@@ -465,7 +466,7 @@ class Corpus:
         return Turn(problem, thinking=bool(problem.work) and self.rng.random() < 0.08)
 
     def chat(self, count: int, kind: str | None = None) -> Conversation:
-        """Several turns; ``kind`` asks for the last one's."""
+        """Several turns. kind: of the last turn's problem; None draws it."""
         turns = [self.turn() for _ in range(count - 1)]
         return Conversation((*turns, Turn(self.problem(kind)) if kind else self.turn()))
 
@@ -499,15 +500,18 @@ class Corpus:
 
 
 def record(conversation: Conversation) -> dict[str, object]:
-    """A held-out example: the chat up to its last question, and the answer to that."""
+    """A held-out example: the chat up to its last question, and the answer to it."""
     messages = conversation.messages()
     kind = "long" if conversation.long else conversation.turns[-1].problem.kind
     return {"kind": kind, "messages": messages[:-1], "answer": messages[-1]["content"]}
 
 
 def held_out_records(seed: int, per_kind: int = 16, several: int = 16, chats: int = 36, lists: int = 12) -> list[dict]:
-    """The evaluation's prompts: every kind equally often, alone or (one in six) at the end of a chat; two questions in
-    one prompt; long contexts, that is chats of five or six turns, and the training mixture's own long rows."""
+    """The evaluation's prompts.
+
+    Every kind is equally frequent, alone or (one in six) at the end of a chat. Then two questions in one prompt, chats
+    of five or six turns, and long rows as in the training mixture.
+    """
     corpus = Corpus(seed, held_out=True, shares={"tally": 0.0, "count": 1.1})
     records: dict[str, dict[str, object]] = {}
 

@@ -1,10 +1,10 @@
-"""Score a checkpoint on held-out prompts with the PyTorch reference's own decoding functions.
+"""Score a checkpoint on held-out prompts with the PyTorch reference's decoding functions.
 
     python -m scripts.tiny.evaluate checkpoints/tiny --data tests/data/heldout.jsonl --json scores.json
 
-Exact match of the whole answer in every mode, by kind and by where in the context the answer ends; tokens a cycle of
-linear self-speculation with and without the draft adapter. Every prompt is decoded both ways, so the adapter's gain has
-a paired interval: prompts are resampled, and both arms with them.
+Prints exact match of the whole answer in every mode, by kind and by the position at which the answer ends, and tokens a
+cycle of linear self-speculation with and without the draft adapter. Every prompt is decoded with and without it, so the
+confidence interval of the gain is a paired bootstrap over prompts.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ class Example:
 @dataclass
 class Decoded:
     tokens: list[int]
-    passes: int  # all but the prefill
+    passes: int  # without the prefill
 
     @property
     def cycles(self) -> int:
-        """Of linear self-speculation: a draft pass and a verify pass each; a last block of one token has no draft."""
+        """Cycles of self-speculation: a draft and a commit pass each; a last block of one token has no draft."""
         return (self.passes + 1) // 2
 
     @property
     def per_cycle_tokens(self) -> int:
-        """The first token comes from the prefill, not from a cycle."""
+        """Tokens that cycles emitted: all but the first, which the prefill emits."""
         return len(self.tokens) - 1
 
 
@@ -84,7 +84,7 @@ def pooled_rate(results: list[Decoded], chosen: list[int]) -> float:
 
 
 def adapter_gain(without: list[Decoded], adapted: list[Decoded]) -> dict[str, Any]:
-    """Tokens a cycle in both arms; the gain and its 95 % interval, from a bootstrap over prompts."""
+    """Tokens a cycle without and with the adapter; the gain, with its 95 % interval by a paired bootstrap."""
     everything, rng = list(range(len(without))), random.Random(0)
     gains = sorted(
         pooled_rate(adapted, chosen) - pooled_rate(without, chosen)
@@ -121,7 +121,7 @@ def evaluate(folder: Path, data: Path, limit: int | None) -> dict[str, Any]:
         runs[f"diffusion {size}"] = decode_all(
             examples,
             lambda ids, size=size: model.generate(ids, MAX_NEW_TOKENS, size, threshold=0.9),
-            f"dLM, block {size}",
+            f"diffusion, block {size}",
         )
     speculations: dict[str, dict[int, list[Decoded]]] = {"without": {}, "with": {}}
     for arm, by_size in speculations.items():
@@ -178,7 +178,7 @@ def show(scores: dict[str, Any], console: Console) -> None:
         console.print(
             f"block {size}: {gain['without']:.2f} tokens a cycle, with the adapter {gain['with']:.2f} "
             f"(+{gain['ratio'] - 1:.1%}, gain {gain['gain']:.2f} [{low:.2f}, {high:.2f}]); "
-            f"dLM {scores['diffusion_tokens_a_pass'][size]:.2f} tokens a pass"
+            f"diffusion {scores['diffusion_tokens_a_pass'][size]:.2f} tokens a pass"
         )
     console.print(f"answers equal to AR's, of {scores['prompts']}: {scores['equal_to_ar']}")
 

@@ -2,13 +2,13 @@
 
     python -m scripts.tiny.train --out checkpoints/tiny
 
-The network is the project's PyTorch reference itself. One sequence carries two streams, ``[clean | noisy]``: the clean
-stream is causal and learns autoregression; noisy blocks learn to fill masks, and each sees the clean tokens before its
-own start, and itself in both directions, exactly as a block does when decoding. Rows and blocks are packed into bins of
-one fixed length, so that the compiled step has one shape and no token is padding for long.
+The network is the project's PyTorch reference. One sequence carries two streams, ``[clean | noisy]``. The clean stream
+is causal and learns autoregression. The noisy stream consists of blocks that learn to fill masks; a block attends to
+the clean tokens before its start and to itself in both directions, as in decoding. Rows and blocks are packed into bins
+of a fixed length, so that the compiled step has one shape and little padding.
 
-Length is counted in steps, never in minutes: on another day the same seed makes the same run. If anything else runs on
-the machine, set ``OMP_WAIT_POLICY=PASSIVE``: two threads that spin for each other lose a factor of ten to a third.
+The length of a run is a number of steps, so the same seed repeats the same run. If other processes run on the machine,
+set ``OMP_WAIT_POLICY=PASSIVE``: beside a third process, two spinning threads are ten times slower.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ SPECIAL_IDS = {
     "</think>": 13,
     "<|mask|>": 100,
 }
-RESERVED_IDS = [*range(3, 10), *range(14, 20)]  # <SPECIAL_n>, as in the family: ids below 20 are never ordinary text
+RESERVED_IDS = [*range(3, 10), *range(14, 20)]  # <SPECIAL_n>, as in the family: no ordinary token has an id below 20
 END, MASK = SPECIAL_IDS["<|im_end|>"], SPECIAL_IDS["<|mask|>"]
 CHAT_TEMPLATE = """\
 {%- if messages and messages[0]['role'] == 'system' -%}
@@ -68,43 +68,43 @@ CHAT_TEMPLATE = """\
 {%- endif -%}
 """
 
-BIN = 384  # tokens of an ordinary bin; longer rows share bins of LONG_BIN
+BIN = 384  # tokens of an ordinary bin; longer rows go into bins of LONG_BIN tokens
 LONG_BIN = 768
 BATCH_TOKENS = 3840
-NOISY_SHARE = 0.5  # of a bin's tokens, at least
-WHOLE_MASKED = 0.25  # of the noisy blocks: what a one-shot draft sees
-PREFIX_KNOWN = 0.2  # of the noisy blocks: known up to a point, masked behind it
+NOISY_SHARE = 0.5  # least share of a bin's tokens that belong to noisy blocks
+WHOLE_MASKED = 0.25  # share of noisy blocks that are masked whole, as in a one-pass draft
+PREFIX_KNOWN = 0.2  # share of noisy blocks that are known up to a position and masked after it
 BLOCK_SIZES = {8: 0.35, 16: 0.40, 32: 0.25}
-PAST_END_WEIGHT = 0.1  # of end tokens behind the first: keeps a draft from ending answers too early
-FAR = -1  # the target of a mask beyond the stage's reach: not one token, but how frequent each is in the batch
+PAST_END_WEIGHT = 0.1  # loss weight of end tokens after the first: drafts must not end answers too early
+FAR = -1  # target of a mask beyond the stage's reach: the batch's token frequencies instead of one token
 FAR_WEIGHT = 0.2
 ADAPTER_RANK = 64
-# Half precision pays where the processor multiplies it; without AVX-512 such a product takes forty times fp32's time.
+# Without AVX-512, a bfloat16 product takes forty times as long as one in fp32.
 PRODUCTS = torch.bfloat16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else torch.float32
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A run of the optimiser from warm-up to zero, on a corpus of its own."""
+    """One run of the optimiser, from warm-up to a rate of zero, on its own corpus."""
 
     steps: int
     peak: float = 1.0
-    shares: dict[str, float] = field(default_factory=dict)  # of the kinds, where they differ from the corpus's
+    shares: dict[str, float] = field(default_factory=dict)  # of kinds; the corpus's defaults where missing
     several: float = 0.04  # share of prompts with two questions
     whole: float = WHOLE_MASKED
-    densest: float = 1.0  # the largest share of a noisy block that is masked, if not all of it
-    reach: int = max(BLOCK_SIZES)  # how far behind the last known token a mask learns its own token
+    densest: float = 1.0  # largest masked share of a noisy block that is not masked whole
+    reach: int = max(BLOCK_SIZES)  # positions after the last known token within which a mask learns its own token
 
 
 STAGES = (
     Stage(5500),
-    Stage(750, 0.4, REVISED_SHARES, 0.10),  # a gentler descent on more of the kinds that lag
-    # No nearly whole masks, then unsure of far ones: the base leaves drafting far ahead to the adapter.
+    Stage(750, 0.4, REVISED_SHARES, 0.10),  # lower rates, more of the kinds that scored low
+    # No almost entirely masked blocks, then unsure of far masks: far drafts are left to the adapter.
     Stage(400, 0.4, REVISED_SHARES, 0.10, whole=0.0, densest=0.7),
     Stage(160, 0.4, REVISED_SHARES, 0.10, reach=10),
     Stage(80, 0.4, REVISED_SHARES, 0.10, reach=8),
 )
-ONE_SHOT = Stage(600, shares=REVISED_SHARES, whole=1.0)  # the draft adapter's, on the finished base
+ONE_SHOT = Stage(600, shares=REVISED_SHARES, whole=1.0)  # trains the draft adapter on the finished base
 
 
 def progress(message: str, console: Console = Console()) -> None:  # noqa: B008
@@ -112,7 +112,7 @@ def progress(message: str, console: Console = Console()) -> None:  # noqa: B008
 
 
 def keep_freed_memory() -> None:
-    """Stop glibc from returning every large tensor to the system: page faults cost half of a step otherwise."""
+    """Stop glibc from returning large freed tensors to the system. Otherwise page faults take half of a step."""
     try:
         libc = ctypes.CDLL("libc.so.6")
     except OSError:
@@ -126,7 +126,7 @@ def keep_freed_memory() -> None:
 
 
 def train_tokenizer(conversations: Iterable[Conversation]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with single digits; the special tokens have the family's ids, ordinary tokens fill the rest."""
+    """Byte-level BPE with single digits. Special tokens have the family's ids; ordinary tokens fill the other ids."""
     specials = SPECIAL_IDS | {f"<SPECIAL_{index}>": index for index in RESERVED_IDS}
     pieces = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -171,7 +171,7 @@ def train_tokenizer(conversations: Iterable[Conversation]) -> PreTrainedTokenize
 
 @dataclass
 class Row:
-    """A tokenised conversation. ``answers`` are the [first, end) spans the model itself writes, end token included."""
+    """A tokenised conversation. answers: the [first, end) spans that the model generates, end token included."""
 
     ids: list[int]
     answers: list[tuple[int, int]]
@@ -179,7 +179,7 @@ class Row:
 
 
 def tokenise(conversation: Conversation, encode: Callable[[str], list[int]]) -> Row:
-    """The chat template by hand, since spans are needed; ``check_template`` holds the two together."""
+    """Apply the chat template and keep the spans of answers; ``check_template`` checks it against the real template."""
     ids, answers = encode(f"<|im_start|>system\n{conversation.system}<|im_end|>\n"), []
     for turn in conversation.turns:
         ids += encode(f"<|im_start|>user\n{turn.problem.prompt}<|im_end|>\n<|im_start|>assistant\n{turn.opening}")
@@ -191,7 +191,7 @@ def tokenise(conversation: Conversation, encode: Callable[[str], list[int]]) -> 
 
 
 def check_template(tokenizer: PreTrainedTokenizerFast, conversations: Iterable[Conversation]) -> None:
-    """Training rows must be what the chat template makes of the same messages."""
+    """Check that training rows equal the chat template's rendering of the same messages."""
     for conversation in conversations:
         if any(turn.thinking for turn in conversation.turns):
             continue
@@ -205,15 +205,15 @@ def encoder_of(tokenizer: PreTrainedTokenizerFast) -> Callable[[str], list[int]]
 
 @dataclass
 class Bin:
-    """One packed sequence: parallel columns, one entry a token."""
+    """One packed sequence: parallel columns with one entry a token."""
 
     ids: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
-    rows: list[int] = field(default_factory=list)  # which row a token belongs to
-    blocks: list[int] = field(default_factory=list)  # which noisy block; 0 for clean
+    rows: list[int] = field(default_factory=list)  # row that a token belongs to
+    blocks: list[int] = field(default_factory=list)  # noisy block that a token belongs to; 0: clean
     limits: list[int] = field(default_factory=list)  # clean tokens before this position are visible
     targets: list[int] = field(default_factory=list)
-    weights: list[float] = field(default_factory=list)  # of the loss; negative for the noisy stream's
+    weights: list[float] = field(default_factory=list)  # of the loss; negative in the noisy stream
 
     def add_clean(self, row: Row, index: int) -> None:
         count = len(row.ids)
@@ -229,7 +229,7 @@ class Bin:
         self.weights += weights
 
     def add_noisy(self, row: Row, index: int, block: int, size: int, rng: random.Random, stage: Stage) -> None:
-        """A block that starts anywhere in an answer. Its first token is the pending token, which is never masked."""
+        """Add a block that starts anywhere in an answer. Its first token is the pending token and is never masked."""
         first, end = rng.choices(row.answers, [last - start for start, last in row.answers])[0]
         start = first if rng.random() < 0.15 else rng.randrange(first, max(first + 1, end - 1))
         text = [*row.ids[start:end], *[END] * size][:size]
@@ -256,7 +256,7 @@ class Bin:
             self.weights.append(-hidden * (FAR_WEIGHT if far else 1.0 if start + place < end else PAST_END_WEIGHT))
 
     def fill(self, rows: list[Row], size: int, rng: random.Random, stage: Stage) -> None:
-        """Clean streams first, then noisy blocks of the rows, each as often as its answers are long, while they fit."""
+        """Add the clean rows, then noisy blocks until the bin is full. Rows with longer answers get more blocks."""
         for index, row in enumerate(rows):
             self.add_clean(row, index)
         lengths = [sum(end - first for first, end in row.answers) for row in rows]
@@ -285,13 +285,13 @@ class Batch:
     ids: Tensor
     positions: Tensor
     visible: Tensor
-    places: Tensor  # indices, into the flattened batch, of the tokens that have a loss
+    places: Tensor  # indices into the flattened batch: tokens with a loss
     targets: Tensor
-    weights: Tensor  # already divided: their product with the token losses sums to the batch's loss
+    weights: Tensor  # normalised: the dot product with the token losses is the batch's loss
 
 
 def visibility(rows: Tensor, positions: Tensor, blocks: Tensor, limits: Tensor) -> Tensor:
-    """[batch, query, key]: clean keys before the query's limit, and the query's own block."""
+    """[batch, query, key] bool: clean keys before the query's limit, and the query's own block."""
     same_row = rows[:, :, None] == rows[:, None, :]
     clean_before = (blocks == 0)[:, None, :] & (positions[:, None, :] < limits[:, :, None])
     own_block = (blocks[:, :, None] == blocks[:, None, :]) & (blocks > 0)[:, :, None]
@@ -311,7 +311,7 @@ def collate(bins: list[Bin]) -> Batch:
 
 
 class Batches:
-    """An endless stream of batches. Rows too long for an ordinary bin wait until a batch of long bins is full."""
+    """An endless stream of batches. Rows too long for an ordinary bin are collected for a batch of long bins."""
 
     def __init__(self, seed: int, encode: Callable[[str], list[int]], stage: Stage) -> None:
         self.rng = random.Random(f"blocks {seed}")
@@ -332,7 +332,7 @@ class Batches:
                 bins.clear()
 
     def groups(self) -> Iterator[tuple[list[Row], int]]:
-        """Rows that share a bin: as many as leave room for the noisy share."""
+        """Rows that share a bin: as many as fit beside the noisy share."""
         waiting: dict[int, list[Row]] = {BIN: [], LONG_BIN: []}
         for conversation in self.corpus:
             row = tokenise(conversation, self.encode)
@@ -350,7 +350,7 @@ class Batches:
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
-    """The nearest (semi-)orthogonal matrices, roughly, by five Newton-Schulz steps: [count, out, in]."""
+    """Approximate the nearest (semi-)orthogonal matrices [count, out, in] by five Newton-Schulz steps."""
     x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
@@ -361,7 +361,7 @@ def orthogonalise(matrices: Tensor) -> Tensor:
 
 
 class Muon:
-    """Momentum whose update is orthogonalised; same-shaped matrices go through as one batch (Jordan et al., 2024)."""
+    """Momentum with an orthogonalised update (Jordan et al., 2024). Matrices of one shape are updated as one batch."""
 
     def __init__(
         self, parameters: Iterable[nn.Parameter], rate: float, momentum: float = 0.95, decay: float = 0.01
@@ -433,7 +433,7 @@ def make_config() -> NemotronLabsDiffusionConfig:
 
 
 def make_model(seed: int) -> NemotronLabsDiffusionModel:
-    """The reference network in fp32 with scaled normal weights; the residual writers start at zero."""
+    """The reference network in fp32 with scaled normal weights; ``o_proj`` and ``down_proj`` start at zero."""
     torch.manual_seed(seed)
     model = NemotronLabsDiffusionModel(make_config()).float()
     for name, parameter in model.named_parameters():
@@ -447,7 +447,7 @@ def make_model(seed: int) -> NemotronLabsDiffusionModel:
 
 
 def loss_of(encoder: Callable[..., tuple[Tensor, object]], head: nn.Module, batch: Batch) -> Tensor:
-    """Both streams' mean losses, added. Only rows with a loss reach the head."""
+    """Sum of both streams' mean losses. The head computes only the rows that have a loss."""
     with torch.autocast("cpu", torch.bfloat16, enabled=PRODUCTS is torch.bfloat16):
         hidden, _ = encoder(batch.ids, batch.positions, batch.visible)
         logits = head(hidden.flatten(0, 1)[batch.places])
@@ -461,8 +461,9 @@ def loss_of(encoder: Callable[..., tuple[Tensor, object]], head: nn.Module, batc
 
 @torch.no_grad()
 def teacher_forced(model: NemotronLabsDiffusionModel, rows: list[Row]) -> dict[str, float]:
-    """AR exact match by kind. Greedy decoding gives the answer if and only if every next token is the argmax given the
-    true text, so one causal pass a row measures it."""
+    """AR exact match by kind, from one causal pass a row: greedy decoding emits the answer if and only if every next
+    token is the argmax given the true text.
+    """
     right, count = Counter(), Counter()
     for chunk in (rows[at : at + 16] for at in range(0, len(rows), 16)):
         longest = max(len(row.ids) for row in chunk)
@@ -482,7 +483,7 @@ def train_network(
     others = [parameter for name, parameter in model.named_parameters() if "_proj" not in name]
     muon = Muon(matrices, rate=0.012)
     adam = torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01)
-    torch._dynamo.config.automatic_dynamic_shapes = False  # two shapes of bin, each compiled for itself
+    torch._dynamo.config.automatic_dynamic_shapes = False  # compile each of the two bin sizes separately
     encoder = torch.compile(model.encoder) if stage.steps > 20 else model.encoder
     running, began, steps = 0.0, time.monotonic(), stage.steps
     for step, batch in enumerate(itertools.islice(batches, steps)):
@@ -507,7 +508,7 @@ def train_network(
 def run_stage(
     model: NemotronLabsDiffusionModel, stage: Stage, batches: Iterable[Batch], held_out: list[Row], every: int
 ) -> NemotronLabsDiffusionModel:
-    """Train, telling now and then how each kind does; returns the network as it would ship."""
+    """Train and report scores by kind every ``every`` steps; returns the network with bfloat16 values."""
 
     def report(step: int) -> None:
         if step % every == 0 or step == stage.steps:
@@ -522,7 +523,7 @@ def run_stage(
 
 
 def adapter_batch(rows: list[Row], rng: random.Random) -> tuple[Batch, int]:
-    """One row a bin, clean tokens first, then three blocks masked whole; and where the noisy stream starts."""
+    """A batch with one row a bin, then three blocks masked whole; and the start of the noisy stream."""
     clean_size = max(len(row.ids) for row in rows)
     bins = []
     for row in rows:
@@ -538,9 +539,9 @@ def adapter_batch(rows: list[Row], rng: random.Random) -> tuple[Batch, int]:
 
 
 def train_adapter(base: NemotronLabsDiffusionModel, rows: Iterator[Row], steps: int, seed: int) -> PeftModel:
-    """A low-rank change of o_proj that makes one-shot drafts better; the base stays as it is.
+    """Train a LoRA on ``o_proj`` that improves one-pass drafts; the base is frozen.
 
-    The clean stream runs first, adapter off, and leaves its keys and values: decoding drafts over the same cache.
+    The clean stream runs first, without the adapter. Its keys and values are the cache of the drafts, as in decoding.
     """
     rng = random.Random(f"adapter {seed}")
     torch.manual_seed(seed)
@@ -574,7 +575,7 @@ def train_adapter(base: NemotronLabsDiffusionModel, rows: Iterator[Row], steps: 
 
 
 def rounded(model: NemotronLabsDiffusionModel) -> NemotronLabsDiffusionModel:
-    """A copy with bfloat16 values, still computed in fp32: what ships is what is evaluated and adapted."""
+    """A copy with bfloat16 values that computes in fp32: the shipped values are evaluated and adapted."""
     copy = NemotronLabsDiffusionModel(make_config()).float()
     copy.load_state_dict({name: value.bfloat16().float() for name, value in model.state_dict().items()})
     return copy.eval()
@@ -588,11 +589,11 @@ def export(
     adapter_steps: int,
     seed: int,
 ) -> None:
-    """Write the checkpoint folder: tokenizer, weights (``model``'s are of bfloat16 values), adapter, settings."""
+    """Write the checkpoint folder: tokenizer, weights, adapter, settings. model: its weights have bfloat16 values."""
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(out)
     settings = out / "tokenizer_config.json"
-    known_everywhere = {"tokenizer_class": "PreTrainedTokenizerFast"}  # transformers 5 writes a name that 4 lacks
+    known_everywhere = {"tokenizer_class": "PreTrainedTokenizerFast"}  # transformers 4 does not know 5's name
     settings.write_text(json.dumps(json.loads(settings.read_text()) | known_everywhere, indent=2) + "\n")
     shipped = NemotronLabsDiffusionModel(make_config()).bfloat16()
     shipped.load_state_dict(model.state_dict())
@@ -606,7 +607,7 @@ def export(
     folder = out / "linear_spec_lora"
     shutil.rmtree(folder, ignore_errors=True)
     adapted.bfloat16().save_pretrained(folder)
-    (folder / "README.md").unlink(missing_ok=True)  # peft's empty card
+    (folder / "README.md").unlink(missing_ok=True)  # an empty card by peft
     progress(f"wrote {out}")
 
 
@@ -618,7 +619,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the checkpoint folder to write")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, help="of the first stage, for a short trial: the others shrink with it")
+    parser.add_argument("--steps", type=int, help="steps of stage 1; the others shrink in proportion")
     parser.add_argument("--adapter-steps", type=int, default=ONE_SHOT.steps)
     parser.add_argument("--report-every", type=int, default=500, help="steps between measurements on held-out problems")
     parser.add_argument("--held-out", type=Path, help="also write the evaluation's prompts to this file")
