@@ -1,1 +1,1 @@
-"""TensorRT plugins: operators, their kernels with references, launches and declarations."""
+"""TensorRT plugins: operators, their kernels, the references of these, compilation and TensorRT's declarations."""

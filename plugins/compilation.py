@@ -1,11 +1,10 @@
-"""Compile a kernel to PTX for a GPU that need not be here, and read from its binary what it costs.
+"""Compile a kernel to PTX for any GPU, present or not, and read the resources that its binary uses.
 
-Triton's ptxas would rather spill a little than let fewer blocks run side by side; what it spills is compiled again with
-every register a thread can have. The driver that assembles the PTX in the end may be another version of it.
+ptxas prefers to spill a few registers over running fewer blocks at once. A kernel that spills is compiled again with
+the most registers a thread can have. The driver that finally assembles the PTX may be another version of ptxas.
 
-The PTX is to be embedded in an engine: Triton's two trailing scratch pointers, which these kernels never use, are taken
-out of its parameters, so that they are the operator's inputs, scalars and outputs and nothing else; and it names no
-source files.
+The PTX is embedded in an engine, so its parameters are exactly the operator's inputs, scalars and outputs: Triton's two
+trailing scratch pointers, which these kernels never use, are removed. It contains no source paths.
 """
 
 from __future__ import annotations
@@ -28,22 +27,23 @@ from triton.runtime.jit import JITFunction
 
 from trimode.common.errors import TriModeError
 from trimode.engine.precision import Real
-from trimode.plugins.contracts import Constants, ElementType, Operator, Tactic
+from trimode.plugins.operators import Constants, Operator, Tactic
+from trimode.plugins.operators.operator import ElementType
 
-# PTX of CUDA 12.9: the first to know every GPU below, and read by all later drivers.
+# PTX of CUDA 12.9: the first version that has every GPU below. All later drivers read it.
 PTX_VERSION = 88
-# Bytes of shared memory that a block may ask for: CUDA programming guide, specifications by compute capability.
+# Most bytes of shared memory of a block, by compute capability: CUDA programming guide, technical specifications.
 SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376, 121: 101376}
 
 _ELEMENTS: dict[ElementType, str] = {"fp32": "fp32", "int64": "i64", "bool": "i1", "int8": "i8"}
 _WARP = 32
-# A thread's most, and a multiprocessor's, by the same table.
+# Most registers of a thread and of a multiprocessor, from the same table.
 _THREAD_REGISTERS, _REGISTERS = 255, 65536
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What ptxas says of the binary: registers a thread, bytes a thread spills to memory and reads back, its stack."""
+    """Of one thread, as ptxas reports them: registers, bytes spilled and read back, bytes of stack."""
 
     registers: int
     spilled_bytes: int
@@ -56,7 +56,7 @@ class Resources:
 
 @dataclass(frozen=True)
 class CompiledKernel:
-    """``shared_bytes`` of dynamic shared memory and ``warps`` of 32 threads are what a launch must ask for."""
+    """A launch needs ``warps`` of 32 threads and ``shared_bytes`` of dynamic shared memory."""
 
     name: str
     ptx: str
@@ -67,20 +67,20 @@ class CompiledKernel:
 
     @property
     def fits(self) -> bool:
-        """Whether neither its registers nor its shared memory are more than the GPU has."""
+        """Whether it spills nothing and its shared memory is within the GPU's limit."""
         return not self.resources.spills and self.shared_bytes <= SHARED_MEMORY[self.compute_capability]
 
 
 def kernel_of(operator: Operator) -> JITFunction[Any]:
     module, name = operator.kernel.split(".")
-    kernel: JITFunction[Any] = getattr(import_module(f"trimode.plugins.{module}"), name)
+    kernel: JITFunction[Any] = getattr(import_module(f"trimode.plugins.kernels.{module}"), name)
     return kernel
 
 
 def compile_operator(
     operator: Operator, constants: Constants, tactic: Tactic, real: Real, compute_capability: int
 ) -> CompiledKernel:
-    """compute_capability: 121 is 12.1. Raises TriModeError for a GPU not in :data:`SHARED_MEMORY`."""
+    """compute_capability: 121 for 12.1. Raises TriModeError if it is not in :data:`SHARED_MEMORY`."""
     if compute_capability not in SHARED_MEMORY:
         known = ", ".join(str(capability) for capability in SHARED_MEMORY)
         raise TriModeError(f"no kernel is compiled for compute capability {compute_capability}; known are {known}")
@@ -130,7 +130,7 @@ def _compile(source: ASTSource, tactic: Tactic, compute_capability: int, most_re
 
 
 def _resources(name: str, ptx: str, compute_capability: int) -> Resources:
-    """Assembles the PTX with the ptxas that comes with Triton."""
+    """Assemble the PTX with Triton's ptxas and read its report."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernel.ptx")
         source.write_text(ptx)
@@ -150,12 +150,12 @@ def _resources(name: str, ptx: str, compute_capability: int) -> Resources:
 def _number(pattern: str, log: str) -> int:
     found = re.search(pattern, log)
     if found is None:
-        raise TriModeError(f"ptxas says nothing like {pattern!r}: {log.strip()}")
+        raise TriModeError(f"ptxas reported no {pattern!r}: {log.strip()}")
     return int(found[1])
 
 
 def _without_scratch(ptx: str, parameters: int) -> str:
-    """The PTX with its first ``parameters`` parameters; the two behind them must be unused."""
+    """The PTX with its first ``parameters`` parameters only. The two others must be unused."""
     head, signature, body = re.split(r"(\.visible \.entry [^)]*\))", ptx, maxsplit=1)
     declared = re.findall(r"\.param [^,)]*?(\w+)(?=[,\s)])(?=\s*[,)])", signature)
     scratch = declared[parameters:]

@@ -1,8 +1,8 @@
-"""The operators as TensorRT plugins: shapes, types, tactics, and for each tactic a kernel that the engine embeds.
+"""The operators declared as TensorRT plugins: shapes, types, tactics, and a kernel for each tactic.
 
-The engine then needs neither Python nor Triton. TensorRT times the tactics, which differ in block sizes, on the GPU
-that it builds for. A plugin is declared by functions whose parameters are its inputs and attributes by name; ours come
-from :mod:`trimode.plugins.contracts`, so each function's signature is set and not written out.
+TensorRT times the tactics on the GPU that it builds for and embeds the kernel of the fastest one, so the plan needs
+neither Python nor Triton. TensorRT reads a plugin's inputs and attributes from the parameters of the declaring
+functions; here each function's signature is set from the operator.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any, Union
 import tensorrt as trt
 import tensorrt.plugin as trtp
 
-from trimode.plugins.contracts import DOMAIN, ElementType, Operand
-from trimode.plugins.kernel_library import KernelLibrary
-from trimode.plugins.launches import LAUNCHES, Call, Launch
+from trimode.engine.kernel_library import KernelLibrary
+from trimode.plugins.operators import DOMAIN, OPERATORS, Node, Operand, Operator
+from trimode.plugins.operators.operator import ElementType
 
-# typing's Tuple and Union: TensorRT's validator asks for their origins.
+# typing.Union, not `|`: TensorRT's validator compares their origins.
 _AotResult = tuple[Union[str, bytes], Union[str, bytes], trtp.KernelLaunchParams, trtp.SymExprs]  # noqa: UP007
 _TYPES: dict[ElementType, trt.DataType] = {
     "fp32": trt.DataType.FLOAT,
@@ -31,39 +31,39 @@ _TYPE_NAMES = {trt.DataType.FLOAT: "FP32", trt.DataType.HALF: "FP16"}
 
 
 class _Library:
-    """TensorRT's registry is the process's and takes each plugin once; the kernels behind them can be exchanged."""
+    """TensorRT's plugin registry is global to the process and accepts each plugin once; the library can be replaced."""
 
     current: KernelLibrary | None = None
 
 
 def declare_plugins(library: KernelLibrary) -> None:
-    """Register every operator of the domain ``trimode``; from now on their kernels come from ``library``."""
+    """Register every operator of the domain ``trimode``. Their kernels come from ``library`` from now on."""
     if _Library.current is None:
-        for launch in LAUNCHES.values():
-            declare(launch)
+        for operator in OPERATORS.values():
+            declare(operator)
     _Library.current = library
 
 
-def declare(launch: Launch) -> None:
-    operator = launch.operator
+def declare(operator: Operator) -> None:
     plugin = f"{DOMAIN}::{operator.name}"
     inputs = {operand.name: trtp.TensorDesc for operand in operator.inputs}
     attributes = dict.fromkeys(operator.attributes, int)
     several: Any = tuple.__class_getitem__((trtp.TensorDesc,) * len(operator.outputs))
 
     def describe(*descs: Any, **values: int) -> Any:
-        return _outputs(launch, descs, values)
+        return _outputs(operator, descs, values)
 
     def autotune(*arguments: Any) -> Any:
         descs, values, outputs = arguments[: len(inputs)], arguments[len(inputs) : -1], arguments[-1]
-        names = (_type_name(desc.dtype) for desc in (*descs, *outputs))
-        call = _call(launch, descs, dict(zip(attributes, values, strict=True)))
-        tactics = _library(launch, descs).tactics(launch.operator, launch.constants(call), launch.tactics(call))
-        return [trtp.AutoTuneCombination(", ".join(names), "LINEAR", tactics)]
+        types = (_type_name(desc.dtype) for desc in (*descs, *outputs))
+        node = _node(operator, descs, dict(zip(attributes, values, strict=True)))
+        names = {tactic: operator.kernel_name(node, tactic) for tactic in operator.tactics(node)}
+        tactics = _library(operator, descs).available(names)
+        return [trtp.AutoTuneCombination(", ".join(types), "LINEAR", tactics)]
 
     def embed(*arguments: Any) -> Any:
         descs, values, tactic = arguments[: len(inputs)], arguments[len(inputs) : -2], arguments[-1]
-        return _embed(launch, descs, dict(zip(attributes, values, strict=True)), tactic)
+        return _embed(operator, descs, dict(zip(attributes, values, strict=True)), tactic)
 
     trtp.register(plugin)(_signed(describe, {**inputs, **attributes}, several))
     trtp.autotune(plugin)(
@@ -79,39 +79,39 @@ def _signed(function: Callable[..., Any], parameters: dict[str, Any], result: An
     return function
 
 
-def _outputs(launch: Launch, descs: tuple[Any, ...], attributes: dict[str, int]) -> tuple[Any, ...]:
-    shapes = launch.outputs(_call(launch, descs, attributes))
-    by_name = {operand.name: desc for operand, desc in zip(launch.operator.inputs, descs, strict=True)}
+def _outputs(operator: Operator, descs: tuple[Any, ...], attributes: dict[str, int]) -> tuple[Any, ...]:
+    shapes = operator.output_shapes(_node(operator, descs, attributes))
+    by_name = {operand.name: desc for operand, desc in zip(operator.inputs, descs, strict=True)}
     return tuple(
         by_name[operand.aliases].aliased()
         if operand.aliases
         else trtp.from_shape_expr(shape, _type(operand, descs[0].dtype))
-        for operand, shape in zip(launch.operator.outputs, shapes, strict=True)
+        for operand, shape in zip(operator.outputs, shapes, strict=True)
     )
 
 
-def _embed(launch: Launch, descs: tuple[Any, ...], attributes: dict[str, int], tactic: int) -> tuple[Any, ...]:
-    call = _call(launch, descs, attributes)
-    kernel, ptx = _library(launch, descs).find(launch.operator, launch.constants(call), tactic)
-    grid = launch.grid(call, launch.tactics(call)[tactic])
+def _embed(operator: Operator, descs: tuple[Any, ...], attributes: dict[str, int], tactic: int) -> tuple[Any, ...]:
+    node = _node(operator, descs, attributes)
+    kernel, ptx = _library(operator, descs).find(operator.kernel_name(node, tactic))
+    grid = operator.grid(node, operator.tactics(node)[tactic])
     params = trtp.KernelLaunchParams(*grid, block_x=kernel.threads, shared_mem=kernel.shared_bytes)
-    scalars = trtp.SymIntExprs.from_tuple([trtp.SymInt32(scalar) for scalar in launch.scalars(call)])
+    scalars = trtp.SymIntExprs.from_tuple([trtp.SymInt32(scalar) for scalar in operator.scalar_values(node)])
     return kernel.entry, ptx, params, scalars
 
 
-def _library(launch: Launch, descs: tuple[Any, ...]) -> KernelLibrary:
+def _library(operator: Operator, descs: tuple[Any, ...]) -> KernelLibrary:
     library = _Library.current
     if library is None or descs[0].dtype != _REALS[library.index.real]:
-        raise RuntimeError(f"{launch.operator.name} has no kernels for {descs[0].dtype}")
+        raise RuntimeError(f"{operator.name} has no kernels for {descs[0].dtype}")
     return library
 
 
-def _call(launch: Launch, descs: tuple[Any, ...], attributes: dict[str, int]) -> Call:
-    """Sizes are told once TensorRT knows its profiles, -1 where they are known at run time only; symbols always."""
-    by_name = {operand.name: desc for operand, desc in zip(launch.operator.inputs, descs, strict=True)}
-    static = {name: list(desc.shape) for name, desc in by_name.items() if desc.has_shape}
+def _node(operator: Operator, descs: tuple[Any, ...], attributes: dict[str, int]) -> Node:
+    """TensorRT gives symbols always, sizes only once it knows the profiles (-1 where they are dynamic)."""
+    by_name = {operand.name: desc for operand, desc in zip(operator.inputs, descs, strict=True)}
     shapes = {name: list(desc.shape_expr) for name, desc in by_name.items()}
-    return Call(static, attributes, shapes, trtp.ShapeExpr)
+    fixed = {name: list(desc.shape) for name, desc in by_name.items() if desc.has_shape}
+    return Node(shapes, attributes, fixed)
 
 
 def _type(operand: Operand, real: trt.DataType) -> trt.DataType:

@@ -28,7 +28,7 @@ from trimode.engine.precision import Real
 from trimode.model.config import ModelConfig
 from trimode.model.rope import yarn_frequencies
 from trimode.model.step import AttentionPattern, adapter_inputs, cache_inputs, cache_outputs, cache_views
-from trimode.plugins.contracts import ProductShape
+from trimode.plugins.operators import Int4Product
 
 REAL_TYPES: dict[Real, int] = {
     "fp32": TensorProto.FLOAT,
@@ -329,7 +329,7 @@ class _Network:
     ) -> str:
         """residual + x W + narrow up; ``adapter`` is the last two."""
         if self.options.plugins is not None and linear.scale is not None:
-            return self._int4_product(x, linear, residual, adapter, self.options.plugins.rank if adapter else 0)
+            return self._int4_product(x, linear, residual, adapter)
         if linear.input_scale is not None:
             x = self.op("Mul", x, self.graph.pooled(linear.input_scale))
         weight = self.graph.pooled(linear.weight)
@@ -341,15 +341,13 @@ class _Network:
             y = self.op("Add", y, self.op("MatMul", *adapter))
         return y if residual is None else self.op("Add", residual, y)
 
-    def _int4_product(
-        self, x: str, linear: PooledLinear, residual: str | None, adapter: tuple[str, str] | None, rank: int
-    ) -> str:
-        scaled, added = linear.input_scale is not None, residual is not None
-        inner, columns = linear.weight.shape
-        shape = ProductShape(inner, columns, linear.group, input_scale=scaled, rank=rank, residual=added)
+    def _int4_product(self, x: str, linear: PooledLinear, residual: str | None, adapter: tuple[str, str] | None) -> str:
+        operator = Int4Product(
+            input_scale=linear.input_scale is not None, adapter=adapter is not None, residual=residual is not None
+        )
         pooled = [self.graph.pooled(part) for part in (linear.weight, linear.scale, linear.input_scale) if part]
         inputs = [x, *pooled, *(adapter or ()), *([residual] if residual else [])]
-        return self._plugin(int4_product_function(shape), inputs, [f"{linear.weight.name}.y"])[0]
+        return self._plugin(int4_product_function(operator), inputs, [f"{linear.weight.name}.y"])[0]
 
     def _cast(self, x: str, dtype: int) -> str:
         """``x`` of type ``dtype`` as an activation."""

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from trimode.build.graph.raw_pool import PoolRange
-from trimode.plugins.contracts import DOMAIN
+from trimode.plugins.operators import DOMAIN
 
 OPSET = 24
 IR_VERSION = 11

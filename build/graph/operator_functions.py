@@ -3,7 +3,7 @@ plugins do.
 
 A body is a definition, not a fast way: attention is done in one split, int4 weights are unpacked on every pass. Rows
 that no token sees may hold anything, NaN included; a token that sees nothing gets zeros. Names are the operands' of
-:mod:`trimode.plugins.contracts`. Two attributes are for TensorRT's parser: it maps a node to the plugin of the node's
+:mod:`trimode.plugins.operators`. Two attributes are for TensorRT's parser: it maps a node to the plugin of the node's
 name in ``plugin_namespace``, and prefers a plugin to a function of the same name.
 """
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from trimode.build.graph.onnx_graph import OPSET
-from trimode.plugins.contracts import DOMAIN, KV_WRITE, MERGE, Operator, Pattern, ProductShape, attend, int4_product
+from trimode.plugins.operators import DOMAIN, Attend, Int4Product, KvWrite, MergeSplits, Operator, Pattern
 
 PARSER_ATTRIBUTES = {"plugin_namespace": DOMAIN, "plugin_version": "1", "aot": 1}
 _FLOAT, _INT32 = TensorProto.FLOAT, TensorProto.INT32
@@ -66,7 +66,7 @@ class _Body:
 
 
 def kv_write_function(head_dim: int) -> onnx.FunctionProto:
-    body = _Body(KV_WRITE)
+    body = _Body(KvWrite())
     op = body.op
     heads = op("Reshape", "qkv", body.ints(0, 0, -1, head_dim))
     heads = op("Transpose", heads, perm=[0, 2, 1, 3])
@@ -82,7 +82,7 @@ def kv_write_function(head_dim: int) -> onnx.FunctionProto:
 
 
 def attend_function(pattern: Pattern) -> onnx.FunctionProto:
-    body = _Body(attend(pattern))
+    body = _Body(Attend(pattern))
     op = body.op
     # Queries that share a key-value head are rows of one matrix.
     folded = op("Concat", body.dims("k_cache", 0, 2), body.ints(-1), body.dims("q", 3, 4), axis=0)
@@ -135,7 +135,7 @@ def _visible(body: _Body, pattern: Pattern) -> str:
 
 
 def merge_function() -> onnx.FunctionProto:
-    body = _Body(MERGE)
+    body = _Body(MergeSplits())
     op = body.op
     weights, _ = _softmax(body, "log_sum_exp", axis=1)
     weights = op("Unsqueeze", weights, body.ints(-1))
@@ -146,8 +146,8 @@ def merge_function() -> onnx.FunctionProto:
     return body.function()
 
 
-def int4_product_function(shape: ProductShape) -> onnx.FunctionProto:
-    body = _Body(int4_product(shape))
+def int4_product_function(operator: Int4Product) -> onnx.FunctionProto:
+    body, inputs = _Body(operator), {operand.name for operand in operator.inputs}
     op = body.op
     packed = op("Cast", "packed", to=_INT32)
     eight, sixteen = body.integer(8, np.int32), body.integer(16, np.int32)
@@ -159,11 +159,11 @@ def int4_product_function(shape: ProductShape) -> onnx.FunctionProto:
     groups = op("Concat", body.dims("scale", 0, 1), body.ints(-1), body.dims("scale", 1, 2), axis=0)
     weight = op("Mul", op("Reshape", op("Cast", pairs, to=_FLOAT), groups), op("Unsqueeze", scale, body.ints(1)))
     weight = op("Reshape", weight, op("Concat", body.ints(-1), body.dims("scale", 1, 2), axis=0))
-    x = op("Mul", "x", "input_scale") if shape.input_scale else "x"
+    x = op("Mul", "x", "input_scale") if "input_scale" in inputs else "x"
     y = op("MatMul", op("Cast", x, to=_FLOAT), weight)
-    if shape.rank:
+    if "narrow" in inputs:
         y = op("Add", y, op("MatMul", op("Cast", "narrow", to=_FLOAT), op("Cast", "adapter_up", to=_FLOAT)))
-    if shape.residual:
+    if "residual" in inputs:
         y = op("Add", y, op("Cast", "residual", to=_FLOAT))
     body.node("CastLike", [y, "x"], ["y"])
     return body.function()

@@ -19,7 +19,7 @@ from trimode.engine.precision import NUMPY_TYPES
 from trimode.engine.targets.tensorrt import GRAPH, PLUGIN_KERNELS
 from trimode.model.checkpoint import Checkpoint
 from trimode.model.step import ENGINES
-from trimode.plugins.contracts import LEAST_GROUP
+from trimode.plugins.operators.int4_product import LEAST_GROUP
 
 COMPUTE_CAPABILITIES = (80, 86, 89, 90, 100, 120, 121)
 # With 8 key-value heads, as many programs of one request's attention as a large GPU has multiprocessors.

@@ -9,11 +9,10 @@ import onnx
 
 from trimode.common.errors import TriModeError
 from trimode.common.progress import Progress
+from trimode.engine.kernel_library import LibraryIndex, LibraryKernel, library_folder
 from trimode.engine.precision import Real
 from trimode.model.config import ModelConfig
-from trimode.plugins.contracts import DOMAIN, Constants, Operator, Tactic
-from trimode.plugins.kernel_library import INDEX, LibraryIndex, LibraryKernel, kernel_name, library_folder
-from trimode.plugins.launches import LAUNCHES, Call, Shapes
+from trimode.plugins.operators import DOMAIN, OPERATORS, Constants, Node, Operator, Shapes, Tactic
 
 _WARP = 32
 # A dimension that is known at run time only.
@@ -23,7 +22,6 @@ _DYNAMIC = -1
 class NeededKernel(NamedTuple):
     operator: Operator
     constants: Constants
-    number: int
     tactic: Tactic
 
 
@@ -33,18 +31,23 @@ def plugin_nodes(graph: onnx.ModelProto) -> list[onnx.NodeProto]:
 
 def needed_kernels(graphs: list[onnx.ModelProto], config: ModelConfig) -> dict[str, NeededKernel]:
     """Every tactic of every plugin in the graphs, by the name of its kernel."""
-    needed = {}
+    needed: dict[str, NeededKernel] = {}
     for graph in graphs:
         weights = {value.name: _fixed(value) for value in graph.graph.input}
         for node in plugin_nodes(graph):
-            launch = LAUNCHES[node.op_type]
-            static = _static(node, launch.operator, weights, config)
-            call = Call(static, {attribute.name: attribute.i for attribute in node.attribute}, static)
-            constants = launch.constants(call)
-            for number, tactic in launch.tactics(call).items():
-                kernel = NeededKernel(launch.operator, constants, number, tactic)
-                needed[kernel_name(launch.operator, constants, number)] = kernel
+            operator = OPERATORS[node.op_type]
+            attributes = {attribute.name: attribute.i for attribute in node.attribute}
+            needed |= kernels_of(operator, Node.of(_fixed_shapes(node, operator, weights, config), attributes))
     return needed
+
+
+def kernels_of(operator: Operator, node: Node) -> dict[str, NeededKernel]:
+    """Every tactic of one node, by the name of its kernel."""
+    constants = operator.constants(node)
+    return {
+        operator.kernel_name(node, number): NeededKernel(operator, constants, tactic)
+        for number, tactic in operator.tactics(node).items()
+    }
 
 
 def write_kernels(
@@ -71,8 +74,7 @@ def write_kernels(
                 index[name] = LibraryKernel(entry=compiled.name, threads=threads, shared_bytes=compiled.shared_bytes)
             done += 1
             progress("kernels", done, total)
-        whole = LibraryIndex(compute_capability=sm, real=real, kernels=index)
-        (target / INDEX).write_text(whole.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        LibraryIndex(compute_capability=sm, real=real, kernels=index).write(target)
         if lacking := {_untuned(name) for name in needed} - {_untuned(name) for name in index}:
             raise TriModeError(
                 f"every tactic of {min(lacking)} spills registers, or lacks shared memory, on compute capability {sm}"
@@ -84,7 +86,7 @@ def _untuned(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _static(
+def _fixed_shapes(
     node: onnx.NodeProto, operator: Operator, weights: dict[str, tuple[int, ...]], config: ModelConfig
 ) -> Shapes:
     """The shapes of a node's inputs as far as they are fixed: weights by the graph, the rest by the config."""

@@ -12,11 +12,11 @@ import tensorrt as trt
 from trimode.build.plan_builder import BuilderProgress, HeldSignals, ProfileSizes
 from trimode.common.gpus import Gpu
 from trimode.common.progress import Progress
+from trimode.engine.kernel_library import KernelLibrary
 from trimode.engine.manifest import Limits
 from trimode.engine.targets.tensorrt import BUILDER_LOG, GRAPH, PLAN, PLUGIN_KERNELS, TensorrtPlans, TensorrtSection
 from trimode.model.step import ENGINES
 from trimode.plugins.declarations import declare_plugins
-from trimode.plugins.kernel_library import KernelLibrary
 
 
 class _Log(trt.ILogger):  # type: ignore[misc]

@@ -15,7 +15,6 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +22,8 @@ from typing import NamedTuple
 import triton
 from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 
-from scripts.gpu.kernel_table import ATTENTION, PRODUCTS_8B, fitting
+from scripts.gpu.kernel_table import smallest_fitting
+from scripts.gpu.kernels_8b import ATTENTION, PRODUCTS, SPLITS
 from scripts.gpu.traffic import (
     attend_traffic,
     int4_product_traffic,
@@ -33,7 +33,6 @@ from scripts.gpu.traffic import (
 )
 from trimode.build.audit.roofline import (
     ACCEPTANCE_LENGTH,
-    ADAPTER_RANK,
     CONFIG_8B,
     GPUS,
     PUBLISHED,
@@ -42,9 +41,8 @@ from trimode.build.audit.roofline import (
     GpuModel,
 )
 from trimode.engine.precision import Real
-from trimode.plugins import contracts
 from trimode.plugins.compilation import compile_operator
-from trimode.plugins.contracts import Tactic
+from trimode.plugins.operators import Attend, KvWrite, MergeSplits, Tactic
 
 BLOCK = 32
 # Assumed: the gap between two kernels of a CUDA graph that wait for each other. Not measured here.
@@ -70,24 +68,29 @@ def pass_work(step: int, window: int, adapter: bool, capability: int, real: Real
     config, layers, hidden = CONFIG_8B, CONFIG_8B.num_hidden_layers, CONFIG_8B.hidden_size
     row, inner = step * hidden * REAL_BYTES, config.intermediate_size
     yield Work("norms", 2 * layers + 1, 2 * row)
-    for name, shape in PRODUCTS_8B.items():
-        rank = ADAPTER_RANK if adapter and name == "o" else 0
-        shape = replace(shape, rank=rank)
-        tactic = fitting(contracts.INT4_PRODUCT_TACTICS, step)
-        asked = int4_product_traffic(shape, tactic, step, REAL_BYTES)
-        flops = 2 * step * shape.columns * (shape.inner + rank)
-        weights = shape.inner * shape.columns
-        instructions = weights * _per_weight(tactic, capability, real)
-        yield Work(f"{name} product", layers, moved_bytes(asked), flops, instructions)
+    for name, key in (
+        ("qkv", "qkv"),
+        ("o", "o with adapter" if adapter else "o"),
+        ("gate_up", "gate_up"),
+        ("down", "down"),
+    ):
+        product = PRODUCTS[key]
+        node, rank = product.node(step), product.rank
+        tactic = smallest_fitting(product.operator.tactics(node), step)
+        flops = 2 * step * product.columns * (product.inner + rank)
+        instructions = product.inner * product.columns * _per_weight(tactic, capability, real)
+        moved = moved_bytes(int4_product_traffic(node, tactic, REAL_BYTES))
+        yield Work(f"{name} product", layers, moved, flops, instructions)
         if rank:
             yield Work("adapter down", layers, row + hidden * rank * REAL_BYTES, 2 * step * hidden * rank)
-    yield Work("KV write", layers, moved_bytes(kv_write_traffic(ATTENTION, 1, step, REAL_BYTES)))
-    pattern = "bidirectional" if adapter else "masked"
-    attended = attend_traffic(
-        ATTENTION, fitting(contracts.ATTEND_TACTICS, step * ATTENTION.group), pattern, [window], step, REAL_BYTES
-    )
+    write = KvWrite.node(batch=1, step=step, capacity=window + step, **ATTENTION)
+    yield Work("KV write", layers, moved_bytes(kv_write_traffic(write, REAL_BYTES)))
+    attend = Attend("bidirectional" if adapter else "masked")
+    node = attend.node(batch=1, step=step, capacity=window + step, splits=SPLITS, **ATTENTION)
+    tactic = smallest_fitting(attend.tactics(node), step * ATTENTION["group"])
+    attended = attend_traffic(attend, node, tactic, [window], REAL_BYTES)
     yield Work("attention", layers, moved_bytes(attended), 4 * step * (window + step) * config.query_width)
-    merged = merge_traffic(ATTENTION, attended, 1, step, REAL_BYTES)
+    merged = merge_traffic(MergeSplits.node(batch=1, step=step, splits=SPLITS, **ATTENTION), attended, REAL_BYTES)
     yield Work("merge", layers, moved_bytes(merged))
     yield Work("SwiGLU", layers, 3 * step * inner * REAL_BYTES)
     head = config.vocab_size * hidden
@@ -100,10 +103,9 @@ def pass_work(step: int, window: int, adapter: bool, capability: int, real: Real
 @cache
 def _per_weight(tactic: Tactic, capability: int, real: Real) -> float:
     """Instructions of a warp for each weight, in the product's loop."""
-    shape = PRODUCTS_8B["gate_up"]
-    kernel = compile_operator(
-        contracts.int4_product(shape), contracts.int4_product_constants(shape), tactic, real, capability
-    )
+    product = PRODUCTS["gate_up"]
+    constants = product.operator.constants(product.node(1))
+    kernel = compile_operator(product.operator, constants, tactic, real, capability)
     with tempfile.TemporaryDirectory() as folder:
         source, binary = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
         source.write_text(kernel.ptx)
@@ -111,7 +113,7 @@ def _per_weight(tactic: Tactic, capability: int, real: Real) -> float:
         subprocess.run([get_ptxas(capability).path, target, source, "-o", binary], check=True)
         nvdisasm = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
         listing = subprocess.run([nvdisasm, "-c", binary], check=True, capture_output=True, text=True).stdout
-    block = int(tactic.constants["BLOCK_N"] or 0) * int(tactic.constants["BLOCK_K"] or 0)
+    block = tactic.constants["BLOCK_N"] * tactic.constants["BLOCK_K"]
     return _longest_loop(listing) * tactic.warps / block
 
 

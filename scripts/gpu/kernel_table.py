@@ -1,11 +1,11 @@
-"""The kernels of plugins/ in numbers, without a GPU: what docs/kernels.md shows.
+"""The kernels of plugins/ in numbers, without a GPU: the tables of docs/kernels.md.
 
-    python -m scripts.gpu.kernel_table resources  registers and shared memory of the shipped kernels, by binary
-    python -m scripts.gpu.kernel_table resources --real fp16 --head-dim 64  the same for another type, another head size
-    python -m scripts.gpu.kernel_table traffic  bytes that each kernel moves on the 8B checkpoint, against its floor
+    python -m scripts.gpu.kernel_table resources  registers and shared memory of every kernel
+    python -m scripts.gpu.kernel_table resources --real fp16 --head-dim 64  the same for another type and head size
+    python -m scripts.gpu.kernel_table traffic  bytes that each kernel moves on the 8B checkpoint, and its floor
 
-Exit code 1 where a kernel spills, asks for more shared memory than its GPU has, or moves over 1.1 times its floor in a
-step of up to 64 tokens.
+Exit code 1 where a kernel spills, needs more shared memory than its GPU has, or moves more than 1.1 times its floor in
+a step of up to 64 tokens.
 """
 
 from __future__ import annotations
@@ -13,78 +13,60 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import NamedTuple, get_args
 
+from scripts.gpu.kernels_8b import ATTENTION, PRODUCTS, SPLITS
 from scripts.gpu.traffic import (
-    Asked,
-    asked_bytes,
+    KernelTraffic,
     attend_traffic,
+    cache_bytes,
     int4_product_traffic,
     kv_write_traffic,
     merge_traffic,
     moved_bytes,
     needed_bytes,
 )
-from trimode.build.audit.roofline import ADAPTER_RANK, CONFIG_8B, REAL_BYTES
+from trimode.build.audit.roofline import REAL_BYTES
 from trimode.engine.precision import Real
-from trimode.plugins import contracts
-from trimode.plugins.contracts import AttentionShape, Constants, Operator, Pattern, ProductShape, Tactic
+from trimode.plugins.operators import Attend, KvWrite, MergeSplits, Node, Operator, Pattern, Tactic
 
 STEPS, WINDOWS, LIMIT = (1, 8, 32, 64, 256), (512, 4096, 32768), 1.1
-# Rows of a step, or of a product, that are bound by bytes; more are bound by arithmetic.
-LONGEST_HELD = 64
-
-ATTENTION = AttentionShape(
-    kv_heads=CONFIG_8B.num_key_value_heads,
-    group=CONFIG_8B.num_attention_heads // CONFIG_8B.num_key_value_heads,
-    head_dim=CONFIG_8B.head_dim,
-    splits=16,
-)
+# Up to this many rows, a step or a product is bound by bytes; above, by arithmetic.
+LONGEST_BOUND_BY_BYTES = 64
 
 
-_HIDDEN, _INNER = CONFIG_8B.hidden_size, CONFIG_8B.intermediate_size
-PRODUCTS_8B = {
-    "qkv": ProductShape(_HIDDEN, CONFIG_8B.query_width + 2 * CONFIG_8B.kv_width),
-    "o": ProductShape(_HIDDEN, _HIDDEN, input_scale=True, rank=ADAPTER_RANK, residual=True),
-    "gate_up": ProductShape(_HIDDEN, 2 * _INNER),
-    "down": ProductShape(_INNER, _HIDDEN, input_scale=True, residual=True),
-}
-
-
-class Shipped(NamedTuple):
+class Kernel(NamedTuple):
     operator: Operator
-    constants: Constants
+    node: Node
     tactic: Tactic
 
 
-def shipped(attention: AttentionShape) -> Iterator[Shipped]:
-    """Every kernel in every tactic; products with the least and with the most that is fused."""
-    for tactic in contracts.KV_WRITE_TACTICS:
-        yield Shipped(contracts.KV_WRITE, contracts.kv_write_constants(attention), tactic)
+def all_kernels(head_dim: int) -> Iterator[Kernel]:
+    """Every kernel in every tactic; of the products, the plainest and the one with all terms."""
+    sizes = {**ATTENTION, "head_dim": head_dim}
+    nodes: list[tuple[Operator, Node]] = [(write := KvWrite(), write.node(batch=1, step=1, capacity=1, **sizes))]
     for pattern in get_args(Pattern):
-        for tactic in contracts.ATTEND_TACTICS:
-            yield Shipped(contracts.attend(pattern), contracts.attend_constants(attention), tactic)
-    for tactic in contracts.MERGE_TACTICS:
-        yield Shipped(contracts.MERGE, contracts.merge_constants(attention), tactic)
-    if attention.head_dim != ATTENTION.head_dim:  # of which products know nothing
-        return
-    for shape in (PRODUCTS_8B["qkv"], PRODUCTS_8B["o"]):
-        for tactic in contracts.INT4_PRODUCT_TACTICS:
-            yield Shipped(contracts.int4_product(shape), contracts.int4_product_constants(shape), tactic)
+        attend = Attend(pattern)
+        nodes.append((attend, attend.node(batch=1, step=1, capacity=1, splits=SPLITS, **sizes)))
+    nodes.append((merge := MergeSplits(), merge.node(batch=1, step=1, splits=SPLITS, **sizes)))
+    if head_dim == ATTENTION["head_dim"]:  # products do not depend on it
+        nodes += [(PRODUCTS[name].operator, PRODUCTS[name].node(1)) for name in ("qkv", "o with adapter")]
+    for operator, node in nodes:
+        for tactic in operator.tactics(node).values():
+            yield Kernel(operator, node, tactic)
 
 
-def print_resources(real: Real, attention: AttentionShape, capabilities: list[int]) -> bool:
-    """Registers a thread and KiB of shared memory a block, by GPU; what spills says so."""
+def print_resources(real: Real, head_dim: int, capabilities: list[int]) -> bool:
+    """Registers of a thread and KiB of shared memory of a block, by GPU. Returns whether every kernel fits."""
     from trimode.plugins.compilation import SHARED_MEMORY, compile_operator
 
     sound = True
     print("| kernel | tactic | warps |", *(f"sm_{capability} |" for capability in capabilities))
     print("|---|---|---|" + "---|" * len(capabilities))
-    for operator, constants, tactic in shipped(attention):
+    for operator, node, tactic in all_kernels(head_dim):
         cells = []
         for capability in capabilities:
-            kernel = compile_operator(operator, constants, tactic, real, capability)
+            kernel = compile_operator(operator, operator.constants(node), tactic, real, capability)
             used = kernel.resources
             cell = f"{used.registers} / {kernel.shared_bytes / 1024:.0f}"
             if used.spills:
@@ -98,41 +80,50 @@ def print_resources(real: Real, attention: AttentionShape, capabilities: list[in
     return sound
 
 
-def fitting(tactics: tuple[Tactic, ...], rows: int) -> Tactic:
-    """The smallest tile that holds all rows, and so reads weights or KV rows once; the largest if none does."""
-    return next((tactic for tactic in tactics if int(tactic.constants["BLOCK_M"] or 0) >= rows), tactics[-1])
+def smallest_fitting(tactics: dict[int, Tactic], rows: int) -> Tactic:
+    """The smallest tile that holds all rows, and so reads weights or KV rows once; the largest one if none does."""
+    ordered = list(tactics.values())
+    return next((tactic for tactic in ordered if tactic.constants["BLOCK_M"] >= rows), ordered[-1])
 
 
 def print_traffic() -> bool:
-    """Bytes of each kernel for one request beside what it needs at least, and of attention's two kernels together
-    beside what they would need if the splits' results stayed on the chip."""
+    """Bytes of each kernel for one request. Attention and merge are also shown together, beside a floor without the
+    splits' results. Returns whether every kernel is within :data:`LIMIT` of its floor.
+    """
     ratios = []
-    print("| kernel | KV rows | step | floor MB | moved MB | ratio | asked of L2, MB |\n" + "|---" * 7 + "|")
+    print("| kernel | KV rows | step | floor MB | moved MB | ratio | L2 MB |\n" + "|---" * 7 + "|")
 
-    def row(name: str, window: object, step: int, floor: float, moved: float, asked: float) -> None:
-        megabytes = f"{floor / 1e6:.3f} | {moved / 1e6:.3f} | {moved / floor:.3f} | {asked / 1e6:.2f}"
+    def row(name: str, window: object, step: int, floor: float, moved: float, cached: float) -> None:
+        megabytes = f"{floor / 1e6:.3f} | {moved / 1e6:.3f} | {moved / floor:.3f} | {cached / 1e6:.2f}"
         print(f"| {name} | {window} | {step} | {megabytes} |")
 
-    def kernel(name: str, window: object, step: int, asked: dict[str, Asked]) -> None:
-        if step <= LONGEST_HELD:
-            ratios.append(moved_bytes(asked) / needed_bytes(asked))
-        row(name, window, step, needed_bytes(asked), moved_bytes(asked), asked_bytes(asked))
+    def kernel(name: str, window: object, step: int, traffic: KernelTraffic) -> None:
+        if step <= LONGEST_BOUND_BY_BYTES:
+            ratios.append(moved_bytes(traffic) / needed_bytes(traffic))
+        row(name, window, step, needed_bytes(traffic), moved_bytes(traffic), cache_bytes(traffic))
 
     for step in STEPS:
-        kernel("KvWrite", "-", step, kv_write_traffic(ATTENTION, 1, step, REAL_BYTES))
-        for name, shape in PRODUCTS_8B.items():
-            tactic = fitting(contracts.INT4_PRODUCT_TACTICS, step)
-            kernel(f"Int4Product, {name}", "-", step, int4_product_traffic(shape, tactic, step, REAL_BYTES))
+        write = KvWrite.node(batch=1, step=step, capacity=step, **ATTENTION)
+        kernel("KvWrite", "-", step, kv_write_traffic(write, REAL_BYTES))
+        for name in ("qkv", "o with adapter", "gate_up", "down"):
+            product = PRODUCTS[name]
+            node = product.node(step)
+            tactic = smallest_fitting(product.operator.tactics(node), step)
+            kernel(f"Int4Product, {name}", "-", step, int4_product_traffic(node, tactic, REAL_BYTES))
         for window in WINDOWS:
-            tactic = fitting(contracts.ATTEND_TACTICS, step * ATTENTION.group)
             for pattern in ("bidirectional", "masked"):
-                attended = attend_traffic(ATTENTION, tactic, pattern, [window], step, REAL_BYTES)
-                kernel(f"Attend{pattern.capitalize()}", window, step, attended)
-            merged = merge_traffic(ATTENTION, attended, 1, step, REAL_BYTES)
+                attend = Attend(pattern)
+                node = attend.node(batch=1, step=step, capacity=window + step, splits=SPLITS, **ATTENTION)
+                tactic = smallest_fitting(attend.tactics(node), step * ATTENTION["group"])
+                attended = attend_traffic(attend, node, tactic, [window], REAL_BYTES)
+                kernel(attend.name, window, step, attended)
+            merged = merge_traffic(
+                MergeSplits.node(batch=1, step=step, splits=SPLITS, **ATTENTION), attended, REAL_BYTES
+            )
             kernel("MergeSplits", window, step, merged)
-            needed, moved, asked = (f(attended) + f(merged) for f in (needed_bytes, moved_bytes, asked_bytes))
+            needed, moved, cached = (f(attended) + f(merged) for f in (needed_bytes, moved_bytes, cache_bytes))
             parts = sum(2 * attended[name].stored for name in ("partial", "log_sum_exp"))
-            row("*the two together*", window, step, needed - parts, moved, asked)
+            row("*both together*", window, step, needed - parts, moved, cached)
     return max(ratios) <= LIMIT
 
 
@@ -141,13 +132,13 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     of_resources = commands.add_parser("resources")
     of_resources.add_argument("--real", choices=["bf16", "fp16"], default="bf16")
-    of_resources.add_argument("--head-dim", type=int, choices=[64, 128], default=ATTENTION.head_dim)
+    of_resources.add_argument("--head-dim", type=int, choices=[64, 128], default=ATTENTION["head_dim"])
     of_resources.add_argument("--sm", default="80,86,89,90,100,120,121")
     commands.add_parser("traffic")
     options = parser.parse_args()
     if options.command == "resources":
-        attention = replace(ATTENTION, head_dim=options.head_dim)
-        return not print_resources(options.real, attention, [int(capability) for capability in options.sm.split(",")])
+        capabilities = [int(capability) for capability in options.sm.split(",")]
+        return not print_resources(options.real, options.head_dim, capabilities)
     return not print_traffic()
 
 

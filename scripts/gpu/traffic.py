@@ -1,8 +1,8 @@
-"""What each kernel moves, counted tile by tile as its programs walk, and the least that any kernel would.
+"""Bytes that each kernel moves, counted tile by tile, and the least that any kernel would have to move.
 
-The counts are exact: tests hold them against those of the interpreter. What is asked for again comes from the L2 cache,
-so memory moves it once, in two cases: the whole tensor is of at most :data:`CACHED` bytes, or the part of it that
-neighbouring programs share is. Everything else is moved each time it is asked for.
+The counts of loads and stores are exact: tests compare them with the interpreter's. A byte that is loaded again comes
+from the L2 cache, and so passes through memory once, in two cases: the whole tensor has at most :data:`CACHED` bytes,
+or the part that neighbouring programs share has. Every other load passes through memory.
 """
 
 from __future__ import annotations
@@ -11,162 +11,171 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from trimode.plugins.contracts import AttentionShape, Pattern, ProductShape, Tactic, ceil_div, split_count
+from trimode.plugins.operators import Attend, Node, Tactic
+from trimode.plugins.operators.attention import split_count
+from trimode.plugins.operators.operator import ceil_div
 
-# A third of the smallest L2 of the GPUs that we compile for (GeForce RTX 3090, 6 MB).
+# A third of the smallest L2 of the GPUs that kernels are compiled for (GeForce RTX 3090, 6 MB).
 CACHED = 2 << 20
-INDEX, FLOAT = 8, 4
+INDEX_BYTES, FLOAT_BYTES = 8, 4
 
 
 @dataclass
-class Asked:
-    """Bytes that a kernel loads from and stores to one tensor, each time counted; ``needed``: the distinct ones;
-    ``again``: the loaded ones that a neighbouring program loaded before."""
+class TensorTraffic:
+    """Bytes that a kernel loads from and stores to one tensor, every access counted.
+
+    needed: distinct bytes. reloaded: loaded bytes that a neighbouring program has loaded before.
+    """
 
     loaded: int = 0
     stored: int = 0
     needed: int = 0
-    again: int = 0
+    reloaded: int = 0
 
     @property
     def moved(self) -> int:
-        return self.needed if self.needed <= CACHED else self.loaded - self.again + self.stored
+        """Bytes through memory."""
+        return self.needed if self.needed <= CACHED else self.loaded - self.reloaded + self.stored
 
 
-def moved_bytes(asked: Mapping[str, Asked]) -> int:
+# A kernel's traffic by the names of its tensors.
+KernelTraffic = dict[str, TensorTraffic]
+
+
+def moved_bytes(traffic: Mapping[str, TensorTraffic]) -> int:
     """Bytes through memory."""
-    return sum(tensor.moved for tensor in asked.values())
+    return sum(tensor.moved for tensor in traffic.values())
 
 
-def needed_bytes(asked: Mapping[str, Asked]) -> int:
-    """The floor: each byte that is needed once."""
-    return sum(tensor.needed for tensor in asked.values())
+def needed_bytes(traffic: Mapping[str, TensorTraffic]) -> int:
+    """The floor: every needed byte once."""
+    return sum(tensor.needed for tensor in traffic.values())
 
 
-def asked_bytes(asked: Mapping[str, Asked]) -> int:
-    """Bytes between the L2 cache and the processors."""
-    return sum(tensor.loaded + tensor.stored for tensor in asked.values())
+def cache_bytes(traffic: Mapping[str, TensorTraffic]) -> int:
+    """Bytes between the L2 cache and the multiprocessors."""
+    return sum(tensor.loaded + tensor.stored for tensor in traffic.values())
 
 
-def kv_write_traffic(shape: AttentionShape, batch: int, step: int, real: int) -> dict[str, Asked]:
-    """real: bytes of an activation. All rows are inside the pool."""
-    row = shape.head_dim * real
-    q, kv = shape.kv_heads * shape.group * row, shape.kv_heads * row
-    tokens = batch * step
-    tables = {
-        name: _read(tokens * row // 2, tokens * row // 2) for name in ("query_cos", "query_sin", "key_cos", "key_sin")
-    }
+def kv_write_traffic(node: Node, real: int) -> KernelTraffic:
+    """All rows are inside the pool. real: bytes of an activation."""
+    (batch, step, width), (_, kv_heads, _, head_dim) = node.shapes["qkv"], node.shapes["k_cache"]
+    kv, tokens = kv_heads * head_dim * real, batch * step
+    rotation = tokens * head_dim // 2 * real
     return {
-        "qkv": _read(tokens * (q + 2 * kv), tokens * (q + 2 * kv)),
-        **tables,
-        "write_indices": _read(tokens * INDEX, batch * INDEX),
-        "q": _written(tokens * q),
+        "qkv": _read(tokens * width * real, tokens * width * real),
+        **{name: _read(rotation, rotation) for name in ("query_cos", "query_sin", "key_cos", "key_sin")},
+        "write_indices": _read(tokens * INDEX_BYTES, batch * INDEX_BYTES),
+        "q": _written(tokens * (width * real - 2 * kv)),
         "k_cache": _written(tokens * kv),
         "v_cache": _written(tokens * kv),
     }
 
 
-def attend_traffic(
-    shape: AttentionShape, tactic: Tactic, pattern: Pattern, committed: Sequence[int], step: int, real: int
-) -> dict[str, Asked]:
-    """Every token is real, and a mask is a lower triangle.
+def attend_traffic(operator: Attend, node: Node, tactic: Tactic, committed: Sequence[int], real: int) -> KernelTraffic:
+    """Every token of the step is real, and a mask is a lower triangle.
 
-    committed: rows of each sequence, the step's own aside.
+    committed: rows of each sequence before the step. real: bytes of an activation.
     """
-    block_m, block_n, min_rows = (int(tactic.constants[name] or 0) for name in ("BLOCK_M", "BLOCK_N", "MIN_ROWS"))
-    row_bytes, rows = shape.head_dim * real, shape.group * step
-    tiles, splits = ceil_div(rows, block_m), split_count(shape.splits, step)
+    block_m, block_n, min_rows = (tactic.constants[name] for name in ("BLOCK_M", "BLOCK_N", "MIN_ROWS"))
+    (_, heads, step, head_dim), kv_heads = node.shapes["q"], node.shapes["k_cache"][1]
+    row_bytes, rows = head_dim * real, heads // kv_heads * step
+    tiles, splits = ceil_div(rows, block_m), split_count(node.attributes["splits"], step)
     names = ("q", "k_cache", "v_cache", "write_indices", "partial", "log_sum_exp")
-    asked = {name: Asked() for name in names}
-    # Heads are alike: one is walked. Its tiles run side by side, a split after the other.
+    traffic = {name: TensorTraffic() for name in names}
+    # All heads move the same, so one is counted. Its tiles run side by side, one split after the other.
     for length_before, split in product(committed, range(splits)):
         walked, queries = [], 0
         for tile in range(tiles):
             tokens = [row % step for row in range(tile * block_m, min((tile + 1) * block_m, rows))]
-            asked["write_indices"].loaded += INDEX
-            asked["log_sum_exp"].stored += FLOAT * len(tokens)
-            length = length_before + (max(tokens) + 1 if pattern == "causal" else step)
-            plain = {"causal": length_before + min(tokens) + 1, "bidirectional": length, "masked": length_before}[
-                pattern
-            ]
-            busy = min(max(length // min_rows, 1), splits)
-            share = ceil_div(ceil_div(length, busy), block_n) * block_n
-            start, end = split * share, min((split + 1) * share, length)
+            traffic["write_indices"].loaded += INDEX_BYTES
+            traffic["log_sum_exp"].stored += FLOAT_BYTES * len(tokens)
+            length = length_before + (max(tokens) + 1 if operator.pattern == "causal" else step)
+            start, end = split_rows(length, split, splits, block_n, min_rows)
             if start >= end:
                 continue
             walked.append(range(start, end))
             queries += len(tokens)
-            sees = [token for token in tokens if pattern == "bidirectional" or start - length_before <= token]
-            asked["partial"].stored += len(sees) * row_bytes
-            if pattern == "masked":
-                first = start + max(min(plain, end) - start, 0) // block_n * block_n
-                asked.setdefault("block_mask", Asked()).loaded += len(tokens) * max(end - max(first, length_before), 0)
+            sees = [t for t in tokens if operator.pattern == "bidirectional" or start - length_before <= t]
+            traffic["partial"].stored += len(sees) * row_bytes
+            if operator.pattern == "masked":
+                first = start + max(min(length_before, end) - start, 0) // block_n * block_n
+                mask = traffic.setdefault("block_mask", TensorTraffic())
+                mask.loaded += len(tokens) * max(end - max(first, length_before), 0)
         loaded, distinct = sum(map(len, walked)), len(set().union(*walked))
-        asked["q"].loaded += queries * row_bytes
-        asked["k_cache"].loaded += loaded * row_bytes
-        asked["v_cache"].loaded += loaded * row_bytes
+        traffic["q"].loaded += queries * row_bytes
+        traffic["k_cache"].loaded += loaded * row_bytes
+        traffic["v_cache"].loaded += loaded * row_bytes
         if (queries + 2 * distinct) * row_bytes <= CACHED:
-            asked["q"].again += queries * row_bytes if split else 0
-            asked["k_cache"].again += (loaded - distinct) * row_bytes
-            asked["v_cache"].again += (loaded - distinct) * row_bytes
-    if pattern == "bidirectional":
-        asked["step_lengths"] = Asked(loaded=asked["write_indices"].loaded)
-    for tensor in asked.values():
-        tensor.loaded *= shape.kv_heads
-        tensor.stored *= shape.kv_heads
-        tensor.again *= shape.kv_heads
-    kv = shape.kv_heads * row_bytes * sum(length + step for length in committed)
-    asked["q"].needed = len(committed) * shape.kv_heads * rows * row_bytes
-    asked["k_cache"].needed = asked["v_cache"].needed = kv
+            traffic["q"].reloaded += queries * row_bytes if split else 0
+            traffic["k_cache"].reloaded += (loaded - distinct) * row_bytes
+            traffic["v_cache"].reloaded += (loaded - distinct) * row_bytes
+    if operator.pattern == "bidirectional":
+        traffic["step_lengths"] = TensorTraffic(loaded=traffic["write_indices"].loaded)
+    for tensor in traffic.values():
+        tensor.loaded *= kv_heads
+        tensor.stored *= kv_heads
+        tensor.reloaded *= kv_heads
+    kv = kv_heads * row_bytes * sum(length + step for length in committed)
+    traffic["q"].needed = len(committed) * kv_heads * rows * row_bytes
+    traffic["k_cache"].needed = traffic["v_cache"].needed = kv
     for name in ("partial", "log_sum_exp"):
-        asked[name].needed = asked[name].stored
-    if pattern == "masked":
-        asked["block_mask"].needed = len(committed) * step * step
-    for name in asked.keys() & {"write_indices", "step_lengths"}:
-        asked[name].needed = len(committed) * INDEX
-    return asked
+        traffic[name].needed = traffic[name].stored
+    if operator.pattern == "masked":
+        traffic["block_mask"].needed = len(committed) * step * step
+    for name in traffic.keys() & {"write_indices", "step_lengths"}:
+        traffic[name].needed = len(committed) * INDEX_BYTES
+    return traffic
 
 
-def merge_traffic(
-    shape: AttentionShape, attended: Mapping[str, Asked], batch: int, step: int, real: int
-) -> dict[str, Asked]:
-    """attended: what the splits before it moved."""
+def split_rows(length: int, split: int, splits: int, block_n: int, min_rows: int) -> tuple[int, int]:
+    """The first KV row of a split and the row after its last one. Without work, the first is not below the second."""
+    busy = min(max(length // min_rows, 1), splits)
+    share = ceil_div(ceil_div(length, busy), block_n) * block_n
+    return split * share, min((split + 1) * share, length)
+
+
+def merge_traffic(node: Node, attended: Mapping[str, TensorTraffic], real: int) -> KernelTraffic:
+    """attended: of the attention whose splits are merged. real: bytes of an activation."""
     partial, log_sum_exp = attended["partial"].stored, attended["log_sum_exp"].stored
+    batch, _, heads, step, head_dim = node.shapes["partial"]
     return {
         "partial": _read(partial, partial),
         "log_sum_exp": _read(log_sum_exp, log_sum_exp),
-        "attended": _written(batch * step * shape.kv_heads * shape.group * shape.head_dim * real),
+        "attended": _written(batch * step * heads * head_dim * real),
     }
 
 
-def int4_product_traffic(shape: ProductShape, tactic: Tactic, rows: int, real: int) -> dict[str, Asked]:
-    block_m, block_n, block_k = (int(tactic.constants[name] or 0) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
-    tiles, strips = ceil_div(rows, block_m), ceil_div(shape.columns, block_n)
-    inner, columns = shape.inner, shape.columns
-    x, packed, scales = rows * inner * real, inner * columns // 2, inner // shape.group * columns * real
-    asked = {
+def int4_product_traffic(node: Node, tactic: Tactic, real: int) -> KernelTraffic:
+    """real: bytes of an activation."""
+    block_m, block_n, block_k = (tactic.constants[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
+    (rows, inner), (groups, columns) = node.shapes["x"], node.shapes["scale"]
+    tiles, strips = ceil_div(rows, block_m), ceil_div(columns, block_n)
+    x, packed, scales = rows * inner * real, inner * columns // 2, groups * columns * real
+    traffic = {
         "x": _read(x * strips, x),
         "packed": _read(packed * tiles, packed),
-        "scale": _read(scales * tiles * (shape.group // block_k), scales),
+        "scale": _read(scales * tiles * (inner // groups // block_k), scales),
         "y": _written(rows * columns * real),
     }
-    # The rows' tiles run side by side, a strip of columns after the other.
+    # Tiles of rows run side by side, one strip of columns after the other.
     if (packed + scales) * block_n // columns <= CACHED:
         for name in ("packed", "scale"):
-            asked[name].again = asked[name].loaded - asked[name].needed
-    if shape.input_scale:
-        asked["input_scale"] = _read(tiles * strips * inner * real, inner * real)
-    if shape.rank:
-        asked["narrow"] = _read(rows * shape.rank * real * strips, rows * shape.rank * real)
-        asked["adapter_up"] = _read(tiles * shape.rank * columns * real, shape.rank * columns * real)
-    if shape.residual:
-        asked["residual"] = _read(rows * columns * real, rows * columns * real)
-    return asked
+            traffic[name].reloaded = traffic[name].loaded - traffic[name].needed
+    if "input_scale" in node.shapes:
+        traffic["input_scale"] = _read(tiles * strips * inner * real, inner * real)
+    if "narrow" in node.shapes:
+        rank = node.shapes["narrow"][1]
+        traffic["narrow"] = _read(rows * rank * real * strips, rows * rank * real)
+        traffic["adapter_up"] = _read(tiles * rank * columns * real, rank * columns * real)
+    if "residual" in node.shapes:
+        traffic["residual"] = _read(rows * columns * real, rows * columns * real)
+    return traffic
 
 
-def _read(loaded: int, needed: int) -> Asked:
-    return Asked(loaded=loaded, needed=needed)
+def _read(loaded: int, needed: int) -> TensorTraffic:
+    return TensorTraffic(loaded=loaded, needed=needed)
 
 
-def _written(stored: int) -> Asked:
-    return Asked(stored=stored, needed=stored)
+def _written(stored: int) -> TensorTraffic:
+    return TensorTraffic(stored=stored, needed=stored)

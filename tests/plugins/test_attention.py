@@ -1,4 +1,4 @@
-"""Both attention kernels, interpreted, against the reference; and the reference against PyTorch's own attention."""
+"""Both attention kernels, interpreted, against the reference; the reference against PyTorch's own attention."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 
-from tests.support.interpreted import BARS, attend, distance
 from tests.support.kernel_cases import DTYPES, GROUPS, AttentionCase, attention_cases
-from trimode.plugins import attention
-from trimode.plugins.contracts import ATTEND_TACTICS, SPLIT_STEP, Pattern, Tactic, split_count
+from tests.support.kernel_functions import TOLERANCES, attend, distance
+from trimode.plugins.operators import Attend, Pattern, Tactic
+from trimode.plugins.operators.attention import SPLIT_STEP, split_count
+from trimode.plugins.reference import attention
 
 PATTERNS: tuple[Pattern, ...] = ("causal", "bidirectional", "masked")
 
@@ -20,20 +21,20 @@ PATTERNS: tuple[Pattern, ...] = ("causal", "bidirectional", "masked")
 def check(case: AttentionCase) -> None:
     inputs = case.inputs()
     found, *_ = attend(**inputs, splits=case.splits, tactic=case.tactic)
-    assert distance(found, attention.attend(**inputs)) <= BARS[case.dtype]
+    assert distance(found, attention.attend(**inputs)) <= TOLERANCES[case.dtype]
 
 
 @given(attention_cases())
 @settings(max_examples=20, deadline=None, derandomize=True)
-def test_attention_is_the_reference(case: AttentionCase) -> None:
+def test_attention_equals_the_reference(case: AttentionCase) -> None:
     check(case)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("tactic", ATTEND_TACTICS, ids=lambda tactic: str(tactic.constants["BLOCK_M"]))
-def test_every_tactic_takes_a_long_sequence_among_short_ones(tactic: Tactic, pattern: Pattern) -> None:
-    """Groups, types and head sizes take turns: each tactic and each pattern has all. A group of 1 has 64 tokens."""
-    turn, other = ATTEND_TACTICS.index(tactic), PATTERNS.index(pattern)
+@pytest.mark.parametrize("tactic", Attend.TACTICS, ids=lambda tactic: str(tactic.constants["BLOCK_M"]))
+def test_every_tactic_with_a_long_sequence_among_short_ones(tactic: Tactic, pattern: Pattern) -> None:
+    """Every tactic and every pattern meets every group, type and head size."""
+    turn, other = Attend.TACTICS.index(tactic), PATTERNS.index(pattern)
     group = GROUPS[(turn + other) % 3]
     case = AttentionCase(
         committed=(37, 4999, 0, 130, 1, 611, 255, 18),
@@ -49,13 +50,13 @@ def test_every_tactic_takes_a_long_sequence_among_short_ones(tactic: Tactic, pat
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_a_prefill_chunk_has_fewer_splits(pattern: Pattern) -> None:
-    case = AttentionCase((70, 0), 2 * SPLIT_STEP + 5, pattern, group=2, splits=4, tactic=ATTEND_TACTICS[1])
+    case = AttentionCase((70, 0), 2 * SPLIT_STEP + 5, pattern, group=2, splits=4, tactic=Attend.TACTICS[1])
     assert split_count(case.splits, case.step) == 2
     check(case)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_a_sequence_that_sees_nothing_yields_zeros(pattern: Pattern) -> None:
+def test_a_sequence_without_visible_rows_gives_zeros(pattern: Pattern) -> None:
     case = AttentionCase((0, 5), 3, pattern, group=4)
     inputs = case.inputs()
     if pattern == "bidirectional":
@@ -70,12 +71,12 @@ def test_a_sequence_that_sees_nothing_yields_zeros(pattern: Pattern) -> None:
     check(case)
 
 
-def test_the_number_of_splits_does_not_matter() -> None:
+def test_the_result_does_not_depend_on_the_number_of_splits() -> None:
     case = AttentionCase((900,), 5, "causal", group=4)
     alone, *_ = attend(**case.inputs(), splits=1)
     for splits in (2, 7, 16):
-        parted, *_ = attend(**case.inputs(), splits=splits)
-        assert distance(parted, alone) < BARS[torch.float32]
+        merged, *_ = attend(**case.inputs(), splits=splits)
+        assert distance(merged, alone) < TOLERANCES[torch.float32]
 
 
 def test_a_lower_triangle_is_causal_and_a_full_mask_bidirectional() -> None:
@@ -87,10 +88,10 @@ def test_a_lower_triangle_is_causal_and_a_full_mask_bidirectional() -> None:
     ):
         masked, *_ = attend(**inputs, block_mask=mask)
         plain, *_ = attend(**inputs, **other)
-        assert distance(masked, plain) < BARS[torch.float32]
+        assert distance(masked, plain) < TOLERANCES[torch.float32]
 
 
-def test_rows_of_other_sequences_do_not_matter() -> None:
+def test_a_sequence_does_not_depend_on_the_rest_of_the_batch() -> None:
     case = AttentionCase((130, 20, 77), 4, "causal", group=4, kv_heads=2)
     inputs = case.inputs()
     together, *_ = attend(**inputs)
@@ -100,7 +101,7 @@ def test_rows_of_other_sequences_do_not_matter() -> None:
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_the_reference_is_pytorchs_attention(pattern: Pattern) -> None:
+def test_the_reference_equals_pytorchs_attention(pattern: Pattern) -> None:
     case = replace(AttentionCase((13,), 6, pattern, group=4, kv_heads=2), slack=0)
     inputs = {name: tensor.nan_to_num() for name, tensor in case.inputs().items()}
     extra = (inputs.get("step_lengths"), inputs.get("block_mask"))
@@ -109,10 +110,10 @@ def test_the_reference_is_pytorchs_attention(pattern: Pattern) -> None:
         inputs["q"], inputs["k_cache"], inputs["v_cache"], attn_mask=seen[:, None], scale=1.0, enable_gqa=True
     )
     found = attention.attend(**inputs)
-    assert distance(found, expected.transpose(1, 2).flatten(2)) < BARS[torch.float32]
+    assert distance(found, expected.transpose(1, 2).flatten(2)) < TOLERANCES[torch.float32]
 
 
-def test_the_merges_reference_is_the_merge() -> None:
+def test_the_merges_reference_is_a_softmax_over_splits() -> None:
     random = torch.Generator().manual_seed(0)
     partial = torch.randn(1, 3, 2, 4, 64, generator=random)
     log_sum_exp = torch.randn(1, 3, 2, 4, generator=random)
@@ -121,4 +122,4 @@ def test_the_merges_reference_is_the_merge() -> None:
     merged = attention.merge(partial, log_sum_exp)
     weights = log_sum_exp[:, [0, 2]].softmax(1)
     expected = (partial[:, [0, 2]] * weights[..., None]).sum(1).transpose(1, 2).flatten(2)
-    assert distance(merged, expected) < BARS[torch.float32]
+    assert distance(merged, expected) < TOLERANCES[torch.float32]

@@ -1,10 +1,9 @@
-"""TensorRT's own validator on our declarations, and what its plugin classes then tell the builder."""
+"""Our plugin declarations under TensorRT's own validator, and what its plugin classes then give the builder."""
 
 from __future__ import annotations
 
 import inspect
 import re
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,16 +25,16 @@ from tests.support.plugin_builder import (
     build,
 )
 from trimode.common.errors import TriModeError
-from trimode.plugins.contracts import ATTEND_TACTICS, INT4_PRODUCT_TACTICS, split_count
-from trimode.plugins.kernel_library import KernelLibrary
-from trimode.plugins.launches import LAUNCHES
+from trimode.engine.kernel_library import KernelLibrary
+from trimode.plugins.operators import OPERATORS, Attend, Int4Product
+from trimode.plugins.operators.attention import split_count
 
 
 @pytest.fixture(scope="module")
 def built(tensorrt: ModuleType, declarations: ModuleType, library: Path) -> dict[str, Built]:
-    """Every plugin, declared, validated, asked for its shapes and for its kernels."""
+    """Every plugin: declared, validated, and queried for its shapes and kernels."""
     declarations.declare_plugins(KernelLibrary(library, 90))
-    return {name: build(tensorrt, name) for name in LAUNCHES}
+    return {name: build(tensorrt, name) for name in OPERATORS}
 
 
 def test_every_operator_is_declared_in_our_namespace(tensorrt: ModuleType, built: dict[str, Built]) -> None:
@@ -45,8 +44,8 @@ def test_every_operator_is_declared_in_our_namespace(tensorrt: ModuleType, built
 
 @pytest.mark.parametrize("name", COMPILED)
 def test_every_tactic_has_ptx_whose_parameters_are_the_operators(built: dict[str, Built], name: str) -> None:
-    """In TensorRT's order: inputs, scalars, outputs; and nothing that it would not give."""
-    operator = LAUNCHES[name].operator
+    """In TensorRT's order: inputs, scalars, outputs, and no others."""
+    operator = OPERATORS[name]
     pointer, scalar = "u64", "u32"
     expected = [
         *(pointer for _ in operator.inputs),
@@ -65,12 +64,12 @@ def test_every_tactic_has_ptx_whose_parameters_are_the_operators(built: dict[str
 
 
 def test_the_pool_is_written_in_place(built: dict[str, Built]) -> None:
-    inputs = [operand.name for operand in LAUNCHES["KvWrite"].operator.inputs]
+    inputs = [operand.name for operand in OPERATORS["KvWrite"].inputs]
     assert built["KvWrite"].aliases == (-1, inputs.index("k_cache"), inputs.index("v_cache"))
     assert all(set(found.aliases) == {-1} for name, found in built.items() if name != "KvWrite")
 
 
-def test_shapes_and_types_are_the_contracts(built: dict[str, Built]) -> None:
+def test_output_shapes_and_types(built: dict[str, Built]) -> None:
     parts = split_count(5, STEP)
     assert parts == 3  # a step of more than 64 tokens halves the splits
     assert built["KvWrite"].output_shapes == ((BATCH, HEADS, STEP, SIZE), CACHE, CACHE)
@@ -85,11 +84,11 @@ def test_shapes_and_types_are_the_contracts(built: dict[str, Built]) -> None:
 
 
 def test_launches_cover_the_work(built: dict[str, Built]) -> None:
-    """Counted by hand for the shapes of this test."""
+    """Expected values were computed by hand for the shapes of this test."""
     assert {kernel.grid for kernel in built["KvWrite"].kernels.values()} == {(STEP, BATCH, 1)}
     assert {kernel.scalars for kernel in built["KvWrite"].kernels.values()} == {(STEP, CAPACITY)}
     rows = STEP * HEADS // KV_HEADS
-    for number, tactic in enumerate(ATTEND_TACTICS, 1):
+    for number, tactic in enumerate(Attend.TACTICS, 1):
         kernel = built["AttendMasked"].kernels[number]
         assert kernel.grid == (-(-rows // tactic.constants["BLOCK_M"]), 3 * KV_HEADS, BATCH)
         assert kernel.scalars == (STEP, CAPACITY)
@@ -102,7 +101,7 @@ def test_launches_cover_the_work(built: dict[str, Built]) -> None:
 
 
 def _product_tactics() -> list[Any]:
-    return [tactic.constants for tactic in INT4_PRODUCT_TACTICS]
+    return [tactic.constants for tactic in Int4Product.TACTICS]
 
 
 def test_a_small_groups_products_have_every_tactic(built: dict[str, Built]) -> None:
@@ -111,7 +110,7 @@ def test_a_small_groups_products_have_every_tactic(built: dict[str, Built]) -> N
 
 
 def test_a_tactic_that_was_not_compiled_is_not_offered(built: dict[str, Built]) -> None:
-    """As where it does not fit the GPU; the library of these tests lacks all but the first of some operators."""
+    """The library of these tests has only the first tactic of some operators."""
     lacking = built.keys() - set(COMPILED)
     assert lacking
     for name in lacking:
@@ -158,7 +157,7 @@ FAULTS: dict[str, tuple[str, Any]] = {
 def test_a_wrong_declaration_is_refused(
     declarations: ModuleType, built: dict[str, Built], monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
-    """The validator is no rubber stamp: one thing wrong in one of the three functions, and it says so."""
+    """The validator must refuse each single fault in one of the three functions."""
     del built  # the right declarations have been accepted
     where, spoil = FAULTS[fault]
     signed = declarations._signed
@@ -167,10 +166,10 @@ def test_a_wrong_declaration_is_refused(
         return signed(function, *(spoil(parameters, result) if function.__name__ == where else (parameters, result)))
 
     monkeypatch.setattr(declarations, "_signed", spoiled)
-    launch = LAUNCHES["AttendMasked"]
-    named = replace(launch, operator=replace(launch.operator, name=f"Wrong{list(FAULTS).index(fault)}"))
+    operator = Attend("masked")
+    operator.name = f"Wrong{list(FAULTS).index(fault)}"
     with pytest.raises((ValueError, TypeError)):
-        declarations.declare(named)
+        declarations.declare(operator)
 
 
 def test_a_kernel_that_was_not_compiled_is_named(
@@ -203,6 +202,6 @@ def test_kernels_of_another_type_are_refused(
         declarations.declare_plugins(kernels)
 
 
-def test_a_gpu_without_kernels_is_told_what_there_is(library: Path) -> None:
+def test_a_gpu_without_kernels_is_refused_with_the_compiled_capabilities(library: Path) -> None:
     with pytest.raises(TriModeError, match=r"capabilities 90, and this GPU's is 100; build with --sm 100"):
         KernelLibrary(library, 100)

@@ -1,4 +1,4 @@
-"""Random inputs of the kernels: a few integers say what a case is, a seed fills it."""
+"""Random inputs of the kernels. A case is a few integers and a seed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trimode.plugins.contracts import ATTEND_TACTICS, INT4_PRODUCT_TACTICS, Pattern, Tactic, within_group
+from trimode.plugins.operators import Attend, Int4Product, Pattern, Tactic
+from trimode.plugins.operators.int4_product import within_group
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 GROUPS = (1, 4, 8)
@@ -17,7 +18,7 @@ GROUPS = (1, 4, 8)
 
 @dataclass(frozen=True)
 class AttentionCase:
-    """``committed`` has an entry a sequence. slack: rows of the pool behind the longest sequence."""
+    """committed: rows of each sequence before the step. slack: rows of the pool after the longest sequence."""
 
     committed: tuple[int, ...]
     step: int
@@ -27,7 +28,7 @@ class AttentionCase:
     head_dim: int = 64
     splits: int = 4
     slack: int = 3
-    tactic: Tactic = ATTEND_TACTICS[0]
+    tactic: Tactic = Attend.TACTICS[0]
     dtype: torch.dtype = torch.float32
     seed: int = 0
 
@@ -40,7 +41,7 @@ class AttentionCase:
         return max(self.committed) + self.step + self.slack
 
     def inputs(self) -> dict[str, Tensor]:
-        """Of :func:`trimode.plugins.attention.attend`. Rows of the pool that hold nothing yet are NaN."""
+        """Of :func:`trimode.plugins.reference.attention.attend`. Rows of the pool that were not written are NaN."""
         random = torch.Generator().manual_seed(self.seed)
 
         def normal(*shape: int) -> Tensor:
@@ -70,10 +71,10 @@ class AttentionCase:
 
 @st.composite
 def attention_cases(draw: Any) -> AttentionCase:
-    """The interpreter's time goes by tiles: one sequence may be long, and a step has four tiles of queries at most."""
+    """At most one long sequence and four tiles of queries, since the interpreter takes time for each tile."""
     committed = draw(st.lists(st.integers(0, 200), max_size=7))
     committed.insert(draw(st.integers(0, len(committed))), draw(st.integers(0, 5000)))
-    tactic = draw(st.sampled_from(ATTEND_TACTICS))
+    tactic = draw(st.sampled_from(Attend.TACTICS))
     group = draw(st.sampled_from(GROUPS))
     return AttentionCase(
         committed=tuple(committed),
@@ -92,7 +93,7 @@ def attention_cases(draw: Any) -> AttentionCase:
 
 @dataclass(frozen=True)
 class ProductCase:
-    """x [rows, groups * group] times a matrix of ``columns``; rank 0: no adapter."""
+    """x [rows, groups * group] times W [groups * group, columns]. rank: 0 without an adapter."""
 
     rows: int
     groups: int
@@ -101,12 +102,12 @@ class ProductCase:
     input_scale: bool = False
     rank: int = 0
     residual: bool = False
-    tactic: Tactic = INT4_PRODUCT_TACTICS[2]
+    tactic: Tactic = Int4Product.TACTICS[2]
     dtype: torch.dtype = torch.float32
     seed: int = 0
 
     def inputs(self) -> dict[str, Tensor]:
-        """Of :func:`trimode.plugins.int4_product.int4_product`."""
+        """Of :func:`trimode.plugins.reference.int4_product.int4_product`."""
         random = torch.Generator().manual_seed(self.seed)
 
         def normal(*shape: int) -> Tensor:
@@ -118,7 +119,7 @@ class ProductCase:
         if self.input_scale:
             inputs["input_scale"] = normal(inner)
         if self.rank:
-            # As large as the product itself, so that its lack shows.
+            # As large as the product itself, so that a missing adapter exceeds the tolerance.
             inputs["narrow"] = normal(self.rows, self.rank) * inner**0.5
             inputs["adapter_up"] = normal(self.rank, self.columns) * 4
         if self.residual:
@@ -128,7 +129,7 @@ class ProductCase:
 
 @st.composite
 def product_cases(draw: Any) -> ProductCase:
-    tactic = draw(st.sampled_from(INT4_PRODUCT_TACTICS))
+    tactic = draw(st.sampled_from(Int4Product.TACTICS))
     group = draw(st.sampled_from([128, 128, 128, 64, 32, 16]))
     return ProductCase(
         rows=draw(st.integers(1, 64)) if tactic.constants["BLOCK_M"] >= 16 else draw(st.integers(1, 6)),

@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from trimode.build.tensorrt.kernel_emission import NeededKernel, write_kernels
+from trimode.build.tensorrt.kernel_emission import NeededKernel, kernels_of, write_kernels
 from trimode.common.progress import no_progress
-from trimode.plugins.kernel_library import kernel_name
-from trimode.plugins.launches import LAUNCHES, Call
+from trimode.plugins.operators import OPERATORS, Node
 
 STEP, BATCH, CAPACITY, SPLITS = 70, 3, 256, 5
 HEADS, KV_HEADS, SIZE = 4, 2, 32
@@ -149,7 +148,7 @@ class Built:
 
 def attributes_of(name: str) -> dict[str, int]:
     values = {"splits": SPLITS, "group": HEADS // KV_HEADS}
-    return {attribute: values[attribute] for attribute in LAUNCHES[name].operator.attributes}
+    return {attribute: values[attribute] for attribute in OPERATORS[name].attributes}
 
 
 def build(
@@ -164,7 +163,7 @@ def build(
     request = trt.QuickPluginCreationRequest.STRICT_AOT
     phase = trt.TensorRTPhase.BUILD
     plugin = creator.create_plugin(name, "trimode", trt.PluginFieldCollection(fields), phase, request)
-    given = [inputs[operand.name] for operand in LAUNCHES[name].operator.inputs]
+    given = [inputs[operand.name] for operand in OPERATORS[name].inputs]
     ranks = [len(shape) for _, shape, _ in given]
     types = plugin.get_output_data_types([getattr(trt.DataType, dtype) for dtype, _, _ in given], ranks)
     exprs = [[Number(size, at not in dynamic) for at, size in enumerate(shape)] for _, shape, dynamic in given]
@@ -221,19 +220,17 @@ def _described(trt: Any, dtype: Any, expr: list[Number]) -> Any:
 
 
 def write_small_library(folder: Path) -> Path:
-    needed = {}
-    for name, launch in LAUNCHES.items():
-        static = {
+    """Kernels of the network of :data:`INPUTS` for compute capability 9.0, in fp16: all tactics of :data:`COMPILED`,
+    and the first one of every other operator.
+    """
+    needed: dict[str, NeededKernel] = {}
+    for name, declared in OPERATORS.items():
+        fixed = {
             operand.name: tuple(-1 if at in dynamic else size for at, size in enumerate(shape))
-            for operand in launch.operator.inputs
+            for operand in declared.inputs
             for _, shape, dynamic in [INPUTS[operand.name]]
         }
-        call = Call(static, attributes_of(name), static)
-        constants = launch.constants(call)
-        tactics = list(launch.tactics(call).items())
-        for number, tactic in tactics if name in COMPILED else tactics[:1]:
-            needed[kernel_name(launch.operator, constants, number)] = NeededKernel(
-                launch.operator, constants, number, tactic
-            )
+        kernels = list(kernels_of(declared, Node.of(fixed, attributes_of(name))).items())
+        needed |= dict(kernels if name in COMPILED else kernels[:1])
     write_kernels(needed, "fp16", (90,), folder, no_progress)
     return folder

@@ -11,18 +11,16 @@ import onnx
 import pytest
 
 from tests.support.plugin_builder import INPUTS, Built, Input, build
-from trimode.plugins import launches
-from trimode.plugins.contracts import DOMAIN
-from trimode.plugins.launches import LAUNCHES
+from trimode.plugins.operators import DOMAIN, OPERATORS, Attend, Int4Product, KvWrite, MergeSplits
 
 BATCH, STEP = 2, 40
 SIZES = {"batch": BATCH, "step": STEP, "rows": 7}
 
 
 def one_tactic_each(patch: pytest.MonkeyPatch) -> None:
-    """Compiling all tactics takes half a minute; tests/plugins does."""
-    for name in ("ATTEND_TACTICS", "INT4_PRODUCT_TACTICS", "KV_WRITE_TACTICS", "MERGE_TACTICS"):
-        patch.setattr(launches, name, getattr(launches, name)[:1])
+    """Only each operator's first tactic: to compile all of them takes half a minute, and tests/plugins does so."""
+    for operator in (Attend, Int4Product, KvWrite, MergeSplits):
+        patch.setattr(operator, "TACTICS", operator.TACTICS[:1])
 
 
 class TensorrtDouble:
@@ -61,7 +59,7 @@ class TensorrtDouble:
         made: dict[str, tuple[int, ...]] = {}
         for step, node in enumerate(network.plugins):
             attributes = {attribute.name: attribute.i for attribute in node.attribute}
-            wanted = {name: attributes[name] for name in LAUNCHES[node.op_type].operator.attributes}
+            wanted = {name: attributes[name] for name in OPERATORS[node.op_type].attributes}
             built = build(self._trt, node.op_type, network.inputs_of(node, made), wanted)
             made |= dict(zip(node.output, built.output_shapes, strict=True))
             self.asked.append((node.op_type, built))
@@ -111,7 +109,7 @@ class _Network:
 
     def inputs_of(self, node: onnx.NodeProto, made: dict[str, tuple[int, ...]]) -> dict[str, Input]:
         """Each input with its size in some pass; ``made``: shapes of what plugins gave so far."""
-        operands = [operand.name for operand in LAUNCHES[node.op_type].operator.inputs]
+        operands = [operand.name for operand in OPERATORS[node.op_type].inputs]
         shapes = {
             operand: made.get(name) or self._shape(name) for operand, name in zip(operands, node.input, strict=True)
         }

@@ -20,8 +20,8 @@ from trimode.build.graph.operator_functions import (
     kv_write_function,
     merge_function,
 )
-from trimode.plugins import attention, int4_product, kv_write
-from trimode.plugins.contracts import DOMAIN, Pattern, ProductShape
+from trimode.plugins.operators import DOMAIN, Int4Product, Pattern
+from trimode.plugins.reference import attention, int4_product, kv_write
 
 BATCH, STEP, KV_HEADS, GROUP, SIZE, CAPACITY = 3, 5, 2, 3, 16, 24
 HEADS = KV_HEADS * GROUP
@@ -122,7 +122,7 @@ def test_merge_weighs_splits_and_leaves_out_those_that_saw_nothing() -> None:
 @pytest.mark.parametrize("residual", [False, True])
 def test_int4_product(scaled: bool, rank: int, residual: bool) -> None:
     inner, columns, group, rows = 64, 10, 16, 6
-    shape = ProductShape(inner, columns, group, input_scale=scaled, rank=rank, residual=residual)
+    operator = Int4Product(input_scale=scaled, adapter=rank > 0, residual=residual)
     everything = np.arange(inner * columns // 2).reshape(inner, columns // 2) % 256  # every byte there is
     inputs: dict[str, NDArray[np.generic]] = {
         "x": random(rows, inner),
@@ -136,5 +136,5 @@ def test_int4_product(scaled: bool, rank: int, residual: bool) -> None:
     if residual:
         inputs["residual"] = random(rows, columns)
     expected = int4_product.int4_product(**{name: torch.from_numpy(array) for name, array in inputs.items()})
-    found = execute(int4_product_function(shape), inputs)[0]
+    found = execute(int4_product_function(operator), inputs)[0]
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4, atol=1e-3)

@@ -21,11 +21,11 @@ from trimode.build.tensorrt.graphs import SPLITS, write_graphs
 from trimode.common.errors import TriModeError
 from trimode.common.progress import no_progress
 from trimode.engine.files import ADAPTER, POOL, verify_files
+from trimode.engine.kernel_library import KernelLibrary
 from trimode.engine.manifest import Manifest
 from trimode.engine.targets.tensorrt import GRAPH
 from trimode.model.checkpoint import Checkpoint
-from trimode.plugins.contracts import DOMAIN
-from trimode.plugins.kernel_library import KernelLibrary
+from trimode.plugins.operators import DOMAIN
 from trimode.quantize import quantize_checkpoint
 
 ROWS = 512
@@ -245,7 +245,7 @@ def test_compile_says_what_is_missing_and_what_it_takes(emitted: Path, cpu_engin
 def test_what_compiles_needs_neither_torch_nor_triton_nor_onnx() -> None:
     """All that `trimode compile` imports, but for the two modules that begin by importing TensorRT."""
     modules = (
-        *("cli.compile", "build.tensorrt.compile", "build.plan_builder", "plugins.launches", "plugins.kernel_library"),
+        *("cli.compile", "build.tensorrt.compile", "build.plan_builder", "plugins.operators", "engine.kernel_library"),
     )
     imports = "".join(f"import trimode.{module}\n" for module in modules)
     program = f"import sys\n{imports}print(sorted({{'torch', 'triton', 'onnx'}} & sys.modules.keys()))"

@@ -17,10 +17,10 @@ from trimode.build.tensorrt import compile as tensorrt_compile
 from trimode.common.errors import TriModeError
 from trimode.common.gpus import Gpu, Gpus
 from trimode.engine.files import verify_files
+from trimode.engine.kernel_library import LibraryIndex
 from trimode.engine.manifest import Manifest
 from trimode.engine.targets.tensorrt import TensorrtSection
 from trimode.model.checkpoint import Checkpoint
-from trimode.plugins.kernel_library import LibraryIndex
 
 H100 = Gpu(ordinal=0, name="NVIDIA H100", compute_capability=90)
 

@@ -1,23 +1,21 @@
 """Masked attention over the KV pool: split over its rows, then merged.
 
-Queries that share a key-value head are rows of one tile, so K and V are read as they lie in the pool. A sequence's rows
-are dealt to splits, each attends to its own, and :func:`merge_kernel` weighs the results by their log-sum-exps. The
-number of splits launched is constant; how many have work, and which rows are theirs, each program finds from the
-length on the device. The step's own rows are in the pool already: :mod:`trimode.plugins.kv_write` has to store them
-anyway, and reading them back from there leaves one kind of row, where a second source would double the inner loop.
+The queries that share a key-value head form the rows of one tile, so K and V are never replicated. The KV rows of a
+sequence are divided among splits; each split attends to its own rows, and :func:`merge_kernel` weights the results by
+their log-sum-exps. The number of launched splits depends on shapes only. Each program computes from the sequence's
+length, in device memory, how many splits have work and which rows are its own. The step's own rows are read from the
+pool, where :mod:`trimode.plugins.kernels.kv_write` has stored them: a second source would double the inner loop.
 
-The softmax's scale rides with the queries' rotation. Logits, softmax and sums are fp32.
+The queries come multiplied by the softmax's scale. Logits, softmax and sums are fp32.
 
-A paged pool would change the address of a tile of rows: with pages of a multiple of BLOCK_N rows, one load from the
-page table for each tile; with smaller pages, one for each row.
+With a paged pool only the address of a tile of rows would change: for pages of a multiple of BLOCK_N rows, one load
+from the page table for each tile; for smaller pages, one for each row.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -42,18 +40,18 @@ def attend_kernel(
     BLOCK_S: tl.constexpr,
     MIN_ROWS: tl.constexpr,
 ):
-    """A program: BLOCK_M rows of one key-value head's queries, one split of one sequence.
+    """A program computes BLOCK_M rows of one key-value head's queries for one split of one sequence.
 
-    With ``step_lengths`` the pattern is bidirectional, with ``block_mask`` masked, with neither causal. A split has
-    MIN_ROWS rows or more, unless it is the only one.
+    With ``step_lengths`` the pattern is bidirectional, with ``block_mask`` masked, with neither causal. A split has at
+    least MIN_ROWS rows, unless it is the only one with work.
     """
     splits = tl.num_programs(1) // KV_HEADS
-    # Neighbours share what they read: tiles the rows of the pool, splits of a head its queries.
+    # Neighbouring programs read the same data: tiles the same KV rows, splits of a head the same queries.
     split, head, batch = tl.program_id(1) % splits, tl.program_id(1) // splits, tl.program_id(2).to(tl.int64)
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     exists = row < GROUP * step
     token = row % step
-    # No token of the tile sees a row from `length` on, all see those before `plain`.
+    # No token of the tile sees rows from `length` on. Every token sees all rows before `plain`.
     committed = tl.load(write_indices + batch).to(tl.int32)
     if step_lengths is not None:
         length = committed + tl.load(step_lengths + batch).to(tl.int32)
@@ -90,12 +88,12 @@ def attend_kernel(
         logits = tl.dot(query, tl.trans(key), input_precision="ieee") * LOG2_E
         value = tl.load(values + at * HEAD_DIM)
         best, total, sums = _accumulate(logits, value, best, total, sums)
-    # The step's few rows: in tiles as large as the others, or fetched ahead, their masks would not fit the registers.
+    # The step's own rows, with masks. Larger tiles, or prefetching, would need more registers than there are.
     for first in tl.range(masked, end, BLOCK_S, num_stages=1):
         at = first + tl.arange(0, BLOCK_S)
         key = tl.load(keys + at[:, None] * HEAD_DIM, mask=at[:, None] < end, other=0.0)
         logits = tl.dot(query, tl.trans(key), input_precision="ieee") * LOG2_E
-        other = (at - committed)[None, :]  # of the step's tokens; negative ones are committed
+        other = (at - committed)[None, :]  # token of the step; negative for committed rows
         seen = (at < end)[None, :]
         if block_mask is not None:
             named = seen & exists[:, None] & (other >= 0)
@@ -117,7 +115,7 @@ def attend_kernel(
 
 @triton.jit
 def _accumulate(logits, value, best, total, sums):
-    """The online softmax's step over one tile. A row that has seen nothing yet keeps -inf, 0 and 0."""
+    """Update of the online softmax by one tile. A query that has seen no row yet keeps -inf, 0 and 0."""
     higher = tl.maximum(best, tl.max(logits, 1))
     shift = tl.where(higher == float("-inf"), 0.0, higher)
     weights = tl.exp2(logits - shift[:, None])
@@ -139,7 +137,7 @@ def merge_kernel(
     HEAD_DIM: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """A program: one token, the queries of one key-value head. SPLITS: a power of two, ``splits`` at least."""
+    """A program merges one token's queries of one key-value head. SPLITS: a power of two, at least ``splits``."""
     token, group, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     member = tl.arange(0, triton.next_power_of_2(GROUP))
     head = group * GROUP + member
@@ -157,50 +155,3 @@ def merge_kernel(
     merged = tl.sum(parts * weight[:, :, None], 0) / tl.where(total > 0, total, 1.0)[:, None]
     target = attended + ((batch * step + token) * (KV_HEADS * GROUP) + head[:, None]) * HEAD_DIM + column[None, :]
     tl.store(target, merged.to(attended.dtype.element_ty), mask=(member < GROUP)[:, None])
-
-
-def visible(
-    step: int, write_indices: Tensor, capacity: int, step_lengths: Tensor | None, block_mask: Tensor | None
-) -> Tensor:
-    """The reference: which rows of the pool each token of the step sees, [B, S, C] bool."""
-    other = torch.arange(capacity)[None, None, :] - write_indices[:, None, None]
-    token = torch.arange(step)[None, :, None]
-    if step_lengths is not None:
-        return (other < step_lengths[:, None, None]).expand(-1, step, -1)
-    if block_mask is None:
-        return other <= token
-    named = block_mask.gather(2, other.clamp(0, step - 1).expand(-1, step, -1))
-    return (other < 0) | ((other < step) & named)
-
-
-def attend(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    write_indices: Tensor,
-    step_lengths: Tensor | None = None,
-    block_mask: Tensor | None = None,
-) -> Tensor:
-    """The reference of both kernels: softmax(q k) v over the visible rows, [B, S, HQ D]; 0 where none is visible.
-
-    q: [B, HQ, S, D], rotated and scaled. k_cache, v_cache: [B, HKV, C, D]. write_indices, step_lengths: [B].
-    block_mask: [B, S, S] bool.
-    """
-    batch, heads, step, _ = q.shape
-    group = heads // k_cache.shape[1]
-    seen = visible(step, write_indices, k_cache.shape[2], step_lengths, block_mask)[:, None]
-    keys, values = (cache.float().repeat_interleave(group, 1) for cache in (k_cache, v_cache))
-    logits = (q.float() @ keys.transpose(2, 3)).masked_fill(~seen, float("-inf"))
-    # Rows that are not visible may hold anything, NaN included.
-    values = values.masked_fill(~seen.any(2)[..., None], 0)
-    attended = logits.softmax(-1).nan_to_num(0) @ values
-    return attended.transpose(1, 2).reshape(batch, step, -1).to(q.dtype)
-
-
-def merge(partial: Tensor, log_sum_exp: Tensor) -> Tensor:
-    """The reference of :func:`merge_kernel`: [B, P, HQ, S, D] and [B, P, HQ, S] to [B, S, HQ D]."""
-    best = log_sum_exp.amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
-    weights = (log_sum_exp - best).exp()
-    parts = partial.float().masked_fill((weights == 0)[..., None], 0)
-    merged = (parts * weights[..., None]).sum(1) / weights.sum(1).clamp(min=1e-30)[..., None]
-    return merged.transpose(1, 2).flatten(2).to(partial.dtype)

@@ -1,10 +1,10 @@
-"""The guards are awake: each of these faults, planted in a kernel's source or in what it is told, breaks parity."""
+"""The kernel tests detect faults: each one, planted in a kernel's source or in its inputs, exceeds the tolerance."""
 
 from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,54 +12,55 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.interpreted import BARS, attend, distance, int4_product, kv_write
 from tests.support.kernel_cases import AttentionCase, ProductCase
+from tests.support.kernel_functions import TOLERANCES, attend, distance, int4_product, kv_write
 from trimode.common.errors import TriModeError
-from trimode.plugins import attention as attention_module
-from trimode.plugins import int4_product as product_module
-from trimode.plugins import kv_write as kv_write_module
-from trimode.plugins.contracts import INT4_PRODUCT_TACTICS, Pattern
+from trimode.plugins.kernels import attention as attention_kernels
+from trimode.plugins.kernels import int4_product as product_kernels
+from trimode.plugins.kernels import kv_write as write_kernels
+from trimode.plugins.operators import Int4Product, KvWrite, Pattern
+from trimode.plugins.reference import attention
+from trimode.plugins.reference import int4_product as product
+from trimode.plugins.reference import kv_write as write
 
-BAR = BARS[torch.float32]
+TOLERANCE = TOLERANCES[torch.float32]
+CACHES = ("k_cache", "v_cache")
 
 
 def attention_distance(pattern: Pattern, stale: int = 0) -> float:
-    """stale: by how many rows the kernel's lengths lag behind."""
+    """stale: rows by which the kernel's lengths lag behind the right ones."""
     case = AttentionCase((316, 9), 6, pattern, group=4, kv_heads=2, seed=3)
     inputs = {name: tensor.nan_to_num() for name, tensor in case.inputs().items()}
     if pattern == "bidirectional":
         inputs["step_lengths"][:] = torch.tensor([4, 5])
-    told = {**inputs, "write_indices": inputs["write_indices"] - stale}
-    found, *_ = attend(**told)
-    return distance(found, attention_module.attend(**inputs))
+    found, *_ = attend(**{**inputs, "write_indices": inputs["write_indices"] - stale})
+    return distance(found, attention.attend(**inputs))
 
 
-def product_distance(few: bool = False, **lacks: None) -> float:
-    """lacks: an input that the kernel is not given."""
-    tactic = INT4_PRODUCT_TACTICS[1 if few else 2]
+def product_distance(few: bool = False, without: tuple[str, ...] = ()) -> float:
+    """few: rows, for the tactics without tensor cores. without: inputs that the kernel does not get."""
+    tactic = Int4Product.TACTICS[1 if few else 2]
     case = ProductCase(4, 3, 70, input_scale=True, rank=24, residual=True, tactic=tactic)
     inputs = case.inputs()
-    found, _ = int4_product(**{**inputs, **lacks}, tactic=tactic)
-    return distance(found, product_module.int4_product(**inputs))
+    found, _ = int4_product(**{name: tensor for name, tensor in inputs.items() if name not in without}, tactic=tactic)
+    return distance(found, product.int4_product(**inputs))
 
 
 def write_distance(shift: int = 0) -> float:
-    """Of the queries and of the whole pool. shift: by how many rows the kernel is told wrong."""
-    case = AttentionCase((4, 9), 5, "causal", group=4, kv_heads=2)
+    """Of the queries and of the whole pool. shift: rows by which the kernel's first row is wrong."""
     random = torch.Generator().manual_seed(0)
-    qkv = torch.randn(case.batch, case.step, 12 * case.head_dim, generator=random)
-    tables = [torch.randn(case.batch, case.step, case.head_dim // 2, generator=random) for _ in range(4)]
-    inputs = case.inputs()
-    pools = [[inputs[name].nan_to_num() for name in ("k_cache", "v_cache")] for _ in range(2)]
-    q, _ = kv_write(qkv, *tables, inputs["write_indices"] + shift, *pools[0])
-    expected = kv_write_module.kv_write(qkv, *tables, inputs["write_indices"], *pools[1])
-    return max(distance(q, expected), *(distance(found, wanted) for found, wanted in zip(*pools, strict=True)))
+    node = KvWrite.node(batch=2, step=5, capacity=17, kv_heads=2, group=4, head_dim=64)
+    inputs = {name: torch.randn(*shape, generator=random) for name, shape in node.shapes.items()}
+    inputs["write_indices"] = torch.tensor([4, 9])
+    wanted = {**inputs, **{name: inputs[name].clone() for name in CACHES}}
+    q, _ = kv_write(**{**inputs, "write_indices": inputs["write_indices"] + shift})
+    expected = write.kv_write(**wanted)
+    return max(distance(q, expected), *(distance(inputs[name], wanted[name]) for name in CACHES))
 
 
 @pytest.fixture
-def mutant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
-    """Plant ``wrong`` for ``right``, which is there so many ``times``, in a module's source, and its kernel for the
-    module's."""
+def mutant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Replace ``right``, which must occur ``times`` times in a module's source, by ``wrong``, and use that kernel."""
 
     def plant(module: ModuleType, kernel: str, right: str, wrong: str, times: int = 1) -> None:
         source = Path(str(module.__file__)).read_text()
@@ -77,10 +78,10 @@ def mutant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
     return plant
 
 
-def test_without_a_fault_all_are_within_the_bar() -> None:
+def test_without_a_fault_all_are_within_the_tolerance() -> None:
     for pattern in ("causal", "bidirectional", "masked"):
-        assert attention_distance(pattern) < BAR
-    assert max(product_distance(), product_distance(few=True), write_distance()) < BAR
+        assert attention_distance(pattern) < TOLERANCE
+    assert max(product_distance(), product_distance(few=True), write_distance()) < TOLERANCE
 
 
 ATTENTION_FAULTS: dict[str, tuple[Pattern, str, str]] = {
@@ -121,19 +122,19 @@ ATTENTION_FAULTS: dict[str, tuple[Pattern, str, str]] = {
     ),
     "a split left out": ("causal", "start >= end:", "start >= end or split == 1:"),
     "splits that overlap": ("causal", "start = split * share", "start = split * (share - 32)"),
-    "a sum that does not fade": ("causal", "total * fade", "total"),
+    "a sum that is not rescaled": ("causal", "total * fade", "total"),
     "splits of equal weight": ("causal", "parts * weight[:, :, None]", "parts * saw.to(tl.float32)[:, :, None]"),
     "a head's splits of another": ("causal", "* step + token\n", "* step + (token + 1) % step\n"),
 }
 
 
 @pytest.mark.parametrize("name", ATTENTION_FAULTS)
-def test_a_fault_in_attention_is_seen(name: str, mutant: object) -> None:
+def test_a_fault_in_attention_is_detected(name: str, mutant: Callable[..., None]) -> None:
     pattern, right, wrong = ATTENTION_FAULTS[name]
-    source = Path(str(attention_module.__file__)).read_text()
+    source = Path(str(attention_kernels.__file__)).read_text()
     kernel = "merge_kernel" if source.index(right) > source.index("def merge_kernel") else "attend_kernel"
-    mutant(attention_module, kernel, right, wrong)
-    assert not attention_distance(pattern) < 10 * BAR
+    mutant(attention_kernels, kernel, right, wrong)
+    assert not attention_distance(pattern) < 10 * TOLERANCE
 
 
 PRODUCT_FAULTS: dict[str, tuple[Any, ...]] = {
@@ -149,9 +150,9 @@ PRODUCT_FAULTS: dict[str, tuple[Any, ...]] = {
 
 @pytest.mark.parametrize("few", [False, True], ids=["many rows", "few rows"])
 @pytest.mark.parametrize("name", PRODUCT_FAULTS)
-def test_a_fault_in_the_product_is_seen(name: str, few: bool, mutant: object) -> None:
-    mutant(product_module, "int4_product_kernel", *PRODUCT_FAULTS[name])
-    assert not product_distance(few) < 10 * BAR
+def test_a_fault_in_the_product_is_detected(name: str, few: bool, mutant: Callable[..., None]) -> None:
+    mutant(product_kernels, "int4_product_kernel", *PRODUCT_FAULTS[name])
+    assert not product_distance(few) < 10 * TOLERANCE
 
 
 WRITE_FAULTS = {
@@ -165,35 +166,35 @@ WRITE_FAULTS = {
 
 
 @pytest.mark.parametrize("name", WRITE_FAULTS)
-def test_a_fault_in_the_write_is_seen(name: str, mutant: object) -> None:
-    mutant(kv_write_module, "kv_write_kernel", *WRITE_FAULTS[name])
-    assert not write_distance() < 10 * BAR
+def test_a_fault_in_the_write_is_detected(name: str, mutant: Callable[..., None]) -> None:
+    mutant(write_kernels, "kv_write_kernel", *WRITE_FAULTS[name])
+    assert not write_distance() < 10 * TOLERANCE
 
 
-def test_a_load_outside_the_pool_is_seen(mutant: object) -> None:
+def test_a_load_outside_the_pool_is_detected(mutant: Callable[..., None]) -> None:
     rows = "keys + at[:, None] * HEAD_DIM, mask=at[:, None] < end"
-    mutant(attention_module, "attend_kernel", rows, f"{rows} + 64")
+    mutant(attention_kernels, "attend_kernel", rows, f"{rows} + 64")
     case = AttentionCase((9, 316), 6, "causal", group=4, slack=0)
     with pytest.raises(TriModeError, match="attend_kernel loads outside its tensors, near k_cache"):
         attend(**case.inputs())
 
 
-def test_a_store_outside_the_pool_is_seen(mutant: object) -> None:
-    mutant(kv_write_module, "kv_write_kernel", "row < capacity", "row <= capacity")
-    tables = [torch.zeros(1, 4, 32) for _ in range(4)]
-    caches = [torch.zeros(1, 2, 8, 64) for _ in range(2)]
+def test_a_store_outside_the_pool_is_detected(mutant: Callable[..., None]) -> None:
+    mutant(write_kernels, "kv_write_kernel", "row < capacity", "row <= capacity")
+    node = KvWrite.node(batch=1, step=4, capacity=8, kv_heads=2, group=4, head_dim=64)
+    inputs = {name: torch.zeros(*shape) for name, shape in node.shapes.items()}
     with pytest.raises(TriModeError, match="kv_write_kernel stores outside its tensors, near k_cache"):
-        kv_write(torch.zeros(1, 4, 12 * 64), *tables, torch.tensor([5]), *caches)
+        kv_write(**{**inputs, "write_indices": torch.tensor([5])})
 
 
 @pytest.mark.parametrize("pattern", ["causal", "bidirectional", "masked"])
-def test_a_stale_length_is_seen(pattern: Pattern) -> None:
-    assert attention_distance(pattern, stale=1) > 10 * BAR
-    assert write_distance(shift=-1) > 10 * BAR
+def test_a_stale_length_is_detected(pattern: Pattern) -> None:
+    assert attention_distance(pattern, stale=1) > 10 * TOLERANCE
+    assert write_distance(shift=-1) > 10 * TOLERANCE
 
 
 @pytest.mark.parametrize("few", [False, True], ids=["many rows", "few rows"])
-def test_an_input_that_is_not_given_is_seen(few: bool) -> None:
-    assert product_distance(few, narrow=None, adapter_up=None) > 10 * BAR
-    assert product_distance(few, input_scale=None) > 10 * BAR
-    assert product_distance(few, residual=None) > 10 * BAR
+def test_a_missing_input_is_detected(few: bool) -> None:
+    assert product_distance(few, without=("narrow", "adapter_up")) > 10 * TOLERANCE
+    assert product_distance(few, without=("input_scale",)) > 10 * TOLERANCE
+    assert product_distance(few, without=("residual",)) > 10 * TOLERANCE

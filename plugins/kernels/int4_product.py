@@ -1,23 +1,22 @@
-"""y = (x * input_scale) W + narrow up + residual, W as the weight pool has it: int4, with a scale a group and column.
+"""y = (x * input_scale) W + narrow up + residual. W is int4 as in the weight pool, with a scale for each group and
+column.
 
-A byte of the pool holds two columns, so a tile of bytes is two products, of the even and of the odd columns, whose sums
-are interleaved once at the end; weights are never rearranged. Integers enter the product as they are, exact in any
-type, and a group's scale multiplies its sum in fp32: one multiplication a group, not a weight. Every byte of the matrix
-is read once for BLOCK_M rows; longer steps (prefill) run more such tiles side by side.
+A byte of the pool holds two neighbouring columns, so a tile of bytes gives two products, of the even and of the odd
+columns. Their sums are interleaved once at the end; weights are never rearranged. The integers themselves are
+multiplied, exact in every type, and the group's scale multiplies the group's sum in fp32: one multiplication for each
+group, not for each weight. Each byte of W is read once for BLOCK_M rows; longer steps (prefill) run more such tiles.
 
-An integer becomes a float by its bits: n + 8 in the low bits of 2^m is the number 2^m + n + 8, and one exact
-subtraction leaves n. GPUs convert integers at a fraction of the rate of such operations.
+Integers are converted to floats by their bits: with n + 8 in the low bits of 2^m, the number is 2^m + n + 8, and one
+exact subtraction gives n. GPUs convert integers at a fraction of the rate of these operations.
 
-The adapter comes half done: ``narrow`` = scale x down has R columns, and each program would have to read x and ``down``
-whole to make it.
+``narrow`` = scale (x down) is an input: it has only R columns, and to compute it here each program would have to read
+all of x and ``down``.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 
 @triton.jit
@@ -39,7 +38,7 @@ def int4_product_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """A program: BLOCK_M rows and BLOCK_N columns. Below 16 rows it multiplies without tensor cores."""
+    """A program computes BLOCK_M rows and BLOCK_N columns; below 16 rows, without tensor cores."""
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     pair = tl.program_id(1) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
     if BLOCK_M < 16:
@@ -72,7 +71,7 @@ def _many_rows(
     GROUP: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Sums of the even and of the odd columns, [rows, columns / 2] each, on tensor cores."""
+    """Sums of the even and of the odd columns, each [rows, columns / 2], on tensor cores."""
     inner = tl.arange(0, BLOCK_K)
     exists, inside = (row < rows)[:, None], (pair < COLUMNS // 2)[None, :]
     even = tl.zeros([row.shape[0], pair.shape[0]], tl.float32)
@@ -104,7 +103,7 @@ def _few_rows(
     GROUP: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """The same by fp32 arithmetic, [rows, inner, columns / 2] at a time, the inner dimension summed at the end."""
+    """The same in fp32 arithmetic: [rows, inner, columns / 2] at a time; the inner dimension is summed at the end."""
     inner = tl.arange(0, BLOCK_K)
     exists, inside = (row < rows)[:, None], (pair < COLUMNS // 2)[None, :]
     even = tl.zeros([row.shape[0], BLOCK_K, pair.shape[0]], tl.float32)
@@ -125,7 +124,7 @@ def _few_rows(
 
 @triton.jit
 def _to_float(nibble, dtype: tl.constexpr):
-    """Two's-complement nibbles as numbers of the type."""
+    """Two's-complement nibbles as floats of the type."""
     biased = nibble ^ 8  # n + 8
     if dtype == tl.float16:
         return (biased.to(tl.int16) | 0x6400).to(tl.float16, bitcast=True) - 1032.0  # 2^10 + 8
@@ -137,7 +136,7 @@ def _to_float(nibble, dtype: tl.constexpr):
 
 @triton.jit
 def _adapter(narrow, adapter_up, row, rows, column, COLUMNS: tl.constexpr, RANK: tl.constexpr, BLOCK_M: tl.constexpr):
-    """narrow up, [rows, columns]."""
+    """narrow up: [rows, columns]."""
     BLOCK: tl.constexpr = 16
     inner = tl.arange(0, BLOCK)
     result = tl.zeros([row.shape[0], column.shape[0]], tl.float32)
@@ -151,29 +150,3 @@ def _adapter(narrow, adapter_up, row, rows, column, COLUMNS: tl.constexpr, RANK:
         else:
             result = tl.dot(a, b, result, input_precision="ieee")
     return result
-
-
-def dequantize(packed: Tensor, scale: Tensor) -> Tensor:
-    """W [K, N] fp32, of [K, N / 2] bytes whose low nibble is the even column, and scales [K / group, N]."""
-    nibbles = torch.stack((packed & 15, (packed >> 4) & 15), dim=-1).flatten(1)
-    integers = (nibbles ^ 8) - 8
-    return integers * scale.float().repeat_interleave(packed.shape[0] // scale.shape[0], 0)
-
-
-def int4_product(
-    x: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    input_scale: Tensor | None = None,
-    narrow: Tensor | None = None,
-    adapter_up: Tensor | None = None,
-    residual: Tensor | None = None,
-) -> Tensor:
-    """The reference: y [M, N] of x [M, K]; input_scale [K], narrow [M, R] and adapter_up [R, N], residual [M, N]."""
-    scaled = x if input_scale is None else (x.float() * input_scale.float()).to(x.dtype)
-    y = scaled.float() @ dequantize(packed, scale)
-    if narrow is not None and adapter_up is not None:
-        y = y + narrow.float() @ adapter_up.float()
-    if residual is not None:
-        y = y + residual.float()
-    return y.to(x.dtype)

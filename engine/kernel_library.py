@@ -1,0 +1,74 @@
+"""Folder ``kernels/``: compiled kernels that TensorRT embeds in its plans, so that no compiler is needed there.
+
+```
+kernels/sm_90/kernels.json     what a launch of each kernel needs
+kernels/sm_90/<kernel>.ptx     its PTX
+```
+One folder for each compute capability. A kernel that does not fit a GPU is absent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import PositiveInt
+
+from trimode.common.errors import TriModeError
+from trimode.common.records import read_json_record
+from trimode.engine.precision import Real
+from trimode.engine.record import Record
+
+INDEX = "kernels.json"
+
+
+class LibraryKernel(Record):
+    """``entry``: name of the function in the PTX. ``threads`` of a block. ``shared_bytes`` of dynamic shared memory."""
+
+    entry: str
+    threads: PositiveInt
+    shared_bytes: int
+
+
+class LibraryIndex(Record):
+    """``kernels.json``. compute_capability: 121 is 12.1. real: type of the activations. kernels: by name."""
+
+    compute_capability: PositiveInt
+    real: Real
+    kernels: dict[str, LibraryKernel]
+
+    def write(self, folder: Path) -> None:
+        """folder: of :func:`library_folder`."""
+        (folder / INDEX).write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+
+class KernelLibrary:
+    """The kernels for one compute capability, 121 for 12.1. Raises TriModeError if ``folder`` has none for it."""
+
+    def __init__(self, folder: Path, compute_capability: int) -> None:
+        self._folder = library_folder(folder, compute_capability)
+        if not self._folder.is_dir():
+            there = sorted(int(path.name.removeprefix("sm_")) for path in folder.glob("sm_*"))
+            raise TriModeError(
+                f"{folder} has kernels for compute capabilities {', '.join(map(str, there))}, and this GPU's is "
+                f"{compute_capability}; build with --sm {compute_capability}"
+            )
+        self.index = read_json_record(LibraryIndex, self._folder / INDEX)
+
+    def available(self, names: Mapping[int, str]) -> list[int]:
+        """The tactics whose kernels are here. names: a kernel's names by tactic.
+
+        Raises TriModeError if none is.
+        """
+        found = [tactic for tactic, name in names.items() if name in self.index.kernels]
+        if not found:
+            raise TriModeError(f"{self._folder / INDEX} lacks {min(names.values())}; build the engine again")
+        return found
+
+    def find(self, name: str) -> tuple[LibraryKernel, str]:
+        """How the kernel is launched, and its PTX."""
+        return self.index.kernels[name], (self._folder / f"{name}.ptx").read_text(encoding="ascii")
+
+
+def library_folder(folder: Path, compute_capability: int) -> Path:
+    return folder / f"sm_{compute_capability}"

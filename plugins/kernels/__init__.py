@@ -1,0 +1,1 @@
+"""The operators' kernels in the Triton language."""

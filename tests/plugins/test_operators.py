@@ -1,0 +1,97 @@
+"""The operators' descriptions: usable without any package, and consistent with each other and with the kernels."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from trimode.plugins.compilation import kernel_of
+from trimode.plugins.operators import OPERATORS, Attend, Int4Product, KvWrite, MergeSplits, Node
+from trimode.plugins.operators.attention import SPLIT_STEP, split_count
+
+ROOT = Path(__file__).resolve().parents[2]
+SIZES = {"kv_heads": 8, "group": 4, "head_dim": 128}
+NODES: dict[str, Node] = {
+    "KvWrite": KvWrite.node(batch=2, step=5, capacity=64, **SIZES),
+    **{
+        name: Attend(pattern).node(batch=2, step=5, capacity=64, splits=16, **SIZES)
+        for name, pattern in (
+            ("AttendCausal", "causal"),
+            ("AttendBidirectional", "bidirectional"),
+            ("AttendMasked", "masked"),
+        )
+    },
+    "MergeSplits": MergeSplits.node(batch=2, step=5, splits=16, **SIZES),
+    **{
+        name: operator.node(rows=10, inner=512, columns=384, rank=16)
+        for name, operator in OPERATORS.items()
+        if isinstance(operator, Int4Product)
+    },
+}
+
+
+def test_shapes_tactics_grids_and_scalars_need_no_package() -> None:
+    """In a fresh process in which only the standard library and TriMode can be imported."""
+    program = """
+import sys
+
+class Forbidden:
+    def find_spec(self, name, path=None, target=None):
+        root = name.split(".")[0]
+        if root not in sys.stdlib_module_names and root != "trimode":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Forbidden())
+from trimode.plugins.operators import OPERATORS, Attend, Int4Product
+
+attend = Attend("masked")
+node = attend.node(batch=1, step=32, capacity=4096, kv_heads=8, group=4, head_dim=128, splits=16)
+print(attend.output_shapes(node), attend.grid(node, attend.tactics(node)[3]), attend.scalar_values(node))
+print(attend.kernel_name(node, 3), OPERATORS["AttendMasked"].constants(node))
+product = Int4Product(residual=True)
+node = product.node(rows=32, inner=4096, columns=6144)
+print(product.output_shapes(node), product.grid(node, product.tactics(node)[5]), product.scalar_values(node))
+"""
+    found = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.splitlines() == [
+        "[(1, 16, 32, 32, 128), (1, 16, 32, 32)] (1, 128, 1) (32, 4096)",
+        "AttendMasked.KV_HEADS8.GROUP4.HEAD_DIM128.tactic3 {'KV_HEADS': 8, 'GROUP': 4, 'HEAD_DIM': 128}",
+        "[(32, 6144)] (1, 48, 1) (32,)",
+    ]
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_a_node_has_every_input_and_gives_every_output(name: str) -> None:
+    operator, node = OPERATORS[name], NODES[name]
+    assert list(node.shapes) == [operand.name for operand in operator.inputs]
+    for operand in operator.inputs:
+        assert len(node.shapes[operand.name]) == len(operand.shape)
+    assert [len(shape) for shape in operator.output_shapes(node)] == [len(o.shape) for o in operator.outputs]
+    assert len(operator.scalar_values(node)) == len(operator.scalars)
+    assert node.attributes.keys() == set(operator.attributes)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_parameters_and_constants_are_the_kernels(name: str) -> None:
+    """Every parameter of the kernel is the operator's, a constant, or an input that this operator lacks."""
+    operator, node = OPERATORS[name], NODES[name]
+    lacking = {"AttendCausal", "AttendBidirectional", "AttendMasked"} | {n for n in OPERATORS if "Int4Product" in n}
+    known = kernel_of(operator).arg_names
+    for tactic in operator.tactics(node).values():
+        constants = {**operator.constants(node), **tactic.constants}
+        given = [*operator.parameters, *constants]
+        assert [argument for argument in known if argument in given] == given
+        absent = set(known) - set(given)
+        assert not absent or name in lacking
+        assert absent <= {"step_lengths", "block_mask", "input_scale", "narrow", "adapter_up", "residual"}
+
+
+@pytest.mark.parametrize("splits", [1, 5, 16])
+def test_longer_steps_have_fewer_splits(splits: int) -> None:
+    for step in range(1, 20 * SPLIT_STEP):
+        chunks = -(-step // SPLIT_STEP)
+        assert split_count(splits, step) == -(-splits // chunks)

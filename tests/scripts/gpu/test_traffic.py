@@ -1,0 +1,131 @@
+"""The counted traffic equals the interpreter's, tensor by tensor; no kernel moves much more than its floor."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import get_args
+
+import pytest
+import torch
+
+from scripts.gpu.kernel_launch import node_of
+from scripts.gpu.kernel_table import LIMIT, LONGEST_BOUND_BY_BYTES
+from scripts.gpu.kernels_8b import (
+    ADAPTER_RANK,
+    ATTENTION,
+    HIDDEN,
+    INTERMEDIATE,
+    KV_WIDTH,
+    LAYERS,
+    PRODUCTS,
+    QUERY_WIDTH,
+    SPLITS,
+    VOCABULARY,
+)
+from scripts.gpu.traffic import (
+    KernelTraffic,
+    attend_traffic,
+    int4_product_traffic,
+    kv_write_traffic,
+    merge_traffic,
+    moved_bytes,
+    needed_bytes,
+)
+from tests.support.kernel_cases import AttentionCase, ProductCase
+from tests.support.kernel_functions import attend, int4_product, kv_write
+from tests.support.triton_interpreter import Traffic
+from trimode.build.audit import roofline
+from trimode.build.tensorrt import graphs
+from trimode.plugins.operators import Attend, Int4Product, KvWrite, MergeSplits, Pattern, Tactic
+from trimode.plugins.operators.int4_product import within_group
+
+REAL = 2
+
+
+def assert_same(counted: KernelTraffic, interpreted: dict[str, Traffic]) -> None:
+    """Ignores tensors without accesses: the other name of an aliased input."""
+    touched = {name: traffic for name, traffic in interpreted.items() if traffic.loaded or traffic.stored}
+    assert {name.removesuffix("_out"): (t.loaded, t.stored, t.touched) for name, t in touched.items()} == {
+        name: (traffic.loaded, traffic.stored, traffic.needed) for name, traffic in counted.items()
+    }
+
+
+def test_the_sizes_are_the_8b_checkpoints() -> None:
+    config = roofline.CONFIG_8B
+    assert (
+        config.num_hidden_layers,
+        config.hidden_size,
+        config.intermediate_size,
+        config.vocab_size,
+        config.query_width,
+        config.kv_width,
+    ) == (LAYERS, HIDDEN, INTERMEDIATE, VOCABULARY, QUERY_WIDTH, KV_WIDTH)
+    assert (ATTENTION["head_dim"], ADAPTER_RANK, SPLITS) == (config.head_dim, roofline.ADAPTER_RANK, graphs.SPLITS)
+
+
+def test_kv_write_traffic_equals_the_interpreters() -> None:
+    node = KvWrite.node(batch=2, step=4, capacity=10, kv_heads=2, group=4, head_dim=64)
+    inputs = {name: torch.zeros(*shape, dtype=torch.float16) for name, shape in node.shapes.items()}
+    _, traffic = kv_write(**{**inputs, "write_indices": torch.tensor([3, 0])})
+    assert_same(kv_write_traffic(node, REAL), traffic)
+
+
+@pytest.mark.parametrize("tactic", Attend.TACTICS[:2], ids=["16", "64"])
+@pytest.mark.parametrize("pattern", ["causal", "bidirectional", "masked"])
+def test_attention_traffic_equals_the_interpreters(pattern: Pattern, tactic: Tactic) -> None:
+    for committed, step in (((700, 0), 1), ((130, 517), 7), ((300,), 70)):
+        case = AttentionCase(committed, step, pattern, group=2, kv_heads=2, tactic=tactic, dtype=torch.float16)
+        inputs = {name: tensor.nan_to_num() for name, tensor in case.inputs().items()}
+        if pattern == "bidirectional":
+            inputs["step_lengths"][:] = step
+        if pattern == "masked":
+            inputs["block_mask"] = torch.ones(case.batch, step, step).tril().bool()
+        _, attended, merged = attend(**inputs, splits=case.splits, tactic=tactic)
+        counted = attend_traffic(Attend(pattern), node_of(inputs, {"splits": case.splits}), tactic, committed, REAL)
+        assert_same(counted, attended)
+        sizes = {"kv_heads": case.kv_heads, "group": case.group, "head_dim": case.head_dim, "splits": case.splits}
+        assert_same(merge_traffic(MergeSplits.node(batch=case.batch, step=step, **sizes), counted, REAL), merged)
+
+
+@pytest.mark.parametrize("tactic", Int4Product.TACTICS, ids=lambda tactic: str(tactic.constants["BLOCK_M"]))
+def test_product_traffic_equals_the_interpreters(tactic: Tactic) -> None:
+    plain = ProductCase(tactic.constants["BLOCK_M"] + 3, 2, 2 * 97, tactic=tactic, dtype=torch.float16)
+    fused = replace(plain, input_scale=True, rank=32, residual=True)
+    for case in (plain, fused, replace(plain, group=32, tactic=within_group(tactic, 32))):
+        inputs = case.inputs()
+        _, traffic = int4_product(**inputs, tactic=case.tactic)
+        assert_same(int4_product_traffic(node_of(inputs), case.tactic, REAL), traffic)
+
+
+@pytest.mark.parametrize("step", [1, 8, 32, 33, 48, 64])
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("group", [1, 4, 8])
+def test_no_kernel_moves_more_than_a_tenth_above_its_floor(group: int, batch: int, step: int) -> None:
+    """The 8B checkpoint's shapes with several groups; each kernel with the tactic that moves least."""
+
+    def least(found: list[KernelTraffic]) -> float:
+        return min(moved_bytes(traffic) / needed_bytes(traffic) for traffic in found)
+
+    sizes = {**ATTENTION, "batch": batch, "step": step, "group": group}
+    assert least([kv_write_traffic(KvWrite.node(capacity=step, **sizes), REAL)]) <= LIMIT
+    for window in (512, 4096, 32768):
+        for pattern in get_args(Pattern):
+            operator = Attend(pattern)
+            node = operator.node(capacity=window + step, splits=SPLITS, **sizes)
+            found = [attend_traffic(operator, node, t, [window] * batch, REAL) for t in Attend.TACTICS]
+            assert least(found) <= LIMIT
+            merge = MergeSplits.node(splits=SPLITS, **sizes)
+            assert least([merge_traffic(merge, traffic, REAL) for traffic in found]) <= LIMIT
+    rows = batch * step
+    for product in PRODUCTS.values() if rows <= LONGEST_BOUND_BY_BYTES else ():
+        assert least([int4_product_traffic(product.node(rows), t, REAL) for t in Int4Product.TACTICS]) <= LIMIT
+
+
+def test_rows_shared_by_neighbours_count_once_if_the_cache_holds_them() -> None:
+    """Two tiles of a step: K and V of a split pass through memory once if they have at most 2 MiB, else twice."""
+    operator = Attend("bidirectional")
+    nodes = (operator.node(batch=1, step=64, capacity=32832, splits=splits, **ATTENTION) for splits in (16, 4))
+    short, long = (attend_traffic(operator, node, Attend.TACTICS[2], [32768], REAL) for node in nodes)
+    for name in ("k_cache", "v_cache"):
+        assert short[name].moved == short[name].needed == short[name].loaded // 2
+        assert long[name].moved == long[name].loaded == 2 * long[name].needed

@@ -1,0 +1,73 @@
+"""The kernels as functions of tensors, executed by the interpreter. They take the same arguments as the references.
+
+Outputs are filled with NaN before a launch, and inputs are compared with a copy after it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from scripts.gpu.kernel_launch import KernelLaunch, prepare
+from tests.support.triton_interpreter import Traffic, interpret
+from trimode.plugins.compilation import kernel_of
+from trimode.plugins.operators import Attend, Int4Product, KvWrite, MergeSplits, Tactic
+
+# Largest relative error of a kernel. bf16 has three bits fewer than fp16, and the interpreter rounds it towards zero.
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    """Relative error in the L2 norm; NaN where an output was not written."""
+    return float((found.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30))
+
+
+def launch(launched: KernelLaunch) -> dict[str, Traffic]:
+    """Interpret one launch. Its inputs must not change, except those that an output aliases."""
+    operator, arguments = launched.operator, launched.arguments
+    kernel = kernel_of(operator)
+    aliased = {output.aliases for output in operator.outputs}
+    inputs = {operand.name: arguments[operand.name] for operand in operator.inputs if operand.name not in aliased}
+    kept = {name: tensor.clone() for name, tensor in inputs.items() if isinstance(tensor, Tensor)}
+    absent = {name: None for name in kernel.arg_names if name not in arguments and name not in launched.constants}
+    traffic = interpret(kernel, launched.grid, {**arguments, **absent}, launched.constants)
+    for name, before in kept.items():
+        torch.testing.assert_close(inputs[name], before, rtol=0, atol=0, equal_nan=True, msg=f"{name} was changed")
+    return traffic
+
+
+def kv_write(**inputs: Tensor) -> tuple[Tensor, dict[str, Traffic]]:
+    """As the reference, and the kernel's traffic."""
+    launched = prepare(KvWrite(), inputs, KvWrite.TACTICS[0])
+    traffic = launch(launched)
+    return launched.outputs[0], traffic
+
+
+def attend(
+    *, splits: int = 4, tactic: Tactic = Attend.TACTICS[0], **inputs: Tensor
+) -> tuple[Tensor, dict[str, Traffic], dict[str, Traffic]]:
+    """As the reference, and both kernels' traffic."""
+    operator = Attend("bidirectional" if "step_lengths" in inputs else "masked" if "block_mask" in inputs else "causal")
+    over_splits = prepare(operator, inputs, tactic, {"splits": splits})
+    attend_traffic = launch(over_splits)
+    partial, log_sum_exp = over_splits.outputs
+    assert not log_sum_exp.isnan().any()
+    assert torch.equal(partial.isnan().any(-1), log_sum_exp == -torch.inf), "a split is written where it saw something"
+    merged = prepare(
+        MergeSplits(),
+        {"partial": partial, "log_sum_exp": log_sum_exp},
+        MergeSplits.TACTICS[0],
+        {"splits": splits, "group": inputs["q"].shape[1] // inputs["k_cache"].shape[1]},
+    )
+    merge_traffic = launch(merged)
+    return merged.outputs[0], attend_traffic, merge_traffic
+
+
+def int4_product(*, tactic: Tactic, **inputs: Tensor) -> tuple[Tensor, dict[str, Traffic]]:
+    """As the reference, and the kernel's traffic."""
+    operator = Int4Product(
+        input_scale="input_scale" in inputs, adapter="narrow" in inputs, residual="residual" in inputs
+    )
+    launched = prepare(operator, inputs, tactic)
+    traffic = launch(launched)
+    return launched.outputs[0], traffic
