@@ -82,6 +82,7 @@ class TensorrtOptions:
 
 
 TargetOptions = CpuOptions | RtxOptions | TensorrtOptions
+TARGET_OPTIONS: dict[str, type[TargetOptions]] = {"cpu": CpuOptions, "rtx": RtxOptions, "tensorrt": TensorrtOptions}
 
 
 class _Built(NamedTuple):
@@ -134,7 +135,7 @@ def build_engine(
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             target=built.section,
-            source=checkpoint.folder.resolve().name,
+            source=checkpoint.name,
             quantization="none" if quantization is None else quantization.quant_algo,
             model=config,
             precision=Precision(

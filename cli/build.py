@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import click
 
@@ -80,9 +80,9 @@ def command(
 ) -> None:
     """Build the AR and the diffusion engine of CHECKPOINT (a folder or a hub id), into the new folder OUT."""
     with requires_extra("build"):
-        from trimode.build.engine_builder import CpuOptions, RtxOptions, TensorrtOptions, build_engine
+        from trimode.build.engine_builder import TARGET_OPTIONS, build_engine
 
-    options = {
+    options: dict[str, Any] = {
         "activations": activations,
         "sms": sms,
         "dtype": dtype,
@@ -91,7 +91,7 @@ def command(
         "emit_only": emit_only,
     }
     given = {name: value for name, value in options.items() if value is not None}
-    kind = {"cpu": CpuOptions, "rtx": RtxOptions, "tensorrt": TensorrtOptions}[target]
+    kind = TARGET_OPTIONS[target]
     for name in given.keys() - {field.name for field in fields(kind)}:
         flag = "--sm" if name == "sms" else f"--{name.replace('_', '-')}"
         raise TriModeError(f"{flag} is not an option of target {target}")

@@ -22,6 +22,7 @@ SUMMARIES = {
     "generate": "Answer one prompt.",
     "serve": "Serve a model over the OpenAI API.",
     "triton": "Write a model repository for Triton Inference Server.",
+    "cache": "List or remove the engines that were built from checkpoints.",
 }
 
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import click
 
-from trimode.cli.parameters import PATH, json_option
+from trimode.cli.parameters import build_options, json_option
 from trimode.cli.prompt import read_prompt
 from trimode.common.errors import TriModeError
 from trimode.common.progress_bars import progress_bars
+from trimode.llm import LLM
 from trimode.model.chat_template import Message
-from trimode.runtime.api.llm import LLM, RequestOutput
+from trimode.runtime.api.llm import RequestOutput
 from trimode.runtime.request.sampling_params import (
     DEFAULT_BLOCK_LENGTH,
     DEFAULT_THRESHOLD,
@@ -25,7 +25,7 @@ from trimode.runtime.request.sampling_params import (
 
 
 @click.command()
-@click.argument("engine", type=PATH)
+@click.argument("model")
 @click.option("--prompt", required=True, help="The user's message; - reads it from stdin.")
 @click.option("--mode", type=click.Choice(get_args(Mode)), default=SamplingParams.mode, show_default=True)
 @click.option("--block-length", type=int, help=f"Tokens of a block [default: {DEFAULT_BLOCK_LENGTH}].")
@@ -44,9 +44,10 @@ from trimode.runtime.request.sampling_params import (
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--no-adapter", is_flag=True, help="Draft without the draft adapter.")
 @click.option("--no-chat-template", is_flag=True, help="Pass the prompt to the model unchanged.")
+@build_options
 @json_option
 def command(
-    engine: Path,
+    model: str,
     prompt: str,
     mode: Mode,
     block_length: int | None,
@@ -57,9 +58,16 @@ def command(
     seed: int,
     no_adapter: bool,
     no_chat_template: bool,
+    target: str | None,
+    method: Literal["awq", "rtn"] | None,
+    group: int | None,
     as_json: bool,
 ) -> None:
-    """Answer one prompt with the engine directory ENGINE. The text goes to stdout, its counts go to stderr."""
+    """Answer one prompt with MODEL: an engine directory, a checkpoint folder, or a hub id.
+
+    A checkpoint is quantised and built once, into the cache (see `trimode cache`). The text goes to stdout, its counts
+    go to stderr.
+    """
     params = SamplingParams(
         mode=mode,
         block_length=block_length,
@@ -78,7 +86,16 @@ def command(
     with progress_bars() as progress:
         # Only `auto` uses measured pass costs.
         measure = mode == "auto"
-        llm = LLM(engine, max_batch_size=1, prefix_cache_bytes=0, measure_passes=measure, progress=progress)
+        llm = LLM(
+            model,
+            target=target,
+            method=method,
+            group=group,
+            max_batch_size=1,
+            prefix_cache_bytes=0,
+            measure_passes=measure,
+            progress=progress,
+        )
     with llm:
         answer = llm.generate_async(inputs, params, streaming=not as_json)
         for update in answer:

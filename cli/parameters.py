@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from trimode.engine.targets import SECTIONS
+
 PATH = click.Path(path_type=Path)
 
 
@@ -25,3 +27,18 @@ def integers(ctx: click.Context, param: click.Parameter, value: str | None) -> t
 def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
     """``--json``, as the parameter ``as_json``."""
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")(command)
+
+
+def build_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """``--target``, ``--method`` and ``--group``: how a model that is a checkpoint becomes an engine."""
+    for option in (
+        click.option("--group", type=int, help="Of a checkpoint: input channels that share a scale [default: 128]."),
+        click.option(
+            "--method",
+            type=click.Choice(["awq", "rtn"]),
+            help="Of a checkpoint: quantisation [default: awq where it has a calibration.jsonl, else rtn].",
+        ),
+        click.option("--target", type=click.Choice(list(SECTIONS)), help="Of a checkpoint [default: cpu]."),
+    ):
+        command = option(command)
+    return command

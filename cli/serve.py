@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Literal
 
 import click
 
 from trimode.cli.extras import requires_extra
-from trimode.cli.parameters import PATH
+from trimode.cli.parameters import build_options
 from trimode.common.progress_bars import progress_bars
-from trimode.runtime.api.llm import LLM
+from trimode.llm import LLM
 
 
 @click.command()
-@click.argument("engine", type=PATH)
+@click.argument("model")
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free port.")
 @click.option("--api-key", envvar="TRIMODE_API_KEY", help="Key that clients must send [default: none].")
@@ -49,8 +49,9 @@ from trimode.runtime.api.llm import LLM
     show_default=True,
     help="Least time between two events of a stream. The last event is never delayed.",
 )
+@build_options
 def command(
-    engine: Path,
+    model: str,
     host: str,
     port: int,
     api_key: str | None,
@@ -62,8 +63,15 @@ def command(
     request_seconds: float,
     drain_seconds: float,
     update_seconds: float,
+    target: str | None,
+    method: Literal["awq", "rtn"] | None,
+    group: int | None,
 ) -> None:
-    """Serve the engine directory ENGINE over the OpenAI API, with a playground at /."""
+    """Serve MODEL over the OpenAI API, with a playground at /.
+
+    MODEL is an engine directory, a checkpoint folder, or a hub id. A checkpoint is quantised and built once, into the
+    cache (see `trimode cache`).
+    """
     with requires_extra("serve"):
         from trimode.runtime.openai_server.server import ServerOptions, serve
 
@@ -78,7 +86,10 @@ def command(
     )
     with progress_bars() as progress:
         llm = LLM(
-            engine,
+            model,
+            target=target,
+            method=method,
+            group=group,
             threads=threads,
             max_batch_size=max_batch,
             max_queue_size=max_queue,

@@ -26,6 +26,8 @@ from trimode.model.config import ModelConfig
 
 ADAPTER_FOLDER = "linear_spec_lora"
 HEAD = "diffusion_head"
+# In `config.json` of a quantised checkpoint: the name of the checkpoint that it was made from.
+SOURCE_NAME = "base_model"
 FLOAT_DTYPES = ("F32", "F16", "BF16")
 
 
@@ -189,16 +191,20 @@ class Adapter:
 class Checkpoint:
     """An opened checkpoint: config, tensors by name, the adapter if there is one.
 
+    name: the model's public name: the one given (a hub id), else the name of the checkpoint that this one was
+    quantised from, else the folder's.
+
     Raises TriModeError if the folder is not one of the family, or its tensors are not those its config calls for.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, name: str | None = None) -> None:
         if not folder.is_dir():
             raise TriModeError(
                 f"{folder} is not a folder; give a checkpoint folder (config.json, *.safetensors) or a hub id"
             )
         self.folder = folder
         self.config = ModelConfig.of_folder(folder)
+        self.name = name or _recorded_name(folder) or folder.resolve().name
         quantization_file = folder / "hf_quant_config.json"
         self.quantization = (
             read_json_record(_QuantizationFile, quantization_file).quantization if quantization_file.exists() else None
@@ -271,9 +277,24 @@ class Checkpoint:
 
 def open_checkpoint(source: str | Path) -> Checkpoint:
     """Open a local folder, or download a hub id such as ``nvidia/Nemotron-Labs-Diffusion-8B`` and open that."""
-    folder = Path(source)
-    is_hub_id = not folder.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source))
-    return Checkpoint(_download(str(source)) if is_hub_id else folder)
+    if is_hub_id(source):
+        return Checkpoint(_download(str(source)), str(source))
+    return Checkpoint(Path(source))
+
+
+def is_hub_id(source: str | Path) -> bool:
+    """Whether ``source`` is written like a hub id and no such path exists."""
+    return not Path(source).exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)) is not None
+
+
+def _recorded_name(folder: Path) -> str | None:
+    """The name in a quantised checkpoint's ``config.json``; of a folder of the hub's cache, the hub id."""
+    name = read_json(folder / "config.json").get(SOURCE_NAME)
+    if isinstance(name, str) and name:
+        return name
+    # <cache>/models--<owner>--<name>/snapshots/<commit>
+    cached = re.fullmatch(r"models--(.+?)--(.+)", folder.absolute().parent.parent.name)
+    return f"{cached[1]}/{cached[2]}" if cached and folder.absolute().parent.name == "snapshots" else None
 
 
 def _download(hub_id: str) -> Path:

@@ -1,7 +1,15 @@
-"""Checkpoint to checkpoint: w4a16, and the forms that other programs read."""
+"""Checkpoint to checkpoint: w4a16 quantisation, and export for other programs."""
 
-from trimode.quantize.quantizing import quantize_checkpoint
+from trimode.quantize.calibration import CALIBRATION_FILE
+from trimode.quantize.quantizing import fitting_group, quantize_checkpoint
 from trimode.quantize.report import QuantizationReport
 from trimode.quantize.trtllm_export import ExportReport, export_trtllm
 
-__all__ = ["ExportReport", "QuantizationReport", "export_trtllm", "quantize_checkpoint"]
+__all__ = [
+    "CALIBRATION_FILE",
+    "ExportReport",
+    "QuantizationReport",
+    "export_trtllm",
+    "fitting_group",
+    "quantize_checkpoint",
+]

@@ -11,7 +11,7 @@ from trimode.common.atomic_folder import atomic_folder
 from trimode.common.errors import TriModeError
 from trimode.common.progress import Progress, no_progress
 from trimode.common.records import read_json
-from trimode.model.checkpoint import ADAPTER_FOLDER, HEAD, Checkpoint, linear_shapes
+from trimode.model.checkpoint import ADAPTER_FOLDER, HEAD, SOURCE_NAME, Checkpoint, linear_shapes
 from trimode.model.tokenizer import Tokenizer
 from trimode.quantize.calibration import calibration_tokens
 from trimode.quantize.companions import copy_companions, write_json
@@ -27,7 +27,7 @@ from trimode.quantize.round_to_nearest import write_rounded
 
 METHODS = ("awq", "rtn")
 HEADS = ("int4", "16bit")
-MIN_GROUP = 16
+DEFAULT_GROUP, MIN_GROUP = 128, 16
 
 
 def quantize_checkpoint(
@@ -35,7 +35,7 @@ def quantize_checkpoint(
     out: Path,
     *,
     method: Literal["awq", "rtn"],
-    group: int = 128,
+    group: int = DEFAULT_GROUP,
     head: Literal["int4", "16bit"] = "16bit",
     calibration: Path | None = None,
     progress: Progress = no_progress,
@@ -71,6 +71,12 @@ def quantize_checkpoint(
         )
         (folder / REPORT_FILE).write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return report
+
+
+def fitting_group(checkpoint: Checkpoint) -> int:
+    """The default group, or the largest smaller power of two that divides every int4 matrix's input channels."""
+    columns = (shape[1] for module, shape in linear_shapes(checkpoint.config).items() if module != HEAD)
+    return math.gcd(DEFAULT_GROUP, *columns)
 
 
 def _awq(
@@ -126,4 +132,7 @@ def _check_what_is_copied(checkpoint: Checkpoint) -> None:
 
 def _config(checkpoint: Checkpoint, head: str) -> dict[str, Any]:
     config: dict[str, Any] = read_json(checkpoint.folder / "config.json")
-    return config | {"quantization_config": quantization_config(excluded_modules(head == "int4"))}
+    return config | {
+        SOURCE_NAME: checkpoint.name,
+        "quantization_config": quantization_config(excluded_modules(head == "int4")),
+    }

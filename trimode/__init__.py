@@ -6,14 +6,15 @@ from typing import TYPE_CHECKING, Any
 from trimode.common.version import __version__
 
 if TYPE_CHECKING:
-    from trimode.runtime.api.llm import LLM, RequestOutput
+    from trimode.llm import LLM
+    from trimode.runtime.api.llm import RequestOutput
     from trimode.runtime.request.outputs import CompletionOutput
     from trimode.runtime.request.sampling_params import SamplingParams
 
 __all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__"]
 
 _MODULES = {
-    "LLM": "trimode.runtime.api.llm",
+    "LLM": "trimode.llm",
     "RequestOutput": "trimode.runtime.api.llm",
     "CompletionOutput": "trimode.runtime.request.outputs",
     "SamplingParams": "trimode.runtime.request.sampling_params",

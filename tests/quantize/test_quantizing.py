@@ -46,6 +46,7 @@ def test_companions_come_along_and_nothing_else(source: Checkpoint, tmp_path: Pa
     }
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config.pop("quantization_config")["quant_algo"] == "W4A16_AWQ"
+    assert config.pop("base_model") == "original"
     assert config == json.loads((original.folder / "config.json").read_text())
 
 
