@@ -382,9 +382,10 @@ class LLM:
                 f"the prompt has {len(prompt)} tokens; with max_tokens {params.max_tokens} that exceeds the engine's "
                 f"capacity of {limits.capacity}; shorten the prompt or lower max_tokens"
             )
-        if not self._executor.pool.fits(longest):
+        rows = min(params.kv_rows(len(prompt)), limits.capacity)
+        if not self._executor.pool.fits(rows):
             raise ContextLengthError(
-                f"the KV rows of {longest} tokens exceed kv_cache_bytes; allow more, or ask for fewer tokens"
+                f"the KV rows of {rows} tokens exceed kv_cache_bytes; allow more, or ask for fewer tokens"
             )
         if limits.max_step is not None and params.longest_block > limits.max_step:
             raise TriModeError(
@@ -441,6 +442,7 @@ class LLM:
             params,
             ending,
             Acceptance(self._shared_acceptance),
+            context=self.manifest.limits.capacity,
             mask_id=model.mask_token_id,
             prefill_step=self.manifest.limits.prefill_step,
             seed=seed % 2**64,

@@ -1,8 +1,9 @@
-"""Where a text ends: end tokens, stop strings, the length limit; and the one token that a request can force."""
+"""Where a text ends (end tokens, stop strings, the length limit), and which tokens the thinking budget forces."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from trimode.runtime.decoding.text_stream import TextStream
 from trimode.runtime.decoding.thinking_budget import ThinkingBudget
@@ -10,12 +11,22 @@ from trimode.runtime.request.outputs import FinishReason
 from trimode.runtime.request.sampling_params import SamplingParams
 
 
-class Ending:
-    """Takes a sequence's tokens one by one, as they are emitted.
+class Forced(NamedTuple):
+    """A token that the thinking budget forces. place: its index among the tokens to come."""
 
-    end_ids: the model's end tokens. stop_tokens: stop strings that are one token, by its id. text: hears every token,
-    so that any other stop string ends the text with the token that completes it. budget: of thinking, if the request
-    has one. hides_last: whether the last token, a stop token, is no part of the text.
+    place: int
+    token: int
+
+
+class Ending:
+    """Takes a sequence's tokens one by one, as they are emitted, and says when the text has ended.
+
+    end_ids: the model's end tokens. stop_tokens: stop strings that are one token, by its id. text: the decoded text, if
+    the request has other stop strings; it is fed with every token, so that the token that completes a stop string ends
+    the text. budget: the request's thinking budget.
+
+    finish_reason, stop_reason: why the text ended; None while it goes on. remaining: tokens that may still be emitted.
+    hides_last: whether the last token is a stop token that is not part of the text.
     """
 
     def __init__(
@@ -28,7 +39,7 @@ class Ending:
     ) -> None:
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
-        self.remaining = params.max_tokens  # tokens that may still come
+        self.remaining = params.max_tokens
         self.hides_last = False
         self._stops: dict[int, int | str] = {token: token for token in params.stop_token_ids or ()}
         self._stops |= stop_tokens or {}
@@ -44,15 +55,22 @@ class Ending:
 
     @property
     def forced(self) -> int | None:
-        """The token that must come next, whatever the model says."""
+        """The token that must come next, whatever the model predicts."""
         return self._budget.ids.end if self._budget is not None and self._budget.spent else None
 
+    def forced_among(self, tokens: list[int]) -> Forced | None:
+        """The first token that the budget forces if these come next."""
+        if self._budget is None:
+            return None
+        place = self._budget.runs_out_at(tokens)
+        return None if place is None else Forced(place, self._budget.ids.end)
+
     def ends_with(self, token: int) -> bool:
-        """Whether the text ends with this token, wherever it comes."""
+        """Whether this token ends the text, wherever it comes."""
         return token in self._end_ids
 
     def take(self, token: int) -> None:
-        """``token`` was emitted; sets ``finish_reason`` if that ends the text."""
+        """Count an emitted token; sets ``finish_reason`` if it ends the text."""
         self.remaining -= 1
         if self._budget is not None:
             self._budget.take(token)

@@ -6,7 +6,7 @@ Every cycle drafts zero or more bidirectional passes until its block is full, th
 |---|---|---|---|
 | ``ar`` | 1 | 0 | the token |
 | ``linear_spec`` | b | 1 draft, or until filled with a draft threshold | the longest matching run, and one more token |
-| ``diffusion`` | b | denoise until filled | the whole block, and one more token |
+| ``diffusion`` | b, whole to the end | denoise until filled | the whole block, and one more token |
 | ``auto`` | chosen each cycle | as ``linear_spec``, or ``ar`` with a block of one | as ``linear_spec`` |
 
 So AR is speculation with a block of one. A :class:`Sequence` is one answer's state: it says which pass it needs next
@@ -47,8 +47,8 @@ class Sequence:
     The *pending token* is the newest emitted token. Its KV row is not committed yet; it is the first token of the next
     block.
 
-    mask_id: the model's mask token. prefill_step: most tokens of a prefill pass. seed: of the random generator.
-    acceptance: running estimate of this sequence's acceptance rate.
+    context: KV rows that the engine's context has. mask_id: the model's mask token. prefill_step: most tokens of a
+    prefill pass. seed: of the random generator. acceptance: running estimate of this sequence's acceptance rate.
     """
 
     def __init__(
@@ -58,6 +58,7 @@ class Sequence:
         ending: Ending,
         acceptance: Acceptance,
         *,
+        context: int,
         mask_id: int,
         prefill_step: int,
         seed: int,
@@ -73,12 +74,16 @@ class Sequence:
         self.rejected: list[int] = []  # drafts that the latest commit did not agree with
         self.counts = Counts()
         self._sampler = Sampler(params, self.prompt, seed)
+        self._context = context
         self._mask_id = mask_id
         self._prefill_step = prefill_step
         self._block = NO_BLOCK
         self._masks = 0  # places of the block that are not settled
-        self._block_logprobs: dict[int, dict[int, Logprob]] = {}  # diffusion: by place in the block
-        self._passes_of_block = 0
+        # Of the block, in diffusion:
+        self._masks_at_first = 0
+        self._denoise_passes = 0
+        self._forced_places: set[int] = set()
+        self._block_logprobs: dict[int, dict[int, Logprob]] = {}  # by place
 
     @property
     def tokens(self) -> list[int]:
@@ -109,17 +114,32 @@ class Sequence:
 
     @property
     def longest_block(self) -> int:
-        """Tokens of the longest block that the request and its end allow."""
+        """Tokens of the longest block that may come next.
+
+        Speculation drafts no further than the text may go. Diffusion denoises whole blocks as long as the context has
+        room, and the length limit cuts the text: so the tokens do not depend on the limit.
+        """
+        if self.params.mode == "diffusion":
+            return min(self.params.longest_block, self._context - self.committed)
         return min(self.params.longest_block, self.ending.remaining)
+
+    @property
+    def kv_rows(self) -> int:
+        """Most KV rows that the prompt and the answer take."""
+        return min(self.params.kv_rows(len(self.prompt)), self._context)
 
     def open_block(self, length: int) -> None:
         """Lay out the next block: the pending token, and masks up to ``length``, which is at most ``longest_block``."""
         self._block = np.full(length, self._mask_id, np.int64)
         self._block[0] = self.pending_token
         self._masks = length - 1
-        self._block_logprobs = {}
-        self._passes_of_block = 0
         self.rejected = []
+        if self.params.mode == "diffusion":
+            self._forced_places = set()
+            self._place_end_of_thinking()
+            self._masks_at_first = self._masks
+            self._denoise_passes = 0
+            self._block_logprobs = {}
 
     def next_pass(self) -> Pass:
         """The pass that brings the sequence on; it has a block, or is in its prefill."""
@@ -163,20 +183,31 @@ class Sequence:
     def _denoise(self, done: Pass, found: Candidates) -> None:
         """Settle masked positions of the block by confidence, the probability of the token chosen for them."""
         positions = (self.committed + done.rows).tolist()
-        tokens = self._sampler.rows(found.logits, found.tokens, positions, draw=self._passes_of_block + 1)
+        tokens = self._sampler.rows(found.logits, found.tokens, positions, draw=self._denoise_passes + 1)
         confidence = np.exp(found.logits[found.tokens == tokens[:, None]] - found.log_sum_exp)
-        masks = len(self._block) - 1
-        sure = settled(confidence, self.params, masks, self._passes_of_block)
-        self._passes_of_block += 1
+        sure = settled(confidence, self.params, self._masks_at_first, self._denoise_passes)
+        self._denoise_passes += 1
         self._settle(done.rows[sure], tokens[sure])
         if self.params.logprobs is not None:
             for row in np.flatnonzero(sure):
                 self._block_logprobs[int(done.rows[row])] = self._logprobs(found, row, int(tokens[row]))
-        # A budget may put another token before the end that the block has found.
-        if self.params.max_thinking_tokens is None and self._ends_before_a_mask():
+        self._place_end_of_thinking()
+        if self._text_ends_in_block():
             self.counts.cycles += 1
             self._emit_denoised()
             self._block, self._masks = NO_BLOCK, 0
+
+    def _place_end_of_thinking(self) -> None:
+        """Put the end of thinking where the budget runs out, so that the passes to come attend to it.
+
+        As upstream does when the block is opened; and again after each pass, since the block may open ``<think>``.
+        """
+        forced = self.ending.forced_among(self._block[1:].tolist())
+        if forced is not None:
+            place = forced.place + 1
+            self._masks -= int(self._block[place] == self._mask_id)
+            self._block[place] = forced.token
+            self._forced_places.add(place)
 
     def _settle(self, places: Ints, tokens: Ints) -> None:
         self._block[places] = tokens
@@ -200,7 +231,8 @@ class Sequence:
     def _commit_diffusion(self, found: Candidates) -> None:
         """Accept the whole block, and the token that follows."""
         before = len(self.emitted)
-        if self._emit_denoised():
+        self._emit_denoised()
+        if self.ending.finish_reason is None:
             self._emit_run(found, [self.committed + len(self._block)], "bonus")
         self.committed += len(self.emitted) - before
         self.counts.cycles += 1
@@ -223,16 +255,13 @@ class Sequence:
                 break
         return agreed
 
-    def _emit_denoised(self) -> bool:
-        """Emit the block behind its pending token; returns whether all of it came, and more may."""
-        for place, drawn in enumerate(self._block[1:].tolist(), start=1):
-            forced = self.ending.forced
+    def _emit_denoised(self) -> None:
+        """Emit the block behind its pending token, up to the end of the text."""
+        for place, token in enumerate(self._block[1:].tolist(), start=1):
             if self.params.logprobs is not None:
                 self.logprobs.append(self._block_logprobs[place])
-            goes_on = self._emit(*((drawn, "denoised") if forced is None else (forced, "forced")))
-            if not goes_on or (forced is not None and forced != drawn):
-                return False
-        return True
+            if not self._emit(token, "forced" if place in self._forced_places else "denoised"):
+                return
 
     def _emit(self, token: int, origin: Origin) -> bool:
         """Append a token; returns whether another may follow."""
@@ -242,14 +271,15 @@ class Sequence:
         self.ending.take(token)
         return self.ending.finish_reason is None
 
-    def _ends_before_a_mask(self) -> bool:
-        """Whether an end token stands in the block, past its pending token, with no mask before it."""
-        for token in self._block[1:].tolist():
+    def _text_ends_in_block(self) -> bool:
+        """Whether the text ends in the block, with no mask before its end: what follows is not needed."""
+        text = self._block[1 : 1 + self.ending.remaining].tolist()
+        for token in text:
             if token == self._mask_id:
                 return False
             if self.ending.ends_with(token):
                 return True
-        return False
+        return len(text) == self.ending.remaining
 
     def _logprobs(self, found: Candidates, row: np.intp | int, token: int) -> dict[int, Logprob]:
         """The token's own log-probability, then those of the asked number of the likeliest."""

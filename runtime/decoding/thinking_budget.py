@@ -1,7 +1,8 @@
-"""The thinking budget: how many tokens a model may think before its ``<think>`` is closed for it."""
+"""The thinking budget: the number of tokens behind ``<think>`` after which ``</think>`` is forced."""
 
 from __future__ import annotations
 
+from copy import copy
 from typing import NamedTuple
 
 from trimode.common.errors import TriModeError
@@ -26,9 +27,10 @@ class ThinkingIds(NamedTuple):
 
 
 class ThinkingBudget:
-    """Counts the tokens of an open ``<think>``, whether the prompt leaves it open or the model opens it.
+    """Counts the tokens behind an open ``<think>``, whether the prompt or the answer opened it.
 
-    thinking: whether the prompt leaves it open; None: it does if the last mark among its tokens is ``<think>``.
+    tokens: how many may come before thinking is closed. thinking: whether the prompt leaves it open; None: it does if
+    the last mark among the prompt's tokens is ``<think>``.
     """
 
     def __init__(self, tokens: int, ids: ThinkingIds, prompt: list[int], thinking: bool | None = None) -> None:
@@ -44,8 +46,19 @@ class ThinkingBudget:
         return self._open and self._thought >= self._tokens
 
     def take(self, token: int) -> None:
-        if token in self.ids:
-            self._open = token == self.ids.begin
-            self._thought = 0
+        """Count an emitted token."""
+        if token == self.ids.end:
+            self._open = False
         elif self._open:
             self._thought += 1
+        elif token == self.ids.begin:
+            self._open, self._thought = True, 0
+
+    def runs_out_at(self, tokens: list[int]) -> int | None:
+        """Index of the first of the next ``tokens`` at which the budget is spent. A mask counts as a thought."""
+        ahead = copy(self)
+        for index, token in enumerate(tokens):
+            if ahead.spent:
+                return index
+            ahead.take(token)
+        return None

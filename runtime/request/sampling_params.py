@@ -166,6 +166,15 @@ class SamplingParams:
         """Tokens of a block, pending token included; AR's block is its one token."""
         return 1 if self.mode == "ar" else self.block_length or DEFAULT_BLOCK_LENGTH
 
+    def kv_rows(self, prompt: int) -> int:
+        """Most KV rows that a prompt of so many tokens and its answer take.
+
+        The answer's first token comes from the prefill, and every later one from a block. In ``diffusion`` all blocks
+        are whole, the last one too.
+        """
+        blocks = -(-(self.max_tokens - 1) // self.longest_block) if self.mode == "diffusion" else 0
+        return prompt + max(self.max_tokens, blocks * self.longest_block)
+
     @property
     def uses_adapter(self) -> bool:
         return self.mode in ("auto", "linear_spec") and self.adapter is not False

@@ -48,8 +48,8 @@ class Request:
 
     @property
     def longest(self) -> int:
-        """Tokens that the answer and its prompt can come to."""
-        return len(self.sequence.prompt) + self.sequence.params.max_tokens
+        """Most KV rows that the prompt and the answer take."""
+        return self.sequence.kv_rows
 
     def admit(self) -> None:
         """It has a slot."""

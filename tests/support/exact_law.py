@@ -70,7 +70,7 @@ class Silence:
 
     def feed(self, tokens: list[int]) -> None: ...
 
-    def told(self) -> str:
+    def new_text(self) -> str:
         return ""
 
     def finish(self) -> str:
@@ -90,6 +90,7 @@ class Bench:
             cost=PassCost(max_batch, 16),
             prefix_cache=PrefixCache(2000) if prefix_cache else None,
         )
+        self.capacity = capacity
 
     def ask(
         self,
@@ -100,7 +101,9 @@ class Bench:
         update_seconds: float | None = None,
     ) -> Request:
         ending = Ending(params, frozenset({END}))
-        sequence = Sequence(list(prompt), params, ending, Acceptance(), mask_id=MASK, prefill_step=4, seed=seed)
+        sequence = Sequence(
+            list(prompt), params, ending, Acceptance(), context=self.capacity, mask_id=MASK, prefill_step=4, seed=seed
+        )
         request = Request(sequence, Silence(), hear, index=0, update_seconds=update_seconds)  # type: ignore[arg-type]
         self.scheduler.waiting.append(request)
         return request

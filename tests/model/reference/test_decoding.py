@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, Ministral3Config,
 
 from tests.support.random_checkpoint import config_fields
 from trimode.model.checkpoint import Checkpoint
+from trimode.model.reference.decoding import PassCounts
 from trimode.model.reference.loading import load_reference
 from trimode.model.reference.network import NemotronLabsDiffusionModel
 
@@ -98,10 +99,36 @@ def test_diffusion_with_a_block_of_one_is_ar(reference: NemotronLabsDiffusionMod
 def test_without_a_threshold_denoise_passes_are_the_quota(
     reference: NemotronLabsDiffusionModel, prompt: torch.Tensor, steps: int, passes: int
 ) -> None:
-    # 1 token from the prefill, a block of 8 with 7 masks: 8 tokens from one commit.
+    # 1 token from the prefill, 7 from the masks of a block of 8, 1 from its commit.
     out, nfe = reference.generate(prompt[:1], 9, block_length=8, steps=steps, eos_token_id=-1)
     assert out.shape[1] == 30 + 9
-    assert nfe == 1 + passes + 1
+    assert reference.passes == PassCounts(prefill=1, denoise=passes, commit=1)
+    assert nfe == passes + 1
+
+
+@pytest.mark.parametrize("block_length", [8, 16, 32])
+@pytest.mark.parametrize("threshold", [0.5, 0.9, None])
+def test_diffusions_first_tokens_do_not_depend_on_the_length_limit(
+    reference: NemotronLabsDiffusionModel, prompt: torch.Tensor, block_length: int, threshold: float | None
+) -> None:
+    longest, _ = reference.generate(prompt[:1], 96, block_length, threshold, eos_token_id=-1)
+    for length in (1, 2, 7, 8, 9, 16, 17, 31, 32, 33, 50):
+        out, _ = reference.generate(prompt[:1], length, block_length, threshold, eos_token_id=-1)
+        assert out.equal(longest[:, : 30 + length])
+
+
+def test_the_last_block_of_diffusion_ends_with_the_context(
+    reference: NemotronLabsDiffusionModel, prompt: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths: list[int] = []
+    encoder = reference.encoder.forward
+    monkeypatch.setattr(
+        reference.encoder, "forward", lambda ids, *rest: (lengths.append(ids.shape[1]), encoder(ids, *rest))[1]
+    )
+    monkeypatch.setattr(reference.config, "max_position_embeddings", 45)
+    reference.generate(prompt[:1], 12, 8, 0.0, eos_token_id=-1)
+    # The prompt of 30; a block of 8, denoised and committed; the 7 rows that the context still has.
+    assert lengths == [30, 8, 8, 7]
 
 
 def test_the_thinking_budget_forces_its_token_and_the_text_goes_on_from_it(
@@ -114,8 +141,31 @@ def test_the_thinking_budget_forces_its_token_and_the_text_goes_on_from_it(
     after, _ = reference.ar_generate(expected[:, :36], 14, eos_token_id=-1)
     assert after.equal(expected)
     assert reference.linear_spec_generate(prompt[:1], 20, block_length=8, **kwargs)[0].equal(expected)
-    diffused, _ = reference.generate(prompt[:1], 20, block_length=8, threshold=0.9, **kwargs)
-    assert diffused[0, 35] == 13
+
+
+def test_diffusion_denoises_around_the_end_of_thinking(
+    reference: NemotronLabsDiffusionModel, prompt: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks: list[list[int]] = []
+    bidirectional_logits = reference._bidirectional_logits
+    monkeypatch.setattr(
+        reference,
+        "_bidirectional_logits",
+        lambda block, *rest, **options: (
+            blocks.append(block.tolist()),
+            bidirectional_logits(block, *rest, **options),
+        )[1],
+    )
+    limit = {"end_think_token_id": 13, "eos_token_id": -1}
+    for budget, place in ((5, 5), (7, 7), (8, None), (0, None)):
+        blocks.clear()
+        out, _ = reference.generate(prompt[:1], 20, 8, 0.9, max_thinking_tokens=budget, **limit)
+        assert out[0, 30 + budget] == 13
+        first = [100] * 7
+        if place is not None:
+            first[place - 1] = 13
+        assert blocks[0][1:] == first
+        assert all(place is None or block[place] == 13 for block in blocks if block[0] == blocks[0][0])
 
 
 @pytest.mark.parametrize("mode", ["ar_generate", "generate", "linear_spec_generate"])

@@ -16,6 +16,7 @@ from tests.support.random_checkpoint import config_fields
 from trimode import LLM, SamplingParams
 from trimode.model.checkpoint import Checkpoint
 from trimode.model.config import ModelConfig
+from trimode.model.reference.decoding import PassCounts
 from trimode.model.reference.loading import load_reference
 from trimode.model.reference.network import NemotronLabsDiffusionModel
 from trimode.runtime.decoding.acceptance import Acceptance
@@ -36,14 +37,16 @@ def both(request: pytest.FixtureRequest) -> Iterator[tuple[LLM, NemotronLabsDiff
         yield llm, load_reference(Checkpoint(checkpoint))
 
 
-def reference_tokens(reference: NemotronLabsDiffusionModel, prompt: list[int], params: SamplingParams) -> tuple:
+def reference_tokens(
+    reference: NemotronLabsDiffusionModel, prompt: list[int], params: SamplingParams
+) -> tuple[list[int], PassCounts]:
     ids, common = torch.tensor([prompt]), {"max_new_tokens": params.max_tokens}
     if params.max_thinking_tokens is not None:
         common |= {"max_thinking_tokens": params.max_thinking_tokens, "end_think_token_id": END_THINK}
     if params.mode == "ar":
-        out, passes = reference.ar_generate(ids, **common)
+        out, _ = reference.ar_generate(ids, **common)
     elif params.mode == "diffusion":
-        out, passes = reference.generate(
+        out, _ = reference.generate(
             ids,
             block_length=params.block_length,
             threshold=None if params.denoising == "quota" else params.threshold,
@@ -51,10 +54,10 @@ def reference_tokens(reference: NemotronLabsDiffusionModel, prompt: list[int], p
             **common,
         )
     else:
-        out, passes = reference.linear_spec_generate(
+        out, _ = reference.linear_spec_generate(
             ids, block_length=params.block_length, threshold=params.draft_threshold or 0.0, **common
         )
-    return out[0, len(prompt) :].tolist(), passes
+    return out[0, len(prompt) :].tolist(), reference.passes
 
 
 @pytest.mark.parametrize(
@@ -85,7 +88,12 @@ def test_greedy_tokens_and_passes_are_the_references(
     assert found.token_ids == expected
     chunks = -(-length // llm.manifest.limits.prefill_step)
     counts = found.counts
-    assert (counts.prefill, counts.draft + counts.denoise + counts.commit) == (chunks, passes - 1)
+    assert (counts.prefill, counts.draft, counts.denoise, counts.commit) == (
+        chunks,
+        passes.draft,
+        passes.denoise,
+        passes.commit,
+    )
     assert llm.stats().running == 0
 
 
@@ -98,7 +106,7 @@ def test_greedy_tokens_and_passes_are_the_references(
     ],
     ids=str,
 )
-@pytest.mark.parametrize("budget", [0, 1, 5, 13])
+@pytest.mark.parametrize("budget", [0, 1, 5, 7, 13])
 def test_the_thinking_budget_is_the_references(
     both: tuple[LLM, NemotronLabsDiffusionModel], options: dict[str, Any], budget: int
 ) -> None:
@@ -107,9 +115,55 @@ def test_the_thinking_budget_is_the_references(
     prompt = [*np.random.default_rng(budget).integers(101, 768, 30).tolist(), THINK]
     params = SamplingParams(max_tokens=30, max_thinking_tokens=budget, **options)
     found = llm.generate(prompt, params).outputs[0]
-    assert found.token_ids == reference_tokens(reference, prompt, params)[0]
+    expected, passes = reference_tokens(reference, prompt, params)
+    assert found.token_ids == expected
     assert found.token_ids[budget] == END_THINK
     assert found.origins[budget] == "forced"
+    assert (found.counts.draft, found.counts.denoise, found.counts.commit) == (
+        passes.draft,
+        passes.denoise,
+        passes.commit,
+    )
+
+
+@pytest.mark.parametrize("block_length", [8, 16, 32])
+@pytest.mark.parametrize("threshold", [0.5, 0.9, None])
+def test_diffusions_first_tokens_do_not_depend_on_the_length_limit(
+    both: tuple[LLM, NemotronLabsDiffusionModel], block_length: int, threshold: float | None
+) -> None:
+    """Lengths on and off the blocks' borders, alone and in one batch, against the first tokens of a longer answer."""
+    llm, reference = both
+    prompt = np.random.default_rng(block_length).integers(101, 768, 20).tolist()
+    options: dict[str, Any] = {"mode": "diffusion", "block_length": block_length, "ignore_eos": True}
+    options |= {"denoising": "quota"} if threshold is None else {"threshold": threshold}
+    lengths = [1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 34, 63, 64, 65]
+    whole, _ = reference.generate(torch.tensor([prompt]), 96, block_length, threshold, eos_token_id=-1)
+    longest = whole[0, len(prompt) :].tolist()
+    params = [SamplingParams(max_tokens=length, **options) for length in lengths]
+    for length, output in zip(lengths, llm.generate([prompt] * len(lengths), params), strict=True):
+        assert output.outputs[0].token_ids == longest[:length]
+    for length, alone in list(zip(lengths, params, strict=True))[::5]:
+        assert llm.generate(prompt, alone).outputs[0].token_ids == longest[:length]
+        assert (
+            reference.generate(torch.tensor([prompt]), length, block_length, threshold, eos_token_id=-1)[0][
+                0, len(prompt) :
+            ].tolist()
+            == longest[:length]
+        )
+
+
+def test_the_last_block_is_as_long_as_the_context_has_room(both: tuple[LLM, NemotronLabsDiffusionModel]) -> None:
+    llm, reference = both
+    capacity = llm.manifest.limits.capacity
+    prompt = np.random.default_rng(3).integers(101, 768, capacity - 20).tolist()
+    params = SamplingParams(mode="diffusion", block_length=16, threshold=0.5, max_tokens=20, ignore_eos=True)
+    found = llm.generate(prompt, params).outputs[0].token_ids
+    reference.config.max_position_embeddings, published = capacity, reference.config.max_position_embeddings
+    try:
+        expected, _ = reference.generate(torch.tensor([prompt]), 20, 16, 0.5, eos_token_id=-1)
+    finally:
+        reference.config.max_position_embeddings = published
+    assert found == expected[0, len(prompt) :].tolist()
 
 
 def test_the_adapter_changes_drafts_and_nothing_else(both: tuple[LLM, NemotronLabsDiffusionModel]) -> None:
@@ -170,10 +224,16 @@ def test_sampled_linear_spec_draws_the_tokens_that_sampled_ar_draws(
 
 
 def sequence_of(
-    prompt: list[int], params: SamplingParams, budget: ThinkingBudget | None = None, prefill_step: int = 256
+    prompt: list[int],
+    params: SamplingParams,
+    budget: ThinkingBudget | None = None,
+    prefill_step: int = 256,
+    context: int = 1000,
 ) -> Sequence:
     ending = Ending(params, frozenset(MODEL.eos_token_id), budget=budget)
-    return Sequence(prompt, params, ending, Acceptance(), mask_id=MASK, prefill_step=prefill_step, seed=0)
+    return Sequence(
+        prompt, params, ending, Acceptance(), context=context, mask_id=MASK, prefill_step=prefill_step, seed=0
+    )
 
 
 def certain(tokens: list[int]) -> Candidates:
@@ -226,6 +286,60 @@ def test_an_end_token_ends_the_text_at_once() -> None:
         assert kinds == ["prefill", draft, "commit"][: 3 if mode == "linear_spec" else 2]
 
 
+def test_diffusion_needs_no_commit_of_the_block_in_which_the_length_limit_lies() -> None:
+    for max_tokens, kinds, emitted in (
+        (3, ["prefill", "denoise"], [300, 301, 302]),
+        (4, ["prefill", "denoise"], [300, 301, 302, 303]),
+        (5, ["prefill", "denoise", "commit"], [300, 301, 302, 303, 304]),
+        (6, ["prefill", "denoise", "commit", "denoise"], [300, 301, 302, 303, 304, 401]),
+    ):
+        sequence = sequence_of([200], SamplingParams(mode="diffusion", block_length=4, max_tokens=max_tokens))
+        script = {"prefill": [[300]], "denoise": [[301, 302, 303], [401, 402, 403]], "commit": [[304]]}
+        assert run_script(sequence, script) == kinds
+        assert sequence.emitted == emitted
+        assert sequence.ending.finish_reason == "length"
+
+
+def thinking_in_diffusion(prompt: list[int], budget: int) -> Sequence:
+    params = SamplingParams(mode="diffusion", block_length=8, max_tokens=20, max_thinking_tokens=budget)
+    return sequence_of(prompt, params, ThinkingBudget(budget, ThinkingIds(THINK, END_THINK), prompt))
+
+
+def test_a_thinking_budget_is_in_the_block_before_it_is_denoised() -> None:
+    sequence = thinking_in_diffusion([THINK], budget=3)
+    sequence.absorb(sequence.next_pass(), certain([300]))
+    sequence.open_block(8)
+    needed = sequence.next_pass()
+    assert needed.tokens.tolist() == [300, MASK, MASK, END_THINK, MASK, MASK, MASK, MASK]
+    assert needed.rows.tolist() == [1, 2, 4, 5, 6, 7]
+    sequence.absorb(needed, certain([301, 302, 304, 305, 306, 307]))
+    sequence.absorb(sequence.next_pass(), certain([308]))
+    assert sequence.emitted == [300, 301, 302, END_THINK, 304, 305, 306, 307, 308]
+    assert sequence.origins[3] == "forced"
+    assert sequence.committed == 1 + 8
+
+
+def test_a_thought_that_a_block_opens_is_closed_in_it() -> None:
+    sequence = thinking_in_diffusion([200], budget=2)
+    sequence.absorb(sequence.next_pass(), certain([300]))
+    sequence.open_block(8)
+    needed = sequence.next_pass()
+    assert needed.tokens.tolist() == [300, *[MASK] * 7]
+    sequence.absorb(needed, certain([301, THINK, 303, 304, 305, 306, 307]))
+    assert sequence.next_pass().tokens.tolist() == [300, 301, THINK, 303, 304, END_THINK, 306, 307]
+    sequence.absorb(sequence.next_pass(), certain([308]))
+    assert sequence.emitted == [300, 301, THINK, 303, 304, END_THINK, 306, 307, 308]
+
+
+def test_a_thought_within_a_thought_does_not_renew_the_budget() -> None:
+    budget = ThinkingBudget(2, ThinkingIds(THINK, END_THINK), [THINK])
+    budget.take(THINK)
+    assert not budget.spent
+    assert budget.runs_out_at([THINK, THINK]) == 1
+    budget.take(300)
+    assert budget.spent
+
+
 def test_a_forced_token_that_was_drafted_lets_the_run_go_on() -> None:
     params = SamplingParams(mode="linear_spec", block_length=4, max_tokens=9, max_thinking_tokens=2)
     for draft, commit, emitted in (
@@ -253,6 +367,20 @@ def test_logprobs_are_the_models_own() -> None:
         assert next(logprob for key, logprob in found.items() if key != 600) == (0.0, 1)
 
 
+def longest_thought(emitted: list[int]) -> int:
+    """Most tokens behind an open ``<think>``; the prompt has opened it."""
+    longest, thought, opened = 0, 0, True
+    for token in emitted:
+        if opened and token != END_THINK:
+            thought += 1
+            longest = max(longest, thought)
+        elif opened:
+            opened = False
+        elif token == THINK:
+            thought, opened = 0, True
+    return longest
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     mode=st.sampled_from(["auto", "ar", "diffusion", "linear_spec"]),
@@ -262,6 +390,7 @@ def test_logprobs_are_the_models_own() -> None:
     denoising=st.sampled_from(["threshold", "quota", "top_n", "factor", "product"]),
     budget=st.one_of(st.none(), st.integers(0, 6)),
     prompt=st.integers(1, 12),
+    room=st.integers(0, 9),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_rules_that_hold_whatever_the_engine_says(
@@ -272,6 +401,7 @@ def test_rules_that_hold_whatever_the_engine_says(
     denoising: Any,
     budget: int | None,
     prompt: int,
+    room: int,
     seed: int,
 ) -> None:
     """Random candidates: the length limit is met, no mask comes out, committed rows are those of the known tokens."""
@@ -289,13 +419,16 @@ def test_rules_that_hold_whatever_the_engine_says(
     ids = ThinkingIds(THINK, END_THINK)
     text = [200] * (prompt - 1) + [THINK]
     thinking = None if budget is None else ThinkingBudget(budget, ids, text)
-    sequence = sequence_of(text, params, thinking, prefill_step=5)
+    context = prompt + max_tokens + room
+    sequence = sequence_of(text, params, thinking, prefill_step=5, context=context)
+    assert sequence.kv_rows == min(context, params.kv_rows(prompt))
     rows: dict[int, int] = {}  # KV row -> the token it was computed from, by the causal passes
     while sequence.ending.finish_reason is None:
         if sequence.needs_block:
-            sequence.open_block(int(rng.integers(1, sequence.longest_block + 1)))
+            shortest = sequence.longest_block if mode == "diffusion" else 1
+            sequence.open_block(int(rng.integers(shortest, sequence.longest_block + 1)))
         needed = sequence.next_pass()
-        assert sequence.committed + len(needed.tokens) <= prompt + max_tokens
+        assert sequence.committed + len(needed.tokens) <= sequence.kv_rows <= context
         if needed.kind in ("prefill", "commit"):
             rows |= {sequence.committed + place: token for place, token in enumerate(needed.tokens.tolist())}
         count = len(needed.rows)
@@ -303,7 +436,7 @@ def test_rules_that_hold_whatever_the_engine_says(
             needed,
             Candidates(
                 logits=-np.sort(rng.exponential(size=(count, 3)).astype(np.float32), axis=-1),
-                tokens=rng.permuted(np.tile([END, *range(101, 125)], (count, 1)), axis=-1)[:, :3],
+                tokens=rng.permuted(np.tile([END, THINK, END_THINK, *range(101, 123)], (count, 1)), axis=-1)[:, :3],
                 log_sum_exp=np.full(count, 1.0, np.float32),
             ),
         )
@@ -317,5 +450,5 @@ def test_rules_that_hold_whatever_the_engine_says(
     assert END not in emitted[:-1]
     assert sequence.ending.finish_reason == ("stop" if emitted[-1] == END else "length")
     assert sequence.ending.finish_reason == "stop" or len(emitted) == max_tokens
-    if budget is not None and len(emitted) > budget:
-        assert END_THINK in emitted[: budget + 1]
+    if budget is not None:
+        assert longest_thought(emitted) <= budget

@@ -18,7 +18,9 @@ def sequence(luck: float, mode: str = "auto", block_length: int | None = None, e
     params = SamplingParams(mode=mode, block_length=block_length, max_tokens=100)  # type: ignore[arg-type]
     acceptance = Acceptance()
     acceptance.rates, acceptance.end_rate = [luck] * len(acceptance.rates), ends
-    return Sequence([5], params, Ending(params, frozenset()), acceptance, mask_id=0, prefill_step=8, seed=0)
+    return Sequence(
+        [5], params, Ending(params, frozenset()), acceptance, context=1000, mask_id=0, prefill_step=8, seed=0
+    )
 
 
 def machine(free_tokens: float, batches: int = 16) -> PassCost:
