@@ -1,6 +1,6 @@
 """Stream two answers concurrently, and cancel a third.
 
-Usage: python examples/async_streaming.py engines/tiny-cpu
+Usage: python examples/async_streaming.py checkpoints/tiny
 """
 
 import argparse
@@ -26,8 +26,8 @@ async def cancel_early(llm: LLM) -> None:
     print(f"third finished: {answer.outputs[0].finish_reason}")
 
 
-async def run(engine: str) -> None:
-    with LLM(engine) as llm:
+async def run(model: str) -> None:
+    with LLM(model) as llm:
         await asyncio.gather(
             stream(llm, "first", "What is 60% of 440?", SamplingParams(max_tokens=128, mode="linear_spec")),
             stream(
@@ -39,8 +39,8 @@ async def run(engine: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("engine", help="engine directory")
-    asyncio.run(run(parser.parse_args().engine))
+    parser.add_argument("model", help="engine directory, checkpoint folder or hub id")
+    asyncio.run(run(parser.parse_args().model))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Answer several prompts at once, each in its own mode.
 
-Usage: python examples/batch.py engines/tiny-cpu
+Usage: python examples/batch.py checkpoints/tiny
 """
 
 import argparse
@@ -19,11 +19,11 @@ QUESTIONS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("engine", help="engine directory")
-    engine = parser.parse_args().engine
+    parser.add_argument("model", help="engine directory, checkpoint folder or hub id")
+    model = parser.parse_args().model
 
     chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
-    with LLM(engine) as llm:
+    with LLM(model) as llm:
         answers = llm.generate(chats, list(QUESTIONS.values()))
     for (question, params), answer in zip(QUESTIONS.items(), answers, strict=True):
         output = answer.outputs[0]

@@ -1,6 +1,6 @@
 """Ask a TriMode server with OpenAI's client: whole and streamed answers, with TriMode's fields in extra_body.
 
-Usage: trimode serve engines/tiny-cpu &
+Usage: trimode serve checkpoints/tiny &
        python examples/openai_client.py --url http://127.0.0.1:8000/v1
 """
 
