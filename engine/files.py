@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Annotated
 
 from pydantic import AfterValidator, Field, NonNegativeInt
@@ -15,11 +15,15 @@ from pydantic import AfterValidator, Field, NonNegativeInt
 from trimode.common.errors import TriModeError
 from trimode.common.progress import Progress, no_progress
 from trimode.engine.record import Record
+from trimode.engine.targets.tensorrt import PLUGIN_KERNELS
+from trimode.model.tokenizer import is_tokenizer_file
 
 MANIFEST = "manifest.json"
 POOL = "weights/pool.bin"
 ADAPTER = "weights/adapter.safetensors"
 TOKENIZER = "tokenizer"
+# Folders in which files are found by their names; elsewhere only files that the manifest lists are opened.
+READ_BY_NAME = (TOKENIZER, PLUGIN_KERNELS)
 
 _CHUNK = 1 << 22
 
@@ -62,14 +66,26 @@ def hash_files(folder: Path, progress: Progress) -> tuple[EngineFile, ...]:
 
 
 def verify_files(engine: Path, files: Sequence[EngineFile], progress: Progress = no_progress) -> None:
-    """Check every file of the engine. Raises TriModeError that names the first one that differs from the build."""
-    listed = {engine / entry.path for entry in files} | {engine / MANIFEST}
-    for path in sorted(engine.rglob("*")):
-        if path.is_file() and path not in listed:
-            raise TriModeError(f"{path} is not part of the engine; remove it, or {rebuild_remedy(engine)}")
+    """Check every file of the engine. Raises TriModeError that names the first one that differs from the build.
+
+    Foreign files are ignored, such as a README or what a file manager or a download leaves behind. One that would be
+    read, such as a second chat template, is refused.
+    """
+    listed = {entry.path for entry in files}
+    for path in sorted(path.relative_to(engine) for folder in READ_BY_NAME for path in (engine / folder).rglob("*")):
+        if path.as_posix() not in listed and _is_read(path) and (engine / path).is_file():
+            raise TriModeError(f"{engine / path} is not part of the engine; remove it, or {rebuild_remedy(engine)}")
     advanced = _byte_counter("verify", sum(entry.bytes for entry in files), progress)
     for entry in files:
         verify_file(engine, entry, advanced)
+
+
+def _is_read(path: PurePath) -> bool:
+    """Whether a file of a folder in ``READ_BY_NAME`` is read if it is there."""
+    folder, *rest = path.parts
+    if folder == TOKENIZER:
+        return is_tokenizer_file(PurePath(*rest))
+    return rest[0].startswith("sm_")
 
 
 def verify_file(engine: Path, entry: EngineFile, advanced: Callable[[int], None] = lambda _bytes: None) -> None:

@@ -10,7 +10,7 @@ from trimode.common.atomic_folder import atomic_folder
 from trimode.common.errors import TriModeError
 from trimode.common.gpus import Gpu, find_gpus
 from trimode.common.progress import Progress, no_progress
-from trimode.engine.files import MANIFEST, hash_files, verify_files
+from trimode.engine.files import hash_files, verify_files
 from trimode.engine.manifest import Manifest
 from trimode.engine.targets.tensorrt import TensorrtSection
 
@@ -33,7 +33,8 @@ def compile_engine(emitted: Path, out: Path, progress: Progress = no_progress) -
     gpu = require_tensorrt("run this on the machine with the GPU")
     verify_files(emitted, manifest.files, progress)
     with atomic_folder(out) as folder:
-        shutil.copytree(emitted, folder, ignore=lambda *_: [MANIFEST], copy_function=_link, dirs_exist_ok=True)
+        for entry in manifest.files:
+            _link(emitted / entry.path, folder / entry.path)
         from trimode.build.tensorrt.plans import compile_plans
 
         plans = compile_plans(folder, section, manifest.limits, gpu, progress)
@@ -57,8 +58,10 @@ def require_tensorrt(remedy: str) -> Gpu:
     return gpus.found[0]
 
 
-def _link(source: str, target: str) -> None:
+def _link(source: Path, target: Path) -> None:
+    """Make ``target`` the same file, or a copy. A symlink, as in a hub cache, is resolved."""
+    target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        os.link(source, target)
+        os.link(source.resolve(), target)
     except OSError:
         shutil.copyfile(source, target)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,9 +71,9 @@ class CpuExecutor:
             zip(cache_inputs(model.num_hidden_layers), cache_outputs(model.num_hidden_layers), strict=True)
         )
         self._adapter = load_file(engine / ADAPTER) if manifest.adapter else {}
-        self._sessions = {
-            kind: _load(engine, folder, threads or len(os.sched_getaffinity(0))) for kind, folder in _FOLDERS.items()
-        }
+        threads = threads or len(os.sched_getaffinity(0))
+        with _folder_of_pool(engine) as weights:
+            self._sessions = {kind: _load(engine / folder, weights, threads) for kind, folder in _FOLDERS.items()}
         self._memories: dict[tuple[int, ...], _Memory] = {}
         # A binding of the caches is good until the pool moves.
         self._bindings: dict[tuple[type[Step], int, int], _Binding] = {}
@@ -160,17 +163,39 @@ def _refuse_foreign_layout(engine: Path, manifest: Manifest) -> None:
         )
 
 
-def _load(engine: Path, folder: str, threads: int) -> ort.InferenceSession:
+@contextmanager
+def _folder_of_pool(engine: Path) -> Iterator[Path]:
+    """The folder in which ONNX Runtime shall look for the pool. It maps the file while a session is created.
+
+    ONNX Runtime refuses a file that is a symlink out of its folder, as in a hub cache. Such a file gets a second name,
+    a hard link in a temporary folder beside it.
+    """
+    pool = engine / POOL
+    file = pool.resolve()
+    if file == pool.parent.resolve() / pool.name:
+        yield pool.parent
+        return
+    with ExitStack() as stack:
+        try:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".trimode-", dir=file.parent)))
+            os.link(file, folder / pool.name)
+        except OSError as error:
+            raise TriModeError(
+                f"{pool} is a symlink, and {file.parent} cannot be written ({error.strerror}); load a copy of the "
+                f"engine without symlinks: cp -rL {engine} COPY"
+            ) from None
+        yield folder
+
+
+def _load(folder: Path, weights: Path, threads: int) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # done by the build
     options.intra_op_num_threads = threads
     # The engines take turns: threads spin within a pass, which is faster, and not into the other engine's.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    options.add_session_config_entry(
-        "session.model_external_initializers_file_folder_path", str((engine / POOL).parent)
-    )
-    path = engine / folder / MODEL
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
+    path = folder / MODEL
     try:
         return ort.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime raises its own unrelated exception types

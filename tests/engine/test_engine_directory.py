@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -72,6 +74,14 @@ def swap(path: str, old: str, new: str) -> Callable[[Path], None]:
     return apply
 
 
+def add(path: str, text: str = "x") -> Callable[[Path], None]:
+    def apply(engine: Path) -> None:
+        (engine / path).parent.mkdir(parents=True, exist_ok=True)
+        (engine / path).write_text(text)
+
+    return apply
+
+
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "no manifest": (lambda engine: (engine / "manifest.json").unlink(), "is not an engine directory"),
     "manifest that is not JSON": (
@@ -90,10 +100,19 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         r"manifest\.json was changed",
     ),
     "changed limit": (swap("manifest.json", '"top_k": 768', '"top_k": 764'), r"manifest\.json was changed"),
-    "surplus file": (
-        lambda engine: (engine / "tokenizer/chat_template.jinja").write_text("x"),
-        r"chat_template\.jinja is not part of the engine",
+    "a template that would be read": (
+        add("tokenizer/chat_template.jinja"),
+        r"tokenizer/chat_template\.jinja is not part of the engine; remove it, or build the engine again",
     ),
+    "a named template that would be read": (
+        add("tokenizer/additional_chat_templates/tool_use.jinja"),
+        r"additional_chat_templates/tool_use\.jinja is not part of the engine",
+    ),
+    "special tokens that would be read": (
+        add("tokenizer/special_tokens_map.json", "{}"),
+        r"special_tokens_map\.json is not part of the engine",
+    ),
+    "kernels that would be read": (add("kernels/sm_90/index.json"), r"sm_90/index\.json is not part of the engine"),
     "unlisted files": (edit(files=[]), "files lacks"),
     "changed pool": (flip("weights/pool.bin"), r"weights/pool\.bin was changed after the build"),
     "changed graph": (flip("ar/model.onnx"), r"ar/model\.onnx was changed"),
@@ -115,6 +134,74 @@ def test_broken_engine_is_refused_by_name(random_engine: Path, tmp_path: Path, c
     with pytest.raises(TriModeError, match=message) as caught:
         load_engine(engine)
     assert "\n" not in str(caught.value)
+
+
+FOREIGN = (
+    "README.md",
+    ".gitattributes",
+    ".DS_Store",
+    "._manifest.json",
+    ".cache/huggingface/.gitignore",
+    ".cache/huggingface/download/ar/model.onnx.metadata",
+    ".cache/huggingface/download/tokenizer/chat_template.jinja.lock",
+    "ar/.nfs000000000000000100000001",
+    "ar/.DS_Store",
+    "tokenizer/.DS_Store",
+    "tokenizer/._tokenizer.json",
+    "tokenizer/._chat_template.jinja",
+    "tokenizer/README.md",
+    "tokenizer/vocab.json",
+    "tokenizer/additional_chat_templates/.DS_Store",
+    "tokenizer/additional_chat_templates/._tool_use.jinja",
+    "weights/pool.bin.bak",
+    "kernels/.DS_Store",
+    "diffusion/model.onnx_data",
+)
+
+
+def test_foreign_files_that_nothing_reads_do_no_harm(random_engine: Path, tmp_path: Path) -> None:
+    engine = Path(shutil.copytree(random_engine, tmp_path / "engine"))
+    for path in FOREIGN:
+        add(path)(engine)
+    assert answer_of(engine) == answer_of(random_engine)
+
+
+def test_a_hub_caches_links(random_engine: Path, tmp_path: Path) -> None:
+    """As huggingface_hub lays a download out: every file is a link to a blob with another name."""
+    snapshot = tmp_path / "models--me--engine/snapshots/abc"
+    blobs = tmp_path / "models--me--engine/blobs"
+    blobs.mkdir(parents=True)
+    for number, path in enumerate(path for path in random_engine.rglob("*") if path.is_file()):
+        link = snapshot / path.relative_to(random_engine)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, blobs / str(number))
+        link.symlink_to(os.path.relpath(blobs / str(number), link.parent))
+    assert answer_of(snapshot) == answer_of(random_engine)
+    (tmp_path / "link").symlink_to(snapshot)
+    assert answer_of(tmp_path / "link") == answer_of(random_engine)
+    assert all(path.is_file() for path in blobs.iterdir())
+
+
+def test_a_hub_cache_that_cannot_be_written(
+    random_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Path(shutil.copytree(random_engine, tmp_path / "engine"))
+    (engine / "weights/pool.bin").rename(tmp_path / "blob")
+    (engine / "weights/pool.bin").symlink_to(tmp_path / "blob")
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr("os.link", refuse)
+    with pytest.raises(TriModeError, match=r"pool\.bin is a symlink, and .* cannot be written .*: cp -rL"):
+        load_engine(engine)
+    assert {path.name for path in tmp_path.iterdir()} == {"engine", "blob"}
+
+
+def answer_of(engine: Path) -> list[int]:
+    """The likeliest tokens of a causal pass over four tokens."""
+    executor, ids, first = load_engine(engine).executor, np.arange(200, 204)[None], np.array([0])
+    return list(executor.run(CausalStep.chain(0, ids, first, np.array([[3]]))).tokens[0, 0, :5])
 
 
 def test_without_verification_a_graph_that_is_no_graph_is_still_one_line(random_engine: Path, tmp_path: Path) -> None:
