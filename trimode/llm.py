@@ -45,7 +45,12 @@ def _signature() -> inspect.Signature:
     """The options of both classes, for ``help`` and notebooks."""
     own = inspect.signature(LLM.__init__).parameters
     inherited = inspect.signature(engine_llm.LLM.__init__).parameters
-    named = {name: parameter for name, parameter in (inherited | own).items() if name not in ("self", "options")}
+    both = dict(inherited) | dict(own)
+    named = {
+        name: parameter
+        for name, parameter in both.items()
+        if name != "self" and parameter.kind is not inspect.Parameter.VAR_KEYWORD
+    }
     return inspect.Signature(sorted(named.values(), key=lambda parameter: parameter.kind))
 
 

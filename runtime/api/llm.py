@@ -16,12 +16,15 @@ from collections.abc import Sequence as Many
 from pathlib import Path
 from typing import Any, NamedTuple, Self, overload
 
+from rich.console import Console
 from rich.progress import track
 
 from trimode.common.errors import TriModeError
 from trimode.common.progress import Progress, no_progress
 from trimode.model.chat_template import Message
 from trimode.model.tokenizer import Tokenizer
+from trimode.runtime.api.foreign_options import refuse_foreign_options
+from trimode.runtime.api.inputs import is_one, items_of, token_id
 from trimode.runtime.decoding.acceptance import LONGEST_BLOCK, Acceptance
 from trimode.runtime.decoding.ending import Ending
 from trimode.runtime.decoding.sequence import Sequence
@@ -185,7 +188,9 @@ class LLM:
         measure_passes: bool = True,
         verify: bool = True,
         progress: Progress = no_progress,
+        **foreign: Any,
     ) -> None:
+        refuse_foreign_options(foreign)
         for name, value, least in (
             ("max_batch_size", max_batch_size, 1),
             ("max_queue_size", max_queue_size, 1),
@@ -267,7 +272,7 @@ class LLM:
         terminal. enable_thinking: whether the chat template opens a thought; None leaves it to the template. Requests
         beyond the queue's size wait their turn.
         """
-        alone = _is_one(inputs)
+        alone = is_one(inputs)
         asked: list[Any] = [inputs] if alone else list(inputs)
         params = sampling_params if isinstance(sampling_params, Many) else [sampling_params] * len(asked)
         if len(params) != len(asked):
@@ -279,7 +284,9 @@ class LLM:
                 self._submit(request, wait=True)
                 outputs.append(output)
             show = use_tqdm and not alone  # a bar has a thread of its own, which one short answer would wait for
-            for output in track(outputs, "Answering", transient=True) if show else outputs:
+            for output in (
+                track(outputs, "Answering", console=Console(stderr=True), transient=True) if show else outputs
+            ):
                 output.result()
         except BaseException:
             for output in outputs:
@@ -359,18 +366,19 @@ class LLM:
             inputs, options = _input_and_options(inputs)
         if isinstance(inputs, str):
             return _Prompt(inputs, self.tokenizer.encode(inputs, add_special_tokens=True), None)
-        items = list(inputs)
+        items = items_of(inputs)
         if items and all(isinstance(item, dict) for item in items):
             chat = self.tokenizer.chat_prompt(items, **{"enable_thinking": enable_thinking} | options)
             return _Prompt(chat.text, self.tokenizer.encode(chat.text), chat.thinking)
-        for token in items:
-            self._refuse_foreign("prompt token", token)
-        return _Prompt(None, items, options.get("thinking"))
+        prompt = [self._known_token("prompt token", item) for item in items]
+        return _Prompt(None, prompt, options.get("thinking"))
 
-    def _refuse_foreign(self, what: str, token: Any) -> None:
-        vocabulary = self.manifest.model.vocab_size
-        if not isinstance(token, int) or not 0 <= token < vocabulary:
+    def _known_token(self, what: str, token: Any) -> int:
+        """The token's id. Raises TriModeError if it is not one of the vocabulary."""
+        vocabulary, number = self.manifest.model.vocab_size, token_id(token)
+        if number is None or not 0 <= number < vocabulary:
             raise TriModeError(f"{what} {token!r} is outside the model's vocabulary of {vocabulary}")
+        return number
 
     def _refuse(self, prompt: list[int], params: SamplingParams) -> None:
         limits = self.manifest.limits
@@ -400,7 +408,7 @@ class LLM:
         if params.adapter and self.manifest.adapter is None:
             raise TriModeError("adapter is True, but the engine has no draft adapter; leave it out")
         for token in params.stop_token_ids or ():
-            self._refuse_foreign("stop token", token)
+            self._known_token("stop token", token)
         for stop in params.stop_strings if params.skip_special_tokens else ():
             for special in self.tokenizer.special_tokens:
                 if special in stop and special != stop:
@@ -491,13 +499,6 @@ def _input_and_options(record: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         found = ", ".join(map(repr, record))
         raise TriModeError(f"an input has {found}; give 'prompt', 'prompt_token_ids' or 'messages', and its options")
     return record[kind], {name: value for name, value in record.items() if name != kind}
-
-
-def _is_one(inputs: Any) -> bool:
-    """Whether this is one input, and not a list of them."""
-    if isinstance(inputs, (str, Mapping)) or not inputs:
-        return isinstance(inputs, (str, Mapping))
-    return isinstance(inputs[0], int) or (isinstance(inputs[0], Mapping) and "role" in inputs[0])
 
 
 def _free_memory() -> int:

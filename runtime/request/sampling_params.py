@@ -37,8 +37,8 @@ class SamplingParams:
     """How one request is decoded and where it ends. Immutable; one record may serve many requests.
 
     Sampling. temperature, top_k, top_p, min_p: greedy unless one of them asks for a draw (a temperature above 0, a
-    top_k above 1, a top_p above 0); a draw without a temperature is at 1, and a temperature of 0 is greedy whatever
-    the others say. A draw is among the candidates that the
+    top_k above 1, a top_p above 0); a draw without a temperature is at 1, and a temperature of 0, a top_k of 1 or a
+    top_p of 0 is greedy whatever the others say. A draw is among the candidates that the
     engine reports for a row (``Limits.top_k`` of the build): their probabilities are renormalised, in AR and in
     self-speculation alike. seed: the same seed and parameters give the same tokens whatever else runs.
     presence_penalty, frequency_penalty: subtracted from the logit of a token that was emitted, once or for each time.
@@ -142,9 +142,9 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        if self.temperature is not None:
-            return self.temperature == 0 or self.top_k == 1
-        return (self.top_k or 0) <= 1 and not self.top_p
+        if self.temperature == 0 or self.top_k == 1 or self.top_p == 0:
+            return True
+        return self.temperature is None and not self.top_k and not self.top_p
 
     @property
     def penalised(self) -> bool:
