@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import click
 
 from trimode.cli.extras import requires_extra
+from trimode.cli.interrupts import exit_on_interrupt
 from trimode.cli.manifest_table import print_manifest
 from trimode.cli.parameters import PATH, integers, json_option
 from trimode.common.errors import TriModeError
@@ -80,7 +80,9 @@ def command(
 ) -> None:
     """Build the AR and the diffusion engine of CHECKPOINT (a folder or a hub id), into the new folder OUT."""
     with requires_extra("build"):
-        from trimode.build.engine_builder import TARGET_OPTIONS, build_engine
+        from trimode.build.engine_builder import build_engine
+        from trimode.build.registry import TARGETS
+        from trimode.build.target import options_of
 
     options: dict[str, Any] = {
         "activations": activations,
@@ -91,15 +93,18 @@ def command(
         "emit_only": emit_only,
     }
     given = {name: value for name, value in options.items() if value is not None}
-    kind = TARGET_OPTIONS[target]
-    for name in given.keys() - {field.name for field in fields(kind)}:
+    kind = TARGETS[target]
+    for name in given.keys() - {option.name for option in options_of(kind)}:
         flag = "--sm" if name == "sms" else f"--{name.replace('_', '-')}"
         raise TriModeError(f"{flag} is not an option of target {target}")
+    build_target = kind(**given)
+    with exit_on_interrupt():
+        build_target.import_packages()
     with progress_bars() as progress:
         manifest = build_engine(
             open_checkpoint(checkpoint),
             out,
-            target=kind(**given),
+            target=build_target,
             capacity=capacity,
             prefill_step=prefill_step,
             top_k=top_k,

@@ -7,9 +7,11 @@ from importlib.metadata import PackageNotFoundError, version
 
 from pydantic import BaseModel
 
-from trimode.common.gpus import Gpu, Gpus, find_gpus
+from trimode.build import registry
+from trimode.common.gpus import Gpu, find_gpus
+from trimode.common.installation import Installation
 from trimode.common.machine import instruction_set
-from trimode.engine.targets.rtx import COMPUTE_CAPABILITIES
+from trimode.runtime import loading
 
 _PACKAGES = (
     *("onnxruntime", "onnx", "torch", "nvidia-modelopt", "tensorrt-rtx-cu13", "cuda-bindings"),
@@ -46,44 +48,20 @@ def examine() -> Findings:
         driver=gpus.driver,
         gpus=gpus.found,
         packages=packages,
-        targets=_targets(packages, gpus),
+        targets=_targets(Installation(packages, gpus)),
     )
 
 
-def _targets(packages: dict[str, str | None], gpus: Gpus) -> dict[str, str]:
-    builds = packages["onnx"] is not None
-    to_build = "builds" if builds else "does not build: pip install 'trimode[build]'"
-    if not builds:
-        rtx = to_build
-    elif packages["tensorrt-rtx-cu13"] is None:
-        rtx = "does not build: pip install 'trimode[rtx]'"
-    else:
-        rtx = "builds and audits, with or without a GPU"
+def _targets(installation: Installation) -> dict[str, str]:
     return {
-        "cpu": f"runs; {to_build}",
-        "rtx": f"{_rtx_runs(packages, gpus)}; {rtx}",
-        "tensorrt": f"does not run: this version has no executor for it; {_tensorrt_builds(packages, gpus)}",
+        name: f"{_runs(name, installation)}; {target.can_build(installation)}"
+        for name, target in registry.TARGETS.items()
     }
 
 
-def _tensorrt_builds(packages: dict[str, str | None], gpus: Gpus) -> str:
-    if packages["onnx"] is None or packages["triton"] is None:
-        return "does not build: pip install 'trimode[build,tensorrt]'"
-    if packages["tensorrt"] is None:
-        return "builds with --emit-only; to compile: pip install 'tensorrt>=11.4,<12' on a machine with a GPU"
-    return "builds" if gpus.found else "builds with --emit-only; to compile it needs an NVIDIA GPU and its driver"
-
-
-def _rtx_runs(packages: dict[str, str | None], gpus: Gpus) -> str:
-    if not gpus.found:
-        return "does not run: it needs an NVIDIA GPU and its driver"
-    fitting = [gpu for gpu in gpus.found if gpu.compute_capability in COMPUTE_CAPABILITIES]
-    if not fitting:
-        needed = ", ".join(map(str, COMPUTE_CAPABILITIES))
-        return f"does not run: it needs a GPU of compute capability {needed}"
-    if packages["tensorrt-rtx-cu13"] is None or packages["cuda-bindings"] is None:
-        return "does not run: pip install 'trimode[rtx]'"
-    return f"runs on {fitting[0].name}, if built with --sm {fitting[0].compute_capability}"
+def _runs(name: str, installation: Installation) -> str:
+    target = loading.TARGETS.get(name)
+    return "does not run: this version has no executor for it" if target is None else target.can_run(installation)
 
 
 def _version(package: str) -> str | None:

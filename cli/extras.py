@@ -6,16 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from trimode.cli.interrupts import exit_on_interrupt
-from trimode.common.errors import TriModeError
+from trimode.common import extras
 
 
 @contextmanager
 def requires_extra(extra: str) -> Iterator[None]:
-    """Around imports: a missing package raises TriModeError that names the package and the extra to install."""
-    try:
-        with exit_on_interrupt():
-            yield
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] == "trimode":
-            raise
-        raise TriModeError(f"the package {error.name} is not installed: pip install 'trimode[{extra}]'") from None
+    """Around imports: as :func:`trimode.common.extras.requires_extra`; Ctrl-C exits immediately."""
+    with extras.requires_extra(extra), exit_on_interrupt():
+        yield

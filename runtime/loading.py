@@ -1,26 +1,57 @@
-"""The executor of an engine directory, by its target."""
+"""Loading of an engine directory: checked files, the tokenizer, and the executor of the engine's target."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 from trimode.common.errors import TriModeError
+from trimode.common.progress import Progress, no_progress
+from trimode.engine.files import TOKENIZER, verify_files
 from trimode.engine.manifest import Manifest
-from trimode.runtime.cpu.executor import CpuExecutor
+from trimode.model.tokenizer import Tokenizer
+from trimode.runtime.cpu.target import CpuRuntime
 from trimode.runtime.executor import Executor
-from trimode.runtime.rtx import load_rtx_executor
+from trimode.runtime.rtx.target import RtxRuntime
+from trimode.runtime.target import HostLimits, RuntimeTarget
+
+# The targets that have an executor. A new target registers here.
+TARGETS: dict[str, RuntimeTarget] = {
+    "cpu": CpuRuntime(),
+    "rtx": RtxRuntime(),
+}
 
 
-def load_executor(engine: Path, manifest: Manifest, threads: int | None, kv_cache_bytes: int | None) -> Executor:
-    """Raises TriModeError if the engine cannot run on this machine.
+class LoadedEngine(NamedTuple):
+    """An engine directory, ready to run. Both of its engines write one KV pool, so one thread runs the executor."""
 
-    threads, kv_cache_bytes: of target cpu; on a GPU, the build has set the size of the KV pool.
+    manifest: Manifest
+    tokenizer: Tokenizer
+    executor: Executor
+
+
+def load_engine(
+    folder: Path,
+    *,
+    threads: int | None = None,
+    kv_cache_bytes: int | None = None,
+    verify: bool = True,
+    progress: Progress = no_progress,
+) -> LoadedEngine:
+    """Load the engine directory ``folder``. With ``verify``, first check every file against the manifest.
+
+    threads, kv_cache_bytes: as in :class:`trimode.runtime.target.HostLimits`. Raises TriModeError if the directory is
+    damaged or cannot run on this machine.
     """
-    if manifest.target.name == "rtx":
-        return load_rtx_executor(engine, manifest)
-    if manifest.target.name == "tensorrt":
+    manifest = Manifest.read(folder)
+    if verify:
+        verify_files(folder, manifest.files, progress)
+    tokenizer = Tokenizer.from_folder(folder / TOKENIZER)
+    name = manifest.target.name
+    if name not in TARGETS:
         raise TriModeError(
-            f"{engine} is for target tensorrt, which this version builds and does not run; for this machine: "
-            "trimode build CHECKPOINT OUT --target cpu, or rtx"
+            f"{folder} is for target {name}, which this version builds and does not run; build for another one: "
+            f"trimode build CHECKPOINT OUT --target {' or '.join(TARGETS)}"
         )
-    return CpuExecutor(engine, manifest, threads, kv_cache_bytes)
+    executor = TARGETS[name].load_executor(folder, manifest, HostLimits(threads, kv_cache_bytes))
+    return LoadedEngine(manifest, tokenizer, executor)

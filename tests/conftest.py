@@ -14,7 +14,8 @@ from transformers import logging as transformers_logging
 from scripts.serving.triton_server import Ports
 from tests.support.random_checkpoint import write_random_checkpoint
 from tests.support.tritonserver import serving
-from trimode.build.engine_builder import CpuOptions, build_engine
+from trimode.build.cpu.target import CpuTarget
+from trimode.build.engine_builder import build_engine
 from trimode.model.checkpoint import Checkpoint
 from trimode.quantize import quantize_checkpoint
 
@@ -65,7 +66,7 @@ def random_int4_checkpoint(random_checkpoint: Path, tmp_path_factory: pytest.Tem
 def random_int4_engine(random_int4_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its matrices stay packed, however small they are: the kernels of large networks."""
     out = tmp_path_factory.mktemp("engine") / "int4"
-    build_engine(Checkpoint(random_int4_checkpoint), out, target=CpuOptions(unpacked_bytes=0), top_k=768)
+    build_engine(Checkpoint(random_int4_checkpoint), out, target=CpuTarget(unpacked_bytes=0), top_k=768)
     return out
 
 

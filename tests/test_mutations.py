@@ -13,14 +13,15 @@ import pytest
 import torch
 
 from trimode import LLM, SamplingParams
-from trimode.build.engine_builder import CpuOptions, build_engine
+from trimode.build.cpu.target import CpuTarget
+from trimode.build.engine_builder import build_engine
 from trimode.build.graph import network, raw_pool
 from trimode.engine.manifest import Manifest
 from trimode.model.checkpoint import Checkpoint
 from trimode.model.reference.loading import load_reference
 from trimode.model.reference.network import NemotronLabsDiffusionModel
 from trimode.model.reference.patterns import bidirectional, causal
-from trimode.runtime.cpu.executor import CpuExecutor
+from trimode.runtime.cpu.cpu_executor import CpuExecutor
 from trimode.runtime.executor import BidirectionalStep, CausalStep
 from trimode.runtime.scheduling import batching
 
@@ -177,7 +178,7 @@ MUTATIONS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], tuple[str, ...]
 
 
 def build(checkpoint: Path, out: Path) -> Path:
-    build_engine(Checkpoint(checkpoint), out, target=CpuOptions(unpacked_bytes=0), top_k=768)
+    build_engine(Checkpoint(checkpoint), out, target=CpuTarget(unpacked_bytes=0), top_k=768)
     return out
 
 

@@ -95,13 +95,13 @@ def test_mypy_checks_the_working_tree(tree: Tree) -> None:
 def test_the_import_checker_checks_the_working_tree(tree: Tree) -> None:
     program = "from importlinter.cli import lint_imports; raise SystemExit(lint_imports(cache_dir=None))"
     assert tree.run("-c", program).returncode == 0
-    tree.write("common/upward.py", "from trimode.runtime import engine\n")
+    tree.write("common/upward.py", "from trimode.runtime import loading\n")
     try:
         found = tree.run("-c", program)
     finally:
         (tree.root / "common/upward.py").unlink()
     assert found.returncode == 1
-    assert "trimode.common.upward -> trimode.runtime.engine" in found.stdout, found.stdout
+    assert "trimode.common.upward -> trimode.runtime.loading" in found.stdout, found.stdout
 
 
 def test_wheel_and_sdist_hold_the_whole_working_tree(tree: Tree, tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ import torch
 from scripts.prove.quantization import MODES, score
 from trimode import LLM, CompletionOutput, SamplingParams
 from trimode.build.audit.counting import audit_pass, read_plans
-from trimode.build.engine_builder import RtxOptions, build_engine
+from trimode.build.engine_builder import build_engine
+from trimode.build.rtx.target import RtxTarget
 from trimode.model.checkpoint import Checkpoint
 from trimode.model.reference.loading import load_reference
 from trimode.model.reference.network import NemotronLabsDiffusionModel
@@ -120,7 +121,7 @@ def test_the_quantisation_report_has_every_modes_rates(llm: LLM, heldout: list[d
 def test_it_compiles_for_gpus_with_every_matrix_fused(w4a16: Path, tmp_path: Path) -> None:
     """AWQ's input scales, a 16-bit head and the adapter are all in these plans."""
     out = tmp_path / "rtx"
-    manifest = build_engine(Checkpoint(w4a16), out, target=RtxOptions(sms=(121,)))
+    manifest = build_engine(Checkpoint(w4a16), out, target=RtxTarget(sms=(121,)))
     assert {module for module, stored in manifest.precision.matrices.items() if stored != "int4"} == {"diffusion_head"}
     for plan in read_plans(out):
         found = audit_pass(plan, 1, 16, 512)

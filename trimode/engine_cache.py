@@ -31,6 +31,7 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
 
 from trimode.common.atomic_folder import atomic_folder
 from trimode.common.errors import TriModeError
+from trimode.common.extras import requires_extra
 from trimode.common.machine import instruction_set
 from trimode.common.progress import Progress, no_progress
 from trimode.common.records import read_json_record
@@ -121,16 +122,19 @@ def remove_entry(key: str) -> CacheEntry:
 
 
 def _built(checkpoint: Checkpoint, options: BuildOptions, progress: Progress) -> Path:
-    try:
-        from trimode.build.engine_builder import TARGET_OPTIONS, build_engine
-        from trimode.quantize import CALIBRATION_FILE, fitting_group, quantize_checkpoint
-    except ModuleNotFoundError as error:
-        raise TriModeError(
-            f"{checkpoint.folder} is a checkpoint; building its engine needs {error.name}: pip install 'trimode[build]'"
-        ) from None
+    from trimode.build.registry import TARGETS
+
     target = options.target or "cpu"
-    if target not in TARGET_OPTIONS:
-        raise TriModeError(f"target {target} is unknown; give one of {', '.join(TARGET_OPTIONS)}")
+    if target not in TARGETS:
+        raise TriModeError(f"target {target} is unknown; give one of {', '.join(TARGETS)}")
+    target_options = TARGETS[target]()
+    try:
+        target_options.import_packages()
+        with requires_extra("build"):
+            from trimode.build.engine_builder import build_engine
+            from trimode.quantize import CALIBRATION_FILE, fitting_group, quantize_checkpoint
+    except TriModeError as error:
+        raise TriModeError(f"{checkpoint.folder} is a checkpoint; building its engine failed: {error}") from None
     method, group = options.method, options.group
     if checkpoint.quantization is not None:
         if method is not None or group is not None:
@@ -138,7 +142,6 @@ def _built(checkpoint: Checkpoint, options: BuildOptions, progress: Progress) ->
     else:
         method = method or ("awq" if (checkpoint.folder / CALIBRATION_FILE).is_file() else "rtn")
         group = group or fitting_group(checkpoint)
-    target_options = TARGET_OPTIONS[target]()
     folder = _make(cache_folder())
     files = _files_read(checkpoint.folder, [CALIBRATION_FILE] if method == "awq" else [])
     identity = {

@@ -23,7 +23,7 @@ _LARGEST_GAP = 1 << 14
 _DISTANCES = [_REACH, _REACH * 5 // 4, _REACH * 3 // 2, _REACH * 7 // 4]
 
 
-class Run(NamedTuple):
+class SharedRun(NamedTuple):
     """Bytes that both plans have: where they begin in each, and how many."""
 
     first: int
@@ -38,7 +38,7 @@ class _Region(NamedTuple):
     second: slice
 
 
-def find_shared_runs(first: NDArray[np.uint8], second: NDArray[np.uint8], probe: bytes) -> list[Run]:
+def find_shared_runs(first: NDArray[np.uint8], second: NDArray[np.uint8], probe: bytes) -> list[SharedRun]:
     """The shared runs of two plans in their order, beginning with the one around ``probe``, bytes of a large constant.
 
     Raises RuntimeError if a plan lacks the probe.
@@ -75,8 +75,8 @@ def cut_runs(plan: Path, runs: list[tuple[int, int]], pool: Path | None) -> Plan
     return PlanEntry(splices=tuple(splices), private_bytes=plan.stat().st_size)
 
 
-def _runs_before(first: NDArray[np.uint8], second: NDArray[np.uint8], run: Run) -> list[Run]:
-    found: list[Run] = []
+def _runs_before(first: NDArray[np.uint8], second: NDArray[np.uint8], run: SharedRun) -> list[SharedRun]:
+    found: list[SharedRun] = []
     while run.first > 2 * _REACH:
         region = _Region(slice(0, run.first), slice(0, run.second))
         near = slice(max(0, run.second - 2 * _REACH), run.second)
@@ -88,8 +88,8 @@ def _runs_before(first: NDArray[np.uint8], second: NDArray[np.uint8], run: Run) 
     return found
 
 
-def _runs_after(first: NDArray[np.uint8], second: NDArray[np.uint8], run: Run) -> list[Run]:
-    found: list[Run] = []
+def _runs_after(first: NDArray[np.uint8], second: NDArray[np.uint8], run: SharedRun) -> list[SharedRun]:
+    found: list[SharedRun] = []
     while (end := run.first + run.length) + 2 * _REACH < len(first):
         start = run.second + run.length
         region = _Region(slice(end, len(first)), slice(start, len(second)))
@@ -102,14 +102,14 @@ def _runs_after(first: NDArray[np.uint8], second: NDArray[np.uint8], run: Run) -
     return found
 
 
-def _gap(run: Run, following: Run) -> int:
+def _gap(run: SharedRun, following: SharedRun) -> int:
     """The larger of the two plans' private bytes between runs."""
     return max(following.first - run.first, following.second - run.second) - run.length
 
 
 def _longest(
     first: NDArray[np.uint8], second: NDArray[np.uint8], places: list[int], near: slice, region: _Region
-) -> Run | None:
+) -> SharedRun | None:
     """The longest run around one of ``places`` of the first plan that is found ``near`` in the second: the bytes at a
     single place may repeat, as equal scales do.
     """
@@ -124,14 +124,14 @@ def _longest(
 
 def _extended(
     first: NDArray[np.uint8], second: NDArray[np.uint8], in_first: int, in_second: int, region: _Region
-) -> Run:
+) -> SharedRun:
     """The longest run around a pair of equal places, within the region."""
     before = _common(
         first[region.first.start : in_first][::-1],
         second[region.second.start : in_second][::-1],
     )
     after = _common(first[in_first : region.first.stop], second[in_second : region.second.stop])
-    return Run(in_first - before, in_second - before, before + after)
+    return SharedRun(in_first - before, in_second - before, before + after)
 
 
 def _find(array: NDArray[np.uint8], probe: bytes) -> int:

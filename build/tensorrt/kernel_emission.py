@@ -12,6 +12,7 @@ from trimode.common.progress import Progress
 from trimode.engine.kernel_library import LibraryIndex, LibraryKernel, library_folder
 from trimode.engine.precision import Real
 from trimode.model.config import ModelConfig
+from trimode.plugins.compilation import compile_operator
 from trimode.plugins.operators import DOMAIN, OPERATORS, Constants, Node, Operator, Shapes, Tactic
 
 _WARP = 32
@@ -57,10 +58,6 @@ def write_kernels(
 
     A tactic that does not fit a GPU is left out there. Raises TriModeError where none of an operator's does.
     """
-    try:
-        from trimode.plugins.compilation import compile_operator
-    except ModuleNotFoundError as error:
-        raise TriModeError(f"target tensorrt needs the package {error.name}: pip install 'trimode[tensorrt]'") from None
     done, total = 0, len(sms) * len(needed)
     for sm in sms:
         target = library_folder(folder, sm)

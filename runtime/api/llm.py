@@ -30,8 +30,8 @@ from trimode.runtime.decoding.ending import Ending
 from trimode.runtime.decoding.sequence import Sequence
 from trimode.runtime.decoding.text_stream import TextStream
 from trimode.runtime.decoding.thinking_budget import ThinkingBudget, ThinkingIds
-from trimode.runtime.engine import load_engine
 from trimode.runtime.kv.prefix_cache import PrefixCache
+from trimode.runtime.loading import load_engine
 from trimode.runtime.request.errors import ContextLengthError, QueueFullError, ShutDownError
 from trimode.runtime.request.outputs import CompletionOutput, Update
 from trimode.runtime.request.sampling_params import SamplingParams

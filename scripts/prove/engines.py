@@ -28,14 +28,15 @@ from rich.progress import track
 from scripts.prove.proof_table import Row, tell
 from tests.support.random_checkpoint import write_random_checkpoint
 from trimode import LLM, CompletionOutput, SamplingParams
-from trimode.build.engine_builder import CpuOptions, build_engine
+from trimode.build.cpu.target import CpuTarget
+from trimode.build.engine_builder import build_engine
 from trimode.model.checkpoint import Checkpoint
 from trimode.model.reference.loading import load_reference
 from trimode.model.reference.network import NemotronLabsDiffusionModel
 from trimode.model.reference.patterns import bidirectional, causal
 from trimode.quantize import quantize_checkpoint
-from trimode.runtime.engine import load_engine
 from trimode.runtime.executor import BidirectionalStep, CausalStep
+from trimode.runtime.loading import load_engine
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK_LENGTH, MAX_TOKENS = 16, 256
@@ -71,7 +72,7 @@ def prove(source: Path, folder: Path, count: int, only: str | None) -> list[Row]
     for checkpoint, engine in ((source, "fp32"), (folder / "w4a16", "int4")):
         build_engine(Checkpoint(checkpoint), folder / engine, top_k=whole)
     build_engine(Checkpoint(folder / "w4a16"), folder / "engine")
-    build_engine(Checkpoint(folder / "w4a16"), folder / "packed", target=CpuOptions(unpacked_bytes=0), top_k=whole)
+    build_engine(Checkpoint(folder / "w4a16"), folder / "packed", target=CpuTarget(unpacked_bytes=0), top_k=whole)
     fp32, int4, packed = (alone(folder / engine) for engine in ("fp32", "engine", "packed"))
     fp32_reference, int4_reference = (load_reference(Checkpoint(weights)) for weights in (source, folder / "w4a16"))
     render, encode = int4.tokenizer.apply_chat_template, int4.tokenizer.encode

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from trimode.engine.files import TOKENIZER
 from trimode.engine.manifest import Manifest
 from trimode.model.tokenizer import Tokenizer
-from trimode.runtime.cpu.executor import CpuExecutor
+from trimode.runtime.cpu.cpu_executor import CpuExecutor
 from trimode.runtime.executor import Candidates, CausalStep
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,8 +13,9 @@ from typing import Any
 import onnx
 import pytest
 
-from trimode.build.cpu import engines as cpu
-from trimode.build.engine_builder import CpuOptions, build_engine
+from trimode.build.cpu import optimised_graphs as cpu
+from trimode.build.cpu.target import CpuTarget
+from trimode.build.engine_builder import build_engine
 from trimode.common.errors import TriModeError
 from trimode.engine.files import ADAPTER, hash_file
 from trimode.engine.manifest import Manifest
@@ -80,7 +81,7 @@ def test_int4_matrices_that_fit_a_cache_are_unpacked(random_int4_checkpoint: Pat
     as_fp32 = 4 * sum(rows * columns for rows, columns in linear_shapes(checkpoint.config).values())
     for limit, unpacked in ((as_fp32, True), (as_fp32 - 1, False)):
         out = tmp_path / str(limit)
-        manifest = build_engine(checkpoint, out, target=CpuOptions(unpacked_bytes=limit))
+        manifest = build_engine(checkpoint, out, target=CpuTarget(unpacked_bytes=limit))
         assert manifest.section(CpuSection).unpacked == unpacked
         assert set(manifest.precision.matrices.values()) == {"int4"}
         graph = onnx.load(out / "ar/model.onnx", load_external_data=False).graph
@@ -128,7 +129,7 @@ def test_a_disk_that_fills_up_is_one_line(random_checkpoint: Path, tmp_path: Pat
 
 def test_int8_activations_are_faster_kernels_and_coarser_logits(random_int4_checkpoint: Path, tmp_path: Path) -> None:
     manifest = build_engine(
-        Checkpoint(random_int4_checkpoint), tmp_path / "engine", target=CpuOptions(activations="int8")
+        Checkpoint(random_int4_checkpoint), tmp_path / "engine", target=CpuTarget(activations="int8")
     )
     assert manifest.section(CpuSection).activations == "int8"
     graph = onnx.load(tmp_path / "engine/ar/model.onnx", load_external_data=False).graph

@@ -16,7 +16,7 @@ from trimode.model.checkpoint import Checkpoint
 from trimode.model.reference.loading import load_reference
 from trimode.model.reference.network import NemotronLabsDiffusionModel
 from trimode.model.reference.patterns import bidirectional, causal
-from trimode.runtime.cpu.executor import CpuExecutor
+from trimode.runtime.cpu.cpu_executor import CpuExecutor
 from trimode.runtime.executor import BidirectionalStep, Candidates, CausalStep, Ints
 
 MASK = 100

@@ -42,8 +42,8 @@ def test_a_machine_without_a_gpu(monkeypatch: pytest.MonkeyPatch, library: Any, 
     ("missing", "target", "remedy"),
     [
         ("onnx", "cpu", "trimode[build]"),
-        ("onnx", "rtx", "trimode[build]"),
-        ("tensorrt-rtx-cu13", "rtx", "trimode[rtx]"),
+        ("onnx", "rtx", "trimode[build,rtx]"),
+        ("tensorrt-rtx-cu13", "rtx", "trimode[build,rtx]"),
     ],
 )
 def test_a_missing_package_comes_with_its_remedy(

@@ -20,8 +20,8 @@ from trimode.common.errors import TriModeError
 from trimode.engine.files import hash_file
 from trimode.engine.manifest import Manifest
 from trimode.model.checkpoint import Checkpoint
-from trimode.runtime.engine import load_engine
 from trimode.runtime.executor import BidirectionalStep, CausalStep
+from trimode.runtime.loading import load_engine
 
 
 def flip(path: str) -> Callable[[Path], None]:

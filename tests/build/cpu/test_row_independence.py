@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from trimode.engine.manifest import Manifest
-from trimode.runtime.cpu.executor import CpuExecutor
+from trimode.runtime.cpu.cpu_executor import CpuExecutor
 from trimode.runtime.executor import CausalStep, Ints
 
 # Across steps of the query scale, at 512 and 3584.

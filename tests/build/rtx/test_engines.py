@@ -17,10 +17,11 @@ from PIL import Image
 
 from trimode.build.audit.counting import Plan, audit_pass, kind_of, read_plans
 from trimode.build.audit.report import audit_engine, write_plot
-from trimode.build.engine_builder import RtxOptions, build_engine
-from trimode.build.rtx import engines as rtx
+from trimode.build.engine_builder import build_engine
+from trimode.build.rtx import plan_building as rtx
 from trimode.build.rtx.graph_form import refuse_disorder
 from trimode.build.rtx.kernel_list import Kernel, KernelTensor
+from trimode.build.rtx.target import RtxTarget
 from trimode.common.errors import TriModeError
 from trimode.engine.files import POOL, verify_files
 from trimode.engine.manifest import Manifest
@@ -28,7 +29,7 @@ from trimode.engine.plan_file import whole_plan
 from trimode.engine.targets.rtx import RtxSection
 from trimode.model.checkpoint import Checkpoint
 
-OPTIONS = RtxOptions(sms=(121, 89), max_batch=4, max_step=64)
+OPTIONS = RtxTarget(sms=(121, 89), max_batch=4, max_step=64)
 
 
 @pytest.fixture(scope="module")
@@ -244,7 +245,7 @@ def test_a_constant_that_one_plan_lacks_fails_the_build(
     monkeypatch.setattr(
         rtx, "build_network", lambda *given: build(*given[:3], replace(given[3], select_by_product=False))
     )
-    with pytest.raises(RuntimeError, match="0 bytes that the AR plan alone has, 256 that the diffusion plan alone has"):
+    with pytest.raises(RuntimeError, match="0 bytes are only in the AR plan, 256 only in the diffusion plan"):
         build_engine(Checkpoint(wide_int4_checkpoint), tmp_path / "out", target=OPTIONS, capacity=1024)
     assert list(tmp_path.iterdir()) == []
 
@@ -324,12 +325,12 @@ def test_a_signal_while_the_builder_runs_leaves_nothing(
 ) -> None:
     """A real one, raised in the builder's first call of ours: there an exception would be dropped."""
     program = (
-        "import signal, trimode.build.rtx.engines as rtx, trimode.cli.command as command\n"
-        "start = rtx._Monitor.phase_start\n"
+        "import signal, trimode.build.rtx.plan_building as rtx, trimode.cli.command as command\n"
+        "start = rtx._RtxMonitor.phase_start\n"
         "def phase_start(*arguments):\n"
         f"    signal.raise_signal({int(number)})\n"
         "    start(*arguments)\n"
-        "rtx._Monitor.phase_start = phase_start\n"
+        "rtx._RtxMonitor.phase_start = phase_start\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "command.main()"
     )
@@ -344,7 +345,7 @@ def test_a_signal_while_the_builder_runs_leaves_nothing(
 def test_without_the_package_the_remedy_is_named(
     wide_int4_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(sys.modules, "trimode.build.rtx.engines", raising=False)
+    monkeypatch.delitem(sys.modules, "trimode.build.rtx.plan_building", raising=False)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
-    with pytest.raises(TriModeError, match=r"pip install 'trimode\[rtx\]'"):
+    with pytest.raises(TriModeError, match=r"pip install 'trimode\[build,rtx\]'"):
         build_engine(Checkpoint(wide_int4_checkpoint), tmp_path / "out", target=OPTIONS, capacity=1024)

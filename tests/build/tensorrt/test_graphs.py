@@ -15,14 +15,14 @@ import pytest
 from tests.support.graph_executor import GraphExecutor
 from tests.support.tensorrt_double import one_tactic_each
 from trimode import LLM, SamplingParams
-from trimode.build.engine_builder import TensorrtOptions, build_engine
-from trimode.build.graph.network import NetworkOptions, PluginOptions
-from trimode.build.tensorrt.graphs import SPLITS, write_graphs
+from trimode.build.engine_builder import build_engine
+from trimode.build.tensorrt.emission import write_graphs
+from trimode.build.tensorrt.target import TensorrtTarget
 from trimode.common.errors import TriModeError
 from trimode.common.progress import no_progress
 from trimode.engine.files import ADAPTER, POOL, verify_files
 from trimode.engine.kernel_library import KernelLibrary
-from trimode.engine.manifest import Manifest
+from trimode.engine.manifest import Limits, Manifest
 from trimode.engine.targets.tensorrt import GRAPH
 from trimode.model.checkpoint import Checkpoint
 from trimode.plugins.operators import DOMAIN
@@ -48,7 +48,7 @@ def cpu_engine(tiny_int4: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.fixture(scope="module")
 def emitted(tiny_int4: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("tiny") / "tensorrt"
-    options = TensorrtOptions(sms=(120, 90), dtype="fp16", max_batch=4, max_step=256, emit_only=True)
+    options = TensorrtTarget(sms=(120, 90), dtype="fp16", max_batch=4, max_step=256, emit_only=True)
     with pytest.MonkeyPatch.context() as patch:
         one_tactic_each(patch)
         build_engine(Checkpoint(tiny_int4), out, target=options)
@@ -75,9 +75,8 @@ def test_greedy_decoding_through_the_functions_gives_target_cpus_tokens(
     checkpoint, records, modes = Checkpoint(tiny_int4), heldout[::90], ("ar", "diffusion", "linear_spec")
     expected = [decode(llm, records, mode=mode) for mode in modes]
     assert checkpoint.adapter is not None
-    plugins = PluginOptions(SPLITS, checkpoint.adapter.config.r)
-    options = NetworkOptions(top_k=64, adapter=True, capacity=ROWS, plugins=plugins)
-    _, pool = write_graphs(checkpoint, tmp_path, options, (), no_progress)
+    limits = Limits(capacity=ROWS, prefill_step=256, top_k=64, max_batch=1, max_step=256)
+    _, pool = write_graphs(checkpoint, tmp_path, "fp32", (), limits, no_progress)
     graphs = GraphExecutor(tmp_path, pool, tmp_path / POOL, cpu_engine / ADAPTER, checkpoint.config, ROWS, np.float32)
     monkeypatch.setattr(llm._executor, "run", graphs.run)
     assert [decode(llm, records, mode=mode) for mode in modes] == expected
@@ -154,7 +153,7 @@ def test_without_its_function_a_node_is_looked_up_as_a_plugin(emitted: Path) -> 
 
 
 def _rtx_parser() -> tuple[list[str], Callable[[bytes], Any]]:
-    from trimode.build.rtx.engines import trt
+    from trimode.build.rtx.plan_building import trt
 
     lines: list[str] = []
 
@@ -214,7 +213,7 @@ def test_groups_that_tensor_cores_cannot_take_are_refused(
     assert checkpoint.quantization is not None
     monkeypatch.setattr(checkpoint, "quantization", checkpoint.quantization.model_copy(update={"group_size": 24}))
     with pytest.raises(TriModeError, match="int4 in groups of 24; target tensorrt takes multiples of 16"):
-        build_engine(checkpoint, tmp_path / "out", target=TensorrtOptions(sms=(90,), emit_only=True))
+        build_engine(checkpoint, tmp_path / "out", target=TensorrtTarget(sms=(90,), emit_only=True))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -223,8 +222,10 @@ def test_without_triton_the_remedy_is_named(
 ) -> None:
     monkeypatch.delitem(sys.modules, "trimode.plugins.compilation", raising=False)
     monkeypatch.setitem(sys.modules, "triton", None)
-    options = TensorrtOptions(sms=(90,), emit_only=True)
-    with pytest.raises(TriModeError, match=r"needs the package triton: pip install 'trimode\[tensorrt\]'"):
+    options = TensorrtTarget(sms=(90,), emit_only=True)
+    with pytest.raises(
+        TriModeError, match=r"the package triton is not installed: pip install 'trimode\[build,tensorrt\]'"
+    ):
         build_engine(Checkpoint(random_int4_checkpoint), tmp_path / "out", target=options)
     assert list(tmp_path.iterdir()) == []
 
@@ -245,7 +246,8 @@ def test_compile_says_what_is_missing_and_what_it_takes(emitted: Path, cpu_engin
 def test_what_compiles_needs_neither_torch_nor_triton_nor_onnx() -> None:
     """All that `trimode compile` imports, but for the two modules that begin by importing TensorRT."""
     modules = (
-        *("cli.compile", "build.tensorrt.compile", "build.plan_builder", "plugins.operators", "engine.kernel_library"),
+        *("cli.compile", "build.tensorrt.second_step", "build.plan_builder"),
+        *("plugins.operators", "engine.kernel_library"),
     )
     imports = "".join(f"import trimode.{module}\n" for module in modules)
     program = f"import sys\n{imports}print(sorted({{'torch', 'triton', 'onnx'}} & sys.modules.keys()))"

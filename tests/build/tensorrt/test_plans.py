@@ -12,8 +12,9 @@ from types import ModuleType
 import pytest
 
 from tests.support.tensorrt_double import TensorrtDouble, one_tactic_each
-from trimode.build.engine_builder import TensorrtOptions, build_engine
-from trimode.build.tensorrt import compile as tensorrt_compile
+from trimode.build.engine_builder import build_engine
+from trimode.build.tensorrt import second_step as tensorrt_compile
+from trimode.build.tensorrt.target import TensorrtTarget
 from trimode.common.errors import TriModeError
 from trimode.common.gpus import Gpu, Gpus
 from trimode.engine.files import verify_files
@@ -28,7 +29,7 @@ H100 = Gpu(ordinal=0, name="NVIDIA H100", compute_capability=90)
 @pytest.fixture(scope="module")
 def emitted(random_int4_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("emitted") / "engine"
-    options = TensorrtOptions(sms=(90,), dtype="fp16", max_batch=4, max_step=256, emit_only=True)
+    options = TensorrtTarget(sms=(90,), dtype="fp16", max_batch=4, max_step=256, emit_only=True)
     with pytest.MonkeyPatch.context() as patch:
         one_tactic_each(patch)
         build_engine(Checkpoint(random_int4_checkpoint), out, target=options, capacity=1024)
@@ -95,7 +96,7 @@ def test_a_token_a_block_and_a_chunk_have_profiles_of_their_own(
 @pytest.mark.parametrize(("max_step", "count"), [(1, 1), (20, 2), (64, 2), (65, 3)])
 def test_every_step_fits_one_profile(tensorrt: ModuleType, max_step: int, count: int) -> None:
     del tensorrt  # must be there before the import
-    profiles = importlib.import_module("trimode.build.tensorrt.plans")._profiles(8, max_step)
+    profiles = importlib.import_module("trimode.build.tensorrt.plan_compilation")._profiles(8, max_step)
     shapes = [sizes.of(["step", "rows"]) for sizes in profiles]
     assert len(shapes) == count
     for (least, fewest), (usual, usual_rows), (most, rows) in shapes:
@@ -110,7 +111,7 @@ def test_a_node_whose_plugin_is_not_found_is_refused(
     emitted: Path, double: TensorrtDouble, tmp_path: Path, name: str, found: int
 ) -> None:
     double.expanded.add(name)
-    with pytest.raises(RuntimeError, match=rf"took {found} of 15 operators of ar/graph\.onnx for our plugins"):
+    with pytest.raises(RuntimeError, match=rf"uses plugins for {found} of 15 plugin nodes of ar/graph\.onnx"):
         tensorrt_compile.compile_engine(emitted, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
@@ -118,7 +119,7 @@ def test_a_node_whose_plugin_is_not_found_is_refused(
 def test_building_with_a_gpu_at_hand_goes_all_the_way(
     random_int4_checkpoint: Path, double: TensorrtDouble, tmp_path: Path
 ) -> None:
-    options = TensorrtOptions(dtype="fp16")
+    options = TensorrtTarget(dtype="fp16")
     manifest = build_engine(Checkpoint(random_int4_checkpoint), tmp_path / "out", target=options, capacity=512)
     section = manifest.section(TensorrtSection)
     assert section.sms == (90,)
@@ -160,7 +161,7 @@ def test_a_changed_kernel_is_refused(emitted: Path, tmp_path: Path) -> None:
 
 def test_every_name_of_tensorrt_that_we_use_exists(tensorrt: ModuleType) -> None:
     """The calls that nothing here can make, spelt as TensorRT spells them."""
-    module = importlib.import_module("trimode.build.tensorrt.plans")
+    module = importlib.import_module("trimode.build.tensorrt.plan_compilation")
     owners = {
         "trt": tensorrt,
         "builder": importlib.import_module("tensorrt_bindings.tensorrt").Builder,

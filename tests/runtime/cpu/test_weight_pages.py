@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 import numpy as np
 from trimode.engine.manifest import Manifest
-from trimode.runtime.cpu.executor import CpuExecutor
+from trimode.runtime.cpu.cpu_executor import CpuExecutor
 from trimode.runtime.executor import BidirectionalStep, CausalStep
 
 engine, ids, at = Path(sys.argv[1]), np.arange(8)[None], np.array([0])

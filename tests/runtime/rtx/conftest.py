@@ -13,9 +13,10 @@ import pytest
 import tensorrt_rtx
 
 from tests.support.rtx_double import DriverDouble, LibcudaDouble, PlanDouble, TrtDouble, plan_doubles
-from trimode.build.engine_builder import RtxOptions, build_engine
+from trimode.build.engine_builder import build_engine
 from trimode.build.graph.network import NetworkOptions, build_network
 from trimode.build.graph.raw_pool import write_raw_pool
+from trimode.build.rtx.target import RtxTarget
 from trimode.common.progress import no_progress
 from trimode.engine.manifest import Manifest
 from trimode.engine.targets.rtx import GRAPH
@@ -47,7 +48,7 @@ def rtn_checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFacto
 def fp16(rtn_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
     """As it is built for users: the double runs the very graphs of the engine directory."""
     folder, checkpoint = tmp_path_factory.mktemp("fp16"), Checkpoint(rtn_checkpoint)
-    options = RtxOptions(sms=(121, 89), dtype="fp16", max_batch=MAX_BATCH, max_step=MAX_STEP)
+    options = RtxTarget(sms=(121, 89), dtype="fp16", max_batch=MAX_BATCH, max_step=MAX_STEP)
     build_engine(checkpoint, folder / "rtx", target=options, capacity=CAPACITY)
     build_engine(checkpoint, folder / "cpu", capacity=CAPACITY, top_k=4, prefill_step=MAX_STEP)
     write_raw_pool(checkpoint, folder / "raw.bin", no_progress, np.dtype(np.float16))

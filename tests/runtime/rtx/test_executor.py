@@ -14,12 +14,13 @@ from tests.runtime.rtx.conftest import CAPACITY, MAX_BATCH, MAX_STEP, Built, Mac
 from tests.support.rtx_double import FaultError, misremembered_calls
 from trimode import LLM, SamplingParams
 from trimode.common.errors import TriModeError
-from trimode.runtime.engine import load_engine
 from trimode.runtime.executor import BidirectionalStep, Candidates, CausalStep, Executor, SpeculatingExecutor
 from trimode.runtime.gpu.buckets import Bucket
 from trimode.runtime.gpu.device_kv_pool import DeviceKvPool
+from trimode.runtime.loading import load_engine
 from trimode.runtime.rtx import executor, passes
 from trimode.runtime.rtx.executor import RtxExecutor
+from trimode.runtime.scheduling.pass_cost import PassCost
 
 MASK = 100
 # Relative, fp32 on both sides.
@@ -59,8 +60,14 @@ def test_tokens_are_the_cpu_targets(fp16: Built, heldout: list[dict], options: d
     assert answers[0] == answers[1]
 
 
-def test_modes_share_a_batch(fp16: Built, machine: Machine, heldout: list[dict]) -> None:
-    """More requests than slots, each in a mode of its own, all at once; each call is one launch and one wait."""
+def test_modes_share_a_batch(
+    fp16: Built, machine: Machine, heldout: list[dict], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More requests than slots, each in its own mode, at the same time. Each call is one launch and one wait.
+
+    All passes have the same cost, so that measured costs, which depend on the machine's load, never split a batch.
+    """
+    monkeypatch.setattr(PassCost, "seconds", lambda *_: 1e-3)
     params = [SamplingParams(max_tokens=40, **options) for options in MODES]
     with LLM(fp16.cpu) as llm:
         expected = [output.outputs[0].token_ids for output in llm.generate(conversations(heldout)[:5], params)]

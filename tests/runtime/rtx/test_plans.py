@@ -23,7 +23,7 @@ from tests.support.rtx_double import GRANULARITY, FaultError, LibcudaDouble, Pla
 from trimode import LLM, SamplingParams
 from trimode.common.errors import TriModeError
 from trimode.engine.manifest import Manifest
-from trimode.runtime.engine import load_engine
+from trimode.runtime.loading import load_engine
 from trimode.runtime.rtx import plans
 from trimode.runtime.rtx.executor import RtxExecutor
 from trimode.runtime.rtx.plans import WeightPlacement, _pieces

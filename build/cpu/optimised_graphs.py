@@ -1,8 +1,8 @@
-"""Target ``cpu``: both graphs optimised for ONNX Runtime, over one file of kernel-ready weights.
+"""Both graphs, optimised by ONNX Runtime, over one file of weights in the layout of its kernels.
 
-ONNX Runtime optimises each graph offline and writes its constants with their packed copies to a file of its own. The
-two files hold the same constants; they become one (:mod:`trimode.build.cpu.prepacked_pool`), and both sessions map its
-pages.
+ONNX Runtime optimises each graph offline and writes its constants, with their packed copies, to a file of its own.
+Both files hold the same constants; :mod:`trimode.build.cpu.prepacked_pool` merges them, and both sessions map the pages
+of the merged file.
 """
 
 from __future__ import annotations
@@ -18,32 +18,30 @@ import onnxruntime as ort
 from trimode.build.cpu.prepacked_pool import merge_pools
 from trimode.build.graph.network import NetworkOptions, build_network
 from trimode.build.graph.raw_pool import write_raw_pool
+from trimode.build.target import Built
 from trimode.common.errors import TriModeError
+from trimode.common.machine import instruction_set
 from trimode.common.progress import Progress
 from trimode.engine.files import POOL
-from trimode.engine.manifest import PoolEntry
-from trimode.engine.targets.cpu import MODEL, Activations
-from trimode.model.checkpoint import Checkpoint
+from trimode.engine.targets.cpu import MODEL, Activations, CpuSection
+from trimode.model.checkpoint import Checkpoint, linear_shapes
 from trimode.model.step import ENGINES
 
-# MatMulNBits computes in fp32 at level 1; at 4 it rounds its input to 8 bits and is several times as fast.
+# MatMulNBits computes in fp32 at level 1. At level 4 it rounds its input to 8 bits and is several times as fast.
 _ACCURACY_LEVELS: dict[Activations, str] = {"fp32": "1", "int8": "4"}
-# Constants below this stay in the graph: shapes and scalars.
+# Smaller constants, shapes and scalars, stay in the graph.
 POOLED_FROM_BYTES = 1024
 
 
 def build_cpu_engines(
-    checkpoint: Checkpoint,
-    folder: Path,
-    options: NetworkOptions,
-    activations: Activations,
-    unpack: bool,
-    progress: Progress,
-) -> tuple[PoolEntry, ...]:
-    """Write ``ar/model.onnx``, ``diffusion/model.onnx`` and the pool into ``folder``; returns the pool's ranges.
+    checkpoint: Checkpoint, folder: Path, activations: Activations, unpacked_bytes: int, progress: Progress
+) -> Built:
+    """Write ``ar/model.onnx``, ``diffusion/model.onnx`` and the pool into ``folder``.
 
-    unpack: store int4 matrices as fp32.
+    activations, unpacked_bytes: as in :class:`trimode.build.cpu.target.CpuTarget`.
     """
+    unpack = activations == "fp32" and 0 < _fp32_bytes_of_int4(checkpoint) <= unpacked_bytes
+    options = NetworkOptions(adapter=checkpoint.adapter is not None)
     with TemporaryDirectory(dir=folder) as temporary:
         scratch = Path(temporary)
         raw = write_raw_pool(checkpoint, scratch / "raw.bin", progress, np.dtype(np.float32), unpack)
@@ -58,12 +56,24 @@ def build_cpu_engines(
             _optimise(source, models[-1], activations)
         progress("graphs", len(ENGINES), len(ENGINES))
     (folder / POOL).parent.mkdir()
-    return merge_pools(models, folder / POOL)
+    pool = merge_pools(models, folder / POOL)
+    section = CpuSection(
+        instruction_set=instruction_set(), onnxruntime=ort.__version__, activations=activations, unpacked=unpack
+    )
+    return Built(section, pool)
+
+
+def _fp32_bytes_of_int4(checkpoint: Checkpoint) -> int:
+    """The size as fp32 of the matrices that the checkpoint has as int4."""
+    shapes = linear_shapes(checkpoint.config).items()
+    weights = sum(rows * columns for module, (rows, columns) in shapes if checkpoint.is_int4(module))
+    return weights * np.dtype(np.float32).itemsize
 
 
 def _optimise(source: Path, result: Path, activations: Activations) -> None:
     options = ort.SessionOptions()
-    options.log_severity_level = 3  # the warning that the result is for this machine only: the manifest says so
+    # Hides the warning that the result depends on this machine; the manifest records the machine.
+    options.log_severity_level = 3
     options.optimized_model_filepath = str(result)
     for key, value in {
         "session.optimized_model_external_initializers_file_name": Path(POOL).name,

@@ -1,4 +1,4 @@
-"""``trimode compile``: the last step of target ``tensorrt``, on the machine with the GPU."""
+"""``trimode compile``: the second step of target ``tensorrt``, on the machine with the GPU."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from trimode.engine.targets.tensorrt import TensorrtSection
 
 
 def compile_engine(emitted: Path, out: Path, progress: Progress = no_progress) -> Manifest:
-    """Compile what ``trimode build --target tensorrt --emit-only`` wrote, into the new folder ``out``.
+    """Compile the plans of ``emitted``, which ``trimode build --target tensorrt --emit-only`` wrote, into the new
+    folder ``out``.
 
-    Its other files are hard links where the file system has them. Raises TriModeError if ``emitted`` is no such folder
-    or was changed, or if this machine lacks TensorRT, a GPU, or kernels for it.
+    Files that do not change are hard links where the file system supports them. Raises TriModeError if ``emitted`` is
+    another kind of folder or was changed, or if this machine lacks TensorRT, a GPU, or kernels for its GPU.
     """
     manifest = Manifest.read(emitted)
     section = manifest.target
@@ -35,7 +36,7 @@ def compile_engine(emitted: Path, out: Path, progress: Progress = no_progress) -
     with atomic_folder(out) as folder:
         for entry in manifest.files:
             _link(emitted / entry.path, folder / entry.path)
-        from trimode.build.tensorrt.plans import compile_plans
+        from trimode.build.tensorrt.plan_compilation import compile_plans
 
         plans = compile_plans(folder, section, manifest.limits, gpu, progress)
         compiled = section.model_copy(update={"plans": plans})
@@ -44,7 +45,7 @@ def compile_engine(emitted: Path, out: Path, progress: Progress = no_progress) -
 
 
 def require_tensorrt(remedy: str) -> Gpu:
-    """The GPU that TensorRT will build for; raises TriModeError that says all that is missing, and ``remedy``."""
+    """The GPU that TensorRT will build for. Raises TriModeError that lists everything missing, and ``remedy``."""
     missing = []
     try:
         import tensorrt  # noqa: F401

@@ -1,5 +1,5 @@
-"""Target ``tensorrt``, the part that needs no GPU: both graphs with the plugins' operators, the pool that both bind,
-and the plugins' kernels for every named GPU. :mod:`trimode.build.tensorrt.plans` compiles what is written here.
+"""The first step of target ``tensorrt``, which needs no GPU: both graphs with plugin nodes, the weight pool, and the
+plugins' kernels for each GPU of a list. :mod:`trimode.build.tensorrt.plan_compilation` compiles the graphs.
 """
 
 from __future__ import annotations
@@ -8,36 +8,48 @@ from pathlib import Path
 
 import onnx
 
-from trimode.build.graph.network import NetworkOptions, build_network
+from trimode.build.graph.network import NetworkOptions, PluginOptions, build_network
 from trimode.build.graph.raw_pool import write_raw_pool
 from trimode.build.tensorrt.kernel_emission import needed_kernels, plugin_nodes, write_kernels
+from trimode.build.tensorrt.target import COMPUTE_CAPABILITIES
 from trimode.common.errors import TriModeError
 from trimode.common.progress import Progress
 from trimode.engine.files import POOL
-from trimode.engine.manifest import PoolEntry
-from trimode.engine.precision import NUMPY_TYPES
+from trimode.engine.manifest import Limits, PoolEntry
+from trimode.engine.precision import NUMPY_TYPES, Real
 from trimode.engine.targets.tensorrt import GRAPH, PLUGIN_KERNELS
 from trimode.model.checkpoint import Checkpoint
 from trimode.model.step import ENGINES
 from trimode.plugins.operators.int4_product import LEAST_GROUP
 
-COMPUTE_CAPABILITIES = (80, 86, 89, 90, 100, 120, 121)
-# With 8 key-value heads, as many programs of one request's attention as a large GPU has multiprocessors.
+# With 8 KV heads, one request's attention then has about as many programs as a large GPU has multiprocessors.
 SPLITS = 16
 
 
 def write_graphs(
-    checkpoint: Checkpoint, folder: Path, options: NetworkOptions, sms: tuple[int, ...], progress: Progress
+    checkpoint: Checkpoint,
+    folder: Path,
+    dtype: Real,
+    sms: tuple[int, ...],
+    limits: Limits,
+    progress: Progress,
 ) -> tuple[dict[str, int], tuple[PoolEntry, ...]]:
-    """Write graphs, pool and kernels into ``folder``; returns how many plugins each graph has, and the ranges of the
-    pool, by the graphs' inputs.
+    """Write graphs, pool and kernels into ``folder``. Returns the number of plugin nodes of each engine's graph, and
+    the ranges of the pool, which are inputs of the graphs.
 
     sms: compute capabilities, 121 for 12.1.
     """
     _refuse_unknown_gpus(sms)
     _refuse_odd_groups(checkpoint)
+    options = NetworkOptions(
+        top_k=limits.top_k,
+        adapter=checkpoint.adapter is not None,
+        activations=dtype,
+        capacity=limits.capacity,
+        plugins=PluginOptions(splits=SPLITS, rank=checkpoint.adapter.config.r if checkpoint.adapter else 0),
+    )
     (folder / POOL).parent.mkdir()
-    pool = write_raw_pool(checkpoint, folder / POOL, progress, NUMPY_TYPES[options.activations])
+    pool = write_raw_pool(checkpoint, folder / POOL, progress, NUMPY_TYPES[dtype])
     graphs = {}
     for index, (name, pattern) in enumerate(ENGINES):
         progress("graphs", index, len(ENGINES))
@@ -48,7 +60,7 @@ def write_graphs(
         graphs[name] = graph
     progress("graphs", len(ENGINES), len(ENGINES))
     needed = needed_kernels(list(graphs.values()), checkpoint.config)
-    write_kernels(needed, options.activations, sms, folder / PLUGIN_KERNELS, progress)
+    write_kernels(needed, dtype, sms, folder / PLUGIN_KERNELS, progress)
     plugins = {name: len(plugin_nodes(graph)) for name, graph in graphs.items()}
     entries = (PoolEntry(name=entry.name, offset=entry.offset, bytes=entry.length) for entry in pool.ranges())
     return plugins, tuple(entries)

@@ -1,6 +1,6 @@
-"""Both graphs compiled by TensorRT with our plugins, for the GPU of this machine, where it times their tactics.
+"""Both graphs, compiled by TensorRT with TriMode's plugins for this machine's GPU, on which it times their tactics.
 
-Weights are inputs of the graphs, so the plans hold none, and both engines bind the one pool.
+Weights are inputs of the graphs, so the plans hold none and both engines bind the same pool.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from trimode.model.step import ENGINES
 from trimode.plugins.declarations import declare_plugins
 
 
-class _Log(trt.ILogger):  # type: ignore[misc]
+class _WarningLog(trt.ILogger):  # type: ignore[misc]
     """Keeps warnings and errors."""
 
     def __init__(self) -> None:
@@ -31,11 +31,11 @@ class _Log(trt.ILogger):  # type: ignore[misc]
             self.lines.append(f"{severity.name}: {message}")
 
 
-# TensorRT keeps the first logger that a process gives it.
-_LOG = _Log()
+# TensorRT uses the first logger of a process for all builders.
+_LOG = _WarningLog()
 
 
-class _Monitor(BuilderProgress, trt.IProgressMonitor):  # type: ignore[misc]
+class _TensorrtMonitor(BuilderProgress, trt.IProgressMonitor):  # type: ignore[misc]
     def __init__(self, stage: str, progress: Progress, signals: HeldSignals) -> None:
         trt.IProgressMonitor.__init__(self)
         BuilderProgress.__init__(self, stage, progress, signals)
@@ -44,7 +44,7 @@ class _Monitor(BuilderProgress, trt.IProgressMonitor):  # type: ignore[misc]
 def compile_plans(
     folder: Path, section: TensorrtSection, limits: Limits, gpu: Gpu, progress: Progress
 ) -> TensorrtPlans:
-    """Write ``engine.plan``, and what the builder warned of, beside each ``graph.onnx`` of ``folder``.
+    """Write ``engine.plan`` and ``builder.log``, the builder's warnings, next to each ``graph.onnx`` of ``folder``.
 
     Raises TriModeError if the folder has no kernels for ``gpu``.
     """
@@ -56,8 +56,8 @@ def compile_plans(
 
 
 def _profiles(max_batch: int, max_step: int) -> list[ProfileSizes]:
-    """One for a token, one for a block, one for a chunk of a prompt, of which a single row needs logits: TensorRT times
-    the tactics at the usual sizes alone. Every step fits one of them and no other.
+    """One profile for a single token, one for a block, one for a chunk of a prompt, which needs logits for one row.
+    TensorRT times tactics only at the optimal sizes of a profile. Every step length fits exactly one profile.
     """
     profiles = []
     for least, usual, most, usual_rows in ((1, 1, 1, 1), (2, 32, 64, 32), (65, max_step, max_step, 1)):
@@ -71,7 +71,7 @@ def _profiles(max_batch: int, max_step: int) -> list[ProfileSizes]:
 def _compile(engine: Path, plugins: int, profiles: list[ProfileSizes], progress: Progress) -> None:
     _LOG.lines.clear()
     builder = trt.Builder(_LOG)
-    # The plugins' kernels are embedded: the plan then runs without Python.
+    # Embeds the plugins' kernels, so that the plan runs without Python.
     network = builder.create_network(
         1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
         | 1 << int(trt.NetworkDefinitionCreationFlag.PREFER_AOT_PYTHON_PLUGINS)
@@ -92,7 +92,7 @@ def _compile(engine: Path, plugins: int, profiles: list[ProfileSizes], progress:
                 profile.set_shape(tensor.name, *sizes.of(dims))
         config.add_optimization_profile(profile)
     with HeldSignals() as signals:
-        monitor = _Monitor(engine.name, progress, signals)
+        monitor = _TensorrtMonitor(engine.name, progress, signals)
         config.progress_monitor = monitor
         plan = builder.build_serialized_network(network, config)
     if monitor.interruption is not None:
@@ -104,7 +104,7 @@ def _compile(engine: Path, plugins: int, profiles: list[ProfileSizes], progress:
 
 
 def _refuse_expanded_functions(network: trt.INetworkDefinition, engine: Path, plugins: int) -> None:
-    """The parser would take an operator's function body where it finds no plugin: right, and slower than any target."""
+    """Refuse a network in which the parser replaced plugin nodes by their ONNX functions: correct, but very slow."""
     kinds = [network.get_layer(index).type for index in range(network.num_layers)]
     if (found := kinds.count(trt.LayerType.PLUGIN_V3)) != plugins:
-        raise RuntimeError(f"TensorRT took {found} of {plugins} operators of {engine.name}/{GRAPH} for our plugins")
+        raise RuntimeError(f"TensorRT uses plugins for {found} of {plugins} plugin nodes of {engine.name}/{GRAPH}")

@@ -1,8 +1,8 @@
-"""Target ``rtx``: both graphs compiled by TensorRT-RTX for named GPUs, over one file of weights.
+"""Both graphs, compiled by TensorRT-RTX for a list of GPUs, over one file of weights.
 
-The builder needs no GPU. Its log is the only account of what it made, so it is read closely: every warning that is not
-on the list below fails the build, and the kernels it names become ``layers.json``. Plans that the builder strips of
-their weights itself (``STRIP_PLAN``) need a GPU already when they are built; so the section is cut out of whole plans.
+The builder needs no GPU. Its log is the only source of what it built, so the log is checked: a warning that is not in
+:data:`EXPECTED_MESSAGES` fails the build, and the kernels that the log lists become ``layers.json``. The builder could
+strip the weights itself (``STRIP_PLAN``), but then building needs a GPU; so the weights are cut out of whole plans.
 """
 
 from __future__ import annotations
@@ -21,28 +21,33 @@ from trimode.build.graph.raw_pool import RawPool, write_raw_pool
 from trimode.build.plan_builder import BuilderProgress, HeldSignals, ProfileSizes
 from trimode.build.rtx.graph_form import KEY_HEADS, refuse_disorder, tensorrt_form
 from trimode.build.rtx.kernel_list import KernelList, parse_kernels
-from trimode.build.rtx.weight_section import Run, cut_runs, find_shared_runs
+from trimode.build.rtx.target import RtxTarget
+from trimode.build.rtx.weight_section import SharedRun, cut_runs, find_shared_runs
+from trimode.build.target import Built
 from trimode.common.errors import TriModeError
 from trimode.common.progress import Progress
 from trimode.engine.files import POOL
-from trimode.engine.manifest import PoolEntry
+from trimode.engine.manifest import Limits, PoolEntry
 from trimode.engine.precision import NUMPY_TYPES
 from trimode.engine.targets.rtx import COMPUTE_CAPABILITIES, GRAPH, KERNELS, PLAN, RtxSection
 from trimode.model.checkpoint import Checkpoint
 from trimode.model.step import ENGINES
 
-# Of the constants' bytes. The builder folds a few small ones into kernels or widens them; no matrix may be missing.
+# The share of the constants' bytes that both plans must have in common. The builder folds a few small constants into
+# kernels or widens them; no matrix may be missing.
 LEAST_SHARED = 0.99
-# What the builder may complain of, and why it is no fault.
+# Attention that reads the KV pool in place exists from this compute capability on.
+_FIRST_SM_IN_PLACE = 89
+# Warnings that the builder may log, and why they are harmless.
 EXPECTED_MESSAGES = {
-    r"Make sure (in|out)put \w+ has Int64 binding": "it does, by the step contract",
+    r"Make sure (in|out)put \w+ has Int64 binding": "the step contract binds int64",
     r"cudaError(NoDevice| 35| 100)|CUDA initialization failure|no CUDA-capable device": "building needs no GPU",
     r"driver version is insufficient|Unable to determine GPU memory|CUDA lazy loading": "building needs no GPU",
 }
 
 
-class _Log(trt.ILogger):  # type: ignore[misc]
-    """Keeps every message: the kernels are listed among them."""
+class _BuilderLog(trt.ILogger):  # type: ignore[misc]
+    """Keeps every message, since the kernels are listed among them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,30 +64,29 @@ class _Log(trt.ILogger):  # type: ignore[misc]
             self.complaints.append(message)
 
 
-# TensorRT keeps the first logger that a process gives it.
-_LOG = _Log()
+# TensorRT-RTX uses the first logger of a process for all builders.
+_LOG = _BuilderLog()
 
 
-class _Monitor(BuilderProgress, trt.IProgressMonitor):  # type: ignore[misc]
+class _RtxMonitor(BuilderProgress, trt.IProgressMonitor):  # type: ignore[misc]
     def __init__(self, stage: str, progress: Progress, signals: HeldSignals) -> None:
         trt.IProgressMonitor.__init__(self)
         BuilderProgress.__init__(self, stage, progress, signals)
 
 
-def build_rtx_engines(
-    checkpoint: Checkpoint,
-    folder: Path,
-    options: NetworkOptions,
-    sms: tuple[int, ...],
-    max_batch: int,
-    max_step: int,
-    progress: Progress,
-) -> tuple[RtxSection, tuple[PoolEntry, ...]]:
-    """Write both plans, their graphs and kernels, and the pool into ``folder``.
-
-    sms: compute capabilities, 121 for 12.1; the plans run on each of them and on no other.
-    """
-    refuse_unknown_gpus(sms)
+def build_plans(checkpoint: Checkpoint, folder: Path, target: RtxTarget, limits: Limits, progress: Progress) -> Built:
+    """Write both plans, their graphs and lists of kernels, and the pool into ``folder``."""
+    _refuse_unknown_gpus(target.sms)
+    options = NetworkOptions(
+        top_k=limits.top_k,
+        adapter=checkpoint.adapter is not None,
+        activations=target.dtype,
+        capacity=limits.capacity,
+        kv_read="view" if min(target.sms) >= _FIRST_SM_IN_PLACE else "window",
+        rotate_together=True,
+        select_by_product=True,
+    )
+    sizes = _profile_sizes(checkpoint, target, limits)
     plans, constants = [], []
     with TemporaryDirectory(dir=folder) as temporary:
         pool = write_raw_pool(checkpoint, Path(temporary) / "raw.bin", progress, NUMPY_TYPES[options.activations])
@@ -92,24 +96,15 @@ def build_rtx_engines(
             graph = build_network(checkpoint.config, pool, pattern, options)
             constants.append(_pooled_constants(graph))
             _refuse_differing(constants)
-            target = folder / name
-            target.mkdir()
-            onnx.save(graph, target / GRAPH)
+            engine = folder / name
+            engine.mkdir()
+            onnx.save(graph, engine / GRAPH)
             layers = checkpoint.config.num_hidden_layers
             if options.kv_read == "view":
                 graph = tensorrt_form(graph, layers)
             source = Path(temporary) / f"{name}.onnx"
             onnx.save(graph, source)
-            rank = checkpoint.adapter.config.r if checkpoint.adapter else 0
-            kv_heads, capacity = checkpoint.config.num_key_value_heads, options.capacity or 0
-            others = {
-                "window": (1, min(512, capacity), capacity),
-                "rank": (rank, rank, rank),
-                KEY_HEADS: (kv_heads, kv_heads, kv_heads * max_batch),
-            }
-            steps = (1, min(32, max_step), max_step)
-            sizes = ProfileSizes(max_batch, steps, steps, others)
-            plan, kernels = _compile(graph, source, target, sms, sizes, progress)
+            plan, kernels = _compile(graph, source, engine, target.sms, sizes, progress)
             if options.kv_read == "view":
                 refuse_disorder(kernels.root, layers)
             plans.append(plan)
@@ -127,19 +122,27 @@ def build_rtx_engines(
             "another order"
         )
     progress("weights", 1, 1)
-    entry = RtxSection(
-        tensorrt_rtx=trt.__version__,
-        sms=sms,
-        ar=ar,
-        diffusion=diffusion,
+    section = RtxSection(tensorrt_rtx=trt.__version__, sms=target.sms, ar=ar, diffusion=diffusion)
+    ranges = (
+        PoolEntry(name=f"run {number}", offset=splice.pool_offset, bytes=splice.bytes)
+        for number, splice in enumerate(ar.splices)
     )
-    pool_entries = []
-    for number, splice in enumerate(ar.splices):
-        pool_entries.append(PoolEntry(name=f"run {number}", offset=splice.pool_offset, bytes=splice.bytes))
-    return entry, tuple(pool_entries)
+    return Built(section, tuple(ranges))
 
 
-def refuse_unknown_gpus(sms: tuple[int, ...]) -> None:
+def _profile_sizes(checkpoint: Checkpoint, target: RtxTarget, limits: Limits) -> ProfileSizes:
+    rank = checkpoint.adapter.config.r if checkpoint.adapter else 0
+    kv_heads, capacity = checkpoint.config.num_key_value_heads, limits.capacity
+    others = {
+        "window": (1, min(512, capacity), capacity),
+        "rank": (rank, rank, rank),
+        KEY_HEADS: (kv_heads, kv_heads, kv_heads * target.max_batch),
+    }
+    steps = (1, min(32, target.max_step), target.max_step)
+    return ProfileSizes(target.max_batch, steps, steps, others)
+
+
+def _refuse_unknown_gpus(sms: tuple[int, ...]) -> None:
     for sm in sms:
         if sm not in COMPUTE_CAPABILITIES:
             raise TriModeError(
@@ -149,7 +152,7 @@ def refuse_unknown_gpus(sms: tuple[int, ...]) -> None:
 
 
 def _compile(
-    graph: onnx.ModelProto, source: Path, target: Path, sms: tuple[int, ...], sizes: ProfileSizes, progress: Progress
+    graph: onnx.ModelProto, source: Path, engine: Path, sms: tuple[int, ...], sizes: ProfileSizes, progress: Progress
 ) -> tuple[Path, KernelList]:
     log = _LOG
     log.begin()
@@ -157,13 +160,14 @@ def _compile(
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(source)):
-        raise RuntimeError(f"TensorRT-RTX cannot parse {target.name}/graph.onnx: {parser.get_error(0)}")
+        raise RuntimeError(f"TensorRT-RTX cannot parse {engine.name}/{GRAPH}: {parser.get_error(0)}")
     for tensor in (network.get_input(index) for index in range(network.num_inputs)):
         if tensor.name.startswith("k_view."):
             tensor.allowed_formats = 1 << int(trt.TensorFormat.HWC8)
     config = builder.create_builder_config()
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # or the kernels are listed by number alone
-    # The runtime captures passes as CUDA graphs, over memory of its own: the build fails if the graph rules that out.
+    # Otherwise the log lists the kernels by number only.
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    # The runtime captures passes as CUDA graphs over its own memory. With this flag the build fails if the plan cannot.
     config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     config.num_compute_capabilities = len(sms)
     for index, sm in enumerate(sms):
@@ -175,32 +179,32 @@ def _compile(
             profile.set_shape(value.name, *sizes.of(dims))
     config.add_optimization_profile(profile)
     with HeldSignals() as signals:
-        monitor = _Monitor(target.name, progress, signals)
+        monitor = _RtxMonitor(engine.name, progress, signals)
         config.progress_monitor = monitor
         plan = builder.build_serialized_network(network, config)
     if monitor.interruption is not None:
         raise monitor.interruption
     if log.complaints or plan is None:
-        raise RuntimeError(f"TensorRT-RTX on {target.name}/graph.onnx: {'; '.join(log.complaints) or 'no plan'}")
-    path = target / PLAN
+        raise RuntimeError(f"TensorRT-RTX on {engine.name}/{GRAPH}: {'; '.join(log.complaints) or 'no plan'}")
+    path = engine / PLAN
     path.write_bytes(memoryview(plan))
     kernels = parse_kernels(log.messages)
-    (target / KERNELS).write_text(kernels.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    (engine / KERNELS).write_text(kernels.model_dump_json(indent=1) + "\n", encoding="utf-8")
     return path, kernels
 
 
-def _refuse_private_constants(runs: list[Run]) -> None:
-    """One allocation serves both plans' weights only if their sections are the same to the byte."""
+def _refuse_private_constants(runs: list[SharedRun]) -> None:
+    """Refuse plans whose weight sections differ: one allocation can serve only identical sections."""
     for run, following in pairwise(runs):
         lone = [after - before - run.length for before, after in zip(run, following, strict=True)][:2]
         raise RuntimeError(
-            f"the plans' weight sections differ after {run.length} bytes: {lone[0]} bytes that the AR plan alone has, "
-            f"{lone[1]} that the diffusion plan alone has"
+            f"the plans' weight sections differ after {run.length} bytes: {lone[0]} bytes are only in the AR plan, "
+            f"{lone[1]} only in the diffusion plan"
         )
 
 
 def _pooled_constants(graph: onnx.ModelProto) -> dict[str, str]:
-    """Where in the raw pool each of the graph's matrices and vectors lies."""
+    """The place in the raw pool of each of the graph's matrices and vectors."""
     return {
         tensor.name: " ".join(f"{field.key} {field.value}" for field in tensor.external_data)
         for tensor in graph.graph.initializer
@@ -209,7 +213,7 @@ def _pooled_constants(graph: onnx.ModelProto) -> dict[str, str]:
 
 
 def _refuse_differing(constants: list[dict[str, str]]) -> None:
-    """Every graph must name the same ranges of the pool as the first: their plans are to share them."""
+    """Refuse graphs that name other ranges of the pool than the first graph: their plans could not share weights."""
     first, last = constants[0], constants[-1]
     for name in sorted(first.keys() | last.keys()):
         if first.get(name) != last.get(name):
@@ -217,7 +221,7 @@ def _refuse_differing(constants: list[dict[str, str]]) -> None:
 
 
 def _first_bytes(pool: RawPool) -> bytes:
-    """Enough of the embedding table to find it in a plan."""
+    """The beginning of the embedding table, long enough to find it in a plan."""
     with pool.path.open("rb") as file:
         file.seek(pool.embed_tokens.offset)
         return file.read(min(4096, pool.embed_tokens.length))

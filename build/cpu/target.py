@@ -1,0 +1,63 @@
+"""Target ``cpu`` on the side of the build."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from trimode.build.target import Built, RequestedLimits, option
+from trimode.common.extras import requires_extra
+from trimode.common.installation import Installation
+from trimode.common.progress import Progress
+from trimode.engine.manifest import Limits
+from trimode.engine.targets.cpu import Activations
+from trimode.model.checkpoint import Checkpoint
+from trimode.model.config import ModelConfig
+
+DEFAULT_TOP_K = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class CpuTarget:
+    """activations: ``int8`` rounds the inputs of int4 products to 8 bits. Large matrices are then several times as
+    fast, but the result is no longer w4a16.
+
+    unpacked_bytes: with fp32 activations, int4 matrices are stored as fp32 if all of them together take at most this
+    many bytes as fp32. ONNX Runtime unpacks int4 weights in every pass; for weights that fit the CPU's cache, 4 bits
+    save nothing.
+    """
+
+    name: ClassVar[str] = "cpu"
+
+    activations: Activations = field(
+        default="fp32", metadata=option("int8: int4 products are faster on large models and less exact.")
+    )
+    unpacked_bytes: int = 16 << 20
+
+    @property
+    def dtype(self) -> Literal["fp32"]:
+        return "fp32"
+
+    def limits(self, config: ModelConfig, requested: RequestedLimits) -> Limits:
+        return Limits(
+            capacity=requested.capacity or config.max_position_embeddings,
+            prefill_step=requested.prefill_step,
+            top_k=min(requested.top_k or DEFAULT_TOP_K, config.vocab_size),
+            max_batch=None,
+            max_step=None,
+        )
+
+    def import_packages(self) -> None:
+        with requires_extra("build"):
+            import_module("trimode.build.cpu.optimised_graphs")
+
+    def build(self, checkpoint: Checkpoint, folder: Path, _limits: Limits, progress: Progress) -> Built:
+        from trimode.build.cpu.optimised_graphs import build_cpu_engines
+
+        return build_cpu_engines(checkpoint, folder, self.activations, self.unpacked_bytes, progress)
+
+    @classmethod
+    def can_build(cls, installation: Installation) -> str:
+        return "builds" if installation.has("onnx") else "does not build: pip install 'trimode[build]'"

@@ -1,0 +1,14 @@
+"""The targets that ``trimode build`` can build for. A new target registers here."""
+
+from __future__ import annotations
+
+from trimode.build.cpu.target import CpuTarget
+from trimode.build.rtx.target import RtxTarget
+from trimode.build.target import BuildTarget
+from trimode.build.tensorrt.target import TensorrtTarget
+
+TARGETS: dict[str, type[BuildTarget]] = {
+    "cpu": CpuTarget,
+    "rtx": RtxTarget,
+    "tensorrt": TensorrtTarget,
+}

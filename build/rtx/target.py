@@ -1,0 +1,42 @@
+"""Target ``rtx`` on the side of the build."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import ClassVar
+
+from trimode.build.gpu_target import GpuTarget
+from trimode.build.target import Built, option
+from trimode.common.extras import requires_extra
+from trimode.common.installation import Installation
+from trimode.common.progress import Progress
+from trimode.engine.manifest import Limits
+from trimode.model.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class RtxTarget(GpuTarget):
+    """sms: compute capabilities, 121 for 12.1. The plans run on these GPUs only."""
+
+    name: ClassVar[str] = "rtx"
+
+    sms: tuple[int, ...] = field(
+        default=(121, 120, 89), metadata=option("GPUs by compute capability, 121 for 12.1.", "--sm")
+    )
+
+    def import_packages(self) -> None:
+        with requires_extra("build,rtx"):
+            import_module("trimode.build.rtx.plan_building")
+
+    def build(self, checkpoint: Checkpoint, folder: Path, limits: Limits, progress: Progress) -> Built:
+        from trimode.build.rtx.plan_building import build_plans
+
+        return build_plans(checkpoint, folder, self, limits, progress)
+
+    @classmethod
+    def can_build(cls, installation: Installation) -> str:
+        if not installation.has("onnx", "tensorrt-rtx-cu13"):
+            return "does not build: pip install 'trimode[build,rtx]'"
+        return "builds and audits, with or without a GPU"

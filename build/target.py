@@ -1,0 +1,98 @@
+"""The interface between the build and a target.
+
+A target is a frozen dataclass. Its fields are the options of the target; a field with the metadata of :func:`option` is
+also an option of ``trimode build``. :data:`trimode.build.registry.TARGETS` lists the targets by name. The module of a
+target imports what only the target needs when it builds, not before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Protocol, get_type_hints
+
+from trimode.common.installation import Installation
+from trimode.common.progress import Progress
+from trimode.engine.manifest import Limits, PoolEntry
+from trimode.engine.precision import Real
+from trimode.engine.targets.section import TargetSection
+from trimode.model.checkpoint import Checkpoint
+from trimode.model.config import ModelConfig
+
+
+class RequestedLimits(NamedTuple):
+    """The limits that the caller of a build gave; None for the target's default."""
+
+    capacity: int | None
+    prefill_step: int
+    top_k: int | None
+
+
+class Built(NamedTuple):
+    """The result of a target's build: its section of the manifest, and the ranges of the pool that it wrote."""
+
+    section: TargetSection
+    pool: tuple[PoolEntry, ...]
+
+
+class BuildTarget(Protocol):
+    """A target with its options."""
+
+    name: ClassVar[str]
+    __dataclass_fields__: ClassVar[dict[str, Any]]  # every dataclass has it
+
+    @property
+    def dtype(self) -> Real:
+        """The type of the hidden states and of the KV pool."""
+        ...
+
+    def limits(self, config: ModelConfig, requested: RequestedLimits) -> Limits:
+        """The limits of the engine."""
+        ...
+
+    def import_packages(self) -> None:
+        """Import what the build needs. Raises TriModeError that names a missing package and the extra to install."""
+        ...
+
+    def build(self, checkpoint: Checkpoint, folder: Path, limits: Limits, progress: Progress) -> Built:
+        """Write ``ar/``, ``diffusion/`` and the weight pool into ``folder``, which is new and empty."""
+        ...
+
+    @classmethod
+    def can_build(cls, installation: Installation) -> str:
+        """``builds``, or ``does not build: `` and the remedy."""
+        ...
+
+
+class TargetOption(NamedTuple):
+    """An option of a target. ``flag`` is its name on the command line; a default of None is explained by ``help``."""
+
+    name: str
+    flag: str
+    type: Any
+    default: Any
+    help: str
+
+
+def option(description: str, flag: str | None = None) -> dict[str, str | None]:
+    """The metadata of a dataclass field that is also an option of ``trimode build``.
+
+    flag: its name there; by default the field's name, as in ``--max-batch`` for ``max_batch``.
+    """
+    return {"help": description, "flag": flag}
+
+
+def options_of(target: type[BuildTarget]) -> tuple[TargetOption, ...]:
+    """The command-line options of a target, in the order of its fields."""
+    types = get_type_hints(target)
+    return tuple(
+        TargetOption(
+            name=field.name,
+            flag=field.metadata["flag"] or f"--{field.name.replace('_', '-')}",
+            type=types[field.name],
+            default=field.default,
+            help=field.metadata["help"],
+        )
+        for field in dataclasses.fields(target)
+        if "help" in field.metadata
+    )

@@ -1,0 +1,70 @@
+"""Target ``tensorrt`` on the side of the build."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import ClassVar
+
+from trimode.build.gpu_target import GpuTarget
+from trimode.build.target import Built, option
+from trimode.common.extras import requires_extra
+from trimode.common.installation import Installation
+from trimode.common.progress import Progress
+from trimode.engine.manifest import Limits
+from trimode.engine.targets.tensorrt import TensorrtSection
+from trimode.model.checkpoint import Checkpoint
+
+# GPUs that the plugins' kernels can be compiled for.
+COMPUTE_CAPABILITIES = (80, 86, 89, 90, 100, 120, 121)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorrtTarget(GpuTarget):
+    """sms: compute capabilities that the plugins' kernels are compiled for, 121 for 12.1. None: that of this machine's
+    GPU, or all known ones with ``emit_only``.
+
+    emit_only: write everything but the plans. ``trimode compile`` adds them on a machine with a GPU.
+    """
+
+    name: ClassVar[str] = "tensorrt"
+
+    sms: tuple[int, ...] | None = field(
+        default=None,
+        metadata=option(
+            "GPUs by compute capability, 121 for 12.1 [default: this machine's, or all known ones with --emit-only].",
+            "--sm",
+        ),
+    )
+    emit_only: bool = field(
+        default=False, metadata=option("Write everything but the plans; `trimode compile` adds them.")
+    )
+
+    def import_packages(self) -> None:
+        with requires_extra("build,tensorrt"):
+            import_module("trimode.build.tensorrt.emission")
+
+    def build(self, checkpoint: Checkpoint, folder: Path, limits: Limits, progress: Progress) -> Built:
+        from trimode.build.tensorrt.emission import write_graphs
+        from trimode.build.tensorrt.second_step import require_tensorrt
+
+        gpu = None if self.emit_only else require_tensorrt("or give --emit-only here and run `trimode compile` there")
+        sms = self.sms or ((gpu.compute_capability,) if gpu else COMPUTE_CAPABILITIES)
+        plugins, pool = write_graphs(checkpoint, folder, self.dtype, sms, limits, progress)
+        section = TensorrtSection(sms=sms, plugins=plugins, plans=None)
+        if gpu is not None:
+            from trimode.build.tensorrt.plan_compilation import compile_plans
+
+            section = section.model_copy(update={"plans": compile_plans(folder, section, limits, gpu, progress)})
+        return Built(section, pool)
+
+    @classmethod
+    def can_build(cls, installation: Installation) -> str:
+        if not installation.has("onnx", "triton"):
+            return "does not build: pip install 'trimode[build,tensorrt]'"
+        if not installation.has("tensorrt"):
+            return "builds with --emit-only; to compile: pip install 'tensorrt>=11.4,<12' on a machine with a GPU"
+        if not installation.gpus.found:
+            return "builds with --emit-only; to compile it needs an NVIDIA GPU and its driver"
+        return "builds"

@@ -1,0 +1,18 @@
+"""Target ``cpu`` on the side of the runtime. Its packages are part of the base installation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from trimode.common.installation import Installation
+from trimode.engine.manifest import Manifest
+from trimode.runtime.cpu.cpu_executor import CpuExecutor
+from trimode.runtime.target import HostLimits
+
+
+class CpuRuntime:
+    def load_executor(self, engine: Path, manifest: Manifest, limits: HostLimits) -> CpuExecutor:
+        return CpuExecutor(engine, manifest, limits.threads, limits.kv_cache_bytes)
+
+    def can_run(self, _installation: Installation) -> str:
+        return "runs"
