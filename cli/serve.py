@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import click
 
@@ -10,6 +10,8 @@ from trimode.cli.extras import requires_extra
 from trimode.cli.parameters import build_options
 from trimode.common.progress_bars import progress_bars
 from trimode.llm import LLM
+from trimode.runtime.openai_server.server_log import LogLevel
+from trimode.runtime.request.sampling_params import Mode
 
 
 @click.command()
@@ -17,7 +19,29 @@ from trimode.llm import LLM
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free port.")
 @click.option("--api-key", envvar="TRIMODE_API_KEY", help="Key that clients must send [default: none].")
-@click.option("--model-name", help="Name that clients give the model [default: the engine's source].")
+@click.option(
+    "--served-model-name",
+    "model_names",
+    multiple=True,
+    help="Name of the model for clients; repeatable [default: the engine's source].",
+)
+@click.option("--mode", type=click.Choice(get_args(Mode)), help="Mode of requests that name none [default: auto].")
+@click.option("--block-length", type=click.IntRange(min=1), help="Block length of requests that name none.")
+@click.option(
+    "--enable-thinking/--no-enable-thinking",
+    default=None,
+    help="Thinking of requests that do not set it [default: the chat template's].",
+)
+@click.option("--strict-fields", is_flag=True, help="Refuse unknown request fields instead of ignoring them.")
+@click.option("--allowed-origins", multiple=True, help="Origin of web pages that may use the server; repeatable.")
+@click.option("--root-path", default="", help="Path under which a proxy publishes the server.")
+@click.option(
+    "--log-level",
+    type=click.Choice(get_args(LogLevel)),
+    default="warning",
+    show_default=True,
+    help="info logs every request.",
+)
 @click.option(
     "--max-batch", type=click.IntRange(min=1), default=16, show_default=True, help="Sequences that run at once."
 )
@@ -55,7 +79,14 @@ def command(
     host: str,
     port: int,
     api_key: str | None,
-    model_name: str | None,
+    model_names: tuple[str, ...],
+    mode: Mode | None,
+    block_length: int | None,
+    enable_thinking: bool | None,
+    strict_fields: bool,
+    allowed_origins: tuple[str, ...],
+    root_path: str,
+    log_level: LogLevel,
     max_batch: int,
     max_queue: int,
     threads: int | None,
@@ -74,12 +105,18 @@ def command(
     """
     with requires_extra("serve"):
         from trimode.runtime.openai_server.server import ServerOptions, serve
+        from trimode.runtime.openai_server.service import RequestDefaults
 
     options = ServerOptions(
         host=host,
         port=port,
         api_key=api_key,
-        model_name=model_name,
+        model_names=model_names,
+        strict_fields=strict_fields,
+        allowed_origins=allowed_origins,
+        root_path=root_path,
+        log_level=log_level,
+        defaults=RequestDefaults(mode=mode, block_length=block_length, enable_thinking=enable_thinking),
         max_body=max_body,
         request_seconds=request_seconds,
         drain_seconds=drain_seconds,

@@ -117,6 +117,10 @@ class Tokenizer:
         """The id of a token by its text; None if the vocabulary does not have it."""
         return self._backend.token_to_id(token)
 
+    def token(self, token_id: int) -> str:
+        """The vocabulary's text of a token; empty if the vocabulary has no such id."""
+        return self._backend.id_to_token(token_id) or ""
+
     def apply_chat_template(self, messages: Sequence[Message], **options: Any) -> str:
         """The text of :meth:`chat_prompt`, with the same options."""
         return self.chat_prompt(messages, **options).text

@@ -202,6 +202,7 @@ class LLM:
                 raise TriModeError(f"{name} is {value}; it must be at least {least}")
         limit = _free_memory() // 2 if kv_cache_bytes is None else kv_cache_bytes
         engine = load_engine(Path(model), threads=threads, kv_cache_bytes=limit, verify=verify, progress=progress)
+        self.folder = Path(model)
         self.manifest = engine.manifest
         self.tokenizer = engine.tokenizer
         self._executor = engine.executor

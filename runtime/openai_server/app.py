@@ -1,4 +1,4 @@
-"""The application: routes, the gate before them, and the page."""
+"""The application: routes, the playground's files, and error handlers."""
 
 from __future__ import annotations
 
@@ -16,24 +16,36 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
 from trimode.common.errors import TriModeError
+from trimode.common.version import __version__
 from trimode.runtime.openai_server import http_errors as errors
+from trimode.runtime.openai_server import tokenizer_endpoints
 from trimode.runtime.openai_server.chat import complete_chat
 from trimode.runtime.openai_server.completions import complete
+from trimode.runtime.openai_server.gate import HEALTH
 from trimode.runtime.openai_server.http_errors import BAD_METHOD, BAD_REQUEST, NOT_FOUND, ApiError
-from trimode.runtime.openai_server.running import ClientLeftError
-from trimode.runtime.openai_server.schema import (
-    ChatCompletion,
+from trimode.runtime.openai_server.model_names import ModelName
+from trimode.runtime.openai_server.request_bodies import (
     ChatCompletionRequest,
-    Completion,
     CompletionRequest,
-    ErrorAnswer,
-    Health,
-    Model,
-    ModelList,
+    DetokenizeRequest,
+    TokenizeRequest,
 )
+from trimode.runtime.openai_server.response_bodies import (
+    ChatCompletion,
+    Completion,
+    Detokenized,
+    ErrorBody,
+    Health,
+    ModelList,
+    ServedModel,
+    Tokenized,
+    TokenizerInfo,
+    Version,
+)
+from trimode.runtime.openai_server.running import ClientLeftError
 from trimode.runtime.openai_server.service import Service, json_response
 
-# The page needs nothing but itself and this server.
+# The playground loads nothing from other servers.
 PAGE_HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -48,25 +60,29 @@ PAGE_FILES = {
 }
 METRICS: dict[str, Any] = {"content": {"text/plain": {"schema": {"type": "string"}}}}
 # The gate checks the key; this only documents it.
-KEY_SCHEME = {"HTTPBearer": {"type": "http", "scheme": "bearer", "description": "Checked where a key is set."}}
+KEY_SCHEME = {
+    "HTTPBearer": {"type": "http", "scheme": "bearer", "description": "Required if the server has an API key."}
+}
 LOCKED: dict[str, Any] = {"openapi_extra": {"security": [{name: []} for name in KEY_SCHEME]}}
-CLIENT_LEFT = 499  # as nginx logs it; nobody receives it
+CLIENT_LEFT = 499  # nginx's code for the log; the client has gone
 
 
 def _documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    return {status: {"model": ErrorAnswer} for status in statuses}
+    return {status: {"model": ErrorBody} for status in statuses}
 
 
 REFUSALS = _documented(401, 421, 500, 503)
-BODY_REFUSALS = REFUSALS | _documented(400, 404, 408, 413, 429, 504)
+BODY_REFUSALS = REFUSALS | _documented(400, 404, 408, 413, 422, 429)
 STREAM: dict[str, Any] = {
-    "description": "The answer; with `stream`, its chunks as server-sent events.",
+    "description": "The response; with `stream`, its chunks as server-sent events.",
     "content": {"text/event-stream": {"schema": {"type": "string"}}},
 }
 
 
-def create_app(service: Service) -> FastAPI:
-    app = FastAPI(title="TriMode", version="1", docs_url=None, redoc_url=None)
+def create_app(service: Service, root_path: str = "") -> FastAPI:
+    """``root_path``: the path under which a proxy publishes the server, for the OpenAPI document."""
+    servers = [{"url": root_path}] if root_path else None
+    app = FastAPI(title="TriMode", version=__version__, docs_url=None, redoc_url=None, servers=servers)
     _add_handlers(app)
     _add_page(app)
     started = int(time.time())
@@ -79,25 +95,42 @@ def create_app(service: Service) -> FastAPI:
     async def completions(body: CompletionRequest, http: Request) -> Response:
         return await complete(service, body, http)
 
+    @app.post("/tokenize", responses=BODY_REFUSALS, response_model=Tokenized, **LOCKED)
+    async def tokenize(body: TokenizeRequest, http: Request) -> Response:
+        return await tokenizer_endpoints.tokenize(service, body, http)
+
+    @app.post("/detokenize", responses=BODY_REFUSALS, response_model=Detokenized, **LOCKED)
+    async def detokenize(body: DetokenizeRequest, http: Request) -> Response:
+        return await tokenizer_endpoints.detokenize(service, body, http)
+
+    @app.get("/tokenizer_info", responses=REFUSALS, response_model=TokenizerInfo, **LOCKED)
+    async def tokenizer_info() -> Response:
+        return tokenizer_endpoints.tokenizer_info(service)
+
     @app.get("/v1/models", responses=REFUSALS, response_model=ModelList, **LOCKED)
     async def models() -> Response:
-        return json_response(ModelList(object="list", data=[model()]))
+        return json_response(ModelList(object="list", data=[model(name) for name in service.names]))
 
-    @app.get("/v1/models/{name:path}", responses=REFUSALS | _documented(404), response_model=Model, **LOCKED)
+    @app.get("/v1/models/{name:path}", responses=REFUSALS | _documented(404), response_model=ServedModel, **LOCKED)
     async def one_model(name: str) -> Response:
-        service.require_model(name)
-        return json_response(model())
+        return json_response(model(service.names.resolve(name)))
 
-    def model() -> Model:
-        return Model(
-            id=service.model_name,
+    def model(found: ModelName) -> ServedModel:
+        return ServedModel(
+            id=found.name,
             object="model",
             created=started,
             owned_by="trimode",
-            max_model_len=service.llm.manifest.limits.capacity,
+            root=found.root,
+            parent=None,
+            max_model_len=service.context_length,
         )
 
-    @app.get("/health", responses=_documented(421, 503), response_model=Health)
+    @app.get("/version", responses=REFUSALS, response_model=Version, **LOCKED)
+    async def version() -> Response:
+        return json_response(Version(version=__version__))
+
+    @app.get(HEALTH, responses=_documented(503), response_model=Health)
     async def health() -> Response:
         return json_response(Health(status="ok"))
 
@@ -106,17 +139,23 @@ def create_app(service: Service) -> FastAPI:
         return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     def openapi() -> dict[str, Any]:
-        """FastAPI documents 422 for every body; here that is 400."""
+        """FastAPI documents its own 422 for every body; here a body that does not fit is 400."""
         if not app.openapi_schema:
-            app.openapi_schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
+            app.openapi_schema = get_openapi(title=app.title, version=app.version, routes=app.routes, servers=servers)
             app.openapi_schema["components"]["securitySchemes"] = KEY_SCHEME
             for path in app.openapi_schema["paths"].values():
                 for operation in path.values():
-                    operation["responses"].pop("422", None)
+                    _drop_validation_error(operation["responses"])
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]
     return app
+
+
+def _drop_validation_error(responses: dict[str, Any]) -> None:
+    schema = responses.get("422", {}).get("content", {}).get("application/json", {}).get("schema", {})
+    if schema.get("$ref", "").endswith("/HTTPValidationError"):
+        del responses["422"]
 
 
 def _add_page(app: FastAPI) -> None:
@@ -134,8 +173,8 @@ def _showing(page: Response) -> Callable[[Request], Awaitable[Response]]:
 
 
 def _release(error: Exception) -> None:
-    """FastAPI's frames keep the error that keeps them, and the body. Megabytes would wait for a collection of garbage,
-    which counts objects.
+    """The exception and its frames form a cycle that holds the body. Break it now: cyclic garbage collection triggers
+    on the number of objects, not on bytes.
     """
     traceback.clear_frames(error.__traceback__)
 
@@ -153,12 +192,12 @@ def _add_handlers(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def refuse_http(_: Request, error: HTTPException) -> Response:
         _release(error)
-        # FastAPI makes one of what goes wrong while a body is read, the gate's refusals among them.
+        # FastAPI raises this from any error while it reads a body, the gate's among them.
         if isinstance(error.__cause__, ApiError):
             return errors.respond(error.__cause__)
         kind, message = {
-            404: (NOT_FOUND, "there is nothing at this path"),
-            405: (BAD_METHOD, "this path does not take that method"),
+            404: (NOT_FOUND, "this path does not exist"),
+            405: (BAD_METHOD, "this path does not support the method"),
         }.get(error.status_code, (BAD_REQUEST, "the body cannot be read as JSON in UTF-8"))
         response = errors.respond(ApiError(kind, message))
         response.headers.update(error.headers or {})

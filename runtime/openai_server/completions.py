@@ -1,118 +1,171 @@
-"""``POST /v1/completions``: prompts as they are, one or several, each with ``n`` answers."""
+"""``POST /v1/completions``: one prompt or several, without a chat template, each with ``n`` choices."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from fastapi import Request
 from fastapi.responses import Response
 
 from trimode.runtime.api.llm import RequestOutput
-from trimode.runtime.openai_server.schema import (
-    COMPLETION_TOKENS,
-    Completion,
-    CompletionChoice,
-    CompletionRequest,
-    Prompt,
-)
-from trimode.runtime.openai_server.service import Head, Service, ended, json_response, some
-from trimode.runtime.openai_server.tokens import OriginsTeller, completion_logprobs
+from trimode.runtime.openai_server.http_errors import BAD_REQUEST, ApiError
+from trimode.runtime.openai_server.request_bodies import COMPLETION_TOKENS, CompletionRequest
+from trimode.runtime.openai_server.response_bodies import Completion, CompletionChoice
+from trimode.runtime.openai_server.service import ResponseHead, Service, finish_reason, json_response, without_none
+from trimode.runtime.openai_server.token_details import OriginsBuilder, completion_logprobs
 from trimode.runtime.request.outputs import CompletionOutput, Logprob
 
 
 async def complete(service: Service, body: CompletionRequest, http: Request) -> Response:
-    service.require_model(body.model)
-    service.require_stream(body.stream, body.stream_options)
-    prompts = await _encoded(service, body.prompt)
-    params = body.sampling_params(max_tokens=body.max_tokens or COMPLETION_TOKENS)
-    head = service.head("cmpl")
-    run = service.running.start(prompts, params, streaming=bool(body.stream))
-    tellers = [[_Teller(service, body, params.n * number) for _ in range(params.n)] for number in range(len(prompts))]
+    headers = service.report_ignored_fields(body, http)
+    model = service.names.resolve(body.model)
+    best_of = _best_of(body)
+    prompts = await _token_ids(service, body)
+    lengths = [
+        service.completion_length(prompt, body, body.max_tokens, default=COMPLETION_TOKENS) for prompt in prompts
+    ]
+    params = service.sampling_params(
+        body,
+        model,
+        max_tokens=max(lengths),
+        n=best_of or body.n,
+        logprobs=body.logprobs if best_of is None else body.logprobs or 0,
+    )
+    of_prompts = [dataclasses.replace(params, max_tokens=length) for length in lengths]
+    texts = [_prompt_text(service, body, index) for index in range(len(prompts))] if body.echo else [""] * len(prompts)
+    head = service.head("cmpl", model)
+    run = service.running.start(prompts, of_prompts, streaming=bool(body.stream))
+    answers = body.n or 1
+    builders = [
+        [_CompletionChoiceBuilder(service, body, answers * number, text) for _ in range(answers)]
+        for number, text in enumerate(texts)
+    ]
     if body.stream:
-        chunks = _Chunks(service, head, body, tellers)
-        return service.stream(run, (), chunks.tell, chunks.last)
+        chunks = _CompletionChunks(service, head, body, builders, run.requests)
+        response = service.stream(run, (), chunks.of_update, chunks.last)
+        response.headers.update(headers)
+        return response
     with run:
         await run.finish(http)
         choices = []
-        for request, answers in zip(run.requests, tellers, strict=True):
+        for request, of_prompt in zip(run.requests, builders, strict=True):
             service.metrics.observe(request)
-            choices += [teller.whole(output) for teller, output in zip(answers, request.outputs, strict=True)]
-        return json_response(_completion(head, choices, usage=service.usage(run.requests)))
+            outputs = request.outputs if best_of is None else _best(request.outputs, answers)
+            pairs = zip(of_prompt, outputs, strict=True)
+            choices += [builder.whole(index, output) for index, (builder, output) in enumerate(pairs)]
+        completion = _completion(head, choices)
+        completion.usage = service.usage(run.requests)
+        return json_response(completion, headers)
 
 
-async def _encoded(service: Service, prompt: Prompt) -> list[list[int]]:
+def _best_of(body: CompletionRequest) -> int | None:
+    """Candidates for each prompt, of which the best ``n`` are returned; None if that is all of them."""
+    if body.best_of is None or body.best_of == (body.n or 1):
+        return None
+    if body.best_of < (body.n or 1):
+        raise ApiError(BAD_REQUEST, f"best_of is {body.best_of}, less than n", "best_of")
+    if body.stream:
+        raise ApiError(BAD_REQUEST, "best_of cannot be streamed: the best completion is known at the end", "best_of")
+    if body.temperature == 0:
+        return None  # all candidates are the same
+    return body.best_of
+
+
+def _best(outputs: Sequence[CompletionOutput], count: int) -> list[CompletionOutput]:
+    """By log-probability per token, as OpenAI documents it."""
+    return sorted(outputs, key=lambda output: -(output.cumulative_logprob or 0.0) / output.length)[:count]
+
+
+async def _token_ids(service: Service, body: CompletionRequest) -> list[list[int]]:
+    prompt, special = body.prompt, body.add_special_tokens is not False
     if isinstance(prompt, str):
-        return [await service.encode(prompt, add_special_tokens=True)]
+        return [await service.encode(prompt, body, special)]
     if isinstance(prompt[0], int):
         return [prompt]
-    return [await service.encode(part, add_special_tokens=True) if isinstance(part, str) else part for part in prompt]
+    return [await service.encode(part, body, special) if isinstance(part, str) else part for part in prompt]
 
 
-def _completion(head: Head, choices: list[CompletionChoice], **usage: Any) -> Completion:
-    return Completion(
-        id=head.id,
-        object="text_completion",
-        created=head.created,
-        model=head.model,
-        choices=choices,
-        **usage,
-    )
+def _prompt_text(service: Service, body: CompletionRequest, index: int) -> str:
+    """The text of ``echo``."""
+    prompt = body.prompt if isinstance(body.prompt, str) or isinstance(body.prompt[0], int) else body.prompt[index]
+    if isinstance(prompt, str):
+        return prompt
+    return service.llm.tokenizer.decode(prompt, skip_special_tokens=body.skip_special_tokens is not False)
 
 
-class _Teller:
-    """One choice, whole or as it comes; ``base`` is the index of its prompt's first."""
+def _completion(head: ResponseHead, choices: list[CompletionChoice]) -> Completion:
+    return Completion(id=head.id, object="text_completion", created=head.created, model=head.model, choices=choices)
 
-    def __init__(self, service: Service, body: CompletionRequest, base: int) -> None:
+
+class _CompletionChoiceBuilder:
+    """One choice, whole or in chunks. ``base``: the index of its prompt's first. ``prefix``: text before its own."""
+
+    def __init__(self, service: Service, body: CompletionRequest, base: int, prefix: str) -> None:
         self._tokenizer = service.llm.tokenizer
         self._logprobs = body.logprobs is not None
         self._base = base
-        self._origins = OriginsTeller(self._tokenizer) if body.return_token_origins else None
-        self._told = 0  # tokens
+        self._prefix = prefix
+        self._origins = OriginsBuilder(self._tokenizer) if body.return_token_origins else None
+        self._sent = 0  # tokens
         self._characters = 0
         self._finished = False
 
-    def whole(self, output: CompletionOutput) -> CompletionChoice:
-        return self._choice(output, output.text, output.token_ids, output.logprobs or [])
+    def whole(self, index: int, output: CompletionOutput) -> CompletionChoice:
+        return self._choice(index, output, output.text, output.token_ids, output.logprobs or [])
 
-    def update(self, output: CompletionOutput) -> CompletionChoice | None:
-        """What the latest update brought; None if it was another answer's."""
-        if self._finished or not (output.length > self._told or output.finish_reason):
+    def chunk(self, output: CompletionOutput) -> CompletionChoice | None:
+        """What the latest update added; None if it added nothing to this choice."""
+        if self._finished or not (output.length > self._sent or output.finish_reason):
             return None
-        self._told = output.length
+        self._sent = output.length
         self._finished = output.finish_reason is not None
-        return self._choice(output, output.text_diff, output.token_ids_diff, output.logprobs_diff)
+        return self._choice(output.index, output, output.text_diff, output.token_ids_diff, output.logprobs_diff)
 
     def _choice(
-        self, output: CompletionOutput, text: str, token_ids: list[int], rows: Sequence[dict[int, Logprob]]
+        self, index: int, output: CompletionOutput, text: str, token_ids: list[int], rows: Sequence[dict[int, Logprob]]
     ) -> CompletionChoice:
+        text, self._prefix = self._prefix + text, ""
         offset, self._characters = self._characters, self._characters + len(text)
         return CompletionChoice(
-            index=self._base + output.index,
+            index=self._base + index,
             text=text,
-            finish_reason=ended(output),
-            **some(
+            finish_reason=finish_reason(output),
+            **without_none(
                 logprobs=completion_logprobs(self._tokenizer, rows, offset) if self._logprobs else None,
-                trimode=None if self._origins is None else self._origins.tell(token_ids, output),
+                trimode=None if self._origins is None else self._origins.build(token_ids, output),
             ),
         )
 
 
-class _Chunks:
+class _CompletionChunks:
+    """The chunks of one stream."""
+
     def __init__(
-        self, service: Service, head: Head, body: CompletionRequest, tellers: Sequence[Sequence[_Teller]]
+        self,
+        service: Service,
+        head: ResponseHead,
+        body: CompletionRequest,
+        builders: Sequence[Sequence[_CompletionChoiceBuilder]],
+        requests: Sequence[RequestOutput],
     ) -> None:
         self._service = service
         self._head = head
         self._body = body
-        self._tellers = tellers
-        self._no_usage = {"usage": None} if body.include_usage else {}
+        self._builders = builders
+        self._requests = requests
 
-    def tell(self, number: int, request: RequestOutput) -> Iterator[Completion]:
-        for teller, output in zip(self._tellers[number], request.outputs, strict=True):
-            if choice := teller.update(output):
-                yield _completion(self._head, [choice], **self._no_usage)
+    def of_update(self, number: int, request: RequestOutput) -> Iterator[Completion]:
+        for builder, output in zip(self._builders[number], request.outputs, strict=True):
+            if choice := builder.chunk(output):
+                chunk = _completion(self._head, [choice])
+                if self._body.include_usage:
+                    continuous = self._body.continuous_usage
+                    chunk.usage = self._service.usage(self._requests) if continuous else None
+                yield chunk
 
-    def last(self, requests: Sequence[RequestOutput]) -> Iterator[Completion]:
+    def last(self, _: Sequence[RequestOutput]) -> Iterator[Completion]:
         if self._body.include_usage:
-            yield _completion(self._head, [], usage=self._service.usage(requests))
+            chunk = _completion(self._head, [])
+            chunk.usage = self._service.usage(self._requests)
+            yield chunk

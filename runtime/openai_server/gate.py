@@ -1,11 +1,10 @@
-"""What every request passes before it is read: the server's name and key, the limits of its body, whether the server
-still takes it.
-"""
+"""Checks before a request is read: host name, API key, limits of the body, and whether the server still accepts it."""
 
 from __future__ import annotations
 
 import asyncio
 import hmac
+import ipaddress
 import re
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -20,17 +19,18 @@ from trimode.runtime.openai_server.http_errors import (
     respond,
 )
 
-# Answered without a key: the page, which asks for one, and whether the server is up.
-OPEN_PATHS = frozenset({"/", "/playground.css", "/playground.js", "/health"})
+HEALTH = "/health"
+# These need no API key: the playground, which asks for one, and the health check.
+OPEN_PATHS = frozenset({"/", "/playground.css", "/playground.js", HEALTH})
 BODY_SECONDS = 30.0
-LOOPBACK_NAMES = frozenset({b"localhost", b"127.0.0.1", b"[::1]"})
 
 
 class Gate:
-    """ASGI middleware. ``active``: requests that are being answered. ``draining``: refuse what comes, with 503.
+    """ASGI middleware. ``active``: requests in progress. ``draining``: refuse new requests with 503.
 
-    loopback_only: refuse what was asked under another name than those of the loopback interface. A page from elsewhere,
-    whose own name was made to point there, asks under that name.
+    this_machine_only: DNS-rebinding protection. A page of another site can make its own host name point to this
+    machine, but it cannot change the ``Host`` header. Accept ``localhost``, IP addresses and no header; health checks
+    are accepted under any name.
     """
 
     def __init__(
@@ -39,13 +39,13 @@ class Gate:
         *,
         api_key: str | None,
         max_body: int,
-        loopback_only: bool = False,
+        this_machine_only: bool = False,
         body_seconds: float = BODY_SECONDS,
     ) -> None:
         self._app = app
-        self._key = None if api_key is None else f"Bearer {api_key}".encode()
+        self._key = None if api_key is None else api_key.encode()
         self._max_body = max_body
-        self._loopback_only = loopback_only
+        self._this_machine_only = this_machine_only
         self._body_seconds = body_seconds
         self.active = 0
         self.draining = False
@@ -54,8 +54,7 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = dict(scope["headers"])
-        if refusal := self._refusal(scope["path"], headers):
+        if refusal := self._refusal(scope["path"], dict(scope["headers"])):
             response = respond(refusal)
             response.headers["connection"] = "close"  # the body stays unread
             await response(scope, receive, send)
@@ -68,22 +67,28 @@ class Gate:
 
     def _refusal(self, path: str, headers: dict[bytes, bytes]) -> ApiError | None:
         if self.draining:
-            return ApiError(SHUTTING_DOWN, "the server is shutting down; ask another, or later")
-        if self._loopback_only and _name(headers.get(b"host", b"")) not in LOOPBACK_NAMES:
-            return ApiError(WRONG_HOST, "this server has no API key, and answers under the name localhost alone")
-        given = headers.get(b"authorization", b"")
-        if self._key is not None and path not in OPEN_PATHS and not hmac.compare_digest(given, self._key):
+            return ApiError(SHUTTING_DOWN, "the server is shutting down; retry later or use another server")
+        if self._this_machine_only and path != HEALTH and not _is_this_machine(headers.get(b"host", b"")):
+            return ApiError(
+                WRONG_HOST, "this server has no API key and accepts requests to localhost or an IP address only"
+            )
+        if self._key is not None and path not in OPEN_PATHS and not self._has_key(headers.get(b"authorization", b"")):
             return ApiError(UNAUTHORIZED, "the API key is missing or wrong; send it as `Authorization: Bearer KEY`")
         length = headers.get(b"content-length", b"")
         if length.isdigit() and int(length) > self._max_body:
             return self._too_large()
         return None
 
+    def _has_key(self, authorization: bytes) -> bool:
+        """The scheme's name has no case; the key is compared in constant time."""
+        scheme, _, key = authorization.partition(b" ")
+        return scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), self._key or b"")
+
     def _too_large(self) -> ApiError:
         return ApiError(BODY_TOO_LARGE, f"the body is longer than {self._max_body} bytes, the limit of this server")
 
     def _bounded(self, receive: Receive) -> Receive:
-        """``receive`` with the body's limits of size and time; afterwards it only tells that the client has left."""
+        """``receive`` with the body's limits of size and time."""
         deadline = asyncio.get_running_loop().time() + self._body_seconds
         size, whole = 0, False
 
@@ -95,7 +100,8 @@ class Gate:
                 async with asyncio.timeout_at(deadline):
                     message = await receive()
             except TimeoutError:
-                raise ApiError(BODY_TIMEOUT, f"the body did not come within {self._body_seconds:.0f} s") from None
+                message_text = f"the body did not arrive within {self._body_seconds:.0f} s"
+                raise ApiError(BODY_TIMEOUT, message_text) from None
             if message["type"] == "http.request":
                 size += len(message.get("body", b""))
                 whole = not message.get("more_body", False)
@@ -106,6 +112,14 @@ class Gate:
         return bounded
 
 
-def _name(host: bytes) -> bytes:
-    """Without the port."""
-    return re.sub(rb":\d*$", b"", host).lower()
+def _is_this_machine(host: bytes) -> bool:
+    """Whether a ``Host`` header is empty, ``localhost`` or an IP address, which no other site can claim."""
+    name = re.sub(r":\d*$", "", host.decode("latin-1").lower())
+    if name in ("", "localhost"):
+        return True
+    address = name[1:-1] if name.startswith("[") and name.endswith("]") else name
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    return (parsed.version == 6) == name.startswith("[")

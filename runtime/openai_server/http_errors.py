@@ -1,18 +1,24 @@
-"""Every refusal and failure in OpenAI's shape, with its status.
+"""Errors in OpenAI's shape, with an HTTP status for each kind.
 
-| status | type | code | when |
-|---|---|---|---|
-| 400 | invalid_request_error | | a body that is no JSON, a field, a value or a combination that cannot be honoured |
-| 401 | authentication_error | invalid_api_key | no key, or a wrong one |
-| 404 | invalid_request_error | model_not_found, not_found | |
-| 405 | invalid_request_error | method_not_allowed | |
-| 408 | timeout_error | body_timeout | the body did not come in time |
-| 413 | invalid_request_error | context_length_exceeded, body_too_large | |
-| 421 | invalid_request_error | wrong_host | a server without a key, on the loopback interface, under another name |
-| 429 | rate_limit_error | queue_full | with Retry-After |
-| 500 | server_error | internal_error | a fault of ours; the reason is in the server's log alone |
-| 503 | server_error | shutting_down | with Retry-After |
-| 504 | timeout_error | request_timeout | the answer did not come in time; its slot is free again |
+| status | type | code | when | retry |
+|---|---|---|---|---|
+| 400 | invalid_request_error | | the body is not JSON, or a field, a value or a combination is not supported | no |
+| 400 | invalid_request_error | context_length_exceeded | prompt and completion exceed the context | no |
+| 401 | authentication_error | invalid_api_key | the API key is missing or wrong | no |
+| 404 | invalid_request_error | model_not_found, not_found | | no |
+| 405 | invalid_request_error | method_not_allowed | | no |
+| 408 | timeout_error | body_timeout | the body did not arrive in time | yes |
+| 413 | invalid_request_error | body_too_large | the body exceeds the limit in bytes | no |
+| 421 | invalid_request_error | wrong_host | no API key is set, and ``Host`` is not a name of this machine | no |
+| 422 | timeout_error | request_timeout | the response took longer than the limit; its slot is free again | no |
+| 429 | rate_limit_error | queue_full | the queue is full; with Retry-After | yes |
+| 500 | server_error | internal_error | a fault of the server; the reason is in its log only | no |
+| 503 | server_error | shutting_down | the server is stopping; with Retry-After | yes |
+| 503 | server_error | engine_dead | the scheduler has ended; the server exits, so that a supervisor restarts it | yes |
+
+Clients of OpenAI's API repeat a request after 408, 409, 429 and every 5xx. A response that took too long would take too
+long again and keep the engine busy, so it is 422. Every error also has the header ``x-should-retry``, which OpenAI's
+clients obey: it stops them from repeating a request after a 500.
 """
 
 from __future__ import annotations
@@ -23,63 +29,69 @@ from typing import Any, NamedTuple
 from fastapi.responses import Response
 
 from trimode.common.errors import TriModeError
-from trimode.runtime.openai_server.schema import LACKING, TOO_MANY_FIELDS, ErrorAnswer, ErrorDetail
+from trimode.runtime.openai_server.request_bodies import BRANCHES, TOO_MANY_FIELDS, UNSUPPORTED_FIELD
+from trimode.runtime.openai_server.response_bodies import ErrorBody, ErrorDetail
 from trimode.runtime.request.errors import ContextLengthError, QueueFullError, ShutDownError
 
-RETRY_AFTER = {"retry-after": "1"}
-# Characters of a field's path that are told: a name may be as long as a body.
+# Characters of a field's path in a message: a name may be as long as a body.
 LONGEST_PATH = 200
 
 
-class Kind(NamedTuple):
+class ErrorKind(NamedTuple):
+    """``retry``: whether the same request may succeed later."""
+
     status: int
     type: str
     code: str | None = None
+    retry: bool = False
 
 
-BAD_REQUEST = Kind(400, "invalid_request_error")
-UNAUTHORIZED = Kind(401, "authentication_error", "invalid_api_key")
-NO_MODEL = Kind(404, "invalid_request_error", "model_not_found")
-NOT_FOUND = Kind(404, "invalid_request_error", "not_found")
-BAD_METHOD = Kind(405, "invalid_request_error", "method_not_allowed")
-BODY_TIMEOUT = Kind(408, "timeout_error", "body_timeout")
-BODY_TOO_LARGE = Kind(413, "invalid_request_error", "body_too_large")
-TOO_LONG = Kind(413, "invalid_request_error", "context_length_exceeded")
-WRONG_HOST = Kind(421, "invalid_request_error", "wrong_host")
-QUEUE_FULL = Kind(429, "rate_limit_error", "queue_full")
-INTERNAL = Kind(500, "server_error", "internal_error")
-SHUTTING_DOWN = Kind(503, "server_error", "shutting_down")
-REQUEST_TIMEOUT = Kind(504, "timeout_error", "request_timeout")
+BAD_REQUEST = ErrorKind(400, "invalid_request_error")
+UNAUTHORIZED = ErrorKind(401, "authentication_error", "invalid_api_key")
+NO_MODEL = ErrorKind(404, "invalid_request_error", "model_not_found")
+NOT_FOUND = ErrorKind(404, "invalid_request_error", "not_found")
+BAD_METHOD = ErrorKind(405, "invalid_request_error", "method_not_allowed")
+BODY_TIMEOUT = ErrorKind(408, "timeout_error", "body_timeout", retry=True)
+BODY_TOO_LARGE = ErrorKind(413, "invalid_request_error", "body_too_large")
+TOO_LONG = ErrorKind(400, "invalid_request_error", "context_length_exceeded")
+WRONG_HOST = ErrorKind(421, "invalid_request_error", "wrong_host")
+REQUEST_TIMEOUT = ErrorKind(422, "timeout_error", "request_timeout")
+QUEUE_FULL = ErrorKind(429, "rate_limit_error", "queue_full", retry=True)
+INTERNAL = ErrorKind(500, "server_error", "internal_error")
+SHUTTING_DOWN = ErrorKind(503, "server_error", "shutting_down", retry=True)
+ENGINE_DEAD = ErrorKind(503, "server_error", "engine_dead", retry=True)
 
 
 class ApiError(TriModeError):
-    """A refusal that is the server's own; ``param`` names the field of the body."""
+    """An error of the HTTP layer. ``param``: the field of the body."""
 
-    def __init__(self, kind: Kind, message: str, param: str | None = None) -> None:
+    def __init__(self, kind: ErrorKind, message: str, param: str | None = None) -> None:
         super().__init__(message)
         self.kind = kind
         self.param = param
 
 
-def answer(error: Exception) -> ErrorAnswer:
-    """What the client is told; of a fault of ours, only that it is one."""
+def error_body(error: Exception) -> ErrorBody:
+    """The response to ``error``; an internal error does not show its reason."""
     kind = kind_of(error)
     message = "internal error; the server's log has the reason" if kind is INTERNAL else str(error)
     param = error.param if isinstance(error, ApiError) else None
-    return ErrorAnswer(error=ErrorDetail(message=message, type=kind.type, param=param, code=kind.code))
+    return ErrorBody(error=ErrorDetail(message=message, type=kind.type, param=param, code=kind.code))
 
 
 def respond(error: Exception) -> Response:
     kind = kind_of(error)
-    headers = RETRY_AFTER if kind in (QUEUE_FULL, SHUTTING_DOWN) else {}
+    headers = {"x-should-retry": "true" if kind.retry else "false"}
+    if kind in (QUEUE_FULL, SHUTTING_DOWN):
+        headers["retry-after"] = "1"
     if kind is UNAUTHORIZED:
-        headers = {"www-authenticate": "Bearer"}
+        headers["www-authenticate"] = "Bearer"
     if kind in (BODY_TIMEOUT, BODY_TOO_LARGE):
-        headers = {"connection": "close"}  # the rest of the body stays unread
-    return Response(answer(error).json_text(), kind.status, headers=headers, media_type="application/json")
+        headers["connection"] = "close"  # the rest of the body stays unread
+    return Response(error_body(error).json_text(), kind.status, headers=headers, media_type="application/json")
 
 
-def kind_of(error: Exception) -> Kind:
+def kind_of(error: Exception) -> ErrorKind:
     match error:
         case ApiError():
             return error.kind
@@ -96,21 +108,24 @@ def kind_of(error: Exception) -> Kind:
 
 
 def of_validation(found: Sequence[Any]) -> ApiError:
-    """pydantic's findings in one line; the input itself is not repeated."""
-    told: dict[str, str] = {}
+    """pydantic's findings in one line, without the input."""
+    messages: dict[str, str] = {}
     for error in found:
         if error["type"] == "json_invalid":
             return ApiError(BAD_REQUEST, f"the body is not JSON (character {error['loc'][1]})")
-        path = ".".join(str(part) for part in error["loc"][1:] if not _is_branch(part))[:LONGEST_PATH]
+        parts = [str(part) for part in error["loc"][1:] if not _is_branch(part)]
+        if error["type"] == UNSUPPORTED_FIELD:
+            parts.append(error["ctx"]["field"])
+        path = ".".join(parts)[:LONGEST_PATH]
         message = error["msg"]
         if not path:
             unread = "the body must be a JSON object, sent with content-type application/json"
             return ApiError(BAD_REQUEST, message if error["type"] == TOO_MANY_FIELDS else unread)
-        told.setdefault(path, next((LACKING[part] for part in error["loc"] if part in LACKING), message))
-    listed = [f"{path}: {message}" for path, message in told.items()]
-    return ApiError(BAD_REQUEST, "; ".join(listed[:3]), next(iter(told)))
+        messages.setdefault(path, message)
+    listed = [f"{path}: {message}" for path, message in messages.items()]
+    return ApiError(BAD_REQUEST, "; ".join(listed[:3]), next(iter(messages)))
 
 
 def _is_branch(part: str | int) -> bool:
-    """pydantic names the alternatives of a union in the paths of what it finds."""
-    return isinstance(part, str) and (part == "str" or "[" in part)
+    """pydantic names the branches of a union in the paths of its findings."""
+    return isinstance(part, str) and (part in BRANCHES or "[" in part)

@@ -85,7 +85,7 @@ class Lane {
     const answer = new Answer(this, this.turn(this.label()), this.fields.thinking.checked);
     this.talk.setAttribute("aria-busy", "true");
     try {
-      const response = await fetch("/v1/chat/completions", {
+      const response = await fetch("v1/chat/completions", {
         method: "POST",
         headers: { "content-type": "application/json", ...headers() },
         body: JSON.stringify(this.request()),
@@ -204,7 +204,7 @@ function exchange(old, button, next = button) {
 }
 
 async function showModel() {
-  const response = await fetch("/v1/models", { headers: headers() });
+  const response = await fetch("v1/models", { headers: headers() });
   if (response.ok) byId("model").textContent = (await response.json()).data[0].id;
   else await refusal(response);
 }

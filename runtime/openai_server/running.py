@@ -1,4 +1,4 @@
-"""One HTTP request's share of the engine: its requests are aborted, and their slots free, when it ends in any way."""
+"""The engine requests of one HTTP request: they are aborted, and their slots freed, however the HTTP request ends."""
 
 from __future__ import annotations
 
@@ -17,23 +17,26 @@ from trimode.runtime.request.sampling_params import SamplingParams
 
 
 class ClientLeftError(Exception):
-    """There is nobody to answer."""
+    """The client closed the connection."""
 
 
 class Running:
-    """The HTTP requests that the engine works on, so that all can be ended when the server must."""
+    """All HTTP requests in progress, so that a server that stops can end them.
+
+    seconds: limit of one request.
+    """
 
     def __init__(self, llm: LLM, seconds: float) -> None:
         self.llm = llm
         self._seconds = seconds
         self._runs: set[Run] = set()
 
-    def start(self, prompts: Sequence[Input], params: SamplingParams, streaming: bool) -> Run:
-        """One request of the engine for each prompt, or none: raises what the first refused one raises."""
+    def start(self, prompts: Sequence[Input], params: Sequence[SamplingParams], streaming: bool) -> Run:
+        """One engine request for each prompt, with its parameters. If one is refused, none is started."""
         run = Run(self, self._seconds)
         try:
-            for prompt in prompts:
-                run.requests.append(self.llm.generate_async(prompt, params, streaming))
+            for prompt, of_prompt in zip(prompts, params, strict=True):
+                run.requests.append(self.llm.generate_async(prompt, of_prompt, streaming))
         except BaseException:
             run.end()
             raise
@@ -45,17 +48,18 @@ class Running:
 
     def cancel_all(self) -> None:
         for run in list(self._runs):
-            run.cancel(ShutDownError("the server is shutting down; the answer is not whole"))
+            run.cancel(ShutDownError("the server is shutting down; the response is incomplete"))
 
 
 class Run:
-    """``with run:`` around all use of its requests."""
+    """``with run:`` around all use of ``requests``."""
 
     def __init__(self, running: Running, seconds: float) -> None:
         self.requests: list[RequestOutput] = []
         self._running = running
         self._reason: Exception | None = None
-        timeout = ApiError(REQUEST_TIMEOUT, f"the answer took longer than {seconds:.0f} s, the limit of this server")
+        message = f"the response took longer than {seconds:.0f} s, the limit of this server; request fewer tokens"
+        timeout = ApiError(REQUEST_TIMEOUT, message)
         self._timer = asyncio.get_running_loop().call_later(seconds, self.cancel, timeout)
 
     def cancel(self, reason: Exception) -> None:
@@ -71,13 +75,14 @@ class Run:
                 request.abort()
 
     def check(self, output: CompletionOutput) -> None:
-        """Raises the reason if the answer was cut off."""
+        """Raises the reason if the output was cancelled."""
         if output.finish_reason == "cancelled":
-            raise self._reason or TriModeError("the answer was cancelled")
+            raise self._reason or TriModeError("the request was cancelled")
 
     async def attended(self, answering: Awaitable[None], receive: Receive) -> None:
-        """Await what answers the client, as long as the client is there: if it leaves, the requests are cancelled and
-        ``check`` raises ClientLeftError. The body is read already, so the next message says that it has left.
+        """Await ``answering``. If the client leaves, cancel the requests; ``check`` then raises ClientLeftError.
+
+        The body has been read, so the next message of ``receive`` is the disconnection.
         """
         left = asyncio.ensure_future(_left(receive))
         left.add_done_callback(lambda task: None if task.cancelled() else self.cancel(ClientLeftError()))
@@ -87,7 +92,7 @@ class Run:
             left.cancel()
 
     async def finish(self, http: Request) -> None:
-        """Wait for every answer. Raises ClientLeftError if the client goes first."""
+        """Wait for every request. Raises ClientLeftError if the client leaves first."""
         await self.attended(self._finished(), http.receive)
         for request in self.requests:
             for output in request.outputs:

@@ -1,4 +1,4 @@
-"""The server's life: it says where it listens; at SIGTERM it finishes what runs, refuses what comes, leaves with 0."""
+"""``trimode serve``: listen, answer, and on SIGTERM finish what runs, refuse what arrives, and exit with 0."""
 
 from __future__ import annotations
 
@@ -6,61 +6,79 @@ import gc
 import socket
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
 
 import uvicorn
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
 
 from trimode.common.errors import TriModeError
 from trimode.runtime.api.llm import LLM
 from trimode.runtime.openai_server.app import create_app
 from trimode.runtime.openai_server.connection import Connection
 from trimode.runtime.openai_server.gate import Gate
-from trimode.runtime.openai_server.service import Service
+from trimode.runtime.openai_server.http_frame import REQUEST_ID, HttpFrame
+from trimode.runtime.openai_server.server_log import LogLevel, configure_log
+from trimode.runtime.openai_server.service import IGNORED_FIELDS_HEADER, RequestDefaults, Service
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-# Idle connections are kept longer than clients keep them, so that no request meets a closing one.
+# Longer than clients keep idle connections, so that no request meets a connection that is closing.
 KEEP_ALIVE_SECONDS = 75
-# After each pass the scheduler's thread waits until this one hands the interpreter over: by default for up to 5 ms,
-# which is as long as a pass.
+# After each pass the scheduler thread must reacquire the GIL. The default interval of 5 ms is as long as a pass.
 SWITCH_SECONDS = 0.0005
-# Objects made between two collections of cyclic garbage, which few are: the default of 700 is a dozen events.
+# Allocations between two cyclic garbage collections; the default of 700 is a dozen events.
 GARBAGE_OBJECTS = 50_000
-# For clients to take the error with which a cancelled answer ends.
+# For clients to receive the error that ends a cancelled response.
 LAST_WORDS_SECONDS = 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServerOptions:
-    """host: every other machine can reach the server unless it is a loopback address. model_name: the engine's source
-    unless given. max_body: bytes. request_seconds: longest time for an answer. drain_seconds: time to finish after
-    SIGTERM; what runs on is told that it is not whole (`docker stop` kills after 10).
+    """host: other machines can reach the server unless this is a loopback address; ``::`` listens on IPv6 and IPv4.
+    model_names: the names clients may use, the engine's source if empty. max_body: bytes. request_seconds: limit of one
+    response. drain_seconds: time to finish after SIGTERM; later, responses end with an error (`docker stop` kills after
+    10). allowed_origins: web pages of these origins may use the server (CORS); ``*`` allows all. root_path: the path
+    under which a proxy publishes the server. strict_fields: refuse unknown fields.
     """
 
     host: str = "127.0.0.1"
     port: int = 8000
     api_key: str | None = None
-    model_name: str | None = None
+    model_names: tuple[str, ...] = ()
     max_body: int = 4 << 20
     request_seconds: float = 600.0
     drain_seconds: float = 7.0
+    allowed_origins: tuple[str, ...] = ()
+    root_path: str = ""
+    strict_fields: bool = False
+    log_level: LogLevel = "warning"
+    defaults: RequestDefaults = field(default_factory=RequestDefaults)
 
 
 def serve(llm: LLM, options: ServerOptions) -> None:
     """Answer until SIGTERM or SIGINT."""
+    configure_log(options.log_level)
     sys.setswitchinterval(SWITCH_SECONDS)
     gc.freeze()
     gc.set_threshold(GARBAGE_OBJECTS)
-    service = Service(llm, options.model_name or llm.manifest.source, options.request_seconds)
+    service = Service(
+        llm,
+        options.model_names or llm.manifest.source,
+        options.request_seconds,
+        defaults=options.defaults,
+        strict_fields=options.strict_fields,
+    )
+    root_path = _normal_root_path(options.root_path)
     exposed = options.host not in LOOPBACK
     gate = Gate(
-        create_app(service),
+        create_app(service, root_path),
         api_key=options.api_key,
         max_body=options.max_body,
-        loopback_only=options.api_key is None and not exposed,
+        this_machine_only=options.api_key is None and not exposed,
     )
     config = uvicorn.Config(
-        gate,
+        _with_origins(HttpFrame(gate, root_path), options.allowed_origins),
         host=options.host,
         port=options.port,
         loop="uvloop",
@@ -75,14 +93,36 @@ def serve(llm: LLM, options: ServerOptions) -> None:
     )
     if exposed and options.api_key is None:
         print(f"trimode: {options.host} is open to other machines, and no API key is set", file=sys.stderr)
+    _Server(config, gate, service, options.drain_seconds).run(sockets=[_listener(options, config.backlog)])
+
+
+def _normal_root_path(path: str) -> str:
+    """With a slash at the start and none at the end; empty for the root."""
+    stripped = path.strip("/")
+    return f"/{stripped}" if stripped else ""
+
+
+def _with_origins(app: ASGIApp, origins: tuple[str, ...]) -> ASGIApp:
+    if not origins:
+        return app
+    return CORSMiddleware(
+        app,
+        allow_origins=origins,
+        allow_methods=["GET", "HEAD", "POST"],
+        allow_headers=["*"],
+        expose_headers=[REQUEST_ID, IGNORED_FIELDS_HEADER],
+    )
+
+
+def _listener(options: ServerOptions, backlog: int) -> socket.socket:
+    address = options.host, options.port
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
+    dual_stack = options.host == "::" and socket.has_dualstack_ipv6()
     try:
-        listener = socket.create_server((options.host, options.port), family=family, backlog=config.backlog)
+        return socket.create_server(address, family=family, backlog=backlog, dualstack_ipv6=dual_stack)
     except OSError as error:
-        raise TriModeError(
-            f"cannot listen on {options.host}:{options.port}: {error.strerror}; give another --port"
-        ) from None
-    _Server(config, gate, service, options.drain_seconds).run(sockets=[listener])
+        reason = error.strerror or str(error)
+        raise TriModeError(f"cannot listen on {options.host}:{options.port}: {reason}; use another --port") from None
 
 
 class _Server(uvicorn.Server):
@@ -94,14 +134,14 @@ class _Server(uvicorn.Server):
         self._stopped_at: float | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
-        """The first signal drains; a second one ends at once. Neither is raised again: to be stopped is no failure."""
+        """The first signal drains, a second one ends at once. Neither is raised again, so that the exit code is 0."""
         if self._stopped_at is not None:
             self.should_exit = self.force_exit = True
         self._gate.draining = True
         self._stopped_at = time.monotonic()
 
     async def on_tick(self, counter: int) -> bool:
-        """uvicorn asks ten times a second whether to exit."""
+        """uvicorn calls this ten times a second; True ends the server."""
         if await super().on_tick(counter):
             return True
         if self._stopped_at is None:
@@ -115,4 +155,4 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         port = self.servers[0].sockets[0].getsockname()[1]
         host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
-        print(f"trimode: {self._service.model_name} on http://{host}:{port}", file=sys.stderr, flush=True)
+        print(f"trimode: {self._service.names.default.name} on http://{host}:{port}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""What the endpoints share: the engine under its public name, prompts as tokens, whole answers and streams."""
+"""What the endpoints share: the engine under its served names, prompts as tokens, limits, usage, and streams."""
 
 from __future__ import annotations
 
@@ -7,37 +7,53 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from fastapi.responses import Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from fastapi import Request
+from fastapi.responses import Response
 
 from trimode.common.errors import TriModeError
 from trimode.runtime.api.llm import LLM, RequestOutput
-from trimode.runtime.openai_server import http_errors as errors
-from trimode.runtime.openai_server.http_errors import BAD_REQUEST, NO_MODEL, ApiError
+from trimode.runtime.openai_server import http_errors
+from trimode.runtime.openai_server.event_stream import DONE, EventStream, event
+from trimode.runtime.openai_server.http_errors import BAD_REQUEST, TOO_LONG, ApiError
 from trimode.runtime.openai_server.metrics import ServerMetrics
+from trimode.runtime.openai_server.model_names import ModelName, ModelNames
 from trimode.runtime.openai_server.reasoning import CLOSE, OPEN
-from trimode.runtime.openai_server.running import ClientLeftError, Run, Running
-from trimode.runtime.openai_server.schema import (
-    Answer,
+from trimode.runtime.openai_server.request_bodies import NO_LIMIT, Body, DecodingBody, PromptBody, take_ignored_fields
+from trimode.runtime.openai_server.response_bodies import (
     CompletionTokensDetails,
     FinishReason,
     PromptTokensDetails,
+    ResponseBody,
     Usage,
 )
-from trimode.runtime.request.errors import ContextLengthError
+from trimode.runtime.openai_server.running import ClientLeftError, Run, Running
 from trimode.runtime.request.outputs import CompletionOutput
+from trimode.runtime.request.sampling_params import Mode, SamplingParams
 
 log = logging.getLogger("trimode.server")
 
-# Text this long is tokenised in a thread of its own, lest every stream wait for it.
+# Text of this many characters is tokenised in a thread, so that streams do not wait for it.
 LONG_TEXT = 1 << 14
-EVENT_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+IGNORED_FIELDS_HEADER = "x-trimode-ignored-fields"
 
 
-class Head(NamedTuple):
-    """What all chunks of an answer have in common."""
+@dataclass(frozen=True, kw_only=True)
+class RequestDefaults:
+    """Values of fields that a request leaves out.
+
+    None keeps the defaults of :class:`SamplingParams`, and for ``enable_thinking`` that of the chat template.
+    """
+
+    mode: Mode | None = None
+    block_length: int | None = None
+    enable_thinking: bool | None = None
+
+
+class ResponseHead(NamedTuple):
+    """The fields that all chunks of a response have in common."""
 
     id: str
     created: int
@@ -45,46 +61,111 @@ class Head(NamedTuple):
 
 
 class Service:
-    def __init__(self, llm: LLM, model_name: str, request_seconds: float) -> None:
+    """model_names: one name or several, the default first. strict_fields: refuse unknown fields."""
+
+    def __init__(
+        self,
+        llm: LLM,
+        model_names: str | Sequence[str],
+        request_seconds: float,
+        *,
+        defaults: RequestDefaults | None = None,
+        strict_fields: bool = False,
+    ) -> None:
         self.llm = llm
-        self.model_name = model_name
+        self.names = ModelNames([model_names] if isinstance(model_names, str) else model_names)
         self.running = Running(llm, request_seconds)
         self.metrics = ServerMetrics(llm)
+        self.defaults = defaults or RequestDefaults()
+        self._strict_fields = strict_fields
         self._open, self._close = (llm.tokenizer.token_id(mark) for mark in (OPEN, CLOSE))
 
-    def head(self, kind: str) -> Head:
-        return Head(f"{kind}-{uuid.uuid4().hex}", int(time.time()), self.model_name)
+    @property
+    def context_length(self) -> int:
+        """Tokens of prompt and completion together."""
+        return self.llm.manifest.limits.capacity
 
-    def require_model(self, name: str | None) -> None:
-        if name is not None and name != self.model_name:
-            raise ApiError(NO_MODEL, f"this server has no such model; it serves {self.model_name}", "model")
+    def head(self, kind: str, model: ModelName) -> ResponseHead:
+        return ResponseHead(f"{kind}-{uuid.uuid4().hex}", int(time.time()), model.name)
 
-    def require_stream(self, stream: bool | None, options: object) -> None:
-        if options is not None and not stream:
-            raise ApiError(BAD_REQUEST, "stream_options has a meaning only with stream", "stream_options")
+    def report_ignored_fields(self, body: Body, http: Request) -> dict[str, str]:
+        """Log the unknown fields of ``body`` in one line and return them as a response header.
 
-    async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        """add_special_tokens: what the tokenizer adds around plain text; a rendered chat has it already.
+        With ``strict_fields`` raises ApiError instead.
+        """
+        ignored = take_ignored_fields(body)
+        if not ignored:
+            return {}
+        listed = ", ".join(ignored)
+        if self._strict_fields:
+            raise ApiError(BAD_REQUEST, f"unknown fields: {listed}; this server runs with --strict-fields", ignored[0])
+        log.warning("request %s: ignored unknown fields: %s", http.scope.get("trimode.request_id", "-"), listed)
+        return {IGNORED_FIELDS_HEADER: listed}
 
-        Raises ContextLengthError, at once, for a text that is too long whatever its tokens are."""
-        capacity = self.llm.manifest.limits.capacity
-        if len(text) > capacity * self.llm.tokenizer.longest_token:
-            raise ContextLengthError(
-                f"the prompt has {len(text)} characters; the engine's capacity is {capacity} tokens"
-            )
+    def sampling_params(
+        self, body: DecodingBody, model: ModelName, *, max_tokens: int, **resolved: Any
+    ) -> SamplingParams:
+        """The body's parameters, with the alias's mode and the server's defaults."""
+        mode = body.mode or model.mode or self.defaults.mode
+        if body.mode and model.mode and body.mode != model.mode:
+            raise ApiError(BAD_REQUEST, f"mode is {body.mode}, but the model {model.name} selects {model.mode}", "mode")
+        if (body.min_tokens or 0) > max_tokens:
+            raise ApiError(BAD_REQUEST, f"min_tokens is {body.min_tokens}, more than max_tokens", "min_tokens")
+        block_length = body.block_length or (None if mode == "ar" else self.defaults.block_length)
+        # The engine returns its top k logits; a larger top_k draws from all of them, as 0 and -1 do.
+        top_k = body.top_k
+        if top_k is not None and not 0 <= top_k <= self.llm.manifest.limits.top_k:
+            top_k = 0
+        return body.sampling_params(
+            max_tokens=max_tokens, mode=mode, block_length=block_length, top_k=top_k, **resolved
+        )
+
+    async def encode(self, text: str, body: PromptBody, add_special_tokens: bool) -> list[int]:
+        """``add_special_tokens``: those that the tokenizer adds around plain text; a rendered chat has them already.
+
+        Raises ApiError, without tokenising, for a text that is too long whatever its tokens are."""
+        if len(text) > self.context_length * self.llm.tokenizer.longest_token:
+            raise self._too_long(f"the prompt has {len(text)} characters, which are more tokens than that", body)
         if len(text) < LONG_TEXT:
             return self.llm.tokenizer.encode(text, add_special_tokens)
         return await asyncio.to_thread(self.llm.tokenizer.encode, text, add_special_tokens)
 
-    def room(self, prompt: list[int]) -> int:
-        """Tokens that may follow the prompt."""
-        capacity = self.llm.manifest.limits.capacity
-        if len(prompt) >= capacity:
-            raise ContextLengthError(f"the prompt has {len(prompt)} tokens; the engine's capacity is {capacity}")
-        return capacity - len(prompt)
+    def completion_length(
+        self, prompt: list[int], body: PromptBody, requested: int | None, default: int | None = None
+    ) -> int:
+        """Tokens of the completion: as ``requested``, or else the default, or without one all that fit.
+
+        -1 requests all that fit. A default is cut to what fits. Raises ApiError if prompt and completion do not fit.
+        """
+        room = self.context_length - len(prompt)
+        if room <= 0:
+            raise self._too_long(
+                f"your {body.prompt_field} resulted in {len(prompt)} tokens. Please reduce the length of the "
+                f"{body.prompt_field}",
+                body,
+            )
+        if requested == NO_LIMIT or (requested is None and default is None):
+            return room
+        if requested is None:
+            return min(default or room, room)
+        if requested < 1:
+            raise ApiError(BAD_REQUEST, f"max_tokens is {requested}; it must be at least 1", "max_tokens")
+        if requested > room:
+            raise self._too_long(
+                f"you requested {len(prompt) + requested} tokens ({len(prompt)} in the {body.prompt_field}, "
+                f"{requested} in the completion). Please reduce the length of the {body.prompt_field} or completion; "
+                f"at most {room} tokens fit the completion",
+                body,
+            )
+        return requested
+
+    def _too_long(self, reason: str, body: PromptBody) -> ApiError:
+        """Clients match OpenAI's words."""
+        limit = f"This model's maximum context length is {self.context_length} tokens"
+        return ApiError(TOO_LONG, f"{limit}. However, {reason}.", body.prompt_field)
 
     def usage(self, requests: Sequence[RequestOutput], thinking: bool = False) -> Usage:
-        """``thinking``: the prompt left a thought open."""
+        """``thinking``: the prompt ends inside a thought."""
         outputs = [output for request in requests for output in request.outputs]
         prompt = sum(len(request.prompt_token_ids) for request in requests)
         completion = sum(output.length for output in outputs)
@@ -97,13 +178,13 @@ class Service:
                 cached_tokens=sum(request.outputs[0].counts.cached_tokens for request in requests)
             ),
             completion_tokens_details=CompletionTokensDetails(
-                reasoning_tokens=sum(self._thought(output.token_ids, thinking) for output in outputs),
+                reasoning_tokens=sum(self._reasoning_tokens(output.token_ids, thinking) for output in outputs),
                 accepted_prediction_tokens=accepted,
                 rejected_prediction_tokens=sum(output.counts.drafted for output in outputs) - accepted,
             ),
         )
 
-    def _thought(self, token_ids: list[int], thinking: bool) -> int:
+    def _reasoning_tokens(self, token_ids: list[int], thinking: bool) -> int:
         if not thinking and token_ids[:1] != [self._open]:
             return 0
         return token_ids.index(self._close) if self._close in token_ids else len(token_ids)
@@ -111,64 +192,48 @@ class Service:
     def stream(
         self,
         run: Run,
-        first: Iterable[Answer],
-        tell: Callable[[int, RequestOutput], Iterable[Answer]],
-        last: Callable[[Sequence[RequestOutput]], Iterable[Answer]],
+        first: Iterable[ResponseBody],
+        chunks: Callable[[int, RequestOutput], Iterable[ResponseBody]],
+        last: Callable[[Sequence[RequestOutput]], Iterable[ResponseBody]],
     ) -> Response:
-        """Server-sent events: ``first``, what ``tell`` makes of each update of the run's n-th request, ``last``.
+        """Server-sent events: ``first``, the ``chunks`` of each update of the run's n-th request, ``last``.
 
-        With several requests the later ones run meanwhile, and are told after.
+        Several requests run at the same time; the stream has them one after the other.
         """
 
         async def events() -> AsyncIterator[str]:
             try:
-                # What comes at once goes at once: a write to the socket costs more than all that makes an event.
-                told = "".join(map(_event, first))
+                # Events that arrive together are sent together: a write to the socket costs more than an event.
+                pending = "".join(map(event, first))
                 for number, request in enumerate(run.requests):
                     async for _ in request:
                         for output in request.outputs:
                             run.check(output)
-                        told += "".join(map(_event, tell(number, request)))
-                        if told and not request.finished:
-                            yield told
-                            told = ""
+                        pending += "".join(map(event, chunks(number, request)))
+                        if pending and not request.finished:
+                            yield pending
+                            pending = ""
                     self.metrics.observe(request)
-                yield told + "".join(map(_event, last(run.requests))) + "data: [DONE]\n\n"
+                yield pending + "".join(map(event, last(run.requests))) + DONE
             except ClientLeftError:
                 return
             except Exception as error:
                 if not isinstance(error, TriModeError):
                     log.exception("a stream failed")
-                yield _event(errors.answer(error))
+                yield event(http_errors.error_body(error))
 
-        return _EventStream(run, events())
-
-
-class _EventStream(StreamingResponse):
-    """The run ends with the response, also where the client has left before its first event."""
-
-    def __init__(self, run: Run, events: AsyncIterator[str]) -> None:
-        super().__init__(events, media_type="text/event-stream", headers=EVENT_HEADERS)
-        self._run = run
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
-        with self._run:
-            await self._run.attended(self.stream_response(send), receive)
+        return EventStream(run, events())
 
 
-def ended(output: CompletionOutput) -> FinishReason | None:
-    """None while it runs. An answer that was cut off is an error, which :meth:`Run.check` raised before."""
+def finish_reason(output: CompletionOutput) -> FinishReason | None:
+    """None while it runs; for a cancelled output, :meth:`Run.check` has raised before."""
     return None if output.finish_reason == "cancelled" else output.finish_reason
 
 
-def _event(record: Answer) -> str:
-    return f"data: {record.json_text()}\n\n"
+def json_response(record: ResponseBody, headers: dict[str, str] | None = None) -> Response:
+    return Response(record.json_text(), media_type="application/json", headers=headers)
 
 
-def json_response(record: Answer) -> Response:
-    return Response(record.json_text(), media_type="application/json")
-
-
-def some(**fields: Any) -> dict[str, Any]:
-    """The fields that are there; what is not set is not written."""
+def without_none(**fields: Any) -> dict[str, Any]:
+    """The fields that have a value; others are not written."""
     return {name: value for name, value in fields.items() if value is not None}

@@ -72,9 +72,8 @@ def serving(engine: Path, *options: str, key: str = KEY) -> Iterator[Served]:
     """A server that listens on a free port of the loopback interface. Raises RuntimeError if it does not get there."""
     command = [sys.executable, "-c", "from trimode.cli.command import main; main()", "serve", str(engine)]
     environment = os.environ | {"TRIMODE_API_KEY": key}
-    process = subprocess.Popen(
-        [*command, "--port", "0", "--model-name", "tiny", *options], stderr=subprocess.PIPE, text=True, env=environment
-    )
+    arguments = ["--port", "0", "--served-model-name", "tiny", *options]
+    process = subprocess.Popen([*command, *arguments], stderr=subprocess.PIPE, text=True, env=environment)
     assert process.stderr is not None
     guard = threading.Timer(START_SECONDS, process.kill)
     guard.start()

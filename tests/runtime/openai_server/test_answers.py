@@ -200,17 +200,22 @@ def test_openai_fields_that_ask_for_nothing(client: openai.OpenAI) -> None:
     assert client.completions.create(model="tiny", **neutral).choices[0].text == ANSWER
 
 
-def test_every_seed_that_openai_takes(client: openai.OpenAI) -> None:
+def test_every_seed_that_openai_accepts(client: openai.OpenAI) -> None:
     hot = {"temperature": 3.0, "max_tokens": 12}
-    seeds = (-1, -1, 1, -(2**63), 2**63 - 1)
+    seeds = (-2, -2, 1, -(2**63), 2**63 - 1)
     drawn = [chat(client, seed=seed, **hot).choices[0].message.content for seed in seeds]
     assert drawn[0] == drawn[1]
     assert len(set(drawn)) == 4
-    several = chat(client, seed=-1, n=2, **hot)  # the second one's seed is 0
+    several = chat(client, seed=2**63 - 1, n=2, **hot)  # the second seed is 2**63
     assert [choice.message.content for choice in several.choices] == [
-        drawn[0],
-        chat(client, seed=0, **hot).choices[0].message.content,
+        drawn[4],
+        chat(client, seed=-(2**63), **hot).choices[0].message.content,
     ]
+
+
+def test_seed_minus_one_is_random(client: openai.OpenAI) -> None:
+    drawn = {chat(client, seed=-1, temperature=3.0, max_tokens=24).choices[0].message.content for _ in range(4)}
+    assert len(drawn) > 1
 
 
 def test_penalties_change_the_answer(client: openai.OpenAI) -> None:
@@ -261,8 +266,10 @@ def test_completion_logprobs(client: openai.OpenAI) -> None:
 
 
 def test_models(client: openai.OpenAI) -> None:
-    assert [model.id for model in client.models.list()] == ["tiny"]
-    assert client.models.retrieve("tiny").owned_by == "trimode"
+    aliases = ["tiny:auto", "tiny:ar", "tiny:diffusion", "tiny:linear_spec"]
+    assert [model.id for model in client.models.list()] == ["tiny", *aliases]
+    for name in ("tiny", *aliases):
+        assert client.models.retrieve(name).owned_by == "trimode"
 
 
 def test_metrics(http: httpx.Client) -> None:

@@ -1,8 +1,9 @@
-"""Whom the server answers under which name, and for how long it waits for a body."""
+"""Host names that a server without a key accepts, and the time limit of a body."""
 
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -15,20 +16,27 @@ from trimode.runtime.openai_server.app import create_app
 from trimode.runtime.openai_server.gate import Gate
 from trimode.runtime.openai_server.service import Service
 
-OURS = ["localhost", "localhost:8000", "LocalHost:1", "127.0.0.1", "127.0.0.1:8000", "[::1]", "[::1]:8000"]
-OTHERS = ["", "evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example", "::1"]
+OURS = ["", "localhost", "localhost:8000", "LocalHost:1", "127.0.0.1", "127.0.0.1:8000", "[::1]", "[::1]:8000"]
+OURS += ["0.0.0.0", "0.0.0.0:8000", "[::]:8000", "192.168.1.5:8000", "127.0.1.1"]  # noqa: S104
+OTHERS = ["evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example", "::1", "[evil]"]
+OTHERS += ["0.0.0.0.evil.example", "1", "0x7f.1", "[127.0.0.1]"]
 
 
 def status(server: Served, host: str, path: str = "/v1/models") -> int:
     return httpx.get(f"{server.url}{path}", headers={"host": host}).status_code
 
 
-def test_a_server_without_a_key_answers_under_its_own_names_alone(tiny_engine: Path) -> None:
-    """A page of another site whose name was made to point here asks under that name."""
+def test_dns_rebinding_protection(tiny_engine: Path) -> None:
+    """A page of another site can make its own name point to this machine, but not send another name as ``Host``."""
     with serving(tiny_engine, key="") as server:
         assert {host: status(server, host) for host in OURS} == dict.fromkeys(OURS, 200)
         assert {host: status(server, host) for host in OTHERS} == dict.fromkeys(OTHERS, 421)
         assert status(server, "evil.example", "/") == 421
+        assert status(server, "trimode.default.svc.cluster.local", "/health") == 200
+        port = int(server.url.rpartition(":")[2])
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+            connection.sendall(b"GET /v1/models HTTP/1.0\r\n\r\n")
+            assert connection.recv(1000).startswith(b"HTTP/1.1 200 OK")
         refused = httpx.get(f"{server.url}/v1/models", headers={"host": "evil.example"}).json()
         assert refused["error"]["code"] == "wrong_host"
 

@@ -1,4 +1,4 @@
-"""Tokens one by one, as answers tell them: their text, how they came, and how likely they were."""
+"""Details of single tokens: text, origin and log-probabilities, for whole responses and for streams."""
 
 from __future__ import annotations
 
@@ -10,44 +10,44 @@ from tokenizers.decoders import DecodeStream
 
 from trimode.model.tokenizer import Tokenizer
 from trimode.runtime.openai_server.reasoning import CLOSE, OPEN
-from trimode.runtime.openai_server.schema import (
+from trimode.runtime.openai_server.response_bodies import (
     ChatLogprobs,
     CompletionLogprobs,
-    Passes,
+    PassCounts,
     TokenLogprob,
     TokenOrigins,
     TopLogprob,
 )
 from trimode.runtime.request.outputs import CompletionOutput, Logprob
 
-# What OpenAI gives for a token that is all but impossible; JSON has no infinity.
+# OpenAI's value for a token of almost no probability; JSON has no infinity.
 LEAST_LOGPROB = -9999.0
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
 
-class OriginsTeller:
-    """The :class:`TokenOrigins` of an answer's successive updates."""
+class OriginsBuilder:
+    """The :class:`TokenOrigins` of one choice, update by update."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._stream = DecodeStream(skip_special_tokens=True)
 
-    def tell(self, token_ids: Sequence[int], output: CompletionOutput) -> TokenOrigins:
-        """``token_ids`` are the newest tokens of ``output``."""
+    def build(self, token_ids: Sequence[int], output: CompletionOutput) -> TokenOrigins:
+        """``token_ids``: the newest tokens of ``output``."""
         counts = dataclasses.asdict(output.counts)
         return TokenOrigins(
             pieces=[self._tokenizer.step(self._stream, token) or "" for token in token_ids],
             origins=list(output.origins[len(output.origins) - len(token_ids) :]),
             rejected=[_text(self._tokenizer, token) for token in output.rejected],
-            passes=Passes(**{name: counts[name] for name in Passes.model_fields}),
+            passes=PassCounts(**{name: counts[name] for name in PassCounts.model_fields}),
         )
 
 
-class LikelihoodsTeller:
-    """The :class:`ChatLogprobs` of an answer's successive updates: of the tokens that make its content. Those of its
-    thought and of a stop string are not among them, nor those that are no text.
+class ChatLogprobsBuilder:
+    """The :class:`ChatLogprobs` of one choice, update by update: those of the tokens that form its content.
 
-    top: the number of the likeliest to list with each token. thinking: the prompt left a thought open.
+    Tokens of reasoning, of a stop string, and tokens without text are left out.
+    top: number of alternatives to list with each token. thinking: the prompt ends inside a thought.
     """
 
     def __init__(self, tokenizer: Tokenizer, top: int, thinking: bool, skip_special_tokens: bool) -> None:
@@ -56,26 +56,26 @@ class LikelihoodsTeller:
         self._skip_special_tokens = skip_special_tokens
         self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
         self._open, self._close = (tokenizer.token_id(mark) for mark in (OPEN, CLOSE))
-        self._thinking: bool | None = thinking or None  # None: it may yet begin
-        self._untold: deque[tuple[int, dict[int, Logprob]]] = deque()  # with the characters that a token completes
-        self._missing = 0  # characters of the content that no token told so far has completed
+        self._thinking: bool | None = thinking or None  # None: the first token may open a thought
+        self._pending: deque[tuple[int, dict[int, Logprob]]] = deque()  # (characters that the token completes, row)
+        self._missing = 0  # characters of the content that no token listed so far has completed
 
-    def tell(self, rows: Iterable[dict[int, Logprob]], content: str) -> ChatLogprobs:
-        """``rows`` and ``content`` are what is newest; the content may lag behind the rows."""
+    def build(self, rows: Iterable[dict[int, Logprob]], content: str) -> ChatLogprobs:
+        """``rows``: of the newest tokens. ``content``: the newest text, which may lag behind the rows."""
         self._missing += len(content)
-        self._untold += [
+        self._pending += [
             (len(self._tokenizer.step(self._stream, token) or ""), row)
             for row in rows
-            if self._makes_content(token := next(iter(row)))
+            if self._is_content(token := next(iter(row)))
         ]
-        told = []
-        while self._untold and self._missing > 0:
-            length, row = self._untold.popleft()
+        listed = []
+        while self._pending and self._missing > 0:
+            length, row = self._pending.popleft()
             self._missing -= length
-            told.append(self._likelihoods(row))
-        return ChatLogprobs(content=told)
+            listed.append(self._token_logprob(row))
+        return ChatLogprobs(content=listed)
 
-    def _makes_content(self, token: int) -> bool:
+    def _is_content(self, token: int) -> bool:
         if self._thinking is None:
             self._thinking = token == self._open
         if self._thinking:
@@ -83,7 +83,7 @@ class LikelihoodsTeller:
             return False
         return bool(self._tokenizer.decode([token], self._skip_special_tokens))
 
-    def _likelihoods(self, row: dict[int, Logprob]) -> TokenLogprob:
+    def _token_logprob(self, row: dict[int, Logprob]) -> TokenLogprob:
         entries = {token: _entry(self._tokenizer, token, found) for token, found in row.items()}
         likeliest = sorted(row, key=lambda token: row[token].rank)[: self._top]
         chosen = entries[next(iter(row))]
@@ -91,7 +91,7 @@ class LikelihoodsTeller:
 
 
 def completion_logprobs(tokenizer: Tokenizer, rows: Sequence[dict[int, Logprob]], offset: int) -> CompletionLogprobs:
-    """``offset``: characters of the answer before these tokens."""
+    """``offset``: characters of the text before these tokens."""
     tokens = [_text(tokenizer, next(iter(row))) for row in rows]
     offsets = []
     for token in tokens:
@@ -108,7 +108,7 @@ def completion_logprobs(tokenizer: Tokenizer, rows: Sequence[dict[int, Logprob]]
 
 
 def _entry(tokenizer: Tokenizer, token: int, found: Logprob) -> TopLogprob:
-    """``bytes`` is None for a token that is a part of a character."""
+    """``bytes`` is None for a token that is part of a character."""
     text = _text(tokenizer, token)
     return TopLogprob(
         token=text,

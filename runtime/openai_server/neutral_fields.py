@@ -1,0 +1,92 @@
+"""Request fields that clients send and this server does not implement, with the values that request nothing.
+
+A neutral value (or null) is accepted. Any other value is refused with the reason, because ignoring it would give a
+response that the client did not ask for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+
+class Neutral(NamedTuple):
+    """``reason``: why other values than ``values`` are refused."""
+
+    reason: str
+    values: tuple[Any, ...] = ()
+
+    def accepts(self, value: Any) -> bool:
+        return value is None or any(
+            value == neutral and isinstance(value, bool) == isinstance(neutral, bool) for neutral in self.values
+        )
+
+
+_NO_FORMATS = "constrained output formats are not supported; responses are plain text"
+_NO_BEAMS = "beam search is not supported"
+_TEXT_ONLY = "this server reads and writes text only"
+
+STREAM_OPTIONS: Mapping[str, Neutral] = {
+    "include_obfuscation": Neutral("padding of stream events is not supported", (False,)),
+}
+DECODING: Mapping[str, Neutral] = {
+    "allowed_token_ids": Neutral("a restriction to given tokens is not supported", ([],)),
+    "bad_words": Neutral("banned words are not supported", ([], "")),
+    "cache_salt": Neutral("salts of the prefix cache are not supported", ("",)),
+    "early_stopping": Neutral(_NO_BEAMS, (False,)),
+    "ebnf": Neutral(_NO_FORMATS, ("",)),
+    "grammar": Neutral(_NO_FORMATS, ("", {})),
+    "guided_choice": Neutral(_NO_FORMATS, ([],)),
+    "guided_grammar": Neutral(_NO_FORMATS, ("",)),
+    "guided_json": Neutral(_NO_FORMATS, ("", {})),
+    "guided_json_object": Neutral(_NO_FORMATS, (False,)),
+    "guided_regex": Neutral(_NO_FORMATS, ("",)),
+    "json_schema": Neutral(_NO_FORMATS, ("", {})),
+    "logits_processors": Neutral("logits processors are not supported", ([],)),
+    "prompt_logprobs": Neutral("log-probabilities of the prompt are not supported", (False,)),
+    "regex": Neutral(_NO_FORMATS, ("",)),
+    "response_format": Neutral(_NO_FORMATS, ({"type": "text"}, {})),
+    "return_token_ids": Neutral("token ids are not returned", (False,)),
+    "return_tokens_as_token_ids": Neutral("token ids are not returned", (False,)),
+    "service_tier": Neutral("there is one service tier", ("auto", "default")),
+    "store": Neutral("responses are not stored", (False,)),
+    "structured_outputs": Neutral(_NO_FORMATS, ({},)),
+    "truncate_prompt_tokens": Neutral("prompts are not truncated"),
+    "use_beam_search": Neutral(_NO_BEAMS, (False,)),
+}
+CONVERSATION: Mapping[str, Neutral] = {
+    "chat_template": Neutral("the checkpoint's own chat template cannot be replaced"),
+    "mm_processor_kwargs": Neutral(_TEXT_ONLY, ({},)),
+}
+CHAT: Mapping[str, Neutral] = {
+    "audio": Neutral(_TEXT_ONLY),
+    "echo": Neutral("echo is supported by /v1/completions only", (False,)),
+    "include_reasoning": Neutral("reasoning cannot be left out", (True,)),
+    "modalities": Neutral(_TEXT_ONLY, (["text"], [])),
+    "prediction": Neutral("predicted output is not supported"),
+    "separate_reasoning": Neutral("reasoning is always separate", (True,)),
+    "verbosity": Neutral("verbosity is not supported", ("medium",)),
+    "web_search_options": Neutral("web search is not supported"),
+}
+COMPLETION: Mapping[str, Neutral] = {
+    "suffix": Neutral("insertion before a suffix is not supported", ("",)),
+}
+MESSAGE: Mapping[str, Neutral] = {"audio": Neutral(_TEXT_ONLY)}
+
+# Accepted with any value: they do not change the response.
+NO_EFFECT_DECODING = frozenset(
+    {
+        "cache_prompt",
+        "metadata",
+        "parallel_tool_calls",
+        "priority",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "request_id",
+        "safety_identifier",
+        "spaces_between_special_tokens",
+        "user",
+    }
+)
+NO_EFFECT_MESSAGE = frozenset({"annotations", "cache_control", "id", "refusal", "status", "type"})
+NO_EFFECT_PART = frozenset({"annotations", "cache_control", "id", "logprobs"})

@@ -1,0 +1,205 @@
+"""Response bodies of the OpenAI API, with TriMode's own fields beside OpenAI's."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+
+class ResponseBody(BaseModel):
+    """Written without the fields that were not set."""
+
+    def json_text(self) -> str:
+        return self.model_dump_json(exclude_unset=True)
+
+
+class PromptTokensDetails(ResponseBody):
+    cached_tokens: int
+
+
+class CompletionTokensDetails(ResponseBody):
+    """Drafted tokens that were emitted are accepted predictions."""
+
+    reasoning_tokens: int
+    accepted_prediction_tokens: int
+    rejected_prediction_tokens: int
+
+
+class Usage(ResponseBody):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails
+
+
+class PassCounts(ResponseBody):
+    """Passes of a choice so far by kind, cycles, drafted and accepted tokens (``trimode.runtime.request.Counts``)."""
+
+    prefill: int
+    draft: int
+    denoise: int
+    commit: int
+    cycles: int
+    drafted: int
+    accepted: int
+
+
+class TokenOrigins(ResponseBody):
+    """The tokens of a choice or chunk.
+
+    pieces: the text of each token. origins: how each token was produced. rejected: drafted tokens that were rejected.
+    passes: counts of the whole choice so far.
+    """
+
+    pieces: list[str]
+    origins: list[str]
+    rejected: list[str]
+    passes: PassCounts
+
+
+class TopLogprob(ResponseBody):
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class TokenLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(ResponseBody):
+    content: list[TokenLogprob]
+
+
+FinishReason = Literal["stop", "length"]
+
+
+class AssistantMessage(ResponseBody):
+    role: Literal["assistant"] = "assistant"
+    content: str
+    reasoning_content: str | None = None
+
+
+class ChatChoice(ResponseBody):
+    index: int
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None = None
+    finish_reason: FinishReason | None
+    trimode: TokenOrigins | None = None
+
+
+class ChatCompletion(ResponseBody):
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class Delta(ResponseBody):
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+    reasoning_content: str | None = None
+
+
+class ChatChunkChoice(ResponseBody):
+    index: int
+    delta: Delta
+    logprobs: ChatLogprobs | None = None
+    finish_reason: FinishReason | None = None
+    trimode: TokenOrigins | None = None
+
+
+class ChatCompletionChunk(ResponseBody):
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None
+
+
+class CompletionLogprobs(ResponseBody):
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class CompletionChoice(ResponseBody):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None = None
+    finish_reason: FinishReason | None = None
+    trimode: TokenOrigins | None = None
+
+
+class Completion(ResponseBody):
+    """A whole response, or a chunk of a stream."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
+
+
+class ServedModel(ResponseBody):
+    """``root``: the name without the suffix of an alias. ``max_model_len``: tokens of prompt and completion."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    root: str
+    parent: None
+    max_model_len: int
+
+
+class ModelList(ResponseBody):
+    object: Literal["list"]
+    data: list[ServedModel]
+
+
+class Health(ResponseBody):
+    status: Literal["ok"]
+
+
+class Tokenized(ResponseBody):
+    """``token_strs``: the vocabulary's text of each token, if requested."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class Detokenized(ResponseBody):
+    prompt: str
+
+
+class TokenizerInfo(ResponseBody):
+    """The checkpoint's ``tokenizer_config.json`` and its chat template."""
+
+    model_config = ConfigDict(extra="allow")
+    tokenizer_class: str
+    chat_template: Any = None
+
+
+class Version(ResponseBody):
+    version: str
+
+
+class ErrorDetail(ResponseBody):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(ResponseBody):
+    error: ErrorDetail
