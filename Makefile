@@ -65,7 +65,7 @@ types: $(VENV)/.package ## mypy on the package
 	$(BIN)/mypy -p trimode
 
 docs: $(VENV)/.package ## Build the documentation site into site/, with warnings as errors
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 wheel: $(VENV)/.package ## Build the sdist and the wheel into dist/
 	@rm -rf dist
