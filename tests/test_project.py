@@ -1,9 +1,10 @@
-"""The house rules that tools would let slip: a folder named `build` is looked into, the runtime is light, and make's
-engines are of what was asked.
+"""Rules of the project: tools look into folders named `build`, the runtime needs no torch, and make builds an engine
+again when its model or its options change.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
-def bare_house(tmp_path: Path) -> Path:
+def bare_project(tmp_path: Path) -> Path:
     """The project's settings over two empty folders named build."""
     for file in ("pyproject.toml", ".gitignore"):
         shutil.copyfile(ROOT / file, tmp_path / file)
@@ -30,26 +31,26 @@ def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("folder", ["build", "tests/build"])
-def test_ruff_finds_a_fault_in_a_folder_named_build(bare_house: Path, folder: str) -> None:
+def test_ruff_finds_a_fault_in_a_folder_named_build(bare_project: Path, folder: str) -> None:
     ruff = [sys.executable, "-m", "ruff", "check", "--no-cache", "."]
-    assert run(bare_house, *ruff).returncode == 0
-    (bare_house / folder / "fault.py").write_text("import os\n")
-    found = run(bare_house, *ruff)
+    assert run(bare_project, *ruff).returncode == 0
+    (bare_project / folder / "fault.py").write_text("import os\n")
+    found = run(bare_project, *ruff)
     assert found.returncode == 1
     assert "F401" in found.stdout
 
 
-def test_pytest_runs_a_failing_test_in_tests_build(bare_house: Path) -> None:
-    (bare_house / "tests" / "build" / "test_fault.py").write_text("def test_fault():\n    assert False\n")
-    found = run(bare_house, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+def test_pytest_runs_a_failing_test_in_tests_build(bare_project: Path) -> None:
+    (bare_project / "tests" / "build" / "test_fault.py").write_text("def test_fault():\n    assert False\n")
+    found = run(bare_project, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
     assert found.returncode == 1
     assert "1 failed" in found.stdout
 
 
-def test_git_keeps_folders_named_build(bare_house: Path) -> None:
-    run(bare_house, "git", "init", "--quiet")
+def test_git_keeps_folders_named_build(bare_project: Path) -> None:
+    run(bare_project, "git", "init", "--quiet")
     for path in ("build/engine_builder.py", "tests/build/test_engine_builder.py"):
-        assert run(bare_house, "git", "check-ignore", path).returncode == 1
+        assert run(bare_project, "git", "check-ignore", path).returncode == 1
 
 
 def test_the_runtime_decodes_without_torch(random_engine: Path) -> None:
@@ -77,7 +78,7 @@ with LLM(Path(sys.argv[1])) as llm:
 
 TRIMODE = """\
 #!/bin/sh
-echo "$@" >>log
+printf '%s\\n' "$*" >>"$LOG"
 case "$*" in
 *broken*) exit 2 ;;
 quantize*) mkdir "$3" && touch "$3/config.json" ;;
@@ -88,71 +89,119 @@ esac
 
 @pytest.fixture
 def workshop(tmp_path: Path) -> Path:
-    """The Makefile over two models of one name, and a `trimode` that writes down what it is told."""
-    shutil.copyfile(ROOT / "Makefile", tmp_path / "Makefile")
-    for folder in ("model", "quantize", "plugins", "build", "runtime", "one/tiny/linear_spec_lora", "two/tiny"):
-        (tmp_path / folder).mkdir(parents=True)
-    for file in ("one/tiny/config.json", "one/tiny/linear_spec_lora/adapter_model.safetensors", "two/tiny/config.json"):
-        (tmp_path / file).write_text("")
-    (tmp_path / ".venv/bin").mkdir(parents=True)
-    (tmp_path / ".venv/bin/trimode").write_text(TRIMODE)
-    (tmp_path / ".venv/bin/trimode").chmod(0o755)
-    return tmp_path
+    """The Makefile in a folder with a space in its name, two models of one name, a `trimode` that logs its calls."""
+    folder = tmp_path / "a workshop"
+    for name in ("one model/tiny/linear_spec_lora", "two/tiny", "scripts", ".venv/bin"):
+        (folder / name).mkdir(parents=True)
+    for file in ("Makefile", "scripts/make_engine.py"):
+        shutil.copyfile(ROOT / file, folder / file)
+    adapter = "one model/tiny/linear_spec_lora/adapter_model.safetensors"
+    for file in ("one model/tiny/config.json", adapter, "two/tiny/config.json"):
+        (folder / file).write_text("")
+    (folder / ".venv/bin/trimode").write_text(TRIMODE)
+    (folder / ".venv/bin/trimode").chmod(0o755)
+    (folder / ".venv/bin/python").symlink_to(sys.executable)
+    return folder
 
 
-def told(workshop: Path, *arguments: str, code: int = 0) -> list[str]:
-    """The commands of `trimode` that make called, by their names."""
-    (workshop / "log").write_text("")
-    made = run(workshop, "make", "--old-file=.venv/.package", *arguments)
+def calls(workshop: Path, *arguments: str, code: int = 0) -> list[str]:
+    """The calls of `trimode` that make made."""
+    log = workshop / "log"
+    log.write_text("")
+    environment = os.environ | {"LOG": str(log)}
+    command = ["make", "--old-file=.venv/.package", "--old-file=.triton/.package", *arguments]
+    made = subprocess.run(command, cwd=workshop, env=environment, capture_output=True, text=True, check=False)
     assert made.returncode == code, made.stderr
-    return [line.split()[0] for line in (workshop / "log").read_text().splitlines()]
+    return log.read_text().splitlines()
 
 
+def commands(workshop: Path, *arguments: str, code: int = 0) -> list[str]:
+    """Their names."""
+    return [line.split()[0] for line in calls(workshop, *arguments, code=code)]
+
+
+MODEL = "MODEL=one model/tiny"
 BUILD = ["quantize", "build", "info"]
 CHANGES: dict[str, tuple[tuple[str, ...], Callable[[Path], object]]] = {
     "method": (("METHOD=rtn",), lambda _: None),
     "group": (("GROUP=32",), lambda _: None),
-    "calibration": (("CALIBRATION=text.jsonl",), lambda folder: (folder / "text.jsonl").write_text("")),
+    "calibration": (("CALIBRATION=a text.jsonl",), lambda folder: (folder / "a text.jsonl").write_text("")),
     "another folder of the same name": (("MODEL=two/tiny",), lambda _: None),
-    "changed model": ((), lambda folder: (folder / "one/tiny/config.json").write_text("{}")),
+    "changed model": ((), lambda folder: (folder / "one model/tiny/config.json").write_text("{}")),
     "changed adapter": (
         (),
-        lambda folder: (folder / "one/tiny/linear_spec_lora/adapter_model.safetensors").write_text("x"),
+        lambda folder: (folder / "one model/tiny/linear_spec_lora/adapter_model.safetensors").write_text("x"),
     ),
-    "no adapter": ((), lambda folder: shutil.rmtree(folder / "one/tiny/linear_spec_lora")),
+    "no adapter": ((), lambda folder: shutil.rmtree(folder / "one model/tiny/linear_spec_lora")),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_make_builds_the_engine_anew_when_it_is_not_of_what_was_asked(workshop: Path, change: str) -> None:
+def test_make_builds_the_engine_again_when_what_it_is_made_of_changes(workshop: Path, change: str) -> None:
     arguments, apply = CHANGES[change]
-    asked = ("build-engine", "MODEL=one/tiny")
-    assert told(workshop, *asked) == BUILD
-    assert told(workshop, *asked) == ["info"]
+    assert commands(workshop, "build-engine", MODEL) == BUILD
+    assert commands(workshop, "build-engine", MODEL) == ["info"]
     apply(workshop)
-    assert told(workshop, *asked, *arguments) == BUILD
-    assert told(workshop, *asked, *arguments) == ["info"]
+    assert commands(workshop, "build-engine", MODEL, *arguments) == BUILD
+    assert commands(workshop, "build-engine", MODEL, *arguments) == ["info"]
     assert not list(workshop.glob("engines/*.new"))
 
 
+def test_make_passes_paths_with_spaces_whole(workshop: Path) -> None:
+    (workshop / "a text.jsonl").write_text("")
+    arguments = ("build-engine", MODEL, "ENGINE=my engines/an engine", "CALIBRATION=a text.jsonl")
+    assert calls(workshop, *arguments) == [
+        "quantize one model/tiny engines/tiny-w4a16-awq64.new --method awq --group 64 --calibration a text.jsonl",
+        "build engines/tiny-w4a16-awq64 my engines/an engine.new --target cpu",
+        "info my engines/an engine",
+    ]
+    assert calls(workshop, "serve", *arguments[1:]) == ["serve my engines/an engine"]
+
+
+def test_make_audits_in_folders_with_spaces(workshop: Path) -> None:
+    (workshop / "my engines/random").mkdir(parents=True)
+    (workshop / "my engines/random/config.json").write_text("")
+    assert calls(workshop, "audit", "AUDITED=my engines/random") == [
+        "build my engines/random my engines/random-rtx --target rtx --sm 121,120,89 --capacity 32768",
+        "audit my engines/random-rtx --window 512,4096,32768 --plot my engines/random-rtx.png",
+    ]
+
+
 def test_make_builds_for_another_target_from_the_same_weights(workshop: Path) -> None:
-    engine = ("build-engine", "MODEL=one/tiny", "ENGINE=engines/mine")
-    assert told(workshop, *engine) == BUILD
-    assert told(workshop, *engine, "TARGET=rtx") == ["build", "info"]
+    engine = ("build-engine", MODEL, "ENGINE=engines/mine")
+    assert commands(workshop, *engine) == BUILD
+    assert commands(workshop, *engine, "TARGET=rtx") == ["build", "info"]
 
 
-def test_make_needs_the_quantised_folder_no_more_once_the_engine_stands(workshop: Path) -> None:
-    told(workshop, "build-engine", "MODEL=one/tiny")
+def test_make_does_not_quantise_what_is_int4(workshop: Path) -> None:
+    (workshop / "two/tiny/hf_quant_config.json").write_text("")
+    assert calls(workshop, "build-engine", "MODEL=two/tiny") == [
+        "build two/tiny engines/tiny-cpu.new --target cpu",
+        "info engines/tiny-cpu",
+    ]
+
+
+def test_make_takes_a_hub_id(workshop: Path) -> None:
+    built = calls(workshop, "build-engine", "MODEL=someone/Some-Model-8B")
+    assert built[0] == (
+        "quantize someone/Some-Model-8B engines/Some-Model-8B-w4a16-awq128.new --method awq --group 128"
+    )
+    assert commands(workshop, "build-engine", "MODEL=someone/Some-Model-8B") == ["info"]
+
+
+def test_make_does_not_need_the_quantised_folder_once_the_engine_is_built(workshop: Path) -> None:
+    commands(workshop, "build-engine", MODEL)
     shutil.rmtree(workshop / "engines/tiny-w4a16-awq64")
-    assert told(workshop, "build-engine", "MODEL=one/tiny") == ["info"]
+    assert commands(workshop, "build-engine", MODEL) == ["info"]
+    assert commands(workshop, "build-engine", MODEL, "TARGET=rtx") == BUILD
 
 
 def test_make_keeps_what_it_has_not_made_and_what_it_cannot_replace(workshop: Path) -> None:
     (workshop / "mine").mkdir()
     (workshop / "mine/manifest.json").write_text("mine")
-    assert told(workshop, "build-engine", "MODEL=one/tiny", "ENGINE=mine", code=2) == []
-    assert told(workshop, "serve", "ENGINE=mine") == ["serve"]
+    assert commands(workshop, "build-engine", MODEL, "ENGINE=mine", code=2) == []
+    assert commands(workshop, "serve", "ENGINE=mine") == ["serve"]
     assert (workshop / "mine/manifest.json").read_text() == "mine"
-    told(workshop, "build-engine", "MODEL=one/tiny", "ENGINE=engines/kept")
-    told(workshop, "build-engine", "MODEL=one/tiny", "ENGINE=engines/kept", "TARGET=broken", code=2)
+    commands(workshop, "build-engine", MODEL, "ENGINE=engines/kept")
+    commands(workshop, "build-engine", MODEL, "ENGINE=engines/kept", "TARGET=broken", code=2)
     assert (workshop / "engines/kept/manifest.json").exists()
