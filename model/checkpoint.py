@@ -1,7 +1,7 @@
 """A checkpoint folder, opened lazily and checked against its own config before any weight is read.
 
 Formats: the family's Hugging Face folder (one or several safetensors files, the ``linear_spec_lora`` adapter folder),
-and the same with ModelOpt's unified int4 export (``hf_quant_config.json``). safetensors only: nothing is unpickled.
+and the same with ModelOpt's int4 weights. Weights are read from safetensors files only: nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -20,30 +20,18 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 from safetensors import SafetensorError, safe_open
 
 from trimode.common.errors import TriModeError
-from trimode.common.records import read_json, read_json_record
+from trimode.common.records import read_json, read_json_object, read_json_record
 from trimode.model import int4
-from trimode.model.config import ModelConfig
+from trimode.model.config import CONFIG, ModelConfig
+from trimode.model.quantization import QUANT_CONFIG_FILE, read_quantization
 
 ADAPTER_FOLDER = "linear_spec_lora"
 HEAD = "diffusion_head"
 # In `config.json` of a quantised checkpoint: the name of the checkpoint that it was made from.
 SOURCE_NAME = "base_model"
 FLOAT_DTYPES = ("F32", "F16", "BF16")
-
-
-class QuantizationConfig(BaseModel):
-    """``hf_quant_config.json``'s ``quantization`` section, as ModelOpt writes it for int4 weights."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-    quant_algo: Literal["W4A16_AWQ", "W4A16"]
-    group_size: PositiveInt
-    has_zero_point: Literal[False] = False
-    exclude_modules: tuple[str, ...] = ()
-
-
-class _QuantizationFile(BaseModel):
-    quantization: QuantizationConfig
+# The name of one of several files that hold a model's weights.
+_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 
 
 class AdapterConfig(BaseModel):
@@ -205,11 +193,10 @@ class Checkpoint:
         self.folder = folder
         self.config = ModelConfig.of_folder(folder)
         self.name = name or _recorded_name(folder) or folder.resolve().name
-        quantization_file = folder / "hf_quant_config.json"
-        self.quantization = (
-            read_json_record(_QuantizationFile, quantization_file).quantization if quantization_file.exists() else None
-        )
         self._files = TensorFiles(_weight_files(folder))
+        self.quantization = read_quantization(folder, self._group_of_scales())
+        if self.quantization is None:
+            self._refuse_unstated_quantization()
         _check(self._files, self._expected(), folder)
         self.adapter = Adapter(folder / ADAPTER_FOLDER, self.config) if (folder / ADAPTER_FOLDER).is_dir() else None
 
@@ -219,9 +206,7 @@ class Checkpoint:
 
     def is_int4(self, module: str) -> bool:
         """Whether the linear layer of that name is stored as int4."""
-        if self.quantization is None:
-            return False
-        return not any(_matches(pattern, module) for pattern in self.quantization.exclude_modules)
+        return self.quantization is not None and self.quantization.is_int4(module)
 
     def linear(self, module: str) -> DenseWeight | Int4Weight:
         """The matrix of a linear layer, e.g. ``encoder.layers.0.mlp.up_proj``."""
@@ -254,6 +239,24 @@ class Checkpoint:
         linear = sum(rows * columns for rows, columns in linear_shapes(self.config).values())
         return linear + sum(int(np.prod(shape)) for shape in vector_shapes(self.config).values())
 
+    def _refuse_unstated_quantization(self) -> None:
+        """Raises TriModeError if tensors are quantised, which nothing states."""
+        quantised = next((name for name in sorted(self._files.names()) if _is_quantised(name, self._files)), None)
+        if quantised is not None:
+            raise TriModeError(
+                f"{self.folder} is quantised ({quantised} is {self._files.described(quantised)[0]}), but has neither "
+                f"{QUANT_CONFIG_FILE} nor quantization_config in {CONFIG}; restore the file that states how"
+            )
+
+    def _group_of_scales(self) -> int | None:
+        """Input channels that share a scale, by the shape of the first matrix that has scales; None if none has."""
+        for module, (_, columns) in linear_shapes(self.config).items():
+            scale = f"{module}.weight_scale"
+            if scale in self._files.names():
+                groups = self._files.described(scale)[1][-1:]
+                return columns // groups[0] if groups and groups[0] else None
+        return None
+
     def _expected(self) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
         expected: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
             name: (FLOAT_DTYPES, shape) for name, shape in vector_shapes(self.config).items()
@@ -273,6 +276,12 @@ class Checkpoint:
             if f"{module}.pre_quant_scale" in self._files.names():
                 expected[f"{module}.pre_quant_scale"] = (FLOAT_DTYPES, (columns,))
         return expected
+
+
+def _is_quantised(name: str, files: TensorFiles) -> bool:
+    """Whether the tensor is a quantised matrix, or a scale of one or of a quantised KV cache."""
+    scales = (".weight_scale", ".weight_scale_2", ".input_scale", ".k_scale", ".v_scale")
+    return name.endswith(scales) or (name.endswith("_proj.weight") and files.described(name)[0] not in FLOAT_DTYPES)
 
 
 def open_checkpoint(source: str | Path) -> Checkpoint:
@@ -312,23 +321,32 @@ def _download(hub_id: str) -> Path:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """Those that the index names, or the single one. Others beside them are not the checkpoint's: hub folders may hold
-    the weights a second time in another program's form, such as ``consolidated.safetensors``.
+    """The files that the index lists, or the single one.
+
+    A stale file of another set of weights is refused. Other safetensors files are ignored: hub folders may hold the
+    weights a second time in another program's form, such as ``consolidated.safetensors``.
     """
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    shards = {path.name for path in folder.glob("model-*.safetensors") if _SHARD.fullmatch(path.name)}
     if not index.exists():
+        if shards and not single.exists():
+            raise TriModeError(f"{index} is missing, which lists the tensors of {', '.join(sorted(shards)[:3])}")
+        _refuse_stale(folder, shards, single.name)
         return [single]
-    content = read_json(index)
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise TriModeError(f"{index}: weight_map is missing or empty")
     names = sorted({str(name) for name in weight_map.values()})
     for name in names:
         if Path(name).name != name:
             raise TriModeError(f"{index}: weight_map names {name!r}, which is not a plain file name")
-    if single.exists() and single.name not in names:
-        raise TriModeError(f"{folder} holds two sets of weights, {single.name} and {index.name}; remove the stale one")
+    _refuse_stale(folder, (shards | ({single.name} if single.exists() else set())) - set(names), index.name)
     return [folder / name for name in names]
+
+
+def _refuse_stale(folder: Path, surplus: set[str], kept: str) -> None:
+    if surplus:
+        raise TriModeError(f"{folder} holds two sets of weights, {min(surplus)} and {kept}; remove the stale one")
 
 
 def _check(files: TensorFiles, expected: Mapping[str, tuple[tuple[str, ...], tuple[int, ...]]], folder: Path) -> None:
@@ -345,7 +363,3 @@ def _check(files: TensorFiles, expected: Mapping[str, tuple[tuple[str, ...], tup
             )
         if dtype not in dtypes:
             raise TriModeError(f"{files.file_of(name)}: tensor {name} is {dtype}, expected {' or '.join(dtypes)}")
-
-
-def _matches(pattern: str, module: str) -> bool:
-    return re.fullmatch(re.escape(pattern).replace(r"\*", ".*"), module) is not None
