@@ -1,7 +1,9 @@
-// A conversation in one or two lanes, each with its own mode; what the server says goes into the page as text only.
+// A conversation in one or two lanes, each with its own mode. The server's output is inserted as text only.
 
 const FLASH_MS = 600;
 const THINK_END = "</think>";
+// Distance from the end, in pixels, within which a conversation follows its new text.
+const FOLLOW_PIXELS = 40;
 
 const byId = (id) => document.getElementById(id);
 const element = (tag, className, text = "") => Object.assign(document.createElement(tag), { className, textContent: text });
@@ -11,25 +13,32 @@ function headers() {
   return key ? { authorization: `Bearer ${key}` } : {};
 }
 
+class Refusal extends Error {}
+
 async function refusal(response) {
   if (response.status === 401) {
+    const wrong = byId("key").value !== "";
     byId("key-field").hidden = false;
     byId("key").focus();
+    const words = wrong ? "The API key is wrong. Enter another one." : "This server needs an API key. Enter it above.";
+    byId("notice").textContent = words;
+    return new Refusal(words);
   }
   const body = await response.json().catch(() => null);
-  return new Error(body?.error?.message ?? `the server answered ${response.status}`);
+  return new Refusal(body?.error?.message ?? `The server answered ${response.status}.`);
 }
 
-// The JSON of each server-sent event. Without the last one the answer is not whole.
+// The JSON of each server-sent event. Without the last event the answer is incomplete. Comments keep the stream open.
 async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let held = "";
   for (;;) {
     const { value, done } = await reader.read();
-    if (done) throw new Error("the connection broke off");
+    if (done) throw new Error("The connection was lost.");
     const parts = (held + value).split("\n\n");
     held = parts.pop();
     for (const part of parts) {
+      if (part.startsWith(":")) continue;
       const data = part.replace(/^data: /, "");
       if (data === "[DONE]") return;
       yield JSON.parse(data);
@@ -75,10 +84,32 @@ class Lane {
     const turn = element("li", "turn", text);
     turn.dataset.who = who;
     this.turns.append(turn);
-    this.talk.scrollTop = this.talk.scrollHeight;
+    this.scrollToEnd();
     return turn;
   }
 
+  scrollToEnd() {
+    this.talk.scrollTop = this.talk.scrollHeight;
+  }
+
+  // Whoever reads further up stays there.
+  follow(change) {
+    const { scrollTop, clientHeight, scrollHeight } = this.talk;
+    change();
+    if (scrollHeight - scrollTop - clientHeight < FOLLOW_PIXELS) this.scrollToEnd();
+  }
+
+  clear() {
+    this.messages = [];
+    this.turns.replaceChildren();
+    this.show({ speed: "–", forward: "–", acceptance: "–" });
+  }
+
+  noteMissingHistory() {
+    this.turns.append(element("li", "note", "This lane starts without the conversation so far."));
+  }
+
+  // Resolves to whether the server refused the prompt.
   async ask(prompt, signal) {
     this.turn("you", prompt);
     this.messages.push({ role: "user", content: prompt });
@@ -98,9 +129,13 @@ class Lane {
       }
       this.messages.push({ role: "assistant", content: answer.content });
       this.turns.append(element("li", "hidden", answer.origins()));
+      return false;
     } catch (error) {
       this.messages.pop();
-      answer.turn.append(element("span", "error", error.name === "AbortError" ? " [stopped]" : ` ${error.message}`));
+      const words = error.name === "AbortError" ? "[stopped]" : error.message;
+      const space = answer.turn.childNodes.length ? " " : "";
+      this.follow(() => answer.turn.append(element("span", "error", space + words)));
+      return error instanceof Refusal;
     } finally {
       this.talk.setAttribute("aria-busy", "false");
     }
@@ -126,13 +161,14 @@ class Answer {
 
   add(choice) {
     this.content += choice.delta.content ?? "";
-    const told = choice.trimode;
-    if (!told) return;
+    const found = choice.trimode;
+    if (!found) return;
     this.first ??= performance.now();
-    told.pieces.forEach((piece, index) => this.addToken(piece, told.origins[index]));
-    this.flash(told.rejected);
-    this.lane.show(this.figures(told.passes));
-    this.lane.talk.scrollTop = this.lane.talk.scrollHeight;
+    this.lane.follow(() => {
+      found.pieces.forEach((piece, index) => this.addToken(piece, found.origins[index]));
+      this.flash(found.rejected);
+    });
+    this.lane.show(this.figures(found.passes));
   }
 
   addToken(piece, origin) {
@@ -148,7 +184,7 @@ class Answer {
     }
   }
 
-  // What the colours say, for those who do not see them.
+  // The meaning of the colours, for screen readers.
   origins() {
     return `Tokens: ${Object.entries(this.counts).map(([origin, count]) => `${count} ${origin}`).join(", ")}`;
   }
@@ -162,7 +198,7 @@ class Answer {
     }
   }
 
-  // The first token is the prefill's, and starts the clock.
+  // The first token comes from the prefill and starts the clock.
   figures({ draft, denoise, commit, drafted, accepted }) {
     const seconds = (performance.now() - this.first) / 1000;
     const passes = draft + denoise + commit;
@@ -178,10 +214,29 @@ class Answer {
 const lanes = [new Lane("A", "linear_spec"), new Lane("B", "ar")];
 let stopper = null;
 
+function shownLanes() {
+  return byId("compare").checked ? lanes : lanes.slice(0, 1);
+}
+
+// A lane that is shown already keeps its place, and its scroll position with it.
 function showLanes() {
-  const shown = byId("compare").checked ? lanes : lanes.slice(0, 1);
-  byId("lanes").replaceChildren(...shown.map((lane) => lane.root));
-  return shown;
+  const shown = shownLanes();
+  for (const lane of lanes) {
+    if (!shown.includes(lane)) lane.root.remove();
+    else if (!lane.root.isConnected) byId("lanes").append(lane.root);
+  }
+}
+
+function compare() {
+  const [first, second] = lanes;
+  if (byId("compare").checked && first.messages.length && !second.turns.children.length) second.noteMissingHistory();
+  showLanes();
+}
+
+function newChat() {
+  stopper?.abort();
+  for (const lane of lanes) lane.clear();
+  byId("prompt").focus();
 }
 
 async function send() {
@@ -191,12 +246,13 @@ async function send() {
   field.value = "";
   stopper = new AbortController();
   exchange(byId("send"), byId("stop"));
-  await Promise.all(showLanes().map((lane) => lane.ask(prompt, stopper.signal)));
+  const refused = await Promise.all(shownLanes().map((lane) => lane.ask(prompt, stopper.signal)));
   stopper = null;
+  if (refused.every(Boolean) && !field.value) field.value = prompt;
   exchange(byId("stop"), byId("send"), field);
 }
 
-// Enable one button instead of another, and do not lose the keyboard's focus with that.
+// Enable one button instead of another, and keep the keyboard's focus.
 function exchange(old, button, next = button) {
   button.disabled = false;
   if (document.activeElement === old) next.focus();
@@ -205,11 +261,16 @@ function exchange(old, button, next = button) {
 
 async function showModel() {
   const response = await fetch("v1/models", { headers: headers() });
-  if (response.ok) byId("model").textContent = (await response.json()).data[0].id;
-  else await refusal(response);
+  if (response.ok) {
+    byId("model").textContent = (await response.json()).data[0].id;
+    byId("notice").textContent = "";
+  } else {
+    await refusal(response);
+  }
 }
 
-byId("compare").addEventListener("change", showLanes);
+byId("compare").addEventListener("change", compare);
+byId("new-chat").addEventListener("click", newChat);
 byId("key").addEventListener("change", showModel);
 byId("stop").addEventListener("click", () => stopper?.abort());
 byId("ask").addEventListener("submit", (event) => { event.preventDefault(); send(); });
