@@ -1,31 +1,29 @@
-"""The step contract: what both engines of every target take and give.
+"""The step contract: the inputs and outputs of both engines, on every target.
 
-A step is S tokens for each of B sequences, written to the KV pool from row ``write_indices`` (the rows committed so
-far) on.
+A step is S tokens for each of B sequences. It writes their KV rows to the KV pool, from row ``write_indices`` on: the
+number of committed rows.
 
-==========================================  ======================  =================================================
-input                                       shape                   meaning
-==========================================  ======================  =================================================
-``input_ids``, ``position_ids``             [B, S]                  tokens of this step, their absolute positions
-``write_indices``                           [B]                     first KV row that this step writes
-``block_mask`` (AR)                         [B, S, S] bool          which tokens of the step each one sees
-``step_lengths`` (diffusion)                [B]                     real tokens of the step; all see each other
-``logit_rows``                              [B, R]                  rows of the step that need logits
-``top_k`` (target cpu)                      [1]                     k: candidates wanted of each of them
-``adapter_scale`` (diffusion)               [B]                     1: with the draft adapter; 0: without
-``adapter_down.i`` (diffusion)              [query width, rank]     the draft adapter's A, transposed
-``adapter_up.i`` (diffusion)                [rank, hidden]          its B, transposed, with its scale
-``k_cache.i``, ``v_cache.i``                [B, KV heads, C, D]     the KV pool: C rows of D; ``*_out.i`` alias them
-``k_view.i``, ``v_view.i`` (rtx, view)      [B, KV heads, C, D]     the same memory again, for the attention to read
-``window_rows`` (rtx, window)               [W]                     0 .. W - 1: attend to the first W rows of the pool
-==========================================  ======================  =================================================
+| input | shape | meaning |
+|---|---|---|
+| ``input_ids``, ``position_ids`` | [B, S] | tokens of this step and their absolute positions |
+| ``write_indices`` | [B] | first KV row that this step writes |
+| ``block_mask`` (AR) | [B, S, S] bool | tokens of this step that each token attends to |
+| ``step_lengths`` (diffusion) | [B] | real tokens of the step; they attend to each other |
+| ``logit_rows`` | [B, R] | rows of the step that need logits |
+| ``top_k`` (target cpu) | [1] | k: candidates to return for each of these rows |
+| ``adapter_scale`` (diffusion) | [B] | 1: with the draft adapter; 0: without |
+| ``adapter_down.i`` (diffusion) | [query width, rank] | the draft adapter's A, transposed |
+| ``adapter_up.i`` (diffusion) | [rank, hidden] | the draft adapter's B, transposed and scaled |
+| ``k_cache.i``, ``v_cache.i`` | [B, KV heads, C, D] | the KV pool: C rows of D; the outputs ``*_out.i`` alias them |
+| ``k_view.i``, ``v_view.i`` (rtx, view) | [B, KV heads, C, D] | the same memory, bound again for attention to read |
+| ``window_rows`` (rtx, window) | [W] | 0 .. W - 1: attend to the first W rows of the pool |
 
-``block_mask``: a lower triangle is causal, a tree's ancestors verify a tree, and a row of padding sees itself. The rows
-already committed are visible to every token.
+``block_mask``: a lower triangle is causal; a tree's ancestors verify a tree; a row of padding attends to itself. Every
+token attends to the committed rows.
 
-Outputs: ``top_logits`` and ``top_tokens`` [B, R, k], best first, and ``log_sum_exp`` [B, R] over the whole vocabulary;
-the mask token has no probability. Rows below ``write_indices`` are never changed. In the AR engine row i predicts
-position i + 1, in the diffusion engine position i itself.
+Outputs: ``top_logits`` and ``top_tokens`` [B, R, k], best first, and ``log_sum_exp`` [B, R] over the whole vocabulary.
+The mask token has probability 0. Rows below ``write_indices`` never change. Row i predicts position i + 1 in the AR
+engine, and position i in the diffusion engine.
 """
 
 from __future__ import annotations
