@@ -1,11 +1,19 @@
-"""An estimate of self-speculation on the 8B checkpoint with the kernels of plugins/: what docs/kernels.md shows.
+"""A lower bound of self-speculation's time on the 8B checkpoint with these kernels: tables of docs/kernels.md.
 
-    python -m scripts.gpu.cycle_estimate                tables of a pass and of a cycle; no GPU is asked
+    python -m scripts.gpu.cycle_estimate                prints a draft's kernels and a cycle's time; needs no GPU
     python -m scripts.gpu.cycle_estimate --real fp16    the same for a build in fp16
 
-A kernel takes the longest of three times, and a launch: its bytes through memory, its products on the tensor cores,
-its instructions through the schedulers. Bytes are counted by scripts/gpu/traffic.py, instructions in the binary's loop.
-Kernels that TensorRT brings itself (norms, SwiGLU, the adapter's first half, the head) count by their bytes.
+A kernel takes at least the longest of four times:
+
+- memory: its bytes (scripts/gpu/traffic.py) at the GPU's bandwidth;
+- latency: a program waits for memory once for every tile that is not prefetched, and programs beyond those that fit on
+  the GPU at once wait for an earlier one to end (waves);
+- tensor cores: the products of the programs of the busiest multiprocessor;
+- instructions: those of the warps of its busiest scheduler, counted in the loop of the compiled kernel.
+
+Of an int4 product's tactics the fastest by this bound is taken, since TensorRT times them. Kernels that TensorRT brings
+itself (norms, SwiGLU, the adapter's down product, the head) are counted by their bytes alone. To every kernel the gap
+before its launch is added.
 """
 
 from __future__ import annotations
@@ -30,6 +38,7 @@ from scripts.gpu.traffic import (
     kv_write_traffic,
     merge_traffic,
     moved_bytes,
+    split_rows,
 )
 from trimode.build.audit.roofline import (
     ACCEPTANCE_LENGTH,
@@ -42,70 +51,190 @@ from trimode.build.audit.roofline import (
 )
 from trimode.engine.precision import Real
 from trimode.plugins.compilation import compile_operator
-from trimode.plugins.operators import Attend, KvWrite, MergeSplits, Tactic
+from trimode.plugins.operators import Attend, KvWrite, MergeSplits
 
 BLOCK = 32
-# Assumed: the gap between two kernels of a CUDA graph that wait for each other. Not measured here.
-LAUNCH = 1.5e-6
-# fp32 FLOP/s of the data sheets: a scheduler issues 32 fused multiply-adds, 64 FLOP, an instruction.
-FP32_PEAK = {"dgx-spark": 31e12, "rtx-pro-6000": 125e12, "h100": 67e12, "b200": 75e12}
-FLOP_AN_INSTRUCTION = 64
+# Assumed: the gap between two dependent kernels of a CUDA graph. Not measured here.
+LAUNCH_SECONDS = 1.5e-6
+# Assumed: cycles from a load to its data, from an idle device memory; microbenchmarks of recent GPUs find 450 to 550
+# (arXiv 2402.13499).
+MEMORY_LATENCY = 450
+SCHEDULERS, LANES = 4, 128  # of a multiprocessor
 PUBLISHED_AT = {"dgx-spark": "dgx-spark", "rtx-pro-6000": "rtx-pro-6000", "b200": "gb200"}
 
 
+class Chip(NamedTuple):
+    """From the data sheets. fp32: peak FLOP/s. shared_bytes, threads: of a multiprocessor."""
+
+    multiprocessors: int
+    fp32: float
+    shared_bytes: int
+    threads: int
+
+    @property
+    def clock(self) -> float:
+        """Hz of the fp32 peak, at which each scheduler issues an instruction a cycle."""
+        return self.fp32 / (self.multiprocessors * LANES * 2)
+
+
+CHIPS = {
+    "dgx-spark": Chip(48, 31e12, 100 << 10, 1536),
+    "rtx-pro-6000": Chip(188, 125e12, 100 << 10, 1536),
+    "h100": Chip(132, 67e12, 228 << 10, 2048),
+    "b200": Chip(148, 75e12, 228 << 10, 2048),
+}
+_REGISTERS, _RESERVED_SHARED_BYTES, _WARP = 65536, 1024, 32
+
+
+class Binary(NamedTuple):
+    """A compiled kernel. loop_instructions: of one warp in one iteration. prefetches: its loop loads tiles ahead by
+    cp.async, W's or K's and V's among them.
+    """
+
+    registers: int
+    shared_bytes: int
+    loop_instructions: int
+    async_bytes: int
+
+
+class Launch(NamedTuple):
+    """programs: with work. resident: programs that fit on a multiprocessor at once. waits: round trips to memory of
+    one program, one after the other. instructions: of one warp.
+    """
+
+    programs: int
+    warps: int
+    resident: int
+    waits: float
+    instructions: float = 0
+
+
 class Work(NamedTuple):
-    """``count`` kernels of a pass, each with so many bytes, FLOPs, and instructions of a warp."""
+    """``count`` kernels of a pass, each with so many bytes and FLOPs. launch: None for TensorRT's own kernels."""
 
     name: str
     count: int
     moved: float
     flops: float = 0
-    instructions: float = 0
+    launch: Launch | None = None
+    tactic: str = ""
 
 
-def pass_work(step: int, window: int, adapter: bool, capability: int, real: Real) -> Iterator[Work]:
-    """A pass over a block; with the adapter it is a draft, without a verification."""
+def seconds(gpu: GpuModel, work: Work) -> tuple[float, str]:
+    """The lower bound of one kernel, the gap before its launch aside, and what sets it."""
+    bounds = {"memory": work.moved / gpu.bandwidth, "tensor cores": work.flops / gpu.peak}
+    if work.launch is not None:
+        chip, launch = CHIPS[gpu.key], work.launch
+        busiest = _ceil(launch.programs, chip.multiprocessors)
+        waves = _ceil(launch.programs, chip.multiprocessors * launch.resident)
+        warps = _ceil(busiest * launch.warps, SCHEDULERS)
+        bounds["tensor cores"] *= busiest * chip.multiprocessors / launch.programs
+        bounds["latency"] = waves * launch.waits * MEMORY_LATENCY / chip.clock
+        bounds["instructions"] = warps * launch.instructions / chip.clock
+    bound = max(bounds, key=lambda name: bounds[name])
+    return bounds[bound], bound
+
+
+def pass_work(gpu: GpuModel, step: int, window: int, adapter: bool, real: Real) -> Iterator[Work]:
+    """The kernels of a pass over a block; with the adapter it is a draft, without it a verification."""
     config, layers, hidden = CONFIG_8B, CONFIG_8B.num_hidden_layers, CONFIG_8B.hidden_size
     row, inner = step * hidden * REAL_BYTES, config.intermediate_size
     yield Work("norms", 2 * layers + 1, 2 * row)
-    for name, key in (
-        ("qkv", "qkv"),
-        ("o", "o with adapter" if adapter else "o"),
-        ("gate_up", "gate_up"),
-        ("down", "down"),
-    ):
-        product = PRODUCTS[key]
-        node, rank = product.node(step), product.rank
-        tactic = smallest_fitting(product.operator.tactics(node), step)
-        flops = 2 * step * product.columns * (product.inner + rank)
-        instructions = product.inner * product.columns * _per_weight(tactic, capability, real)
-        moved = moved_bytes(int4_product_traffic(node, tactic, REAL_BYTES))
-        yield Work(f"{name} product", layers, moved, flops, instructions)
-        if rank:
-            yield Work("adapter down", layers, row + hidden * rank * REAL_BYTES, 2 * step * hidden * rank)
+    for name in ("qkv", "o", "gate_up", "down"):
+        yield _product(gpu, name, step, adapter and name == "o", real)
+    if adapter:
+        rank = PRODUCTS["o with adapter"].rank
+        yield Work("adapter down", layers, row + hidden * rank * REAL_BYTES, 2 * step * hidden * rank)
     write = KvWrite.node(batch=1, step=step, capacity=window + step, **ATTENTION)
-    yield Work("KV write", layers, moved_bytes(kv_write_traffic(write, REAL_BYTES)))
-    attend = Attend("bidirectional" if adapter else "masked")
-    node = attend.node(batch=1, step=step, capacity=window + step, splits=SPLITS, **ATTENTION)
-    tactic = smallest_fitting(attend.tactics(node), step * ATTENTION["group"])
-    attended = attend_traffic(attend, node, tactic, [window], REAL_BYTES)
-    yield Work("attention", layers, moved_bytes(attended), 4 * step * (window + step) * config.query_width)
-    merged = merge_traffic(MergeSplits.node(batch=1, step=step, splits=SPLITS, **ATTENTION), attended, REAL_BYTES)
-    yield Work("merge", layers, moved_bytes(merged))
+    yield Work(
+        "KV write",
+        layers,
+        moved_bytes(kv_write_traffic(write, REAL_BYTES)),
+        launch=Launch(step, KvWrite.TACTICS[0].warps, resident=1, waits=1),
+    )
+    yield from _attention(gpu, step, window, adapter, real)
     yield Work("SwiGLU", layers, 3 * step * inner * REAL_BYTES)
     head = config.vocab_size * hidden
     yield Work("head", 1, head * REAL_BYTES + step * config.vocab_size * 4, 2 * step * head)
-    # Three reads of the fp32 logits: best, sum, and the bias of the mask token.
+    # Three reads of the fp32 logits: their maximum, their sum of exponentials, and the mask token's bias.
     yield Work("top-k, log-sum-exp", 3, step * config.vocab_size * 4 + step * TOP_K * 12)
     yield Work("embedding, angles", 10, row)
 
 
+def _product(gpu: GpuModel, name: str, rows: int, adapter: bool, real: Real) -> Work:
+    """The product in its fastest tactic. Loops are counted in gate_up's binary: the others differ in constants."""
+    product = PRODUCTS["o with adapter" if adapter else name]
+    node = product.node(rows)
+    found = []
+    for number, tactic in product.operator.tactics(node).items():
+        constants = tactic.constants
+        block_m, block_n, block_k = (constants[key] for key in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
+        if block_m < 16 < rows:  # without tensor cores, and with as many passes over the weights as tiles of rows
+            continue
+        binary = _binary("product", number, gpu.compute_capability, real)
+        tile = block_k * block_n // 2 + block_m * block_k * REAL_BYTES
+        ahead = tactic.stages - 1 if binary.async_bytes >= tile else 1
+        iterations = product.inner // block_k
+        grid = product.operator.grid(node, tactic)
+        launch = Launch(
+            programs=grid[0] * grid[1],
+            warps=tactic.warps,
+            resident=_resident(CHIPS[gpu.key], binary, tactic.warps),
+            waits=iterations / ahead,
+            instructions=iterations * binary.loop_instructions,
+        )
+        flops = 2 * rows * product.columns * (product.inner + product.rank)
+        moved = moved_bytes(int4_product_traffic(node, tactic, REAL_BYTES))
+        found.append(Work(f"{name} product", CONFIG_8B.num_hidden_layers, moved, flops, launch, f"{block_m}x{block_n}"))
+    return min(found, key=lambda work: seconds(gpu, work)[0])
+
+
+def _attention(gpu: GpuModel, step: int, window: int, adapter: bool, real: Real) -> Iterator[Work]:
+    layers, sizes = CONFIG_8B.num_hidden_layers, ATTENTION
+    attend = Attend("bidirectional" if adapter else "masked")
+    node = attend.node(batch=1, step=step, capacity=window + step, splits=SPLITS, **sizes)
+    tactics = attend.tactics(node)
+    tactic = smallest_fitting(tactics, step * sizes["group"])
+    number = next(n for n, other in tactics.items() if other == tactic)
+    constants = tactic.constants
+    tiles, heads, _ = attend.grid(node, tactic)
+    splits = heads // sizes["kv_heads"]
+    spans = [
+        split_rows(window + step, split, splits, constants["BLOCK_N"], constants["MIN_ROWS"]) for split in range(splits)
+    ]
+    busy = [(start, end) for start, end in spans if start < end]
+    # Tiles of committed rows are prefetched one ahead; the step's masked rows are not.
+    plain = window + step if adapter else window
+    waits = max(
+        (min(end, plain) - start) / constants["BLOCK_N"] / (tactic.stages - 1)
+        + max(end - max(start, plain), 0) / constants["BLOCK_S"]
+        for start, end in busy
+    )
+    binary = _binary(attend.name, number, gpu.compute_capability, real)
+    launch = Launch(
+        programs=tiles * len(busy) * sizes["kv_heads"],
+        warps=tactic.warps,
+        resident=_resident(CHIPS[gpu.key], binary, tactic.warps),
+        waits=waits,
+    )
+    attended = attend_traffic(attend, node, tactic, [window], REAL_BYTES)
+    flops = 4 * step * (window + step) * CONFIG_8B.query_width
+    yield Work("attention", layers, moved_bytes(attended), flops, launch, f"{constants['BLOCK_M']}")
+    merge = MergeSplits.node(batch=1, step=step, splits=SPLITS, **sizes)
+    merged = moved_bytes(merge_traffic(merge, attended, REAL_BYTES))
+    yield Work("merge", layers, merged, launch=Launch(step * sizes["kv_heads"], 2, resident=8, waits=2))
+
+
 @cache
-def _per_weight(tactic: Tactic, capability: int, real: Real) -> float:
-    """Instructions of a warp for each weight, in the product's loop."""
-    product = PRODUCTS["gate_up"]
-    constants = product.operator.constants(product.node(1))
-    kernel = compile_operator(product.operator, constants, tactic, real, capability)
+def _binary(name: str, number: int, capability: int, real: Real) -> Binary:
+    """name: ``product`` for gate_up's, or an attention operator's."""
+    if name == "product":
+        operator, node = PRODUCTS["gate_up"].operator, PRODUCTS["gate_up"].node(1)
+    else:
+        operator = Attend("bidirectional" if name == "AttendBidirectional" else "masked")
+        node = operator.node(batch=1, step=1, capacity=1, splits=SPLITS, **ATTENTION)
+    tactic = operator.tactics(node)[number]
+    kernel = compile_operator(operator, operator.constants(node), tactic, real, capability)
     with tempfile.TemporaryDirectory() as folder:
         source, binary = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
         source.write_text(kernel.ptx)
@@ -113,80 +242,101 @@ def _per_weight(tactic: Tactic, capability: int, real: Real) -> float:
         subprocess.run([get_ptxas(capability).path, target, source, "-o", binary], check=True)
         nvdisasm = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
         listing = subprocess.run([nvdisasm, "-c", binary], check=True, capture_output=True, text=True).stdout
-    block = tactic.constants["BLOCK_N"] * tactic.constants["BLOCK_K"]
-    return _longest_loop(listing) * tactic.warps / block
+    loop = longest_loop(listing)
+    return Binary(
+        kernel.resources.registers,
+        kernel.shared_bytes,
+        len(loop),
+        sum(_async_bytes(instruction) for instruction in loop) * _WARP * tactic.warps,
+    )
 
 
-def _longest_loop(listing: str) -> int:
-    """Instructions between a label and the farthest branch back to it."""
+def longest_loop(listing: str) -> list[str]:
+    """The instructions between a label and the farthest branch back to it, in nvdisasm's listing of a kernel."""
     labels: dict[str, int] = {}
-    longest = count = 0
+    instructions: list[str] = []
+    longest: list[str] = []
     for line in listing.splitlines():
         if label := re.match(r"(\.L_x_\d+):", line.strip()):
-            labels[label[1]] = count
+            labels[label[1]] = len(instructions)
         elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(.*?);", line):
-            count += 1
+            instructions.append(instruction[1])
             if branch := re.search(r"BRA.*\((\.L_x_\d+)\)", instruction[1]):
-                longest = max(longest, count - labels.get(branch[1], count))
+                loop = instructions[labels.get(branch[1], len(instructions)) :]
+                longest = max(longest, loop, key=len)
     return longest
 
 
-def seconds(gpu: GpuModel, work: Work) -> tuple[float, str]:
-    """Of one such kernel, launch aside, and what bounds it."""
-    issue = FP32_PEAK[gpu.key] / FLOP_AN_INSTRUCTION
-    bounds = {
-        "memory": work.moved / gpu.bandwidth,
-        "tensor cores": work.flops / gpu.peak,
-        "instructions": work.instructions / issue,
-    }
-    bound = max(bounds, key=lambda name: bounds[name])
-    return bounds[bound], bound
+def _async_bytes(instruction: str) -> int:
+    """Bytes that a thread copies to shared memory by one cp.async; 0 for other instructions."""
+    found = re.search(r"\bLDGSTS\S*", instruction)
+    if found is None:
+        return 0
+    return 16 if ".128" in found[0] else 8 if ".64" in found[0] else 4
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--real", choices=["bf16", "fp16"], default="bf16")
-    real: Real = parser.parse_args().real
-    window = 4096
-    for key in FP32_PEAK:
-        gpu = GPUS[key]
-        print(f"\n### {gpu.name}, {BLOCK} tokens over {window} rows: microseconds of a kernel\n")
-        print("| kernel | a pass | MB | GFLOP | draft | verify | bound by |\n|---|---|---|---|---|---|---|")
-        draft, verify = (
-            {work.name: work for work in pass_work(BLOCK, window, adapter, gpu.compute_capability, real)}
-            for adapter in (True, False)
-        )
-        for name, work in draft.items():
-            took, bound = seconds(gpu, work)
-            other = f"{seconds(gpu, verify[name])[0] * 1e6:.1f}" if name in verify else "-"
-            print(
-                f"| {name} | {work.count} | {work.moved / 1e6:.1f} | {work.flops / 1e9:.1f} "
-                f"| {took * 1e6:.1f} | {other} | {bound} |"
-            )
+def _resident(chip: Chip, binary: Binary, warps: int) -> int:
+    """Programs that a multiprocessor holds at once."""
+    registers = _ceil(binary.registers, 8) * 8 * _WARP * warps
+    return min(
+        _REGISTERS // registers,
+        chip.shared_bytes // (binary.shared_bytes + _RESERVED_SHARED_BYTES),
+        chip.threads // (_WARP * warps),
+    )
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def print_kernels(real: Real, window: int) -> None:
+    print(f"\n### Kernels of a draft of {BLOCK} tokens over {window} rows: microseconds at least\n")
+    print("| kernel | a pass | MB | GFLOP |", *(f"{GPUS[key].name} |" for key in CHIPS))
+    print("|---|---|---|---|" + "---|" * len(CHIPS))
+    columns = [list(pass_work(GPUS[key], BLOCK, window, adapter=True, real=real)) for key in CHIPS]
+    for works in zip(*columns, strict=True):
+        cells = []
+        for key, work in zip(CHIPS, works, strict=True):
+            took, bound = seconds(GPUS[key], work)
+            tactic = f" ({work.tactic})" if work.tactic else ""
+            cells.append(f"{took * 1e6:.1f} {bound}{tactic}")
+        first = works[0]
+        print(f"| {first.name} | {first.count} | {first.moved / 1e6:.1f} | {first.flops / 1e9:.1f} |", end=" ")
+        print(" | ".join(cells), "|")
+
+
+def print_cycles(real: Real) -> None:
     print("\n### A cycle: a draft and a verification\n")
-    print("| GPU | rows | draft ms | verify ms | of it launches | tokens a second | at 0.75 of it | published |")
-    print("|---|---|---|---|---|---|---|---|")
-    for key in FP32_PEAK:
+    print("| GPU | rows | draft ms | verify ms | gaps ms | tokens a second at most | published |")
+    print("|---|---|---|---|---|---|---|")
+    for key in CHIPS:
         gpu = GPUS[key]
-        for rows in (512, 4096, 32768):
-            kernels = launches = 0.0
+        for window in (512, 4096, 32768):
+            busy = gaps = 0.0
             passes = []
             for adapter in (True, False):
-                works = list(pass_work(BLOCK, rows, adapter, gpu.compute_capability, real))
-                busy = sum(work.count * seconds(gpu, work)[0] for work in works)
-                waits = LAUNCH * sum(work.count for work in works)
-                passes.append((busy + waits) * 1e3)
-                kernels, launches = kernels + busy, launches + waits
-            speed = ACCEPTANCE_LENGTH / (kernels + launches)
+                works = list(pass_work(gpu, BLOCK, window, adapter, real))
+                kernels = sum(work.count * seconds(gpu, work)[0] for work in works)
+                launches = LAUNCH_SECONDS * sum(work.count for work in works)
+                passes.append((kernels + launches) * 1e3)
+                busy, gaps = busy + kernels, gaps + launches
             published = ", ".join(
                 f"{figure:g} ({weights})"
                 for name, weights, mode, figure in PUBLISHED
                 if name == PUBLISHED_AT.get(key) and mode == "linear_spec"
             )
             print(
-                f"| {gpu.name} | {rows} | {passes[0]:.2f} | {passes[1]:.2f} | {launches * 1e3:.2f} "
-                f"| {speed:.0f} | {0.75 * speed:.0f} | {published or '-'} |"
+                f"| {gpu.name} | {window} | {passes[0]:.2f} | {passes[1]:.2f} | {gaps * 1e3:.2f} "
+                f"| {ACCEPTANCE_LENGTH / (busy + gaps):.0f} | {published or '-'} |"
             )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--real", choices=["bf16", "fp16"], default="bf16")
+    real: Real = parser.parse_args().real
+    print_kernels(real, window=4096)
+    print_cycles(real)
 
 
 if __name__ == "__main__":

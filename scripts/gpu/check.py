@@ -1,0 +1,203 @@
+"""Check the kernels of plugins/ on a GPU: compare each with its reference, and time it beside its memory floor.
+
+    python -m scripts.gpu.check emit .gpu --sm 90         on any machine: compile the kernels; needs no GPU
+    python -m scripts.gpu.check run .gpu out/kernels      on the GPU's machine: writes kernels.json and kernels.md there
+    python -m scripts.gpu.check run .gpu out/kernels --parts products --limit 60
+    python -m scripts.gpu.check dry                       the same host code over the interpreter, with small sizes
+
+The GPU's machine needs a driver for CUDA 12.9 or later, Python 3.11 or later, torch, and cuda-bindings. It needs no
+network, no compiler, no pydantic, and no installation of TriMode: carry the working tree with ``.gpu``, which git
+ignores, and start the command in the tree's root with ``PYTHONPATH=.``. Kernels are loaded from the binaries that
+``emit`` assembled; two are also loaded from their PTX, as an engine's are.
+
+Each part runs in a process of its own under ``--limit`` seconds, so a fault or a hang in one leaves the others. What a
+part measured before it was stopped is kept. Exit code 1 if a kernel is wrong or a part did not end well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from scripts.gpu.kernel_checks import PARTS, SIZES_8B, SMALL_SIZES, Result, run_part, used_nodes
+
+DEVICE_PART = "device"
+# Loaded from PTX as well, to see that the driver accepts it.
+PTX_OPERATORS = ("MergeSplits", "AttendCausal")
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def emit(folder: Path, sm: int) -> None:
+    """Write PTX and cubin of every kernel of the check into ``folder``/sm_90. sm: compute capability, 90 for 9.0."""
+    from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
+
+    from trimode.build.tensorrt.kernel_emission import NeededKernel, kernels_of, write_kernels
+    from trimode.common.progress import no_progress
+    from trimode.engine.kernel_library import library_folder
+
+    target = library_folder(folder, sm)
+    if target.exists():
+        raise SystemExit(f"{target} exists; remove it to emit the kernels again")
+    needed: dict[str, NeededKernel] = {}
+    for operator, node in used_nodes(SIZES_8B):
+        needed |= kernels_of(operator, node)
+    write_kernels(needed, "bf16", (sm,), folder, no_progress)
+    for ptx in sorted(target.glob("*.ptx")):
+        architecture = f"--gpu-name={sm_arch_from_capability(sm)}"
+        subprocess.run([get_ptxas(sm).path, architecture, ptx, "-o", ptx.with_suffix(".cubin")], check=True)
+    print(f"{len(needed)} kernels in {target}")
+
+
+def run(folder: Path, out: Path, parts: list[str], limit: float) -> bool:
+    """Execute the parts one after the other and write the report. Returns whether all is right."""
+    out.mkdir(parents=True, exist_ok=True)
+    states = {}
+    for part in (DEVICE_PART, *parts):
+        (lines := _lines(out, part)).unlink(missing_ok=True)
+        started = time.monotonic()
+        command = [sys.executable, "-m", "scripts.gpu.check", "part", part, str(folder.resolve()), str(lines.resolve())]
+        try:
+            ended = subprocess.run(command, cwd=ROOT, timeout=limit, check=False).returncode
+            state = "ended" if ended == 0 else f"failed with exit code {ended}"
+        except subprocess.TimeoutExpired:
+            state = f"stopped after {limit:g} s"
+        states[part] = f"{state}, {time.monotonic() - started:.0f} s"
+        print(f"{part}: {states[part]}", flush=True)
+    device = next(iter(_read_lines(_lines(out, DEVICE_PART))), {})
+    results = [result for part in parts for result in _read_lines(_lines(out, part))]
+    report = {
+        "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        "command": " ".join(["python -m scripts.gpu.check", *sys.argv[1:]]),
+        "device": device,
+        "parts": states,
+        "results": results,
+    }
+    (out / "kernels.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (out / "kernels.md").write_text(markdown(report), encoding="utf-8")
+    wrong = [result for result in results if not result["right"]]
+    print(f"{len(results)} results, {len(wrong)} wrong; see {out / 'kernels.md'}")
+    return not wrong and all(state.startswith("ended") for state in states.values())
+
+
+def run_in_this_process(part: str, folder: Path, lines: Path) -> None:
+    """One part on this machine's GPU. Every result is written as one line of JSON as soon as it is measured."""
+    import torch
+
+    from scripts.gpu.cuda_host import CudaHost
+
+    torch.backends.cuda.matmul.allow_tf32 = False
+    major, minor = torch.cuda.get_device_capability()
+    kernels = folder / f"sm_{10 * major + minor}"
+    if not kernels.is_dir():
+        raise SystemExit(f"{kernels} is missing: emit the kernels with --sm {10 * major + minor}")
+    host = CudaHost(kernels)
+    with lines.open("w", encoding="utf-8") as file:
+        if part == DEVICE_PART:
+            for operator, node in used_nodes(SIZES_8B):
+                if operator.name in PTX_OPERATORS:
+                    host.function(operator.kernel_name(node, 1), "ptx")
+            print(json.dumps({**host.description(), "copy_bandwidth": host.copy_bandwidth()}), file=file)
+            return
+        for result in run_part(_known(part), host, SIZES_8B):
+            print(json.dumps(result.record()), file=file, flush=True)
+            _show(result)
+
+
+def dry() -> bool:
+    """Every part over the interpreter. Returns whether all is right."""
+    from tests.support.interpreter_host import InterpreterHost
+
+    results = []
+    for part in PARTS:
+        for result in run_part(part, InterpreterHost(), SMALL_SIZES):
+            _show(result)
+            results.append(result)
+    wrong = sum(not result.right for result in results)
+    print(f"{len(results)} results, {wrong} wrong")
+    return not wrong
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report as a page: the device, the parts, and a table of results."""
+    device, bandwidth = report["device"], report["device"].get("copy_bandwidth")
+    lines = ["# Kernels on a GPU", "", f"{report['date']}: `{report['command']}`", ""]
+    lines += [f"- {name}: {value}" for name, value in device.items() if name != "copy_bandwidth"]
+    if bandwidth:
+        lines.append(f"- bandwidth of a copy: {bandwidth / 1e12:.2f} TB/s")
+    lines += [f"- part {part}: {state}" for part, state in report["parts"].items()]
+    lines += ["", "`of the floor`: time of the kernel's least bytes at the copy's bandwidth, divided by its time.", ""]
+    lines += ["| kernel | case | tactic | error | us | of the floor |", "|---|---|---|---|---|---|"]
+    for result in report["results"]:
+        took = result["microseconds"]
+        share = f"{result['floor_bytes'] / bandwidth * 1e6 / took:.0%}" if took and bandwidth else "-"
+        error = f"{result['error']:.1e}" + ("" if result["right"] else " **wrong**")
+        time_cell = f"{took:.1f}" if took else "-"
+        cells = (result["kernel"], result["case"], result["tactic"], error, time_cell, share)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _known(part: str) -> Any:
+    if part not in PARTS:
+        raise SystemExit(f"no part {part}; there are {', '.join(PARTS)}")
+    return part
+
+
+def _lines(out: Path, part: str) -> Path:
+    return out / f"{part.replace(' ', '_')}.jsonl"
+
+
+def _read_lines(path: Path) -> Iterable[dict[str, Any]]:
+    """A line that a stopped part left unfinished is dropped."""
+    if not path.is_file():
+        return
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            return
+
+
+def _show(result: Result) -> None:
+    took = "" if result.microseconds is None else f"{result.microseconds:9.1f} us"
+    wrong = "" if result.right else "  WRONG"
+    print(f"{result.kernel:34} {result.case:36} {result.tactic:12} error {result.error:.1e} {took}{wrong}", flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    of_emit = commands.add_parser("emit", help="compile the kernels; needs no GPU")
+    of_emit.add_argument("folder", type=Path)
+    of_emit.add_argument("--sm", type=int, default=90, help="compute capability, 90 for 9.0")
+    of_run = commands.add_parser("run", help="check and time the kernels on this machine's GPU")
+    of_run.add_argument("folder", type=Path, help="what emit wrote")
+    of_run.add_argument("out", type=Path, help="folder of the report")
+    of_run.add_argument("--parts", type=lambda text: [_known(part) for part in text.split(",")], default=list(PARTS))
+    of_run.add_argument("--limit", type=float, default=120, help="seconds for each part")
+    of_part = commands.add_parser("part", help="one part, in this process")
+    of_part.add_argument("part")
+    of_part.add_argument("folder", type=Path)
+    of_part.add_argument("lines", type=Path)
+    commands.add_parser("dry", help="small sizes over the interpreter; needs no GPU")
+    options = parser.parse_args()
+    if options.command == "emit":
+        emit(options.folder, options.sm)
+        return 0
+    if options.command == "run":
+        return not run(options.folder, options.out, options.parts, options.limit)
+    if options.command == "part":
+        run_in_this_process(options.part, options.folder, options.lines)
+        return 0
+    return not dry()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

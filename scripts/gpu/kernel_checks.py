@@ -1,0 +1,261 @@
+"""The parts of the GPU check: each launches kernels, compares them with the references, and times them.
+
+Launches are executed by a host: a GPU (scripts/gpu/cuda_host.py), or the interpreter in a dry run. A GPU gets the 8B
+checkpoint's sizes; small sizes try the same code over the interpreter.
+
+Rows of the pool that were not written are NaN. Products read weights that do not fit into the L2 cache. KV write and
+attention read the same inputs again in every run, so small ones come from the cache and may beat their floor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Protocol, get_args
+
+import torch
+from torch import Tensor
+
+from scripts.gpu.kernel_launch import KernelLaunch, prepare
+from scripts.gpu.kernels_8b import ATTENTION, HIDDEN, PRODUCTS, SPLITS, VOCABULARY, Product
+from scripts.gpu.traffic import attend_traffic, int4_product_traffic, kv_write_traffic, merge_traffic, needed_bytes
+from trimode.plugins.operators import Attend, Int4Product, KvWrite, MergeSplits, Node, Operator, Pattern
+from trimode.plugins.reference import attention, int4_product, kv_write
+
+REAL = torch.bfloat16
+REAL_BYTES = 2
+# Largest relative error of a kernel in bf16, whose steps are 2^-8.
+TOLERANCE = 1e-2
+# More than the L2 cache of any GPU: inputs that are read over and over come from memory again.
+CACHE_BYTES = 160 << 20
+Part = Literal["kv write", "attention", "products"]
+PARTS: tuple[Part, ...] = get_args(Part)
+
+
+class Host(Protocol):
+    device: str
+
+    def launch(self, kernel: str, launched: KernelLaunch) -> None:
+        """Execute once. kernel: the name of the compiled kernel."""
+
+    def microseconds(self, run: Callable[[int], object], runs: int) -> float | None:
+        """Median time of ``run(i)`` over i < ``runs``; None from a host whose time means nothing."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """error: relative, in the L2 norm. floor_bytes: that the kernel must move at least."""
+
+    kernel: str
+    case: str
+    tactic: str
+    error: float
+    microseconds: float | None
+    floor_bytes: int
+
+    @property
+    def right(self) -> bool:
+        """False for NaN as well: an output that was not written."""
+        return self.error <= TOLERANCE
+
+    def record(self) -> dict[str, Any]:
+        return {**asdict(self), "right": self.right}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a run. steps: batch, tokens and committed rows of the longest sequence."""
+
+    attention: dict[str, int]
+    splits: int
+    steps: tuple[tuple[int, int, int], ...]
+    products: dict[str, Product]
+    rows: tuple[int, ...]
+
+
+SIZES_8B = Sizes(
+    ATTENTION,
+    SPLITS,
+    (
+        *((1, 1, committed) for committed in (0, 512, 4096, 32000)),
+        *((1, 32, committed) for committed in (0, 512, 4096, 32000)),
+        *((1, 64, 4096), (1, 256, 4096), (4, 8, 2000), (4, 32, 2000)),
+        *((16, 1, 4096), (16, 16, 2000), (16, 32, 4096)),
+    ),
+    {**PRODUCTS, "head": Product(Int4Product(), HIDDEN, VOCABULARY)},
+    (1, 4, 16, 32, 64, 256, 512),
+)
+SMALL_SIZES = Sizes(
+    {"kv_heads": 2, "group": 2, "head_dim": 64},
+    4,
+    ((2, 5, 130), (1, 1, 0)),
+    {"fused": Product(Int4Product(input_scale=True, adapter=True, residual=True), 256, 130, 16)},
+    (1, 5),
+)
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    """Relative error in the L2 norm; NaN where an output was not written."""
+    return float((found.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30))
+
+
+def used_nodes(sizes: Sizes) -> Iterator[tuple[Operator, Node]]:
+    """Every operator of a run with the sizes that its kernel is compiled for."""
+    fixed = {**sizes.attention, "batch": 1, "step": 1}
+    yield KvWrite(), KvWrite.node(capacity=1, **fixed)
+    for pattern in get_args(Pattern):
+        yield Attend(pattern), Attend(pattern).node(capacity=1, splits=sizes.splits, **fixed)
+    yield MergeSplits(), MergeSplits.node(splits=sizes.splits, **fixed)
+    for product in sizes.products.values():
+        yield product.operator, product.node(1)
+
+
+def run_part(part: Part, host: Host, sizes: Sizes) -> Iterator[Result]:
+    return {"kv write": _kv_writes, "attention": _attention, "products": _products}[part](host, sizes)
+
+
+def _microseconds(host: Host, kernel: str, launches: list[KernelLaunch], runs: int) -> float | None:
+    """Of one launch: the median over ``runs``, which take turns among ``launches``."""
+    return host.microseconds(lambda run: host.launch(kernel, launches[run % len(launches)]), runs)
+
+
+def _normal(host: Host, random: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=random, device=host.device).to(REAL)
+
+
+def _generator(host: Host, seed: int) -> torch.Generator:
+    return torch.Generator(host.device).manual_seed(seed)
+
+
+def _write_inputs(host: Host, sizes: Sizes, batch: int, step: int, committed: int) -> dict[str, Tensor]:
+    """A pool of random rows; sequences are 37 rows apart in length."""
+    random = _generator(host, 2)
+    capacity = -(-(committed + step + 40) // 64) * 64
+    node = KvWrite.node(batch=batch, step=step, capacity=capacity, **sizes.attention)
+    inputs = {name: _normal(host, random, *shape) for name, shape in node.shapes.items()}
+    firsts = [max(0, committed - 37 * sequence) for sequence in range(batch)]
+    return {**inputs, "write_indices": torch.tensor(firsts, device=host.device)}
+
+
+def _kv_writes(host: Host, sizes: Sizes) -> Iterator[Result]:
+    operator = KvWrite()
+    for batch, step, committed in sizes.steps:
+        inputs = _write_inputs(host, sizes, batch, step, committed)
+        wanted = {**inputs, **{name: inputs[name].clone() for name in ("k_cache", "v_cache")}}
+        expected = (kv_write.kv_write(**wanted), wanted["k_cache"], wanted["v_cache"])
+        for number, tactic in operator.tactics(KvWrite.node(batch=1, step=1, capacity=1, **sizes.attention)).items():
+            given = {**inputs, **{name: inputs[name].clone() for name in ("k_cache", "v_cache")}}
+            launched = prepare(operator, given, tactic)
+            name = operator.kernel_name(launched.node, number)
+            host.launch(name, launched)
+            error = max(distance(*pair) for pair in zip(launched.outputs, expected, strict=True))
+            yield Result(
+                operator.name,
+                f"batch {batch}, step {step}, {committed} rows",
+                f"{tactic.warps} warps",
+                error,
+                _microseconds(host, name, [launched], 20),
+                needed_bytes(kv_write_traffic(launched.node, REAL_BYTES)),
+            )
+
+
+def _attention(host: Host, sizes: Sizes) -> Iterator[Result]:
+    """Attention and merge together give the result that is compared; each is timed alone."""
+    for batch, step, committed in sizes.steps:
+        written = _write_inputs(host, sizes, batch, step, committed)
+        head_dim = sizes.attention["head_dim"]
+        inputs = {name: written[name] for name in ("k_cache", "v_cache", "write_indices")}
+        rows = torch.arange(inputs["k_cache"].shape[2], device=host.device)
+        unwritten = rows >= inputs["write_indices"][:, None] + step
+        for name in ("k_cache", "v_cache"):
+            inputs[name].masked_fill_(unwritten[:, None, :, None], float("nan"))
+        heads = sizes.attention["kv_heads"] * sizes.attention["group"]
+        queries = _normal(host, _generator(host, 3), batch, heads, step, head_dim)
+        inputs = {"q": (queries / head_dim**0.5).contiguous(), **inputs}
+        lengths = torch.full((batch,), step, device=host.device)
+        triangle = torch.ones(step, step, dtype=torch.bool, device=host.device).tril()
+        mask = triangle.expand(batch, -1, -1).contiguous()
+        visibility: dict[Pattern, dict[str, Tensor]] = {
+            "causal": {},
+            "bidirectional": {"step_lengths": lengths},
+            "masked": {"block_mask": mask},
+        }
+        for pattern, extra in visibility.items():
+            yield from _attention_tactics(host, sizes, Attend(pattern), {**inputs, **extra}, committed)
+
+
+def _attention_tactics(
+    host: Host, sizes: Sizes, operator: Attend, inputs: dict[str, Tensor], committed: int
+) -> Iterator[Result]:
+    batch, _, step, _ = inputs["q"].shape
+    expected = torch.cat(
+        [
+            attention.attend(**{name: tensor[sequence : sequence + 1] for name, tensor in inputs.items()})
+            for sequence in range(batch)
+        ]
+    )
+    merge, attributes = MergeSplits(), {"splits": sizes.splits, "group": sizes.attention["group"]}
+    case = f"batch {batch}, step {step}, {committed} rows"
+    rows = [int(first) for first in inputs["write_indices"]]
+    for number, tactic in enumerate(Attend.TACTICS, 1):
+        over_splits = prepare(operator, inputs, tactic, {"splits": sizes.splits})
+        name = operator.kernel_name(over_splits.node, number)
+        host.launch(name, over_splits)
+        partial, log_sum_exp = over_splits.outputs
+        traffic = attend_traffic(operator, over_splits.node, tactic, rows, REAL_BYTES)
+        for merge_number, merge_tactic in enumerate(MergeSplits.TACTICS, 1):
+            parts = {"partial": partial, "log_sum_exp": log_sum_exp}
+            merged = prepare(merge, parts, merge_tactic, attributes)
+            merge_name = merge.kernel_name(merged.node, merge_number)
+            host.launch(merge_name, merged)
+            error = distance(merged.outputs[0], expected)
+            if merge_number == 1:
+                took = _microseconds(host, name, [over_splits], 10)
+                block = f"{tactic.constants['BLOCK_M']} queries"
+                yield Result(operator.name, case, block, error, took, needed_bytes(traffic))
+            if number == 1 and operator.pattern == "bidirectional":
+                took = _microseconds(host, merge_name, [merged], 10)
+                floor = needed_bytes(merge_traffic(merged.node, traffic, REAL_BYTES))
+                yield Result(merge.name, case, f"{merge_tactic.warps} warps", error, took, floor)
+
+
+def _products(host: Host, sizes: Sizes) -> Iterator[Result]:
+    """Timed over as many copies of the weights as the L2 cache cannot hold."""
+    for label, product in sizes.products.items():
+        random = _generator(host, 1)
+        shapes = product.node(1).shapes
+        weight_bytes = product.inner * product.columns // 2
+        copies = 2 if host.device == "cpu" else max(2, min(16, CACHE_BYTES // weight_bytes + 1))
+        packed = [
+            torch.randint(-128, 128, shapes["packed"], generator=random, dtype=torch.int8, device=host.device)
+            for _ in range(copies)
+        ]
+        scale = (torch.rand(shapes["scale"], generator=random, device=host.device) + 0.5).div(64).to(REAL)
+        for rows in sizes.rows:
+            node = product.node(rows)
+            activations = {
+                name: _normal(host, random, *shape)
+                for name, shape in node.shapes.items()
+                if name not in ("packed", "scale")
+            }
+            expected = int4_product.int4_product(packed=packed[0], scale=scale, **activations)
+            for number, tactic in product.operator.tactics(node).items():
+                block_m, block_n = tactic.constants["BLOCK_M"], tactic.constants["BLOCK_N"]
+                if block_m >= 4 * max(rows, 16) or rows > 64 * block_m:  # far from the fastest
+                    continue
+                launches = [
+                    prepare(product.operator, _ordered(node, {**activations, "packed": p, "scale": scale}), tactic)
+                    for p in packed
+                ]
+                name = product.operator.kernel_name(node, number)
+                host.launch(name, launches[0])
+                error = distance(launches[0].outputs[0], expected)
+                took = _microseconds(host, name, launches, copies)
+                floor = needed_bytes(int4_product_traffic(node, tactic, REAL_BYTES))
+                yield Result(
+                    product.operator.name, f"{label}, {rows} rows", f"{block_m} x {block_n}", error, took, floor
+                )
+
+
+def _ordered(node: Node, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensors[name] for name in node.shapes}

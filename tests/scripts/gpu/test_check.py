@@ -1,0 +1,124 @@
+"""The GPU check without a GPU: its host code over the interpreter, its imports, and its reports."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scripts.gpu import check
+from scripts.gpu.kernel_checks import PARTS, SMALL_SIZES, Part, run_part, used_nodes
+from scripts.gpu.kernel_launch import KernelLaunch
+from tests.support.interpreter_host import InterpreterHost
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_every_part_finds_the_kernels_right(part: Part) -> None:
+    results = list(run_part(part, InterpreterHost(), SMALL_SIZES))
+    assert results
+    assert all(result.right and result.floor_bytes > 0 for result in results)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_an_output_that_is_not_written_is_wrong(part: Part) -> None:
+    """Outputs are NaN before a launch."""
+
+    class Idle(InterpreterHost):
+        def launch(self, kernel: str, launched: KernelLaunch) -> None:
+            pass
+
+    assert not any(result.right for result in run_part(part, Idle(), SMALL_SIZES))
+
+
+def test_every_launched_kernel_is_emitted() -> None:
+    class Recording(InterpreterHost):
+        def __init__(self) -> None:
+            self.names: set[str] = set()
+
+        def launch(self, kernel: str, _launched: KernelLaunch) -> None:
+            self.names.add(kernel)
+
+    host = Recording()
+    for part in PARTS:
+        list(run_part(part, host, SMALL_SIZES))
+    nodes = used_nodes(SMALL_SIZES)
+    emitted = {operator.kernel_name(node, number) for operator, node in nodes for number in operator.tactics(node)}
+    assert host.names <= emitted
+
+
+def test_a_run_needs_neither_pydantic_nor_triton_nor_onnx() -> None:
+    """What a GPU's machine imports, in a fresh process without these packages."""
+    program = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"pydantic", "triton", "onnx", "onnxruntime", "ml_dtypes", "pytest"}:
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Absent())
+import scripts.gpu.check
+import scripts.gpu.cuda_host
+"""
+    found = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+
+
+def test_a_part_that_fails_is_reported(tmp_path: Path) -> None:
+    """Without a GPU every part fails; the report is written all the same."""
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    command = [
+        sys.executable,
+        "-m",
+        "scripts.gpu.check",
+        "run",
+        str(tmp_path),
+        str(tmp_path / "out"),
+        "--parts",
+        PARTS[0],
+    ]
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    report = json.loads((tmp_path / "out/kernels.json").read_text())
+    assert report["results"] == []
+    assert [state.partition(" with")[0] for state in report["parts"].values()] == ["failed"] * 2
+    assert "part kv write: failed" in (tmp_path / "out/kernels.md").read_text()
+
+
+def test_a_part_is_stopped_at_its_limit_and_keeps_its_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A child process that writes one result and half of another, then hangs."""
+    result = {"kernel": "KvWrite", "case": "c", "tactic": "t", "error": 0.5, "microseconds": 2.0, "floor_bytes": 10**6}
+    line = json.dumps({**result, "right": False})
+    program = "import sys, time; open(sys.argv[1], 'w').write(sys.argv[2] + '\\n' + sys.argv[2][:9]); time.sleep(99)"
+    run = subprocess.run
+
+    def hanging(command: list[str], **options: Any) -> subprocess.CompletedProcess[bytes]:
+        return run([sys.executable, "-c", program, command[-1], line], **options)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(check.subprocess, "run", hanging)
+    assert not check.run(tmp_path, tmp_path / "out", ["kv write"], limit=1)
+    report = json.loads((tmp_path / "out/kernels.json").read_text())
+    assert report["parts"]["kv write"].startswith("stopped after 1 s")
+    assert [found["error"] for found in report["results"]] == [0.5]
+    assert "5.0e-01 **wrong**" in (tmp_path / "out/kernels.md").read_text()
+
+
+def test_the_report_compares_with_the_measured_bandwidth() -> None:
+    result = {"kernel": "K", "case": "c", "tactic": "t", "error": 1e-3, "microseconds": 2.0, "floor_bytes": 3 * 10**6}
+    report = {
+        "date": "d",
+        "command": "x",
+        "device": {"card": "A", "copy_bandwidth": 3e12},
+        "parts": {"kv write": "ended, 1 s"},
+        "results": [{**result, "right": True}],
+    }
+    page = check.markdown(report)
+    assert "| K | c | t | 1.0e-03 | 2.0 | 50% |" in page
+    assert "bandwidth of a copy: 3.00 TB/s" in page
