@@ -35,7 +35,7 @@ from tests.support.kernel_cases import AttentionCase, ProductCase
 from tests.support.kernel_functions import attend, int4_product, kv_write
 from tests.support.triton_interpreter import Traffic
 from trimode.build.audit import roofline
-from trimode.build.tensorrt import graphs
+from trimode.build.tensorrt import emission
 from trimode.plugins.operators import Attend, Int4Product, KvWrite, MergeSplits, Pattern, Tactic
 from trimode.plugins.operators.int4_product import within_group
 
@@ -60,7 +60,7 @@ def test_the_sizes_are_the_8b_checkpoints() -> None:
         config.query_width,
         config.kv_width,
     ) == (LAYERS, HIDDEN, INTERMEDIATE, VOCABULARY, QUERY_WIDTH, KV_WIDTH)
-    assert (ATTENTION["head_dim"], ADAPTER_RANK, SPLITS) == (config.head_dim, roofline.ADAPTER_RANK, graphs.SPLITS)
+    assert (ATTENTION["head_dim"], ADAPTER_RANK, SPLITS) == (config.head_dim, roofline.ADAPTER_RANK, emission.SPLITS)
 
 
 def test_kv_write_traffic_equals_the_interpreters() -> None:
