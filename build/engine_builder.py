@@ -21,7 +21,7 @@ from trimode.engine.files import ADAPTER, TOKENIZER, hash_files
 from trimode.engine.manifest import FORMAT_VERSION, AdapterEntry, Manifest
 from trimode.engine.precision import Precision, Real
 from trimode.model.checkpoint import Checkpoint, linear_shapes
-from trimode.model.config import CONFIG, GENERATION_CONFIG
+from trimode.model.config import GENERATION_CONFIG
 from trimode.model.step import adapter_inputs
 from trimode.model.tokenizer import Tokenizer, tokenizer_files
 
@@ -59,8 +59,8 @@ def build_engine(
     with atomic_folder(out) as folder:
         built = target.build(checkpoint, folder, limits, progress)
         adapter = _write_adapter(checkpoint, folder / ADAPTER)
-        # The configs are for other servers, which read them beside the tokenizer; TriMode's runtime does not.
-        for path in (*tokenizer_files(checkpoint.folder), PurePath(CONFIG), PurePath(GENERATION_CONFIG)):
+        # Other servers read end tokens from the generation config; TriMode's runtime reads them from the manifest.
+        for path in (*tokenizer_files(checkpoint.folder), PurePath(GENERATION_CONFIG)):
             if (checkpoint.folder / path).exists():
                 (folder / TOKENIZER / path).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(checkpoint.folder / path, folder / TOKENIZER / path)

@@ -24,6 +24,7 @@ from trimode.common.records import read_json, read_json_object, read_json_record
 from trimode.model import int4
 from trimode.model.config import CONFIG, ModelConfig
 from trimode.model.quantization import QUANT_CONFIG_FILE, read_quantization
+from trimode.model.tokenizer import TEMPLATE_FOLDER
 
 ADAPTER_FOLDER = "linear_spec_lora"
 HEAD = "diffusion_head"
@@ -313,7 +314,7 @@ def _download(hub_id: str) -> Path:
     except ImportError:
         raise TriModeError(f"{hub_id} is not a local folder; to download it: pip install 'trimode[build]'") from None
     try:
-        patterns = ["*.json", "*.jinja", "*.safetensors", f"{ADAPTER_FOLDER}/*"]
+        patterns = ["*.json", "*.jinja", "*.safetensors", f"{ADAPTER_FOLDER}/*", f"{TEMPLATE_FOLDER}/*"]
         return Path(snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=["*.bin", "*.pt", "*.py"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]

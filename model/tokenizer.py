@@ -13,6 +13,8 @@ from tokenizers.decoders import DecodeStream
 from trimode.common.errors import TriModeError
 from trimode.common.records import read_json_object, read_text
 from trimode.model.chat_template import ChatPrompt, ChatTemplate, Message
+from trimode.model.config import CONFIG
+from trimode.model.llama_tokenizer import DEFAULT_TOKENS, build_llama_tokenizer, is_llama_tokenizer
 from trimode.model.special_tokens import ADDED_TOKENS_FILE, CONFIG_FILE, SPECIAL_TOKENS_FILE, SpecialTokens
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -23,6 +25,7 @@ TEMPLATE_FOLDER = "additional_chat_templates"
 FILES = (
     TOKENIZER_FILE,
     CONFIG_FILE,
+    CONFIG,
     SPECIAL_TOKENS_FILE,
     ADDED_TOKENS_FILE,
     TEMPLATE_FILE,
@@ -79,7 +82,11 @@ class Tokenizer:
         except Exception as error:  # the library raises bare Exception on a bad file
             raise TriModeError(f"{path} is not a tokenizer: {error}") from None
         config = read_json_object(folder / CONFIG_FILE) if (folder / CONFIG_FILE).exists() else {}
-        special_tokens = SpecialTokens(folder, config, backend)
+        class_name = config.get("tokenizer_class") or _class_name(folder / CONFIG)
+        rebuilt = is_llama_tokenizer(class_name, backend)
+        special_tokens = SpecialTokens(folder, (DEFAULT_TOKENS if rebuilt else {}) | config, backend)
+        if rebuilt:
+            backend = build_llama_tokenizer(backend, config)
         special_tokens.add_to(backend)
         backend.encode_special_tokens = bool(config.get("split_special_tokens", False))
         templates = _read_templates(folder, config.get("chat_template"))
@@ -174,6 +181,11 @@ class Tokenizer:
         if name not in self._compiled:
             self._compiled[name] = ChatTemplate(self._sources[name])
         return self._compiled[name]
+
+
+def _class_name(path: Path) -> Any:
+    """The tokenizer's class by ``config.json``, which counts where ``tokenizer_config.json`` has none."""
+    return read_json_object(path).get("tokenizer_class") if path.exists() else None
 
 
 def _read_templates(folder: Path, configured: Any) -> dict[str, str]:

@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 from pydantic import ValidationError
+from transformers import AutoTokenizer
 
 from trimode.build.engine_builder import build_engine
 from trimode.common.errors import TriModeError
 from trimode.engine.files import hash_file
 from trimode.engine.manifest import Manifest
 from trimode.model.checkpoint import Checkpoint
+from trimode.model.tokenizer import Tokenizer
 from trimode.runtime.executor import BidirectionalStep, CausalStep
 from trimode.runtime.loading import load_engine
 
@@ -223,6 +225,20 @@ def test_a_flipped_bit_of_the_manifest_is_never_read_over(random_engine: Path, t
         (tmp_path / "manifest.json").write_bytes(flipped)
         with pytest.raises(TriModeError, match=r"manifest\.json"):
             Manifest.read(tmp_path)
+
+
+def test_what_other_servers_read(random_checkpoint: Path, tmp_path: Path) -> None:
+    """The tokenizer's folder is a tokenizer for transformers, and says where a text ends; so does the manifest."""
+    checkpoint = Path(shutil.copytree(random_checkpoint, tmp_path / "checkpoint"))
+    add("generation_config.json", '{"eos_token_id": [11, 2]}')(checkpoint)
+    add("additional_chat_templates/rag.jinja")(checkpoint)
+    build_engine(Checkpoint(checkpoint), tmp_path / "engine")
+    folder = tmp_path / "engine/tokenizer"
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "nemotron_labs_diffusion"
+    assert json.loads((folder / "generation_config.json").read_text()) == {"eos_token_id": [11, 2]}
+    assert (folder / "additional_chat_templates/rag.jinja").read_text() == "x"
+    assert load_engine(tmp_path / "engine").manifest.model.eos_token_id == (11, 2)
+    assert AutoTokenizer.from_pretrained(folder)("Hi").input_ids == Tokenizer.from_folder(folder).encode("Hi")
 
 
 def test_an_engine_is_used_where_it_stands(random_checkpoint: Path, tmp_path: Path) -> None:

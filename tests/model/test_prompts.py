@@ -221,6 +221,25 @@ TOKENIZERS: dict[str, Change] = {
     "NFC": tokenizer(normalizer={"type": "NFC"}),
     "unigram": unigram,
     "sentencepiece": sentencepiece,
+    "sentencepiece of class LlamaTokenizer": both(sentencepiece, config(tokenizer_class="LlamaTokenizer")),
+    "sentencepiece, legacy": both(sentencepiece, config(tokenizer_class="LlamaTokenizerFast", legacy=True)),
+    "sentencepiece, not legacy": both(sentencepiece, config(tokenizer_class="LlamaTokenizerFast", legacy=False)),
+    "sentencepiece, no prefix space": both(
+        sentencepiece, config(tokenizer_class="LlamaTokenizerFast", add_prefix_space=False)
+    ),
+    "sentencepiece, added_tokens_decoder": both(
+        sentencepiece,
+        config(
+            tokenizer_class="LlamaTokenizerFast",
+            added_tokens_decoder={"1": flags("<s>"), "2": flags("</s>", rstrip=True), "300": flags("<new>")},
+        ),
+    ),
+    "sentencepiece, class in config.json": both(
+        sentencepiece,
+        without("tokenizer_config.json", "tokenizer_class", "bos_token", "eos_token", "unk_token"),
+        edit("config.json", lambda content: content.update(tokenizer_class="LlamaTokenizer")),
+        write("chat_template.jinja", "{{ bos_token }}" + CHATML + "{{ eos_token }}"),
+    ),
     "sentencepiece without a config": both(sentencepiece, remove("tokenizer_config.json")),
     "model_max_length": config(model_max_length=8),
     "clean_up_tokenization_spaces": config(clean_up_tokenization_spaces=True),
@@ -258,7 +277,7 @@ TOKENIZERS: dict[str, Change] = {
 @pytest.fixture
 def folder(tiny_checkpoint: Path, tmp_path: Path) -> Path:
     """A copy of the shipped checkpoint's tokenizer and config."""
-    for path in (*tokenizer_files(tiny_checkpoint), "config.json"):
+    for path in tokenizer_files(tiny_checkpoint):
         shutil.copyfile(tiny_checkpoint / path, tmp_path / path)
     return tmp_path
 

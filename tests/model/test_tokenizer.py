@@ -44,6 +44,7 @@ def test_files_that_are_read(folder: Path) -> None:
         write(name, "\x00\xff")(folder)
     write("additional_chat_templates/tool_use.jinja", "x")(folder)
     assert {str(path) for path in tokenizer_files(folder)} == {
+        "config.json",
         "tokenizer.json",
         "tokenizer_config.json",
         "special_tokens_map.json",
