@@ -269,5 +269,5 @@ def test_a_driver_without_a_gpu(
     fp16: Built, monkeypatch: pytest.MonkeyPatch, library: LibcudaDouble, words: str
 ) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda _name: library)
-    with pytest.raises(TriModeError, match=f"needs an NVIDIA GPU; its driver here: .*{words}"):
+    with pytest.raises(TriModeError, match=f"needs an NVIDIA GPU; the CUDA driver here: .*{words}"):
         load_engine(fp16.rtx, verify=False)
