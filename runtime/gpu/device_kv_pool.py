@@ -7,15 +7,16 @@ import numpy as np
 from trimode.common.errors import TriModeError
 from trimode.engine.precision import NUMPY_TYPES, Real
 from trimode.model.config import ModelConfig
-from trimode.runtime.gpu.cuda import Device, Runs
+from trimode.runtime.gpu.device import Device, Runs
 from trimode.runtime.kv.slots import Rows
 
 
 class DeviceKvPool:
-    """Keys of layer 0, values of layer 0, keys of layer 1, ...: each [slots, kv_heads, capacity, head_dim].
+    """Caches in the order: keys of layer 0, values of layer 0, keys of layer 1, ... Each has the shape
+    [slots, kv_heads, capacity, head_dim].
 
-    Slots are used as :class:`trimode.runtime.kv.kv_pool.KvPool` uses them. Every address stays what it is, as captured
-    passes need it.
+    Slots are assigned as in :class:`trimode.runtime.kv.kv_pool.KvPool`. Addresses never change, because captured passes
+    contain them.
     """
 
     def __init__(self, device: Device, model: ModelConfig, dtype: Real, slots: int, capacity: int) -> None:
@@ -23,27 +24,28 @@ class DeviceKvPool:
         self.slots = slots
         self.active = 0
         self.shape = (model.num_key_value_heads, capacity, model.head_dim)
-        self._caches = 2 * model.num_hidden_layers
+        self.layers = model.num_hidden_layers
+        self._caches = 2 * self.layers
         self._device = device
         self._dtype = NUMPY_TYPES[dtype]
         self._row = model.head_dim * self._dtype.itemsize
         self._head = capacity * self._row
         self._slot = model.num_key_value_heads * self._head
         self._memory = device.allocate(self._caches * slots * self._slot, "the KV pool")
-        # Zeros, not garbage: rows past a sequence are masked, but 0 times a NaN there would be a NaN.
+        # Rows past a sequence's end are masked, but uninitialised memory may hold a NaN, and 0 * NaN is NaN.
         device.clear(self._memory.address, self._memory.size)
         device.synchronize()
 
     def address(self, cache: int, slot: int) -> int:
-        """Where ``slot`` begins in a cache, in the order of :func:`trimode.model.step.cache_inputs`."""
+        """The address of ``slot`` in a cache, numbered as in :func:`trimode.model.step.cache_inputs`."""
         return self._memory.address + (cache * self.slots + slot) * self._slot
 
     def fits(self, rows: int) -> bool:
-        """Whether there may be a sequence of ``rows`` tokens."""
+        """Whether a sequence of ``rows`` tokens fits."""
         return rows <= self.capacity
 
     def holds(self, sequences: int, rows: int) -> bool:
-        """Whether there may be so many sequences, the longest of ``rows`` tokens."""
+        """Whether ``sequences`` sequences fit, the longest with ``rows`` tokens."""
         return sequences <= self.slots and rows <= self.capacity
 
     def acquire(self) -> int:
@@ -68,7 +70,7 @@ class DeviceKvPool:
         return last
 
     def reserve(self, rows: int) -> None:
-        """There is room for every sequence up to the capacity; raises TriModeError past it."""
+        """Do nothing up to the capacity, for which memory is always there. Raises TriModeError beyond it."""
         if rows > self.capacity:
             raise TriModeError(f"a sequence of {rows} tokens exceeds the engine's capacity of {self.capacity}")
 
@@ -80,7 +82,7 @@ class DeviceKvPool:
         return rows
 
     def write_rows(self, slot: int, start: int, rows: Rows) -> None:
-        """Put rows that :meth:`read_rows` gave into a sequence, from ``start`` on; there is room for them."""
+        """Write rows from :meth:`read_rows` into a sequence from row ``start`` on, within the capacity."""
         self._copy_rows(slot, start, np.ascontiguousarray(rows), upload=True)
 
     def _copy_rows(self, slot: int, start: int, rows: Rows, upload: bool) -> None:

@@ -13,14 +13,14 @@ from trimode.runtime.gpu.gpu_choice import choose_gpu
 from trimode.runtime.target import HostLimits
 
 if TYPE_CHECKING:
-    from trimode.runtime.rtx.executor import RtxExecutor
+    from trimode.runtime.rtx.rtx_executor import RtxExecutor
 
 
 class RtxRuntime:
     def load_executor(self, engine: Path, manifest: Manifest, _limits: HostLimits) -> RtxExecutor:
         ordinal = choose_gpu(engine, "rtx", manifest.section(RtxSection).sms)
         try:
-            from trimode.runtime.rtx.executor import RtxExecutor
+            from trimode.runtime.rtx.rtx_executor import RtxExecutor
         except ImportError as error:
             raise TriModeError(
                 f"{engine} is for target rtx, which needs the package {error.name}: pip install 'trimode[rtx]'"

@@ -1,6 +1,6 @@
 """A test double of CUDA's driver and of TensorRT-RTX: no GPU, and real numbers at the addresses that were bound.
 
-It replaces ``trimode.runtime.gpu.cuda.driver`` and the name ``trt`` of the modules beside it. "Device memory" is the
+It replaces ``trimode.runtime.gpu.device.driver`` and the name ``trt`` of the modules beside it. "Device memory" is the
 host's; physical memory is a file in memory, which the kernel maps at several places as a GPU's would be. Work of the
 stream waits until it is synchronised, so a result that is read too early is not there. A captured graph is the list of
 its operations with the addresses of the time, as a CUDA graph is.

@@ -14,7 +14,7 @@ from tests.support.random_checkpoint import config_fields
 from tests.support.rtx_double import DriverDouble
 from trimode.common.errors import TriModeError
 from trimode.model.config import ModelConfig
-from trimode.runtime.gpu import cuda
+from trimode.runtime.gpu import device
 from trimode.runtime.gpu.device_kv_pool import DeviceKvPool
 from trimode.runtime.kv.kv_pool import KvPool
 from trimode.runtime.kv.slots import KvSlots
@@ -95,8 +95,8 @@ class OnTheDevice(Slots):
 
 
 def device_pool(patch: pytest.MonkeyPatch, memory: int = 1 << 24) -> DeviceKvPool:
-    patch.setattr(cuda, "driver", DriverDouble(memory))
-    return DeviceKvPool(cuda.Device(0), MODEL, "fp16", SLOTS, CAPACITY)
+    patch.setattr(device, "driver", DriverDouble(memory))
+    return DeviceKvPool(device.Device(0), MODEL, "fp16", SLOTS, CAPACITY)
 
 
 TestOnTheHost = OnTheHost.TestCase
@@ -146,7 +146,7 @@ def test_a_gpu_too_small_for_the_pool_is_one_line(monkeypatch: pytest.MonkeyPatc
 
 def test_memory_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     pool = device_pool(monkeypatch)
-    driver: Any = cuda.driver
+    driver: Any = device.driver
     before = driver.free
     del pool
     assert driver.free > before

@@ -23,8 +23,8 @@ from trimode.engine.targets.rtx import GRAPH
 from trimode.model.checkpoint import Checkpoint
 from trimode.model.step import ENGINES
 from trimode.quantize import quantize_checkpoint
-from trimode.runtime.gpu import cuda
-from trimode.runtime.rtx import passes, plans
+from trimode.runtime.gpu import device
+from trimode.runtime.rtx import execution_contexts, plan_loading
 
 CAPACITY, MAX_BATCH, MAX_STEP = 512, 4, 64
 
@@ -94,9 +94,9 @@ def machine(monkeypatch: pytest.MonkeyPatch, fp16: Built) -> Machine:
     driver = DriverDouble()
     trt = TrtDouble(tensorrt_rtx, driver, fp16.plans)
     monkeypatch.setattr(ctypes, "CDLL", lambda _name: LibcudaDouble())
-    monkeypatch.setattr(cuda, "driver", driver)
-    monkeypatch.setattr(plans, "trt", trt)
-    monkeypatch.setattr(passes, "trt", trt)
+    monkeypatch.setattr(device, "driver", driver)
+    monkeypatch.setattr(plan_loading, "trt", trt)
+    monkeypatch.setattr(execution_contexts, "trt", trt)
     return Machine(driver, trt)
 
 

@@ -15,11 +15,14 @@ from tests.support.rtx_double import FaultError, misremembered_calls
 from trimode import LLM, SamplingParams
 from trimode.common.errors import TriModeError
 from trimode.runtime.executor import BidirectionalStep, Candidates, CausalStep, Executor, SpeculatingExecutor
+from trimode.runtime.gpu import captured_passes, gpu_executor
 from trimode.runtime.gpu.buckets import Bucket
 from trimode.runtime.gpu.device_kv_pool import DeviceKvPool
+from trimode.runtime.gpu.pass_memory import PassMemory
 from trimode.runtime.loading import load_engine
-from trimode.runtime.rtx import executor, passes
-from trimode.runtime.rtx.executor import RtxExecutor
+from trimode.runtime.rtx import execution_contexts
+from trimode.runtime.rtx.execution_contexts import RtxNetwork
+from trimode.runtime.rtx.rtx_executor import RtxExecutor
 from trimode.runtime.scheduling.pass_cost import PassCost
 
 MASK = 100
@@ -308,34 +311,34 @@ def test_a_pass_changes_the_rows_that_it_writes_and_no_others(fp16: Built) -> No
 
 def wrong_alias(patch: pytest.MonkeyPatch) -> None:
     """A layer's updated keys are bound to its values, and the other way round."""
-    cache_outputs = passes.cache_outputs
+    cache_outputs = execution_contexts.cache_outputs
 
     def crossed(layers: int) -> list[str]:
         first, second, *rest = cache_outputs(layers)
         return [second, first, *rest]
 
-    patch.setattr(passes, "cache_outputs", crossed)
+    patch.setattr(execution_contexts, "cache_outputs", crossed)
 
 
 def keys_of_another_layer(patch: pytest.MonkeyPatch) -> None:
     """One engine takes layer 0's keys for layer 1's, aliases and all."""
-    address, bind = DeviceKvPool.address, passes.BoundPass.__init__
+    address, bind = DeviceKvPool.address, RtxNetwork.bind
     crossed = {0: 2, 2: 0}
 
-    def binding(self: Any, resources: Any, bucket: Any) -> None:
+    def binding(self: Any, bucket: Any, inputs: Any, results: Any) -> Any:
         with pytest.MonkeyPatch.context() as inner:
             if bucket.kind is BidirectionalStep:
                 inner.setattr(
                     DeviceKvPool, "address", lambda self, cache, slot: address(self, crossed.get(cache, cache), slot)
                 )
-            bind(self, resources, bucket)
+            return bind(self, bucket, inputs, results)
 
-    patch.setattr(passes.BoundPass, "__init__", binding)
+    patch.setattr(RtxNetwork, "bind", binding)
 
 
 def window_too_short(patch: pytest.MonkeyPatch) -> None:
-    bucket_of = executor.bucket_of
-    patch.setattr(executor, "bucket_of", lambda *given: bucket_of(*given)._replace(window=128))
+    bucket_of = gpu_executor.bucket_of
+    patch.setattr(gpu_executor, "bucket_of", lambda *given: bucket_of(*given)._replace(window=128))
 
 
 def stale_graph(patch: pytest.MonkeyPatch) -> None:
@@ -361,38 +364,38 @@ def slot_off_by_one(patch: pytest.MonkeyPatch) -> None:
 
 def padding_is_seen(patch: pytest.MonkeyPatch) -> None:
     """Rows of padding count as tokens of the block."""
-    put = passes.BoundPass.put
+    put = PassMemory.put
 
     def putting(self: Any, step: Any) -> None:
         put(self, step)
         if "step_lengths" in self._views:
             self._views["step_lengths"][...] = self._views["input_ids"].shape[1]
 
-    patch.setattr(passes.BoundPass, "put", putting)
+    patch.setattr(PassMemory, "put", putting)
 
 
 def padding_sees_nothing(patch: pytest.MonkeyPatch) -> None:
-    put = passes.BoundPass.put
+    put = PassMemory.put
 
     def putting(self: Any, step: Any) -> None:
         put(self, step)
         if "block_mask" in self._views:
             self._views["block_mask"][:, step.input_ids.shape[1] :] = False
 
-    patch.setattr(passes.BoundPass, "put", putting)
+    patch.setattr(PassMemory, "put", putting)
 
 
 def draft_not_handed_over(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(passes.Speculation, "_hand_over", lambda _self: None)
+    patch.setattr(captured_passes.SpeculationCycle, "_copy_drafted", lambda _self: None)
 
 
 def results_taken_early(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(passes.CapturedWork, "run", lambda self: self._enqueue())
+    patch.setattr(captured_passes.CapturedWork, "run", lambda self: self._enqueue())
 
 
 def padded_past_the_capacity(patch: pytest.MonkeyPatch) -> None:
-    bucket_of = executor.bucket_of
-    patch.setattr(executor, "bucket_of", lambda *given: _padded(bucket_of(*given)))
+    bucket_of = gpu_executor.bucket_of
+    patch.setattr(gpu_executor, "bucket_of", lambda *given: _padded(bucket_of(*given)))
 
 
 def _padded(bucket: Bucket) -> Bucket:

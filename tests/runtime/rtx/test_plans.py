@@ -24,9 +24,9 @@ from trimode import LLM, SamplingParams
 from trimode.common.errors import TriModeError
 from trimode.engine.manifest import Manifest
 from trimode.runtime.loading import load_engine
-from trimode.runtime.rtx import plans
-from trimode.runtime.rtx.executor import RtxExecutor
-from trimode.runtime.rtx.plans import WeightPlacement, _pieces
+from trimode.runtime.rtx import plan_loading
+from trimode.runtime.rtx.plan_loading import WeightPlacement, _pieces
+from trimode.runtime.rtx.rtx_executor import RtxExecutor
 
 
 def executor_of(engine: Path) -> RtxExecutor:
@@ -102,7 +102,7 @@ def test_a_piece_that_is_not_the_plans_is_seen(fp16: Built, machine: Machine, mo
     """The double's guard can fail: one engine's weights mapped for both."""
     machine.trt.plans = with_private_bytes(fp16.plans)
     monkeypatch.setattr(
-        plans, "_pieces", lambda sections, _granularity: ([plans._Piece(0, len(sections[0]))], [[], []])
+        plan_loading, "_pieces", lambda sections, _granularity: ([plan_loading._Piece(0, len(sections[0]))], [[], []])
     )
     with pytest.raises(FaultError, match="without its weights"):
         answer(fp16.rtx)

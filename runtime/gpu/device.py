@@ -1,7 +1,7 @@
-"""The CUDA driver calls that a pass needs: memory, one stream, graphs.
+"""A GPU through the CUDA driver: memory, one stream, and graphs.
 
-All work goes through one stream of the device's primary context, the one that TensorRT uses. Addresses are integers.
-Calls that put work on the stream return at once; :meth:`Device.synchronize` waits for it.
+All work uses one stream of the device's primary context, which is also TensorRT's context. Addresses are integers.
+Methods that put work on the stream return immediately; :meth:`Device.synchronize` waits for the work.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Bytes = NDArray[np.uint8]
 
 
 class Buffer:
-    """Memory that is freed with this object: on the device, or page-locked on the host."""
+    """Memory on the device, or page-locked memory on the host, that is freed with this object."""
 
     def __init__(self, address: int, size: int) -> None:
         self.address = address
@@ -29,14 +29,14 @@ class Buffer:
 
 
 class Graph:
-    """Captured work, ready to be launched again and again."""
+    """Captured work that can be launched repeatedly."""
 
     def __init__(self, handle: Any) -> None:
         self.handle = handle
 
 
 class Runs(NamedTuple):
-    """Where runs of bytes begin, each ``pitch`` bytes after the last."""
+    """Runs of bytes, the first at ``address``, each ``pitch`` bytes after the previous one."""
 
     address: int
     pitch: int
@@ -44,7 +44,7 @@ class Runs(NamedTuple):
 
 
 class Device:
-    """One GPU, by its number with the driver."""
+    """One GPU, by the driver's number of it."""
 
     def __init__(self, ordinal: int) -> None:
         _checked(driver.cuInit(0))
@@ -58,7 +58,7 @@ class Device:
         return int(self._stream)
 
     def activate(self) -> None:
-        """Make this the calling thread's device: CUDA asks for that once a thread."""
+        """Make this the current device of the calling thread, as CUDA requires of every thread."""
         _checked(driver.cuCtxSetCurrent(self._context))
 
     def synchronize(self) -> None:
@@ -68,7 +68,7 @@ class Device:
     # Memory.
 
     def allocate(self, size: int, purpose: str) -> Buffer:
-        """Device memory, not cleared. Raises TriModeError if there is not enough for ``purpose``."""
+        """Uninitialised device memory. Raises TriModeError that names ``purpose`` if there is not enough."""
         status, address = driver.cuMemAlloc(size)
         if status == driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
             raise TriModeError(
@@ -78,8 +78,15 @@ class Device:
         _checked((status,))
         return self._owned(Buffer(int(address), size), driver.cuMemFree)
 
+    def store(self, array: NDArray[Any], purpose: str) -> Buffer:
+        """Device memory that holds a copy of ``array``."""
+        buffer = self.allocate(array.nbytes, purpose)
+        self.upload(buffer.address, array.ctypes.data, array.nbytes)
+        self.synchronize()
+        return buffer
+
     def allocate_page_locked(self, size: int) -> tuple[Buffer, Bytes]:
-        """Host memory that the device copies from and to at full speed, and the same as an array."""
+        """Host memory that copies to and from the device use directly, and the same memory as an array."""
         buffer = Buffer(int(_checked(driver.cuMemHostAlloc(size, 0))), size)
         array = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(buffer.address))
         return self._owned(buffer, driver.cuMemFreeHost), array
@@ -103,14 +110,14 @@ class Device:
         _checked(driver.cuMemcpyDtoHAsync(host, source, size, self._stream))
 
     def copy(self, to: int, source: int, size: int) -> None:
-        """Between two places of the device's memory."""
+        """Copy within the device's memory."""
         _checked(driver.cuMemcpyDtoDAsync(to, source, size, self._stream))
 
     def clear(self, address: int, size: int) -> None:
         _checked(driver.cuMemsetD8Async(address, 0, size, self._stream))
 
     def copy_rows(self, to: Runs, source: Runs, width: int, count: int) -> None:
-        """``count`` runs of ``width`` bytes."""
+        """Copy ``count`` runs of ``width`` bytes."""
         plan, kinds = driver.CUDA_MEMCPY2D(), driver.CUmemorytype
         plan.WidthInBytes, plan.Height, plan.srcPitch, plan.dstPitch = width, count, source.pitch, to.pitch
         if source.on_device:
@@ -124,8 +131,8 @@ class Device:
         _checked(driver.cuMemcpy2DAsync(plan, self._stream))
 
     def capture(self, enqueue: Callable[[], None]) -> Graph:
-        """The work that ``enqueue`` puts on the stream, captured and not run."""
-        # Thread-local: what other threads do on the device is none of the capture's business.
+        """Capture the work that ``enqueue`` puts on the stream, without running it."""
+        # Thread-local, so that calls of other threads do not invalidate the capture.
         mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         _checked(driver.cuStreamBeginCapture(self._stream, mode))
         try:
@@ -141,16 +148,16 @@ class Device:
     def launch(self, graph: Graph) -> None:
         _checked(driver.cuGraphLaunch(graph.handle, self._stream))
 
-    # Physical memory, which several address ranges can map.
+    # Physical memory, which can be mapped into several address ranges.
 
     def granularity(self) -> int:
-        """What sizes of physical memory are multiples of."""
+        """Sizes of physical memory are multiples of this number of bytes."""
         least = driver.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
         return int(_checked(driver.cuMemGetAllocationGranularity(self._physical(), least)))
 
     def create_physical(self, content: Bytes) -> Any:
-        """Physical memory that holds ``content``, a multiple of the granularity; :meth:`release_physical` it when it is
-        mapped. Raises TriModeError if the device is full.
+        """Physical memory that holds ``content``, whose size is a multiple of the granularity. Call
+        :meth:`release_physical` once it is mapped. Raises TriModeError if the device is full.
         """
         status, handle = driver.cuMemCreate(content.nbytes, self._physical(), 0)
         if status == driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
@@ -169,7 +176,7 @@ class Device:
         return handle
 
     def release_physical(self, handle: Any) -> None:
-        """The memory itself lives as long as something maps it."""
+        """Drop the handle; the memory stays allocated while it is mapped."""
         _checked(driver.cuMemRelease(handle))
 
     def _physical(self) -> Any:
@@ -181,7 +188,7 @@ class Device:
 
 
 def _checked(result: tuple[Any, ...]) -> Any:
-    """What a driver call returns beside its status, which must be success."""
+    """The value that a driver call returned with its status. Raises RuntimeError unless it succeeded."""
     status, *values = result
     if status != driver.CUresult.CUDA_SUCCESS:
         raise RuntimeError(f"CUDA: {status.name}")

@@ -1,9 +1,9 @@
-"""Both plans of an engine directory, deserialised, over one copy of their weights where TensorRT-RTX lets them.
+"""Loading of both plans of an engine directory over one copy of their weights.
 
-A plan comes to the GPU with its own copy of the weights. ``IWeightsManager`` tells what that copy is made of and takes
-it back; pieces of it can then be mapped from memory of ours. What is the same in both engines is one piece, mapped into
-both; the rest is a piece of each. An engine whose weights TensorRT-RTX does not manage keeps its own copy, and the log
-says so.
+A deserialised plan has its own copy of the weights on the GPU. ``IWeightsManager`` reads that copy and unloads it, and
+then maps ranges of memory that TriMode allocated. Ranges that are equal in both engines are allocated once and mapped
+into both; other ranges are allocated for each engine. An engine whose weights TensorRT-RTX does not manage keeps its
+own copy, and a warning is logged.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from trimode.common.errors import TriModeError
 from trimode.engine.files import POOL
 from trimode.engine.plan_file import PlanEntry, whole_plan
 from trimode.engine.targets.rtx import PLAN, RtxSection
-from trimode.runtime.gpu.cuda import Bytes, Device
+from trimode.runtime.gpu.device import Bytes, Device
 
 logger = logging.getLogger(__name__)
 
 
 class WeightPlacement(NamedTuple):
-    """Bytes on the device, held once for both engines or for one alone; and the engines whose weights TensorRT-RTX
-    does not manage, so that each has them all to itself.
+    """shared, private: bytes on the device for both engines, and for one engine only. unmanaged_engines: the number of
+    engines whose weights TensorRT-RTX does not manage; each keeps its own copy, which these counts leave out.
     """
 
     shared: int
@@ -45,8 +45,8 @@ class Plans:
     weights: WeightPlacement
 
 
-class _Log(trt.ILogger):  # type: ignore[misc]
-    """Keeps the last complaint: TensorRT returns none, and says why here."""
+class _LastErrorLog(trt.ILogger):  # type: ignore[misc]
+    """Keeps the last error message. TensorRT's functions return None on failure and log the reason."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,29 +58,28 @@ class _Log(trt.ILogger):  # type: ignore[misc]
         logger.debug("TensorRT-RTX: %s", message)
 
 
-# TensorRT keeps the first logger that a process gives it.
-_LOG = _Log()
+# TensorRT-RTX uses the first logger of a process for all runtimes.
+_LOG = _LastErrorLog()
 
 
 def expect(result: Any, what: str) -> Any:
-    """The result of a TensorRT call; raises RuntimeError, with TensorRT's own words, if it is None or False."""
+    """The result of a TensorRT call. Raises RuntimeError with TensorRT's message if it is None or False."""
     if result is None or result is False:
         raise RuntimeError(f"TensorRT-RTX: {what}: {_LOG.complaint or 'no reason given'}")
     return result
 
 
 class _Managed(NamedTuple):
-    """An engine whose weights were taken off the device; ``section`` is all of them."""
+    """An engine whose weights were unloaded from the device; ``section`` holds all of them on the host."""
 
     manager: Any
     section: Bytes
 
 
 def load_plans(device: Device, engine: Path, entry: RtxSection) -> Plans:
-    """Raises TriModeError that names the plan if it is not whole, or not for this runtime and GPU.
+    """Load the plans. Raises TriModeError that names a plan that is incomplete, or not for this runtime and GPU.
 
-    Takes host memory for both engines' weights while it loads, and no more device memory than it ends with, but for
-    one engine's own copy.
+    Peak host memory: the weights of both engines. Peak device memory: the final amount and one engine's own copy.
     """
     if _release(entry.tensorrt_rtx) != _release(trt.__version__):
         raise TriModeError(
@@ -94,7 +93,7 @@ def load_plans(device: Device, engine: Path, entry: RtxSection) -> Plans:
         engines.append(loaded)
         manager = loaded.create_weights_manager()
         if manager is not None:
-            managed.append(_take_off(device, manager))
+            managed.append(_unload(device, manager))
     shared, private = _place(device, managed)
     placement = WeightPlacement(shared, private, len(engines) - len(managed))
     if placement.unmanaged_engines:
@@ -110,7 +109,7 @@ def load_plans(device: Device, engine: Path, entry: RtxSection) -> Plans:
 
 
 def _release(version: str) -> list[str]:
-    """1.7.1 of 1.7.1.116: what a plan's header is held against."""
+    """The part of a version that a plan's header must match: 1.7.1 of 1.7.1.116."""
     return version.split(".")[:3]
 
 
@@ -136,7 +135,7 @@ def _deserialise(runtime: Any, engine: Path, name: str, entry: PlanEntry) -> Any
     return loaded
 
 
-def _take_off(device: Device, manager: Any) -> _Managed:
+def _unload(device: Device, manager: Any) -> _Managed:
     section = np.empty(manager.get_size(), np.uint8)
     saved = manager.save_to_buffer(section.ctypes.data, section.nbytes, trt.TensorLocation.HOST, device.stream)
     expect(saved, "saving the weights")
@@ -153,7 +152,7 @@ class _Piece(NamedTuple):
 
 
 def _place(device: Device, managed: list[_Managed]) -> tuple[int, int]:
-    """Give every engine its weights back; returns the bytes held once for all, and those held for one."""
+    """Give every engine its weights back. Returns the bytes that all engines share, and those of one engine only."""
     if not managed:
         return 0, 0
     common, own = _pieces([weights.section for weights in managed], device.granularity())
@@ -166,7 +165,7 @@ def _place(device: Device, managed: list[_Managed]) -> tuple[int, int]:
 
 
 def _map(device: Device, engines: list[_Managed], piece: _Piece) -> None:
-    """One allocation, which TensorRT maps from its first byte on, for the same piece of each of these engines."""
+    """Allocate a piece once and map it into each of these engines, which TensorRT does from its first byte on."""
     content = engines[0].section[piece.offset : piece.offset + piece.size]
     memory = device.create_physical(content)
     for engine in engines:
@@ -177,7 +176,7 @@ def _map(device: Device, engines: list[_Managed], piece: _Piece) -> None:
 
 
 def _pieces(sections: list[Bytes], granularity: int) -> tuple[list[_Piece], list[list[_Piece]]]:
-    """Runs of whole granules that are the same in two sections, and what each section has beside them."""
+    """Runs of whole granules that two sections have in common, and the remaining runs of each section."""
     equal = [
         len(sections) == 2 and np.array_equal(sections[0][at : at + granularity], sections[1][at : at + granularity])
         for at in range(0, max(map(len, sections)), granularity)

@@ -1,0 +1,99 @@
+"""Steps to captured passes of two networks over one KV pool in the GPU's memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors.numpy import load_file
+
+from trimode.common.errors import TriModeError
+from trimode.engine.files import ADAPTER
+from trimode.engine.manifest import Manifest
+from trimode.engine.precision import NUMPY_TYPES
+from trimode.runtime.executor import BidirectionalStep, Candidates, CausalStep, Speculated, Step
+from trimode.runtime.gpu.buckets import Bucket, bucket_of
+from trimode.runtime.gpu.captured_passes import BoundPass, SinglePass, SpeculationCycle
+from trimode.runtime.gpu.device import Buffer, Device
+from trimode.runtime.gpu.device_kv_pool import DeviceKvPool
+from trimode.runtime.gpu.network import DeviceTensor, GpuNetwork
+from trimode.runtime.gpu.pass_memory import PassLayout, PassMemory, Staging
+
+
+class GpuExecutor:
+    """Runs the networks of a GPU target, by the kind of step that each takes."""
+
+    def __init__(
+        self,
+        device: Device,
+        engine: Path,
+        manifest: Manifest,
+        pool: DeviceKvPool,
+        networks: Mapping[type[Step], GpuNetwork],
+    ) -> None:
+        self.pool = pool
+        self._device = device
+        self._manifest = manifest
+        self._max_batch, self._max_step = manifest.limits.largest_pass
+        self._networks = networks
+        self._adapter_memory: list[Buffer] = []
+        self._adapter = self._load_adapter(engine)
+        self._staging = {kind: self._allocate_staging(kind) for kind in networks}
+        self._bound: dict[Bucket, BoundPass] = {}
+        self._passes: dict[Bucket, SinglePass] = {}
+        self._cycles: dict[Bucket, SpeculationCycle] = {}
+
+    def run(self, step: CausalStep | BidirectionalStep) -> Candidates:
+        bucket = self._admit(step)
+        if bucket not in self._passes:
+            self._passes[bucket] = SinglePass(self._device, self._bind(bucket))
+        return self._passes[bucket].run(step)
+
+    def speculate(self, draft: BidirectionalStep) -> Speculated:
+        commit, bucket = draft.verification(), self._admit(draft)
+        if bucket not in self._cycles:
+            bound = self._bind(bucket), self._bind(self._admit(commit))
+            self._cycles[bucket] = SpeculationCycle(self._device, bucket, *bound)
+        return self._cycles[bucket].run(draft, commit)
+
+    def _admit(self, step: Step) -> Bucket:
+        self._refuse(step)
+        self._device.activate()
+        return bucket_of(step, self._max_step, self._manifest.limits.capacity, self._networks[type(step)].windowed)
+
+    def _bind(self, bucket: Bucket) -> BoundPass:
+        if bucket not in self._bound:
+            memory = PassMemory(self._device, self._staging[bucket.kind], bucket, self._manifest)
+            inputs = memory.inputs
+            if bucket.kind is BidirectionalStep:
+                inputs |= self._adapter
+            self._bound[bucket] = BoundPass(memory, self._networks[bucket.kind].bind(bucket, inputs, memory.results))
+        return self._bound[bucket]
+
+    def _refuse(self, step: Step) -> None:
+        """Raise for a step that would write outside its slots."""
+        if step.first_slot + step.batch > self.pool.slots:
+            raise ValueError(f"slots {step.first_slot} to {step.first_slot + step.batch} of {self.pool.slots}")
+        if step.input_ids.shape[1] > self._max_step:
+            raise TriModeError(
+                f"a step of {step.input_ids.shape[1]} tokens exceeds the engine's max_step of {self._max_step}; "
+                "use a shorter block, or build with a larger --max-step"
+            )
+        self.pool.reserve(step.rows_written)
+
+    def _load_adapter(self, engine: Path) -> dict[str, DeviceTensor]:
+        """The draft adapter, an input of the diffusion engine, on the device."""
+        if self._manifest.adapter is None:
+            return {}
+        dtype, tensors = NUMPY_TYPES[self._manifest.precision.kv_cache], {}
+        for name, array in load_file(engine / ADAPTER).items():
+            memory = self._device.store(array.astype(dtype), "the draft adapter")
+            self._adapter_memory.append(memory)
+            tensors[name] = DeviceTensor(memory.address, array.shape)
+        return tensors
+
+    def _allocate_staging(self, kind: type[Step]) -> Staging:
+        """Memory for the largest pass of an engine."""
+        largest = Bucket(kind, 0, self._max_batch, self._max_step, self._max_step, 0)
+        size = PassLayout(largest, self._manifest).end
+        return Staging(self._device.allocate(size, "the engines' inputs"), *self._device.allocate_page_locked(size))

@@ -1,0 +1,39 @@
+"""Both TensorRT-RTX engines of an engine directory, as a GPU executor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from trimode.engine.manifest import Manifest
+from trimode.engine.targets.rtx import RtxSection
+from trimode.runtime.executor import BidirectionalStep, CausalStep, Step
+from trimode.runtime.gpu.device import Device
+from trimode.runtime.gpu.device_kv_pool import DeviceKvPool
+from trimode.runtime.gpu.gpu_executor import GpuExecutor
+from trimode.runtime.rtx.execution_contexts import RtxNetwork
+from trimode.runtime.rtx.plan_loading import load_plans
+
+
+class RtxExecutor(GpuExecutor):
+    """Loads both plans onto the GPU with the driver's number ``ordinal``. ``weights``: where their weights are stored.
+
+    Raises TriModeError if the plans are not for this GPU, or it has too little memory.
+    """
+
+    def __init__(self, engine: Path, manifest: Manifest, ordinal: int) -> None:
+        device = Device(ordinal)
+        plans = load_plans(device, engine, manifest.section(RtxSection))
+        self.weights = plans.weights
+        limits = manifest.limits
+        max_batch, _ = limits.largest_pass
+        pool = DeviceKvPool(device, manifest.model, manifest.precision.kv_cache, max_batch, limits.capacity)
+        largest = max(plan.device_memory_size_v2 for plan in (plans.ar, plans.diffusion))
+        scratch = device.allocate(largest, "activations")
+        row_numbers = device.store(np.arange(limits.capacity), "the engines' inputs")
+        networks: dict[type[Step], RtxNetwork] = {
+            CausalStep: RtxNetwork(device, plans.ar, pool, scratch, row_numbers),
+            BidirectionalStep: RtxNetwork(device, plans.diffusion, pool, scratch, row_numbers),
+        }
+        super().__init__(device, engine, manifest, pool, networks)
