@@ -1,5 +1,6 @@
 """Checkpoint to checkpoint: w4a16 quantisation, and export for other programs."""
 
+from trimode.common.openmp import wait_passively
 from trimode.quantize.calibration import CALIBRATION_FILE
 from trimode.quantize.quantizing import fitting_group, quantize_checkpoint
 from trimode.quantize.report import QuantizationReport
@@ -13,3 +14,5 @@ __all__ = [
     "fitting_group",
     "quantize_checkpoint",
 ]
+
+wait_passively()  # before AWQ imports torch

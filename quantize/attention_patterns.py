@@ -1,8 +1,7 @@
-"""Both attention patterns over one text, as decoding runs them: what AWQ is calibrated and judged on.
+"""Both attention patterns over one text, as decoding runs them: AWQ is calibrated and evaluated on these passes.
 
-Calibrated on causal text alone, the activation statistics lack what half of all passes see: mask tokens, and attention
-to the future. awq_lite weighs all passes alike, so one of each a text gives both patterns half the say, as drafting and
-verifying do.
+Half of all passes of self-speculation are bidirectional over mask tokens. Statistics of causal text alone would miss
+their activations. awq_lite weighs all passes equally, so one pass of each pattern per text gives both the same weight.
 """
 
 from __future__ import annotations
@@ -23,7 +22,10 @@ class PatternLogits(NamedTuple):
 
 @torch.no_grad()
 def both_patterns(model: NemotronLabsDiffusionModel, tokens: list[int]) -> PatternLogits:
-    """One causal pass over the text, and one bidirectional pass over its blocks, each behind its own clean prefix."""
+    """One causal pass over the text, and one bidirectional pass over its blocks, each after its own unmasked prefix.
+
+    tokens: ids of one text, at least 2.
+    """
     ids = torch.tensor([tokens], device=model.device)
     length = len(tokens)
     positions = torch.arange(length, device=model.device)
@@ -35,7 +37,7 @@ def both_patterns(model: NemotronLabsDiffusionModel, tokens: list[int]) -> Patte
     block_positions = starts[:, None] + torch.arange(size, device=model.device)
     blocks = ids[0, block_positions]
     blocks[masked_positions(len(blocks), size).to(model.device)] = model.config.mask_token_id
-    # All blocks in one batch: every one gets the whole text as its past, of which it sees what lies before its start.
+    # All blocks in one batch: each gets the whole text's KV as its past, and a mask that shows only what is before it.
     visible = torch.ones(len(blocks), size, length + size, dtype=torch.bool, device=model.device)
     visible[:, :, :length] = (positions < starts[:, None])[:, None]
     past = [(k.expand(len(blocks), -1, -1, -1), v.expand(len(blocks), -1, -1, -1)) for k, v in cache]
@@ -44,10 +46,10 @@ def both_patterns(model: NemotronLabsDiffusionModel, tokens: list[int]) -> Patte
 
 
 def masked_positions(blocks: int, size: int) -> Tensor:
-    """[blocks, size] bool. Even blocks are fresh (a pending token, then masks); odd ones are partly denoised.
+    """[blocks, size] bool. Even blocks are all masks after their first token; odd ones are partly denoised.
 
-    The first token is always clean, the last always masked, and the draws are the same every time: AWQ runs the
-    calibration twice and compares.
+    The first token is never masked, the last always. Every call gives the same mask: AWQ runs the calibration twice and
+    compares the runs.
     """
     generator = torch.Generator().manual_seed(0)
     masked_share = torch.rand(blocks, 1, generator=generator)

@@ -1,8 +1,8 @@
 """ModelOpt's INT4 AWQ (awq_lite; arXiv 2306.00978), calibrated over both attention patterns.
 
-AWQ scales up the input channels that matter before rounding. ModelOpt's export folds the scale of q/k/v and gate/up
-into the RMSNorm before them; o_proj, down_proj (and an int4 head) keep theirs as ``pre_quant_scale``, to be applied to
-the base product alone: the draft adapter beside o_proj goes on reading the unscaled input.
+AWQ scales up important input channels before rounding. ModelOpt's export folds the scales of q/k/v and gate/up into the
+RMSNorm before them. o_proj, down_proj and an int4 head keep theirs as ``pre_quant_scale``, which applies to the base
+product only: the draft adapter of o_proj reads the unscaled input.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from trimode.quantize.attention_patterns import PatternLogits, both_patterns
 from trimode.quantize.report import CalibrationReport
 from trimode.quantize.safetensors_stream import TensorSpec, write_tensors
 
-# How much text the logits are compared on: 4 x 64 rows of 131072 float32 are 128 MiB a pattern.
+# Text on which logits are compared. 4 x 64 rows of 131072 float32 are 128 MiB for each pattern.
 COMPARED_TEXTS = 4
 COMPARED_TOKENS = 64
 
@@ -38,13 +38,13 @@ COMPARED_TOKENS = 64
 def write_awq(
     checkpoint: Checkpoint, folder: Path, texts: list[list[int]], group: int, int4_head: bool, progress: Progress
 ) -> list[PatternLogits]:
-    """Calibrate on ``texts`` (token ids) and write the int4 tensors; returns the unquantised model's logits on a few.
+    """Calibrate on ``texts`` (token ids) and write the int4 tensors. Returns the original model's logits on some texts.
 
-    Memory: the model in float32 (in 16 bit a CPU is 3 to 10 times slower), and its export.
+    Needs memory for the model in float32 (CPUs are 3 to 10 times slower in 16 bits) and for its export.
     """
     model = load_reference(checkpoint, adapter=False)
     before = _compared_logits(model, texts)
-    steps = 2 * len(texts)  # awq_lite runs the loop twice: activation statistics, then the search
+    steps = 2 * len(texts)  # awq_lite runs the loop twice: for activation statistics and for the search
     done = count(1)
 
     def forward_loop(model: NemotronLabsDiffusionModel) -> None:
@@ -62,7 +62,7 @@ def write_awq(
 
 
 def calibration_report(quantized: Checkpoint, texts: list[list[int]], before: list[PatternLogits]) -> CalibrationReport:
-    """How far the written checkpoint's logits are from the unquantised model's."""
+    """Relative error of the written checkpoint's logits against the unquantised model's logits ``before``."""
     after = _compared_logits(load_reference(quantized, adapter=False), texts)
     return CalibrationReport(
         texts=len(texts),
@@ -78,30 +78,30 @@ def _modelopt_config(group: int, int4_head: bool) -> dict[str, Any]:
         if rule["quantizer_name"] == "*weight_quantizer":
             rule["cfg"]["block_sizes"][-1] = group
     if not int4_head:
-        # By default only names like `lm_head` are left alone. The last rule wins.
+        # By default only names like `lm_head` are excluded. The last rule wins.
         config["quant_cfg"].append({"quantizer_name": f"*{HEAD}*", "enable": False})
     return config
 
 
 def _export(model: NemotronLabsDiffusionModel, scratch: Path) -> dict[str, Tensor]:
-    """ModelOpt's unified export, kept in memory.
+    """The tensors of ModelOpt's unified export, in memory.
 
-    Written by ModelOpt, its unquantised tensors would be in calibration's float32, and would have to be written again.
+    ModelOpt would write the unquantised tensors in float32, the type of the calibration.
     """
     exported: dict[str, Tensor] = {}
 
     def keep(folder: Path, *, state_dict: dict[str, Tensor], **_: Any) -> None:
         exported.update(state_dict)
-        model.config.save_pretrained(folder)  # export goes on to edit config.json
+        model.config.save_pretrained(folder)  # the export edits config.json afterwards
 
     model.save_pretrained = keep
     export_hf_checkpoint(model, export_dir=scratch)
-    del model.save_pretrained  # or the model keeps itself in memory
+    del model.save_pretrained  # it refers to the model: break the cycle
     return exported
 
 
 def _as_stored(name: str, tensor: Tensor, checkpoint: Checkpoint) -> NDArray[Any]:
-    """Packed weights and scales as exported; everything else in the dtype of the checkpoint's own tensor."""
+    """Packed weights and scales as exported; other tensors in the dtype of the checkpoint."""
     array: NDArray[Any] = tensor.detach().contiguous().numpy()
     if name.endswith(".weight_scale") or array.dtype == np.uint8:
         return array
@@ -114,14 +114,14 @@ def _compared_logits(model: NemotronLabsDiffusionModel, texts: list[list[int]]) 
 
 
 def _relative_error(found: list[Tensor], expected: list[Tensor]) -> float:
-    """|found - expected| / |expected| over all of them, Euclidean."""
+    """|found - expected| / |expected|, Euclidean norm over all tensors together."""
     reference = torch.cat(expected)
     return float((torch.cat(found) - reference).norm() / reference.norm())
 
 
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """A temporary folder, used for all temporary files meanwhile: ModelOpt leaves generated code behind in them."""
+    """A temporary folder that also receives all other temporary files: ModelOpt does not remove its own."""
     previous = tempfile.tempdir
     with tempfile.TemporaryDirectory() as folder:
         tempfile.tempdir = folder

@@ -1,4 +1,4 @@
-"""The texts that AWQ measures activations on."""
+"""Calibration texts for AWQ."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def calibration_tokens(checkpoint: Checkpoint, file: Path | None) -> list[list[i
     tokenizer = Tokenizer.from_folder(checkpoint.folder)
     texts: list[list[int]] = []
     try:
-        with path.open(encoding="utf-8") as lines:
+        with path.open(encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, start=1):
                 if len(texts) == MAX_TEXTS:
                     break

@@ -1,4 +1,4 @@
-"""What a checkpoint folder holds beside its weights."""
+"""Files of a checkpoint folder other than its weights."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from trimode.quantize.report import REPORT_FILE
 from trimode.quantize.safetensors_stream import INDEX
 
 COPIED = ("*.json", "*.jinja", f"{TEMPLATE_FOLDER}/*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*")
-# Rewritten, or of the source alone.
+# Written anew, or valid for the source only.
 NOT_COPIED = {"config.json", INDEX, QUANT_CONFIG_FILE, REPORT_FILE}
 
 
 def copy_companions(source: Path, folder: Path) -> None:
-    """Tokenizer, template, generation settings and licence."""
+    """Copy tokenizer, chat template, generation settings and licence."""
     for pattern in COPIED:
         for path in source.glob(pattern):
             if path.is_file() and path.name not in NOT_COPIED and not path.name.startswith("."):

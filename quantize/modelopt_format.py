@@ -1,7 +1,7 @@
 """The JSON of ModelOpt's unified int4 checkpoints: ``hf_quant_config.json``, and a section of ``config.json``.
 
-Both say ``W4A16_AWQ`` and ``pre_quant_scale`` for round to nearest too, and name ModelOpt as producer: that is what
-ModelOpt itself writes for every int4 checkpoint, and what its readers look for.
+Both state ``W4A16_AWQ``, ``pre_quant_scale`` and the producer ModelOpt for round to nearest as well: ModelOpt writes
+these values for every int4 checkpoint, and readers expect them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from trimode.model.checkpoint import HEAD
 
 QUANT_CONFIG_FILE = "hf_quant_config.json"
 ALGORITHM = "W4A16_AWQ"
-# The release whose layout this is; `[build]` pins the same.
+# The release that defines this layout; the extra `build` pins the same one.
 PRODUCER = {"name": "modelopt", "version": "0.47.0"}
 
 
@@ -33,7 +33,7 @@ def hf_quant_config(group: int, excluded: Sequence[str]) -> dict[str, Any]:
 
 
 def quantization_config(excluded: Sequence[str]) -> dict[str, Any]:
-    """The section that ``config.json`` gains."""
+    """The section ``quantization_config`` of ``config.json``."""
     return {"ignore": list(excluded), "quant_algo": ALGORITHM, "producer": PRODUCER, "quant_method": "modelopt"}
 
 

@@ -42,9 +42,9 @@ def quantize_checkpoint(
 ) -> QuantizationReport:
     """Write the checkpoint to the folder ``out`` with int4 linear layers, all of it or nothing.
 
-    ``group``: input channels that share a scale. ``awq`` needs the ``[build]`` extra and calibration text (JSONL, the
-    checkpoint's own ``calibration.jsonl`` unless given); ``rtn`` needs neither. The adapter and the embedding stay as
-    they are, and so does the head unless ``head`` is ``int4``; AWQ rescales norms. Raises TriModeError.
+    group: input channels that share a scale. method: ``awq`` needs the extra ``build`` and calibration text (JSONL; the
+    checkpoint's own ``calibration.jsonl`` if None); ``rtn`` needs neither. The adapter and the embedding are copied;
+    so is the head unless ``head`` is ``int4``. AWQ rescales the norms. Raises TriModeError.
     """
     _check_options(checkpoint, method, group, head, calibration)
     modules = [module for module in linear_shapes(checkpoint.config) if head == "int4" or module != HEAD]
@@ -82,14 +82,14 @@ def fitting_group(checkpoint: Checkpoint) -> int:
 def _awq(
     checkpoint: Checkpoint, folder: Path, texts: list[list[int]], group: int, int4_head: bool, progress: Progress
 ) -> CalibrationReport:
-    with quiet(progress) as aloud:
+    with quiet(progress) as shown:
         try:
             from trimode.quantize import awq
         except ImportError as error:
             raise TriModeError(
                 f"--method awq needs {error.name}: pip install 'trimode[build]', or use --method rtn"
             ) from None
-        before = awq.write_awq(checkpoint, folder, texts, group, int4_head, aloud)
+        before = awq.write_awq(checkpoint, folder, texts, group, int4_head, shown)
         return awq.calibration_report(Checkpoint(folder), texts, before)
 
 
@@ -123,7 +123,7 @@ def _check_shapes(checkpoint: Checkpoint, modules: list[str], group: int) -> Non
 
 
 def _check_what_is_copied(checkpoint: Checkpoint) -> None:
-    """Nothing else would read the tokenizer and the adapter before an engine is built of them."""
+    """Read the tokenizer and the adapter, which quantisation only copies, so that faults are found now."""
     Tokenizer.from_folder(checkpoint.folder)
     if checkpoint.adapter is not None:
         for layer in range(checkpoint.config.num_hidden_layers):

@@ -1,4 +1,4 @@
-"""Keeping other libraries' chatter off the terminal."""
+"""Silence for libraries that print."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from trimode.common.progress import Progress
 
 @contextmanager
 def quiet(progress: Progress) -> Iterator[Progress]:
-    """Silence prints, progress bars, warnings and logs below ERROR; the progress yielded still reaches the user."""
+    """Suppress prints, progress bars, warnings and logs below ERROR. The progress that it yields is still shown."""
     stdout, stderr, disabled = sys.stdout, sys.stderr, logging.root.manager.disable
 
-    def aloud(stage: str, done: int, total: int) -> None:
+    def shown(stage: str, done: int, total: int) -> None:
         with redirect_stdout(stdout), redirect_stderr(stderr):
             progress(stage, done, total)
 
@@ -31,6 +31,6 @@ def quiet(progress: Progress) -> Iterator[Progress]:
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
         try:
-            yield aloud
+            yield shown
         finally:
             logging.disable(disabled)

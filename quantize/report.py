@@ -1,4 +1,4 @@
-"""What quantisation did to the weights: ``quantization_report.json`` in the quantised folder."""
+"""Errors that quantisation caused: ``quantization_report.json`` in the quantised folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ REPORT_FILE = "quantization_report.json"
 
 
 class CalibrationReport(BaseModel):
-    """What AWQ saw, and the relative L2 error of the logits on some of it, for each attention pattern."""
+    """Amount of calibration text, and the relative L2 error of the logits on some of it, for each attention pattern."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -28,7 +28,9 @@ class CalibrationReport(BaseModel):
 
 
 class QuantizationReport(BaseModel):
-    """``weight_error``: |W - quantised W| / |W| (Frobenius) of every int4 layer, W as it acts on that layer's input."""
+    """``weight_error``: |W - quantised W| / |W| (Frobenius norm) of every int4 matrix, by module. Scales that AWQ
+    folded into a norm are applied to W.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -47,7 +49,7 @@ def weight_errors(
     for done, module in enumerate(modules, start=1):
         after = quantized.linear(module)
         if not isinstance(after, Int4Weight):
-            raise TypeError(f"{module} was to become int4, and is {type(after).__name__}")
+            raise TypeError(f"{module} is {type(after).__name__}, not int4")
         before = source.vector(f"{module}.weight")
         errors[module] = _relative_error(before, after, _folded_scale(source, quantized, module))
         progress("compare", done, len(modules))
@@ -66,13 +68,13 @@ def _relative_error(before: NDArray[Any], after: Int4Weight, folded_scale: NDArr
 
 
 def _folded_scale(source: Checkpoint, quantized: Checkpoint, module: str) -> NDArray[np.float32]:
-    """The part of AWQ's input scale that went into the norm before the layer: [in], or [1] where no norm is."""
+    """The part of AWQ's input scale that was folded into the norm before the layer: [in], or [1] without a norm."""
     norm = norm_before(module)
     if norm is None:
         return np.ones(1, np.float32)
     before = source.vector(norm).astype(np.float32)
     after = quantized.vector(norm).astype(np.float32)
-    # A channel that the norm zeroes carries nothing, before or after.
+    # A channel that the norm sets to zero is zero before and after.
     return np.divide(after, before, out=np.ones_like(before), where=before != 0)
 
 

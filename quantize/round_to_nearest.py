@@ -1,4 +1,4 @@
-"""Round to nearest, streamed: memory for the largest tensor, whatever the size of the checkpoint. No torch."""
+"""Round to nearest, one tensor at a time: needs memory for the largest tensor only, and no torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trimode.quantize.safetensors_stream import TensorSpec, write_tensors
 
 
 def write_rounded(checkpoint: Checkpoint, folder: Path, modules: list[str], group: int, progress: Progress) -> None:
-    """Write the checkpoint's tensors with the linear layers named in ``modules`` as int4, the others as they are."""
+    """Write the checkpoint's tensors: the linear layers in ``modules`` as int4, the others unchanged."""
     write_tensors(folder, _specs(checkpoint, modules, group), _arrays(checkpoint, modules, group, progress))
 
 

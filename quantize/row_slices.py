@@ -1,4 +1,4 @@
-"""Going through a matrix a few rows at a time, so that float32 copies of it cost nothing beside the matrix itself."""
+"""Slices of a matrix's rows, so that float32 copies stay small."""
 
 from __future__ import annotations
 

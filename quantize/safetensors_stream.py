@@ -1,8 +1,8 @@
-"""Writing safetensors files one tensor at a time; the library's own writer wants them all in memory.
+"""Write safetensors files one tensor at a time. The library's own writer needs all tensors in memory.
 
 Format (https://huggingface.co/docs/safetensors): 8 bytes little-endian header length, a JSON header of
-``{name: {dtype, shape, data_offsets}}`` padded with spaces to 8 bytes, then the tensors without gaps. So every name,
-dtype and shape must be known before the first tensor is written.
+``{name: {dtype, shape, data_offsets}}`` padded with spaces to 8 bytes, then the tensors without gaps. Hence
+every name, dtype and shape must be known before the first tensor is written.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DTYPE_NAMES = {
 
 
 class TensorSpec(NamedTuple):
-    """What the header says of a tensor."""
+    """A tensor's entry in the header."""
 
     name: str
     dtype: np.dtype[Any]
@@ -87,6 +87,6 @@ def _write_file(file: BinaryIO, specs: Sequence[TensorSpec], arrays: Iterable[ND
     file.write(encoded)
     for spec, array in zip(specs, arrays, strict=True):
         if (array.dtype, array.shape) != (spec.dtype, spec.shape):
-            raise ValueError(f"{spec} announced, {array.dtype} {array.shape} given")
-        # As bytes, without a copy; numpy's buffers know no bfloat16.
+            raise ValueError(f"{spec} expected, {array.dtype} {array.shape} found")
+        # Viewed as bytes, without a copy: Python buffers have no bfloat16.
         file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)

@@ -1,11 +1,11 @@
 """``trimode export --format trtllm``: the autoregressive half as a checkpoint that TensorRT-LLM's ``LLM`` class loads.
 
 The AR network is a Mistral-family decoder: standard tensor names, the standard config with YaRN as ``rope_scaling``,
-and for int4 ModelOpt's unified format, which TensorRT-LLM reads as it is. Diffusion and the draft adapter have no place
-there. No tensor is changed; one is in memory at a time.
+and for int4 ModelOpt's unified format, which TensorRT-LLM reads. Diffusion and the draft adapter are not exported. No
+tensor is changed; one is in memory at a time.
 
-TensorRT-LLM's Mistral knows no Llama-4 query scaling. It is 1 up to ``original_max_position_embeddings``, so the
-exported ``max_position_embeddings`` ends there: within it the network is the same.
+TensorRT-LLM's Mistral has no Llama-4 query scaling. The scaling is 1 up to ``original_max_position_embeddings``, so the
+exported ``max_position_embeddings`` is limited to that: within it the network is the same.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _TORCH_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 class ExportReport(BaseModel):
-    """What was written; ``max_tokens``: up to where TensorRT-LLM computes the same network."""
+    """``max_tokens``: longest sequence for which TensorRT-LLM computes the same network."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -45,7 +45,7 @@ class ExportReport(BaseModel):
 def export_trtllm(checkpoint: Checkpoint, out: Path, progress: Progress = no_progress) -> ExportReport:
     """Write the AR-only checkpoint to the folder ``out``, all of it or nothing.
 
-    Raises TriModeError if TensorRT-LLM has no word for something in the checkpoint: an int4 head, or a form of YaRN.
+    Raises TriModeError if TensorRT-LLM cannot express the checkpoint: an int4 head, or some forms of YaRN.
     """
     _refuse_inexpressible(checkpoint)
     described = checkpoint.described()
@@ -77,7 +77,7 @@ def trtllm_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "beta_fast": rope.beta_fast,
         "beta_slow": rope.beta_slow,
     }
-    # One without the other changes nothing in transformers, and would in TensorRT-LLM.
+    # transformers ignores one without the other; TensorRT-LLM does not.
     if rope.mscale is not None and rope.mscale_all_dim is not None:
         scaling |= {"mscale": rope.mscale, "mscale_all_dim": rope.mscale_all_dim}
     scaled_queries = rope.llama_4_scaling_beta != 0

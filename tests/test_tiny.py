@@ -112,10 +112,10 @@ def test_answers_are_mostly_right(llm: LLM, prompts: list[list[int]], heldout: l
 def test_the_quantisation_report_has_every_modes_rates(llm: LLM, heldout: list[dict]) -> None:
     few = heldout[::120]
     found = {mode: score(llm, mode, options, few) for mode, options in MODES.items()}
-    assert found["ar"].tokens_a_forward == found["ar"].tokens_a_cycle == 1
+    assert found["ar"].tokens_per_forward == found["ar"].tokens_per_cycle == 1
     assert found["linear_spec"].exact_match == found["ar"].exact_match > 0
     for mode in found.keys() - {"ar"}:
-        assert 1 < found[mode].tokens_a_forward < found[mode].tokens_a_cycle <= 16
+        assert 1 < found[mode].tokens_per_forward < found[mode].tokens_per_cycle <= 16
 
 
 def test_it_compiles_for_gpus_with_every_matrix_fused(w4a16: Path, tmp_path: Path) -> None:

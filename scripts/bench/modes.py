@@ -1,9 +1,9 @@
-"""`make bench`: tokens a second by mode, block length and load, against the PyTorch reference in the same run.
+"""`make bench`: tokens per second by mode, block length and load, against the PyTorch reference in the same run.
 
-Loads and settings take turns, round by round, so that a change of the machine's speed meets all of them; figures are
-medians over the rounds. Then `auto` and the setting that was best without it run in turns, many times, and the ratio
-of each pair is taken: the best of several medians would owe something to chance. Load is the number of requests that
-run at once; more are always waiting.
+Loads and settings take turns, so that a change of the machine's speed affects all of them; the figures are medians over
+the rounds. Then `auto` and the best fixed setting of each load run in pairs; the ratio of each pair is taken, because
+the best of several medians is biased upwards. Load is the number of requests that run at once; more are always waiting.
+Speeds are reported, not judged.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import time
 from collections import defaultdict
 from contextlib import ExitStack
@@ -48,11 +47,11 @@ LOSSLESS = [name for name in SETTINGS if not name.startswith("diffusion") and na
 
 @dataclass
 class Point:
-    """A setting at a load. of_reference: against the reference in the mode's own way, one request at a time."""
+    """A setting at a load. of_reference: multiple of the reference's speed in the same mode, one request at a time."""
 
     setting: str
     load: int
-    tokens_a_second: float
+    tokens_per_second: float
     tokens_per_forward: float
     acceptance: float
     of_reference: float
@@ -60,7 +59,7 @@ class Point:
 
 @dataclass
 class Duel:
-    """`auto` against the best fixed setting of a load: the median ratio of tokens a second, and its quartiles."""
+    """`auto` against the best fixed setting of a load: median ratio of tokens per second, and its quartiles."""
 
     load: int
     best_fixed: str
@@ -73,7 +72,7 @@ def main() -> None:
     parser.add_argument("engine", type=Path)
     parser.add_argument("--checkpoint", type=Path, required=True, help="what the engine was built from")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--pairs", type=int, default=24, help="of auto and the best fixed setting, at each load")
+    parser.add_argument("--pairs", type=int, default=24, help="pairs of auto and the best fixed setting at each load")
     parser.add_argument("--prompts", type=int, default=48)
     parser.add_argument("--plot", type=Path, help="write the curves to this PNG")
     parser.add_argument("--json", action="store_true")
@@ -117,7 +116,6 @@ def main() -> None:
         print(json.dumps({"points": list(map(asdict, points)), "auto": list(map(asdict, duels))}, indent=2))
     else:
         show(points, duels, reference)
-    sys.exit(0 if min(duel.ratio for duel in duels) >= 0.95 else 1)
 
 
 def held_out(count: int) -> list[Any]:
@@ -133,7 +131,7 @@ def run(llm: LLM, messages: list[Any], name: str) -> tuple[float, list[Completio
 
 
 def reference_paces(checkpoint: Path, engine: Path, messages: list[Any]) -> dict[str, float]:
-    """Tokens a second of the PyTorch reference, fp32, in each mode."""
+    """Tokens per second of the PyTorch reference in fp32, in each mode."""
     reference = load_reference(Checkpoint(checkpoint))
     with LLM(engine, max_batch_size=1) as llm:
         encoded = [torch.tensor([llm.tokenizer.encode(llm.tokenizer.apply_chat_template(each))]) for each in messages]
@@ -165,7 +163,7 @@ def point(
     return Point(
         setting=name,
         load=load,
-        tokens_a_second=statistics.median(paces),
+        tokens_per_second=statistics.median(paces),
         tokens_per_forward=tokens / passes,
         acceptance=tokens / sum(count.cycles for count in counts),
         of_reference=statistics.median(paces) / reference["linear_spec" if mode == "auto" else mode],
@@ -173,7 +171,7 @@ def point(
 
 
 def by_position(answers: list[CompletionOutput]) -> list[float]:
-    """Of the drafts at each place of a block that the text had room for, the share that was accepted."""
+    """Share of drafts that was accepted, by their place in the block, of those that were verified."""
     accepted: list[int] = []
     reached: list[int] = []
     for answer in answers:
@@ -189,7 +187,7 @@ def by_position(answers: list[CompletionOutput]) -> list[float]:
 
 
 def show(points: list[Point], duels: list[Duel], reference: dict[str, float]) -> None:
-    told = ", ".join(f"{mode} {pace:.0f}" for mode, pace in reference.items())
+    speeds = ", ".join(f"{mode} {pace:.0f}" for mode, pace in reference.items())
     table = Table("setting", "load", "tokens/s", "per forward", "per cycle", "of reference")
     for column in table.columns[1:]:
         column.justify = "right"
@@ -197,7 +195,7 @@ def show(points: list[Point], duels: list[Duel], reference: dict[str, float]) ->
         table.add_row(
             each.setting,
             str(each.load),
-            f"{each.tokens_a_second:.0f}",
+            f"{each.tokens_per_second:.0f}",
             f"{each.tokens_per_forward:.2f}",
             f"{each.acceptance:.2f}",
             f"{each.of_reference:.2f}",
@@ -205,8 +203,8 @@ def show(points: list[Point], duels: list[Duel], reference: dict[str, float]) ->
         )
     console = Console(width=110)
     console.print(table)
-    console.print(f"reference, one request, block 16, tokens a second: {told}")
-    table = Table("load", "best fixed", "auto, of it (bar 0.95)", "quartiles of the pairs")
+    console.print(f"reference, one request, block 16, tokens per second: {speeds}")
+    table = Table("load", "best fixed", "auto, relative to it", "quartiles of the pairs")
     for duel in duels:
         table.add_row(
             str(duel.load), duel.best_fixed, f"{duel.ratio:.2f}", " to ".join(f"{each:.2f}" for each in duel.quartiles)
@@ -221,16 +219,16 @@ def draw(points: list[Point], accepted: dict[str, list[float]], path: Path) -> N
         mine = [each for each in points if each.setting == name]
         style = {"linewidth": 3, "color": "black"} if name == "auto" else {"linewidth": 1.5}
         left.plot(
-            [each.load for each in mine], [each.tokens_a_second for each in mine], marker="o", label=name, **style
+            [each.load for each in mine], [each.tokens_per_second for each in mine], marker="o", label=name, **style
         )
-    left.set(xscale="log", xlabel="requests at once", ylabel="tokens a second", title="Throughput by load")
+    left.set(xscale="log", xlabel="requests at once", ylabel="tokens per second", title="Throughput by load")
     left.set_xticks(LOADS, [str(load) for load in LOADS])
     left.set_ylim(bottom=0)
     left.legend(fontsize=8)
     for name, shares in accepted.items():
         drafts = shares[: SETTINGS[name]["block_length"] - 1]
         right.plot(range(1, len(drafts) + 1), drafts, marker=".", label=name)
-    right.set(xlabel="place in the block", ylabel="accepted, of those reached", title="Acceptance by position")
+    right.set(xlabel="place in the block", ylabel="share accepted, of those verified", title="Acceptance by position")
     right.set_ylim(0, 1.02)
     right.legend(fontsize=8)
     for axes in (left, right):

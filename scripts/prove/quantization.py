@@ -1,9 +1,9 @@
-"""What quantisation costs in answers and in accepted drafts, in every mode, on the held-out problems.
+"""Cost of quantisation in right answers and in accepted drafts, in every mode, on the held-out problems.
 
     python -m scripts.prove.quantization checkpoints/tiny awq:128 awq:64 rtn:128
 
-Quantises the checkpoint by each METHOD:GROUP, builds the engines, and decodes greedily; first comes the checkpoint as
-it is. Tokens a cycle: what a block's passes emit together, in self-speculation a draft and the pass that verifies it.
+Quantises the checkpoint by each METHOD:GROUP, builds the engines, and decodes greedily. The first row is the checkpoint
+without quantisation. A cycle is one block: in self-speculation its draft and the pass that verifies it.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ MODES: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Score:
-    """One mode's; ``exact_match`` is the share of answers equal to the letter."""
+    """The results of one mode. ``exact_match``: share of answers that equal the expected text."""
 
     exact_match: float
-    tokens_a_forward: float
-    tokens_a_cycle: float
+    tokens_per_forward: float
+    tokens_per_cycle: float
 
 
 @dataclass
@@ -65,9 +65,9 @@ def main() -> None:
     records = [json.loads(line) for line in HELD_OUT.read_text(encoding="utf-8").splitlines()]
     reports = []
     with tempfile.TemporaryDirectory() as scratch:
-        for name in ["as it is", *arguments.quantisation]:
+        for name in ["not quantised", *arguments.quantisation]:
             folder, error = arguments.checkpoint, 0.0
-            if name != "as it is":
+            if name != "not quantised":
                 folder = Path(scratch) / name
                 method, _, group = name.partition(":")
                 report = quantize_checkpoint(
@@ -84,10 +84,10 @@ def main() -> None:
     if arguments.json:
         print(json.dumps([asdict(report) for report in reports], indent=2))
         return
-    table = Table("weights", "weight error", "mode", "exact match", "tokens a forward", "tokens a cycle")
+    table = Table("weights", "weight error", "mode", "exact match", "tokens per forward", "tokens per cycle")
     for report in reports:
         for mode, found in report.scores.items():
-            rates = (f"{found.tokens_a_forward:.2f}", f"{found.tokens_a_cycle:.2f}")
+            rates = (f"{found.tokens_per_forward:.2f}", f"{found.tokens_per_cycle:.2f}")
             share = f"{100 * found.exact_match:.1f} %"
             table.add_row(report.weights, f"{report.weight_error:.3f}", mode, share, *rates)
     Console().print(table)

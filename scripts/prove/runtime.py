@@ -1,7 +1,7 @@
-"""`make prove-runtime`: what the runtime promises when many requests run at once, measured now.
+"""`make prove-runtime`: check the runtime with many requests at once (second table of docs/results.md).
 
-Texts on the shipped checkpoint's engine; the law of sampling, and the KV pool under random events, on a language whose
-law is known (tests/support/exact_law.py).
+Texts are compared on the shipped checkpoint's engine. The distribution of samples, and the KV pool under random events,
+are checked on a small language whose exact distribution is known (tests/support/exact_law.py).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from scripts.prove.proof_table import Row, tell
+from scripts.prove.proof_table import Row, print_table
 from tests.support.exact_law import Bench, greedy_text, prompts, text_law, total_variation
 from trimode import LLM, CompletionOutput, SamplingParams
 from trimode.runtime.request.outputs import Update
@@ -28,14 +28,14 @@ from trimode.runtime.scheduling.running_request import Request
 
 ROOT = Path(__file__).resolve().parents[2]
 MAX_TOKENS = 200
-LAWS: tuple[dict[str, Any], ...] = (
+SAMPLINGS: tuple[dict[str, Any], ...] = (
     {"temperature": 1.0},
     {"temperature": 0.7, "top_p": 0.9},
     {"temperature": 1.5, "top_k": 4},
     {"temperature": 1.0, "top_k": 5, "top_p": 0.8, "min_p": 0.05},
     {"temperature": 0.8, "presence_penalty": 0.5, "frequency_penalty": 0.3, "repetition_penalty": 1.3},
 )
-LAW_PROMPTS = ((2, 3), (6,), (4, 5), (3,), (5, 2))
+SAMPLED_PROMPTS = ((2, 3), (6,), (4, 5), (3,), (5, 2))
 MODES: tuple[dict[str, Any], ...] = (
     {"mode": "ar"},
     {"mode": "linear_spec", "block_length": 16},
@@ -48,26 +48,31 @@ MODES: tuple[dict[str, Any], ...] = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("engine", type=Path, help="engine directory of the shipped checkpoint")
-    parser.add_argument("--checkpoint", type=Path, help="what it was built from, to tell the margins of exceptions")
+    parser.add_argument(
+        "--checkpoint", type=Path, help="what it was built from; needed to show the margins of texts that differ"
+    )
     parser.add_argument("--prompts", type=int, default=200)
-    parser.add_argument("--draws", type=int, default=210_000, help="texts of three tokens drawn for each law")
+    parser.add_argument("--draws", type=int, default=210_000, help="texts of three tokens drawn for each sampling")
     parser.add_argument("--events", type=int, default=10_000)
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     rows = [
         *equality_rows(arguments.engine, arguments.checkpoint, arguments.prompts),
-        *(law_row(law, prompt, arguments.draws) for law, prompt in zip(LAWS, LAW_PROMPTS, strict=True)),
+        *(
+            distribution_row(sampling, prompt, arguments.draws)
+            for sampling, prompt in zip(SAMPLINGS, SAMPLED_PROMPTS, strict=True)
+        ),
         *overhead_rows(arguments.engine),
         events_row(arguments.events),
         memory_row(arguments.engine, arguments.requests),
         prefix_row(arguments.engine),
     ]
-    tell(rows, arguments.json)
+    print_table(rows, arguments.json)
 
 
 def equality_rows(engine: Path, checkpoint: Path | None, count: int) -> list[Row]:
-    """Every prompt alone in every mode; then all of them at once, modes mixed, at several batch sizes."""
+    """Every prompt alone; then all prompts at once with mixed modes, at several batch sizes."""
     records = [json.loads(line) for line in (ROOT / "tests/data/heldout.jsonl").read_text().splitlines()]
     chosen = [records[at] for at in np.linspace(0, len(records) - 1, min(count, len(records))).astype(int)]
     messages = [record["messages"] for record in chosen]
@@ -103,15 +108,15 @@ def _equality(
         for prompt, mode, one, other in zip(encoded, modes, found, expected, strict=True)
         if one.token_ids != other.token_ids
     ]
-    told = f"{len(found) - len(differing)} of {len(found)}"
+    shown = f"{len(found) - len(differing)} of {len(found)}"
     if differing:
-        told += "; margins of logits " + ", ".join(margins.told(*each) for each in differing)
-    return Row(what, "all", told, not differing)
+        shown += "; margins of logits " + ", ".join(margins.of(*each) for each in differing)
+    return Row(what, "all", shown, not differing)
 
 
 class _Margins:
-    """By how much the reference prefers the expected token to the found one, where two texts part. Torch is loaded with
-    the first exception: a runtime has no need of it, and the rows to come are measured without.
+    """Margins by which the reference prefers the expected token where two texts first differ. Torch is imported with
+    the first such text, so that the other rows are measured without it.
     """
 
     def __init__(self, checkpoint: Path | None) -> None:
@@ -125,37 +130,39 @@ class _Margins:
         assert self._checkpoint is not None
         return load_reference(Checkpoint(self._checkpoint))
 
-    def told(self, prompt: list[int], found: list[int], expected: list[int], mode: str) -> str:
+    def of(self, prompt: list[int], found: list[int], expected: list[int], mode: str) -> str:
         if self._checkpoint is None:
             return "unknown (give --checkpoint)"
-        from prove import margin
+        from scripts.prove.engines import margin
 
         return f"{margin(self._reference, prompt, found, expected, mode):.1e}"
 
 
-def law_row(law: dict[str, Any], prompt: tuple[int, ...], draws: int) -> Row:
-    """Whole texts of three tokens, and the second token, the first that a self-speculating cycle draws."""
+def distribution_row(sampling: dict[str, Any], prompt: tuple[int, ...], draws: int) -> Row:
+    """Whole texts of three tokens, and the second token, which is the first that a self-speculation cycle draws."""
     counts = Counter[tuple[int, ...]]()
     bench = Bench(max_batch=16, capacity=32, end=False, prefix_cache=False)
-    params = SamplingParams(max_tokens=3, mode="linear_spec", block_length=4, **law)
+    params = SamplingParams(max_tokens=3, mode="linear_spec", block_length=4, **sampling)
 
-    def hear(update: Update) -> None:
+    def receive(update: Update) -> None:
         counts[tuple(update.token_ids)] += 1
 
-    for start in track(range(0, draws, 1000), f"law {law}", transient=True, console=Console(stderr=True)):
+    for start in track(range(0, draws, 1000), f"sampling {sampling}", transient=True, console=Console(stderr=True)):
         for seed in range(start, start + 1000):
-            bench.ask(prompt, params, hear, seed)
+            bench.ask(prompt, params, receive, seed)
         bench.run()
     exact = text_law(prompt, 3, params)
     texts = total_variation(counts, exact)
     tokens = total_variation(_second_tokens(counts), _second_tokens(exact))
-    told = ", ".join(
+    shown = ", ".join(
         f"{what} {found.distance:.4f} (chance {found.by_chance:.4f}, deviation {found.deviation:.4f})"
         for what, found in (("texts", texts), ("next token", tokens))
     )
-    name = ", ".join(f"{key} {value}" for key, value in law.items())
+    name = ", ".join(f"{key} {value}" for key, value in sampling.items())
     holds = texts.is_chance and tokens.is_chance
-    return Row(f"{draws} texts drawn by linear_spec at {name}: total variation from AR's law", "chance", told, holds)
+    return Row(
+        f"{draws} texts drawn by linear_spec at {name}: total variation from AR's distribution", "chance", shown, holds
+    )
 
 
 def _second_tokens(texts: dict[tuple[int, ...], Any]) -> dict[tuple[int, ...], Any]:
@@ -166,7 +173,7 @@ def _second_tokens(texts: dict[tuple[int, ...], Any]) -> dict[tuple[int, ...], A
 
 
 def overhead_rows(engine: Path) -> list[Row]:
-    """Milliseconds of a cycle that are not spent inside ONNX Runtime. Prompts come as tokens."""
+    """Milliseconds of a cycle that are spent outside ONNX Runtime. Prompts are given as token ids."""
     rows = []
     for batch in (1, 4, 16):
         with LLM(engine, max_batch_size=batch, prefix_cache_bytes=0) as llm:
@@ -181,17 +188,12 @@ def overhead_rows(engine: Path) -> list[Row]:
                 outside = time.perf_counter() - begun - (inside() - before)
                 milliseconds.append(1e3 * outside / (llm.stats().steps - steps))
         found = statistics.median(milliseconds)
-        bar = "<= 0.3 ms" if batch == 1 else "-"
-        rows.append(
-            Row(
-                f"time outside the engines, a cycle at batch {batch}", bar, f"{found:.2f} ms", batch > 1 or found <= 0.3
-            )
-        )
+        rows.append(Row(f"time outside the engines per cycle, batch {batch}", "-", f"{found:.2f} ms", None))
     return rows
 
 
 def _time_engines(llm: LLM) -> Any:
-    """A clock that runs only inside the sessions."""
+    """A function that returns the seconds spent inside the sessions so far."""
     spent = 0.0
 
     class Timed:
@@ -214,27 +216,27 @@ def _time_engines(llm: LLM) -> Any:
 
 
 def events_row(events: int) -> Row:
-    """Joins, steps and cancellations at random; every text is the law's, and the executor checks every row it reads."""
-    rng, wrong, told = np.random.default_rng(0), 0, 0
+    """Random joins, steps and aborts. Every text must be right; the executor checks all KV rows that it reads."""
+    rng, wrong, ended = np.random.default_rng(0), 0, 0
     bench = Bench(max_batch=12, capacity=64, end=True, prefix_cache=True)
     running: dict[int, Request] = {}
     pool = prompts(40, 0)
 
     def submit(number: int) -> None:
-        nonlocal wrong, told
+        nonlocal wrong, ended
         prompt = pool[rng.integers(len(pool))] + pool[rng.integers(len(pool))]
         mode = ({"mode": "ar"}, {"mode": "linear_spec", "block_length": 6}, {"mode": "auto"})[rng.integers(3)]
         params = SamplingParams(max_tokens=int(rng.integers(1, 30)), **mode)
         expected = greedy_text(prompt, params.max_tokens)
 
-        def hear(update: Update) -> None:
-            nonlocal wrong, told
-            told += 1
+        def receive(update: Update) -> None:
+            nonlocal wrong, ended
+            ended += 1
             whole = update.finish_reason != "cancelled"
             wrong += update.token_ids != (expected if whole else expected[: len(update.token_ids)])
             running.pop(number)
 
-        running[number] = bench.ask(prompt, params, hear)
+        running[number] = bench.ask(prompt, params, receive)
 
     submitted = 0
     for _ in track(range(events), "events", transient=True, console=Console(stderr=True)):
@@ -246,7 +248,7 @@ def events_row(events: int) -> Row:
             list(running.values())[rng.integers(len(running))].aborted = True
         bench.scheduler.step()
     bench.run()
-    leaked = bench.executor.pool.active + len(running) + (submitted - told)
+    leaked = bench.executor.pool.active + len(running) + (submitted - ended)
     found = f"{submitted} requests, {wrong} wrong, {leaked} leaked"
     return Row(
         f"{events} random joins, finishes and cancels on one KV pool", "none wrong or leaked", found, not wrong + leaked
@@ -254,8 +256,8 @@ def events_row(events: int) -> Row:
 
 
 def memory_row(engine: Path, requests: int) -> Row:
-    """Resident memory over as many requests thrice: ONNX Runtime keeps some for every new shape of a pass, and the last
-    third should meet none.
+    """Resident memory after each third of the requests. ONNX Runtime keeps memory for every new shape of a pass; the
+    last third has no new shape.
     """
     sizes = []
     with LLM(engine, prefix_cache_bytes=8 << 20) as llm:
@@ -266,17 +268,17 @@ def memory_row(engine: Path, requests: int) -> Row:
             if turn % 10 == 9:
                 pages = int(Path("/proc/self/statm").read_text().split()[1])
                 sizes.append(pages * os.sysconf("SC_PAGE_SIZE") / 2**20)
-    told = f"{sizes[1]:.0f} MiB before, {sizes[2]:.0f} after ({sizes[0]:.0f} after the first {requests})"
+    shown = f"{sizes[1]:.0f} MiB before, {sizes[2]:.0f} after ({sizes[0]:.0f} after the first {requests})"
     return Row(
-        f"memory over {requests} requests, when passes have had their shapes",
+        f"memory over {requests} requests, after every shape of a pass was seen",
         "flat (2 MiB)",
-        told,
+        shown,
         sizes[2] - sizes[1] <= 2,
     )
 
 
 def prefix_row(engine: Path) -> Row:
-    """A second turn after a chat of a thousand tokens."""
+    """The second turn of a chat of about a thousand tokens."""
     with LLM(engine) as llm:
         turn = [{"role": "user", "content": "Count the words: " + " ".join(["stone", "river"] * 240)}]
         prompt = llm.tokenizer.encode(llm.tokenizer.apply_chat_template(turn))
@@ -285,9 +287,9 @@ def prefix_row(engine: Path) -> Row:
         new = llm.tokenizer.encode("And how many of them are rivers?")
         second = llm.generate([*known, *new], SamplingParams(max_tokens=8)).outputs[0]
     computed = len(known) + len(new) - second.counts.cached_tokens
-    told = f"{len(known)} known, {len(new)} new: {computed} prefilled in {second.counts.prefill} pass"
-    # The first answer's last token was emitted, not yet committed.
-    return Row("second turn of a chat", "only what is new", told, computed <= len(new) + 1)
+    shown = f"{len(known)} known, {len(new)} new: {computed} prefilled in {second.counts.prefill} pass"
+    # The first answer's last token was emitted but not committed.
+    return Row("second turn of a chat", "only what is new", shown, computed <= len(new) + 1)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""How far a row of the AR engine depends on the length of its step, and whether that could change a greedy token.
+"""How much the AR engine's logits depend on the length of the pass, and whether that could change a greedy token.
 
-Self-speculation verifies a block in one step; AR takes its tokens one by one. Both choose from the same rows, so they
-emit the same text unless a kernel rounds a row differently in a longer step and a near-tie of two logits turns.
-Held-out prompts are answered token by token; the same tokens then go through the engine in longer steps.
+Self-speculation verifies a block in one pass; AR computes its tokens one by one. Both choose from causal rows, so they
+emit the same text, unless a kernel rounds differently in a longer pass and so decides a near-tie of two logits.
+Held-out prompts are answered token by token; then the same tokens go through the engine in longer passes.
 """
 
 from __future__ import annotations

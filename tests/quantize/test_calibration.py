@@ -65,3 +65,13 @@ def test_missing_and_empty_files(source: Checkpoint, tmp_path: Path) -> None:
     empty.write_text("\n\n")
     with pytest.raises(TriModeError, match=r"empty\.jsonl is empty"):
         calibration_tokens(source, empty)
+
+
+def test_a_byte_order_mark_and_crlf_change_nothing(random_checkpoint: Path, tmp_path: Path) -> None:
+    lines = '{"text": "abc"}\n{"messages": [{"role": "user", "content": "x"}]}\n'
+    files = {"plain": lines.encode(), "windows": b"\xef\xbb\xbf" + lines.replace("\n", "\r\n").encode()}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    plain, windows = (calibration_tokens(Checkpoint(random_checkpoint), tmp_path / name) for name in files)
+    assert plain == windows
+    assert len(plain) == 2

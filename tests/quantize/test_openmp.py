@@ -1,0 +1,33 @@
+"""Torch's threads sleep while they wait, however the project comes to import torch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+WAYS = {
+    "the reference": "import trimode.model.reference.network",
+    "AWQ": "import trimode.quantize.awq",
+}
+
+
+def openmp_settings(program: str, **variables: str) -> str:
+    """What the OpenMP library reports of itself when it is loaded."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "KMP_", "GOMP_"))}
+    environment |= {"OMP_DISPLAY_ENV": "VERBOSE", **variables}
+    command = [sys.executable, "-c", program]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stderr
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_idle_threads_sleep(way: str) -> None:
+    assert "GOMP_SPINCOUNT = '0'" in openmp_settings(WAYS[way])
+
+
+def test_what_the_user_set_is_kept() -> None:
+    settings = openmp_settings(WAYS["the reference"], OMP_WAIT_POLICY="ACTIVE")
+    assert "OMP_WAIT_POLICY = 'ACTIVE'" in settings
+    assert "GOMP_SPINCOUNT = '0'" not in settings
