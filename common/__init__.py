@@ -1,1 +1,1 @@
-"""What every package stands on: errors, progress, checked JSON, atomic folders, and facts about this machine."""
+"""What every package uses: errors, progress, checked JSON, atomic folders, and facts about this machine."""

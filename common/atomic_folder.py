@@ -1,4 +1,4 @@
-"""An output folder that is either whole or not there."""
+"""An output folder that either is complete or does not exist."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from trimode.common.errors import TriModeError
 
 @contextmanager
 def atomic_folder(out: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside ``out``, and rename it to ``out`` when the body has ended well.
+    """Yield a temporary folder next to ``out``. Rename it to ``out`` when the body ends without an exception.
 
-    After an exception, KeyboardInterrupt included, nothing is left of it. Raises TriModeError if ``out`` holds anything
-    already, cannot be made, or the disk is full.
+    After an exception, KeyboardInterrupt included, the temporary folder is removed. Raises TriModeError if ``out`` is
+    not empty or cannot be created, or if the disk is full.
     """
     out = out.resolve()
     if out.is_mount():
-        raise TriModeError(f"{out} is a mount point and cannot be put in place at once; give a folder inside it")
+        raise TriModeError(f"{out} is a mount point, which cannot be replaced; give a folder inside it")
     _refuse_occupied(out)
     temporary = _make_sibling(out)
     try:
         yield temporary
-        _refuse_occupied(out)  # once more: the work may have taken an hour
+        _refuse_occupied(out)  # again: the body may have run for an hour
         temporary.rename(out)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -44,7 +44,7 @@ def _refuse_occupied(out: Path) -> None:
 
 
 def _make_sibling(out: Path) -> Path:
-    """A new folder on the same file system, so that renaming it is one step."""
+    """A new folder in the parent of ``out``, so that renaming it is atomic."""
     temporary = out.parent / f".{out.name}.{secrets.token_hex(4)}"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

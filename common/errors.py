@@ -1,5 +1,5 @@
-"""The one exception that is the user's to mend: the CLI prints its message as one line and exits with 2."""
+"""The exception for errors that the user can correct. The command line prints its message and exits with code 2."""
 
 
 class TriModeError(Exception):
-    """What is wrong, where (file, field, value), and the remedy, in one line."""
+    """The message is one line: what is wrong, where (file, field, value), and the remedy."""

@@ -1,4 +1,4 @@
-"""The GPUs of this machine, as the driver names them: no package of CUDA need be installed to ask it."""
+"""The GPUs of this machine, listed by the CUDA driver. No CUDA package is needed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _COMPUTE_CAPABILITY = (75, 76)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, 
 
 
 class Gpu(BaseModel):
-    """compute_capability: 121 is 12.1, as ``trimode build --sm`` takes it. ordinal: its number with the driver."""
+    """compute_capability: 121 for 12.1, as ``trimode build --sm`` takes it. ordinal: the driver's index of the GPU."""
 
     ordinal: int
     name: str
@@ -21,13 +21,14 @@ class Gpu(BaseModel):
 
 
 class Gpus(NamedTuple):
-    """What the driver says of itself, in words, and its GPUs."""
+    """driver: its version, or why it cannot be used, in words. found: the GPUs; empty if there are none."""
 
     driver: str
     found: list[Gpu]
 
 
 def find_gpus() -> Gpus:
+    """Ask the driver. Never raises: a missing driver is part of the answer."""
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
     except OSError:

@@ -1,11 +1,11 @@
-"""What of this machine a CPU engine depends on."""
+"""The processor properties that a CPU engine depends on."""
 
 from __future__ import annotations
 
 import platform
 from pathlib import Path
 
-# The extensions by which ONNX Runtime's kernels choose their weight layouts.
+# ONNX Runtime's kernels choose their weight layouts by these extensions.
 _EXTENSIONS = {
     *("avx", "avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16", "avx_vnni"),
     *("amx_tile", "amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm", "bf16", "sve", "sve2", "sme", "sme2"),
@@ -13,7 +13,7 @@ _EXTENSIONS = {
 
 
 def instruction_set() -> str:
-    """Architecture and the vector extensions that matter, e.g. ``x86_64: avx avx2 fma``."""
+    """Architecture and vector extensions, e.g. ``x86_64: avx avx2 fma``."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -36,7 +36,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Parse a JSON file that holds an object."""
+    """Parse a JSON file that must hold an object. Raises TriModeError if it does not."""
     content = read_json(path)
     if not isinstance(content, dict):
         raise TriModeError(f"{path}: a JSON object is expected")
@@ -44,7 +44,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def read_json_record(record: type[Record], path: Path) -> Record:
-    """Parse and check a JSON file against ``record``."""
+    """Parse a JSON file and validate it as a ``record``. Raises TriModeError that names the file and the field."""
     content = read_json(path)
     try:
         return record.model_validate(content)
@@ -53,7 +53,7 @@ def read_json_record(record: type[Record], path: Path) -> Record:
 
 
 def describe(error: ValidationError) -> str:
-    """Pydantic's findings in one line: ``field: what is wrong (got value)``."""
+    """Pydantic's findings in one line, each as ``field: what is wrong (got value)``."""
     findings = []
     for finding in error.errors(include_url=False):
         field = ".".join(str(part) for part in finding["loc"]) or "file"

@@ -1,1 +1,1 @@
-"""What the network is: config, checkpoint, tokenizer and template, rotary embedding, step contract."""
+"""The model: config, checkpoint, tokenizer and chat template, rotary embedding, step contract, and the reference."""

@@ -1,4 +1,4 @@
-"""A checkpoint folder, opened lazily and checked against its own config before any weight is read.
+"""A checkpoint folder. Names, types and shapes of its tensors are checked against its config before any is read.
 
 Formats: the family's Hugging Face folder (one or several safetensors files, the ``linear_spec_lora`` adapter folder),
 and the same with ModelOpt's int4 weights. Weights are read from safetensors files only: nothing is unpickled.
@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import ml_dtypes  # noqa: F401 - without it numpy knows no bfloat16, and safetensors cannot hand one over
+import ml_dtypes  # noqa: F401 - registers bfloat16 with numpy, which safetensors needs
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
@@ -36,7 +36,7 @@ _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 
 
 class AdapterConfig(BaseModel):
-    """peft's ``adapter_config.json``, as far as the draft adapter uses it."""
+    """The fields of peft's ``adapter_config.json`` that the draft adapter uses."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
 
@@ -48,7 +48,7 @@ class AdapterConfig(BaseModel):
     use_rslora: Literal[False] = False
     use_dora: Literal[False] = False
     lora_bias: Literal[False] = False
-    # Layers with ranks or scales of their own, or none at all, would be another adapter.
+    # Ranks or alphas of single layers, and adapters of some layers only, are not supported.
     rank_pattern: Annotated[dict[str, int], Field(max_length=0)] = Field(default_factory=dict)
     alpha_pattern: Annotated[dict[str, float], Field(max_length=0)] = Field(default_factory=dict)
     layers_to_transform: None = None
@@ -70,11 +70,11 @@ class DenseWeight:
 
 @dataclass(frozen=True)
 class Int4Weight:
-    """y = W (x * input_scale), W = integers * scale by groups of ``in``."""
+    """y = W (x * input_scale) with W = integers * scale; one scale for each row and group of input channels."""
 
     packed: NDArray[np.uint8]  # [out / 2, in], see trimode.model.int4
     scale: NDArray[np.float32]  # [out, in / group]
-    input_scale: NDArray[np.float32] | None  # [in]; AWQ's, where it could not be folded into a norm
+    input_scale: NDArray[np.float32] | None  # [in]; AWQ's, unless it is folded into a norm
 
     def to_float32(self) -> NDArray[np.float32]:
         """The matrix that acts on the unscaled input, [out, in]."""
@@ -83,7 +83,7 @@ class Int4Weight:
 
 
 def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """Every matrix that multiplies activations, by module name, as (out, in), in the order the network uses them."""
+    """(out, in) of every matrix that multiplies activations, by module name, in the order of their use."""
     hidden, mlp = config.hidden_size, config.intermediate_size
     shapes: dict[str, tuple[int, int]] = {}
     for index in range(config.num_hidden_layers):
@@ -100,7 +100,7 @@ def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
 
 
 def vector_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The embedding and the norms, by tensor name."""
+    """Shapes of the embedding and the norms, by tensor name."""
     shapes: dict[str, tuple[int, ...]] = {"encoder.embed_tokens.weight": (config.vocab_size, config.hidden_size)}
     for index in range(config.num_hidden_layers):
         shapes[f"encoder.layers.{index}.input_layernorm.weight"] = (config.hidden_size,)
@@ -110,7 +110,7 @@ def vector_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def adapter_shapes(config: ModelConfig, rank: int) -> dict[str, tuple[int, int]]:
-    """peft's tensors of the draft adapter: A [rank, in] and B [out, rank] of every o_proj."""
+    """Shapes of the draft adapter's tensors, by peft's names: A [rank, in] and B [out, rank] of every o_proj."""
     shapes: dict[str, tuple[int, int]] = {}
     for index in range(config.num_hidden_layers):
         prefix = f"base_model.model.encoder.layers.{index}.self_attn.o_proj"
@@ -120,7 +120,7 @@ def adapter_shapes(config: ModelConfig, rank: int) -> dict[str, tuple[int, int]]
 
 
 class TensorFiles:
-    """safetensors files opened together; tensors are mapped on disk until asked for."""
+    """Several safetensors files as one set of tensors. They are memory-mapped; reading copies a tensor."""
 
     def __init__(self, files: list[Path]) -> None:
         self._owner: dict[str, tuple[Path, Any]] = {}
@@ -145,12 +145,12 @@ class TensorFiles:
         return self._owner[name][0]
 
     def described(self, name: str) -> tuple[str, tuple[int, ...]]:
-        """(dtype as safetensors names it, shape), without reading the tensor."""
+        """The dtype, by safetensors' name, and the shape. The tensor is not read."""
         part = self._owner[name][1].get_slice(name)
         return part.get_dtype(), tuple(part.get_shape())
 
     def read(self, name: str) -> NDArray[Any]:
-        """The tensor; a float tensor with NaN or infinity is refused."""
+        """Read a tensor. Raises TriModeError if a float tensor has NaN or infinite values."""
         path, handle = self._owner[name]
         array: NDArray[Any] = handle.get_tensor(name)
         if self.described(name)[0] in FLOAT_DTYPES:
@@ -172,7 +172,7 @@ class Adapter:
         _check(self._files, expected, folder)
 
     def matrices(self, layer: int) -> tuple[NDArray[Any], NDArray[Any]]:
-        """A [rank, in] and B [out, rank] as stored; ``config.scale`` is not applied."""
+        """A [rank, in] and B [out, rank] as stored, without ``config.scale``."""
         prefix = f"base_model.model.encoder.layers.{layer}.self_attn.o_proj"
         return self._files.read(f"{prefix}.lora_A.weight"), self._files.read(f"{prefix}.lora_B.weight")
 
@@ -183,7 +183,7 @@ class Checkpoint:
     name: the model's public name: the one given (a hub id), else the name of the checkpoint that this one was
     quantised from, else the folder's.
 
-    Raises TriModeError if the folder is not one of the family, or its tensors are not those its config calls for.
+    Raises TriModeError if the folder is no checkpoint of the family, or its tensors do not fit its config.
     """
 
     def __init__(self, folder: Path, name: str | None = None) -> None:
@@ -202,11 +202,11 @@ class Checkpoint:
         self.adapter = Adapter(folder / ADAPTER_FOLDER, self.config) if (folder / ADAPTER_FOLDER).is_dir() else None
 
     def unmap(self) -> None:
-        """Give back the mapped pages of tensors read so far; they are mapped anew when asked for."""
+        """Release the mapped pages of the tensors read so far. Tensors can still be read."""
         self._files = TensorFiles(_weight_files(self.folder))
 
     def is_int4(self, module: str) -> bool:
-        """Whether the linear layer of that name is stored as int4."""
+        """Whether the matrix of that linear layer is int4; each matrix has its own type."""
         return self.quantization is not None and self.quantization.is_int4(module)
 
     def linear(self, module: str) -> DenseWeight | Int4Weight:
@@ -226,7 +226,7 @@ class Checkpoint:
         return self._files.read(name)
 
     def described(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Every tensor's dtype, as safetensors names it, and shape, by name; none is read."""
+        """Every tensor's dtype, by safetensors' name, and shape, by tensor name. No tensor is read."""
         return {name: self._files.described(name) for name in sorted(self._files.names())}
 
     def tensors(self) -> Iterator[tuple[str, NDArray[Any]]]:
@@ -236,7 +236,7 @@ class Checkpoint:
 
     @cached_property
     def parameters(self) -> int:
-        """How many weights the network has, adapter aside."""
+        """The number of weights of the network, without the adapter."""
         linear = sum(rows * columns for rows, columns in linear_shapes(self.config).values())
         return linear + sum(int(np.prod(shape)) for shape in vector_shapes(self.config).values())
 

@@ -1,6 +1,6 @@
-"""The int4 weight format of ModelOpt's unified checkpoints, as plain arithmetic.
+"""The int4 weight format of ModelOpt's unified checkpoints.
 
-A linear layer's matrix is [out, in], symmetric, with one scale for each row and group of ``in``: W = q * scale.
+A linear layer's matrix is [out, in]: W = q * scale, with one scale for each row and group of input channels.
 ``weight`` packs two's-complement nibbles along *out*: byte [i, j] holds row 2i in its low nibble and row 2i+1 in its
 high one.
 """
@@ -14,14 +14,14 @@ INT4_MAX = 7
 
 
 def unpack(packed: NDArray[np.uint8]) -> NDArray[np.int8]:
-    """[out / 2, in] bytes to [out, in] integers in -8..7."""
+    """Unpack [out / 2, in] bytes to [out, in] integers in -8..7."""
     low, high = packed << 4, packed & 0xF0
     rows = np.stack((low, high), axis=1).view(np.int8) >> 4
     return rows.reshape(-1, packed.shape[1])
 
 
 def pack(integers: NDArray[np.int8]) -> NDArray[np.uint8]:
-    """[out, in] integers in -8..7 to [out / 2, in] bytes; ``out`` must be even."""
+    """Pack [out, in] integers in -8..7 to [out / 2, in] bytes. ``out`` must be even."""
     nibbles = integers.view(np.uint8) & np.uint8(0x0F)
     return (nibbles[0::2] | (nibbles[1::2] << 4)).astype(np.uint8)
 
@@ -31,7 +31,7 @@ def quantize(weight: NDArray[np.float32], group: int) -> tuple[NDArray[np.int8],
     rows, columns = weight.shape
     groups = weight.reshape(rows, columns // group, group)
     scale = np.abs(groups).max(axis=-1) / np.float32(INT4_MAX)
-    # An all-zero group has no scale; one keeps its zeros.
+    # A scale of 1 keeps the zeros of an all-zero group.
     scale = np.where(scale == 0, np.float32(1), scale)
     integers = np.clip(np.rint(groups / scale[..., None]), -INT4_MAX - 1, INT4_MAX).astype(np.int8)
     return integers.reshape(rows, columns), scale

@@ -1,4 +1,4 @@
-"""int4 packing: exact both ways, along the rows, low nibble first."""
+"""int4 packing along the rows, low nibble first, and rounding to nearest."""
 
 from __future__ import annotations
 
