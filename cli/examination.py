@@ -1,4 +1,4 @@
-"""What a machine can build and run, in plain words."""
+"""What this machine can build and run."""
 
 from __future__ import annotations
 

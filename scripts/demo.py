@@ -1,4 +1,4 @@
-"""`make demo`: the same prompts in every mode, live, and what each mode cost."""
+"""`make demo`: stream the answers to four prompts in every mode, and print the speed of each mode."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MODES: dict[str, dict[str, Any]] = {
     "linear_spec": {"mode": "linear_spec", "block_length": BLOCK_LENGTH},
     "auto": {"mode": "auto"},
 }
-PROMPTS = (  # problems that the training never saw
+PROMPTS = (  # not in the training data
     "What is 60% of 440?",
     "Write a short story about Milo, who finds 37 stones and later 90 more.",
     "Make a JSON object: Oskar, football, Berlin, age 84.",
@@ -30,7 +30,7 @@ PROMPTS = (  # problems that the training never saw
 
 @dataclass
 class Totals:
-    """Sums over the prompts of one mode, first tokens aside."""
+    """Sums over the prompts of one mode, without the first tokens, which the prefill gives."""
 
     tokens: int = 0
     seconds: float = 0.0
@@ -62,7 +62,7 @@ def main() -> None:
             print()
             totals[name].add(answer.outputs[0])
     llm.shutdown()
-    table = Table("mode", "tokens a second", "tokens a forward", "tokens a cycle", title="\nAll prompts, one run")
+    table = Table("mode", "tokens per second", "tokens per forward", "tokens per cycle", title="\nAll prompts, one run")
     for column in table.columns[1:]:
         column.justify = "right"
     for name, total in totals.items():
