@@ -2,8 +2,8 @@
 
     python -m scripts.gpu.random_w4a16_checkpoint 8b engines/random-8b
 
-Format, names, sizes and files are a quantised checkpoint's; the integers are noise. It is what engines are built from
-and audited with where the published weights cannot be had: bytes, kernels and build cost do not depend on the values.
+Format, names, sizes and files are those of a quantised checkpoint; the integers are random. It serves to build and
+audit engines without the published weights: bytes, kernels and build cost do not depend on the values.
 """
 
 from __future__ import annotations

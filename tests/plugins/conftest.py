@@ -1,4 +1,4 @@
-"""Plugins as TensorRT's own bindings see them, and a small network's kernels."""
+"""The plugins declared through TensorRT's own bindings, and the compiled kernels of a small network."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from tests.support.plugin_builder import write_small_library
 
 @pytest.fixture(scope="session")
 def declarations(tensorrt: ModuleType) -> ModuleType:
-    del tensorrt  # must be there before the import
+    del tensorrt  # must be importable first
     return importlib.import_module("trimode.plugins.declarations")
 
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Kernels for compute capability 9.0 of a small network, in fp16."""
+    """Kernels of a small network for compute capability 9.0, in fp16."""
     return write_small_library(tmp_path_factory.mktemp("kernels"))

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 
+from scripts.gpu.kernel_checks import distance
 from tests.support.kernel_cases import DTYPES, GROUPS, AttentionCase, attention_cases
-from tests.support.kernel_functions import TOLERANCES, attend, distance
+from tests.support.kernel_functions import TOLERANCES, attend
 from trimode.plugins.operators import Attend, Pattern, Tactic
 from trimode.plugins.operators.attention import SPLIT_STEP, split_count
 from trimode.plugins.reference import attention

@@ -7,8 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 
+from scripts.gpu.kernel_checks import distance
 from tests.support.kernel_cases import ProductCase, product_cases
-from tests.support.kernel_functions import TOLERANCES, distance, int4_product
+from tests.support.kernel_functions import TOLERANCES, int4_product
 from trimode.model import int4
 from trimode.plugins.operators import Int4Product, Tactic
 from trimode.plugins.operators.int4_product import LEAST_GROUP, within_group

@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from scripts.gpu.kernel_checks import distance
 from tests.support.kernel_cases import DTYPES
-from tests.support.kernel_functions import TOLERANCES, distance, kv_write
+from tests.support.kernel_functions import TOLERANCES, kv_write
 from trimode.model.reference.network import rotate
 from trimode.plugins.operators import KvWrite
 from trimode.plugins.reference import kv_write as reference

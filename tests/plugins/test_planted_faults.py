@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from scripts.gpu.kernel_checks import distance
 from tests.support.kernel_cases import AttentionCase, ProductCase
-from tests.support.kernel_functions import TOLERANCES, attend, distance, int4_product, kv_write
+from tests.support.kernel_functions import TOLERANCES, attend, int4_product, kv_write
 from trimode.common.errors import TriModeError
 from trimode.plugins.kernels import attention as attention_kernels
 from trimode.plugins.kernels import int4_product as product_kernels

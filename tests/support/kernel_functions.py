@@ -17,11 +17,6 @@ from trimode.plugins.operators import Attend, Int4Product, KvWrite, MergeSplits,
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
-def distance(found: Tensor, expected: Tensor) -> float:
-    """Relative error in the L2 norm; NaN where an output was not written."""
-    return float((found.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30))
-
-
 def launch(launched: KernelLaunch) -> dict[str, Traffic]:
     """Interpret one launch. Its inputs must not change, except those that an output aliases."""
     operator, arguments = launched.operator, launched.arguments

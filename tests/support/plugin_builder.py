@@ -1,4 +1,4 @@
-"""What TensorRT's builder does with a declared plugin, by the classes that its own bindings make of the declaration."""
+"""Calls a declared plugin as TensorRT's builder does, through the classes that TensorRT's bindings make of it."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ INNER, COLUMNS, GROUP, RANK = 256, 192, 32, 16
 WIDTH = (HEADS + 2 * KV_HEADS) * SIZE
 CACHE = (BATCH, KV_HEADS, CAPACITY, SIZE)
 ROTATION = (BATCH, STEP, SIZE // 2)
-# An input of a plugin: type, shape in a pass, and which of its dimensions are known at run time only.
+# An input of a plugin: type, shape in a pass, and the dimensions that are known at run time only.
 Input = tuple[str, tuple[int, ...], tuple[int, ...]]
-# A small network's.
+# The inputs of a small network.
 INPUTS: dict[str, Input] = {
     "qkv": ("HALF", (BATCH, STEP, WIDTH), (0, 1)),
     **dict.fromkeys(("query_cos", "query_sin", "key_cos", "key_sin"), ("HALF", ROTATION, (0, 1))),
@@ -44,7 +44,7 @@ INPUTS: dict[str, Input] = {
 }
 
 
-# The operators whose every tactic is compiled here; the others differ from these in which terms there are.
+# Operators of which all tactics are compiled. The others have the same kernels with other terms.
 COMPILED = (
     *("KvWrite", "AttendMasked", "AttendBidirectional", "MergeSplits"),
     *("Int4Product", "Int4ProductScaledAdaptedResidual"),
@@ -53,7 +53,7 @@ COMPILED = (
 
 @dataclass
 class Number:
-    """Stands in for TensorRT's symbolic dimension; ``constant``: known when the engine is built."""
+    """In place of TensorRT's symbolic dimension. constant: known when the engine is built."""
 
     value: int
     constant: bool
@@ -66,8 +66,8 @@ class Number:
 
 
 @dataclass
-class Handed:
-    """A symbol on its way to TensorRT."""
+class PassedSymbol:
+    """In place of the object that passes a symbol to TensorRT."""
 
     symbol: Any
 
@@ -79,14 +79,14 @@ class Handed:
 
 
 class DimsExprs(list[Any]):
-    """As TensorRT's: a length, then its elements."""
+    """As TensorRT's: made with a length, then filled."""
 
     def __init__(self, length: int) -> None:
         super().__init__([None] * length)
 
 
 class Arithmetic:
-    """TensorRT's expression builder over numbers."""
+    """In place of TensorRT's expression builder: computes with numbers."""
 
     OPERATIONS: Mapping[str, Callable[[int, int], int]] = {
         "SUM": operator.add,
@@ -125,8 +125,8 @@ class Registry:
 
 
 @dataclass(frozen=True)
-class Kernel:
-    """What the engine would embed for one tactic, its symbols evaluated."""
+class EmbeddedKernel:
+    """What a plan would embed for one tactic, with its symbols evaluated."""
 
     entry: str
     ptx: str
@@ -138,12 +138,12 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Built:
-    """aliases: input that each output's memory is of, -1 for its own."""
+    """aliases: the input in whose memory each output lies, -1 for none."""
 
     output_types: tuple[str, ...]
     output_shapes: tuple[tuple[int, ...], ...]
     aliases: tuple[int, ...]
-    kernels: dict[int, Kernel]
+    kernels: dict[int, EmbeddedKernel]
 
 
 def attributes_of(name: str) -> dict[str, int]:
@@ -154,7 +154,7 @@ def attributes_of(name: str) -> dict[str, int]:
 def build(
     trt: Any, name: str, inputs: Mapping[str, Input] = INPUTS, attributes: Mapping[str, int] | None = None
 ) -> Built:
-    """Ask the plugin what TensorRT's builder asks: types, shapes, formats, tactics, then a kernel for each tactic."""
+    """Query types, shapes, formats and tactics, then a kernel for each tactic, in the order of TensorRT's builder."""
     fields = [
         trt.PluginField(key, np.array([value], np.int64), trt.PluginFieldType.INT64)
         for key, value in (attributes_of(name) if attributes is None else attributes).items()
@@ -182,7 +182,7 @@ def build(
         plugin.get_launch_params(exprs, described, len(given), launch, scalars, Arithmetic())
         descs = [desc.desc for desc in described]
         entry, ptx = plugin.get_kernel(descs[: len(given)], descs[len(given) :])
-        kernels[tactic] = Kernel(
+        kernels[tactic] = EmbeddedKernel(
             entry,
             ptx.decode(),
             tuple(getattr(launch, f"grid_{axis}").expr.value for axis in "xyz"),
@@ -199,7 +199,7 @@ def build(
 
 
 class _Scalars:
-    """TensorRT's setter of a kernel's scalars."""
+    """In place of TensorRT's list of a kernel's scalars."""
 
     def __init__(self) -> None:
         self.nbSymExprs = 0

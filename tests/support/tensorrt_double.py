@@ -1,5 +1,5 @@
-"""Stands in for TensorRT's parser and builder: takes the emitted graph as they would, and asks every plugin of it, by
-the real bindings' classes, for its shapes and for a kernel of every tactic.
+"""In place of TensorRT's parser and builder: reads the emitted graph and queries each of its plugins, through the real
+bindings' classes, for shapes and for a kernel of every tactic.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def one_tactic_each(patch: pytest.MonkeyPatch) -> None:
 
 
 class TensorrtDouble:
-    """``asked``: what each plugin node told, by engine and node. ``profiles``: each engine's, and in them the shapes of
-    its inputs. ``expanded``: operators whose plugins the parser does not find, so that it takes their functions.
+    """asked: each plugin node's answers, in order. profiles: of each engine, with the shapes of its inputs. expanded:
+    operators whose plugins the parser does not find, so that it uses their functions.
     """
 
     def __init__(self, trt: ModuleType, patch: pytest.MonkeyPatch) -> None:
@@ -76,7 +76,7 @@ class _Network:
         self.plugins: list[onnx.NodeProto] = []
 
     def parse(self, path: str) -> bool:
-        """As TensorRT's parser: a node is the plugin of its name, in the namespace and version that it states."""
+        """As TensorRT's parser: a node becomes the plugin of its name, namespace and version."""
         model = onnx.load(path)
         shaped = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
         self._values = {value.name: value for value in (*shaped.input, *shaped.value_info, *shaped.output)}

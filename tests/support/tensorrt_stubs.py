@@ -1,8 +1,7 @@
-"""TensorRT's own Python bindings, and with them its validator of plugin declarations, without TensorRT.
+"""TensorRT's own Python bindings, with its validator of plugin declarations, without TensorRT.
 
-The bindings need three libraries, of which they take nine functions; stubs of these, made here by the C compiler, let
-them be imported. The symbolic shapes that TensorRT's builder would compute with are stood in for by numbers, so that
-the very classes by which TensorRT asks a plugin can be asked here.
+The bindings import nine functions of three libraries. The C compiler builds stub libraries with these functions here.
+Numbers take the place of symbolic shapes, so that the bindings' plugin classes can be called as TensorRT calls them.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.plugin_builder import DimsExprs, Handed, Number, Registry
+from tests.support.plugin_builder import DimsExprs, Number, PassedSymbol, Registry
 
 STUBS = {
     "libnvinfer.so.11": (
@@ -48,6 +47,6 @@ def bindings_on_stubs(folder: Path) -> Iterator[ModuleType]:
     patch.setattr(bindings, "DimsExprs", DimsExprs)
     patch.setattr(bindings, "get_plugin_registry", Registry().itself)
     # What hands a symbol over to TensorRT itself; here it stays in Python.
-    patch.setattr(importlib.import_module("tensorrt.plugin._tensor"), "SymExprImpl", Handed)
+    patch.setattr(importlib.import_module("tensorrt.plugin._tensor"), "SymExprImpl", PassedSymbol)
     yield bindings
     patch.undo()

@@ -1,7 +1,7 @@
-"""Run a kernel on the CPU, in Triton's interpreter, with every access to memory checked and counted.
+"""Execute a kernel on the CPU in Triton's interpreter, with every memory access checked and counted.
 
-Triton interprets a process's kernels all or none, by a variable that is read on import. Here one kernel is interpreted
-at a time, so the same process can compile others.
+Triton itself interprets either all kernels of a process or none, by a variable that it reads on import. Here single
+kernels are interpreted, so the same process can compile others.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from trimode.common.errors import TriModeError
 
 @dataclass
 class Traffic:
-    """What a kernel asked of one tensor. loaded, stored: bytes, each time counted. touched: distinct bytes."""
+    """Accesses to one tensor. loaded, stored: bytes, every access counted. touched: distinct bytes."""
 
     bytes: int
     loaded: int = 0
@@ -37,8 +37,8 @@ def interpret(
 ) -> dict[str, Traffic]:
     """Launch ``kernel`` over ``grid`` and count its traffic by the names of its tensors.
 
-    arguments: tensors (contiguous) and integers by parameter. Raises TriModeError where it loads or stores outside its
-    tensors.
+    arguments: contiguous tensors and integers, by parameter. Raises TriModeError if the kernel loads or stores outside
+    its tensors.
     """
     tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
     memory = _Memory(tensors)
@@ -53,7 +53,7 @@ def interpret(
 
 
 class _Memory:
-    """The tensors a kernel may touch. Two names of one memory (an in-place output) are counted under the first."""
+    """The tensors of a kernel. Two names of the same memory (an in-place output) are counted under the first one."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._names: list[str] = []
@@ -85,7 +85,7 @@ class _Memory:
             traffic.stored += addresses.size * size
         else:
             traffic.loaded += addresses.size * size
-        # An element is touched whole: its first byte stands for it.
+        # Accesses are to whole elements, so the first byte of each is marked.
         self._touched[index][offsets] = True
         traffic.touched = size
 
@@ -111,7 +111,7 @@ def _interpreter_of(memory: _Memory) -> Iterator[None]:
         return store(pointers, value, mask, *rest)
 
     def exact_dot(a: Any, b: Any, *rest: Any) -> Any:
-        """The interpreter holds bf16 as its bits, and would multiply those."""
+        """The interpreter stores bf16 as integers and would multiply these."""
         return dot(_widened(a), _widened(b), *rest)
 
     def exact_subtract(a: Any, b: Any) -> Any:
@@ -121,7 +121,7 @@ def _interpreter_of(memory: _Memory) -> Iterator[None]:
     builder.create_masked_load, builder.create_masked_store = checked_load, checked_store
     builder.create_dot, builder.create_fsub = exact_dot, exact_subtract
     JITFunction.__call__ = lambda self, *args, **kwargs: self.fn(*args, **kwargs)
-    # Functions of Triton's own library know the language as `core`, and reach the interpreter only by that name.
+    # Functions of Triton's own library import the language as `core`; only that name leads them to the interpreter.
     language = interpreter._patch_lang(tl.zeros.fn)
     try:
         yield
