@@ -15,7 +15,7 @@ from trimode.common.errors import TriModeError
 from trimode.common.progress_bars import progress_bars
 from trimode.llm import LLM
 from trimode.model.chat_template import Message
-from trimode.runtime.api.llm import RequestOutput
+from trimode.runtime.api.request_output import RequestOutput
 from trimode.runtime.request.sampling_params import (
     DEFAULT_BLOCK_LENGTH,
     DEFAULT_THRESHOLD,

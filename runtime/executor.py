@@ -110,6 +110,11 @@ class Executor(Protocol):
     @property
     def pool(self) -> KvSlots: ...
 
+    @property
+    def threads(self) -> int | None:
+        """CPU threads of a pass; None on a GPU."""
+        ...
+
     def run(self, step: CausalStep | BidirectionalStep) -> Candidates:
         """One pass; writes the step's KV rows, whichever the engine."""
         ...

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from trimode.common.errors import TriModeError
+from trimode.common.machine import available_memory
 from trimode.common.progress import Progress, no_progress
 from trimode.engine.files import TOKENIZER, verify_files
 from trimode.engine.manifest import Manifest
@@ -20,6 +21,9 @@ TARGETS: dict[str, RuntimeTarget] = {
     "cpu": CpuRuntime(),
     "rtx": RtxRuntime(),
 }
+
+# Of the available memory; the rest is for activations, the prefix cache and other processes.
+KV_SHARE = 0.8
 
 
 class LoadedEngine(NamedTuple):
@@ -40,7 +44,8 @@ def load_engine(
 ) -> LoadedEngine:
     """Load the engine directory ``folder``. With ``verify``, first check every file against the manifest.
 
-    threads, kv_cache_bytes: as in :class:`trimode.runtime.target.HostLimits`. Raises TriModeError if the directory is
+    threads: as in :class:`trimode.runtime.target.HostLimits`. kv_cache_bytes: the most memory of target cpu's KV pool;
+    by default, KV_SHARE of the available memory after the weights. Raises TriModeError if the directory is
     damaged or cannot run on this machine.
     """
     manifest = Manifest.read(folder)
@@ -53,5 +58,9 @@ def load_engine(
             f"{folder} is for target {name}, which this version builds and does not run; build for another one: "
             f"trimode build CHECKPOINT OUT --target {' or '.join(TARGETS)}"
         )
+    if kv_cache_bytes is None:
+        # Mapped weights count as available memory until they are read.
+        weights = sum(entry.bytes for entry in manifest.files)
+        kv_cache_bytes = max(1, int(KV_SHARE * (available_memory() - weights)))
     executor = TARGETS[name].load_executor(folder, manifest, HostLimits(threads, kv_cache_bytes))
     return LoadedEngine(manifest, tokenizer, executor)

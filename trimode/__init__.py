@@ -7,7 +7,7 @@ from trimode.common.version import __version__
 
 if TYPE_CHECKING:
     from trimode.llm import LLM
-    from trimode.runtime.api.llm import RequestOutput
+    from trimode.runtime.api.request_output import RequestOutput
     from trimode.runtime.request.outputs import CompletionOutput
     from trimode.runtime.request.sampling_params import SamplingParams
 
@@ -15,7 +15,7 @@ __all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "__vers
 
 _MODULES = {
     "LLM": "trimode.llm",
-    "RequestOutput": "trimode.runtime.api.llm",
+    "RequestOutput": "trimode.runtime.api.request_output",
     "CompletionOutput": "trimode.runtime.request.outputs",
     "SamplingParams": "trimode.runtime.request.sampling_params",
 }

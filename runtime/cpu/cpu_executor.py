@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from trimode.common.errors import TriModeError
-from trimode.common.machine import instruction_set
+from trimode.common.machine import instruction_set, usable_cpus
 from trimode.engine.files import ADAPTER, POOL
 from trimode.engine.manifest import Manifest
 from trimode.engine.targets.cpu import MODEL, CpuSection
@@ -71,9 +71,9 @@ class CpuExecutor:
             zip(cache_inputs(model.num_hidden_layers), cache_outputs(model.num_hidden_layers), strict=True)
         )
         self._adapter = load_file(engine / ADAPTER) if manifest.adapter else {}
-        threads = threads or len(os.sched_getaffinity(0))
+        self.threads = threads or usable_cpus()
         with _folder_of_pool(engine) as weights:
-            self._sessions = {kind: _load(engine / folder, weights, threads) for kind, folder in _FOLDERS.items()}
+            self._sessions = {kind: _load(engine / folder, weights, self.threads) for kind, folder in _FOLDERS.items()}
         self._memories: dict[tuple[int, ...], _Memory] = {}
         # A binding of the caches is good until the pool moves.
         self._bindings: dict[tuple[type[Step], int, int], _Binding] = {}

@@ -39,6 +39,8 @@ class Ending:
     ) -> None:
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
+        if params.max_tokens is None:
+            raise ValueError("max_tokens is open; SamplingParams.with_defaults sets it")
         self.remaining = params.max_tokens
         self.hides_last = False
         self._stops: dict[int, int | str] = {token: token for token in params.stop_token_ids or ()}

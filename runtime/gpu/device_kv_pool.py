@@ -40,16 +40,21 @@ class DeviceKvPool:
         """The address of ``slot`` in a cache, numbered as in :func:`trimode.model.step.cache_inputs`."""
         return self._memory.address + (cache * self.slots + slot) * self._slot
 
-    def fits(self, rows: int) -> bool:
-        """Whether a sequence of ``rows`` tokens fits."""
-        return rows <= self.capacity
+    @property
+    def limit_bytes(self) -> int:
+        return self._memory.size
 
-    def holds(self, sequences: int, rows: int) -> bool:
-        """Whether ``sequences`` sequences fit, the longest with ``rows`` tokens."""
-        return sequences <= self.slots and rows <= self.capacity
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one token's keys and values, over all layers."""
+        return self._caches * self.shape[0] * self._row
 
-    def acquire(self) -> int:
-        """A slot for a new sequence: the first one past the active ones. Raises TriModeError if all are taken."""
+    def most_rows(self, sequences: int) -> int:
+        """The most rows that each of ``sequences`` sequences can have; 0 if there are not so many slots."""
+        return self.capacity if sequences <= self.slots else 0
+
+    def acquire(self, rows: int | None = None) -> int:  # noqa: ARG002 - every slot has rows for the longest sequence
+        """Activate the first slot past the active ones; raises TriModeError if all are taken."""
         if self.active == self.slots:
             raise TriModeError(
                 f"all {self.slots} slots of the KV pool are taken; build with a larger --max-batch for more at a time"

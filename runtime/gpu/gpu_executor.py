@@ -23,6 +23,8 @@ from trimode.runtime.gpu.pass_memory import PassLayout, PassMemory, Staging
 class GpuExecutor:
     """Runs the networks of a GPU target, by the kind of step that each takes."""
 
+    threads: int | None = None
+
     def __init__(
         self,
         device: Device,

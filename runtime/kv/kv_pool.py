@@ -1,7 +1,7 @@
-"""The KV pool: one buffer a layer for keys and one for values, shared by both engines.
+"""The host's KV pool: one buffer of keys and one of values for each layer, shared by both engines.
 
-Sequences sit in slots 0 .. n - 1, so a step binds a run of slots without a copy. A freed slot is filled by the last
-one. Slots and rows are added by doubling, so that a pass costs about what its true lengths cost.
+Every buffer is one contiguous array [slots, kv_heads, rows, head_dim], so that a pass binds neighbouring slots without
+a copy. Slots and rows grow by doubling while the limit allows it, and exactly as needed near the limit.
 """
 
 from __future__ import annotations
@@ -16,19 +16,30 @@ FIRST_ROWS = 128
 
 
 class KvPool:
-    """``buffers[2 * layer]`` holds keys, ``buffers[2 * layer + 1]`` values: [slots, kv_heads, rows, head_dim] fp32."""
+    """``buffers[2 * layer]`` holds keys, ``buffers[2 * layer + 1]`` values: [slots, kv_heads, rows, head_dim] fp32.
 
-    def __init__(self, layers: int, kv_heads: int, head_dim: int, capacity: int, limit: int | None = None) -> None:
-        """limit: bytes that the pool may grow to."""
-        self.capacity = capacity
-        self._limit = limit
+    capacity: the most rows of a sequence. limit_bytes: the most bytes of all buffers together, None for no limit.
+    generation: counts reallocations, after which the buffers have other addresses.
+    """
+
+    def __init__(
+        self, layers: int, kv_heads: int, head_dim: int, capacity: int, limit_bytes: int | None = None
+    ) -> None:
+        self.limit_bytes = limit_bytes
+        self.row_bytes = 2 * layers * kv_heads * head_dim * np.dtype(np.float32).itemsize
+        self.active = 0
+        self.generation = 0
+        self._capacity = capacity
+        self._most_rows = None if limit_bytes is None else limit_bytes // self.row_bytes  # of all slots together
         self._layers = layers
         self._kv_heads = kv_heads
         self._head_dim = head_dim
-        self.buffers = self._allocate(1, min(FIRST_ROWS, capacity))
-        self.active = 0
-        # Counts reallocations: who holds addresses of the buffers compares it.
-        self.generation = 0
+        if self.most_rows(1) < 1:
+            raise TriModeError(
+                f"kv_cache_bytes is {limit_bytes}, but one token's keys and values take {self.row_bytes} bytes; "
+                "raise it"
+            )
+        self.buffers = self._allocate(1, min(FIRST_ROWS, self.most_rows(1)))
 
     @property
     def slots(self) -> int:
@@ -36,25 +47,36 @@ class KvPool:
 
     @property
     def rows(self) -> int:
+        """Rows of every slot."""
         return int(self.buffers[0].shape[2])
 
-    def fits(self, rows: int) -> bool:
-        """Whether a sequence of ``rows`` tokens, alone, stays within the pool's limit, whatever the pool holds now."""
-        return self._allowed(1, self._grown(rows))
+    def most_rows(self, sequences: int) -> int:
+        """The most rows that each of ``sequences`` sequences can have when they run together."""
+        if self._most_rows is None:
+            return self._capacity
+        return min(self._capacity, self._most_rows // max(sequences, 1))
 
-    def holds(self, sequences: int, rows: int) -> bool:
-        """Whether so many sequences, the longest of ``rows`` tokens, stay within the pool's limit now."""
-        return self._allowed(_power_of_two(sequences), max(self.rows, self._grown(rows)))
+    def acquire(self, rows: int | None = None) -> int:
+        """Activate the first slot past the active ones and return its number.
 
-    def acquire(self) -> int:
-        """A slot for a new sequence: always the first one past the active ones."""
+        rows: the most that any sequence will need from now on, at most ``most_rows(active + 1)``; None for as many as
+        there are.
+        """
         if self.active == self.slots:
-            self._resize(self.slots * 2, self.rows)
+            slots = 2 * self.slots
+            if self._fits(slots, self.rows):
+                self._resize(slots, self.rows)
+            else:
+                kept = self.rows if rows is None else min(self.rows, rows)
+                while not self._fits(slots, kept):
+                    slots -= 1
+                self._require(slots > self.active, self.active + 1, kept)
+                self._resize(slots, kept)
         self.active += 1
         return self.active - 1
 
     def release(self, slot: int) -> int:
-        """Give a slot back. The last active sequence moves into it; returns that sequence's former slot."""
+        """Free a slot. The last active sequence moves into it; returns that sequence's former slot."""
         if not 0 <= slot < self.active:
             raise ValueError(f"slot {slot} is not active; {self.active} are")
         last = self.active - 1
@@ -63,52 +85,55 @@ class KvPool:
                 buffer[slot] = buffer[last]
         self.active = last
         if last == 0 and self.rows > FIRST_ROWS:
-            # The next sequence pays for its own length, not for the longest there ever was.
+            # A pass reads all rows of a slot: do not let one long sequence slow down the short ones after it.
             self._resize(self.slots, FIRST_ROWS)
         return last
 
     def reserve(self, rows: int) -> None:
-        """Make room for sequences of ``rows`` tokens; raises TriModeError past the engine's capacity."""
-        if rows > self.capacity:
-            raise TriModeError(f"a sequence of {rows} tokens exceeds the engine's capacity of {self.capacity}")
-        if rows > self.rows:
-            grown = self._grown(rows)
-            # Slots of a busier time give way to longer rows.
-            slots = self.slots if self._allowed(self.slots, grown) else _power_of_two(max(self.active, 1))
-            self._resize(slots, grown)
+        """Make room for ``rows`` rows in every active slot; raises TriModeError past ``most_rows(active)``."""
+        if rows <= self.rows:
+            return
+        if rows > self._capacity:
+            raise TriModeError(f"a sequence of {rows} tokens exceeds the engine's capacity of {self._capacity}")
+        self._require(rows <= self.most_rows(self.active), self.active, rows)
+        doubled = self.rows
+        while doubled < rows:
+            doubled *= 2
+        doubled = min(doubled, self.most_rows(self.active))
+        slots = self.slots
+        while not self._fits(slots, doubled):  # free slots give way to longer rows
+            slots -= 1
+        self._resize(slots, doubled)
 
     def read_rows(self, slot: int, start: int, stop: int) -> Rows:
-        """A copy of a sequence's rows from ``start`` to before ``stop``."""
+        """A copy of a sequence's rows ``start`` to ``stop`` - 1."""
         return np.stack([buffer[slot, :, start:stop] for buffer in self.buffers])
 
     def write_rows(self, slot: int, start: int, rows: Rows) -> None:
-        """Put rows that :meth:`read_rows` gave into a sequence, from ``start`` on; there is room for them."""
+        """Write rows from :meth:`read_rows` into a sequence, beginning at row ``start``; they must be reserved."""
         for buffer, part in zip(self.buffers, rows, strict=True):
             buffer[slot, :, start : start + rows.shape[2]] = part
 
-    def _grown(self, rows: int) -> int:
-        grown = min(FIRST_ROWS, self.capacity)
-        while grown < rows:
-            grown *= 2
-        return min(grown, self.capacity)
+    def _fits(self, slots: int, rows: int) -> bool:
+        return self._most_rows is None or slots * rows <= self._most_rows
 
-    def _allowed(self, slots: int, rows: int) -> bool:
-        values = 2 * self._layers * slots * self._kv_heads * rows * self._head_dim
-        return self._limit is None or values * np.dtype(np.float32).itemsize <= self._limit
+    def _require(self, holds: bool, sequences: int, rows: int) -> None:
+        if not holds:
+            raise TriModeError(
+                f"{sequences} sequences of {rows} tokens exceed kv_cache_bytes of {self.limit_bytes}, which allows "
+                f"{self.most_rows(sequences)} tokens each"
+            )
 
     def _resize(self, slots: int, rows: int) -> None:
+        """Zeroed memory takes no room before it is written, so old and new buffers together stay near the limit."""
         resized = self._allocate(slots, rows)
         kept = min(rows, self.rows)
-        for new, old in zip(resized, self.buffers, strict=True):
-            new[: self.active, :, :kept] = old[: self.active, :, :kept]
-        self.buffers = resized
+        for index, new in enumerate(resized):
+            new[: self.active, :, :kept] = self.buffers[index][: self.active, :, :kept]
+            self.buffers[index] = new
         self.generation += 1
 
     def _allocate(self, slots: int, rows: int) -> list[NDArray[np.float32]]:
-        # Zeros, not garbage: rows past a sequence are masked, but 0 times a NaN there would be a NaN.
+        # Zeros: rows past a sequence are masked, but 0 times a NaN would be a NaN.
         shape = (slots, self._kv_heads, rows, self._head_dim)
         return [np.zeros(shape, np.float32) for _ in range(2 * self._layers)]
-
-
-def _power_of_two(least: int) -> int:
-    return 1 << (least - 1).bit_length()

@@ -1,4 +1,4 @@
-"""The interface of KV memory: slots of one sequence each, whatever holds them."""
+"""The interface of a KV pool: one slot for each running sequence, on a host or on a GPU."""
 
 from __future__ import annotations
 
@@ -11,40 +11,52 @@ Rows = NDArray[np.generic]  # [2 * layers, kv_heads, rows, head_dim] of one sequ
 
 
 class KvSlots(Protocol):
-    """KV memory for sequences of at most ``capacity`` tokens: they sit in slots 0 .. ``active`` - 1."""
+    """KV memory. The running sequences occupy slots 0 .. ``active`` - 1."""
 
-    capacity: int
     active: int
 
     @property
     def slots(self) -> int:
-        """How many are allocated."""
+        """Slots that are allocated."""
         ...
 
-    def fits(self, rows: int) -> bool:
-        """Whether there may ever be a sequence of ``rows`` tokens. Any thread may ask."""
+    @property
+    def limit_bytes(self) -> int | None:
+        """The most bytes that the pool may take; None if nothing limits it."""
         ...
 
-    def holds(self, sequences: int, rows: int) -> bool:
-        """Whether there may be so many sequences now, the longest of ``rows`` tokens."""
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one token's keys and values, over all layers."""
         ...
 
-    def acquire(self) -> int:
-        """A slot for a new sequence: always the first one past the active ones."""
+    def most_rows(self, sequences: int) -> int:
+        """The most rows that each of ``sequences`` sequences can have when they run together; 0 if so many cannot run.
+
+        This is the whole KV budget: admission, padding and the context length follow from it. Callable from any thread.
+        """
+        ...
+
+    def acquire(self, rows: int | None = None) -> int:
+        """Activate the first slot past the active ones and return its number.
+
+        rows: the most that any sequence will need from now on, at most ``most_rows(active + 1)``; None for as many as
+        there are. Memory that no sequence needs may be given up for the slot.
+        """
         ...
 
     def release(self, slot: int) -> int:
-        """Give a slot back. The last active sequence moves into it; returns that sequence's former slot."""
+        """Free a slot. The last active sequence moves into it; returns that sequence's former slot."""
         ...
 
     def reserve(self, rows: int) -> None:
-        """Make room for sequences of ``rows`` tokens; raises TriModeError past the engine's capacity."""
+        """Make room for ``rows`` rows in every active slot; raises TriModeError past ``most_rows(active)``."""
         ...
 
     def read_rows(self, slot: int, start: int, stop: int) -> Rows:
-        """A copy of a sequence's rows from ``start`` to before ``stop``."""
+        """A copy of a sequence's rows ``start`` to ``stop`` - 1."""
         ...
 
     def write_rows(self, slot: int, start: int, rows: Rows) -> None:
-        """Put rows that :meth:`read_rows` gave into a sequence, from ``start`` on; there is room for them."""
+        """Write rows from :meth:`read_rows` into a sequence, beginning at row ``start``; they must be reserved."""
         ...

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from fastapi import Request
 from fastapi.responses import Response
 
-from trimode.runtime.api.llm import RequestOutput
+from trimode.runtime.api.request_output import RequestOutput
 from trimode.runtime.openai_server.http_errors import BAD_REQUEST, ApiError
 from trimode.runtime.openai_server.reasoning import ReasoningSplitter, Split
 from trimode.runtime.openai_server.request_bodies import NO_LIMIT, ChatCompletionRequest, ConversationBody

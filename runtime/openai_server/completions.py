@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from fastapi import Request
 from fastapi.responses import Response
 
-from trimode.runtime.api.llm import RequestOutput
+from trimode.runtime.api.request_output import RequestOutput
 from trimode.runtime.openai_server.http_errors import BAD_REQUEST, ApiError
 from trimode.runtime.openai_server.request_bodies import COMPLETION_TOKENS, CompletionRequest
 from trimode.runtime.openai_server.response_bodies import Completion, CompletionChoice

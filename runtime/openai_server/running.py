@@ -9,7 +9,9 @@ from starlette.requests import Request
 from starlette.types import Receive
 
 from trimode.common.errors import TriModeError
-from trimode.runtime.api.llm import LLM, Input, RequestOutput
+from trimode.runtime.api.inputs import Input
+from trimode.runtime.api.llm import LLM
+from trimode.runtime.api.request_output import RequestOutput
 from trimode.runtime.openai_server.http_errors import REQUEST_TIMEOUT, ApiError
 from trimode.runtime.request.errors import ShutDownError
 from trimode.runtime.request.outputs import CompletionOutput

@@ -14,7 +14,8 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from trimode.common.errors import TriModeError
-from trimode.runtime.api.llm import LLM, RequestOutput
+from trimode.runtime.api.llm import LLM
+from trimode.runtime.api.request_output import RequestOutput
 from trimode.runtime.openai_server import http_errors
 from trimode.runtime.openai_server.event_stream import DONE, EventStream, event
 from trimode.runtime.openai_server.http_errors import BAD_REQUEST, TOO_LONG, ApiError
@@ -83,7 +84,7 @@ class Service:
     @property
     def context_length(self) -> int:
         """Tokens of prompt and completion together."""
-        return self.llm.manifest.limits.capacity
+        return self.llm.capacity.context
 
     def head(self, kind: str, model: ModelName) -> ResponseHead:
         return ResponseHead(f"{kind}-{uuid.uuid4().hex}", int(time.time()), model.name)
@@ -133,9 +134,10 @@ class Service:
     def completion_length(
         self, prompt: list[int], body: PromptBody, requested: int | None, default: int | None = None
     ) -> int:
-        """Tokens of the completion: as ``requested``, or else the default, or without one all that fit.
+        """Tokens of the completion: as ``requested``, or else the default, or without one as many as memory allows.
 
-        -1 requests all that fit. A default is cut to what fits. Raises ApiError if prompt and completion do not fit.
+        -1 requests as many as memory allows. A default is cut to what fits. Raises ApiError if prompt and completion do
+        not fit.
         """
         room = self.context_length - len(prompt)
         if room <= 0:
@@ -145,7 +147,7 @@ class Service:
                 body,
             )
         if requested == NO_LIMIT or (requested is None and default is None):
-            return room
+            return self.llm.capacity.default_max_tokens(len(prompt))
         if requested is None:
             return min(default or room, room)
         if requested < 1:

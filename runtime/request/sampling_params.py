@@ -64,7 +64,7 @@ class SamplingParams:
     Raises TriModeError that names the field, the value and the rule.
     """
 
-    max_tokens: int = 32
+    max_tokens: int | None = 32
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
@@ -81,7 +81,7 @@ class SamplingParams:
     max_thinking_tokens: int | None = None
     logprobs: int | None = None
     skip_special_tokens: bool = True
-    mode: Mode = "auto"
+    mode: Mode | None = None
     block_length: int | None = None
     adapter: bool | None = None
     draft_threshold: float | None = None
@@ -92,7 +92,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         self._require_types()
-        self._require("max_tokens", self.max_tokens >= 1, "at least 1")
+        self._require("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1")
         for field in ("temperature", "repetition_penalty", "presence_penalty", "frequency_penalty"):
             value = getattr(self, field)
             self._require(field, value is None or math.isfinite(value), "a finite number")
@@ -106,7 +106,7 @@ class SamplingParams:
         self._require("stop", all(self.stop_strings), "without empty strings")
         self._require("max_thinking_tokens", (self.max_thinking_tokens or 0) >= 0, "at least 0")
         self._require("logprobs", (self.logprobs or 0) >= 0, "at least 0")
-        self._require("mode", self.mode in get_args(Mode), f"one of {', '.join(get_args(Mode))}")
+        self._require("mode", self.mode in (None, *get_args(Mode)), f"one of {', '.join(get_args(Mode))}")
         self._require("block_length", self.block_length is None or self.block_length >= 1, "at least 1")
         self._require("draft_threshold", 0 <= (self.draft_threshold or 0) <= 1, "between 0 and 1")
         self._require("threshold", 0 <= (self.threshold or 0) <= 1, "between 0 and 1")
@@ -140,6 +140,15 @@ class SamplingParams:
                 raise TriModeError(f"sampling_params: {field.name} is {value!r}; TriMode does not support it")
         return cls(**given)
 
+    def with_defaults(self, *, mode: Mode, block_length: int | None, max_tokens: int) -> SamplingParams:
+        """Open fields set: ``mode`` and ``max_tokens`` if they are None, ``block_length`` if the mode has blocks."""
+        resolved_mode = self.mode or mode
+        if self.block_length is not None or resolved_mode not in _MODES_OF_FIELD["block_length"]:
+            block_length = self.block_length
+        return dataclasses.replace(
+            self, mode=resolved_mode, block_length=block_length, max_tokens=self.max_tokens or max_tokens
+        )
+
     @property
     def greedy(self) -> bool:
         if self.temperature == 0 or self.top_k == 1 or self.top_p == 0:
@@ -170,8 +179,10 @@ class SamplingParams:
         """Most KV rows that a prompt of so many tokens and its answer take.
 
         The answer's first token comes from the prefill, and every later one from a block. In ``diffusion`` all blocks
-        are whole, the last one too.
+        are whole, the last one too. Raises ValueError if max_tokens is open.
         """
+        if self.max_tokens is None:
+            raise ValueError("max_tokens is open")
         blocks = -(-(self.max_tokens - 1) // self.longest_block) if self.mode == "diffusion" else 0
         return prompt + max(self.max_tokens, blocks * self.longest_block)
 
@@ -206,7 +217,7 @@ class SamplingParams:
 
     def _refuse_what_cannot_be_honoured(self) -> None:
         for field, modes in _MODES_OF_FIELD.items():
-            if getattr(self, field) is not None and self.mode not in modes:
+            if getattr(self, field) is not None and self.mode not in (None, *modes):
                 raise TriModeError(f"{field} has no meaning in mode {self.mode}, only in {' and '.join(modes)}")
         policy = self.denoising or "threshold"
         for field, policies in {

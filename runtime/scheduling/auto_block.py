@@ -42,9 +42,9 @@ def choose_block_length(deciding: Many[Sequence], others: Many[Sequence], cost: 
         block = choices[choice]
         drafts = len(drafting) + (len(deciding) if block > 1 else 0)
         step = max(min(block, longest), fixed)
-        seconds = cost.seconds("ar", len(deciding) + len(others), step)
+        seconds = cost.least_seconds("ar", len(deciding) + len(others), step)
         if drafts:
-            seconds += cost.seconds("diffusion", drafts, step)
+            seconds += cost.least_seconds("diffusion", drafts, step)
         return tokens[choice] / seconds
 
     return choices[max(range(len(choices)), key=tokens_a_second)]

@@ -43,17 +43,17 @@ class Span(NamedTuple):
 
 
 def plan_spans(
-    members: list[Member], committed: Many[int], capacity: int, engine: EngineName, cost: PassCost
+    members: list[Member], committed: Many[int], most_rows: int, engine: EngineName, cost: PassCost
 ) -> list[Span]:
-    """Cut the members, in order of their slots, into the passes that cost least together.
+    """Cut the members, in order of their slots, into the passes that take the least time together.
 
-    committed: KV rows of every active slot. No pass reaches past ``capacity``, padding included: a slot too full for
-    its neighbours' step has a pass of its own.
+    committed: KV rows of every active slot. most_rows: rows that a slot may have. No pass reaches past it, padding
+    included: a slot too full for its neighbours' step gets a pass of its own.
     """
-    whole = _span(members)
-    if _alike(members) and max(committed[whole.first : whole.last + 1]) + whole.step <= capacity:
+    whole = span_of(members)
+    if _alike(members) and max(committed[whole.first : whole.last + 1]) + whole.step <= most_rows:
         return [whole]
-    seconds_of = cache(lambda batch, step: cost.seconds(engine, batch, step))
+    seconds_of = cache(lambda batch, step: cost.least_seconds(engine, batch, step))
     # The least seconds for the first so many members, and where the span that ends there begins.
     least, begins = [0.0], [0]
     for end in range(1, len(members) + 1):
@@ -63,7 +63,7 @@ def plan_spans(
             first = members[start].slot
             step = max(step, len(members[start].needed.tokens))
             highest = max(highest, *committed[first : members[start + 1].slot if start + 1 < end else last + 1])
-            if start < end - 1 and highest + step > capacity:
+            if start < end - 1 and highest + step > most_rows:
                 break
             choices.append((least[start] + seconds_of(last - first + 1, step), start))
         seconds, start = min(choices)
@@ -72,7 +72,7 @@ def plan_spans(
     spans: list[Span] = []
     end = len(members)
     while end:
-        spans.append(_span(members[begins[end] : end]))
+        spans.append(span_of(members[begins[end] : end]))
         end = begins[end]
     return spans[::-1]
 
@@ -116,6 +116,6 @@ def _alike(members: list[Member]) -> bool:
     )
 
 
-def _span(members: list[Member]) -> Span:
+def span_of(members: list[Member]) -> Span:
     step = max(len(member.needed.tokens) for member in members)
     return Span(members[0].slot, members[-1].slot, step, members)

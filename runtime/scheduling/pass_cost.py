@@ -1,11 +1,15 @@
-"""What a pass costs: seconds by engine, batch and step length, measured once and corrected by every pass that runs.
+"""What a pass costs: seconds by engine, batch and step length, learnt from every pass that runs.
 
-The table has a cell for each power of two of batch and step. Between cells the logarithm of the seconds is interpolated
-in the logarithms of batch and step, so a cost that is flat while memory-bound and grows in proportion when
-compute-bound is met at both ends. A pass that took other than foretold says two things: how fast passes run now, with
-other work on the machine and longer contexts than before, which goes for all cells alike; and that the cells around it
-were wrong beside the others. Most of the difference is taken for the former, so cells that no pass has met for a while
-stay comparable with those that just ran.
+The table has a cell for each power of two of batch and step; between cells, the logarithm of the seconds is
+interpolated in the logarithms of batch and step. A pass costs its cells' seconds times the *pace*, which is common to
+all passes: other work on the machine and longer contexts slow all of them down alike.
+
+Every cell has a *doubt*, its expected error as a logarithm; so has the pace. An observed pass moves the cells and the
+pace in proportion to the squares of their doubts (a Kalman filter without correlations), and the remaining error is the
+new doubt. The doubt of a cell grows with every pass that does not meet it. :meth:`PassCost.least_seconds`, the cost
+less its doubt, is what the scheduler chooses by: a choice that looks bad is tried again once its doubt exceeds the gap,
+so a wrong cell is always found out. Each time a retried cell proves right, its doubt grows more slowly, so retries
+become rare. Choices by cost never change which tokens are emitted.
 """
 
 from __future__ import annotations
@@ -13,21 +17,42 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
 EngineName = Literal["ar", "diffusion"]
 
-_PACE_WEIGHT = 0.1  # of what a pass took, in the cost of all passes
-_CELL_WEIGHT = 0.02  # and besides in the cells around it
 _TRIALS = 3  # of a measured pass; the fastest counts
-_OUTLIER = math.log(4)  # a pass that many times off its cost was disturbed; it counts as this
-# Before anything was measured: a pass costs as much as so many of its tokens.
-_TOKENS_OF_AN_EMPTY_PASS = 64
+_TOKENS_OF_AN_EMPTY_PASS = 64  # first guess: a pass costs as much as this many of its tokens
+_OUTLIER = math.log(4)  # a larger error of one pass counts as this
+
+_NOISE = 0.4  # expected error of one observation
+_FIRST_PACE_DOUBT = math.log(4)
+_LEAST_PACE_DOUBT = 0.13
+_MEASURED_DOUBT = math.log(2)
+_GUESSED_DOUBT = math.log(8)
+_LEAST_CELL_DOUBT = 0.06
+_MOST_DOUBT = math.log(1000)
+_GROWTH = math.log(2) / 4  # of a cell's doubt, for each pass elsewhere
+_SLOWER_GROWTH = 1 / 4  # factor after an observation that confirms the cell
+_LEAST_GROWTH = _GROWTH / 256
+_CONFIRMED = math.log(1.5)  # largest error of an observation that confirms a cell
+_SURPRISE = math.log(2)  # least error after which a cell's doubt grows fast again
+
+
+@dataclass(slots=True)
+class _Cell:
+    """log_seconds: at pace 1. doubt: when last met. growth: of the doubt for each pass since. met_at: pass number."""
+
+    log_seconds: float
+    doubt: float = _GUESSED_DOUBT
+    growth: float = _GROWTH
+    met_at: int = 0
 
 
 class _Place(NamedTuple):
-    """Where a pass lies. log_beyond: of how far it is larger than the table. cells: around it, by row and column, each
-    with its weight.
+    """Where a pass lies. log_beyond: logarithm of the factor by which it exceeds the table. cells: those around it, by
+    row and column, each with its weight.
     """
 
     log_beyond: float
@@ -35,71 +60,98 @@ class _Place(NamedTuple):
 
 
 class PassCost:
-    """Seconds of a pass. max_batch, max_step: how far the table goes; what is larger costs in proportion."""
+    """Seconds of a pass. max_batch, max_step: the table's largest pass; larger passes cost in proportion to it."""
 
     def __init__(self, max_batch: int, max_step: int) -> None:
         self._largest = max_batch, max_step
         self._batches = _powers(max_batch)
         self._steps = _powers(max_step)
-        self._log_seconds: dict[EngineName, list[list[float]]] = {
+        self._cells: dict[EngineName, list[list[_Cell]]] = {
             engine: [
-                [math.log((_TOKENS_OF_AN_EMPTY_PASS + batch * step) * 1e-5) for step in self._steps]
+                [_Cell(math.log((_TOKENS_OF_AN_EMPTY_PASS + batch * step) * 1e-5)) for step in self._steps]
                 for batch in self._batches
             ]
             for engine in get_args(EngineName)
         }
-        self._log_pace = 0.0  # of how much longer passes take now than their cells say
+        self._log_pace = 0.0
+        self._pace_doubt = _FIRST_PACE_DOUBT
+        self._passes = 0  # observed so far
         self._places: dict[tuple[int, int], _Place] = {}
 
     def seconds(self, engine: EngineName, batch: int, step: int) -> float:
-        return math.exp(self._log_of(engine, batch, step))
+        """The expected seconds of a pass."""
+        return math.exp(self._log_seconds(engine, self._place(batch, step)))
+
+    def least_seconds(self, engine: EngineName, batch: int, step: int) -> float:
+        """The fewest seconds that the pass may take, given how long ago such a pass ran."""
+        place, cells = self._place(batch, step), self._cells[engine]
+        doubt = sum(weight * self._doubt(cells[row][column]) for row, column, weight in place.cells)
+        return math.exp(self._log_seconds(engine, place) - doubt)
 
     def observe(self, engine: EngineName, batch: int, step: int, seconds: float) -> None:
         """A pass took so many seconds."""
-        off = math.log(seconds) - self._log_of(engine, batch, step)
-        off = min(max(off, -_OUTLIER), _OUTLIER)
-        self._log_pace += _PACE_WEIGHT * off
-        for row, column, weight in self._around(batch, step).cells:
-            self._log_seconds[engine][row][column] += _CELL_WEIGHT * weight * off
+        place = self._place(batch, step)
+        error = math.log(seconds) - self._log_seconds(engine, place)
+        error = min(max(error, -_OUTLIER), _OUTLIER)
+        met = [(self._cells[engine][row][column], weight) for row, column, weight in place.cells]
+        variances = [(weight * max(self._doubt(cell), _LEAST_CELL_DOUBT)) ** 2 for cell, weight in met]
+        total = self._pace_doubt**2 + sum(variances) + _NOISE**2
+        pace_move = error * self._pace_doubt**2 / total
+        self._log_pace += pace_move
+        remaining = error - pace_move
+        for (cell, weight), variance in zip(met, variances, strict=True):
+            cell.log_seconds += error * variance / total / weight
+            remaining -= error * variance / total
+        self._pace_doubt = max(_LEAST_PACE_DOUBT, (self._pace_doubt + 2 * abs(remaining)) / 2)
+        self._passes += 1
+        for cell, weight in met:
+            doubt = (1 - weight) * self._doubt(cell) + weight * abs(remaining)
+            if weight >= 0.5 and abs(error) < _CONFIRMED:
+                cell.growth = max(_LEAST_GROWTH, cell.growth * _SLOWER_GROWTH)
+            elif abs(error) > _SURPRISE:
+                cell.growth = _GROWTH
+            cell.doubt, cell.met_at = doubt, self._passes
 
     def measure(
         self,
         run: Callable[[EngineName, int, int], float],
         seconds: float,
         possible: Callable[[int, int], bool] = lambda _batch, _step: True,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """Fill the table by running passes, smallest first, for about ``seconds`` in all.
+        """Fill the table by trial passes, smallest first, for about ``seconds`` of ``clock``.
 
-        ``run`` makes one pass of that batch and step and returns its seconds. A cell that the time does not reach, or
-        whose pass is not possible, costs what the largest one measured does, in proportion to its tokens; the passes
-        to come correct it.
+        run: makes one pass of an engine, batch and step and returns its seconds. possible: whether a pass of that batch
+        and step can run. A cell that is not measured gets the seconds of the largest measured one, with more doubt: so
+        it is tried, and then observed, as soon as a request can use it.
         """
-        cells = [(b, s) for b in range(len(self._batches)) for s in range(len(self._steps))]
-        cells.sort(key=self._tokens)
-        for engine, table in self._log_seconds.items():
-            deadline = time.perf_counter() + seconds / len(self._log_seconds)
-            largest = cells[0]
-            for cell in cells:
-                row, column = cell
+        places = [(row, column) for row in range(len(self._batches)) for column in range(len(self._steps))]
+        places.sort(key=self._tokens)
+        for engine, table in self._cells.items():
+            deadline = clock() + seconds / len(self._cells)
+            log_seconds = 0.0
+            for index, (row, column) in enumerate(places):
                 batch, step = min(self._batches[row], self._largest[0]), min(self._steps[column], self._largest[1])
-                if cell == cells[0] or (time.perf_counter() < deadline and possible(batch, step)):
-                    table[row][column] = math.log(min(run(engine, batch, step) for _ in range(_TRIALS)))
-                    largest = cell
-                else:
-                    more = self._tokens(cell) / self._tokens(largest)
-                    table[row][column] = table[largest[0]][largest[1]] + math.log(more)
+                measured = index == 0 or (clock() < deadline and possible(batch, step))
+                if measured:
+                    log_seconds = math.log(min(run(engine, batch, step) for _ in range(_TRIALS)))
+                doubt = _MEASURED_DOUBT if measured else _GUESSED_DOUBT
+                table[row][column] = _Cell(log_seconds, doubt, met_at=self._passes)
         self._log_pace = 0.0
 
-    def _tokens(self, cell: tuple[int, int]) -> int:
-        return self._batches[cell[0]] * self._steps[cell[1]]
+    def _tokens(self, place: tuple[int, int]) -> int:
+        return self._batches[place[0]] * self._steps[place[1]]
 
-    def _log_of(self, engine: EngineName, batch: int, step: int) -> float:
-        table, (total, cells) = self._log_seconds[engine], self._around(batch, step)
-        for row, column, weight in cells:
-            total += weight * table[row][column]
-        return total + self._log_pace
+    def _doubt(self, cell: _Cell) -> float:
+        return min(_MOST_DOUBT, cell.doubt + cell.growth * (self._passes - cell.met_at))
 
-    def _around(self, batch: int, step: int) -> _Place:
+    def _log_seconds(self, engine: EngineName, place: _Place) -> float:
+        cells, total = self._cells[engine], place.log_beyond + self._log_pace
+        for row, column, weight in place.cells:
+            total += weight * cells[row][column].log_seconds
+        return total
+
+    def _place(self, batch: int, step: int) -> _Place:
         if (batch, step) not in self._places:
             beyond = max(1, batch / self._batches[-1]) * max(1, step / self._steps[-1])
             cells = [
@@ -112,7 +164,7 @@ class PassCost:
 
 
 def _powers(largest: int) -> list[int]:
-    """1, 2, 4, ... up to and with the first that is not below ``largest``."""
+    """1, 2, 4, ... up to the first that is not below ``largest``."""
     return [1 << exponent for exponent in range(math.ceil(math.log2(largest)) + 1)]
 
 

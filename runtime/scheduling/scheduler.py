@@ -1,52 +1,75 @@
-"""Continuous batching: each step admits, drafts, commits and delivers.
+"""Continuous batching: each step admits requests, drafts, commits and delivers.
 
-A step makes at most one round of bidirectional passes and one of causal passes over all running sequences, whatever
-their modes. A self-speculating sequence drafts and commits in one step; a diffusion sequence denoises in several and
-then commits; prefills go along with the commits, a chunk a step. Requests join and leave between steps.
+A step runs at most one round of bidirectional passes and one round of causal passes over all running sequences,
+whatever their modes. A self-speculating sequence drafts and commits in one step; a diffusion sequence denoises over
+several steps and then commits; prefills run beside the commits, one chunk for each step. Requests join and leave
+between steps.
+
+An exception in a request's own code (sampling, text, listener) or in a pass that fails for it alone ends that request;
+the others continue.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import logging
 import time
 from collections import deque
-from dataclasses import dataclass
-from typing import get_args
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self, TypeVar
 
 import numpy as np
 
-from trimode.runtime.decoding.acceptance import LONGEST_BLOCK
 from trimode.runtime.decoding.sequence import Pass
-from trimode.runtime.executor import BidirectionalStep, Candidates, CausalStep, Executor, SpeculatingExecutor
+from trimode.runtime.executor import Candidates, Executor, Ints
 from trimode.runtime.kv.prefix_cache import PrefixCache
 from trimode.runtime.request.outputs import Counts
 from trimode.runtime.scheduling.auto_block import choose_block_length
-from trimode.runtime.scheduling.batching import Member, Span, bidirectional_step, causal_step, plan_spans
+from trimode.runtime.scheduling.batching import Member
 from trimode.runtime.scheduling.pass_cost import EngineName, PassCost
-from trimode.runtime.scheduling.running_request import Request
+from trimode.runtime.scheduling.pass_runner import PassRunner
+from trimode.runtime.scheduling.request import Request
 
-MEASURING_SECONDS = 0.5
+log = logging.getLogger(__name__)
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
 class Stats:
-    """The scheduler's state, and sums over the answers finished so far. slots: KV slots allocated."""
+    """A snapshot of the scheduler, and sums over the answers finished so far.
+
+    running, waiting: answers. slots: allocated KV slots. steps: scheduler steps. finished: answers. failed: answers
+    that ended with an error. emitted: tokens of finished answers. counts: their passes and drafts.
+    """
 
     running: int
     waiting: int
     slots: int
     steps: int
     finished: int
+    failed: int
     emitted: int
     counts: Counts
     prefix_cache_bytes: int
 
 
-class Scheduler:
-    """Runs requests on one executor; all calls come from one thread.
+@dataclass(frozen=True)
+class _Totals:
+    """Sums over finished answers. Replaced as a whole, so that other threads read a consistent state."""
 
-    max_batch: sequences that run at once. capacity: tokens of the longest. prefill_tokens: prompt tokens that a step
-    takes in, beyond the first chunk.
+    finished: int = 0
+    failed: int = 0
+    emitted: int = 0
+    counts: Counts = field(default_factory=Counts)
+
+
+class Scheduler:
+    """Runs requests on one executor. All calls come from one thread, except for :meth:`stats`.
+
+    max_batch: the most sequences that run at once. context: the most KV rows of a sequence. prefill_tokens: prompt
+    tokens that one step processes, not counting the first chunk. clock: seconds, for what passes take.
     """
 
     def __init__(
@@ -54,38 +77,40 @@ class Scheduler:
         executor: Executor,
         *,
         max_batch: int,
-        capacity: int,
+        context: int,
         prefill_tokens: int,
         cost: PassCost,
         prefix_cache: PrefixCache | None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.waiting: deque[Request] = deque()
-        self._executor = executor
-        self._speculating = executor if isinstance(executor, SpeculatingExecutor) else None
+        self._pool = executor.pool
+        self._passes = PassRunner(executor, cost, clock)
         self._running: list[Request] = []  # by slot
         self._max_batch = max_batch
-        self._capacity = capacity
+        self._context = context
         self._prefill_tokens = prefill_tokens
         self._cost = cost
         self._prefix_cache = prefix_cache
         self._steps = 0
-        self._finished = 0
-        self._emitted = 0
-        self._counts = Counts()
+        self._totals = _Totals()
 
     @property
     def busy(self) -> bool:
         return bool(self._running or self.waiting)
 
     def stats(self) -> Stats:
+        """Callable from any thread."""
+        totals = self._totals
         return Stats(
             running=len(self._running),
             waiting=len(self.waiting),
-            slots=self._executor.pool.slots,
+            slots=self._pool.slots,
             steps=self._steps,
-            finished=self._finished,
-            emitted=self._emitted,
-            counts=self._counts,
+            finished=totals.finished,
+            failed=totals.failed,
+            emitted=totals.emitted,
+            counts=totals.counts,
             prefix_cache_bytes=0 if self._prefix_cache is None else self._prefix_cache.bytes,
         )
 
@@ -101,17 +126,20 @@ class Scheduler:
         self._deliver()
 
     def measure_passes(self) -> None:
-        """Learn what passes cost, before anything runs, for requests that ask for ``auto``."""
-        self._cost.measure(self._trial_pass, MEASURING_SECONDS, self._executor.pool.holds)
+        """Measure what passes cost, before any request runs."""
+        self._passes.measure()
 
-    def fail(self, error: Exception) -> None:
-        """Tell every request that the engine failed, and forget them and their rows."""
-        for request in [*self._running, *self.waiting]:
-            for answer in (request, *request.siblings):
-                answer.fail(error)
+    def fail_all(self, error: Exception) -> None:
+        """End every request with ``error``."""
+        requests = [*self._running, *self.waiting]
+        self._running.clear()
         self.waiting.clear()
-        while self._running:
-            self._free(len(self._running) - 1)
+        try:
+            while self._pool.active:
+                self._pool.release(self._pool.active - 1)
+        finally:
+            for request in requests:
+                self._end_with(request, error)
 
     def _drop_aborted(self) -> None:
         if any(request.aborted for request in self.waiting):
@@ -126,82 +154,85 @@ class Scheduler:
 
     def _cancel(self, request: Request) -> None:
         for answer in (request, *request.siblings):
-            answer.cancel()
+            with _Isolated(answer):
+                answer.cancel()
+            if answer.failure is not None:
+                self._fail(answer)
 
     def _admit(self) -> None:
-        """First come, first served, while there are slots and the KV pool may hold them."""
+        """Admit requests in order of arrival, while there are slots and the KV budget allows it."""
         while self.waiting and len(self._running) < self._max_batch:
             request = self.waiting[0]
-            longest = max(other.longest for other in (request, *self._running))
-            if self._running and not self._executor.pool.holds(len(self._running) + 1, longest):
+            rows = max(other.sequence.kv_rows for other in (request, *self._running))
+            if self._running and self._pool.most_rows(len(self._running) + 1) < rows:
                 return
-            slot = self._executor.pool.acquire()
-            self._running.append(self.waiting.popleft())
-            request.admit()
-            if self._prefix_cache is not None:
-                sequence = request.sequence
-                sequence.committed = self._prefix_cache.restore(sequence.prompt, self._executor.pool, slot)
-                sequence.counts.cached_tokens = sequence.committed
+            self.waiting.popleft()
+            with _Isolated(request):
+                slot = self._pool.acquire(rows)
+                self._running.append(request)
+                request.admit()
+                if self._prefix_cache is not None:
+                    sequence = request.sequence
+                    sequence.committed = self._prefix_cache.restore(sequence.prompt, self._pool, slot)
+                    sequence.counts.cached_tokens = sequence.committed
+            if request.failure is not None and request not in self._running:
+                self._fail(request)
 
     def _open_blocks(self) -> None:
-        opening = [request.sequence for request in self._running if request.sequence.needs_block]
-        deciding = [sequence for sequence in opening if sequence.params.mode == "auto"]
+        """Choose the block length of ``auto`` and begin a block wherever the last one is finished."""
+        opening = [request for request in self._active() if request.sequence.needs_block]
+        deciding = [request.sequence for request in opening if request.sequence.params.mode == "auto"]
+        chosen = 1
         if deciding:
             others = [
                 request.sequence
-                for request in self._running
+                for request in self._active()
                 if request.sequence.params.mode != "auto" and not request.sequence.prefilling
             ]
             chosen = choose_block_length(deciding, others, self._cost)
             if chosen == 1:
                 for sequence in deciding:
                     sequence.acceptance.forget()
-        for sequence in opening:
-            longest = sequence.longest_block
-            sequence.open_block(min(chosen, longest) if sequence.params.mode == "auto" else longest)
+        for request in opening:
+            with _Isolated(request):
+                sequence = request.sequence
+                longest = sequence.longest_block
+                sequence.open_block(min(chosen, longest) if sequence.params.mode == "auto" else longest)
 
     def _run_passes(self, engine: EngineName) -> None:
         members = self._members(engine)
         if not members:
             return
-        committed = [request.sequence.committed for request in self._running]
-        for span in plan_spans(members, committed, self._capacity, engine, self._cost):
-            begun = time.perf_counter()
-            found = self._executor.run(_step(engine, span, committed))
-            self._cost.observe(engine, span.batch, span.step, time.perf_counter() - begun)
-            for slot, needed, _, _ in span.members:
-                self._absorb(slot, needed, found.of(slot - span.first, len(needed.rows)))
+        for member, found in self._passes.run(engine, members, self._committed(), self._most_rows()):
+            request = self._running[member.slot]
+            with _Isolated(request):
+                self._absorb(member.slot, member.needed, _candidates(found))
 
     def _speculate(self) -> bool:
-        """Draft and commit with one wait, if the executor can and that is what every sequence is about to do; returns
-        whether it was done.
-        """
-        if self._speculating is None:
+        """Draft and commit in one call, if the executor can and if every running sequence is about to do both."""
+        if not self._passes.speculates:
             return False
         members = self._members("diffusion")
         if not members or len(members) < len(self._running):
             return False
         if any(self._running[member.slot].sequence.drafts_in_passes for member in members):
             return False
-        committed = [request.sequence.committed for request in self._running]
-        for span in plan_spans(members, committed, self._capacity, "diffusion", self._cost):
-            rows = np.tile(np.arange(span.step), (span.batch, 1))
-            draft = dataclasses.replace(bidirectional_step(span, committed), logit_rows=rows)
-            begun = time.perf_counter()
-            drafted, verified = self._speculating.speculate(draft)
-            self._observe_both(span, time.perf_counter() - begun)
-            for slot, needed, _, _ in span.members:
-                index, length = slot - span.first, len(needed.tokens)
-                logits, tokens, log_sum_exp = drafted.of(index, length)
-                self._absorb(slot, needed, Candidates(logits[1:], tokens[1:], log_sum_exp[1:]))
-                self._absorb(slot, self._running[slot].sequence.next_pass(), verified.of(index, length))
+        for member, found in self._passes.speculate(members, self._committed(), self._most_rows()):
+            request = self._running[member.slot]
+            with _Isolated(request):
+                drafted, verified = _candidates(found)
+                self._absorb(member.slot, member.needed, drafted)
+                self._absorb(member.slot, request.sequence.next_pass(), verified)
         return True
 
-    def _observe_both(self, span: Span, seconds: float) -> None:
-        """A draft and its verification took so long together: by their shares so far."""
-        shares = {engine: self._cost.seconds(engine, span.batch, span.step) for engine in get_args(EngineName)}
-        for engine, share in shares.items():
-            self._cost.observe(engine, span.batch, span.step, seconds * share / sum(shares.values()))
+    def _active(self) -> list[Request]:
+        return [request for request in self._running if request.failure is None]
+
+    def _committed(self) -> list[int]:
+        return [request.sequence.committed for request in self._running]
+
+    def _most_rows(self) -> int:
+        return min(self._context, self._pool.most_rows(len(self._running)))
 
     def _members(self, engine: EngineName) -> list[Member]:
         """The sequences that need a pass of this engine now, by slot."""
@@ -209,18 +240,20 @@ class Scheduler:
         prefill = 0
         for slot, request in enumerate(self._running):
             sequence = request.sequence
-            if sequence.ending.finish_reason is not None:  # a denoise pass found its end
+            # A denoise pass may have found the end of the text.
+            if request.failure is not None or sequence.ending.finish_reason is not None:
                 continue
             if sequence.fills_block != (engine == "diffusion"):
                 continue
-            needed = sequence.next_pass()
-            if needed.kind == "prefill":
-                # The first chunk always goes; more of them only as far as those who decode need not wait for long.
-                if prefill and prefill + len(needed.tokens) > self._prefill_tokens:
-                    continue
-                prefill += len(needed.tokens)
-            candidates = 1 if needed.kind == "draft" else sequence.params.candidates
-            members.append(Member(slot, needed, sequence.params.uses_adapter, candidates))
+            with _Isolated(request):
+                needed = sequence.next_pass()
+                if needed.kind == "prefill":
+                    # One chunk always runs; more of them would delay the sequences that decode.
+                    if prefill and prefill + len(needed.tokens) > self._prefill_tokens:
+                        continue
+                    prefill += len(needed.tokens)
+                candidates = 1 if needed.kind == "draft" else sequence.params.candidates
+                members.append(Member(slot, needed, sequence.params.uses_adapter, candidates))
         return members
 
     def _absorb(self, slot: int, needed: Pass, found: Candidates) -> None:
@@ -228,58 +261,96 @@ class Scheduler:
         sequence = request.sequence
         sequence.absorb(needed, found)
         if needed.kind == "prefill" and not sequence.prefilling:
-            if self._prefix_cache is not None:
-                self._prefix_cache.store(sequence.prompt, self._executor.pool, slot)
+            self._keep_rows(request, sequence.prompt, slot)
             self.waiting.extendleft(reversed(request.siblings))
             request.siblings = []
 
     def _deliver(self) -> None:
+        """Send updates; free the slots of finished and failed requests."""
         for slot in range(len(self._running) - 1, -1, -1):
             request = self._running[slot]
-            if request.sequence.ending.finish_reason is not None:
+            finished = request.failure is None and request.sequence.ending.finish_reason is not None
+            if finished:
                 self._count(request)
                 self._release(slot)
-            request.deliver()
+            if request.failure is None:
+                with _Isolated(request):
+                    request.deliver()
+            if request.failure is not None:
+                if not finished:
+                    self._free(slot)
+                self._fail(request)
 
     def _count(self, request: Request) -> None:
-        self._finished += 1
-        self._emitted += len(request.sequence.emitted)
-        self._counts.add(request.sequence.counts)
+        totals, sequence = self._totals, request.sequence
+        self._totals = _Totals(
+            finished=totals.finished + 1,
+            failed=totals.failed,
+            emitted=totals.emitted + len(sequence.emitted),
+            counts=totals.counts + sequence.counts,
+        )
+
+    def _fail(self, request: Request) -> None:
+        """Report the failure of a request that has no slot any more."""
+        error = request.failure
+        if error is None:
+            raise ValueError("the request has not failed")
+        log.error("request %d failed: %r", request.request_id, error, exc_info=error)
+        self._end_with(request, error)
+
+    def _end_with(self, request: Request, error: Exception) -> None:
+        answers = (request, *request.siblings)
+        totals = self._totals
+        self._totals = _Totals(totals.finished, totals.failed + len(answers), totals.emitted, totals.counts)
+        for answer in answers:
+            try:
+                answer.fail(error)
+            except Exception:  # the listener itself may be what failed
+                log.exception("request %d: its error could not be delivered", request.request_id)
 
     def _release(self, slot: int) -> None:
-        """Free a slot, keeping its rows for others to reuse."""
+        """Free a slot and keep its rows for prompts that begin with the same text."""
         sequence = self._running[slot].sequence
-        if self._prefix_cache is not None:
-            known = np.array(sequence.tokens[: sequence.committed], np.int64)
-            self._prefix_cache.store(known, self._executor.pool, slot)
+        self._keep_rows(self._running[slot], np.array(sequence.tokens[: sequence.committed], np.int64), slot)
         self._free(slot)
+
+    def _keep_rows(self, request: Request, tokens: Ints, slot: int) -> None:
+        """Store a slot's first rows in the prefix cache. An error costs the reuse, not the answer."""
+        if self._prefix_cache is None:
+            return
+        try:
+            self._prefix_cache.store(tokens, self._pool, slot)
+        except Exception:
+            log.exception("request %d: its KV rows could not be kept for reuse", request.request_id)
 
     def _free(self, slot: int) -> None:
         """The last sequence moves into the slot."""
-        self._executor.pool.release(slot)
+        self._pool.release(slot)
         last = self._running.pop()
         if slot < len(self._running):
             self._running[slot] = last
 
-    def _trial_pass(self, engine: EngineName, batch: int, step: int) -> float:
-        """Seconds of a pass of nobody's tokens."""
-        pool = self._executor.pool
-        idle = Pass(
-            "commit" if engine == "ar" else "draft", np.zeros(step, np.int64), np.arange(min(step, LONGEST_BLOCK))
-        )
-        try:
-            while pool.active < batch:
-                pool.acquire()
-            pool.reserve(step)
-            members = [Member(slot, idle, adapter=True, candidates=1) for slot in range(batch)]
-            ready = _step(engine, Span(0, batch - 1, step, members), [0] * batch)
-            begun = time.perf_counter()
-            self._executor.run(ready)
-            return time.perf_counter() - begun
-        finally:
-            while pool.active:
-                pool.release(pool.active - 1)
+
+class _Isolated:
+    """A context in which an exception ends one request instead of the step."""
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, _type: type[BaseException] | None, error: BaseException | None, _traceback: TracebackType | None
+    ) -> bool:
+        if not isinstance(error, Exception):
+            return False
+        self._request.failure = error
+        return True
 
 
-def _step(engine: EngineName, span: Span, committed: list[int]) -> CausalStep | BidirectionalStep:
-    return causal_step(span, committed) if engine == "ar" else bidirectional_step(span, committed)
+def _candidates(found: Found | Exception) -> Found:
+    """The candidates of a pass; raises the exception of a failed one."""
+    if isinstance(found, Exception):
+        raise found
+    return found

@@ -18,7 +18,8 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from trimode.common.errors import TriModeError
-from trimode.runtime.api.llm import LLM, RequestOutput
+from trimode.runtime.api.llm import LLM
+from trimode.runtime.api.request_output import RequestOutput
 from trimode.runtime.kv.prefix_cache import BLOCK
 from trimode.runtime.request.errors import QueueFullError, ShutDownError
 from trimode.runtime.triton.asked import Asked, read, stops_another

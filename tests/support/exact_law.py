@@ -25,7 +25,7 @@ from trimode.runtime.executor import BidirectionalStep, Candidates, CausalStep
 from trimode.runtime.kv.kv_pool import KvPool
 from trimode.runtime.kv.prefix_cache import PrefixCache
 from trimode.runtime.scheduling.pass_cost import PassCost
-from trimode.runtime.scheduling.running_request import Listener, Request
+from trimode.runtime.scheduling.request import Listener, Request
 from trimode.runtime.scheduling.scheduler import Scheduler
 
 MASK, END = 0, 1
@@ -80,13 +80,22 @@ class Silence:
 class Bench:
     """A scheduler over the known language."""
 
-    def __init__(self, max_batch: int = 8, prefix_cache: bool = True, capacity: int = 64, end: bool = True) -> None:
+    def __init__(
+        self,
+        max_batch: int = 8,
+        prefix_cache: bool = True,
+        capacity: int = 64,
+        end: bool = True,
+        prefill_tokens: int = 6,
+    ) -> None:
+        self.capacity = capacity
+        self.asked = 0  # requests
         self.executor = ExactLawExecutor(capacity=capacity, end=end)
         self.scheduler = Scheduler(
             self.executor,
             max_batch=max_batch,
-            capacity=capacity,
-            prefill_tokens=6,
+            context=capacity,
+            prefill_tokens=prefill_tokens,
             cost=PassCost(max_batch, 16),
             prefix_cache=PrefixCache(2000) if prefix_cache else None,
         )
@@ -104,7 +113,8 @@ class Bench:
         sequence = Sequence(
             list(prompt), params, ending, Acceptance(), context=self.capacity, mask_id=MASK, prefill_step=4, seed=seed
         )
-        request = Request(sequence, Silence(), hear, index=0, update_seconds=update_seconds)  # type: ignore[arg-type]
+        self.asked += 1
+        request = Request(sequence, Silence(), hear, request_id=self.asked - 1, index=0, update_seconds=update_seconds)  # type: ignore[arg-type]
         self.scheduler.waiting.append(request)
         return request
 

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -16,6 +16,7 @@ from trimode import LLM, RequestOutput, SamplingParams
 from trimode.common.errors import TriModeError
 from trimode.runtime.request.errors import ContextLengthError, QueueFullError, ShutDownError
 from trimode.runtime.request.outputs import CompletionOutput
+from trimode.runtime.request.sampling_params import Mode
 
 
 @pytest.fixture(scope="module")
@@ -258,31 +259,8 @@ def test_shutdown_ends_what_runs_with_an_error(random_engine: Path) -> None:
     assert not any(thread.name == "trimode-scheduler" and thread is llm._thread for thread in threading.enumerate())
 
 
-def test_nobody_waits_for_a_scheduler_that_died(random_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    llm = LLM(random_engine, max_batch_size=1, measure_passes=False)
-    fail, failures = llm._scheduler.fail, iter([True])
-
-    def step() -> None:
-        raise RuntimeError("the engine")
-
-    def fail_once(error: Exception) -> None:
-        if next(failures, False):
-            raise RuntimeError("a bug")
-        fail(error)
-
-    monkeypatch.setattr(threading, "excepthook", lambda _: None)
-    monkeypatch.setattr(llm._scheduler, "step", step)
-    monkeypatch.setattr(llm._scheduler, "fail", fail_once)
-    request = llm.generate_async([300])
-    with pytest.raises(ShutDownError):
-        request.result(timeout=30)
-    llm._thread.join()
-    with pytest.raises(ShutDownError):
-        llm.generate_async([300])
-
-
 def test_an_adapter_that_is_not_there_is_refused(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llm, "manifest", llm.manifest.model_copy(update={"adapter": None}))
+    monkeypatch.setattr(llm._factory, "manifest", llm.manifest.model_copy(update={"adapter": None}))
     with pytest.raises(TriModeError, match="adapter is True, but the engine has no draft adapter"):
         llm.generate_async([300], greedy(adapter=True))
     assert llm.generate([300], greedy()).finished
@@ -295,11 +273,17 @@ def test_an_adapter_that_is_not_there_is_refused(llm: LLM, monkeypatch: pytest.M
         ("", {}, TriModeError, "the prompt is empty"),
         ([768], {}, TriModeError, "prompt token 768 is outside the model's vocabulary of 768"),
         ([300, "a"], {}, TriModeError, "prompt token 'a' is outside"),
-        ([300] * 8190, {"max_tokens": 5}, ContextLengthError, "exceeds the engine's capacity of 8192"),
+        ([300] * 8192, {"max_tokens": 5}, ContextLengthError, "8192 tokens, which leave no room"),
+        (
+            [300] * 8190,
+            {"max_tokens": 5},
+            ContextLengthError,
+            "of 8192 tokens; max_tokens can be at most 2",
+        ),
         ([300], {"top_k": 769}, TriModeError, "top_k is 769, but the engine reports 768 candidates a row"),
         ([300], {"logprobs": 800}, TriModeError, "logprobs is 800, but the engine reports 768"),
         ([300], {"stop_token_ids": [768]}, TriModeError, "stop token 768 is outside the model's vocabulary of 768"),
-        ([300], {"stop": "a<|im_end|>"}, TriModeError, r"has the special token <\|im_end\|> in it"),
+        ([300], {"stop": "a<|im_end|>"}, TriModeError, r"contains the special token <\|im_end\|>, which"),
         ({"text": "Hi"}, {}, TriModeError, "an input has 'text'; give 'prompt', 'prompt_token_ids' or 'messages'"),
         ({"prompt": "Hi", "tools": []}, {}, TriModeError, "an input has 'prompt', 'tools'; give"),
     ],
@@ -312,22 +296,32 @@ def test_what_cannot_be_answered_is_refused_at_once(
     assert llm.stats().running == 0
 
 
-def test_a_pool_that_may_not_grow_refuses_or_lets_wait(random_engine: Path) -> None:
-    with LLM(random_engine, max_batch_size=8, kv_cache_bytes=1 << 20) as llm:
-        with pytest.raises(ContextLengthError, match="exceed kv_cache_bytes"):
+def test_the_pool_stays_within_kv_cache_bytes(random_engine: Path) -> None:
+    """Whatever pads the passes: long prompts beside short ones, all modes, a burst before a long request."""
+    limit = 1 << 20
+    with LLM(random_engine, max_batch_size=8, kv_cache_bytes=limit) as llm:
+        context = llm.capacity.context
+        assert context == limit // llm.capacity.kv_bytes_per_token < llm.manifest.limits.capacity
+        with pytest.raises(ContextLengthError, match=f"{context} tokens .the engine's 8192 need more") as refused:
             llm.generate_async([300], SamplingParams(max_tokens=8000))
-        answers = llm.generate([[300 + i] for i in range(8)], greedy(max_tokens=200, ignore_eos=True))
-        assert all(answer.outputs[0].length == 200 for answer in answers)
+        assert (refused.value.prompt_tokens, refused.value.max_tokens, refused.value.fits) == (1, 8000, context - 1)
         pool = llm._executor.pool
-        assert sum(buffer.nbytes for buffer in pool.buffers) <= 1 << 20
-        # Slots of that burst, or of measuring, do not stand in a long request's way.
-        longest = next(1 << exponent for exponent in range(12, 0, -1) if pool.fits(1 << exponent))
-        assert not pool.fits(2 * longest)
-        long = SamplingParams(max_tokens=longest - 1, mode="auto", ignore_eos=True)
+
+        def taken() -> int:
+            return sum(buffer.nbytes for buffer in pool.buffers)
+
+        params = [SamplingParams(max_tokens=100, mode=mode, ignore_eos=True) for mode in get_args(Mode)]
+        prompts = [[300 + i] * (1 if i % 3 else context - 101) for i in range(12)]
+        requests = [llm.generate_async(prompt, params[i % 4], streaming=True) for i, prompt in enumerate(prompts)]
+        for request in requests:
+            for _ in request:
+                assert taken() <= limit
+            assert request.outputs[0].length == 100
+        long = SamplingParams(max_tokens=context - 1, mode="auto", ignore_eos=True)
         answer = llm.generate_async([300], long, streaming=True)
         for _ in answer:
-            assert sum(buffer.nbytes for buffer in pool.buffers) <= 1 << 20
-        assert answer.outputs[0].length == longest - 1
+            assert taken() <= limit
+        assert answer.outputs[0].length == context - 1
 
 
 def test_a_second_turn_prefills_only_what_is_new(llm: LLM, random_engine: Path) -> None:

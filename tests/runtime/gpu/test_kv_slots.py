@@ -130,10 +130,9 @@ def test_what_the_devices_pool_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="rows 299 to 301 of 300"):
         pool.read_rows(0, 299, 301)
     for _ in range(SLOTS):
-        assert pool.holds(pool.active + 1, CAPACITY)
+        assert pool.most_rows(pool.active + 1) == CAPACITY
         pool.acquire()
-    assert not pool.holds(SLOTS + 1, 1)
-    assert not pool.holds(1, CAPACITY + 1)
+    assert pool.most_rows(SLOTS + 1) == 0
     with pytest.raises(TriModeError, match="all 5 slots of the KV pool are taken"):
         pool.acquire()
 

@@ -11,30 +11,35 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from trimode.common.errors import TriModeError
 from trimode.runtime.kv.kv_pool import FIRST_ROWS, KvPool
 
+LIMIT_BYTES = 1500 * 2 * 2 * 2 * 4  # 1500 rows: two sequences of the capacity, or eleven short ones
+
 
 class PoolAgainstModel(RuleBasedStateMachine):
     """Every row of a sequence holds the sequence's own number; the model knows which slot holds which sequence."""
 
     @initialize()
     def start(self) -> None:
-        self.pool = KvPool(layers=2, kv_heads=1, head_dim=2, capacity=600)
+        self.pool = KvPool(layers=2, kv_heads=1, head_dim=2, capacity=600, limit_bytes=LIMIT_BYTES)
         self.lengths: dict[int, int] = {}  # sequence -> rows
+        self.needs: dict[int, int] = {}  # sequence -> the most rows it may come to
         self.slot_of: dict[int, int] = {}
         self.next = 1
 
-    @rule()
-    def join(self) -> None:
-        if len(self.slot_of) < 9:
-            self.slot_of[self.next] = self.pool.acquire()
-            self.lengths[self.next] = 0
+    @rule(need=st.integers(1, 600))
+    def join(self, need: int) -> None:
+        longest = max([need, *self.needs.values()])
+        if self.pool.most_rows(len(self.slot_of) + 1) >= longest:
+            self.slot_of[self.next] = self.pool.acquire(longest)
+            self.lengths[self.next], self.needs[self.next] = 0, need
             self.next += 1
 
     @precondition(lambda self: self.slot_of)
-    @rule(data=st.data(), more=st.integers(1, 200))
-    def write(self, data: st.DataObject, more: int) -> None:
+    @rule(data=st.data(), more=st.integers(1, 200), padding=st.integers(0, 100))
+    def write(self, data: st.DataObject, more: int, padding: int) -> None:
+        """A pass writes a sequence's rows, and padding that may reach as far as the budget allows."""
         sequence = data.draw(st.sampled_from(sorted(self.slot_of)))
-        begin, end = self.lengths[sequence], min(self.lengths[sequence] + more, 600)
-        self.pool.reserve(end)
+        begin, end = self.lengths[sequence], min(self.lengths[sequence] + more, self.needs[sequence])
+        self.pool.reserve(min(end + padding, self.pool.most_rows(self.pool.active)))
         for buffer in self.pool.buffers:
             buffer[self.slot_of[sequence], :, begin:end] = sequence
         self.lengths[sequence] = end
@@ -44,7 +49,7 @@ class PoolAgainstModel(RuleBasedStateMachine):
     def leave(self, data: st.DataObject) -> None:
         sequence = data.draw(st.sampled_from(sorted(self.slot_of)))
         slot = self.slot_of.pop(sequence)
-        del self.lengths[sequence]
+        del self.lengths[sequence], self.needs[sequence]
         moved_from = self.pool.release(slot)
         for other, place in self.slot_of.items():
             if place == moved_from:
@@ -61,6 +66,10 @@ class PoolAgainstModel(RuleBasedStateMachine):
         assert sorted(self.slot_of.values()) == list(range(self.pool.active))
         assert self.pool.active <= self.pool.slots
         assert max(self.lengths.values(), default=0) <= self.pool.rows <= 600
+
+    @invariant()
+    def the_buffers_stay_within_the_limit(self) -> None:
+        assert sum(buffer.nbytes for buffer in self.pool.buffers) <= LIMIT_BYTES
 
 
 TestPool = PoolAgainstModel.TestCase
@@ -101,19 +110,44 @@ def test_fresh_rows_are_zero_after_growth() -> None:
 
 
 def test_a_pool_at_its_limit_trades_slots_for_rows() -> None:
-    """Slots of a burst that is over do not stand in the way of a long sequence."""
-    pool = KvPool(layers=1, kv_heads=1, head_dim=2, capacity=2048, limit=2 * 8 * FIRST_ROWS * 2 * 4)
+    """Free slots of an earlier burst do not keep a long sequence from its rows."""
+    row_bytes = 2 * 2 * 4
+    pool = KvPool(layers=1, kv_heads=1, head_dim=2, capacity=2048, limit_bytes=8 * FIRST_ROWS * row_bytes)
+    assert pool.row_bytes == row_bytes
     for _ in range(8):
-        assert pool.holds(pool.active + 1, FIRST_ROWS)
+        assert pool.most_rows(pool.active + 1) >= FIRST_ROWS
+        pool.acquire(FIRST_ROWS)
+    assert pool.most_rows(8) == FIRST_ROWS
+    with pytest.raises(
+        TriModeError, match="8 sequences of 129 tokens exceed kv_cache_bytes of 16384, which allows 128"
+    ):
+        pool.reserve(FIRST_ROWS + 1)
+    with pytest.raises(TriModeError, match="9 sequences of 128 tokens exceed kv_cache_bytes"):
         pool.acquire()
-    assert not pool.holds(9, 1)
-    assert not pool.holds(8, FIRST_ROWS + 1)
-    assert pool.fits(8 * FIRST_ROWS)  # alone, whatever is there now
-    assert not pool.fits(8 * FIRST_ROWS + 1)
+    assert pool.most_rows(1) == 8 * FIRST_ROWS  # alone, whatever the pool holds now
     while pool.active > 1:
         pool.release(pool.active - 1)
     pool.buffers[0][0, :, :5] = 7
-    assert pool.holds(1, 8 * FIRST_ROWS)
     pool.reserve(8 * FIRST_ROWS)
     assert (pool.slots, pool.rows) == (1, 8 * FIRST_ROWS)
     assert (pool.buffers[0][0, :, :5] == 7).all()
+
+
+def test_a_pool_at_its_limit_trades_rows_for_slots() -> None:
+    """Rows of an earlier long sequence do not keep short ones from their slots."""
+    pool = KvPool(layers=1, kv_heads=1, head_dim=2, capacity=2048, limit_bytes=1000 * 16)
+    pool.acquire(1000)
+    pool.reserve(1000)
+    pool.buffers[1][0, :, :200] = 3
+    for sequences in range(2, 6):
+        pool.acquire(200)
+        assert pool.slots >= sequences
+        assert pool.slots * pool.rows <= 1000
+        assert (pool.buffers[1][0, :, :200] == 3).all()
+    assert pool.rows == 200
+
+
+def test_a_limit_below_one_token_is_refused() -> None:
+    with pytest.raises(TriModeError, match="kv_cache_bytes is 15, but one token's keys and values take 16 bytes"):
+        KvPool(layers=1, kv_heads=1, head_dim=2, capacity=8, limit_bytes=15)
+    assert KvPool(layers=1, kv_heads=1, head_dim=2, capacity=8, limit_bytes=16).rows == 1

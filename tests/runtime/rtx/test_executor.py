@@ -70,7 +70,7 @@ def test_modes_share_a_batch(
 
     All passes have the same cost, so that measured costs, which depend on the machine's load, never split a batch.
     """
-    monkeypatch.setattr(PassCost, "seconds", lambda *_: 1e-3)
+    monkeypatch.setattr(PassCost, "least_seconds", lambda *_: 1e-3)
     params = [SamplingParams(max_tokens=40, **options) for options in MODES]
     with LLM(fp16.cpu) as llm:
         expected = [output.outputs[0].token_ids for output in llm.generate(conversations(heldout)[:5], params)]
@@ -78,7 +78,7 @@ def test_modes_share_a_batch(
         assert llm._executor.pool.slots == MAX_BATCH
         calls = listen(llm._executor)
         waits, launches, captures = machine.cuda.synchronisations, machine.cuda.launches, machine.cuda.captures
-        with llm._changed:  # none begins before all are there
+        with llm._thread._changed:  # none begins before all are there
             asked = [llm.generate_async(*each) for each in zip(conversations(heldout)[:5], params, strict=True)]
         found = [output.result().outputs[0].token_ids for output in asked]
     assert found == expected

@@ -6,6 +6,7 @@ that is read or overwritten shows in the text.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from typing import Any
 
@@ -25,7 +26,7 @@ from tests.support.exact_law import (
 )
 from trimode import SamplingParams
 from trimode.runtime.request.outputs import Update
-from trimode.runtime.scheduling.running_request import Request
+from trimode.runtime.scheduling.request import Request
 
 DIFFUSION = {"mode": "diffusion", "block_length": 5, "threshold": 0.5}
 GREEDY_MODES: list[dict[str, Any]] = [
@@ -177,18 +178,35 @@ def test_measuring_leaves_every_slot_free(monkeypatch: pytest.MonkeyPatch) -> No
     assert bench.executor.pool.active == 0
 
 
-def test_who_has_no_slot_yet_is_told_of_a_failure_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_that_gets_no_slot_is_the_only_one_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Recorder(max_batch=4)
-    number = bench.submit((2, 3), SamplingParams(mode="ar"))
+    first, second = (bench.submit((2, 3), SamplingParams(mode="ar", max_tokens=5)) for _ in range(2))
+    acquire, failures = bench.executor.pool.acquire, iter([MemoryError()])
 
-    def fail() -> int:
-        raise MemoryError
+    def fail_once(rows: int) -> int:
+        for error in failures:
+            raise error
+        return acquire(rows)
 
-    monkeypatch.setattr(bench.executor.pool, "acquire", fail)
-    with pytest.raises(MemoryError):
-        bench.scheduler.step()
-    bench.scheduler.fail(MemoryError())
-    assert isinstance(bench.finished[number].error, MemoryError)
+    monkeypatch.setattr(bench.executor.pool, "acquire", fail_once)
+    bench.run()
+    assert isinstance(bench.finished[first].error, MemoryError)
+    assert bench.texts[second] == greedy_text((2, 3), 5)
+    assert bench.scheduler.stats().failed == 1
+
+
+def test_everyone_hears_of_a_failure_even_if_the_pool_fails_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Recorder(max_batch=1)
+    numbers = [bench.submit((2, 3), SamplingParams(mode="ar")) for _ in range(3)]
+    bench.scheduler.step()
+
+    def fail(_: int) -> int:
+        raise RuntimeError("the pool")
+
+    monkeypatch.setattr(bench.executor.pool, "release", fail)
+    with pytest.raises(RuntimeError, match="the pool"):
+        bench.scheduler.fail_all(ValueError("the reason"))
+    assert [str(bench.finished[number].error) for number in numbers] == ["the reason"] * 3
     assert not bench.scheduler.busy
 
 
@@ -220,11 +238,120 @@ def test_prompts_share_the_rows_of_their_beginnings() -> None:
     assert bench.requests[other].sequence.counts.cached_tokens == 32
 
 
+class Poison:
+    """Makes every pass fail that contains a token, as an id outside the vocabulary does."""
+
+    def __init__(self, bench: Recorder, token: int) -> None:
+        self.failed_passes = 0
+        self._run, self._token = bench.executor.run, token
+        bench.executor.run = self.run  # type: ignore[method-assign]
+
+    def run(self, step: Any) -> Any:
+        found = self._run(step)  # the failing pass has written its rows
+        if (step.input_ids == self._token).any():
+            self.failed_passes += 1
+            raise RuntimeError("index out of range")
+        return found
+
+
+@pytest.mark.parametrize("mode", [*GREEDY_MODES, DIFFUSION], ids=str)
+def test_a_poisoned_request_among_64_ends_alone(mode: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    bench = Recorder(max_batch=64, prefill_tokens=1000)
+    poison, expected = Poison(bench, token=99), {}
+    for index, prompt in enumerate(prompts(63, seed=1)):
+        if index == 40:
+            bad = bench.submit((2, 3, 99, 4), SamplingParams(max_tokens=9, mode="ar"))
+        params = SamplingParams(max_tokens=3 + index % 9, **mode)
+        expected[bench.submit(prompt, params)] = alone(prompt, params)
+    bench.run()
+    assert str(bench.finished[bad].error) == "index out of range"
+    assert bench.texts.pop(bad) == []
+    assert bench.texts == expected
+    assert 1 < poison.failed_passes <= 7  # halves of 64 requests
+    assert bench.executor.pool.active == 0
+    stats = bench.scheduler.stats()
+    assert (stats.finished, stats.failed) == (63, 1)
+    assert [record.message for record in caplog.records if record.levelname == "ERROR"] == [
+        f"request {bad} failed: RuntimeError('index out of range')"
+    ]
+
+
+@pytest.mark.parametrize("what", ["text", "listener", "sampling", "next_pass", "open_block"])
+def test_a_failure_in_a_requests_own_code_ends_it_alone(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench, expected = Recorder(max_batch=8), {}
+
+    def fail(*_: Any) -> Any:
+        raise ZeroDivisionError(what)
+
+    for index, prompt in enumerate(prompts(12, seed=2)):
+        params = SamplingParams(max_tokens=20, mode="linear_spec", block_length=4, ignore_eos=True)
+        number = bench.submit(prompt, params, update_seconds=0.0)
+        request = bench.requests[number]
+        if index != 3:
+            expected[number] = alone(prompt, params)
+            continue
+        bad = number
+        place: Any = {"text": request._text, "listener": request, "sampling": request.sequence._sampler}
+        name = {"text": "new_text", "listener": "_listener", "sampling": "run"}.get(what, what)
+        monkeypatch.setattr(place.get(what, request.sequence), name, fail)
+    bench.run()
+    texts = {number: text for number, text in bench.texts.items() if number != bad}
+    assert {number: text[: len(expected[number])] for number, text in texts.items()} == expected
+    assert bench.scheduler.stats().failed == 1
+    assert bench.executor.pool.active == 0
+    if what != "listener":
+        assert str(bench.finished[bad].error) == what
+
+
+def test_a_pass_that_fails_once_is_repeated() -> None:
+    """A passing fault costs nobody an answer, unless it hits a pass of one request."""
+    bench, expected = Recorder(max_batch=8), {}
+    run, faults = bench.executor.run, iter([RuntimeError("a passing fault")])
+
+    def fail_once(step: Any) -> Any:
+        found = run(step)
+        if step.batch > 2:
+            for fault in faults:
+                raise fault
+        return found
+
+    bench.executor.run = fail_once  # type: ignore[method-assign]
+    for prompt in prompts(8, seed=3):
+        params = SamplingParams(max_tokens=9, mode="linear_spec", block_length=4)
+        expected[bench.submit(prompt, params)] = greedy_text(prompt, 9)
+    bench.run()
+    assert next(faults, None) is None
+    assert bench.texts == expected
+
+
+def test_answers_to_a_failed_prompt_fail_with_it() -> None:
+    bench = Recorder(max_batch=8)
+    Poison(bench, token=99)
+    first, second = (bench.submit((2, 99), SamplingParams(max_tokens=3, mode="ar")) for _ in range(2))
+    bench.scheduler.waiting.pop()
+    bench.requests[first].siblings = [bench.requests[second]]
+    bench.run()
+    assert all(str(bench.finished[number].error) == "index out of range" for number in (first, second))
+    assert bench.scheduler.stats().failed == 2
+
+
+def test_stats_are_a_snapshot() -> None:
+    bench = Recorder()
+    bench.submit((2, 3), SamplingParams(max_tokens=4, mode="ar"))
+    bench.run()
+    before = bench.scheduler.stats()
+    kept = dataclasses.asdict(before)
+    bench.submit((2, 3), SamplingParams(max_tokens=4, mode="ar"))
+    bench.run()
+    assert dataclasses.asdict(before) == kept
+    assert bench.scheduler.stats().counts.commit > before.counts.commit > 0
+
+
 def test_an_engine_that_fails_fails_its_requests_and_serves_the_next() -> None:
     bench = Recorder(max_batch=2)
     asked = [bench.submit((2, 3), SamplingParams(max_tokens=9, mode="ar")) for _ in range(4)]
     bench.scheduler.step()
-    bench.scheduler.fail(RuntimeError("out of order"))
+    bench.scheduler.fail_all(RuntimeError("out of order"))
     assert all("out of order" in str(bench.finished[number].error) for number in asked)
     number = bench.submit((2, 3), SamplingParams(max_tokens=9, mode="ar"))
     bench.run()

@@ -1,4 +1,4 @@
-"""One answer on its way: its sequence, its slot, its text, and whom to tell."""
+"""One answer in the scheduler: its sequence, its text, and the listener that receives its updates."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ Listener = Callable[[Update], None]
 class Request:
     """``listener`` is called on the scheduler's thread.
 
-    update_seconds: between its calls at least, but for the last one, which never waits; None for that one alone.
-    index: of the answer, where one prompt has several. siblings: answers to the same prompt, which wait until its KV
-    rows can be reused.
+    request_id: of the prompt; log lines name it. index: of this answer among the prompt's answers. update_seconds: the
+    least time between two updates, not counting the last one, which is sent at once; None sends only the last one.
+    siblings: other answers to the same prompt, which wait until its KV rows can be reused. failure: the exception that
+    ended this request.
     """
 
     def __init__(
@@ -28,13 +29,16 @@ class Request:
         text: TextStream,
         listener: Listener,
         *,
+        request_id: int,
         index: int,
         update_seconds: float | None,
     ) -> None:
         self.sequence = sequence
+        self.request_id = request_id
         self.index = index
         self.siblings: list[Request] = []
         self.aborted = False
+        self.failure: Exception | None = None
         self._text = text
         self._text_is_fed = sequence.ending.feeds_text  # token by token
         self._listener = listener
@@ -42,23 +46,18 @@ class Request:
         self._arrived = time.perf_counter()
         self._admitted_at: float | None = None
         self._first_token_at: float | None = None
-        self._told = 0  # tokens
-        self._told_at = -math.inf
+        self._sent = 0  # tokens
+        self._sent_at = -math.inf
         self._rejected: list[int] = []  # drafts, since the last update
 
-    @property
-    def longest(self) -> int:
-        """Most KV rows that the prompt and the answer take."""
-        return self.sequence.kv_rows
-
     def admit(self) -> None:
-        """It has a slot."""
+        """The request has a slot."""
         self._admitted_at = time.perf_counter()
 
     def deliver(self) -> None:
-        """Tell what is new, if it is time to."""
+        """Send what is new, if an update is due."""
         sequence = self.sequence
-        new = sequence.emitted[self._told :]
+        new = sequence.emitted[self._sent :]
         now = time.perf_counter()
         if new and self._first_token_at is None:
             self._first_token_at = now
@@ -66,25 +65,25 @@ class Request:
         finish_reason = sequence.ending.finish_reason
         if finish_reason is not None:
             self._finish(finish_reason, sequence.ending.stop_reason)
-        elif new and self._update_seconds is not None and now - self._told_at >= self._update_seconds:
-            self._told_at = now
+        elif new and self._update_seconds is not None and now - self._sent_at >= self._update_seconds:
+            self._sent_at = now
             self._feed(new)
-            self._tell(self._text.new_text())
+            self._send(self._text.new_text())
 
     def cancel(self) -> None:
-        """Tell that it ended because somebody wanted it to."""
+        """Send the last update of an aborted request."""
         self._finish("cancelled", None)
 
     def fail(self, error: Exception) -> None:
-        """Tell that the engine failed."""
+        """Send ``error`` as the last update."""
         self._listener(Update(index=self.index, error=error))
 
     def _finish(self, finish_reason: FinishReason, stop_reason: int | str | None) -> None:
         shown = len(self.sequence.emitted) - self.sequence.ending.hides_last
-        self._feed(self.sequence.emitted[self._told : shown])
+        self._feed(self.sequence.emitted[self._sent : shown])
         text = self._text.finish()
         now = time.perf_counter()
-        self._tell(
+        self._send(
             text,
             finish_reason=finish_reason,
             stop_reason=stop_reason,
@@ -100,9 +99,9 @@ class Request:
         if not self._text_is_fed:
             self._text.feed(tokens)
 
-    def _tell(self, text: str, **ending: object) -> None:
-        sequence, begin = self.sequence, self._told
-        self._told = len(sequence.emitted)
+    def _send(self, text: str, **ending: object) -> None:
+        sequence, begin = self.sequence, self._sent
+        self._sent = len(sequence.emitted)
         rejected, self._rejected = self._rejected, []
         self._listener(
             Update(

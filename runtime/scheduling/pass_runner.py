@@ -1,0 +1,145 @@
+"""Runs the passes of a scheduler step: plans which sequences share a pass, times it, and isolates failures.
+
+A pass that raises is repeated with half of its sequences at a time, down to single ones, so that only the sequences
+that fail alone are affected. Repeating is safe: a pass writes no KV row below its ``write_indices``, and sequences
+change only when they absorb candidates.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Many
+from typing import TypeVar, get_args
+
+import numpy as np
+
+from trimode.runtime.decoding.acceptance import LONGEST_BLOCK
+from trimode.runtime.decoding.sequence import Pass
+from trimode.runtime.executor import Candidates, Executor, Speculated, SpeculatingExecutor
+from trimode.runtime.scheduling.batching import Member, Span, bidirectional_step, causal_step, plan_spans, span_of
+from trimode.runtime.scheduling.pass_cost import EngineName, PassCost
+
+log = logging.getLogger(__name__)
+
+MEASURING_SECONDS = 0.5
+
+Found = TypeVar("Found")
+
+
+class PassRunner:
+    """clock: seconds, for what passes take."""
+
+    def __init__(self, executor: Executor, cost: PassCost, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._executor = executor
+        self._speculating = executor if isinstance(executor, SpeculatingExecutor) else None
+        self._cost = cost
+        self._clock = clock
+
+    @property
+    def speculates(self) -> bool:
+        """Whether the executor can draft and verify in one call."""
+        return self._speculating is not None
+
+    def run(
+        self, engine: EngineName, members: list[Member], committed: Many[int], most_rows: int
+    ) -> Iterator[tuple[Member, Candidates | Exception]]:
+        """Run one engine for all members; yields each with the candidates of its rows, or with why its pass failed.
+
+        committed: KV rows of every active slot. most_rows: rows that a slot may have.
+        """
+
+        def run(span: Span) -> Candidates:
+            begun = self._clock()
+            found = self._executor.run(
+                causal_step(span, committed) if engine == "ar" else bidirectional_step(span, committed)
+            )
+            self._cost.observe(engine, span.batch, span.step, self._clock() - begun)
+            return found
+
+        for span in plan_spans(members, committed, most_rows, engine, self._cost):
+            for part, found in _in_halves(run, span):
+                for member in part.members:
+                    index = member.slot - part.first
+                    yield member, found if isinstance(found, Exception) else found.of(index, len(member.needed.rows))
+
+    def speculate(
+        self, members: list[Member], committed: Many[int], most_rows: int
+    ) -> Iterator[tuple[Member, Speculated | Exception]]:
+        """Draft and verify the members' whole blocks without waiting in between.
+
+        Yields each with the candidates of its masked rows and of its verified rows, or with why its pass failed.
+        """
+        speculating = self._speculating
+        if speculating is None:
+            raise ValueError("this executor does not speculate")
+
+        def run(span: Span) -> Speculated:
+            rows = np.tile(np.arange(span.step), (span.batch, 1))
+            draft = dataclasses.replace(bidirectional_step(span, committed), logit_rows=rows)
+            begun = self._clock()
+            found = speculating.speculate(draft)
+            self._observe_both(span, self._clock() - begun)
+            return found
+
+        for span in plan_spans(members, committed, most_rows, "diffusion", self._cost):
+            for part, found in _in_halves(run, span):
+                for member in part.members:
+                    if isinstance(found, Exception):
+                        yield member, found
+                    else:
+                        index, length = member.slot - part.first, len(member.needed.tokens)
+                        logits, tokens, log_sum_exp = found.drafted.of(index, length)
+                        drafted = Candidates(logits[1:], tokens[1:], log_sum_exp[1:])
+                        yield member, Speculated(drafted, found.verified.of(index, length))
+
+    def measure(self) -> None:
+        """Fill the cost table by trial passes; the pool must have no active slot."""
+        pool = self._executor.pool
+        self._cost.measure(
+            self._trial_pass, MEASURING_SECONDS, lambda batch, step: pool.most_rows(batch) >= step, self._clock
+        )
+
+    def _observe_both(self, span: Span, seconds: float) -> None:
+        """Split the seconds of a draft and its verification as the cost table does."""
+        shares = {engine: self._cost.seconds(engine, span.batch, span.step) for engine in get_args(EngineName)}
+        for engine, share in shares.items():
+            self._cost.observe(engine, span.batch, span.step, seconds * share / sum(shares.values()))
+
+    def _trial_pass(self, engine: EngineName, batch: int, step: int) -> float:
+        """Seconds of a pass over sequences of token 0."""
+        pool = self._executor.pool
+        idle = Pass(
+            "commit" if engine == "ar" else "draft", np.zeros(step, np.int64), np.arange(min(step, LONGEST_BLOCK))
+        )
+        try:
+            while pool.active < batch:
+                pool.acquire(step)
+            pool.reserve(step)
+            members = [Member(slot, idle, adapter=True, candidates=1) for slot in range(batch)]
+            span, committed = Span(0, batch - 1, step, members), [0] * batch
+            ready = causal_step(span, committed) if engine == "ar" else bidirectional_step(span, committed)
+            begun = self._clock()
+            self._executor.run(ready)
+            return self._clock() - begun
+        finally:
+            while pool.active:
+                pool.release(pool.active - 1)
+
+
+def _in_halves(run: Callable[[Span], Found], span: Span) -> Iterator[tuple[Span, Found | Exception]]:
+    """The span's result; if it fails, those of its halves. Yields each part with its result or its error."""
+    try:
+        found = run(span)
+    except Exception as error:  # an executor may raise anything
+        if len(span.members) == 1:
+            yield span, error
+            return
+        log.warning("a pass of %d requests failed, running it again in halves: %r", len(span.members), error)
+        middle = len(span.members) // 2
+        for half in (span.members[:middle], span.members[middle:]):
+            yield from _in_halves(run, span_of(half))
+    else:
+        yield span, found
