@@ -35,8 +35,9 @@ build-engine: $(VENV)/.package ## Quantise MODEL and build ENGINE for TARGET
 serve: $(VENV)/.package ## Serve ENGINE over the OpenAI API on port 8000, with the playground at /
 	@engine="$$($(CHOSEN_ENGINE) --existing)" && exec $(BIN)/trimode serve "$$engine"
 
-triton: $(VENV)/.package $(TRITON)/.package ## Serve ENGINE by a tritonserver on the CPU, ports 8000 to 8002
-	@engine="$$($(CHOSEN_ENGINE) --existing)" && exec $(TRITON)/bin/python -m scripts.serving.triton_server "$$engine"
+triton: $(VENV)/.package $(TRITON)/.package ## Serve ENGINE by a tritonserver on the CPU, ports 8000 to 8002; STREAM=1 streams
+	@engine="$$($(CHOSEN_ENGINE) --existing)" && \
+		exec $(TRITON)/bin/python -m scripts.serving.triton_server "$$engine" $(if $(STREAM),,--no-decoupled)
 
 triton-environment: $(TRITON)/.package ## Make .triton, in which `make triton` and its tests run
 

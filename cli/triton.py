@@ -8,7 +8,7 @@ import click
 
 from trimode.cli.parameters import PATH
 from trimode.engine.manifest import Manifest
-from trimode.runtime.triton.repository import MODEL_NAME, write_repository
+from trimode.runtime.triton.repository import ENSEMBLE_NAME, MODEL_NAME, write_repository
 
 
 @click.command()
@@ -30,4 +30,4 @@ def command(engine: Path, repository: Path, max_batch: int, max_queue: int, deco
     """Write the new folder REPOSITORY, from which Triton Inference Server serves the engine directory ENGINE."""
     Manifest.read(engine)
     write_repository(engine, repository, max_batch=max_batch, max_queue=max_queue, decoupled=decoupled)
-    print(f"{repository}: model {MODEL_NAME}")
+    print(f"{repository}: models {MODEL_NAME} and {ENSEMBLE_NAME}")

@@ -19,7 +19,6 @@ from trimode.runtime.api.request_output import RequestOutput
 from trimode.runtime.openai_server import http_errors
 from trimode.runtime.openai_server.event_stream import DONE, EventStream, event
 from trimode.runtime.openai_server.http_errors import BAD_REQUEST, TOO_LONG, ApiError
-from trimode.runtime.openai_server.metrics import ServerMetrics
 from trimode.runtime.openai_server.model_names import ModelName, ModelNames
 from trimode.runtime.openai_server.reasoning import CLOSE, OPEN
 from trimode.runtime.openai_server.request_bodies import NO_LIMIT, Body, DecodingBody, PromptBody, take_ignored_fields
@@ -31,6 +30,7 @@ from trimode.runtime.openai_server.response_bodies import (
     Usage,
 )
 from trimode.runtime.openai_server.running import ClientLeftError, Run, Running
+from trimode.runtime.openai_server.server_metrics import ServerMetrics
 from trimode.runtime.request.outputs import CompletionOutput
 from trimode.runtime.request.sampling_params import Mode, SamplingParams
 

@@ -1,7 +1,7 @@
-"""The model that Triton's Python backend runs: every request goes into one engine, whose scheduler batches them.
+"""The model that Triton's Python backend runs: all requests go to one engine, whose scheduler batches them.
 
-``execute`` returns at once; the requests are coroutines of the model's own event loop. The backend would run coroutines
-itself, but for a model that is not decoupled one after the other.
+``execute`` returns at once; requests are coroutines of the model's own event loop. The backend could run coroutines
+itself, but runs those of a model that is not decoupled one after the other.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import math
 import threading
 import time
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,16 @@ from trimode.runtime.api.llm import LLM
 from trimode.runtime.api.request_output import RequestOutput
 from trimode.runtime.kv.prefix_cache import BLOCK
 from trimode.runtime.request.errors import QueueFullError, ShutDownError
-from trimode.runtime.triton.asked import Asked, read, stops_another
-from trimode.runtime.triton.metrics import EngineMetrics
+from trimode.runtime.triton.engine_metrics import EngineMetrics
+from trimode.runtime.triton.triton_request import TritonRequest, read, stops_another
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
-# How often a request is asked whether its client has left.
+# Time between two checks of whether the client has left.
 WATCH_SECONDS = 0.05
+# Time that running requests have to finish before the model stops; tritonserver exits after 30 s.
+DRAIN_SECONDS = 20.0
+# Time to send the error of those that did not finish.
+LAST_WORDS_SECONDS = 5.0
 
 
 class TritonPythonModel:
@@ -41,6 +46,7 @@ class TritonPythonModel:
             max_queue_size=int(values["max_queue"]),
         )
         self._running: dict[str, RequestOutput] = {}
+        self._executing: set[Future[None]] = set()
         self._metrics = EngineMetrics(self._llm)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="trimode-requests", daemon=True)
@@ -48,11 +54,16 @@ class TritonPythonModel:
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
-            asyncio.run_coroutine_threadsafe(self._execute(request), self._loop)
+            future = asyncio.run_coroutine_threadsafe(self._execute(request), self._loop)
+            self._executing.add(future)
+            future.add_done_callback(self._executing.discard)
 
     def finalize(self) -> None:
+        """Finish the running requests; those that need more than DRAIN_SECONDS end with an error."""
+        unfinished = wait(set(self._executing), DRAIN_SECONDS).not_done
         self._metrics.stop()
         self._llm.shutdown()
+        wait(unfinished, LAST_WORDS_SECONDS)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
 
@@ -73,16 +84,16 @@ class TritonPythonModel:
             )
 
     async def _answer(self, request: Any, sender: Any) -> None:
-        asked, arrival = read(request, self._decoupled), time.monotonic_ns()
-        output = self._llm.generate_async(asked.prompt, asked.params, asked.streaming)
+        triton_request, arrival = read(request, self._decoupled), time.monotonic_ns()
+        output = self._llm.generate_async(triton_request.prompt, triton_request.params, triton_request.streaming)
         name = request.request_id()
         self._running[name] = output
         watch = asyncio.create_task(_abort_when_cancelled(sender, output))
         try:
-            if asked.streaming:
+            if triton_request.streaming:
                 async for _ in output:
                     if not output.finished:
-                        sender.send(_response(asked, output, arrival))
+                        sender.send(_response(triton_request, output, arrival))
             else:
                 await output
         finally:
@@ -91,11 +102,11 @@ class TritonPythonModel:
         if any(answer.finish_reason == "cancelled" for answer in output.outputs):
             sender.send(_cancelled(), FINAL)
         else:
-            sender.send(_response(asked, output, arrival), FINAL)
+            sender.send(_response(triton_request, output, arrival), FINAL)
 
     def _stop(self, name: str) -> None:
         if not name:
-            raise TriModeError("stop needs the id of the request to end as this request's own id")
+            raise TriModeError("stop needs a request id: that of the request to end")
         if name in self._running:
             self._running[name].abort()
 
@@ -106,26 +117,26 @@ async def _abort_when_cancelled(sender: Any, output: RequestOutput) -> None:
     output.abort()
 
 
-def _response(asked: Asked, output: RequestOutput, arrival: int) -> Any:
-    """The answers as far as they have come, whole: so does TensorRT-LLM's model."""
+def _response(triton_request: TritonRequest, output: RequestOutput, arrival: int) -> Any:
+    """The whole text so far, as TensorRT-LLM's model sends it."""
     answers = output.outputs
-    before = asked.prompt if asked.with_input else ""
+    before = triton_request.prompt if triton_request.with_input else ""
     tensors = [_strings("text_output", [before + answer.text for answer in answers])]
-    if asked.finish_reason:
+    if triton_request.finish_reason:
         tensors.append(_strings("finish_reason", [str(answer.finish_reason) for answer in answers]))
-    if asked.stop_reason:
+    if triton_request.stop_reason:
         tensors.append(_strings("stop_reason", [str(answer.stop_reason) for answer in answers]))
-    if asked.cumulative_logprob:
+    if triton_request.cumulative_logprob:
         sums = [answer.cumulative_logprob or 0.0 for answer in answers]
         tensors.append(pb_utils.Tensor("cumulative_logprob", np.array(sums, np.float32)))
-    if asked.perf_metrics and output.finished:
+    if triton_request.perf_metrics and output.finished:
         tensors += _perf_metrics(output, arrival)
     return pb_utils.InferenceResponse(output_tensors=tensors)
 
 
 def _perf_metrics(output: RequestOutput, arrival: int) -> list[Any]:
-    """Times on one monotonic clock; drafts of all answers together; blocks are the prefix cache's, and the KV pool
-    allocates none.
+    """Times are on one monotonic clock. Draft counts are sums over all answers. Blocks are the prefix cache's; the KV
+    pool does not allocate blocks.
     """
     counts = [answer.counts for answer in output.outputs]
     reused = math.ceil(counts[0].cached_tokens / BLOCK)
@@ -155,7 +166,7 @@ def _strings(name: str, texts: list[str]) -> Any:
 
 
 def _cancelled() -> Any:
-    """TensorRT-LLM's clients expect it of a request to stop another, too."""
+    """The response of a cancelled request and, as TensorRT-LLM's clients expect, of the request that cancels it."""
     return _failure("the request was cancelled", pb_utils.TritonError.CANCELLED)
 
 

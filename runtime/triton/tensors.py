@@ -1,31 +1,38 @@
-"""The model's tensors: TensorRT-LLM's ``llmapi`` model by name and type, and TriMode's beside them.
+"""The models' tensors: names, types and meanings.
 
-So a client of TensorRT-LLM's model works unchanged, short of what this one lacks: LoRA adapters, images, ``best_of``
-above 1.
+``tensorrt_llm`` has the tensors of TensorRT-LLM's ``llmapi`` model and TriMode's own. ``ensemble`` has those of
+TensorRT-LLM's older ``ensemble`` model, under which its documentation sends requests; each stands for an input of
+``tensorrt_llm``. So clients of both models work unchanged, except for what TriMode lacks.
 """
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 Dtype = Literal["TYPE_STRING", "TYPE_BOOL", "TYPE_INT32", "TYPE_INT64", "TYPE_UINT64", "TYPE_FP32"]
 
 
 class Tensor(NamedTuple):
-    """``field``: the field of ``SamplingParams`` that an input sets, if it sets one. ``lacking``: why it is refused."""
+    """field: the field of ``SamplingParams`` that an input sets. many: any number of elements, else one.
+
+    lacking: why an input is refused, if its feature is missing; its ``neutral`` values are accepted.
+    """
 
     name: str
     dtype: Dtype
     field: str | None = None
     many: bool = False
     lacking: str | None = None
+    neutral: tuple[Any, ...] = ()
 
     @property
     def dims(self) -> str:
         return "[ -1 ]" if self.many else "[ 1 ]"
 
 
-_NO_LORA = "this model has no LoRA adapters but its own draft adapter"
+_NO_LORA = "this model has no LoRA adapters except its own draft adapter"
+_NO_BEAMS = "beam search is not supported"
+_NO_LOGITS = "logits are not returned"
 TEXT_INPUT = Tensor("text_input", "TYPE_STRING", many=True)
 TENSORRT_LLM_INPUTS = (
     Tensor("streaming", "TYPE_BOOL"),
@@ -37,18 +44,18 @@ TENSORRT_LLM_INPUTS = (
     Tensor("sampling_param_stop", "TYPE_STRING", "stop", many=True),
     Tensor("sampling_param_frequency_penalty", "TYPE_FP32", "frequency_penalty"),
     Tensor("sampling_param_presence_penalty", "TYPE_FP32", "presence_penalty"),
-    Tensor("sampling_param_best_of", "TYPE_INT32"),
+    Tensor("sampling_param_best_of", "TYPE_INT32", lacking="for several answers send n", neutral=(0, 1)),
     Tensor("sampling_param_exclude_input_from_output", "TYPE_BOOL"),
     Tensor("sampling_param_return_perf_metrics", "TYPE_BOOL"),
     Tensor("return_finish_reason", "TYPE_BOOL"),
     Tensor("return_stop_reason", "TYPE_BOOL"),
     Tensor("return_cumulative_logprob", "TYPE_BOOL"),
     Tensor("stop", "TYPE_BOOL"),
-    Tensor("image_url", "TYPE_STRING", many=True, lacking="this model sees no images"),
-    Tensor("lora_id", "TYPE_UINT64", lacking=_NO_LORA),
-    Tensor("lora_name", "TYPE_STRING", lacking=_NO_LORA),
-    Tensor("lora_path", "TYPE_STRING", lacking=_NO_LORA),
-    Tensor("lora_ckpt_source", "TYPE_STRING", lacking=_NO_LORA),
+    Tensor("image_url", "TYPE_STRING", many=True, lacking="this model reads text only", neutral=("",)),
+    Tensor("lora_id", "TYPE_UINT64", lacking=_NO_LORA, neutral=(0,)),
+    Tensor("lora_name", "TYPE_STRING", lacking=_NO_LORA, neutral=("",)),
+    Tensor("lora_path", "TYPE_STRING", lacking=_NO_LORA, neutral=("",)),
+    Tensor("lora_ckpt_source", "TYPE_STRING", lacking=_NO_LORA, neutral=("",)),
 )
 TRIMODE_INPUTS = (
     Tensor("n", "TYPE_INT32", "n"),
@@ -68,7 +75,35 @@ TRIMODE_INPUTS = (
     Tensor("denoising_steps", "TYPE_INT32", "denoising_steps"),
     Tensor("denoising_top_n", "TYPE_INT32", "denoising_top_n"),
 )
-OPTIONAL_INPUTS = TENSORRT_LLM_INPUTS + TRIMODE_INPUTS
+# Inputs of the ensemble that no other input stands for.
+ENSEMBLE_ONLY_INPUTS = (
+    Tensor("bad_words", "TYPE_STRING", many=True, lacking="banned words are not supported", neutral=("",)),
+    Tensor("beam_width", "TYPE_INT32", lacking=_NO_BEAMS, neutral=(0, 1)),
+    Tensor("length_penalty", "TYPE_FP32", lacking=_NO_BEAMS, neutral=(0.0, 1.0)),
+    Tensor("min_tokens", "TYPE_INT32", lacking="a least number of tokens is not supported", neutral=(0, 1)),
+    Tensor("pad_id", "TYPE_INT32"),
+    Tensor("return_log_probs", "TYPE_BOOL", lacking="send return_cumulative_logprob to tensorrt_llm", neutral=(False,)),
+    Tensor("return_context_logits", "TYPE_BOOL", lacking=_NO_LOGITS, neutral=(False,)),
+    Tensor("return_generation_logits", "TYPE_BOOL", lacking=_NO_LOGITS, neutral=(False,)),
+)
+OPTIONAL_INPUTS = TENSORRT_LLM_INPUTS + TRIMODE_INPUTS + ENSEMBLE_ONLY_INPUTS
+# Optional inputs of the ensemble, and the inputs of tensorrt_llm that they stand for.
+ENSEMBLE_INPUTS: dict[str, str] = {
+    "max_tokens": "sampling_param_max_tokens",
+    "stop_words": "sampling_param_stop",
+    "temperature": "sampling_param_temperature",
+    "top_k": "sampling_param_top_k",
+    "top_p": "sampling_param_top_p",
+    "seed": "sampling_param_seed",
+    "frequency_penalty": "sampling_param_frequency_penalty",
+    "presence_penalty": "sampling_param_presence_penalty",
+    "exclude_input_in_output": "sampling_param_exclude_input_from_output",
+    "stream": "streaming",
+    "num_return_sequences": "n",
+    "end_id": "stop_token_ids",
+    **{tensor.name: tensor.name for tensor in ENSEMBLE_ONLY_INPUTS},
+    **{tensor.name: tensor.name for tensor in TRIMODE_INPUTS if tensor.name not in ("n", "stop_token_ids")},
+}
 OUTPUTS = (
     Tensor("text_output", "TYPE_STRING", many=True),
     Tensor("finish_reason", "TYPE_STRING", many=True),
@@ -87,3 +122,5 @@ OUTPUTS = (
     Tensor("total_accepted_draft_tokens", "TYPE_INT32"),
     Tensor("total_draft_tokens", "TYPE_INT32"),
 )
+# Always present, so that an ensemble can rely on it.
+TEXT_OUTPUT = OUTPUTS[0]

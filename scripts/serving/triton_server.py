@@ -1,7 +1,7 @@
-"""`make triton`: a real tritonserver over one engine, on the CPU, from the wheel nvidia-pytriton.
+"""`make triton`: a real tritonserver for one engine, on the CPU, from the wheel nvidia-pytriton.
 
-Runs in the environment that holds the wheel and trimode (`make` keeps one in .triton). Only the server's binary and its
-Python backend are taken from the wheel; its own Python layer is not used.
+Runs in an environment with the wheel and trimode (`make` creates .triton). It uses the wheel's server binary and Python
+backend only, not its Python layer.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from trimode.runtime.triton.repository import ENSEMBLE_NAME, MODEL_NAME
+
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = ROOT / ".triton"
-START_SECONDS = 60.0
+START_SECONDS = 120.0
 STOP_SECONDS = 30.0
 
 
@@ -38,13 +40,13 @@ class Ports(NamedTuple):
 def triton_server(
     engine: Path, ports: Ports, *options: str, environment: Path = ENVIRONMENT
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A server that is ready; ``options`` are those of `trimode triton`. Raises TimeoutError or RuntimeError if it does
-    not get there.
+    """A server that is ready. ``options``: of `trimode triton`. Raises TimeoutError or RuntimeError if it does not
+    become ready.
     """
     with tempfile.TemporaryDirectory(prefix="trimode-triton-") as scratch:
         repository, backends = Path(scratch) / "repository", Path(scratch) / "backends"
         subprocess.run([environment / "bin" / "trimode", "triton", engine, repository, *options], check=True)
-        site = Path(_ask(environment, "import sysconfig; print(sysconfig.get_path('purelib'))"))
+        site = Path(_output(environment, "import sysconfig; print(sysconfig.get_path('purelib'))"))
         triton = site / "pytriton" / "tritonserver"
         _lay_out_backends(triton, backends)
         process = subprocess.Popen(
@@ -68,7 +70,7 @@ def triton_server(
 
 
 def _lay_out_backends(triton: Path, backends: Path) -> None:
-    """The Python backend looks for its stub in its own folder; the wheel keeps one for each version of Python."""
+    """The Python backend expects its stub in its own folder; the wheel has one for each version of Python."""
     shutil.copytree(triton / "backends", backends)
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     stub = triton / "python_backend_stubs" / version / "triton_python_backend_stub"
@@ -76,8 +78,8 @@ def _lay_out_backends(triton: Path, backends: Path) -> None:
 
 
 def _environment_variables(environment: Path, site: Path) -> dict[str, str]:
-    """The stub takes its packages from the first python on PATH, and libpython by LD_LIBRARY_PATH; without the
-    libraries the server would hang, not fail.
+    """The stub finds its packages by the first python on PATH, and libpython by LD_LIBRARY_PATH. Without the libraries
+    the server hangs instead of failing.
     """
     libraries = [sysconfig.get_config_var("LIBDIR"), site / "nvidia_pytriton.libs"]
     return os.environ | {
@@ -86,7 +88,7 @@ def _environment_variables(environment: Path, site: Path) -> dict[str, str]:
     }
 
 
-def _ask(environment: Path, program: str) -> str:
+def _output(environment: Path, program: str) -> str:
     command = [environment / "bin" / "python", "-c", program]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
@@ -108,7 +110,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     try:
         process.wait(STOP_SECONDS)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # the stub is a child of its own
+        os.killpg(process.pid, signal.SIGKILL)  # the stub is a child process
         process.wait()
 
 
@@ -118,13 +120,14 @@ def main() -> None:
     parser.add_argument("--http-port", type=int, default=Ports().http)
     parser.add_argument("--grpc-port", type=int, default=Ports().grpc)
     parser.add_argument("--metrics-port", type=int, default=Ports().metrics)
-    parser.add_argument("--no-decoupled", action="store_true", help="as `trimode triton` has it")
+    parser.add_argument("--no-decoupled", action="store_true", help="as of `trimode triton`")
     options = parser.parse_args()
     ports = Ports(options.http_port, options.grpc_port, options.metrics_port)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     policy = ["--no-decoupled"] if options.no_decoupled else []
     with triton_server(options.engine, ports, *policy) as process, suppress(KeyboardInterrupt):
-        print(f"tensorrt_llm on http://127.0.0.1:{ports.http}, grpc {ports.grpc}, metrics {ports.metrics}", flush=True)
+        models = f"{MODEL_NAME} and {ENSEMBLE_NAME}"
+        print(f"{models} on http://127.0.0.1:{ports.http}, grpc {ports.grpc}, metrics {ports.metrics}", flush=True)
         process.wait()
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 import queue
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,7 +17,8 @@ import numpy as np
 import pytest
 import tritonclient.grpc as grpc
 
-from scripts.serving.triton_server import Ports
+from scripts.serving.triton_server import Ports, triton_server
+from tests.support.tritonserver import free_port
 from trimode.runtime.triton.tensors import OPTIONAL_INPUTS, OUTPUTS, TEXT_INPUT
 
 ANSWER = "10% of 440 is 44. Ones: 4x6=24, carry 2. Tens: 4x6=24, 24+2=26. So 60% of 440 is 264."
@@ -165,10 +168,12 @@ BAD = {
     "too long": ({"sampling_param_max_tokens": 5000}, "capacity"),
     "best_of": ({"sampling_param_best_of": 2}, "best_of"),
     "two prompts": ({"text_input": ["a", "b"]}, "text_input has 2 elements"),
-    "lora": ({"lora_id": 1}, "lora_id cannot be honoured: this model has no LoRA"),
-    "image": ({"image_url": ["data:,"]}, "image_url cannot be honoured: this model sees no images"),
+    "lora": ({"lora_id": 1}, "lora_id is not supported: this model has no LoRA"),
+    "image": ({"image_url": ["data:,"]}, "image_url is not supported: this model reads text only"),
+    "bad_words": ({"bad_words": ["a", "b"]}, "bad_words is not supported: banned words"),
+    "beams": ({"beam_width": 2}, "beam_width is not supported: beam search"),
     "misspelt": ({"block_lenght": 8}, "block_lenght"),
-    "stop of nobody": ({"stop": True}, "stop needs the id"),
+    "stop of nobody": ({"stop": True}, "stop needs a request id"),
 }
 
 
@@ -178,6 +183,74 @@ def test_bad_requests_are_triton_errors(triton: Ports, case: str) -> None:
     response = generate(triton, **fields)
     assert response.status_code == 400
     assert message in response.json()["error"]
+
+
+NEUTRAL = {
+    "sampling_param_best_of": 1,
+    "sampling_param_stop": ["", ""],
+    "bad_words": "",
+    "beam_width": 1,
+    "image_url": "",
+    "length_penalty": 1.0,
+    "lora_id": 0,
+    "min_tokens": 0,
+    "pad_id": 2,
+    "return_context_logits": False,
+}
+
+
+def test_neutral_values(triton: Ports) -> None:
+    response = generate(triton, **NEUTRAL)
+    assert response.status_code == 200, response.text
+    assert response.json()["text_output"] == ANSWER
+
+
+def ensemble(ports: Ports, **fields: Any) -> httpx.Response:
+    """The request of TensorRT-LLM's documentation."""
+    body = {"text_input": PROMPT, "max_tokens": 200, "bad_words": "", "stop_words": ""} | fields
+    return httpx.post(f"http://127.0.0.1:{ports.http}/v2/models/ensemble/generate", json=body, timeout=SECONDS)
+
+
+def test_ensemble(triton: Ports, undecoupled: Ports) -> None:
+    """TensorRT-LLM's documentation sends requests to this model, by other names of inputs."""
+    for ports in (triton, undecoupled):
+        found = ensemble(ports)
+        assert found.status_code == 200, found.text
+        assert (found.json()["model_name"], found.json()["text_output"]) == ("ensemble", ANSWER)
+        assert ensemble(ports, stop_words=[" Tens", "zebra"]).json()["text_output"] == ANSWER.partition(" Tens")[0]
+        assert ensemble(ports, max_tokens=3).json()["text_output"] == ANSWER[:3]
+        hot = {"temperature": 3.0, "top_k": 40, "top_p": 0.95, "max_tokens": 12}
+        assert ensemble(ports, seed=1, **hot).json() == ensemble(ports, seed=1, **hot).json()
+        assert ensemble(ports, exclude_input_in_output=False).json()["text_output"] == PROMPT + ANSWER
+        assert ensemble(ports, beam_width=1, pad_id=2, end_id=2, return_log_probs=False).status_code == 200
+        refused = ensemble(ports, bad_words=["a"])
+        assert refused.status_code == 400
+        assert "banned words are not supported" in refused.json()["error"]
+
+
+def test_ensemble_streams(triton: Ports) -> None:
+    url = f"http://127.0.0.1:{triton.http}/v2/models/ensemble/generate_stream"
+    response = httpx.post(url, json={"text_input": PROMPT, "max_tokens": 200, "stream": True}, timeout=SECONDS)
+    texts = [event["text_output"] for event in events(response)]
+    assert len(texts) >= 2
+    assert texts[-1] == ANSWER
+
+
+@pytest.mark.usefixtures("triton")  # which skips where there is no server
+def test_a_stopping_server_finishes_what_runs(tiny_engine: Path) -> None:
+    ports = Ports(free_port(), free_port(), free_port())
+    found: queue.Queue[httpx.Response] = queue.Queue()
+    fields = {"mode": "ar", "ignore_eos": True, "sampling_param_max_tokens": 600, "return_finish_reason": True}
+    with triton_server(tiny_engine, ports) as server:
+        thread = threading.Thread(target=lambda: found.put(generate(ports, **fields)))
+        thread.start()
+        wait_for_metrics(ports, requests_running=1)
+        server.terminate()
+        thread.join(SECONDS)
+        server.wait(SECONDS)
+    response = found.get(timeout=1)
+    assert response.status_code == 200, response.text
+    assert response.json()["finish_reason"] == "length"
 
 
 def test_grpc_streams_share_the_engine(triton: Ports) -> None:

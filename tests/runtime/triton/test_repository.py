@@ -1,4 +1,4 @@
-"""The model repository, as written; whether a server takes it is for `test_model.py`."""
+"""The model repository as written; `test_model.py` loads it into a server."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ def test_what_is_written(tmp_path: Path) -> None:
     engine = tmp_path / 'an "engine"'
     write_repository(engine, tmp_path / "repository", max_batch=3, max_queue=7)
     written = sorted(path.relative_to(tmp_path).as_posix() for path in (tmp_path / "repository").rglob("*.*"))
-    assert written == ["repository/tensorrt_llm/1/model.py", "repository/tensorrt_llm/config.pbtxt"]
+    models = ["repository/ensemble/config.pbtxt", "repository/tensorrt_llm/1/model.py"]
+    assert written == [*models, "repository/tensorrt_llm/config.pbtxt"]
     config = (tmp_path / "repository/tensorrt_llm/config.pbtxt").read_text()
     inputs = declared("input", config)
     assert list(inputs) == [tensor.name for tensor in (TEXT_INPUT, *OPTIONAL_INPUTS)]
@@ -56,6 +57,31 @@ def test_what_is_written(tmp_path: Path) -> None:
     assert "decoupled: true" in config
     write_repository(engine, tmp_path / "another", max_batch=3, max_queue=7, decoupled=False)
     assert "decoupled: false" in (tmp_path / "another/tensorrt_llm/config.pbtxt").read_text()
+
+
+# Of TensorRT-LLM's `inflight_batcher_llm` models, ensemble/config.pbtxt: those that its documentation sends.
+THEIR_ENSEMBLE = {
+    "text_input": "STRING [ -1 ]", "max_tokens": "INT32 [ 1 ]", "bad_words": "STRING [ -1 ]",
+    "stop_words": "STRING [ -1 ]", "exclude_input_in_output": "BOOL [ 1 ]", "pad_id": "INT32 [ 1 ]",
+    "top_k": "INT32 [ 1 ]", "top_p": "FP32 [ 1 ]", "temperature": "FP32 [ 1 ]", "length_penalty": "FP32 [ 1 ]",
+    "repetition_penalty": "FP32 [ 1 ]", "min_tokens": "INT32 [ 1 ]", "presence_penalty": "FP32 [ 1 ]",
+    "frequency_penalty": "FP32 [ 1 ]", "seed": "UINT64 [ 1 ]", "return_log_probs": "BOOL [ 1 ]",
+    "return_context_logits": "BOOL [ 1 ]", "return_generation_logits": "BOOL [ 1 ]", "beam_width": "INT32 [ 1 ]",
+    "num_return_sequences": "INT32 [ 1 ]", "stream": "BOOL [ 1 ]",
+}  # fmt: skip
+
+
+def test_the_ensemble(tmp_path: Path) -> None:
+    """Each input stands for an input of ``tensorrt_llm``, once."""
+    write_repository(tmp_path / "engine", tmp_path / "repository", max_batch=3, max_queue=7)
+    config = (tmp_path / "repository/ensemble/config.pbtxt").read_text()
+    assert (tmp_path / "repository/ensemble/1").is_dir()
+    inputs = declared("input", config)
+    assert inputs.items() >= THEIR_ENSEMBLE.items()
+    passed_on = dict(re.findall(r'^input_map { key: "(\w+)" value: "(\w+)" }$', config, re.MULTILINE))
+    assert set(passed_on.values()) == inputs.keys()
+    assert passed_on.keys() <= {tensor.name for tensor in (TEXT_INPUT, *OPTIONAL_INPUTS)}
+    assert passed_on["sampling_param_max_tokens"] == "max_tokens"
 
 
 def test_a_folder_that_is_there_is_left_alone(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The engine's counts as Triton's own metrics, under the names of the OpenAI server's."""
+"""The engine's counts as metrics of Triton, under the names that the OpenAI server uses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PERIOD_SECONDS = 0.5
 
 
 class EngineMetrics:
-    """Told to Triton by a thread of its own: the Python backend has no hook for a scrape."""
+    """A thread reports the counts periodically, because the Python backend has no hook for a scrape."""
 
     def __init__(self, llm: LLM) -> None:
         self._llm = llm
@@ -31,7 +31,7 @@ class EngineMetrics:
                 "steps": "Steps of the scheduler",
                 "answers": "Finished answers",
                 "tokens_emitted": "Tokens of answers",
-                "tokens_drafted": "Tokens proposed by drafts",
+                "tokens_drafted": "Drafted tokens",
                 "tokens_accepted": "Drafted tokens that were emitted",
                 "tokens_cached": "Prompt tokens not computed again",
             }.items()
@@ -39,7 +39,7 @@ class EngineMetrics:
         self._metrics: dict[str, Any] = {
             name: found.Metric(labels={}) for name, found in (self._gauges | self._counters).items()
         }
-        self._told = dict.fromkeys(self._counters, 0)
+        self._reported = dict.fromkeys(self._counters, 0)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="trimode-metrics", daemon=True)
         self._thread.start()
@@ -50,9 +50,9 @@ class EngineMetrics:
 
     def _run(self) -> None:
         while not self._stopped.wait(PERIOD_SECONDS):
-            self._tell()
+            self._report()
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         stats = self._llm.stats()
         self._metrics["requests_running"].set(stats.running)
         self._metrics["requests_waiting"].set(stats.waiting)
@@ -65,6 +65,6 @@ class EngineMetrics:
             "tokens_cached": stats.counts.cached_tokens,
         }
         for name, count in now.items():
-            if count > self._told[name]:
-                self._metrics[name].increment(count - self._told[name])
-        self._told = now
+            if count > self._reported[name]:
+                self._metrics[name].increment(count - self._reported[name])
+        self._reported = now

@@ -1,4 +1,4 @@
-"""What a Triton request asks for, read from its tensors."""
+"""A Triton request, read from its tensors."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from trimode.common.errors import TriModeError
 from trimode.runtime.request.sampling_params import SamplingParams
 from trimode.runtime.triton.tensors import OPTIONAL_INPUTS, TEXT_INPUT, Tensor
 
-# TensorRT-LLM's own client says by this parameter, in each request, whether it wants a stream. Its model is not
-# decoupled, and ignores it.
+# TensorRT-LLM's own client sends this parameter with every request to request a stream. TensorRT-LLM's model is not
+# decoupled and ignores it.
 STREAMING = "Streaming"
 
 
-class Asked(NamedTuple):
-    """``with_input``: the prompt precedes the answer's text. The last four: which outputs are sent beside the text."""
+class TritonRequest(NamedTuple):
+    """``with_input``: the prompt precedes the text. The last four: outputs that are sent beside the text."""
 
     prompt: str
     params: SamplingParams
@@ -31,17 +31,15 @@ class Asked(NamedTuple):
 
 
 def stops_another(request: Any) -> bool:
-    """Whether it asks to end the running request of its own id, as TensorRT-LLM's clients do with ``stop``."""
+    """Whether ``stop`` is set: the request ends the running request of its own id."""
     return bool(_values(request).get("stop"))
 
 
-def read(request: Any, decoupled: bool) -> Asked:
-    """Raises TriModeError that names the tensor or the field. decoupled: whether the model may answer in parts."""
+def read(request: Any, decoupled: bool) -> TritonRequest:
+    """Raises TriModeError that names the tensor or the field. decoupled: whether the model may stream."""
     values = _values(request)
     parameters = _parameters(request)
     (prompt,) = _one("text_input", _read(request, TEXT_INPUT))
-    if values.get("sampling_param_best_of", 1) != 1:
-        raise TriModeError("sampling_param_best_of must be 1; for several answers give n")
     streaming = bool(values.get("streaming", decoupled and parameters.get(STREAMING)))
     if streaming and not decoupled:
         raise TriModeError("streaming needs a decoupled model; write the repository with --decoupled")
@@ -49,9 +47,11 @@ def read(request: Any, decoupled: bool) -> Asked:
     fields: dict[str, Any] = {
         tensor.field: values[tensor.name] for tensor in OPTIONAL_INPUTS if tensor.field and tensor.name in values
     }
+    if "stop" in fields:
+        fields["stop"] = [stop for stop in fields["stop"] if stop]
     if with_logprob:
         fields["logprobs"] = 0
-    return Asked(
+    return TritonRequest(
         prompt=prompt,
         params=SamplingParams(**fields),
         streaming=streaming,
@@ -64,22 +64,22 @@ def read(request: Any, decoupled: bool) -> Asked:
 
 
 def _parameters(request: Any) -> dict[str, Any]:
-    """HTTP's ``generate`` makes a parameter of each field that is no input."""
+    """Triton's HTTP endpoint ``generate`` turns each field that is not an input into a parameter."""
     found: dict[str, Any] = json.loads(request.parameters() or "{}")
     for name in found:
         if name != STREAMING and not name.startswith("triton_"):
-            raise TriModeError(f"there is no input {name}; config.pbtxt of this model lists all")
+            raise TriModeError(f"there is no input {name}; config.pbtxt of this model lists all inputs")
     return found
 
 
 def _values(request: Any) -> dict[str, Any]:
-    """The optional inputs that were given."""
+    """The optional inputs that the request has."""
     found = {}
     for tensor in OPTIONAL_INPUTS:
         values = _read(request, tensor)
         if values is not None:
-            if tensor.lacking:
-                raise TriModeError(f"{tensor.name} cannot be honoured: {tensor.lacking}")
+            if tensor.lacking and any(value not in tensor.neutral for value in values):
+                raise TriModeError(f"{tensor.name} is not supported: {tensor.lacking}")
             found[tensor.name] = values if tensor.many else _one(tensor.name, values)[0]
     return found
 
@@ -92,7 +92,7 @@ def _read(request: Any, tensor: Tensor) -> list[Any] | None:
     if tensor.dtype == "TYPE_STRING":
         return [_text(tensor.name, value) for value in array.ravel()]
     if tensor.dtype == "TYPE_FP32":
-        # The shortest decimal that is this number, which is what the client wrote: 0.9, not 0.8999999761581421.
+        # The shortest decimal that rounds to this number is what the client wrote: 0.9, not 0.8999999761581421.
         return [float(str(value)) for value in array.ravel().astype(np.float32)]
     return array.ravel().tolist()  # type: ignore[no-any-return]
 
