@@ -10,6 +10,7 @@ from trimode.cli.extras import requires_extra
 from trimode.cli.parameters import build_options
 from trimode.common.progress_bars import progress_bars
 from trimode.llm import LLM
+from trimode.runtime.api.llm import DEFAULT_PREFIX_CACHE_BYTES
 from trimode.runtime.openai_server.server_log import LogLevel
 from trimode.runtime.request.sampling_params import Mode
 
@@ -25,8 +26,14 @@ from trimode.runtime.request.sampling_params import Mode
     multiple=True,
     help="Name of the model for clients; repeatable [default: the engine's source].",
 )
-@click.option("--mode", type=click.Choice(get_args(Mode)), help="Mode of requests that name none [default: auto].")
-@click.option("--block-length", type=click.IntRange(min=1), help="Block length of requests that name none.")
+@click.option(
+    "--mode",
+    type=click.Choice(get_args(Mode)),
+    default="auto",
+    show_default=True,
+    help="Mode of requests that do not set it.",
+)
+@click.option("--block-length", type=click.IntRange(min=1), help="Block length of requests that do not set it.")
 @click.option(
     "--enable-thinking/--no-enable-thinking",
     default=None,
@@ -47,6 +54,19 @@ from trimode.runtime.request.sampling_params import Mode
 )
 @click.option(
     "--max-queue", type=click.IntRange(min=1), default=1024, show_default=True, help="Sequences that may wait."
+)
+@click.option(
+    "--max-seq-len", type=click.IntRange(min=2), help="Longest prompt and answer in tokens [default: the engine's]."
+)
+@click.option(
+    "--kv-cache-bytes", type=click.IntRange(min=1), help="Memory of the KV cache [default: most of what is available]."
+)
+@click.option(
+    "--prefix-cache-bytes",
+    type=click.IntRange(min=0),
+    default=DEFAULT_PREFIX_CACHE_BYTES,
+    show_default=True,
+    help="Memory for reusing earlier prompts; 0 turns it off.",
 )
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of a pass [default: all cores].")
 @click.option(
@@ -80,7 +100,7 @@ def command(
     port: int,
     api_key: str | None,
     model_names: tuple[str, ...],
-    mode: Mode | None,
+    mode: Mode,
     block_length: int | None,
     enable_thinking: bool | None,
     strict_fields: bool,
@@ -89,6 +109,9 @@ def command(
     log_level: LogLevel,
     max_batch: int,
     max_queue: int,
+    max_seq_len: int | None,
+    kv_cache_bytes: int | None,
+    prefix_cache_bytes: int,
     threads: int | None,
     max_body: int,
     request_seconds: float,
@@ -105,7 +128,6 @@ def command(
     """
     with requires_extra("serve"):
         from trimode.runtime.openai_server.server import ServerOptions, serve
-        from trimode.runtime.openai_server.service import RequestDefaults
 
     options = ServerOptions(
         host=host,
@@ -116,7 +138,6 @@ def command(
         allowed_origins=allowed_origins,
         root_path=root_path,
         log_level=log_level,
-        defaults=RequestDefaults(mode=mode, block_length=block_length, enable_thinking=enable_thinking),
         max_body=max_body,
         request_seconds=request_seconds,
         drain_seconds=drain_seconds,
@@ -130,6 +151,12 @@ def command(
             threads=threads,
             max_batch_size=max_batch,
             max_queue_size=max_queue,
+            max_seq_len=max_seq_len,
+            kv_cache_bytes=kv_cache_bytes,
+            prefix_cache_bytes=prefix_cache_bytes,
+            mode=mode,
+            block_length=block_length,
+            enable_thinking=enable_thinking,
             update_seconds=update_seconds,
             progress=progress,
         )

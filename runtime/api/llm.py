@@ -137,7 +137,8 @@ class LLM:
         if measure_passes:
             self._scheduler.measure_passes()
         self._ids = itertools.count(1)
-        self._thread = SchedulerThread(self._scheduler, max_batch_size, max_batch_size + max_queue_size)
+        self.max_answers = max_batch_size + max_queue_size
+        self._thread = SchedulerThread(self._scheduler, max_batch_size, self.max_answers)
         # Also when nobody calls shutdown: the thread must not run on while the interpreter is torn down.
         self._stop = weakref.finalize(self, self._thread.stop)
         log.info("%s", self.capacity)

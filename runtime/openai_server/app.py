@@ -22,7 +22,7 @@ from trimode.runtime.openai_server import tokenizer_endpoints
 from trimode.runtime.openai_server.chat import complete_chat
 from trimode.runtime.openai_server.completions import complete
 from trimode.runtime.openai_server.gate import HEALTH
-from trimode.runtime.openai_server.http_errors import BAD_METHOD, BAD_REQUEST, NOT_FOUND, ApiError
+from trimode.runtime.openai_server.http_errors import BAD_METHOD, BAD_REQUEST, ENGINE_DEAD, NOT_FOUND, ApiError
 from trimode.runtime.openai_server.model_names import ModelName
 from trimode.runtime.openai_server.request_bodies import (
     ChatCompletionRequest,
@@ -132,6 +132,8 @@ def create_app(service: Service, root_path: str = "") -> FastAPI:
 
     @app.get(HEALTH, responses=_documented(503), response_model=Health)
     async def health() -> Response:
+        if service.llm.failure is not None:
+            return errors.respond(ApiError(ENGINE_DEAD, service.llm.failure))
         return json_response(Health(status="ok"))
 
     @app.get("/metrics", responses=REFUSALS | {200: METRICS}, **LOCKED)

@@ -41,7 +41,7 @@ async def encode_chat(service: Service, body: ConversationBody) -> EncodedChat:
         documents=body.documents or None,
         add_generation_prompt=body.generation_prompt,
         continue_final_message=bool(body.continue_final_message),
-        chat_template_kwargs=body.template_variables(service.defaults.enable_thinking),
+        chat_template_kwargs=body.template_variables(service.llm.capacity.defaults.enable_thinking),
     )
     token_ids = await service.encode(prompt.text, body, add_special_tokens=bool(body.add_special_tokens))
     return EncodedChat(token_ids, prompt.thinking)

@@ -31,7 +31,13 @@ from fastapi.responses import Response
 from trimode.common.errors import TriModeError
 from trimode.runtime.openai_server.request_bodies import BRANCHES, TOO_MANY_FIELDS, UNSUPPORTED_FIELD
 from trimode.runtime.openai_server.response_bodies import ErrorBody, ErrorDetail
-from trimode.runtime.request.errors import ContextLengthError, QueueFullError, ShutDownError
+from trimode.runtime.request.errors import (
+    ContextLengthError,
+    EngineDeadError,
+    ForkedError,
+    QueueFullError,
+    ShutDownError,
+)
 
 # Characters of a field's path in a message: a name may be as long as a body.
 LONGEST_PATH = 200
@@ -74,9 +80,18 @@ class ApiError(TriModeError):
 def error_body(error: Exception) -> ErrorBody:
     """The response to ``error``; an internal error does not show its reason."""
     kind = kind_of(error)
-    message = "internal error; the server's log has the reason" if kind is INTERNAL else str(error)
+    message = str(error)
+    if kind is INTERNAL:
+        message = "internal error; the server's log has the reason"
+    elif isinstance(error, ContextLengthError):
+        message = f"{context_limit(error.context)}. However, {message}"
     param = error.param if isinstance(error, ApiError) else None
     return ErrorBody(error=ErrorDetail(message=message, type=kind.type, param=param, code=kind.code))
+
+
+def context_limit(tokens: int) -> str:
+    """OpenAI's words, which clients match."""
+    return f"This model's maximum context length is {tokens} tokens"
 
 
 def respond(error: Exception) -> Response:
@@ -99,6 +114,8 @@ def kind_of(error: Exception) -> ErrorKind:
             return QUEUE_FULL
         case ContextLengthError():
             return TOO_LONG
+        case EngineDeadError() | ForkedError():
+            return ENGINE_DEAD
         case ShutDownError():
             return SHUTTING_DOWN
         case TriModeError():

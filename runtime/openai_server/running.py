@@ -12,7 +12,7 @@ from trimode.common.errors import TriModeError
 from trimode.runtime.api.inputs import Input
 from trimode.runtime.api.llm import LLM
 from trimode.runtime.api.request_output import RequestOutput
-from trimode.runtime.openai_server.http_errors import REQUEST_TIMEOUT, ApiError
+from trimode.runtime.openai_server.http_errors import BAD_REQUEST, REQUEST_TIMEOUT, ApiError
 from trimode.runtime.request.errors import ShutDownError
 from trimode.runtime.request.outputs import CompletionOutput
 from trimode.runtime.request.sampling_params import SamplingParams
@@ -35,6 +35,10 @@ class Running:
 
     def start(self, prompts: Sequence[Input], params: Sequence[SamplingParams], streaming: bool) -> Run:
         """One engine request for each prompt, with its parameters. If one is refused, none is started."""
+        answers = sum(of_prompt.n for of_prompt in params)
+        if answers > self.llm.max_answers:
+            limit = f"this server runs or queues at most {self.llm.max_answers} answers"
+            raise ApiError(BAD_REQUEST, f"the request needs {answers} answers, but {limit}; send fewer prompts")
         run = Run(self, self._seconds)
         try:
             for prompt, of_prompt in zip(prompts, params, strict=True):

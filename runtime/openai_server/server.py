@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import gc
+import logging
 import socket
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import FrameType
 
 import uvicorn
@@ -20,7 +21,9 @@ from trimode.runtime.openai_server.connection import Connection
 from trimode.runtime.openai_server.gate import Gate
 from trimode.runtime.openai_server.http_frame import REQUEST_ID, HttpFrame
 from trimode.runtime.openai_server.server_log import LogLevel, configure_log
-from trimode.runtime.openai_server.service import IGNORED_FIELDS_HEADER, RequestDefaults, Service
+from trimode.runtime.openai_server.service import IGNORED_FIELDS_HEADER, Service
+
+log = logging.getLogger("trimode.server")
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 # Longer than clients keep idle connections, so that no request meets a connection that is closing.
@@ -29,6 +32,8 @@ KEEP_ALIVE_SECONDS = 75
 SWITCH_SECONDS = 0.0005
 # Allocations between two cyclic garbage collections; the default of 700 is a dozen events.
 GARBAGE_OBJECTS = 50_000
+# Not 2, which stands for an error of the user.
+ENGINE_DEAD_EXIT = 1
 # For clients to receive the error that ends a cancelled response.
 LAST_WORDS_SECONDS = 1
 
@@ -53,11 +58,12 @@ class ServerOptions:
     root_path: str = ""
     strict_fields: bool = False
     log_level: LogLevel = "warning"
-    defaults: RequestDefaults = field(default_factory=RequestDefaults)
 
 
 def serve(llm: LLM, options: ServerOptions) -> None:
-    """Answer until SIGTERM or SIGINT."""
+    """Answer until SIGTERM or SIGINT. If the engine stops by an error, exit with code 1, so that a supervisor restarts
+    the server.
+    """
     configure_log(options.log_level)
     sys.setswitchinterval(SWITCH_SECONDS)
     gc.freeze()
@@ -66,7 +72,6 @@ def serve(llm: LLM, options: ServerOptions) -> None:
         llm,
         options.model_names or llm.manifest.source,
         options.request_seconds,
-        defaults=options.defaults,
         strict_fields=options.strict_fields,
     )
     root_path = _normal_root_path(options.root_path)
@@ -93,7 +98,11 @@ def serve(llm: LLM, options: ServerOptions) -> None:
     )
     if exposed and options.api_key is None:
         print(f"trimode: {options.host} is open to other machines, and no API key is set", file=sys.stderr)
+    print(f"trimode: {llm.capacity}", file=sys.stderr)
     _Server(config, gate, service, options.drain_seconds).run(sockets=[_listener(options, config.backlog)])
+    if llm.failure is not None:
+        log.critical("the server exits with code %d: %s", ENGINE_DEAD_EXIT, llm.failure)
+        sys.exit(ENGINE_DEAD_EXIT)
 
 
 def _normal_root_path(path: str) -> str:
@@ -142,7 +151,7 @@ class _Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """uvicorn calls this ten times a second; True ends the server."""
-        if await super().on_tick(counter):
+        if await super().on_tick(counter) or self._service.llm.failure is not None:
             return True
         if self._stopped_at is None:
             return False

@@ -7,7 +7,6 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from fastapi import Request
@@ -18,7 +17,7 @@ from trimode.runtime.api.llm import LLM
 from trimode.runtime.api.request_output import RequestOutput
 from trimode.runtime.openai_server import http_errors
 from trimode.runtime.openai_server.event_stream import DONE, EventStream, event
-from trimode.runtime.openai_server.http_errors import BAD_REQUEST, TOO_LONG, ApiError
+from trimode.runtime.openai_server.http_errors import BAD_REQUEST, TOO_LONG, ApiError, context_limit
 from trimode.runtime.openai_server.model_names import ModelName, ModelNames
 from trimode.runtime.openai_server.reasoning import CLOSE, OPEN
 from trimode.runtime.openai_server.request_bodies import NO_LIMIT, Body, DecodingBody, PromptBody, take_ignored_fields
@@ -32,25 +31,13 @@ from trimode.runtime.openai_server.response_bodies import (
 from trimode.runtime.openai_server.running import ClientLeftError, Run, Running
 from trimode.runtime.openai_server.server_metrics import ServerMetrics
 from trimode.runtime.request.outputs import CompletionOutput
-from trimode.runtime.request.sampling_params import Mode, SamplingParams
+from trimode.runtime.request.sampling_params import SamplingParams
 
 log = logging.getLogger("trimode.server")
 
 # Text of this many characters is tokenised in a thread, so that streams do not wait for it.
 LONG_TEXT = 1 << 14
 IGNORED_FIELDS_HEADER = "x-trimode-ignored-fields"
-
-
-@dataclass(frozen=True, kw_only=True)
-class RequestDefaults:
-    """Values of fields that a request leaves out.
-
-    None keeps the defaults of :class:`SamplingParams`, and for ``enable_thinking`` that of the chat template.
-    """
-
-    mode: Mode | None = None
-    block_length: int | None = None
-    enable_thinking: bool | None = None
 
 
 class ResponseHead(NamedTuple):
@@ -70,14 +57,12 @@ class Service:
         model_names: str | Sequence[str],
         request_seconds: float,
         *,
-        defaults: RequestDefaults | None = None,
         strict_fields: bool = False,
     ) -> None:
         self.llm = llm
         self.names = ModelNames([model_names] if isinstance(model_names, str) else model_names)
         self.running = Running(llm, request_seconds)
         self.metrics = ServerMetrics(llm)
-        self.defaults = defaults or RequestDefaults()
         self._strict_fields = strict_fields
         self._open, self._close = (llm.tokenizer.token_id(mark) for mark in (OPEN, CLOSE))
 
@@ -106,20 +91,16 @@ class Service:
     def sampling_params(
         self, body: DecodingBody, model: ModelName, *, max_tokens: int, **resolved: Any
     ) -> SamplingParams:
-        """The body's parameters, with the alias's mode and the server's defaults."""
-        mode = body.mode or model.mode or self.defaults.mode
+        """The body's parameters, with the alias's mode."""
         if body.mode and model.mode and body.mode != model.mode:
             raise ApiError(BAD_REQUEST, f"mode is {body.mode}, but the model {model.name} selects {model.mode}", "mode")
         if (body.min_tokens or 0) > max_tokens:
             raise ApiError(BAD_REQUEST, f"min_tokens is {body.min_tokens}, more than max_tokens", "min_tokens")
-        block_length = body.block_length or (None if mode == "ar" else self.defaults.block_length)
         # The engine returns its top k logits; a larger top_k draws from all of them, as 0 and -1 do.
         top_k = body.top_k
         if top_k is not None and not 0 <= top_k <= self.llm.manifest.limits.top_k:
             top_k = 0
-        return body.sampling_params(
-            max_tokens=max_tokens, mode=mode, block_length=block_length, top_k=top_k, **resolved
-        )
+        return body.sampling_params(max_tokens=max_tokens, mode=body.mode or model.mode, top_k=top_k, **resolved)
 
     async def encode(self, text: str, body: PromptBody, add_special_tokens: bool) -> list[int]:
         """``add_special_tokens``: those that the tokenizer adds around plain text; a rendered chat has them already.
@@ -162,9 +143,7 @@ class Service:
         return requested
 
     def _too_long(self, reason: str, body: PromptBody) -> ApiError:
-        """Clients match OpenAI's words."""
-        limit = f"This model's maximum context length is {self.context_length} tokens"
-        return ApiError(TOO_LONG, f"{limit}. However, {reason}.", body.prompt_field)
+        return ApiError(TOO_LONG, f"{context_limit(self.context_length)}. However, {reason}.", body.prompt_field)
 
     def usage(self, requests: Sequence[RequestOutput], thinking: bool = False) -> Usage:
         """``thinking``: the prompt ends inside a thought."""

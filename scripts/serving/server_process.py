@@ -68,11 +68,11 @@ class Served:
 
 
 @contextmanager
-def serving(engine: Path, *options: str, key: str = KEY) -> Iterator[Served]:
+def serving(engine: Path, *options: str, key: str = KEY, name: str | None = "tiny") -> Iterator[Served]:
     """A server that listens on a free port of the loopback interface. Raises RuntimeError if it does not get there."""
     command = [sys.executable, "-c", "from trimode.cli.command import main; main()", "serve", str(engine)]
     environment = os.environ | {"TRIMODE_API_KEY": key}
-    arguments = ["--port", "0", "--served-model-name", "tiny", *options]
+    arguments = ["--port", "0", *(["--served-model-name", name] if name else []), *options]
     process = subprocess.Popen([*command, *arguments], stderr=subprocess.PIPE, text=True, env=environment)
     assert process.stderr is not None
     guard = threading.Timer(START_SECONDS, process.kill)

@@ -58,6 +58,18 @@ def test_several_names(tiny_engine: Path) -> None:
                 assert "tiny, org/model-8b, gpt-4o" in refused.json()["error"]["message"]
 
 
+def test_the_program_of_the_docs(tiny_engine: Path) -> None:
+    """A model that was built from a checkpoint has the checkpoint's name."""
+    text = (Path(__file__).parents[3] / "docs" / "serving.md").read_text(encoding="utf-8")
+    program = text.partition("```python\n")[2].partition("```")[0]
+    assert "chat.completions.create" in program
+    with serving(tiny_engine, key="", name=None) as server:
+        values: dict[str, Any] = {}
+        exec(program.replace("http://127.0.0.1:8000", server.url), values)  # noqa: S102
+        assert "440" in values["answer"].choices[0].message.content
+        assert values["answer"].model == "tiny"
+
+
 def test_a_served_name_with_a_colon() -> None:
     names = ModelNames(["llama:8b", "llama", "llama:ar"])
     assert names.resolve("llama:8b").mode is None

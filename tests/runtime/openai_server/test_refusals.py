@@ -265,6 +265,15 @@ def test_a_full_queue_is_429_and_says_when_to_come_again(tiny_engine: Path) -> N
                 assert int(response.headers["retry-after"]) >= 1
 
 
+def test_what_the_queue_can_never_hold_is_not_429(tiny_engine: Path) -> None:
+    """Clients would repeat the request for nothing."""
+    with serving(tiny_engine, "--max-batch", "1", "--max-queue", "1") as server:
+        headers = {"authorization": f"Bearer {KEY}"}
+        response = httpx.post(f"{server.url}{COMPLETIONS}", json={"prompt": ["a", "b", "c"]}, headers=headers)
+        assert response.status_code == 400
+        assert "needs 3 answers, but this server runs or queues at most 2" in error_of(response)["message"]
+
+
 def test_an_answer_that_takes_too_long(tiny_engine: Path) -> None:
     body = {"prompt": "abc", "max_tokens": 2000, "ignore_eos": True, "mode": "ar", "n": 16, "temperature": 1.0}
     with serving(tiny_engine, "--request-seconds", "1") as server:
