@@ -69,7 +69,7 @@ class TriModeGeneration:
         """Autoregressive decoding: one token for each causal pass. nfe counts the prefill."""
 
         def decode(prompt: Tensor, text: Continuation) -> int:
-            logits, cache = self._prefill(prompt)
+            logits, cache = self._prefill_pass(prompt)
             text.emit(self._draw(logits[-1], temperature))
             while not text.has_ended():
                 logits, cache = self._commit(prompt.new_tensor([text.pending_token]), cache)
@@ -119,7 +119,7 @@ class TriModeGeneration:
         mask = self.config.mask_token_id
 
         def decode(prompt: Tensor, text: Continuation) -> int:
-            logits, cache = self._prefill(prompt)
+            logits, cache = self._prefill_pass(prompt)
             text.emit(self._draw(logits[-1], temperature))
             nfe = 0
             while not text.has_ended():
@@ -178,12 +178,14 @@ class TriModeGeneration:
         mask = self.config.mask_token_id if mask_token_id is None else mask_token_id
 
         def decode(prompt: Tensor, text: Continuation) -> int:
-            logits, cache = self._prefill(prompt)
+            logits, cache = self._prefill_pass(prompt)
             text.emit(self._draw(logits[-1], temperature))
             nfe = 1
             while not text.has_ended():
                 block = self._open_block(text, min(size, text.remaining), mask, prompt)
-                while (masked := block == mask).any():
+                masked = torch.ones_like(block, dtype=torch.bool)
+                masked[0] = False  # the pending token
+                while masked.any():
                     logits = self._bidirectional_logits(block, cache, adapter=True)
                     self.passes.draft += 1
                     nfe += 1
@@ -192,6 +194,7 @@ class TriModeGeneration:
                     settled = confidence >= threshold
                     settled[confidence.argmax()] = True
                     block[settled & masked] = tokens[settled & masked]
+                    masked &= ~settled
                 committed = length_of(cache)
                 logits, cache = self._commit(block, cache)
                 nfe += 1
@@ -206,7 +209,7 @@ class TriModeGeneration:
         rules = self._stop_rules(max_new_tokens, eos_token_id, max_thinking_tokens, end_think_token_id)
         return self._each_row(prompt_ids, rules, decode)
 
-    def _prefill(self, prompt: Tensor) -> tuple[Tensor, list[KeyValue]]:
+    def _prefill_pass(self, prompt: Tensor) -> tuple[Tensor, list[KeyValue]]:
         logits, cache = self._causal_pass(prompt, [])
         self.passes.prefill += 1
         return logits, cache

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from peft import PeftModel
 
-from trimode.common.records import read_json
 from trimode.model.checkpoint import ADAPTER_FOLDER, Checkpoint, linear_shapes, vector_shapes
 from trimode.model.reference.network import NemotronLabsDiffusionConfig, NemotronLabsDiffusionModel
 
@@ -17,9 +16,8 @@ def load_reference(
 
     With ``adapter`` and an adapter folder, its layers are attached (peft) and used in self-speculation's drafts only.
     """
-    config = NemotronLabsDiffusionConfig(**read_json(checkpoint.folder / "config.json"))
     with torch.device("meta"):
-        model = NemotronLabsDiffusionModel(config)
+        model = NemotronLabsDiffusionModel(NemotronLabsDiffusionConfig.of(checkpoint.config))
     state = {}
     for name in vector_shapes(checkpoint.config):
         state[name] = torch.from_numpy(checkpoint.vector(name).astype("float32")).to(dtype)

@@ -1,11 +1,11 @@
-"""The network in PyTorch: what every other executor is measured against.
+"""The network in PyTorch: the oracle that every executor is compared with.
 
-A Ministral-3 decoder (RMSNorm, grouped-query attention, SwiGLU, YaRN rotary embedding, no biases) whose one head serves
-autoregression and diffusion. The mode is nothing but the attention pattern, so ``visible`` is an input and the network
-knows no modes. Module names are the checkpoint's tensor names.
+A Ministral-3 decoder (RMSNorm, grouped-query attention, SwiGLU, YaRN rotary embedding, no biases). One head serves
+autoregression and diffusion (technical report, arXiv 2607.05722). The modes differ in the attention pattern alone, so
+the pattern (``visible``) is an input of the network. Module names are the checkpoint's tensor names.
 
-Importing this module registers the family with transformers, so ``AutoModel.from_pretrained(folder)`` needs no remote
-code.
+Importing this module registers the family with transformers: ``AutoModel``, ``AutoModelForCausalLM`` and
+``pipeline("text-generation")`` load its checkpoints without remote code.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutput
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.ministral3 import Ministral3Config
 
+from trimode.model.config import ModelConfig
 from trimode.model.reference.decoding import TriModeGeneration
-from trimode.model.reference.patterns import KeyValue, causal
+from trimode.model.reference.patterns import KeyValue, bidirectional, causal
 
 
 class NemotronLabsDiffusionConfig(Ministral3Config):
@@ -34,6 +35,11 @@ class NemotronLabsDiffusionConfig(Ministral3Config):
     dlm_paradigm: str = "bidirectional"
     eos_token_id: int | list[int] | None = 11
     pad_token_id: int | None = None
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> NemotronLabsDiffusionConfig:
+        """The fields that TriMode has read and checked."""
+        return cls(**config.model_dump(mode="json", exclude_none=True))
 
 
 class RMSNorm(nn.Module):
@@ -114,7 +120,7 @@ class Encoder(nn.Module):
     def __init__(self, config: NemotronLabsDiffusionConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens: nn.Embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -153,9 +159,32 @@ class Encoder(nn.Module):
         return 1 + beta * torch.log(1 + steps)
 
 
+# transformers renamed it in the course of version 5.
+_CACHE_FIELD = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+# Arguments of upstream's ``forward`` for training, with their defaults.
+_TRAINING_DEFAULTS: dict[str, Any] = {
+    "labels": None,
+    "split_len": None,
+    "block_size": None,
+    "eps": 1e-3,
+    "is_teacher": False,
+    "masked_indices": None,
+    "p_mask": None,
+    "teacher_logits": None,
+    "masked_indices_teacher": None,
+    "loss_mask": None,
+    "ce_loss_weight": 1.0,
+    "skip_loss": False,
+}
+
+
 class NemotronLabsDiffusionModel(TriModeGeneration, PreTrainedModel):
+    """The network with its head, under upstream's name and with upstream's methods."""
+
     config_class = NemotronLabsDiffusionConfig
     config: NemotronLabsDiffusionConfig
+    encoder: Encoder
+    diffusion_head: nn.Linear
     base_model_prefix = ""
     _supports_sdpa = True
 
@@ -165,18 +194,120 @@ class NemotronLabsDiffusionModel(TriModeGeneration, PreTrainedModel):
         self.diffusion_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.encoder.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.encoder.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.diffusion_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        self.diffusion_head = new_embeddings
+
     def forward(
-        self, input_ids: Tensor, position_ids: Tensor | None = None, visible: Tensor | None = None, **_: Any
-    ) -> CausalLMOutput:
-        """Logits of a whole sequence: causal from position 0 unless told otherwise. Shapes as in :class:`Encoder`."""
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        *,
+        past_key_values: DynamicCache | None = None,
+        use_cache: bool = False,
+        use_causal_mask: bool = True,
+        visible: Tensor | None = None,
+        logits_to_keep: int = 0,
+        output_last_hidden_states_only: bool = False,
+        return_dict: bool = True,
+        **training: Any,
+    ) -> CausalLMOutputWithPast | BaseModelOutput:
+        """One pass with upstream's arguments; logits [batch, step, vocabulary].
+
+        attention_mask: [batch, past + step], 0 for padding. position_ids: [batch, step], by default those behind the
+        cache. past_key_values: rows of earlier passes; this pass's rows are appended with ``use_cache`` only.
+        use_causal_mask: False for bidirectional attention. (Upstream's default depends on the mode that ran last.)
+        visible: the pattern itself, as :class:`Encoder` takes it, in place of the masks. logits_to_keep: last tokens
+        that need logits, 0 for all.
+
+        Raises TypeError for an unknown argument, and for an argument of training that is not its default.
+        """
+        for name, value in training.items():
+            if name not in _TRAINING_DEFAULTS:
+                raise TypeError(f"forward() has no argument {name}")
+            if value is not _TRAINING_DEFAULTS[name] and value != _TRAINING_DEFAULTS[name]:
+                raise TypeError(f"forward() does not train: leave {name} out")
+        if not return_dict:
+            raise TypeError("forward() returns a ModelOutput: leave return_dict out")
         batch, step = input_ids.shape
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
         if position_ids is None:
-            position_ids = torch.arange(step, device=input_ids.device).expand(batch, step)
+            position_ids = torch.arange(past, past + step, device=input_ids.device).expand(batch, step)
         if visible is None:
-            visible = causal(batch, step, 0, input_ids.device)
-        hidden, _present = self.encoder(input_ids, position_ids, visible)
-        return CausalLMOutput(logits=self.diffusion_head(hidden))
+            pattern = causal if use_causal_mask else bidirectional
+            visible = pattern(batch, step, past, input_ids.device)
+            if attention_mask is not None:
+                visible = visible & attends(attention_mask, step, past)
+        elif attention_mask is not None:
+            raise TypeError("forward() takes either visible or attention_mask")
+        rows = [(layer.keys, layer.values) for layer in past_key_values.layers] if past_key_values and past else None
+        hidden, present = self.encoder(input_ids, position_ids, visible, rows)
+        if use_cache:
+            past_key_values = DynamicCache() if past_key_values is None else past_key_values
+            for index, (keys, values) in enumerate(present):
+                past_key_values.update(keys[:, :, past:], values[:, :, past:], index)
+        if output_last_hidden_states_only:
+            return BaseModelOutput(last_hidden_state=hidden)
+        logits = self.diffusion_head(hidden[:, -logits_to_keep:])
+        return CausalLMOutputWithPast(logits=logits, **{_CACHE_FIELD: past_key_values})
+
+
+def attends(attention_mask: Tensor, step: int, past: int) -> Tensor:
+    """[batch, step, past + step] bool: every token attends to the tokens that are not padding, and to itself.
+
+    attention_mask: [batch, past + step]. Padding attends to itself, since attention to nothing is not a number.
+    """
+    if attention_mask.shape[1:] != (past + step,):
+        raise ValueError(
+            f"attention_mask has shape {list(attention_mask.shape)}; it must be [batch, {past + step}], the cached "
+            "tokens and those of this pass"
+        )
+    itself = torch.ones(step, past + step, dtype=torch.bool, device=attention_mask.device).tril(past).triu(past)
+    return attention_mask[:, None].bool() | itself
+
+
+class NemotronLabsDiffusionForCausalLM(NemotronLabsDiffusionModel, GenerationMixin):
+    """The same network under transformers' contract: ``generate`` is transformers' own, hence autoregressive, so that
+    ``AutoModelForCausalLM`` and ``pipeline("text-generation")`` work. Upstream has no such class.
+    """
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        *,
+        cache: DynamicCache | None = None,
+        past_key_values: DynamicCache | None = None,
+        use_cache: bool = True,
+        logits_to_keep: int = 0,
+        **others: Any,
+    ) -> CausalLMOutputWithPast | BaseModelOutput:
+        """As :class:`NemotronLabsDiffusionModel`'s. cache: later transformers' name of ``past_key_values``."""
+        return super().forward(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values=past_key_values if cache is None else cache,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **others,
+        )
+
+    def generate(self, *inputs: Any, **options: Any) -> Any:
+        """transformers' ``generate``; the mask token is never a candidate."""
+        return GenerationMixin.generate(self, *inputs, **{"suppress_tokens": [self.config.mask_token_id]} | options)
 
 
 AutoConfig.register(NemotronLabsDiffusionConfig.model_type, NemotronLabsDiffusionConfig)
 AutoModel.register(NemotronLabsDiffusionConfig, NemotronLabsDiffusionModel)
+AutoModelForCausalLM.register(NemotronLabsDiffusionConfig, NemotronLabsDiffusionForCausalLM)
