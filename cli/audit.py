@@ -19,12 +19,14 @@ from trimode.cli.parameters import PATH, integers, json_option
     "steps",
     callback=integers,
     metavar="N,N,...",
-    default="1,8,32",
-    show_default=True,
-    help="Tokens of a sequence in a pass.",
+    help="Tokens of a sequence in a pass [default: 1,8,32, as far as the plan allows].",
 )
 @click.option(
-    "--window", "windows", callback=integers, metavar="N,N,...", default="512,4096", show_default=True, help="KV rows."
+    "--window",
+    "windows",
+    callback=integers,
+    metavar="N,N,...",
+    help="KV rows [default: 512,4096, as far as the plan allows].",
 )
 @click.option("--gpu", default="dgx-spark", show_default=True, help="GPU whose time floors to compute.")
 @click.option("--acceptance", type=float, default=6.82, show_default=True, help="Tokens of a self-speculation cycle.")
@@ -33,8 +35,8 @@ from trimode.cli.parameters import PATH, integers, json_option
 def command(
     engine: Path,
     batch: int,
-    steps: tuple[int, ...],
-    windows: tuple[int, ...],
+    steps: tuple[int, ...] | None,
+    windows: tuple[int, ...] | None,
     gpu: str,
     acceptance: float,
     plot: Path | None,

@@ -161,7 +161,7 @@ MUTATIONS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], tuple[str, ...]
     "query scaling": (network_with("_rotations", without_query_scaling(network._Network._rotations)), PASSES),
     "causal mask": (network_with("_visible", one_token_further(network._Network._visible)), PASSES),
     "block's last token unseen": (
-        network_with("_visible", with_step_lengths(lambda self, _, lengths: self.op("Sub", lengths, self.ints(1)))),
+        network_with("_visible", with_step_lengths(lambda self, _, lengths: self.op("Sub", lengths, [1]))),
         ("draft",),
     ),
     "padding seen": (network_with("_visible", with_step_lengths(lambda _self, step, _lengths: step)), ("draft",)),

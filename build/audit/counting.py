@@ -35,7 +35,7 @@ from pydantic import BaseModel
 
 from trimode.build.audit.roofline import PassShape, floor_bytes, floor_flops, stored_matrix_bytes
 from trimode.build.graph.raw_pool import merged_matrices
-from trimode.build.rtx.kernel_list import Kernel, KernelList, KernelTensor
+from trimode.build.rtx.kernel_list import KernelList, KernelTensor, PlanKernel
 from trimode.common.errors import TriModeError
 from trimode.common.records import read_json_record
 from trimode.engine.files import verify_file
@@ -93,7 +93,7 @@ class Plan:
     engine: str
     manifest: Manifest
     rtx: RtxSection
-    kernels: tuple[Kernel, ...]
+    kernels: tuple[PlanKernel, ...]
     graph: onnx.ModelProto
 
 
@@ -171,7 +171,7 @@ def cycle_bytes_to_host(manifest: Manifest, block_length: int) -> int:
     return a_row * (block_length - 1 + block_length)
 
 
-def kind_of(kernel: Kernel) -> Kind:
+def kind_of(kernel: PlanKernel) -> Kind:
     operators = _operators(kernel)
     if "Attention" in operators and kernel.name.startswith("_gemm_mha"):
         return "attention"
@@ -223,9 +223,9 @@ class _Sizes:
         self._produces = {node.name: list(node.output) for node in plan.graph.graph.node}
         self._made = {name for names in self._produces.values() for name in names} - set(cache_outputs(layers))
         self._reads = {node.name: list(node.input) for node in plan.graph.graph.node}
-        self._writer: dict[str, Kernel] = {}
+        self._writer: dict[str, PlanKernel] = {}
         self._written: dict[str, KernelTensor] = {}
-        self._readers: defaultdict[str, list[Kernel]] = defaultdict(list)
+        self._readers: defaultdict[str, list[PlanKernel]] = defaultdict(list)
         for kernel in plan.kernels:
             for tensor in kernel.outputs:
                 self._writer[tensor.name] = kernel
@@ -234,7 +234,7 @@ class _Sizes:
                 self._readers[tensor.name].append(kernel)
         self.unresolved = 0
 
-    def bytes_of(self, kernel: Kernel) -> int:
+    def bytes_of(self, kernel: PlanKernel) -> int:
         operators = _operators(kernel)
         writes_pool = kind_of(kernel) == "KV write"
         moved = -self.unlisted_bytes(kernel)
@@ -257,7 +257,7 @@ class _Sizes:
                 moved += self._tensor_bytes(tensor)
         return moved
 
-    def unlisted_bytes(self, kernel: Kernel) -> int:
+    def unlisted_bytes(self, kernel: PlanKernel) -> int:
         """Of keys, values and mask, what an attention is given and its list of tiles leaves out."""
         tiles = -(-self._capacity // _TILE)
         # Two counts come before the tiles.
@@ -301,7 +301,7 @@ class _Sizes:
         self.unresolved += 1
         return 0
 
-    def _values(self, values: dict[str, list[str]], kernels: list[Kernel]) -> set[str]:
+    def _values(self, values: dict[str, list[str]], kernels: list[PlanKernel]) -> set[str]:
         """Of the values that the kernels' nodes make or use, those that one kernel may hand to another."""
         names = {name for kernel in kernels for source in kernel.sources for name in values.get(source, ())}
         return {name for name in names & self._made if name in self._shapes}
@@ -351,12 +351,12 @@ def _shapes(graph: onnx.ModelProto, dims: dict[str, int]) -> dict[str, tuple[int
     return shapes
 
 
-def _operators(kernel: Kernel) -> set[str]:
+def _operators(kernel: PlanKernel) -> set[str]:
     """ONNX operators of the nodes that a kernel computes: ``layers.3/MatMul_7`` is a MatMul."""
     return {source.rpartition("/")[2].rpartition("_")[0] for source in kernel.sources}
 
 
-def _layer_of(kernel: Kernel) -> int | None:
+def _layer_of(kernel: PlanKernel) -> int | None:
     """The layer of a kernel's first node: a kernel that spans two ends the earlier one."""
     layers = [
         int(source.split("/")[0].removeprefix("layers.")) for source in kernel.sources if source.startswith("layers.")
@@ -364,7 +364,7 @@ def _layer_of(kernel: Kernel) -> int | None:
     return min(layers, default=None)
 
 
-def _reads_int4(kernel: Kernel) -> bool:
+def _reads_int4(kernel: PlanKernel) -> bool:
     return any(tensor.dtype == "Int4" for tensor in kernel.constants)
 
 

@@ -12,6 +12,8 @@ from trimode.build.audit.counting import PassAudit, audit_pass, cycle_bytes_to_h
 from trimode.build.audit.roofline import find_gpu, pass_seconds, published_comparison
 
 BLOCK_LENGTH = 32
+DEFAULT_STEPS = (1, 8, 32)
+DEFAULT_WINDOWS = (512, 4096)
 
 
 class TimeFloor(BaseModel):
@@ -27,7 +29,7 @@ class TimeFloor(BaseModel):
     linear_spec_tokens_per_second: float
 
 
-class Report(BaseModel):
+class AuditReport(BaseModel):
     engine: str
     gpu: str
     acceptance: float
@@ -39,11 +41,28 @@ class Report(BaseModel):
 
 
 def audit_engine(
-    folder: Path, batch: int, steps: tuple[int, ...], windows: tuple[int, ...], gpu: str, acceptance: float
-) -> Report:
-    """Audit both plans at every step and window; raises TriModeError for what the plans cannot do."""
+    folder: Path,
+    *,
+    gpu: str,
+    acceptance: float,
+    batch: int = 1,
+    steps: tuple[int, ...] | None = None,
+    windows: tuple[int, ...] | None = None,
+) -> AuditReport:
+    """Audit both plans at every step and window.
+
+    gpu: a key of :data:`trimode.build.audit.roofline.GPUS`. acceptance: tokens of a self-speculation cycle. steps,
+    windows: None for :data:`DEFAULT_STEPS` and :data:`DEFAULT_WINDOWS` as far as the plans allow them. Raises
+    TriModeError for a shape that the plans do not allow.
+    """
     card = find_gpu(gpu)
     ar, diffusion = read_plans(folder)
+    limits = ar.manifest.limits
+    _, max_step = limits.largest_pass
+    if windows is None:
+        windows = _at_most(DEFAULT_WINDOWS, limits.capacity)
+    if steps is None:
+        steps = _at_most(DEFAULT_STEPS, min(max_step, *windows))
     passes = [
         audit_pass(plan, batch, step, window, card.cache)
         for plan in (ar, diffusion)
@@ -52,7 +71,7 @@ def audit_engine(
     ]
     floors = []
     for window in windows:
-        block = min(BLOCK_LENGTH, window)
+        block = min(BLOCK_LENGTH, window, max_step)
         one, verify, draft = (
             audit_pass(ar, 1, 1, window),
             audit_pass(ar, 1, block, window),
@@ -76,7 +95,7 @@ def audit_engine(
         for entry in (ar.rtx.ar, ar.rtx.diffusion)
         for splice, following in zip(entry.splices, entry.splices[1:], strict=False)
     ]
-    return Report(
+    return AuditReport(
         engine=str(folder),
         gpu=card.key,
         acceptance=acceptance,
@@ -88,7 +107,12 @@ def audit_engine(
     )
 
 
-def print_report(report: Report, console: Console) -> None:
+def _at_most(sizes: tuple[int, ...], largest: int) -> tuple[int, ...]:
+    """The sizes, each lowered to ``largest``, without repetitions."""
+    return tuple(dict.fromkeys(min(size, largest) for size in sizes))
+
+
+def print_report(report: AuditReport, console: Console) -> None:
     first = report.passes[0]
     console.print(f"{report.engine}: what the compiled plans will do; nothing here was run on a GPU")
     table = _table(
@@ -151,7 +175,7 @@ def _table(*columns: str) -> Table:
     return Table(*columns, box=None, header_style="bold", pad_edge=False)
 
 
-def write_plot(report: Report, path: Path) -> None:
+def write_plot(report: AuditReport, path: Path) -> None:
     """Bars of bytes by kind of kernel, one a pass, with its floor; a PNG."""
     import matplotlib
 

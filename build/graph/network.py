@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from trimode.build.graph.onnx_graph import OnnxGraph, Shape
+from trimode.build.graph.onnx_builder import Input, ModelBuilder, Shape
 from trimode.build.graph.operator_functions import (
     PARSER_ATTRIBUTES,
     attend_function,
@@ -88,10 +88,10 @@ def build_network(
     config: ModelConfig, pool: RawPool, pattern: AttentionPattern, options: NetworkOptions
 ) -> onnx.ModelProto:
     """The AR graph (``causal``) or the diffusion graph (``bidirectional``) over the weights in ``pool``."""
-    return _Network(config, pool, pattern, options).build()
+    return _NetworkGraph(config, pool, pattern, options).build()
 
 
-class _Network:
+class _NetworkGraph:
     def __init__(self, config: ModelConfig, pool: RawPool, pattern: AttentionPattern, options: NetworkOptions) -> None:
         self.config = config
         self.pool = pool
@@ -101,9 +101,8 @@ class _Network:
         # Heads of queries that become rows of one head: no executor need repeat keys and values, and on a CPU a single
         # token is several rows to the attention, whose kernel for one row rounds otherwise.
         self.folded = config.num_attention_heads // config.num_key_value_heads
-        self.graph = OnnxGraph(pattern, None if options.plugins else pool.path.name)
+        self.graph = ModelBuilder(pattern, None if options.plugins else pool.path.name)
         self.op = self.graph.op
-        self.ints = self.graph.ints
 
     def build(self) -> onnx.ModelProto:
         graph = self.graph
@@ -129,7 +128,7 @@ class _Network:
 
         self.query_scale = self._query_scale(position_ids)
         self.query_rotation, self.key_rotation = self._rotations(position_ids)
-        step = self.op("Shape", input_ids, start=1, end=2)
+        step = self.graph.dims(input_ids, 1, 2)
         if self.options.plugins is None:
             self.visible = self._visible(step, self.visibility)
         embedding = self.pool.embed_tokens
@@ -139,7 +138,7 @@ class _Network:
             attended = self._attention(self._rms_norm(x, layer.input_layernorm), layer, index)
             if layer is self.pool.layers[-1]:
                 # Past its keys and values the last layer serves the logits alone.
-                rows = self.op("Unsqueeze", logit_rows, self.ints(2))
+                rows = self.op("Unsqueeze", logit_rows, [2])
                 x, attended = (self._rows(value, rows, step) for value in (x, attended))
             x = self._o_proj(attended, x, layer, index)
             x = self._mlp(self._rms_norm(x, layer.post_attention_layernorm), x, layer)
@@ -151,7 +150,7 @@ class _Network:
 
     def _declare_adapter(self) -> None:
         scale = self.graph.input("adapter_scale", self.real, ["batch"])
-        self.adapter_scale = self.op("Unsqueeze", scale, self.ints(1, 2))
+        self.adapter_scale = self.op("Unsqueeze", scale, [1, 2])
         rank = self.options.plugins.rank if self.options.plugins else "rank"
         for index in range(self.config.num_hidden_layers):
             down, up = adapter_inputs(index)
@@ -163,16 +162,16 @@ class _Network:
         has no exact 16-bit value.
         """
         frequencies, attention_factor = yarn_frequencies(self.config)
-        positions = self.op("Unsqueeze", self.op("Cast", position_ids, to=FLOAT), self.ints(2))
-        angles = self.op("Mul", positions, self.graph.constant("rotary_frequencies", frequencies))
+        positions = self.op("Unsqueeze", self.op("Cast", position_ids, to=FLOAT), [2])
+        angles = self.op("Mul", positions, self.graph.constant(frequencies, "rotary_frequencies"))
         cos, sin = self.op("Cos", angles), self.op("Sin", angles)
         if attention_factor != 1:
-            factor = self._float("attention_factor", attention_factor)
+            factor = float(attention_factor)
             cos, sin = self.op("Mul", cos, factor), self.op("Mul", sin, factor)
         keys = self._rotation(cos, sin)
         if self.options.rotate_together:
             return keys, keys
-        scale = self.op("Unsqueeze", self.query_scale, self.ints(2))
+        scale = self.op("Unsqueeze", self.query_scale, [2])
         return self._rotation(self.op("Mul", cos, scale), self.op("Mul", sin, scale)), keys
 
     def _query_scale(self, position_ids: str) -> str:
@@ -184,8 +183,8 @@ class _Network:
         length = rope.original_max_position_embeddings
         steps = np.arange(-(-self.config.max_position_embeddings // length))
         table = (1 + rope.llama_4_scaling_beta * np.log1p(steps)) * self.config.head_dim**-0.5
-        step = self.op("Div", position_ids, self._int("original_max_position_embeddings", length))
-        return self.op("Gather", self.graph.constant("query_scale", table.astype(np.float32)), step)
+        step = self.op("Div", position_ids, length)
+        return self.op("Gather", self.graph.constant(table.astype(np.float32), "query_scale"), step)
 
     def _rotation(self, cos: str, sin: str) -> Rotation:
         return Rotation(self._cast(cos, FLOAT), self._cast(sin, FLOAT))
@@ -196,8 +195,8 @@ class _Network:
             rows = self.graph.input("window_rows", INT64, ["window"])
             self.window = self.op("Shape", rows)
             return rows
-        capacity = self.op("Squeeze", self.op("Shape", "k_cache.0", start=2, end=3), self.ints(0))
-        return self.op("Range", self._int("zero", 0), capacity, self._int("unit", 1))
+        capacity = self.op("Squeeze", self.graph.dims("k_cache.0", 2, 3), [0])
+        return self.op("Range", 0, capacity, 1)
 
     def _visible(self, step: str, visibility: str) -> str:
         """Which KV rows each token sees, [batch, 1, step, rows] bool, [batch, 1, group * step, rows] for folded
@@ -210,21 +209,21 @@ class _Network:
 
     def _seen(self, step: str, visibility: str) -> str:
         # 0 is the step's first row; committed rows are negative.
-        row_in_step = self.op("Sub", self.kv_rows, self.op("Unsqueeze", self.write_indices, self.ints(1)))
-        row_in_step = self.op("Unsqueeze", row_in_step, self.ints(1))
+        row_in_step = self.op("Sub", self.kv_rows, self.op("Unsqueeze", self.write_indices, [1]))
+        row_in_step = self.op("Unsqueeze", row_in_step, [1])
         if self.pattern == "bidirectional":
-            seen = self.op("Less", row_in_step, self.op("Unsqueeze", visibility, self.ints(1, 2)))
-            queries = step if self.folded == 1 else self.op("Mul", step, self.ints(self.folded))
-            shape = self.op("Concat", self.ints(1), queries, self.ints(1), axis=0)
-            return self.op("Unsqueeze", self.op("Expand", seen, shape), self.ints(1))
-        committed = self.op("Less", row_in_step, self._int("zero", 0))
+            seen = self.op("Less", row_in_step, self.op("Unsqueeze", visibility, [1, 2]))
+            queries = step if self.folded == 1 else self.op("Mul", step, [self.folded])
+            shape = self.op("Concat", [1], queries, [1], axis=0)
+            return self.op("Unsqueeze", self.op("Expand", seen, shape), [1])
+        committed = self.op("Less", row_in_step, 0)
         inside = self.op("And", self.op("Not", committed), self.op("Less", row_in_step, step))
-        last = self.op("Sub", step, self.ints(1))
-        column = self.op("Min", self.op("Max", row_in_step, self.ints(0)), last)
-        column = self.op("Expand", column, self.op("Concat", self.ints(1), step, self.ints(1), axis=0))
+        last = self.op("Sub", step, [1])
+        column = self.op("Min", self.op("Max", row_in_step, [0]), last)
+        column = self.op("Expand", column, self.op("Concat", [1], step, [1], axis=0))
         chosen = self.op("GatherElements", visibility, column, axis=2)
         seen = self.op("Or", committed, self.op("And", inside, chosen))
-        return self.op("Unsqueeze", seen, self.ints(1))
+        return self.op("Unsqueeze", seen, [1])
 
     def _attention(self, x: str, layer: PooledLayer, index: int) -> str:
         """Write the step's keys and values, attend to what is visible; [batch, step, query width]."""
@@ -239,18 +238,18 @@ class _Network:
         for cache, rows, result in zip(caches, (k, v), updated, strict=True):
             self.graph.node("TensorScatter", [cache, rows, self.write_indices], [result], axis=2, mode="linear")
         if self.folded > 1:
-            q = self.op("Reshape", q, self.ints(0, config.num_key_value_heads, -1, config.head_dim))
+            q = self.op("Reshape", q, [0, config.num_key_value_heads, -1, config.head_dim])
         keys, values = updated
         if self.options.kv_read == "window":
-            keys, values = (self.op("Slice", cache, self.ints(0), self.window, self.ints(2)) for cache in updated)
+            keys, values = (self.op("Slice", cache, [0], self.window, [2]) for cache in updated)
         elif self.options.kv_read == "view":
             keys, values = cache_views(layers)[2 * index : 2 * index + 2]
             q = self._after(q, updated)
         attended = self.op("Attention", q, keys, values, self.visible, scale=1.0)
         if self.folded > 1:
-            attended = self.op("Reshape", attended, self.ints(0, config.num_attention_heads, -1, config.head_dim))
+            attended = self.op("Reshape", attended, [0, config.num_attention_heads, -1, config.head_dim])
         attended = self.op("Transpose", attended, perm=[0, 2, 1, 3])
-        return self.op("Reshape", attended, self.ints(0, 0, config.query_width))
+        return self.op("Reshape", attended, [0, 0, config.query_width])
 
     def _attend_by_plugins(self, qkv: str, index: int, splits: int) -> str:
         config = self.config
@@ -290,16 +289,16 @@ class _Network:
         """Queries and keys, turned, and values, each [batch, heads, step, head_dim]."""
         heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
         q, k, v = f"q.{index}", f"k.{index}", f"v.{index}"
-        qkv = self.op("Reshape", qkv, self.ints(0, 0, heads + 2 * kv_heads, self.config.head_dim))
+        qkv = self.op("Reshape", qkv, [0, 0, heads + 2 * kv_heads, self.config.head_dim])
         qkv = self.op("Transpose", qkv, perm=[0, 2, 1, 3])
         if self.options.rotate_together:
             both = f"qk.{index}"
-            self.graph.node("Split", [qkv, self.ints(heads + kv_heads, kv_heads)], [both, v], axis=1)
+            self.graph.node("Split", [qkv, [heads + kv_heads, kv_heads]], [both, v], axis=1)
             both = self.op("RotaryEmbedding", both, *self.key_rotation)
-            self.graph.node("Split", [both, self.ints(heads, kv_heads)], [q, k], axis=1)
-            scale = self.op("Unsqueeze", self.query_scale, self.ints(1, 3))
+            self.graph.node("Split", [both, [heads, kv_heads]], [q, k], axis=1)
+            scale = self.op("Unsqueeze", self.query_scale, [1, 3])
             return self._cast(self.op("Mul", self._as_float(q), scale), FLOAT), k, v
-        self.graph.node("Split", [qkv, self.ints(heads, kv_heads, kv_heads)], [q, k, v], axis=1)
+        self.graph.node("Split", [qkv, [heads, kv_heads, kv_heads]], [q, k, v], axis=1)
         q = self.op("RotaryEmbedding", q, *self.query_rotation)
         return q, self.op("RotaryEmbedding", k, *self.key_rotation), v
 
@@ -307,19 +306,19 @@ class _Network:
         """``q`` once the caches are written, which no use of a view's values would say: none of their rows are added.
         TensorRT drops the addition; that its kernels keep the order is for the build to check.
         """
-        nothing = [self.op("Slice", cache, self.ints(0), self.ints(0), self.ints(2)) for cache in updated]
+        nothing = [self.op("Slice", cache, [0], [0], [2]) for cache in updated]
         return self.op("Concat", q, *nothing, axis=2)
 
     def _rows(self, x: str, logit_rows: str, step: str) -> str:
         """Those rows of ``x`` [batch, step, width] that need logits; ``logit_rows`` [batch, rows, 1]."""
         if not self.options.select_by_product:
             return self.op("GatherND", x, logit_rows, batch_dims=1)
-        rows = self.op("Range", self._int("zero", 0), self.op("Squeeze", step, self.ints(0)), self._int("unit", 1))
+        rows = self.op("Range", 0, self.op("Squeeze", step, [0]), 1)
         return self.op("MatMul", self.op("Cast", self.op("Equal", logit_rows, rows), to=self.real), x)
 
     def _mlp(self, x: str, residual: str, layer: PooledLayer) -> str:
         gate, up = f"{layer.gate_up_proj.weight.name}.gate", f"{layer.gate_up_proj.weight.name}.up"
-        widths = self.ints(self.config.intermediate_size, self.config.intermediate_size)
+        widths = [self.config.intermediate_size, self.config.intermediate_size]
         self.graph.node("Split", [self._linear(x, layer.gate_up_proj), widths], [gate, up], axis=-1)
         activated = self.op("Mul", gate, self.op("Sigmoid", gate))
         return self._linear(self.op("Mul", activated, up), layer.down_proj, residual)
@@ -365,34 +364,28 @@ class _Network:
         # The mask token is an input only.
         bias = np.zeros(self.config.vocab_size, np.float32)
         bias[self.config.mask_token_id] = NEVER
-        possible = self.op("Add", self._as_float(logits), self.graph.constant("mask_token_bias", bias))
+        possible = self.op("Add", self._as_float(logits), self.graph.constant(bias, "mask_token_bias"))
         top_k = self.options.top_k
-        wanted = self.graph.input("top_k", INT64, [1]) if top_k is None else self.ints(top_k)
+        wanted = self.graph.input("top_k", INT64, [1]) if top_k is None else [top_k]
         if self.real == FLOAT:
             self.graph.node("TopK", [possible, wanted], ["top_logits", "top_tokens"], axis=-1)
         else:
             self._top_of_narrow(logits, wanted)
         # The best logit is at hand: ReduceLogSumExp would read the row once more to find it.
-        best = self.op("Slice", "top_logits", self.ints(0), self.ints(1), self.ints(2))
-        total = self.op("ReduceSum", self.op("Exp", self.op("Sub", possible, best)), self.ints(-1), keepdims=0)
-        self.graph.node("Add", [self.op("Log", total), self.op("Squeeze", best, self.ints(2))], ["log_sum_exp"])
+        best = self.op("Slice", "top_logits", [0], [1], [2])
+        total = self.op("ReduceSum", self.op("Exp", self.op("Sub", possible, best)), [-1], keepdims=0)
+        self.graph.node("Add", [self.op("Log", total), self.op("Squeeze", best, [2])], ["log_sum_exp"])
         self.graph.output("top_logits", FLOAT, ["batch", "rows", top_k or "top_k"])
         self.graph.output("top_tokens", INT64, ["batch", "rows", top_k or "top_k"])
         self.graph.output("log_sum_exp", FLOAT, ["batch", "rows"])
 
-    def _top_of_narrow(self, logits: str, wanted: str) -> None:
+    def _top_of_narrow(self, logits: str, wanted: Input) -> None:
         """The best of 16-bit logits, sought in them as they are: a row in fp32 is twice the bytes, written and read
         again. So the mask token is among the candidates, and of one candidate more it becomes the last.
         """
-        more = self.op("Min", self.op("Add", wanted, self.ints(1)), self.ints(self.config.vocab_size))
+        more = self.op("Min", self.op("Add", wanted, [1]), [self.config.vocab_size])
         self.graph.node("TopK", [logits, more], ["found", "tokens"], axis=-1)
-        is_mask = self.op("Equal", "tokens", self._int("mask_token", self.config.mask_token_id))
-        found = self.op("Where", is_mask, self._float("never", float(NEVER)), self._as_float("found"))
+        is_mask = self.op("Equal", "tokens", self.config.mask_token_id)
+        found = self.op("Where", is_mask, float(NEVER), self._as_float("found"))
         self.graph.node("TopK", [found, wanted], ["top_logits", "order"], axis=-1)
         self.graph.node("GatherElements", ["tokens", "order"], ["top_tokens"], axis=2)
-
-    def _float(self, name: str, value: float) -> str:
-        return self.graph.constant(f"float_{name}", np.array(value, np.float32))
-
-    def _int(self, name: str, value: int) -> str:
-        return self.graph.constant(f"int_{name}", np.array(value, np.int64))

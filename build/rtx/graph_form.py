@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from trimode.build.rtx.kernel_list import Kernel
+from trimode.build.rtx.kernel_list import PlanKernel
 from trimode.model.step import cache_outputs, cache_views
 
 KEY_HEADS = "key_heads"  # batch * KV heads
@@ -61,11 +61,11 @@ def _spread_no_mask(graph: onnx.GraphProto) -> None:
             graph.node.remove(spread)
 
 
-def refuse_disorder(kernels: tuple[Kernel, ...], layers: int) -> None:
+def refuse_disorder(kernels: tuple[PlanKernel, ...], layers: int) -> None:
     """Raise RuntimeError unless every kernel that reads a view needs, by way of other tensors, results of the kernels
     that write its layer's keys and values: nothing else makes it wait for them.
     """
-    writers: defaultdict[str, list[Kernel]] = defaultdict(list)
+    writers: defaultdict[str, list[PlanKernel]] = defaultdict(list)
     for kernel in kernels:
         for tensor in kernel.outputs:
             writers[tensor.name].append(kernel)
@@ -82,9 +82,9 @@ def refuse_disorder(kernels: tuple[Kernel, ...], layers: int) -> None:
         raise RuntimeError(f"no kernel reads {', '.join(sorted(missing))}")
 
 
-def _needed(kernel: Kernel, writers: dict[str, list[Kernel]]) -> list[Kernel]:
+def _needed(kernel: PlanKernel, writers: dict[str, list[PlanKernel]]) -> list[PlanKernel]:
     """Every kernel whose results are needed before this one."""
-    needed: dict[str, Kernel] = {}
+    needed: dict[str, PlanKernel] = {}
     waiting = [kernel]
     while waiting:
         for tensor in waiting.pop().inputs:

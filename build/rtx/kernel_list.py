@@ -12,7 +12,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from pydantic import BaseModel, ConfigDict, RootModel
+from pydantic import RootModel
+
+from trimode.engine.record import Record
 
 _LINE = re.compile(
     r"^Name: (?P<name>\S+), LayerType: (?P<kind>\w+), Inputs: \[(?P<inputs>.*?)\], Constants: \[(?P<constants>.*?)\], "
@@ -28,11 +30,7 @@ _NO_KERNEL = {"signal", "wait", "shape_call"}
 _SHAPE_COPY = "LayerType: ShapeHostToDevice,"
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class KernelTensor(_Record):
+class KernelTensor(Record):
     """A tensor that a kernel reads or writes; a dimension of -1 is known at run time. ``dtype`` is TensorRT's name."""
 
     name: str
@@ -40,7 +38,7 @@ class KernelTensor(_Record):
     dtype: str
 
 
-class Kernel(_Record):
+class PlanKernel(Record):
     """One launch. ``kind``: the builder's class of it. ``sources``: the graph's nodes that it computes."""
 
     name: str
@@ -52,7 +50,7 @@ class Kernel(_Record):
     sources: tuple[str, ...]
 
 
-class KernelList(RootModel[tuple[Kernel, ...]]):
+class KernelList(RootModel[tuple[PlanKernel, ...]]):
     """``layers.json``."""
 
 
@@ -69,7 +67,7 @@ def parse_kernels(log: Iterable[str]) -> KernelList:
         if len(found) != listed:
             raise RuntimeError(f"{listed - len(found)} of {listed} kernels in the builder's log have an unknown form")
         kernels += [
-            Kernel(
+            PlanKernel(
                 name=line["name"],
                 kind=line["kind"],
                 stream=int(line["stream"]),

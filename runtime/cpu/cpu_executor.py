@@ -31,7 +31,7 @@ _MOST_SHAPES = 256
 _Arrays = dict[str, NDArray[Any]]
 
 
-class _Memory(NamedTuple):
+class _ShapeMemory(NamedTuple):
     """What passes of one shape read and write: arrays, and the same memory as ONNX Runtime's values."""
 
     inputs: _Arrays
@@ -45,9 +45,9 @@ class _Binding:
     """A run of the pool's slots, bound to a session, and the memory of the shape that is bound with it."""
 
     session_binding: ort.IOBinding
-    memory: _Memory | None = None
+    memory: _ShapeMemory | None = None
 
-    def bind(self, memory: _Memory) -> None:
+    def bind(self, memory: _ShapeMemory) -> None:
         if self.memory is memory:  # as in most passes, and binding takes longer than all else around them
             return
         for name, value in memory.input_values.items():
@@ -74,7 +74,7 @@ class CpuExecutor:
         self.threads = threads or usable_cpus()
         with _folder_of_pool(engine) as weights:
             self._sessions = {kind: _load(engine / folder, weights, self.threads) for kind, folder in _FOLDERS.items()}
-        self._memories: dict[tuple[int, ...], _Memory] = {}
+        self._memories: dict[tuple[int, ...], _ShapeMemory] = {}
         # A binding of the caches is good until the pool moves.
         self._bindings: dict[tuple[type[Step], int, int], _Binding] = {}
         self._bound_generation = self.pool.generation
@@ -104,7 +104,7 @@ class CpuExecutor:
                 inputs["adapter_scale"] = step.adapter
         return inputs
 
-    def _memory(self, step: CausalStep | BidirectionalStep) -> _Memory:
+    def _memory(self, step: CausalStep | BidirectionalStep) -> _ShapeMemory:
         top_k = min(step.top_k or self._top_k, self._top_k)
         batch_and_rows = step.logit_rows.shape
         key = (isinstance(step, CausalStep), *step.input_ids.shape, *batch_and_rows, top_k)
@@ -120,7 +120,7 @@ class CpuExecutor:
                 "top_tokens": np.empty((*batch_and_rows, top_k), np.int64),
                 "log_sum_exp": np.empty(batch_and_rows, np.float32),
             }
-            self._memories[key] = _Memory(inputs, Candidates(*results.values()), _values(inputs), _values(results))
+            self._memories[key] = _ShapeMemory(inputs, Candidates(*results.values()), _values(inputs), _values(results))
         return self._memories[key]
 
     def _binding(self, step: Step) -> _Binding:

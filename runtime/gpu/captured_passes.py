@@ -12,7 +12,7 @@ from typing import NamedTuple
 from trimode.runtime.executor import BidirectionalStep, Candidates, CausalStep, Speculated
 from trimode.runtime.gpu.buckets import Bucket
 from trimode.runtime.gpu.device import Device, Graph, Runs
-from trimode.runtime.gpu.network import Enqueue
+from trimode.runtime.gpu.gpu_network import Enqueue
 from trimode.runtime.gpu.pass_memory import PassMemory
 
 

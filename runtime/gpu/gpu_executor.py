@@ -16,7 +16,7 @@ from trimode.runtime.gpu.buckets import Bucket, bucket_of
 from trimode.runtime.gpu.captured_passes import BoundPass, SinglePass, SpeculationCycle
 from trimode.runtime.gpu.device import Buffer, Device
 from trimode.runtime.gpu.device_kv_pool import DeviceKvPool
-from trimode.runtime.gpu.network import DeviceTensor, GpuNetwork
+from trimode.runtime.gpu.gpu_network import DeviceTensor, GpuNetwork
 from trimode.runtime.gpu.pass_memory import PassLayout, PassMemory, Staging
 
 

@@ -16,7 +16,7 @@ from trimode.engine.precision import NUMPY_TYPES
 from trimode.runtime.executor import BidirectionalStep, Candidates, CausalStep
 from trimode.runtime.gpu.buckets import Bucket
 from trimode.runtime.gpu.device import Buffer, Bytes, Device
-from trimode.runtime.gpu.network import DeviceTensor
+from trimode.runtime.gpu.gpu_network import DeviceTensor
 
 ALIGNMENT = 256
 

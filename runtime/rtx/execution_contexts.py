@@ -15,7 +15,7 @@ from trimode.model.step import cache_inputs, cache_outputs, cache_views
 from trimode.runtime.gpu.buckets import Bucket
 from trimode.runtime.gpu.device import Buffer, Device
 from trimode.runtime.gpu.device_kv_pool import DeviceKvPool
-from trimode.runtime.gpu.network import DeviceTensor, Enqueue
+from trimode.runtime.gpu.gpu_network import DeviceTensor, Enqueue
 from trimode.runtime.rtx.plan_loading import expect
 
 WINDOW_ROWS = "window_rows"

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from onnx import helper
 
-from trimode.build.graph.onnx_graph import IR_VERSION, OPSET
+from trimode.build.graph.onnx_builder import IR_VERSION, OPSET
 from trimode.build.graph.operator_functions import (
     PARSER_ATTRIBUTES,
     attend_function,

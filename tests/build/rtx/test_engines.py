@@ -20,7 +20,7 @@ from trimode.build.audit.report import audit_engine, write_plot
 from trimode.build.engine_builder import build_engine
 from trimode.build.rtx import plan_building as rtx
 from trimode.build.rtx.graph_form import refuse_disorder
-from trimode.build.rtx.kernel_list import Kernel, KernelTensor
+from trimode.build.rtx.kernel_list import KernelTensor, PlanKernel
 from trimode.build.rtx.target import RtxTarget
 from trimode.common.errors import TriModeError
 from trimode.engine.files import POOL, verify_files
@@ -118,7 +118,7 @@ def test_the_count_is_bounded_from_both_sides(engine: Path) -> None:
 def test_an_unfused_product_is_counted_as_such() -> None:
     """The zero in the table can be another number."""
     tensor = KernelTensor(name="w", dims=(128, 64), dtype="Int4")
-    kernel = Kernel(
+    kernel = PlanKernel(
         name="k",
         kind="kgen",
         stream=0,
@@ -132,7 +132,7 @@ def test_an_unfused_product_is_counted_as_such() -> None:
 
 
 def test_the_report_and_its_picture(engine: Path, tmp_path: Path) -> None:
-    report = audit_engine(engine, 1, (1, 8), (512, 1024), "dgx-spark", 6.82)
+    report = audit_engine(engine, steps=(1, 8), windows=(512, 1024), gpu="dgx-spark", acceptance=6.82)
     assert len(report.passes) == 2 * 2 * 2
     assert report.weights_private == 0 < report.weights_shared
     assert [floor.window for floor in report.floors] == [512, 1024]
@@ -208,6 +208,36 @@ def test_the_command_audits_as_json(engine: Path) -> None:
     found = trimode("audit", engine, "--window", "512", "--json")
     assert json.loads(found.stdout)["passes"][0]["engine"] == "ar"
     assert found.stderr == ""
+
+
+def test_an_audit_without_flags_uses_what_the_plan_allows(engine: Path) -> None:
+    passes = json.loads(trimode("audit", engine, "--json").stdout)["passes"]
+    assert {found["window"] for found in passes} == {512, 1024}
+    assert {found["step"] for found in passes} == {1, 8, 32}
+
+
+def test_an_audit_without_flags_works_on_a_tiny_plan(wide_int4_checkpoint: Path, tmp_path: Path) -> None:
+    """Its limits are below every default, and below a block."""
+    target = replace(OPTIONS, max_step=16)
+    build_engine(Checkpoint(wide_int4_checkpoint), tmp_path / "out", target=target, capacity=24)
+    report = audit_engine(tmp_path / "out", gpu="dgx-spark", acceptance=6.82)
+    assert {(found.window, found.step) for found in report.passes} == {(24, 1), (24, 8), (24, 16)}
+    assert [(floor.window, floor.block_length) for floor in report.floors] == [(24, 16)]
+
+
+def test_an_audit_counts_mixed_precision_matrix_by_matrix(engine: Path) -> None:
+    """Of the second layer, q, k, v and the MLP's last matrix are taken as 16-bit."""
+    plan = read_plans(engine)[0]
+    precision = plan.manifest.precision
+    wide = [f"encoder.layers.1.{name}" for name in (*(f"self_attn.{part}_proj" for part in "qkv"), "mlp.down_proj")]
+    matrices = precision.matrices | dict.fromkeys(wide, "bf16")
+    mixed = plan.manifest.model_copy(update={"precision": precision.model_copy(update={"matrices": matrices})})
+    uniform, found = (audit_pass(one, 1, 1, 512) for one in (plan, replace(plan, manifest=mixed)))
+    assert (uniform.int4_matrices, found.int4_matrices) == (9, 7)
+    config = plan.manifest.model
+    weights = config.hidden_size * (config.query_width + 2 * config.kv_width + config.intermediate_size)
+    assert found.floor - uniform.floor == weights * (2 - (4 + 16 / (precision.group or 0)) / 8)
+    assert "int4 in groups of 128 (11 matrices); bf16 (4 matrices" in mixed.precision.summary()
 
 
 def test_a_warning_of_the_builder_fails_the_build(

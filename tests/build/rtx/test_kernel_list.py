@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from trimode.build.rtx.kernel_list import Kernel, KernelTensor, parse_kernels
+from trimode.build.rtx.kernel_list import KernelTensor, PlanKernel, parse_kernels
 
 TENSOR = "{{ Name: {}, Dimensions: [{}], Strides: [1], StrideOrder: [0], Datatype: {}, Format: (Linear) Row major }}"
 LINE = (
@@ -30,7 +30,7 @@ SHAPES = (
 
 def test_a_line_becomes_a_kernel_and_events_do_not() -> None:
     (kernel,) = parse_kernels(["something else", "\n".join(["Layers:", SHAPES, SIGNAL, PRODUCT])]).root
-    assert kernel == Kernel(
+    assert kernel == PlanKernel(
         name="__myl_Fc_1",
         kind="runtime_fusion",
         stream=1,

@@ -29,7 +29,7 @@ from trimode.runtime.rtx import execution_contexts, plan_loading
 CAPACITY, MAX_BATCH, MAX_STEP = 512, 4, 64
 
 
-class Built(NamedTuple):
+class Engines(NamedTuple):
     """One checkpoint built for both targets, and what the double needs to run the plans."""
 
     rtx: Path
@@ -45,7 +45,7 @@ def rtn_checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture(scope="session")
-def fp16(rtn_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
+def fp16(rtn_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Engines:
     """As it is built for users: the double runs the very graphs of the engine directory."""
     folder, checkpoint = tmp_path_factory.mktemp("fp16"), Checkpoint(rtn_checkpoint)
     options = RtxTarget(sms=(121, 89), dtype="fp16", max_batch=MAX_BATCH, max_step=MAX_STEP)
@@ -54,13 +54,13 @@ def fp16(rtn_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Buil
     write_raw_pool(checkpoint, folder / "raw.bin", no_progress, np.dtype(np.float16))
     for name, _ in ENGINES:
         shutil.copyfile(folder / "rtx" / name / GRAPH, folder / f"{name}.onnx")
-    return Built(folder / "rtx", folder / "cpu", plan_doubles(folder / "rtx", folder))
+    return Engines(folder / "rtx", folder / "cpu", plan_doubles(folder / "rtx", folder))
 
 
 @pytest.fixture(scope="session", params=["view", "window"])
 def fp32(
-    request: pytest.FixtureRequest, rtn_checkpoint: Path, fp16: Built, tmp_path_factory: pytest.TempPathFactory
-) -> Built:
+    request: pytest.FixtureRequest, rtn_checkpoint: Path, fp16: Engines, tmp_path_factory: pytest.TempPathFactory
+) -> Engines:
     """The same plans, taken for fp32: the double runs the fp32 form of their graphs, so that figures compare closely.
     TensorRT-RTX itself has no such attention. In both ways to read the pool: in place, and by a window.
     """
@@ -79,7 +79,7 @@ def fp32(
     )
     for name, pattern in ENGINES:
         onnx.save(build_network(checkpoint.config, pool, pattern, options), folder / f"{name}.onnx")
-    return Built(rtx, fp16.cpu, plan_doubles(rtx, folder))
+    return Engines(rtx, fp16.cpu, plan_doubles(rtx, folder))
 
 
 class Machine(NamedTuple):
@@ -90,7 +90,7 @@ class Machine(NamedTuple):
 
 
 @pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch, fp16: Built) -> Machine:
+def machine(monkeypatch: pytest.MonkeyPatch, fp16: Engines) -> Machine:
     driver = DriverDouble()
     trt = TrtDouble(tensorrt_rtx, driver, fp16.plans)
     monkeypatch.setattr(ctypes, "CDLL", lambda _name: LibcudaDouble())
@@ -101,6 +101,6 @@ def machine(monkeypatch: pytest.MonkeyPatch, fp16: Built) -> Machine:
 
 
 @pytest.fixture
-def exact(machine: Machine, fp32: Built) -> Built:
+def exact(machine: Machine, fp32: Engines) -> Engines:
     machine.trt.plans = fp32.plans
     return fp32

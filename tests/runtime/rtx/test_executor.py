@@ -10,7 +10,7 @@ import pytest
 import tensorrt_rtx
 from numpy.typing import NDArray
 
-from tests.runtime.rtx.conftest import CAPACITY, MAX_BATCH, MAX_STEP, Built, Machine
+from tests.runtime.rtx.conftest import CAPACITY, MAX_BATCH, MAX_STEP, Engines, Machine
 from tests.support.rtx_double import FaultError, misremembered_calls
 from trimode import LLM, SamplingParams
 from trimode.common.errors import TriModeError
@@ -53,7 +53,7 @@ def conversations(heldout: list[dict]) -> list[Any]:
 @pytest.mark.usefixtures("machine")
 @pytest.mark.parametrize("options", MODES, ids=str)
 @pytest.mark.parametrize("at_once", [1, MAX_BATCH])
-def test_tokens_are_the_cpu_targets(fp16: Built, heldout: list[dict], options: dict[str, Any], at_once: int) -> None:
+def test_tokens_are_the_cpu_targets(fp16: Engines, heldout: list[dict], options: dict[str, Any], at_once: int) -> None:
     """Alone and in batches, with rows of earlier answers reused where texts begin alike."""
     answers = []
     for engine in (fp16.cpu, fp16.rtx):
@@ -64,7 +64,7 @@ def test_tokens_are_the_cpu_targets(fp16: Built, heldout: list[dict], options: d
 
 
 def test_modes_share_a_batch(
-    fp16: Built, machine: Machine, heldout: list[dict], monkeypatch: pytest.MonkeyPatch
+    fp16: Engines, machine: Machine, heldout: list[dict], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """More requests than slots, each in its own mode, at the same time. Each call is one launch and one wait.
 
@@ -88,7 +88,7 @@ def test_modes_share_a_batch(
     assert max(step.batch for _, step in calls) == MAX_BATCH
 
 
-def test_self_speculation_waits_once_a_cycle(fp16: Built, machine: Machine, heldout: list[dict]) -> None:
+def test_self_speculation_waits_once_a_cycle(fp16: Engines, machine: Machine, heldout: list[dict]) -> None:
     params = SamplingParams(max_tokens=40, mode="linear_spec", block_length=16)
     with LLM(fp16.cpu) as llm:
         expected = llm.generate(conversations(heldout)[0], params).outputs[0]
@@ -120,7 +120,7 @@ def listen(executor: Any) -> list[tuple[str, Any]]:
 
 
 @pytest.mark.usefixtures("machine")
-def test_a_block_that_no_step_holds_is_refused_before_it_runs(fp16: Built) -> None:
+def test_a_block_that_no_step_holds_is_refused_before_it_runs(fp16: Engines) -> None:
     with (
         LLM(fp16.rtx, verify=False) as llm,
         pytest.raises(TriModeError, match=r"block_length is 65.*steps of 64"),
@@ -254,7 +254,7 @@ RUNS: list[Run] = [
 ]
 
 
-def distances(built: Built, run: Run) -> list[float]:
+def distances(built: Engines, run: Run) -> list[float]:
     """Relative distance of each result from the cpu target's."""
     expected, found = (
         run(load_engine(built.cpu, verify=False).executor),
@@ -266,11 +266,11 @@ def distances(built: Built, run: Run) -> list[float]:
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_steps_compute_what_the_cpu_target_computes(exact: Built, run: Run) -> None:
+def test_steps_compute_what_the_cpu_target_computes(exact: Engines, run: Run) -> None:
     assert max(distances(exact, run)) < CLOSE
 
 
-def test_a_speculation_waits_once_and_sends_little(fp16: Built, machine: Machine) -> None:
+def test_a_speculation_waits_once_and_sends_little(fp16: Engines, machine: Machine) -> None:
     engine = load_engine(fp16.rtx, verify=False).executor
     slot = engine.pool.acquire()
     engine.run(CausalStep.chain(slot, np.arange(200, 240)[None], np.array([0]), np.array([[39]])))
@@ -289,7 +289,7 @@ def test_a_speculation_waits_once_and_sends_little(fp16: Built, machine: Machine
 
 
 @pytest.mark.usefixtures("machine")
-def test_a_pass_changes_the_rows_that_it_writes_and_no_others(fp16: Built) -> None:
+def test_a_pass_changes_the_rows_that_it_writes_and_no_others(fp16: Engines) -> None:
     engine = load_engine(fp16.rtx, verify=False).executor
     prefill(engine)
     engine.pool.acquire()
@@ -402,7 +402,7 @@ def _padded(bucket: Bucket) -> Bucket:
     return bucket._replace(step=1 << (bucket.step - 1).bit_length())
 
 
-def test_a_window_that_is_too_short_is_seen(exact: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_window_that_is_too_short_is_seen(exact: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the engines attend to windows; in place there is none."""
     windowed = "window_rows" in exact.plans[0].graph.read_bytes().decode(errors="replace")
     window_too_short(monkeypatch)
@@ -425,7 +425,7 @@ def test_a_window_that_is_too_short_is_seen(exact: Built, monkeypatch: pytest.Mo
     ],
 )
 def test_a_planted_fault_is_seen(
-    exact: Built, monkeypatch: pytest.MonkeyPatch, plant: Callable[[pytest.MonkeyPatch], None], run: Run
+    exact: Engines, monkeypatch: pytest.MonkeyPatch, plant: Callable[[pytest.MonkeyPatch], None], run: Run
 ) -> None:
     plant(monkeypatch)
     try:

@@ -18,7 +18,7 @@ import tensorrt_rtx
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.runtime.rtx.conftest import Built, Machine
+from tests.runtime.rtx.conftest import Engines, Machine
 from tests.support.rtx_double import GRANULARITY, FaultError, LibcudaDouble, PlanDouble
 from trimode import LLM, SamplingParams
 from trimode.common.errors import TriModeError
@@ -54,7 +54,7 @@ def weights_taken(machine: Machine, engine: Path) -> tuple[WeightPlacement, int]
 
 
 def test_identical_weights_lie_on_the_device_once(
-    fp16: Built, machine: Machine, caplog: pytest.LogCaptureFixture
+    fp16: Engines, machine: Machine, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As the real plans' are: one allocation holds both."""
     section = fp16.plans[0].section
@@ -76,7 +76,7 @@ def with_private_bytes(plans: list[PlanDouble]) -> list[PlanDouble]:
     return [first, replace(second, section=section)]
 
 
-def test_what_differs_is_held_for_each(fp16: Built, machine: Machine, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_differs_is_held_for_each(fp16: Engines, machine: Machine, caplog: pytest.LogCaptureFixture) -> None:
     """Up to the private bytes the sections agree, then one is shifted."""
     machine.trt.plans = with_private_bytes(fp16.plans)
     placement, taken = weights_taken(machine, fp16.rtx)
@@ -88,7 +88,7 @@ def test_what_differs_is_held_for_each(fp16: Built, machine: Machine, caplog: py
 
 
 def test_weights_that_tensorrt_does_not_manage_stay_where_they_are(
-    fp16: Built, machine: Machine, caplog: pytest.LogCaptureFixture
+    fp16: Engines, machine: Machine, caplog: pytest.LogCaptureFixture
 ) -> None:
     managed = answer(fp16.rtx)
     caplog.clear()
@@ -98,7 +98,9 @@ def test_weights_that_tensorrt_does_not_manage_stay_where_they_are(
     assert answer(fp16.rtx) == managed
 
 
-def test_a_piece_that_is_not_the_plans_is_seen(fp16: Built, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_piece_that_is_not_the_plans_is_seen(
+    fp16: Engines, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The double's guard can fail: one engine's weights mapped for both."""
     machine.trt.plans = with_private_bytes(fp16.plans)
     monkeypatch.setattr(
@@ -175,7 +177,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
 
 @pytest.mark.usefixtures("machine")
 @pytest.mark.parametrize("case", BROKEN)
-def test_a_broken_engine_is_refused_by_name(fp16: Built, tmp_path: Path, case: str) -> None:
+def test_a_broken_engine_is_refused_by_name(fp16: Engines, tmp_path: Path, case: str) -> None:
     engine = Path(shutil.copytree(fp16.rtx, tmp_path / "engine"))
     damage, message = BROKEN[case]
     damage(engine)
@@ -194,7 +196,7 @@ def test_a_broken_engine_is_refused_by_name(fp16: Built, tmp_path: Path, case: s
     ],
 )
 def test_unverified_it_is_refused_when_it_is_loaded(
-    fp16: Built, tmp_path: Path, damage: Callable[[Path], None], message: str
+    fp16: Engines, tmp_path: Path, damage: Callable[[Path], None], message: str
 ) -> None:
     engine = Path(shutil.copytree(fp16.rtx, tmp_path / "engine"))
     damage(engine)
@@ -202,7 +204,7 @@ def test_unverified_it_is_refused_when_it_is_loaded(
         load_engine(engine, verify=False)
 
 
-def test_what_tensorrt_finds_wrong_with_a_plan_is_told(fp16: Built, machine: Machine) -> None:
+def test_what_tensorrt_finds_wrong_with_a_plan_is_told(fp16: Engines, machine: Machine) -> None:
     wrong = tensorrt_rtx.EngineInvalidityDiagnostics
     machine.trt.invalidity = int(wrong.OLD_CUDA_DRIVER) | int(wrong.UNSUPPORTED_CC)
     with pytest.raises(TriModeError, match=r"ar/engine\.plan: .*\(unsupported cc, old cuda driver\); build"):
@@ -225,7 +227,7 @@ def test_real_tensorrt_refuses_a_header_that_is_none() -> None:
     assert diagnostics & int(tensorrt_rtx.EngineInvalidityDiagnostics.MALFORMED_ENGINE)
 
 
-def test_too_little_memory_is_one_line(fp16: Built, machine: Machine) -> None:
+def test_too_little_memory_is_one_line(fp16: Engines, machine: Machine) -> None:
     machine.cuda.free = 1 << 21
     with pytest.raises(TriModeError, match=r"the GPU has no \d+\.\d\d GB left for the (weights|KV pool)") as caught:
         executor_of(fp16.rtx)
@@ -234,7 +236,7 @@ def test_too_little_memory_is_one_line(fp16: Built, machine: Machine) -> None:
 
 @pytest.mark.usefixtures("machine")
 @pytest.mark.parametrize("missing", ["tensorrt_rtx", "cuda.bindings"])
-def test_a_missing_package_comes_with_its_remedy(fp16: Built, monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+def test_a_missing_package_comes_with_its_remedy(fp16: Engines, monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
     for name in [
         name for name in sys.modules if name.startswith(("trimode.runtime.rtx.", "trimode.runtime.gpu.", missing))
     ]:
@@ -250,7 +252,7 @@ def trimode(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="this machine has a GPU")
-def test_without_a_gpu_the_command_says_so(fp16: Built) -> None:
+def test_without_a_gpu_the_command_says_so(fp16: Engines) -> None:
     found = trimode("generate", fp16.rtx, "--prompt", "hello")
     assert (found.returncode, found.stdout) == (2, "")
     assert "needs an NVIDIA GPU" in found.stderr
@@ -266,7 +268,7 @@ def test_without_a_gpu_the_command_says_so(fp16: Built) -> None:
     ],
 )
 def test_a_driver_without_a_gpu(
-    fp16: Built, monkeypatch: pytest.MonkeyPatch, library: LibcudaDouble, words: str
+    fp16: Engines, monkeypatch: pytest.MonkeyPatch, library: LibcudaDouble, words: str
 ) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda _name: library)
     with pytest.raises(TriModeError, match=f"needs an NVIDIA GPU; the CUDA driver here: .*{words}"):
