@@ -65,6 +65,8 @@ def _folders(root: Path, controller: str) -> Iterator[Path]:
         # In a container the mount shows the group itself as its root, under a path of the host.
         inside = PurePosixPath(group)
         below = inside.relative_to(mounted) if inside.is_relative_to(mounted) else PurePosixPath(*inside.parts[1:])
+        if ".." in below.parts:  # outside of what is mounted
+            below = PurePosixPath()
         top = root / mount_point.lstrip("/")
         folder = top / below
         yield folder

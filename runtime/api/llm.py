@@ -21,7 +21,7 @@ from trimode.runtime.api.request_factory import RequestFactory
 from trimode.runtime.api.request_output import RequestOutput
 from trimode.runtime.api.scheduler_thread import SchedulerThread
 from trimode.runtime.decoding.acceptance import LONGEST_BLOCK
-from trimode.runtime.kv.prefix_cache import PrefixCache
+from trimode.runtime.kv.prefix_cache import BlockListener, PrefixCache
 from trimode.runtime.loading import load_engine
 from trimode.runtime.request.outputs import Update
 from trimode.runtime.request.sampling_params import Mode, SamplingParams
@@ -44,10 +44,11 @@ class LLM:
     max_queue_size: answers that may wait beyond those. max_seq_len: the longest prompt and answer together, in tokens;
     by default the engine's capacity. kv_cache_bytes: the most memory of the KV pool; by default most of the memory that
     is available. prefix_cache_bytes: memory for KV rows of earlier prompts and answers; 0 reuses none.
+    prefix_cache_listener: called for each block of them that is stored or removed, on the scheduler's thread.
     mode, block_length, enable_thinking: for requests that do not set them; an enable_thinking of None leaves it to the
-    chat template. update_seconds: the least time between two
-    updates of a stream; 0 sends every step's tokens. measure_passes: spend half a second on measuring what passes cost,
-    for mode ``auto``; otherwise it learns that from the passes of requests.
+    chat template. update_seconds: the least time between two updates of a stream; 0 sends every step's tokens.
+    measure_passes: spend half a second on measuring what passes cost, for mode ``auto``; otherwise it learns that from
+    the passes of requests.
 
     Usable from many threads and event loops of the process that loaded it. Logs its :attr:`capacity`. Raises
     TriModeError if the directory is not a valid engine.
@@ -63,6 +64,7 @@ class LLM:
         max_seq_len: int | None = None,
         kv_cache_bytes: int | None = None,
         prefix_cache_bytes: int = DEFAULT_PREFIX_CACHE_BYTES,
+        prefix_cache_listener: BlockListener | None = None,
         mode: Mode = "auto",
         block_length: int | None = None,
         enable_thinking: bool | None = None,
@@ -132,7 +134,7 @@ class LLM:
             context=self.capacity.context,
             prefill_tokens=limits.prefill_step,
             cost=PassCost(max_batch_size, largest_step),
-            prefix_cache=PrefixCache(prefix_cache_bytes) if prefix_cache_bytes else None,
+            prefix_cache=PrefixCache(prefix_cache_bytes, prefix_cache_listener) if prefix_cache_bytes else None,
         )
         if measure_passes:
             self._scheduler.measure_passes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -23,6 +24,8 @@ from trimode.engine.targets.cpu import MODEL, CpuSection
 from trimode.model.step import cache_inputs, cache_outputs
 from trimode.runtime.executor import BidirectionalStep, Candidates, CausalStep, Step
 from trimode.runtime.kv.kv_pool import KvPool
+
+log = logging.getLogger(__name__)
 
 _FOLDERS: dict[type[Step], str] = {CausalStep: "ar", BidirectionalStep: "diffusion"}
 # Shapes of passes whose memory is kept.
@@ -71,7 +74,10 @@ class CpuExecutor:
             zip(cache_inputs(model.num_hidden_layers), cache_outputs(model.num_hidden_layers), strict=True)
         )
         self._adapter = load_file(engine / ADAPTER) if manifest.adapter else {}
-        self.threads = threads or usable_cpus()
+        usable = usable_cpus()
+        if threads is not None and threads > usable:
+            log.warning("threads is %d, but this process may use %d CPUs; more threads only wait", threads, usable)
+        self.threads = min(threads or usable, usable)
         with _folder_of_pool(engine) as weights:
             self._sessions = {kind: _load(engine / folder, weights, self.threads) for kind, folder in _FOLDERS.items()}
         self._memories: dict[tuple[int, ...], _ShapeMemory] = {}
