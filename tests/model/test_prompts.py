@@ -166,7 +166,11 @@ TOKENIZERS: dict[str, Change] = {
     "as shipped": both(),
     "truncation is stored": tokenizer(truncation=TRUNCATION),
     "padding is stored": tokenizer(padding=PADDING),
-    "padding names the only pad token": both(tokenizer(padding=PADDING), without("tokenizer_config.json", "pad_token")),
+    "padding names the only pad token": both(
+        tokenizer(padding=PADDING),
+        without("tokenizer_config.json", "pad_token"),
+        write("chat_template.jinja", CHATML + "{{ pad_token }}"),
+    ),
     "BOS before plain text": tokenizer(post_processor=adds_bos()),
     "BOS by the template and before plain text": both(
         tokenizer(post_processor=adds_bos()), write("chat_template.jinja", "{{ bos_token }}" + CHATML)
