@@ -1,6 +1,6 @@
 """Checkpoint to checkpoint: w4a16 quantisation, and export for other programs."""
 
-from trimode.common.openmp import wait_passively
+from trimode.common.openmp import configure_openmp
 from trimode.quantize.calibration import CALIBRATION_FILE
 from trimode.quantize.quantizing import fitting_group, quantize_checkpoint
 from trimode.quantize.report import QuantizationReport
@@ -15,4 +15,4 @@ __all__ = [
     "quantize_checkpoint",
 ]
 
-wait_passively()  # before AWQ imports torch
+configure_openmp()  # before AWQ imports torch

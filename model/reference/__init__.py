@@ -1,5 +1,5 @@
 """The network in PyTorch: the reference that every executor and decoding mode is checked against."""
 
-from trimode.common.openmp import wait_passively
+from trimode.common.openmp import configure_openmp
 
-wait_passively()  # before the modules of this package import torch
+configure_openmp()  # before the modules of this package import torch

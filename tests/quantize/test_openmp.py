@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from trimode.common import openmp
+
 WAYS = {
     "the reference": "import trimode.model.reference.network",
     "AWQ": "import trimode.quantize.awq",
@@ -31,3 +33,15 @@ def test_what_the_user_set_is_kept() -> None:
     settings = openmp_settings(WAYS["the reference"], OMP_WAIT_POLICY="ACTIVE")
     assert "OMP_WAIT_POLICY = 'ACTIVE'" in settings
     assert "GOMP_SPINCOUNT = '0'" not in settings
+
+
+def test_threads_follow_the_cpu_quota(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    monkeypatch.setattr(openmp, "usable_cpus", lambda: 3)
+    openmp.configure_openmp()
+    assert os.environ["OMP_NUM_THREADS"] == "3"
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+    monkeypatch.setattr(openmp, "usable_cpus", lambda: 5)
+    openmp.configure_openmp()
+    assert os.environ["OMP_NUM_THREADS"] == "3"
