@@ -36,7 +36,8 @@ def test_what_the_user_set_is_kept() -> None:
 
 
 def test_threads_follow_the_cpu_quota(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    os.environ.pop("OMP_NUM_THREADS", None)
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     monkeypatch.setattr(openmp, "usable_cpus", lambda: 3)
     openmp.configure_openmp()
