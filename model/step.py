@@ -18,8 +18,8 @@ number of committed rows.
 | ``k_view.i``, ``v_view.i`` (rtx, view) | [B, KV heads, C, D] | the same memory, bound again for attention to read |
 | ``window_rows`` (rtx, window) | [W] | 0 .. W - 1: attend to the first W rows of the pool |
 
-``block_mask``: a lower triangle is causal; a tree's ancestors verify a tree; a row of padding attends to itself. Every
-token attends to the committed rows.
+``block_mask``: a lower triangle is causal; a tree's ancestors verify a tree; a row of padding attends to itself.
+:mod:`trimode.model.attention` defines which KV rows a token attends to, and the result.
 
 Outputs: ``top_logits`` and ``top_tokens`` [B, R, k], best first, and ``log_sum_exp`` [B, R] over the whole vocabulary.
 The mask token has probability 0. Rows below ``write_indices`` never change. Row i predicts position i + 1 in the AR
