@@ -66,7 +66,18 @@ def random_int4_checkpoint(random_checkpoint: Path, tmp_path_factory: pytest.Tem
 def random_int4_engine(random_int4_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its matrices stay packed, however small they are: the kernels of large networks."""
     out = tmp_path_factory.mktemp("engine") / "int4"
-    build_engine(Checkpoint(random_int4_checkpoint), out, target=CpuTarget(unpacked_bytes=0), top_k=768)
+    build_engine(
+        Checkpoint(random_int4_checkpoint), out, target=CpuTarget(activations="fp32", unpacked_bytes=0), top_k=768
+    )
+    return out
+
+
+@pytest.fixture(scope="session")
+def random_int8_engine(random_int4_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with int8 activations, the default of large networks on a CPU; a short context."""
+    out = tmp_path_factory.mktemp("engine") / "int8"
+    target = CpuTarget(activations="int8", unpacked_bytes=0)
+    build_engine(Checkpoint(random_int4_checkpoint), out, target=target, top_k=768, capacity=4096)
     return out
 
 

@@ -178,7 +178,7 @@ MUTATIONS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], tuple[str, ...]
 
 
 def build(checkpoint: Path, out: Path) -> Path:
-    build_engine(Checkpoint(checkpoint), out, target=CpuTarget(unpacked_bytes=0), top_k=768)
+    build_engine(Checkpoint(checkpoint), out, target=CpuTarget(activations="fp32", unpacked_bytes=0), top_k=768)
     return out
 
 

@@ -40,7 +40,10 @@ def build_cpu_engines(
 
     activations, unpacked_bytes: as in :class:`trimode.build.cpu.target.CpuTarget`.
     """
-    unpack = activations == "fp32" and 0 < _fp32_bytes_of_int4(checkpoint) <= unpacked_bytes
+    int4_bytes = _fp32_bytes_of_int4(checkpoint)
+    unpack = 0 < int4_bytes <= unpacked_bytes
+    if int4_bytes <= unpacked_bytes:  # no product has int4 weights
+        activations = "fp32"
     options = NetworkOptions(adapter=checkpoint.adapter is not None)
     with TemporaryDirectory(dir=folder) as temporary:
         scratch = Path(temporary)

@@ -14,7 +14,8 @@ class CpuSection(TargetSection):
     """Packed weights depend on ``instruction_set`` and on the version of ``onnxruntime``; another machine needs its own
     build.
 
-    activations: ``int8`` if the inputs of int4 products are rounded to 8 bits.
+    activations: the inputs of int4 products; ``int8`` if they are rounded to 8 bits (w4a8), ``fp32`` if they are exact
+    or no product has int4 weights.
     unpacked: whether the pool holds the int4 matrices as fp32, multiplied by their scales.
     """
 
@@ -30,5 +31,6 @@ class CpuSection(TargetSection):
 
     @property
     def summary(self) -> str:
+        products = "int8 activations in int4 products (w4a8)" if self.activations == "int8" else "exact products"
         unpacked = ", int4 weights unpacked to fp32" if self.unpacked else ""
-        return f"onnxruntime {self.onnxruntime} on {self.instruction_set}; {self.activations} activations{unpacked}"
+        return f"onnxruntime {self.onnxruntime} on {self.instruction_set}; {products}{unpacked}"

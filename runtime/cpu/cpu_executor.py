@@ -22,6 +22,7 @@ from trimode.engine.files import ADAPTER, POOL
 from trimode.engine.manifest import Manifest
 from trimode.engine.targets.cpu import MODEL, CpuSection
 from trimode.model.step import cache_inputs, cache_outputs
+from trimode.runtime.cpu.even_rows import first_rows, with_even_rows
 from trimode.runtime.executor import BidirectionalStep, Candidates, CausalStep, Step
 from trimode.runtime.kv.kv_pool import KvPool
 
@@ -67,8 +68,16 @@ class CpuExecutor:
         self, engine: Path, manifest: Manifest, threads: int | None = None, kv_cache_bytes: int | None = None
     ) -> None:
         _refuse_foreign_layout(engine, manifest)
-        model, capacity = manifest.model, manifest.limits.capacity
-        self.pool = KvPool(model.num_hidden_layers, model.num_key_value_heads, model.head_dim, capacity, kv_cache_bytes)
+        model = manifest.model
+        self._pads_rows = manifest.section(CpuSection).activations == "int8"
+        self.pool = KvPool(
+            model.num_hidden_layers,
+            model.num_key_value_heads,
+            model.head_dim,
+            manifest.limits.capacity,
+            kv_cache_bytes,
+            spare_rows=1 if self._pads_rows else 0,
+        )
         self._top_k = manifest.limits.top_k
         self._caches = list(
             zip(cache_inputs(model.num_hidden_layers), cache_outputs(model.num_hidden_layers), strict=True)
@@ -87,6 +96,11 @@ class CpuExecutor:
 
     def run(self, step: CausalStep | BidirectionalStep) -> Candidates:
         self.pool.reserve(step.rows_written)
+        if self._pads_rows:
+            return first_rows(self._run(with_even_rows(step)), step.logit_rows.shape[1])
+        return self._run(step)
+
+    def _run(self, step: CausalStep | BidirectionalStep) -> Candidates:
         memory, binding = self._memory(step), self._binding(step)
         for name, array in self._inputs(step).items():
             memory.inputs[name][...] = array

@@ -19,25 +19,33 @@ class KvPool:
     """``buffers[2 * layer]`` holds keys, ``buffers[2 * layer + 1]`` values: [slots, kv_heads, rows, head_dim] fp32.
 
     capacity: the most rows of a sequence. limit_bytes: the most bytes of all buffers together, None for no limit.
+    spare_rows: rows of a slot behind those that a sequence may have; the padding of a pass may be written there.
     generation: counts reallocations, after which the buffers have other addresses.
     """
 
     def __init__(
-        self, layers: int, kv_heads: int, head_dim: int, capacity: int, limit_bytes: int | None = None
+        self,
+        layers: int,
+        kv_heads: int,
+        head_dim: int,
+        capacity: int,
+        limit_bytes: int | None = None,
+        spare_rows: int = 0,
     ) -> None:
         self.limit_bytes = limit_bytes
         self.row_bytes = 2 * layers * kv_heads * head_dim * np.dtype(np.float32).itemsize
         self.active = 0
         self.generation = 0
         self._capacity = capacity
+        self._spare_rows = spare_rows
         self._most_rows = None if limit_bytes is None else limit_bytes // self.row_bytes  # of all slots together
         self._layers = layers
         self._kv_heads = kv_heads
         self._head_dim = head_dim
         if self.most_rows(1) < 1:
             raise TriModeError(
-                f"kv_cache_bytes is {limit_bytes}, but one token's keys and values take {self.row_bytes} bytes; "
-                "raise it"
+                f"kv_cache_bytes is {limit_bytes}, but one token's keys and values take "
+                f"{(1 + spare_rows) * self.row_bytes} bytes; raise it"
             )
         self.buffers = self._allocate(1, min(FIRST_ROWS, self.most_rows(1)))
 
@@ -47,14 +55,14 @@ class KvPool:
 
     @property
     def rows(self) -> int:
-        """Rows of every slot."""
-        return int(self.buffers[0].shape[2])
+        """Rows of every slot that a sequence may have."""
+        return int(self.buffers[0].shape[2]) - self._spare_rows
 
     def most_rows(self, sequences: int) -> int:
         """The most rows that each of ``sequences`` sequences can have when they run together."""
         if self._most_rows is None:
             return self._capacity
-        return min(self._capacity, self._most_rows // max(sequences, 1))
+        return min(self._capacity, self._most_rows // max(sequences, 1) - self._spare_rows)
 
     def acquire(self, rows: int | None = None) -> int:
         """Activate the first slot past the active ones and return its number.
@@ -115,7 +123,7 @@ class KvPool:
             buffer[slot, :, start : start + rows.shape[2]] = part
 
     def _fits(self, slots: int, rows: int) -> bool:
-        return self._most_rows is None or slots * rows <= self._most_rows
+        return self._most_rows is None or slots * (rows + self._spare_rows) <= self._most_rows
 
     def _require(self, holds: bool, sequences: int, rows: int) -> None:
         if not holds:
@@ -135,5 +143,5 @@ class KvPool:
 
     def _allocate(self, slots: int, rows: int) -> list[NDArray[np.float32]]:
         # Zeros: rows past a sequence are masked, but 0 times a NaN would be a NaN.
-        shape = (slots, self._kv_heads, rows, self._head_dim)
+        shape = (slots, self._kv_heads, rows + self._spare_rows, self._head_dim)
         return [np.zeros(shape, np.float32) for _ in range(2 * self._layers)]

@@ -74,8 +74,10 @@ def prove(source: Path, folder: Path, count: int, only: str | None) -> list[Row]
     for checkpoint, engine in ((source, "fp32"), (folder / "w4a16", "int4")):
         build_engine(Checkpoint(checkpoint), folder / engine, top_k=whole)
     build_engine(Checkpoint(folder / "w4a16"), folder / "engine")
-    build_engine(Checkpoint(folder / "w4a16"), folder / "packed", target=CpuTarget(unpacked_bytes=0), top_k=whole)
-    fp32, int4, packed = (alone(folder / engine) for engine in ("fp32", "engine", "packed"))
+    exact, rounded = CpuTarget(activations="fp32", unpacked_bytes=0), CpuTarget(activations="int8", unpacked_bytes=0)
+    build_engine(Checkpoint(folder / "w4a16"), folder / "packed", target=exact, top_k=whole)
+    build_engine(Checkpoint(folder / "w4a16"), folder / "w4a8", target=rounded)
+    fp32, int4, packed, w4a8 = (alone(folder / engine) for engine in ("fp32", "engine", "packed", "w4a8"))
     fp32_reference, int4_reference = (load_reference(Checkpoint(weights)) for weights in (source, folder / "w4a16"))
     render, encode = int4.tokenizer.apply_chat_template, int4.tokenizer.encode
     prompts = [encode(render(record["messages"])) for record in records]
@@ -97,6 +99,7 @@ def prove(source: Path, folder: Path, count: int, only: str | None) -> list[Row]
             lossless_row("w4a16 packed", packed, int4_reference, some),
         ],
         "accuracy": lambda: accuracy_rows(fp32, int4, prompts, answers),
+        "w4a8": lambda: w4a8_rows(packed, w4a8, prompts, answers),
         "memory": lambda: [memory_row(folder)],
         "adapter": lambda: adapter_rows(int4, some),
         "speed": lambda: speed_rows(int4, int4_reference, spread(prompts, 48)),
@@ -271,6 +274,28 @@ def accuracy_rows(fp32: LLM, int4: LLM, prompts: list[list[int]], answers: list[
         found = f"{whole:.1f} % fp32, {quantised:.1f} % w4a16 of {len(prompts)}"
         what = f"{mode}, held-out exact match, w4a16 in groups of {GROUP} against fp32"
         rows.append(Row(what, "at most 1 point less", found, whole - quantised <= 1))
+    return rows
+
+
+def w4a8_rows(exact: LLM, rounded: LLM, prompts: list[list[int]], answers: list[str]) -> list[Row]:
+    """The default of large models on a CPU, int8 activations in int4 products, against exact products: the exact match
+    of the answers in each mode, and whether self-speculation still emits what AR emits.
+    """
+    rows, texts = [], {}
+    for mode in ("ar", "diffusion", "linear_spec"):
+        scores = []
+        for name, llm in (("w4a16 packed", exact), ("w4a8", rounded)):
+            shown = track(prompts, f"{name} {mode}", transient=True, console=Console(stderr=True))
+            texts[name, mode] = [answer(llm, prompt, mode) for prompt in shown]
+            pairs = zip(texts[name, mode], answers, strict=True)
+            scores.append(100 * statistics.fmean(found.text == text for found, text in pairs))
+        told = f"{scores[0]:.1f} % w4a16 packed, {scores[1]:.1f} % w4a8 of {len(prompts)}"
+        what = f"{mode}, held-out exact match, int8 activations against exact products"
+        rows.append(Row(what, "at most 1 point less", told, scores[0] - scores[1] <= 1))
+    both = zip(texts["w4a8", "linear_spec"], texts["w4a8", "ar"], strict=True)
+    equal = sum(found.token_ids == expected.token_ids for found, expected in both)
+    what = "linear_spec = ar with int8 activations"
+    rows.append(Row(what, "all", f"{equal} of {len(prompts)}", equal == len(prompts)))
     return rows
 
 

@@ -19,7 +19,7 @@ from trimode.build.engine_builder import build_engine
 from trimode.common.errors import TriModeError
 from trimode.engine.files import ADAPTER, hash_file
 from trimode.engine.manifest import Manifest
-from trimode.engine.targets.cpu import CpuSection
+from trimode.engine.targets.cpu import Activations, CpuSection
 from trimode.model.checkpoint import Checkpoint, linear_shapes
 
 
@@ -82,7 +82,8 @@ def test_int4_matrices_that_fit_a_cache_are_unpacked(random_int4_checkpoint: Pat
     for limit, unpacked in ((as_fp32, True), (as_fp32 - 1, False)):
         out = tmp_path / str(limit)
         manifest = build_engine(checkpoint, out, target=CpuTarget(unpacked_bytes=limit))
-        assert manifest.section(CpuSection).unpacked == unpacked
+        section = manifest.section(CpuSection)
+        assert (section.unpacked, section.activations) == (unpacked, "fp32" if unpacked else "int8")
         assert set(manifest.precision.matrices.values()) == {"int4"}
         graph = onnx.load(out / "ar/model.onnx", load_external_data=False).graph
         assert ("MatMulNBits" in {node.op_type for node in graph.node}) == (not unpacked)
@@ -127,15 +128,23 @@ def test_a_disk_that_fills_up_is_one_line(random_checkpoint: Path, tmp_path: Pat
     assert leftovers(tmp_path) == []
 
 
-def test_int8_activations_are_faster_kernels_and_coarser_logits(random_int4_checkpoint: Path, tmp_path: Path) -> None:
-    manifest = build_engine(
-        Checkpoint(random_int4_checkpoint), tmp_path / "engine", target=CpuTarget(activations="int8")
-    )
-    assert manifest.section(CpuSection).activations == "int8"
+@pytest.mark.parametrize(("activations", "level"), [("int8", 4), ("fp32", 1)])
+def test_activations_choose_the_kernels_of_int4_products(
+    random_int4_checkpoint: Path, tmp_path: Path, activations: Activations, level: int
+) -> None:
+    target = CpuTarget(activations=activations, unpacked_bytes=0)
+    manifest = build_engine(Checkpoint(random_int4_checkpoint), tmp_path / "engine", target=target)
+    assert manifest.section(CpuSection).activations == activations
     graph = onnx.load(tmp_path / "engine/ar/model.onnx", load_external_data=False).graph
     products = [node for node in graph.node if node.op_type == "MatMulNBits"]
     levels = {attribute.i for node in products for attribute in node.attribute if attribute.name == "accuracy_level"}
-    assert levels == {4}
+    assert levels == {level}
+
+
+def test_an_engine_without_int4_weights_is_exact(random_checkpoint: Path, tmp_path: Path) -> None:
+    manifest = build_engine(Checkpoint(random_checkpoint), tmp_path / "engine")
+    assert manifest.section(CpuSection).activations == "fp32"
+    assert "exact products" in manifest.target.summary
 
 
 def test_an_occupied_folder_is_kept(random_checkpoint: Path, tmp_path: Path) -> None:

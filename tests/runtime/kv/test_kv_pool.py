@@ -151,3 +151,16 @@ def test_a_limit_below_one_token_is_refused() -> None:
     with pytest.raises(TriModeError, match="kv_cache_bytes is 15, but one token's keys and values take 16 bytes"):
         KvPool(layers=1, kv_heads=1, head_dim=2, capacity=8, limit_bytes=15)
     assert KvPool(layers=1, kv_heads=1, head_dim=2, capacity=8, limit_bytes=16).rows == 1
+
+
+def test_spare_rows_lie_behind_every_sequence_and_within_the_limit() -> None:
+    row_bytes = 2 * 2 * 4
+    pool = KvPool(layers=1, kv_heads=1, head_dim=2, capacity=200, limit_bytes=403 * row_bytes, spare_rows=1)
+    pool.acquire()
+    pool.reserve(200)
+    assert (pool.rows, pool.buffers[0].shape[2]) == (200, 201)
+    assert pool.most_rows(2) == 200
+    pool.acquire(200)
+    assert sum(buffer.nbytes for buffer in pool.buffers) == 402 * row_bytes
+    with pytest.raises(TriModeError, match="exceeds the engine's capacity of 200"):
+        pool.reserve(201)
