@@ -12,6 +12,7 @@ export MODEL TARGET METHOD GROUP CALIBRATION ENGINE SHAPE AUDITED
 VENV := .venv
 BIN := $(VENV)/bin
 TRITON := .triton
+PEERS := .peers
 
 MAKE_ENGINE = $(BIN)/python -m scripts.make_engine
 CHOSEN_ENGINE = $(MAKE_ENGINE) --model "$$MODEL" --engine "$$ENGINE" --target "$$TARGET" --method "$$METHOD" \
@@ -95,11 +96,14 @@ kernels: $(VENV)/.package ## Print the GPU kernels' traffic, estimated times and
 	@$(BIN)/python -m scripts.gpu.cycle_estimate
 	@$(BIN)/python -m scripts.gpu.kernel_table resources
 
+peers: $(VENV)/.package $(PEERS)/.package ## Compare passes on this CPU with llama.cpp's (30 minutes, 8 GB of memory, 20 GB of disk)
+	@$(BIN)/python -m scripts.bench.peers
+
 train-tiny: $(VENV)/.package ## Train the shipped checkpoint again from its seed (about an hour)
 	$(BIN)/python -m scripts.tiny.train --out engines/tiny-trained
 
 clean: ## Remove environments, engines and caches
-	rm -rf $(VENV) $(TRITON) engines site dist .setuptools .mypy_cache .ruff_cache .pytest_cache .hypothesis \
+	rm -rf $(VENV) $(TRITON) $(PEERS) engines site dist .setuptools .mypy_cache .ruff_cache .pytest_cache .hypothesis \
 		.import_linter_cache
 
 # Installed in place: every tool sees each change of the working tree.
@@ -110,10 +114,17 @@ $(VENV)/.package: pyproject.toml trimode/__init__.py common/version.py
 	@touch $@
 
 # An environment of its own: the Python backend needs numpy 1.
+# llama.cpp is compiled from its source: some minutes, and a C++ compiler.
+$(PEERS)/.package: Makefile
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --upgrade pip
+	$(PEERS)/bin/python -m pip install --quiet 'llama-cpp-python>=0.3.36,<0.4' 'gguf>=0.17,<1' numpy
+	@touch $@
+
 $(TRITON)/.package: pyproject.toml trimode/__init__.py common/version.py
 	$(PYTHON) -m venv $(TRITON)
 	$(TRITON)/bin/python -m pip install --quiet --upgrade pip
 	$(TRITON)/bin/python -m pip install --quiet --editable '.[triton]'
 	@touch $@
 
-.PHONY: help setup demo audit kernels build-engine serve triton triton-environment browser test lint types docs wheel wheel-test prove prove-runtime bench train-tiny clean
+.PHONY: help setup demo audit kernels build-engine serve triton triton-environment browser test lint types docs wheel wheel-test prove prove-runtime bench peers train-tiny clean

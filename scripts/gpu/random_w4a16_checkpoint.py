@@ -1,4 +1,4 @@
-"""A w4a16 checkpoint of a published shape (3B, 8B, 14B) with random weights, streamed tensor by tensor.
+"""A w4a16 checkpoint with random weights, in a published shape (3B, 8B, 14B) or a small one, streamed by tensor.
 
     python -m scripts.gpu.random_w4a16_checkpoint 8b engines/random-8b
 
@@ -12,7 +12,7 @@ import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -26,11 +26,27 @@ from trimode.model.config import ModelConfig
 from trimode.quantize.modelopt_format import QUANT_CONFIG_FILE, excluded_modules, hf_quant_config, quantization_config
 from trimode.quantize.safetensors_stream import TensorSpec, write_tensors
 
-# hidden size, layers, MLP width, rope theta: the published config.json of each.
+
+class Sizes(NamedTuple):
+    """The fields of ``config.json`` in which the shapes differ."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    intermediate_size: int
+    rope_theta: float = 1e6
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 8
+    head_dim: int = 128
+    vocab_size: int = 131072
+
+
+# 3b, 8b and 14b are the published models. tiny is the shipped checkpoint, 250m lies between.
 SHAPES = {
-    "3b": (3072, 26, 9216, 1e6),
-    "8b": (4096, 34, 14336, 1e6),
-    "14b": (5120, 40, 16384, 1e9),
+    "tiny": Sizes(256, 4, 384, 1e4, 4, 2, 64, 768),
+    "250m": Sizes(1024, 12, 4096, 1e6, 16, 4, 64, 32768),
+    "3b": Sizes(3072, 26, 9216),
+    "8b": Sizes(4096, 34, 14336),
+    "14b": Sizes(5120, 40, 16384, 1e9),
 }
 GROUP = 128
 RANK = 128
@@ -39,24 +55,24 @@ BF16 = np.dtype(ml_dtypes.bfloat16)
 SCALE = 0.004
 
 
-def config_fields(shape: str, layers: int | None, vocab_size: int) -> dict[str, Any]:
-    """``config.json`` of the family's ``shape``; fewer ``layers`` or a smaller vocabulary make a quick stand-in."""
-    hidden, published_layers, mlp, theta = SHAPES[shape]
+def config_fields(shape: str, layers: int | None, vocab_size: int | None) -> dict[str, Any]:
+    """``config.json`` of ``shape``; fewer ``layers`` or a smaller vocabulary make a quick stand-in."""
+    sizes = SHAPES[shape]
     return {
         "architectures": ["NemotronLabsDiffusionModel"],
         "model_type": "nemotron_labs_diffusion",
-        "vocab_size": vocab_size,
-        "hidden_size": hidden,
-        "intermediate_size": mlp,
-        "num_hidden_layers": layers or published_layers,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
+        "vocab_size": vocab_size or sizes.vocab_size,
+        "hidden_size": sizes.hidden_size,
+        "intermediate_size": sizes.intermediate_size,
+        "num_hidden_layers": layers or sizes.num_hidden_layers,
+        "num_attention_heads": sizes.num_attention_heads,
+        "num_key_value_heads": sizes.num_key_value_heads,
+        "head_dim": sizes.head_dim,
         "max_position_embeddings": 262144,
         "rms_norm_eps": 1e-5,
         "rope_parameters": {
             "rope_type": "yarn",
-            "rope_theta": theta,
+            "rope_theta": sizes.rope_theta,
             "factor": 16.0,
             "original_max_position_embeddings": 16384,
             "beta_fast": 32.0,
@@ -78,7 +94,12 @@ def config_fields(shape: str, layers: int | None, vocab_size: int) -> dict[str, 
 
 
 def write_checkpoint(
-    folder: Path, shape: str, layers: int | None = None, vocab_size: int = 131072, int4_head: bool = True, seed: int = 0
+    folder: Path,
+    shape: str,
+    layers: int | None = None,
+    vocab_size: int | None = None,
+    int4_head: bool = True,
+    seed: int = 0,
 ) -> Path:
     """Write the checkpoint into the new ``folder``, whole or not at all."""
     fields = config_fields(shape, layers, vocab_size)
@@ -100,7 +121,7 @@ def write_checkpoint(
                 {"peft_type": "LORA", "r": RANK, "lora_alpha": 4 * RANK, "target_modules": ["o_proj"], "bias": "none"}
             )
         )
-        write_random_tokenizer(out, vocab_size)
+        write_random_tokenizer(out, config.vocab_size)
     return folder
 
 
@@ -142,7 +163,7 @@ def main() -> None:
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("out", type=Path)
     parser.add_argument("--layers", type=int, help="fewer than the published shape has")
-    parser.add_argument("--vocab-size", type=int, default=131072)
+    parser.add_argument("--vocab-size", type=int, help="another than the shape's")
     parser.add_argument("--head", choices=["int4", "16bit"], default="int4")
     arguments = parser.parse_args()
     write_checkpoint(

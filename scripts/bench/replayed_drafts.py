@@ -1,0 +1,142 @@
+"""When self-speculation pays on this CPU: tokens a second by mode and block length at a given acceptance.
+
+    python -m scripts.bench.replayed_drafts --shapes 250m,3b --acceptances 2,4,6,8
+
+Random weights accept nothing. So the passes run and take their time, but their results are replaced: every answer is a
+fixed text, and a draft is right at each position with a fixed probability. The probability gives ``--acceptances``
+tokens a cycle with blocks of 32. Settings take turns; each figure is a median over ``--rounds``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from scripts.bench.random_engines import random_engine
+from trimode import LLM, SamplingParams
+from trimode.runtime.api import llm as llm_module
+from trimode.runtime.executor import BidirectionalStep, Candidates, CausalStep, Executor
+from trimode.runtime.loading import load_engine
+
+ROOT = Path(__file__).resolve().parents[2]
+PROMPT_TOKENS, LONGEST_BLOCK = 64, 32
+FIXED: dict[str, dict[str, Any]] = {"ar": {"mode": "ar"}} | {
+    f"linear_spec {block}": {"mode": "linear_spec", "block_length": block} for block in (4, 8, 16, 32)
+}
+AUTO: dict[str, dict[str, Any]] = {"auto": {"mode": "auto"}}
+
+
+class ReplayedDrafts:
+    """The passes of ``executor``, with the candidates of a fixed text. probability: that a draft is right."""
+
+    def __init__(self, executor: Executor, longest_text: int, first_token: int, tokens: int) -> None:
+        self.pool, self.threads = executor.pool, executor.threads
+        self.probability = 1.0
+        self._executor = executor
+        rng = np.random.default_rng(0)
+        self._text = rng.integers(first_token, tokens, longest_text + LONGEST_BLOCK + 1)
+        self._luck = rng.random(len(self._text))
+
+    def run(self, step: CausalStep | BidirectionalStep) -> Candidates:
+        found = self._executor.run(step)
+        positions = np.take_along_axis(step.position_ids, step.logit_rows, axis=1)
+        chosen = self._next(positions) if isinstance(step, CausalStep) else self._drafted(positions)
+        found.tokens[..., 0] = chosen
+        found.logits[...] = 0.0
+        found.log_sum_exp[...] = 0.0
+        return found
+
+    def _next(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        return self._text[positions + 1]
+
+    def _drafted(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The text, or a neighbouring token where the draft is wrong."""
+        return self._text[positions] + (self._luck[positions] >= self.probability)
+
+
+def probability_of(acceptance: float) -> float:
+    """The probability of a right draft with which blocks of 32 emit ``acceptance`` tokens a cycle on average."""
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (
+            (middle, high) if sum(middle**place for place in range(LONGEST_BLOCK)) < acceptance else (low, middle)
+        )
+    return low
+
+
+def measure(engine: Path, acceptances: list[float], tokens: int, rounds: int) -> dict[float, dict[str, float]]:
+    """Median tokens a second by acceptance and setting."""
+    replays: list[ReplayedDrafts] = []
+
+    def load(folder: Path, **options: Any) -> Any:
+        loaded = load_engine(folder, **options)
+        replays.append(
+            ReplayedDrafts(loaded.executor, PROMPT_TOKENS + tokens, 200, loaded.manifest.model.vocab_size - 1)
+        )
+        return loaded._replace(executor=replays[0])
+
+    results: dict[float, dict[str, float]] = {}
+    with mock.patch.object(llm_module, "load_engine", load):
+        llm = LLM(engine, max_batch_size=1, prefix_cache_bytes=0)
+    with llm:
+        prompt = replays[0]._text[:PROMPT_TOKENS].tolist()
+
+        def tokens_per_second(setting: dict[str, Any]) -> float:
+            output = llm.generate(prompt, SamplingParams(max_tokens=tokens, **setting)).outputs[0]
+            return (output.length - 1) / (output.seconds - output.time_to_first_token)
+
+        for acceptance in acceptances:
+            replays[0].probability = probability_of(acceptance)
+            settings = FIXED | AUTO
+            for _ in range(2):  # `auto` learns the acceptance
+                tokens_per_second(settings["auto"])
+            found: dict[str, list[float]] = {name: [] for name in settings}
+            for _ in range(rounds):
+                for name, setting in settings.items():
+                    found[name].append(tokens_per_second(setting))
+            results[acceptance] = {name: statistics.median(values) for name, values in found.items()}
+    return results
+
+
+def print_table(shape: str, results: dict[float, dict[str, float]], console: Console) -> None:
+    names = [*FIXED, *AUTO]
+    table = Table(
+        f"{shape}, tokens a cycle", *names, "auto / best fixed", box=None, header_style="bold", pad_edge=False
+    )
+    for acceptance, by_setting in results.items():
+        ratio = by_setting["auto"] / max(by_setting[name] for name in FIXED)
+        table.add_row(f"{acceptance:g}", *(f"{by_setting[name]:.3g}" for name in names), f"{ratio:.2f}")
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", default="250m,3b", help="with commas")
+    parser.add_argument("--acceptances", default="2,4,6,8", help="tokens a cycle, with commas")
+    parser.add_argument("--tokens", type=int, default=96, help="of an answer")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--folder", type=Path, default=ROOT / "engines" / "peers", help="keeps models and engines")
+    parser.add_argument("--json", type=Path, help="also write the medians to this file")
+    arguments = parser.parse_args()
+    console, results = Console(highlight=False, width=140), {}
+    acceptances = [float(text) for text in arguments.acceptances.split(",")]
+    for shape in arguments.shapes.split(","):
+        engine = random_engine(shape, arguments.folder, "int8")
+        results[shape] = measure(engine, acceptances, arguments.tokens, arguments.rounds)
+        print_table(shape, results[shape], console)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
