@@ -84,13 +84,15 @@ def best_two(found: Candidates) -> NDArray[np.float64]:
 
 
 def report(singly: NDArray[np.float64], together: NDArray[np.float64], step: int) -> None:
-    differences = np.abs(singly - together)[:, 1:].max(axis=1)
+    differences = np.abs(singly - together)
+    logits, sums = differences[:, 1:3].max(axis=1), differences[:, 3]
     margins = singly[:, 1] - singly[:, 2]
     flips = int((singly[:, 0] != together[:, 0]).sum())
     print(f"{len(singly)} rows in steps of 1 and of {step}")
-    print(f"rows that differ: {(differences > 0).mean():.2%}, by {differences.max():.1e} at most")
+    print(f"rows whose logits differ: {(logits > 0).mean():.2%}, by {logits.max():.1e} at most")
+    print(f"rows whose log-sum-exp differs: {(sums > 0).mean():.2%}, by {sums.max():.1e} at most")
     print(f"margin of the best token: {margins.min():.1e} at least, below 1e-3 in {(margins < 1e-3).mean():.3%}")
-    print(f"rows whose margin is within their difference: {int((margins <= 2 * differences).sum())}; flips: {flips}")
+    print(f"rows whose margin is within their difference: {int((margins <= 2 * logits).sum())}; flips: {flips}")
 
 
 if __name__ == "__main__":
