@@ -38,8 +38,8 @@ class NemotronLabsDiffusionConfig(Ministral3Config):
 
     @classmethod
     def of(cls, config: ModelConfig) -> NemotronLabsDiffusionConfig:
-        """The fields that TriMode has read and checked."""
-        return cls(**config.model_dump(mode="json", exclude_none=True))
+        """The fields that TriMode has read and checked, and the name of the network, which ModelOpt's export reads."""
+        return cls(architectures=["NemotronLabsDiffusionModel"], **config.model_dump(mode="json", exclude_none=True))
 
 
 class RMSNorm(nn.Module):
