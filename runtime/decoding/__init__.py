@@ -1,1 +1,1 @@
-"""How one sequence decodes: drafts, commits, sampling, text and its end."""
+"""Decoding of one sequence: drafts, commits, sampling, text and its end."""

@@ -1,7 +1,6 @@
-"""How far drafts are accepted: a moving average for each place of the block, and what a block is expected to yield.
+"""Acceptance rates: a moving average for each place of the block, and the expected tokens of a cycle.
 
-Texts end, and what a block holds beyond the end is lost. A sequence cannot know its own end, so how often a token is a
-text's last is learnt over all sequences.
+Drafts behind the end of a text are lost. The rate at which texts end is estimated over all sequences.
 """
 
 from __future__ import annotations
@@ -9,28 +8,29 @@ from __future__ import annotations
 from itertools import accumulate
 from operator import mul
 
-LONGEST_BLOCK = 32  # of what auto chooses from; places past it are taken to be as good as its last
+LONGEST_BLOCK = 32  # longest block that auto chooses; later places are assumed as good as its last
 
-_OWN_WEIGHT = 0.1  # of a cycle in a sequence's own averages
-_SHARED_WEIGHT = 0.02  # and in those that new sequences begin with
+_OWN_WEIGHT = 0.1  # weight of a cycle in the sequence's own averages
+_SHARED_WEIGHT = 0.02  # weight of a cycle in the averages that new sequences start from
 _FIRST_GUESS = 0.8
 _FIRST_END_RATE = 0.01
 _END_WEIGHT = 0.002
-# A cycle without drafts teaches nothing, and what was known grows stale.
+# A cycle without drafts observes nothing; old averages decay.
 _OWN_FORGETTING = 0.05
 _SHARED_FORGETTING = 0.002
 
 
 class Acceptance:
-    """``rates[j]``: probability that the draft at place j + 1 of a block is accepted when all before it were, in a text
-    that goes on. end_rate: probability that a token is its text's last.
+    """Running estimate of one sequence's acceptance.
 
-    begins_with: averages over all sequences, which learn from this one as well.
+    rates[j]: probability that the draft at place j + 1 of a block is accepted, given that all before it were and that
+    the text continues. end_rate: probability that a token is the last of its text. begins_with: averages over all
+    sequences; this sequence starts from them, and updates them.
     """
 
     def __init__(self, begins_with: Acceptance | None = None) -> None:
         self._shared = begins_with
-        # A list, not an array: a handful of its numbers change each cycle.
+        # A list is faster than an array here: few of its numbers change each cycle.
         self.rates: list[float] = (
             [_FIRST_GUESS] * (LONGEST_BLOCK - 1) if begins_with is None else begins_with.rates.copy()
         )
@@ -38,13 +38,13 @@ class Acceptance:
         self._yields: list[float] | None = None
 
     def observe(self, accepted: int, tested: int, ended: bool) -> None:
-        """A block in which the first ``accepted`` drafts were accepted; ``tested`` is one more if the next one was
-        rejected, and no more if the text ended or the block did. ended: whether the text did, but for its length.
+        """Count one commit. accepted: drafts accepted. tested: one more if the next draft was rejected; the same if the
+        text or the block ended. ended: whether the text ended, other than by its length limit.
         """
         self._learn(accepted, tested, _OWN_WEIGHT)
         if self._shared is not None:
             self._shared._learn(accepted, tested, _SHARED_WEIGHT)
-            # Settles where the ends foretold of so many tokens are as many as there are.
+            # Fixed point: the predicted number of text ends equals the observed number.
             forgotten = min(1.0, _END_WEIGHT * (accepted + 1))
             self._shared.end_rate += _END_WEIGHT * ended - forgotten * self._shared.end_rate
             self.end_rate = self._shared.end_rate
@@ -58,7 +58,7 @@ class Acceptance:
         self._yields = None
 
     def forget(self) -> None:
-        """A cycle without drafts: drift back to what all sequences know, and that to the first guess."""
+        """Decay after a cycle without drafts: own averages towards the shared ones, those towards the first guess."""
         if self._shared is not None:
             shared = self._shared.rates
             shared[:] = [rate + _SHARED_FORGETTING * (_FIRST_GUESS - rate) for rate in shared]
@@ -67,7 +67,7 @@ class Acceptance:
         self._yields = None
 
     def yields(self) -> list[float]:
-        """By block length, from 1 on: tokens that a cycle yields, the drafts accepted and one more."""
+        """Expected tokens of a cycle, by block length from 1 on: the accepted drafts and one more."""
         if self._yields is None:
             goes_on = 1 - self.end_rate
             emitted = accumulate([rate * goes_on for rate in self.rates], mul)

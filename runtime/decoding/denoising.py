@@ -1,7 +1,8 @@
-"""Which masked positions of a block a denoise pass settles, by the confidence in the tokens chosen for them.
+"""Denoising policies: which masked positions of a block a denoise pass settles, by confidence.
 
-The most confident one is always settled, so that a block is full after as many passes as it has masks. ``threshold``
-and ``quota`` are the model card's; ``top_n``, ``factor`` and ``product`` are other samplers in use with the family.
+Confidence is the probability of the token chosen for a position. Every policy settles the most confident position, so a
+block with M masks is full after M passes at most. ``threshold`` and ``quota`` are the model card's policies; ``top_n``,
+``factor`` and ``product`` are other published ones.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from trimode.runtime.request.sampling_params import DEFAULT_THRESHOLD, SamplingP
 
 
 def settled(confidence: NDArray[np.floating], params: SamplingParams, masks: int, done: int) -> NDArray[np.bool_]:
-    """[M] bool for M masked positions. confidence: [M], probabilities. masks: positions masked when the block was laid
-    out. done: denoise passes that it has had.
+    """The positions to settle: [M] bool for M masked positions.
+
+    confidence: [M]. masks: masked positions before the block's first denoise pass. done: its denoise passes so far.
     """
     threshold = DEFAULT_THRESHOLD if params.threshold is None else params.threshold
     chosen = np.zeros(len(confidence), np.bool_)
@@ -40,6 +42,6 @@ def settled(confidence: NDArray[np.floating], params: SamplingParams, masks: int
 
 
 def quota(masks: int, steps: int, done: int) -> int:
-    """An even share of the masks for each of ``steps`` passes, the remainder in the first ones; at least one."""
+    """Masks to settle in one of ``steps`` passes: an even share, the remainder in the first passes, at least one."""
     share, remainder = divmod(masks, steps)
     return max(1, share + (done < remainder))

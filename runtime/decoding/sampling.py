@@ -1,8 +1,8 @@
-"""From a row's candidates to a token: greedy, or a draw from the row's distribution under a request's parameters.
+"""Sampling: from a row's candidates to a token, greedy or drawn under a request's parameters.
 
-A draw is the inverse of the candidates' distribution at one uniform number, and that number depends on the seed and the
-token's position alone. So a sequence's draws depend neither on the batch nor on how many tokens a pass yields: sampled
-self-speculation emits the very tokens that sampled AR emits with the same seed.
+A draw inverts the cumulative distribution of the candidates at one uniform number. That number depends on the seed and
+the token's position alone, so a draw depends neither on the batch nor on the number of tokens that a pass yields:
+sampled self-speculation emits the tokens that sampled AR emits with the same seed.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ Reals = NDArray[np.float32]
 class UniformNumbers:
     """Numbers in [0, 1), independent for every (seed, position, draw)."""
 
-    _CHUNK = 64  # positions of one generator: making a generator costs more than its numbers
+    _CHUNK = 64  # positions for each generator: creating one costs more than drawing its numbers
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
         self._chunks: dict[tuple[int, int], NDArray[np.float64]] = {}
 
     def at(self, positions: Sequence[int], draw: int = 0) -> NDArray[np.float64]:
-        """[R] for R positions of one pass; draw tells the passes over one position apart."""
+        """[R] for R positions of one pass. draw: number of the draw at a position; denoise passes repeat positions."""
         return np.array([self._chunk(position // self._CHUNK, draw)[position % self._CHUNK] for position in positions])
 
     def _chunk(self, number: int, draw: int) -> NDArray[np.float64]:
         if (number, draw) not in self._chunks:
-            # Sequences go forward: of what is behind, nothing is asked again.
+            # Positions only grow, so chunks behind the current one are not needed again.
             self._chunks = {key: chunk for key, chunk in self._chunks.items() if key[0] >= number - 1}
             generator = np.random.Generator(np.random.Philox(key=self._seed, counter=[0, 0, draw, number]))
             self._chunks[number, draw] = generator.random(self._CHUNK)
@@ -42,9 +42,9 @@ class UniformNumbers:
 
 
 class Sampler:
-    """One sequence's choice of tokens; it is told each emitted token, for the penalties.
+    """Chooses one sequence's tokens. :meth:`note` records emitted tokens, for the penalties.
 
-    prompt: counts for the repetition penalty, as emitted tokens do; presence and frequency count emitted ones only.
+    prompt: its tokens count for the repetition penalty; presence and frequency penalties count emitted tokens only.
     """
 
     def __init__(self, params: SamplingParams, prompt: Ints, seed: int) -> None:
@@ -55,12 +55,12 @@ class Sampler:
         self._emitted: Counter[int] = Counter()
 
     def note(self, token: int) -> None:
-        """``token`` was emitted."""
+        """Record an emitted token."""
         if self._penalised:
             self._emitted[token] += 1
 
     def rows(self, logits: Reals, tokens: Ints, positions: Sequence[int], draw: int = 0) -> Ints:
-        """A token a row, [R], of rows that do not depend on one another. logits, tokens: [R, k], best first."""
+        """One token for each row, [R]; rows are independent. logits, tokens: [R, k], best first."""
         if self._params.greedy:
             return tokens[:, 0]
         weights = kept_weights(logits, self._params)
@@ -70,9 +70,7 @@ class Sampler:
         return chosen
 
     def run(self, logits: Reals, tokens: Ints, positions: Sequence[int]) -> Iterator[int]:
-        """A token for each row of a causal run, one at a time: with penalties, a row's choice depends on the tokens
-        noted since the row before.
-        """
+        """One token for each row of a causal run, in order. With penalties, it depends on the tokens noted before."""
         if not self._penalised:
             yield from self.rows(logits, tokens, positions).tolist()
             return
@@ -92,9 +90,10 @@ class Sampler:
 
 
 def kept_weights(logits: Reals, params: SamplingParams) -> NDArray[np.float64]:
-    """Weights [R, k] from which a token is drawn, 0 for what is cut off, not normalised. logits: [R, k], best first.
+    """Unnormalised weights [R, k] from which a token is drawn, 0 for excluded candidates. logits: [R, k], best first.
 
-    Temperature first, then top_k, top_p and min_p, each over what the one before has left; the likeliest always stays.
+    Temperature comes first, then top_k, top_p and min_p, each over the candidates that are left. The most likely
+    candidate is never excluded.
     """
     temperature = 1.0 if params.temperature is None else params.temperature
     with np.errstate(over="ignore"):  # a tiny temperature: -inf, whose weight is 0

@@ -6,11 +6,11 @@ Every cycle drafts zero or more bidirectional passes until its block is full, th
 |---|---|---|---|
 | ``ar`` | 1 | 0 | the token |
 | ``linear_spec`` | b | 1 draft, or until filled with a draft threshold | the longest matching run, and one more token |
-| ``diffusion`` | b, whole to the end | denoise until filled | the whole block, and one more token |
+| ``diffusion`` | b, the last block too | denoise until filled | the whole block, and one more token |
 | ``auto`` | chosen each cycle | as ``linear_spec``, or ``ar`` with a block of one | as ``linear_spec`` |
 
-So AR is speculation with a block of one. A :class:`Sequence` is one answer's state: it says which pass it needs next
-and absorbs what the pass found, so that sequences of all modes can share a batch.
+AR is speculation with a block of one. A :class:`Sequence` is one answer's state: it states which pass it needs next and
+absorbs the result, so sequences of all modes can share a batch.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ NO_BLOCK = np.empty(0, np.int64)
 
 
 class Pass(NamedTuple):
-    """What a sequence needs next: these tokens through an engine, and logits of these of its rows."""
+    """A pass that a sequence needs: its input tokens, and the rows of them that need logits."""
 
     kind: PassKind
     tokens: Ints  # [S]
@@ -42,7 +42,7 @@ class Pass(NamedTuple):
 
 
 class Sequence:
-    """One answer: its tokens, how many of them are committed to the KV pool, and the block under work.
+    """One answer: its tokens, the number of them committed to the KV pool, and the current block.
 
     The *pending token* is the newest emitted token. Its KV row is not committed yet; it is the first token of the next
     block.
@@ -71,7 +71,7 @@ class Sequence:
         self.emitted: list[int] = []
         self.origins: list[Origin] = []
         self.logprobs: list[dict[int, Logprob]] = []
-        self.rejected: list[int] = []  # drafts that the latest commit did not agree with
+        self.rejected: list[int] = []  # drafts that the latest commit rejected
         self.counts = Counts()
         self._sampler = Sampler(params, self.prompt, seed)
         self._context = context
@@ -87,7 +87,7 @@ class Sequence:
 
     @property
     def tokens(self) -> list[int]:
-        """All that is known: the prompt and what was emitted."""
+        """The prompt and the emitted tokens."""
         return [*self.prompt.tolist(), *self.emitted]
 
     @property
@@ -100,7 +100,7 @@ class Sequence:
 
     @property
     def fills_block(self) -> bool:
-        """Whether its next pass is a bidirectional one."""
+        """Whether the next pass is bidirectional."""
         return not self.prefilling and self._masks > 0
 
     @property
@@ -109,15 +109,15 @@ class Sequence:
 
     @property
     def drafts_in_passes(self) -> bool:
-        """Whether its masks may take more than one bidirectional pass to fill."""
+        """Whether filling a block may take more than one bidirectional pass."""
         return self.params.mode == "diffusion" or bool(self.params.draft_threshold)
 
     @property
     def longest_block(self) -> int:
         """Tokens of the longest block that may come next.
 
-        Speculation drafts no further than the text may go. Diffusion denoises whole blocks as long as the context has
-        room, and the length limit cuts the text: so the tokens do not depend on the limit.
+        Speculation does not draft past the length limit. Diffusion denoises whole blocks as long as the context has
+        room, and cuts the text at the length limit, so its tokens do not depend on the limit.
         """
         if self.params.mode == "diffusion":
             return min(self.params.longest_block, self._context - self.committed)
@@ -129,7 +129,7 @@ class Sequence:
         return min(self.params.kv_rows(len(self.prompt)), self._context)
 
     def open_block(self, length: int) -> None:
-        """Lay out the next block: the pending token, and masks up to ``length``, which is at most ``longest_block``."""
+        """Start the next block: the pending token and ``length`` - 1 masks; ``length`` is at most ``longest_block``."""
         self._block = np.full(length, self._mask_id, np.int64)
         self._block[0] = self.pending_token
         self._masks = length - 1
@@ -142,7 +142,7 @@ class Sequence:
             self._block_logprobs = {}
 
     def next_pass(self) -> Pass:
-        """The pass that brings the sequence on; it has a block, or is in its prefill."""
+        """The next pass of a sequence that is in its prefill or has a block."""
         if self.prefilling:
             chunk = self.prompt[self.committed : self.committed + self._prefill_step]
             return Pass("prefill", chunk, np.array([len(chunk) - 1]))
@@ -154,7 +154,7 @@ class Sequence:
         return Pass("commit", self._block, rows)
 
     def absorb(self, done: Pass, found: Candidates) -> None:
-        """Take a pass's candidates: logits, tokens [R, k] and log_sum_exp [R] of the rows it asked for."""
+        """Process a pass's candidates: logits, tokens [R, k] and log_sum_exp [R] of its rows."""
         setattr(self.counts, done.kind, getattr(self.counts, done.kind) + 1)
         if done.kind == "prefill":
             self.committed += len(done.tokens)
@@ -170,7 +170,7 @@ class Sequence:
             self._commit(found)
 
     def _draft(self, done: Pass, found: Candidates) -> None:
-        """Fill masks with the likeliest tokens: those are the likeliest to be accepted, at any temperature."""
+        """Fill masks with the most likely tokens, at any temperature: they are the most likely to be accepted."""
         threshold = self.params.draft_threshold
         if not threshold:
             self._settle(done.rows, found.tokens[:, 0])
@@ -198,9 +198,9 @@ class Sequence:
             self._block, self._masks = NO_BLOCK, 0
 
     def _place_end_of_thinking(self) -> None:
-        """Put the end of thinking where the budget runs out, so that the passes to come attend to it.
+        """Put the end of thinking where the budget runs out, so that the next passes attend to it.
 
-        As upstream does when the block is opened; and again after each pass, since the block may open ``<think>``.
+        NVIDIA's code does so when it opens the block. Here each pass repeats it, since the block may open ``<think>``.
         """
         forced = self.ending.forced_among(self._block[1:].tolist())
         if forced is not None:
@@ -214,7 +214,7 @@ class Sequence:
         self._masks -= len(places)
 
     def _commit(self, found: Candidates) -> None:
-        """Accept the block's longest run that the causal rows agree with, and the token that follows."""
+        """Accept the longest run of drafts that equal the causal rows' tokens, and one more token."""
         drafts, before = self._block[1:].tolist(), len(self.emitted)
         positions = range(self.committed + 1, self.committed + 1 + len(self._block))
         agreed = self._emit_run(found, positions, "bonus", drafts)
@@ -229,7 +229,7 @@ class Sequence:
         self._block = NO_BLOCK
 
     def _commit_diffusion(self, found: Candidates) -> None:
-        """Accept the whole block, and the token that follows."""
+        """Accept the whole block, and one more token."""
         before = len(self.emitted)
         self._emit_denoised()
         if self.ending.finish_reason is None:
@@ -239,8 +239,8 @@ class Sequence:
         self._block = NO_BLOCK
 
     def _emit_run(self, found: Candidates, positions: Many[int], origin: Origin, drafts: Many[int] = ()) -> int:
-        """Emit the tokens of causal rows, for these absolute positions, as long as each is the one drafted there;
-        returns how many were.
+        """Emit the tokens of causal rows, for these absolute positions, as long as each equals its draft; returns the
+        number of equal ones.
         """
         agreed = 0
         for row, drawn in enumerate(self._sampler.run(found.logits, found.tokens, positions)):
@@ -272,7 +272,7 @@ class Sequence:
         return self.ending.finish_reason is None
 
     def _text_ends_in_block(self) -> bool:
-        """Whether the text ends in the block, with no mask before its end: what follows is not needed."""
+        """Whether the text ends in the block with no mask before its end, so that the rest is not needed."""
         text = self._block[1 : 1 + self.ending.remaining].tolist()
         for token in text:
             if token == self._mask_id:
@@ -282,7 +282,7 @@ class Sequence:
         return len(text) == self.ending.remaining
 
     def _logprobs(self, found: Candidates, row: np.intp | int, token: int) -> dict[int, Logprob]:
-        """The token's own log-probability, then those of the asked number of the likeliest."""
+        """The token's own log-probability, then those of the requested number of most likely tokens."""
         tokens = found.tokens[row].tolist()
         values: NDArray[np.float32] = found.logits[row] - found.log_sum_exp[row]
         ranks = [tokens.index(token), *range(self.params.logprobs or 0)]

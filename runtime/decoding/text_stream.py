@@ -1,4 +1,4 @@
-"""Tokens to text as they come: whole UTF-8 characters, stop strings cut off, and nothing that is later taken back."""
+"""Streaming detokenisation: whole UTF-8 characters, cut at the first stop string. Emitted text is never retracted."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ class TextStream:
     """The text of the tokens fed, up to the first stop string: the joined results of :meth:`new_text` and
     :meth:`finish`.
 
-    stops: strings that end it; the text keeps the one found if ``include_stop``. stop: the one found, if any.
+    stops: strings that end the text. include_stop: keep the stop string found in the text. stop: the one found, or
+    None.
     """
 
     def __init__(
@@ -28,9 +29,9 @@ class TextStream:
         self._stops = stops
         self._include_stop = include_stop
         self._tokens: list[int] = []
-        self._fed = 0  # tokens that the incremental decoding has seen
+        self._fed = 0  # tokens that were decoded incrementally
         self._decoded = ""
-        self._told = 0  # characters
+        self._returned = 0  # characters
 
     @property
     def stop(self) -> str | None:
@@ -41,15 +42,15 @@ class TextStream:
         self._tokens += tokens
 
     def new_text(self) -> str:
-        """The text since the last call that is complete and that no later token can turn into a stop string."""
-        return self._tell(len(self._decoded) if self.stop else len(self._decoded) - self._possible_stop())
+        """The text since the last call, up to what may still become a character or a stop string."""
+        return self._take_to(len(self._decoded) if self.stop else len(self._decoded) - self._possible_stop())
 
     def finish(self) -> str:
-        """All that was not told yet: the beginning of a stop string, an unfinished character as its replacement."""
+        """The rest of the text. An incomplete character becomes the replacement character."""
         if not self._stops or self.stop is None:
             whole = self._tokenizer.decode(self._tokens, self._skip_special_tokens)
             self._append(whole.removeprefix(self._decoded))
-        return self._tell(len(self._decoded))
+        return self._take_to(len(self._decoded))
 
     def _decode(self) -> None:
         pieces = [self._tokenizer.step(self._stream, token) for token in self._tokens[self._fed :]]
@@ -57,7 +58,7 @@ class TextStream:
         self._append("".join(piece for piece in pieces if piece))
 
     def _append(self, text: str) -> None:
-        """Add decoded text and look for the stop string that it completes first."""
+        """Append decoded text, and find the stop string that is complete first."""
         if not self._stops:
             self._decoded += text
             return
@@ -69,14 +70,14 @@ class TextStream:
             self._decoded = self._decoded[: end if self._include_stop else end - len(self._stop)]
 
     def _possible_stop(self) -> int:
-        """Length of the longest end of the text that is the beginning of a stop string."""
+        """Length of the longest suffix of the text that is a prefix of a stop string."""
         longest = max(map(len, self._stops), default=1) - 1
-        for length in range(min(longest, len(self._decoded) - self._told), 0, -1):
+        for length in range(min(longest, len(self._decoded) - self._returned), 0, -1):
             if any(stop.startswith(self._decoded[-length:]) for stop in self._stops):
                 return length
         return 0
 
-    def _tell(self, end: int) -> str:
-        text = self._decoded[self._told : end]
-        self._told = max(self._told, end)
+    def _take_to(self, end: int) -> str:
+        text = self._decoded[self._returned : end]
+        self._returned = max(self._returned, end)
         return text

@@ -1,4 +1,4 @@
-"""The oracle against its own oracles: transformers' Ministral-3 for the network, its modes against each other."""
+"""The reference against transformers' Ministral-3, and its decoding modes against each other."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def prompt() -> torch.Tensor:
 
 @torch.no_grad()
 def test_causal_logits_are_those_of_ministral_3(random_checkpoint: Path) -> None:
-    """At positions within and past the query-scaling step, where YaRN has long been active."""
+    """At positions before and after a step of the query scaling; YaRN acts on all of them."""
     reference = load_reference(Checkpoint(random_checkpoint), adapter=False)
     fields = {name: value for name, value in config_fields().items() if name not in ("model_type", "architectures")}
     ministral = Ministral3ForCausalLM(Ministral3Config(**fields)).eval()
@@ -75,7 +75,7 @@ def test_linear_spec_emits_what_ar_emits(
 
 
 def test_the_adapter_is_on_in_drafts_only(reference: NemotronLabsDiffusionModel, prompt: torch.Tensor) -> None:
-    """Seen at the one place where it acts, for every kind of pass."""
+    """Recorded in its layer, for every kind of pass."""
     layer = reference.encoder.layers[0].self_attn.o_proj
     seen: list[bool] = []
     hook = layer.register_forward_hook(lambda module, *_: seen.append(not module.disable_adapters))
@@ -178,7 +178,7 @@ def test_never_beyond_max_new_tokens_and_never_a_mask(
 
 
 def test_sampled_linear_spec_has_ars_distribution() -> None:
-    """The law of the first three tokens on a vocabulary of 12, against AR's exact probabilities."""
+    """The distribution of the first three tokens on a vocabulary of 12, against AR's exact probabilities."""
     torch.manual_seed(0)
     fields = config_fields(
         vocab_size=12, hidden_size=16, intermediate_size=32, num_attention_heads=2, num_key_value_heads=1, head_dim=8

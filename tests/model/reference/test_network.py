@@ -120,7 +120,7 @@ def test_forwards_patterns_and_hidden_states_are_the_encoders(
 
 
 @torch.no_grad()
-def test_forward_reads_a_cache_always_and_appends_to_it_if_told_to(
+def test_forward_reads_a_cache_always_and_appends_to_it_with_use_cache(
     reference: NemotronLabsDiffusionModel, ids: torch.Tensor
 ) -> None:
     whole = reference(ids).logits

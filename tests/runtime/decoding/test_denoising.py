@@ -1,4 +1,4 @@
-"""Which masks a denoise pass settles: each policy against its definition, by hand and by plain code."""
+"""Denoising policies against worked examples and against the reference's quotas."""
 
 from __future__ import annotations
 

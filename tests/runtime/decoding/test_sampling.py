@@ -1,4 +1,4 @@
-"""Drawing a token: the law that the parameters describe, the same draw for the same seed and position."""
+"""Sampling: the distribution that the parameters describe, and the same draw for the same seed and position."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_draws_have_the_law_of_the_parameters(law: dict[str, Any]) -> None:
     top_p=st.sampled_from([0.05, 0.5, 0.9, 1.0]),
     min_p=st.sampled_from([0.0, 0.1, 0.6]),
 )
-def test_what_is_cut_off_is_what_transformers_cuts_off(
+def test_the_filters_exclude_what_transformers_excludes(
     logits: list[float], temperature: float, top_k: int, top_p: float, min_p: float
 ) -> None:
     row = np.sort(np.array(logits, np.float32))[::-1].copy()

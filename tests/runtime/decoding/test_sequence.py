@@ -1,4 +1,4 @@
-"""The decoding loop: the reference's tokens in all modes, and its rules on hand-made candidates."""
+"""The decoding loop: equal to the reference in all modes, and correct on scripted and random candidates."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_greedy_tokens_and_passes_are_the_references(
 def test_the_thinking_budget_is_the_references(
     both: tuple[LLM, NemotronLabsDiffusionModel], options: dict[str, Any], budget: int
 ) -> None:
-    """Text and KV agree after the forced token: what follows is what the reference makes of it."""
+    """Text and KV cache agree after the forced token: the tokens that follow are the reference's."""
     llm, reference = both
     prompt = [*np.random.default_rng(budget).integers(101, 768, 30).tolist(), THINK]
     params = SamplingParams(max_tokens=30, max_thinking_tokens=budget, **options)
@@ -393,7 +393,7 @@ def longest_thought(emitted: list[int]) -> int:
     room=st.integers(0, 9),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_rules_that_hold_whatever_the_engine_says(
+def test_invariants_hold_for_any_candidates(
     mode: Any,
     block_length: int,
     max_tokens: int,
@@ -404,7 +404,7 @@ def test_rules_that_hold_whatever_the_engine_says(
     room: int,
     seed: int,
 ) -> None:
-    """Random candidates: the length limit is met, no mask comes out, committed rows are those of the known tokens."""
+    """Random candidates: the length limit holds, no mask is emitted, and committed rows belong to the text's tokens."""
     rng = np.random.default_rng(seed)
     options: dict[str, Any] = {"mode": mode, "max_tokens": max_tokens, "max_thinking_tokens": budget}
     if mode != "ar":

@@ -1,4 +1,4 @@
-"""Streaming: the pieces join to the whole text, none is half a character, none is taken back for a stop string."""
+"""Streaming: the pieces join to the whole text, hold whole characters, and never a part of a stop string."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def tokenizer(random_checkpoint: Path) -> Tokenizer:
 
 
 def pieces_of(stream: TextStream, tokens: list[int], cuts: list[int]) -> list[str]:
-    """Feed tokens in portions and take what is told after each; stop where the stream does."""
+    """Feed tokens in portions and collect the new text after each, until the stream stops."""
     pieces, left, cuts = [], list(tokens), list(cuts)
     while left and stream.stop is None:
         size = cuts.pop() if cuts else 3
@@ -44,7 +44,7 @@ def test_pieces_join_to_the_text(tokenizer: Tokenizer, text: str, cuts: list[int
 @settings(deadline=None)
 @given(tokens=st.lists(st.integers(0, 767), max_size=40), cuts=portions, skip=st.booleans())
 def test_any_tokens_whatever(tokenizer: Tokenizer, tokens: list[int], cuts: list[int], skip: bool) -> None:
-    """A model may emit bytes that are no UTF-8 at all."""
+    """A model may emit bytes that are not UTF-8."""
     stream = TextStream(tokenizer, skip_special_tokens=skip)
     assert "".join(pieces_of(stream, tokens, cuts)) + stream.finish() == tokenizer.decode(tokens, skip)
 
@@ -70,7 +70,7 @@ def test_the_text_ends_at_the_stop_string_that_is_complete_first(
     assert told == text[: end if include else end - len(stop)]
 
 
-def test_a_stop_string_that_straddles_portions_is_never_told_in_part(tokenizer: Tokenizer) -> None:
+def test_a_stop_string_that_straddles_portions_is_never_returned_in_part(tokenizer: Tokenizer) -> None:
     stream = TextStream(tokenizer, ("###",))
     told = []
     for text in ("ab", "c#", "d##", "e", "#", "##f"):
