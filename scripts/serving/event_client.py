@@ -1,4 +1,4 @@
-"""A client of server-sent events that costs little beside the server: one request a connection, read to its end."""
+"""A client of server-sent events that needs little processor time: one request per connection, read to its end."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ DONE = "[DONE]"
 
 
 class Streamed(NamedTuple):
-    """``status``: 0 if nothing was answered. ``first``: seconds to the first event that tells text. ``whole``: the
-    response came to its own end, not only the connection.
+    """``status``: 0 without a response. ``first``: seconds to the first event with text. ``whole``: the response is
+    complete; the connection did not break.
     """
 
     status: int
@@ -24,7 +24,7 @@ class Streamed(NamedTuple):
 
 
 async def stream(url: str, body: dict[str, Any], key: str = "", silent_events: int = 0) -> Streamed:
-    """POST ``body`` to ``url``. ``silent_events``: events before the first that tells text."""
+    """POST ``body`` to ``url``. ``silent_events``: events before the first one with text."""
     begun, first, received = time.perf_counter(), None, bytearray()
     try:
         reader, writer = await asyncio.open_connection(*_address(url))
@@ -37,7 +37,7 @@ async def stream(url: str, body: dict[str, Any], key: str = "", silent_events: i
             if first is None and received.count(b"data: ") > silent_events:
                 first = time.perf_counter() - begun
     except OSError:
-        pass  # what came before is judged below
+        pass  # what arrived is returned below
     finally:
         writer.close()
     status, text, whole = _parse(bytes(received))
@@ -79,8 +79,8 @@ def _parse(received: bytes) -> tuple[int, str, bool]:
 
 
 def _events(text: str) -> list[Any]:
-    """What the events hold; a body that is no stream is one."""
-    if not text.startswith("data: "):
-        return [json.loads(text)] if text.startswith("{") else []
-    told = [event.removeprefix("data: ") for event in text.split("\n\n") if event.endswith(("}", "]"))]
-    return [event if event == DONE else json.loads(event) for event in told]
+    """The data of the events, without comments; a body that is not a stream counts as one event."""
+    if text.startswith("{"):
+        return [json.loads(text)]
+    data = [event[len("data: ") :] for event in text.split("\n\n") if event.startswith("data: ")]
+    return [event if event == DONE else json.loads(event) for event in data if event.endswith(("}", "]"))]

@@ -1,4 +1,4 @@
-"""Clients that are killed in mid-stream, and a server that is stopped under load.
+"""Clients that are killed while they stream, and a server that is stopped under load.
 
 python -m scripts.serving.faults ENGINE --kills 200 --stops 20
 """
@@ -18,10 +18,10 @@ from scripts.serving.event_client import DONE, Streamed, event_request, stream
 from scripts.serving.server_process import KEY, Served, serving
 
 SHORT: dict[str, Any] = {"prompt": "abc", "max_tokens": 200, "ignore_eos": True, "mode": "ar", "stream": True}
-# No machine is done with it while somebody looks.
+# Long enough that no machine finishes it during a test.
 LONG = SHORT | {"max_tokens": 1900, "n": 64, "temperature": 1.0}
 SLOTS = 8
-# A client of its own process that says when the stream has begun, and then only reads.
+# A client process that prints a line when the stream has begun, and then only reads.
 _CLIENT = """
 import socket, sys
 with socket.create_connection((sys.argv[1], int(sys.argv[2]))) as connection:
@@ -35,8 +35,9 @@ with socket.create_connection((sys.argv[1], int(sys.argv[2]))) as connection:
 
 
 def kill_a_client(server: Served) -> float:
-    """kill -9 in mid-stream. Seconds until no slot is taken, as far as polling /metrics can tell; no answer is computed
-    to its end.
+    """Kill a streaming client. Its answers must not be computed to their end.
+
+    Returns the seconds until no slot is in use, by polling /metrics.
     """
     finished = server.metrics()["trimode_answers_total"]
     host, _, port = server.url.removeprefix("http://").rpartition(":")
@@ -63,8 +64,8 @@ class Stopped(NamedTuple):
 
 
 def stop_under_load(engine: Path, clients: int = 24, after: float = 0.0) -> Stopped:
-    """SIGTERM while clients stream one answer after another, more of them than there are slots; ``after`` seconds after
-    all slots are taken for the first time.
+    """Send SIGTERM while more clients than slots stream one answer after another, ``after`` seconds after all slots are
+    in use for the first time.
     """
     with serving(engine, "--max-batch", str(SLOTS)) as server:
         asked, stopped_at = asyncio.run(_load_and_stop(server, clients, after))
@@ -74,8 +75,10 @@ def stop_under_load(engine: Path, clients: int = 24, after: float = 0.0) -> Stop
 
 
 def outcome(found: Streamed, before: bool) -> str:
-    """``before``: it was asked before the signal. `lost`: an answer that broke off without a word, or that never began
-    though it was asked before; `reset`: asked too late for any.
+    """``before``: the request was sent before the signal.
+
+    `lost`: the response broke off without an error, or never began although it was requested before the signal.
+    `reset`: requested too late for a response.
     """
     if found.status == 0:
         return "lost" if before else "reset"
@@ -83,11 +86,11 @@ def outcome(found: Streamed, before: bool) -> str:
         return "refused"
     if found.whole and found.events[-1:] == [DONE]:
         return "finished"
-    return "told of its end" if found.whole and "error" in found.events[-1] else "lost"
+    return "ended with an error" if found.whole and "error" in found.events[-1] else "lost"
 
 
 async def _load_and_stop(server: Served, clients: int, after: float) -> tuple[list[tuple[float, Streamed]], float]:
-    """Every stream with the time at which it was asked for, and when the signal was sent."""
+    """Every stream with the time of its request, and the time of the signal."""
     found: list[tuple[float, Streamed]] = []
 
     async def ask_on() -> None:
@@ -118,10 +121,11 @@ def main() -> None:
         before = server.resident_mib()
         seconds = sorted(kill_a_client(server) for _ in range(options.kills))
         cache = server.metrics()["trimode_prefix_cache_bytes"] / 2**20
+        median, most = 1000 * seconds[len(seconds) // 2], 1000 * seconds[-1]
         print(
-            f"{options.kills} clients killed in mid-stream: slot free after {1000 * seconds[len(seconds) // 2]:.0f} ms "
-            f"(median), {1000 * seconds[-1]:.0f} ms at most, as polled; {before:.0f} MiB resident before, "
-            f"{server.resident_mib():.0f} after with {cache:.0f} of prefix cache; {len(server.log)} lines in the log"
+            f"{options.kills} clients killed while streaming: slot free after {median:.0f} ms (median), {most:.0f} ms "
+            f"at most, as polled; {before:.0f} MiB resident before, {server.resident_mib():.0f} after with {cache:.0f} of "
+            f"prefix cache; {len(server.log)} lines in the log"
         )
     total: Counter[str] = Counter()
     longest = 0.0

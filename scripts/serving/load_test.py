@@ -1,4 +1,4 @@
-"""Many streaming clients at once: every text equal to its solo run, times to the first token, memory, overhead.
+"""Many streaming clients at once: equality of every text with its solo run, time to first token, memory, overhead.
 
 python -m scripts.serving.load_test ENGINE                      # the OpenAI server: 64 clients, 1,000 requests
 python -m scripts.serving.load_test ENGINE --server triton      # tritonserver, in the environment of `make triton`
@@ -36,19 +36,19 @@ MAX_TOKENS = 200
 PORTS = Ports(18000, 18001, 18002)
 
 
-class Answer(NamedTuple):
+class LoadAnswer(NamedTuple):
     text: str
     tokens: int
     first: float
     seconds: float
 
 
-Ask = Callable[[int], Awaitable[Answer]]
+Ask = Callable[[int], Awaitable[LoadAnswer]]
 
 
 @dataclass(frozen=True)
 class Load:
-    """``ask(i)`` gives the answer to request i; requests i and i + ``distinct`` are the same."""
+    """``ask(i)`` answers request i; requests i and i + ``distinct`` are equal."""
 
     ask: Ask
     distinct: int
@@ -58,7 +58,7 @@ class Load:
     def of_chats(cls, url: str, records: Sequence[dict[str, Any]], requests: int) -> Load:
         """The OpenAI server; each problem in every mode."""
 
-        async def ask(number: int) -> Answer:
+        async def ask(number: int) -> LoadAnswer:
             record, mode = _choose(records, number)
             body = {"messages": record["messages"], "max_tokens": MAX_TOKENS, "stream": True}
             options = {"stream_options": {"include_usage": True}}
@@ -67,7 +67,7 @@ class Load:
             *chunks, usage, done = found.events
             assert done == DONE
             text = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
-            return Answer(text, usage["usage"]["completion_tokens"], found.first or 0.0, found.seconds)
+            return LoadAnswer(text, usage["usage"]["completion_tokens"], found.first or 0.0, found.seconds)
 
         return cls(ask, len(records) * len(MODES), requests)
 
@@ -75,7 +75,7 @@ class Load:
     def of_texts(cls, tokenizer: Tokenizer, records: Sequence[dict[str, Any]], requests: int) -> Load:
         """tritonserver, over HTTP's ``generate_stream``; each event has the text so far."""
 
-        async def ask(number: int) -> Answer:
+        async def ask(number: int) -> LoadAnswer:
             record, mode = _choose(records, number)
             body = {"text_input": tokenizer.apply_chat_template(record["messages"]), "streaming": True}
             options = {"sampling_param_max_tokens": MAX_TOKENS, "return_finish_reason": True}
@@ -83,7 +83,7 @@ class Load:
             found = await stream(url, body | options | mode)
             _require_whole(found)
             text = found.events[-1]["text_output"]
-            return Answer(text, len(tokenizer.encode(text)), found.first or 0.0, found.seconds)
+            return LoadAnswer(text, len(tokenizer.encode(text)), found.first or 0.0, found.seconds)
 
         return cls(ask, len(records) * len(MODES), requests)
 
@@ -91,7 +91,7 @@ class Load:
     def of_runtime(cls, llm: LLM, records: Sequence[dict[str, Any]], requests: int) -> Load:
         """The same without a server."""
 
-        async def ask(number: int) -> Answer:
+        async def ask(number: int) -> LoadAnswer:
             record, mode = _choose(records, number)
             begun, first = time.perf_counter(), None
             output = llm.generate_async(
@@ -100,14 +100,14 @@ class Load:
             async for _ in output:
                 first = first or time.perf_counter() - begun
             (answer,) = output.outputs
-            return Answer(answer.text, answer.length, first or 0.0, time.perf_counter() - begun)
+            return LoadAnswer(answer.text, answer.length, first or 0.0, time.perf_counter() - begun)
 
         return cls(ask, len(records) * len(MODES), requests)
 
 
 @dataclass
-class Found:
-    """``wrong``: numbers of the requests whose text was not that of their solo run."""
+class LoadResult:
+    """``wrong``: numbers of the requests whose text differed from their solo run."""
 
     completed: int = 0
     tokens: int = 0
@@ -123,18 +123,18 @@ class Found:
         p50, p99 = 1000 * np.percentile(self.first, [50, 99])
         return (
             f"{self.completed:,} answers, {self.tokens:,} tokens in {self.seconds:.1f} s ({self.speed:.0f} a second); "
-            f"first token after {p50:.0f} ms (median), {p99:.0f} ms (p99); {len(self.wrong)} unlike their solo run"
+            f"first token after {p50:.0f} ms (median), {p99:.0f} ms (p99); {len(self.wrong)} differ from their solo run"
         )
 
 
-def run_load(load: Load, clients: int, solo: bool = True) -> Found:
-    """Each distinct request alone first, if ``solo``, then all of them by so many clients at once."""
+def run_load(load: Load, clients: int, solo: bool = True) -> LoadResult:
+    """If ``solo``, run each distinct request alone first; then all of them by ``clients`` clients at once."""
     return asyncio.run(_run(load, clients, solo))
 
 
-async def _run(load: Load, clients: int, solo: bool) -> Found:
+async def _run(load: Load, clients: int, solo: bool) -> LoadResult:
     expected = [await load.ask(number) for number in range(min(load.distinct, load.requests))] if solo else []
-    found, numbers = Found(), iter(range(load.requests))
+    found, numbers = LoadResult(), iter(range(load.requests))
 
     async def client() -> None:
         for number in numbers:
@@ -188,8 +188,8 @@ def main() -> None:
 
 
 def _compare(server: Served, served: Load, alone: Load, clients: int, rounds: int) -> None:
-    """In turn, since the machine's own speed changes. Also by the processor time of the serving process, which other
-    work on the machine and the client's own work do not touch.
+    """Alternate between the two, because the machine's speed changes. Also compare the processor time of the serving
+    process, which does not depend on other work on the machine or on the client.
     """
     run_load(alone, clients, solo=False)
     by_wall, by_processor = [], []

@@ -1,4 +1,4 @@
-"""Pictures of the playground as it answers, in light, dark and phone width.
+"""Screenshots of the playground while it answers: light, dark, phone width.
 
 python -m scripts.serving.playground_picture ENGINE OUT
 """
@@ -27,7 +27,7 @@ PICTURES = {"light": (1240, 620, False), "dark": (1240, 620, True), "phone": (39
 
 
 def rejected_are_seen(page: Chrome) -> bool:
-    """A moment of the last answers, when rejected drafts flash by."""
+    """Whether rejected drafts of the last answers are visible."""
     tokens = page.find_elements(By.CSS_SELECTOR, ".turn .token")
     return len(tokens) > SEEN_TOKENS and bool(page.find_elements(By.CSS_SELECTOR, ".turn .rejected"))
 

@@ -1,4 +1,4 @@
-"""`trimode serve` in a process of its own, for tests and load."""
+"""`trimode serve` in its own process, for tests and load."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ START_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Served:
-    """``log``: what it has written to stderr since it listens."""
+    """``log``: lines on stderr since the server listens."""
 
     url: str
     process: subprocess.Popen[str]
@@ -36,7 +36,7 @@ class Served:
         return {sample.name: sample.value for sample in samples if not sample.labels}
 
     def wait_until_idle(self, seconds: float) -> None:
-        """Raises TimeoutError if an answer still runs or waits after so long."""
+        """Raises TimeoutError if an answer still runs or waits after ``seconds``."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             found = self.metrics()
@@ -49,7 +49,7 @@ class Served:
         return self._mib("VmRSS")
 
     def peak_mib(self) -> float:
-        """The most that was ever resident."""
+        """The largest resident size so far."""
         return self._mib("VmHWM")
 
     def _mib(self, field: str) -> float:
@@ -59,7 +59,7 @@ class Served:
         return int(found[1]) / 1024
 
     def cpu_seconds(self) -> float:
-        """Used so far, by all threads."""
+        """Processor time of all threads so far."""
         fields = Path(f"/proc/{self.process.pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
@@ -69,7 +69,10 @@ class Served:
 
 @contextmanager
 def serving(engine: Path, *options: str, key: str = KEY, name: str | None = "tiny") -> Iterator[Served]:
-    """A server that listens on a free port of the loopback interface. Raises RuntimeError if it does not get there."""
+    """A server on a free port of the loopback interface. ``name``: the served name; None for the engine's own.
+
+    Raises RuntimeError if the server does not start.
+    """
     command = [sys.executable, "-c", "from trimode.cli.command import main; main()", "serve", str(engine)]
     environment = os.environ | {"TRIMODE_API_KEY": key}
     arguments = ["--port", "0", *(["--served-model-name", name] if name else []), *options]

@@ -1,0 +1,174 @@
+"""Third-party clients, unchanged, against `trimode serve`: prints a table of versions and results.
+
+    python -m scripts.serving.clients.run ENGINE [--only NAME ...]
+
+ENGINE is built from the shipped checkpoint. Each client is installed from its registry into a folder of its own under
+``.clients``, by pip or npm, and talks to a server of its own. Exits with 1 if one of them fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from scripts.serving.server_process import KEY, Served, serving
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[2]
+ENVIRONMENTS = ROOT / ".clients"
+TOKENIZER = ROOT / "checkpoints" / "tiny"
+LIMIT_SECONDS = 900
+OFFLINE = {
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",
+    "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+    "TRANSFORMERS_OFFLINE": "1",
+}
+Command = Callable[[Path, str], list[str]]
+
+
+class Client(NamedTuple):
+    """``command``: from the client's environment and the server's URL. ``uses``: what it does, for the table."""
+
+    name: str
+    package: str
+    uses: str
+    command: Command
+    registry: str = "PyPI"
+
+
+def _script(name: str) -> Command:
+    return lambda environment, url: [str(environment / "bin" / "python"), str(HERE / name), url, KEY]
+
+
+def _javascript(environment: Path, url: str) -> list[str]:
+    program = environment / "chat_with_openai.mjs"
+    program.write_bytes((HERE / program.name).read_bytes())  # node looks for packages beside the program
+    return ["node", str(program), url, KEY]
+
+
+def _lm_eval(environment: Path, url: str) -> list[str]:
+    """A local task, so that nothing is downloaded."""
+    model = f"model=tiny,base_url={url}/v1/completions,tokenizer_backend=None,num_concurrent=2,max_retries=1"
+    arguments = ["--model", "local-completions", "--model_args", model]
+    return [str(environment / "bin" / "lm_eval"), *arguments, "--tasks", "trimode_sums", "--include_path", str(HERE)]
+
+
+def _guidellm(environment: Path, url: str) -> list[str]:
+    arguments = ["--target", url, "--model", "tiny", "--processor", str(TOKENIZER), "--profile", "concurrent"]
+    arguments += ["--rate", "2", "--max-requests", "6", "--data", "prompt_tokens=32,output_tokens=16"]
+    backend = json.dumps({"api_key": KEY})
+    return [str(environment / "bin" / "guidellm"), "benchmark", *arguments, "--backend-kwargs", backend]
+
+
+def _aiperf(environment: Path, url: str) -> list[str]:
+    arguments = ["--model", "tiny", "--tokenizer", str(TOKENIZER), "--url", url, "--api-key", KEY, "--streaming"]
+    arguments += ["--endpoint-type", "chat", "--request-count", "6", "--concurrency", "2", "--ui", "none"]
+    arguments += ["--synthetic-input-tokens-mean", "32", "--output-tokens-mean", "16"]
+    arguments += ["--extra-inputs", "ignore_eos:true", "--extra-inputs", "min_tokens:16"]
+    return [str(environment / "bin" / "aiperf"), "profile", *arguments, "--artifact-dir", str(environment / "results")]
+
+
+CLIENTS = (
+    Client("openai (Python)", "openai", "chat, stream, completions, logprobs, errors", _script("chat_with_openai.py")),
+    Client("openai (JavaScript)", "openai", "chat, stream, completions, errors", _javascript, "npm"),
+    Client("LangChain", "langchain-openai", "invoke, stream, batch, tool turns", _script("chat_with_langchain.py")),
+    Client(
+        "llama-index",
+        "llama-index-llms-openai-like",
+        "chat, stream, completion",
+        _script("chat_with_llama_index.py"),
+    ),
+    Client("LiteLLM", "litellm", "completion, stream, text completion, errors", _script("chat_with_litellm.py")),
+    Client("lm-eval", "lm-eval[api]", "a generation task through local-completions", _lm_eval),
+    Client("guidellm", "guidellm", "a benchmark with synthetic prompts", _guidellm),
+    Client("aiperf", "aiperf", "a streaming profile with min_tokens and ignore_eos", _aiperf),
+)
+
+
+def _variables() -> dict[str, str]:
+    """Without PYTHONPATH, by which a client would see this project's packages."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+
+def installed(client: Client) -> Path:
+    """The client's environment, made if it does not exist."""
+    environment = ENVIRONMENTS / re.sub(r"\W+", "-", client.name.lower()).strip("-")
+    if (environment / "ready").exists():
+        return environment
+    if client.registry == "npm":
+        environment.mkdir(parents=True, exist_ok=True)
+        subprocess.run(["npm", "install", "--silent", client.package], cwd=environment, check=True)
+    else:
+        subprocess.run([sys.executable, "-m", "venv", environment], check=True)
+        subprocess.run(
+            [environment / "bin" / "pip", "install", "--quiet", client.package], check=True, env=_variables()
+        )
+    (environment / "ready").touch()
+    return environment
+
+
+def version(client: Client, environment: Path) -> str:
+    if client.registry == "npm":
+        package = environment / "node_modules" / client.package / "package.json"
+        return str(json.loads(package.read_text(encoding="utf-8"))["version"])
+    name = client.package.partition("[")[0]
+    program = f"from importlib.metadata import version; print(version({name!r}))"
+    command = [environment / "bin" / "python", "-c", program]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def run(client: Client, environment: Path, server: Served) -> str | None:
+    """The end of the client's output if it failed."""
+    found = subprocess.run(
+        client.command(environment, server.url),
+        cwd=HERE,
+        env=_variables() | OFFLINE | {"OPENAI_API_KEY": KEY},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=LIMIT_SECONDS,
+        check=False,
+    )
+    return None if found.returncode == 0 else found.stdout[-3000:]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("engine", type=Path)
+    parser.add_argument("--only", nargs="*", choices=[client.name for client in CLIENTS])
+    options = parser.parse_args()
+    failed = False
+    print("| client | version | what it does | requests answered | errors | unknown fields | result |")
+    print("|---|---|---|---|---|---|---|")
+    for client in CLIENTS:
+        if options.only and client.name not in options.only:
+            continue
+        environment = installed(client)
+        with serving(options.engine, "--log-level", "info") as server:
+            error = run(client, environment, server)
+            time.sleep(0.2)
+            log = list(server.log)
+        failed |= error is not None
+        requests = [line for line in log if " trimode.request: POST " in line]
+        answered = sum(" 200 " in line for line in requests)
+        ignored = {line.partition("fields: ")[2].strip() for line in log if "ignored unknown fields" in line}
+        result = "passed" if error is None else "failed"
+        counts = (str(answered), str(len(requests) - answered), "; ".join(sorted(ignored)) or "none")
+        columns = (client.name, version(client, environment), client.uses, *counts, result)
+        print(f"| {' | '.join(columns)} |", flush=True)
+        if error is not None:
+            print(error, file=sys.stderr)
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()
