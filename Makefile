@@ -103,8 +103,8 @@ train-tiny: $(VENV)/.package ## Train the shipped checkpoint again from its seed
 	$(BIN)/python -m scripts.tiny.train --out engines/tiny-trained
 
 clean: ## Remove environments, engines and caches
-	rm -rf $(VENV) $(TRITON) $(PEERS) engines site dist .setuptools .mypy_cache .ruff_cache .pytest_cache .hypothesis \
-		.import_linter_cache
+	rm -rf $(VENV) $(TRITON) $(PEERS) engines site dist .gpu .setuptools .mypy_cache .ruff_cache .pytest_cache \
+		.hypothesis .import_linter_cache
 
 # Installed in place: every tool sees each change of the working tree.
 $(VENV)/.package: pyproject.toml trimode/__init__.py common/version.py

@@ -27,7 +27,7 @@ from trimode.runtime.request.sampling_params import (
 @click.command()
 @click.argument("model")
 @click.option("--prompt", required=True, help="The user's message; - reads it from stdin.")
-@click.option("--mode", type=click.Choice(get_args(Mode)), default=SamplingParams.mode, show_default=True)
+@click.option("--mode", type=click.Choice(get_args(Mode)), default="auto", show_default=True)
 @click.option("--block-length", type=int, help=f"Tokens of a block [default: {DEFAULT_BLOCK_LENGTH}].")
 @click.option(
     "--threshold",

@@ -48,10 +48,11 @@ class KernelLibrary:
     def __init__(self, folder: Path, compute_capability: int) -> None:
         self._folder = library_folder(folder, compute_capability)
         if not self._folder.is_dir():
-            there = sorted(int(path.name.removeprefix("sm_")) for path in folder.glob("sm_*"))
+            names = (path.name.removeprefix("sm_") for path in folder.glob("sm_*"))
+            there = ", ".join(map(str, sorted(int(name) for name in names if name.isdecimal()))) or "none"
             raise TriModeError(
-                f"{folder} has kernels for compute capabilities {', '.join(map(str, there))}, and this GPU's is "
-                f"{compute_capability}; build with --sm {compute_capability}"
+                f"{folder} has kernels for compute capabilities {there}, and this GPU's is {compute_capability}; "
+                f"build with --sm {compute_capability}"
             )
         self.index = read_json_record(LibraryIndex, self._folder / INDEX)
 

@@ -196,6 +196,15 @@ def test_make_does_not_need_the_quantised_folder_once_the_engine_is_built(worksh
     assert commands(workshop, "build-engine", MODEL, "TARGET=rtx") == BUILD
 
 
+def test_make_clean_removes_what_git_ignores_except_results(workshop: Path) -> None:
+    names = [line.strip("/") for line in (ROOT / ".gitignore").read_text().split() if "*" not in line]
+    made = [workshop / name for name in names if name != "__pycache__"]
+    for folder in made:
+        folder.mkdir(exist_ok=True)
+    calls(workshop, "clean")
+    assert [folder.name for folder in made if folder.exists()] == ["out"]
+
+
 def test_make_keeps_what_it_has_not_made_and_what_it_cannot_replace(workshop: Path) -> None:
     (workshop / "mine").mkdir()
     (workshop / "mine/manifest.json").write_text("mine")

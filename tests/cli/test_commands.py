@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import io
 import json
 import os
@@ -17,7 +18,7 @@ from pathlib import Path
 import click
 import pytest
 
-from trimode import SamplingParams, __version__
+from trimode import LLM, __version__
 from trimode.cli.commands import SUMMARIES, commands
 from trimode.cli.prompt import read_prompt
 
@@ -316,6 +317,8 @@ def test_closed_stdout_and_stderr(random_engine: Path) -> None:
     assert (failed.returncode, failed.stdout, failed.stderr) == (2, b"", b"")
 
 
-def test_the_default_mode_is_the_api_s(random_engine: Path) -> None:
-    answer = json.loads(trimode("generate", random_engine, "--prompt", "x", "--max-tokens", 2, "--json").stdout)
-    assert answer["mode"] == SamplingParams().mode
+def test_the_default_mode_is_the_default_of_the_api(random_engine: Path) -> None:
+    default = inspect.signature(LLM).parameters["mode"].default
+    arguments = ["generate", random_engine, "--prompt", "x", "--max-tokens", 2, "--no-adapter"]
+    assert json.loads(trimode(*arguments, "--json").stdout)["mode"] == default
+    assert trimode(*arguments).stderr.decode().startswith(f"[{default}: 2 tokens in ")

@@ -205,3 +205,10 @@ def test_kernels_of_another_type_are_refused(
 def test_a_gpu_without_kernels_is_refused_with_the_compiled_capabilities(library: Path) -> None:
     with pytest.raises(TriModeError, match=r"capabilities 90, and this GPU's is 100; build with --sm 100"):
         KernelLibrary(library, 100)
+
+
+def test_foreign_folders_are_no_compute_capabilities(tmp_path: Path) -> None:
+    for name in ("sm_foo", "sm_90a", "sm_"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(TriModeError, match=r"capabilities none, and this GPU's is 100; build with --sm 100"):
+        KernelLibrary(tmp_path, 100)
