@@ -1,4 +1,4 @@
-"""What the builders of TensorRT and of TensorRT-RTX need alike: they are one interface in two packages."""
+"""Signals, progress and optimisation profiles for the builders of TensorRT and TensorRT-RTX, which share an API."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from trimode.common.progress import Progress
 
 
 class HeldSignals:
-    """Ctrl-C and SIGTERM while the builder runs: noted, and raised again when it has ended. Raised at once, they would
-    do so inside one of its calls of ours, and it drops exceptions.
+    """Hold SIGINT and SIGTERM while the builder runs, and raise them again when it has ended. Raised immediately, they
+    would surface inside a TensorRT callback, which swallows exceptions.
     """
 
     def __init__(self) -> None:
@@ -20,7 +20,7 @@ class HeldSignals:
     def __enter__(self) -> HeldSignals:
         on_main_thread = threading.current_thread() is threading.main_thread()
         numbers = (signal.SIGINT, signal.SIGTERM) if on_main_thread else ()
-        self._former = {number: signal.signal(number, self._note) for number in numbers}
+        self._former = {number: signal.signal(number, self._hold) for number in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -29,13 +29,13 @@ class HeldSignals:
         if self.pending is not None:
             signal.raise_signal(self.pending)
 
-    def _note(self, number: int, _frame: object) -> None:
+    def _hold(self, number: int, _frame: object) -> None:
         self.pending = number
 
 
 class BuilderProgress:
-    """A progress monitor's methods: tells the builder's phases, and stops it for a signal or an exception of the
-    listener.
+    """The methods of TensorRT's progress monitor. They report the builder's phases to ``progress``, and stop the
+    builder after a signal or an exception from ``progress``.
     """
 
     def __init__(self, stage: str, progress: Progress, signals: HeldSignals) -> None:
@@ -59,16 +59,16 @@ class BuilderProgress:
         self._steps.pop(phase_name, None)
 
 
-# Least, usual and largest.
+# Minimum, optimum and maximum.
 Sizes = tuple[int, int, int]
 
 
 class ProfileSizes:
-    """The dynamic dimensions of an optimisation profile; ``others``: those that a target has beside these."""
+    """The dynamic dimensions of an optimisation profile. others: further dimensions of the target."""
 
     def __init__(self, max_batch: int, step: Sizes, rows: Sizes, others: Mapping[str, Sizes]) -> None:
         self._ranges = {"batch": (1, 1, max_batch), "step": step, "rows": rows, **others}
 
     def of(self, dims: list[str | int]) -> list[tuple[int, ...]]:
-        """The shapes of an input, least, usual and largest."""
+        """The minimum, optimum and maximum shape of an input."""
         return [tuple(self._ranges[dim][at] if isinstance(dim, str) else dim for dim in dims) for at in range(3)]

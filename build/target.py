@@ -1,8 +1,8 @@
 """The interface between the build and a target.
 
 A target is a frozen dataclass. Its fields are the options of the target; a field with the metadata of :func:`option` is
-also an option of ``trimode build``. :data:`trimode.build.registry.TARGETS` lists the targets by name. The module of a
-target imports what only the target needs when it builds, not before.
+also an option of ``trimode build``. :data:`trimode.build.registry.TARGETS` lists the targets by name. A target's module
+imports the packages that only this target needs when it builds, not before.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""What compiled plans do on a GPU, counted without one."""
+"""Kernels, bytes and least time of compiled plans, counted without a GPU."""

@@ -1,20 +1,22 @@
-"""What the compiled plans will do on a GPU, kernel by kernel and byte by byte, told without one.
+"""Count the kernels of compiled plans and the bytes that each moves on a GPU. No GPU is needed.
 
-The kernels are the builder's own list (:mod:`trimode.build.rtx.kernel_list`). It leaves dynamic dimensions open; they
-are closed for one shape of pass at a time by the graph that the plan was compiled from: a tensor between two kernels is
-a value between the graph's nodes that those kernels compute, maybe reshaped.
+The kernels come from the builder's list (:mod:`trimode.build.rtx.kernel_list`), in which dynamic dimensions are -1.
+Their sizes for one shape of pass come from shape inference on the graph that the plan was compiled from: a tensor
+between two kernels is a value of the graph, possibly reshaped.
 
-Counting rules. A kernel reads each of its inputs and constants once and writes each output once, whatever the caches
-do. A lookup reads the rows it looks up, a slice the rows it keeps, and a write to the KV pool touches the step's rows
-alone, since the builder gives it the same tensor as input and output. The fused attention, given the whole pool, has a
-list of the tiles of 64 rows in which the mask is not empty; it reads these tiles, of keys, values and mask. Where no
-graph value fits a tensor's open dimensions (the bookkeeping of the masks, mostly), it is left out and counted in
-``unresolved``.
+Counting rules:
 
-Two more totals bound that count from both sides: one in which the attention reads all the pool that it is given, and
-one with the chip's last cache in it. There a tensor no larger than half the cache, which one kernel writes and the very
-next reads, is read from the cache; if nothing later reads it, it is not written out either.
+- A kernel reads each of its inputs and constants once and writes each output once. Caches are ignored.
+- A lookup reads only the rows that it looks up, and a slice only the rows that it keeps.
+- A write to the KV pool moves only the step's rows: the builder gives it the same tensor as input and output.
+- Fused attention over the whole pool gets a list of the tiles of 64 rows in which the mask is not empty. It reads only
+  these tiles of keys, values and mask.
+- A tensor with a dynamic dimension that fits no value of the graph is not counted. ``unresolved`` is the number of
+  these tensors; most belong to the builder's handling of masks.
 
+Two more totals bound this count. In the upper one, attention reads the whole pool that it is given. In the lower one, a
+tensor of at most half the L2 cache that one kernel writes and the next kernel reads is read from the cache; if no later
+kernel reads it, it is not written to memory either.
 """
 
 from __future__ import annotations
@@ -57,13 +59,14 @@ _BITS = {
     "Int64": 64,
 }
 _REAL_TYPES = {"Half", "BFloat16", "Float"}
-_TILE = 64  # KV rows that the fused attention takes or leaves together
+_TILE = 64  # KV rows in a tile of the fused attention
 
 
 class PassAudit(BaseModel):
-    """One pass of one engine. Bytes are of device memory; ``kernels_a_layer``: of most layers. ``ratio`` is to the
-    floor; so are ``ratio_whole_pool``, if the attention reads the tiles that its list leaves out as well, and
-    ``ratio_with_cache``.
+    """One pass of one engine. Bytes are of device memory.
+
+    kernels_a_layer: the most frequent count. floor: bytes that any implementation must move. ratio: bytes / floor.
+    ratio_whole_pool, ratio_with_cache: the same for the two bounding totals of this module.
     """
 
     engine: str
@@ -98,7 +101,7 @@ class Plan:
 
 
 def read_plans(folder: Path) -> list[Plan]:
-    """Both plans of an engine directory; raises TriModeError if it is not of target rtx, or what is read was
+    """Both plans of an engine directory. Raises TriModeError if its target is not rtx, or if a file that is read was
     changed after the build.
     """
     manifest = Manifest.read(folder)
@@ -116,8 +119,8 @@ def read_plans(folder: Path) -> list[Plan]:
 
 
 def audit_pass(plan: Plan, batch: int, step: int, window: int, cache_bytes: int = 0) -> PassAudit:
-    """Count a pass of ``step`` tokens a sequence, logits for all of them, over ``window`` KV rows, on a chip whose last
-    cache holds ``cache_bytes``.
+    """Count a pass of ``step`` tokens for each of ``batch`` sequences over ``window`` KV rows, with logits for every
+    token. cache_bytes: size of the GPU's L2 cache.
     """
     _refuse_impossible(plan, batch, step, window)
     sizes = _Sizes(plan, batch, step, window)
@@ -165,8 +168,8 @@ def audit_pass(plan: Plan, batch: int, step: int, window: int, cache_bytes: int 
 
 
 def cycle_bytes_to_host(manifest: Manifest, block_length: int) -> int:
-    """Of one request's self-speculation cycle: candidates and log-sum-exp of the draft's masked rows and of the
-    verification's rows."""
+    """Bytes copied to the host in one request's self-speculation cycle: candidates and log-sum-exp of the masked rows
+    of the draft and of all rows of the verification."""
     a_row = manifest.limits.top_k * (4 + 8) + 4
     return a_row * (block_length - 1 + block_length)
 
@@ -213,7 +216,7 @@ class _Sizes:
         dims = {"batch": batch, "step": step, "rows": step, "window": window, "rank": rank}
         self._tokens = batch * step
         self._vocab_size = config.vocab_size
-        self._kv_row = config.kv_width  # elements of one of K and V, a token
+        self._kv_row = config.kv_width  # elements of one token's keys; its values have as many
         self._window = batch * window * config.kv_width
         self._capacity = plan.manifest.limits.capacity
         self._listed_rows = min(-(-window // _TILE) * _TILE, self._capacity)
@@ -243,7 +246,7 @@ class _Sizes:
                 moved += self._tensor_bytes(tensor)
             elif "Slice" in operators and not writes_pool:
                 moved += self._window * _BITS[tensor.dtype] // 8
-            elif not writes_pool:  # what it writes it does not read
+            elif not writes_pool:  # a KV write does not read the pool
                 moved += self._tensor_bytes(tensor)
         for tensor in kernel.constants:
             if "Gather" in operators and tensor.dims[:1] == (self._vocab_size,):
@@ -258,17 +261,17 @@ class _Sizes:
         return moved
 
     def unlisted_bytes(self, kernel: PlanKernel) -> int:
-        """Of keys, values and mask, what an attention is given and its list of tiles leaves out."""
+        """Bytes of keys, values and mask in the tiles that an attention's list leaves out."""
         tiles = -(-self._capacity // _TILE)
-        # Two counts come before the tiles.
+        # The list begins with two counts.
         if not any(tensor.dtype == "Int32" and tensor.dims[-1:] == (tiles + 2,) for tensor in kernel.inputs):
             return 0
         given = sum(self._tensor_bytes(tensor) for tensor in kernel.inputs if self._capacity in tensor.dims)
         return given * (self._capacity - self._listed_rows) // self._capacity
 
     def cached_bytes(self, largest: int) -> int:
-        """What does not reach memory if a kernel finds in a cache what the one before it left, ``largest`` bytes of a
-        tensor at most."""
+        """Bytes that a cache saves if each kernel reads from it what the previous kernel wrote. largest: bytes of the
+        largest tensor that the cache keeps."""
         saved = 0
         for kernel, following in pairwise(self._kernels):
             read = {tensor.name for tensor in following.inputs}
@@ -282,41 +285,41 @@ class _Sizes:
         return self._volume(tensor) * _BITS[tensor.dtype] // 8
 
     def _volume(self, tensor: KernelTensor) -> int:
-        tensor = self._written.get(tensor.name, tensor)  # a reader may see it in another shape
+        tensor = self._written.get(tensor.name, tensor)  # a reader may list it with another shape
         if -1 not in tensor.dims:
             return prod(tensor.dims)
         if tensor.name in self._shapes:
             return prod(self._shapes[tensor.name])
-        # Whole numbers and booleans that kernels hand on are the builder's bookkeeping, no values of the graph.
+        # Integer and boolean tensors between kernels are internal to the builder. They are not values of the graph.
         if tensor.name in self._writer and tensor.dtype in _REAL_TYPES:
             made = self._values(self._produces, [self._writer[tensor.name]])
             used = self._values(self._reads, self._readers[tensor.name])
             known = prod(size for size in tensor.dims if size > 0)
             shapes = [[self._shapes[name] for name in names] for names in (made & used, made, used)]
-            alike = [[_broadcast_volume(shape, tensor.dims) for shape in choice] for choice in shapes]
+            same_rank = [[_broadcast_volume(shape, tensor.dims) for shape in choice] for choice in shapes]
             reshaped = [[prod(shape) for shape in choice if prod(shape) % known == 0] for choice in shapes]
-            for volumes in (*alike, *reshaped):
+            for volumes in (*same_rank, *reshaped):
                 if found := [volume for volume in volumes if volume]:
                     return min(found)
         self.unresolved += 1
         return 0
 
     def _values(self, values: dict[str, list[str]], kernels: list[PlanKernel]) -> set[str]:
-        """Of the values that the kernels' nodes make or use, those that one kernel may hand to another."""
+        """The values that the kernels' nodes produce or read and that can pass from one kernel to another."""
         names = {name for kernel in kernels for source in kernel.sources for name in values.get(source, ())}
         return {name for name in names & self._made if name in self._shapes}
 
 
 def _broadcast_volume(shape: tuple[int, ...], dims: tuple[int, ...]) -> int:
-    """Elements of a tensor of ``dims``, some of them open, that holds a value of that shape, once for all along a
-    dimension of 1; 0 if it cannot."""
+    """Elements of a tensor of ``dims`` that holds a value of ``shape``; 0 if it cannot. A dimension of -1 is unknown. A
+    dimension of 1 is broadcast."""
     if len(shape) != len(dims) or any(dim not in (-1, 1, size) for size, dim in zip(shape, dims, strict=True)):
         return 0
     return prod(size for size, dim in zip(shape, dims, strict=True) if dim != 1)
 
 
 def _shapes(graph: onnx.ModelProto, dims: dict[str, int]) -> dict[str, tuple[int, ...]]:
-    """Of every value of the graph for the given sizes of its dynamic dimensions."""
+    """Shapes of the graph's values. dims: sizes of the dynamic dimensions, by name."""
     closed = onnx.ModelProto()
     closed.CopyFrom(graph)
     for value in (*closed.graph.input, *closed.graph.output):
@@ -325,7 +328,7 @@ def _shapes(graph: onnx.ModelProto, dims: dict[str, int]) -> dict[str, tuple[int
                 size = dims[dim.dim_param]
                 dim.Clear()
                 dim.dim_value = size
-    # Inference does not follow a size through a Slice of the pool or through a Range.
+    # Shape inference cannot compute the result of a Slice of the pool or of a Range, so both get constant sizes here.
     if any(value.name == "window_rows" for value in closed.graph.input):
         closed.graph.initializer.append(numpy_helper.from_array(np.array([dims["window"]], np.int64), "closed_window"))
         for node in closed.graph.node:
@@ -334,7 +337,7 @@ def _shapes(graph: onnx.ModelProto, dims: dict[str, int]) -> dict[str, tuple[int
     given = {value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in closed.graph.input}
     makers = {result: node for node in closed.graph.node for result in node.output}
     for node in [node for node in closed.graph.node if node.op_type == "Range"]:
-        size = makers[makers[node.input[1]].input[0]]  # 0, 1, ... to a size of one of the inputs
+        size = makers[makers[node.input[1]].input[0]]  # the Shape of an input, which limits the range
         first = next(attribute.i for attribute in size.attribute if attribute.name == "start")
         numbers = np.arange(given[size.input[0]][first])
         closed.graph.initializer.append(numpy_helper.from_array(numbers, node.output[0]))
@@ -346,7 +349,7 @@ def _shapes(graph: onnx.ModelProto, dims: dict[str, int]) -> dict[str, tuple[int
         if all(sizes):
             shapes[value.name] = tuple(sizes)
     for node in inferred.node:
-        if node.op_type == "DequantizeLinear":  # no kernel hands a matrix on
+        if node.op_type == "DequantizeLinear":  # a dequantised matrix never passes from one kernel to another
             shapes.pop(node.output[0], None)
     return shapes
 
@@ -357,7 +360,7 @@ def _operators(kernel: PlanKernel) -> set[str]:
 
 
 def _layer_of(kernel: PlanKernel) -> int | None:
-    """The layer of a kernel's first node: a kernel that spans two ends the earlier one."""
+    """The lowest layer among a kernel's nodes."""
     layers = [
         int(source.split("/")[0].removeprefix("layers.")) for source in kernel.sources if source.startswith("layers.")
     ]

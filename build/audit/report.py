@@ -1,4 +1,4 @@
-"""An audit of an engine directory for several shapes of pass, as a record, as tables and as a picture."""
+"""Audit an engine directory for several shapes of pass: a record, tables, and a plot."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ DEFAULT_WINDOWS = (512, 4096)
 
 
 class TimeFloor(BaseModel):
-    """Least milliseconds of passes, and most tokens a second of one request, that the GPU allows for the plan's own
-    bytes at this window. Speculation drafts and verifies blocks of ``block_length``."""
+    """The shortest time of each pass in milliseconds, and the resulting tokens per second of one request: the plan's
+    bytes at the GPU's full bandwidth. Self-speculation drafts and verifies blocks of ``block_length``."""
 
     window: int
     block_length: int
@@ -51,9 +51,9 @@ def audit_engine(
 ) -> AuditReport:
     """Audit both plans at every step and window.
 
-    gpu: a key of :data:`trimode.build.audit.roofline.GPUS`. acceptance: tokens of a self-speculation cycle. steps,
-    windows: None for :data:`DEFAULT_STEPS` and :data:`DEFAULT_WINDOWS` as far as the plans allow them. Raises
-    TriModeError for a shape that the plans do not allow.
+    gpu: a key of :data:`trimode.build.audit.roofline.GPUS`. acceptance: tokens per self-speculation cycle. steps,
+    windows: None for :data:`DEFAULT_STEPS` and :data:`DEFAULT_WINDOWS`, each lowered to the plans' limits. Raises
+    TriModeError for a shape beyond these limits.
     """
     card = find_gpu(gpu)
     ar, diffusion = read_plans(folder)
@@ -89,7 +89,7 @@ def audit_engine(
                 linear_spec_tokens_per_second=acceptance / (seconds[1] + seconds[2]),
             )
         )
-    # What one plan has between runs of the pool is a constant that the other lacks.
+    # Bytes between two runs of the pool are a constant of one plan that the other plan lacks.
     private = [
         following.plan_offset - splice.plan_offset
         for entry in (ar.rtx.ar, ar.rtx.diffusion)
@@ -114,7 +114,7 @@ def _at_most(sizes: tuple[int, ...], largest: int) -> tuple[int, ...]:
 
 def print_report(report: AuditReport, console: Console) -> None:
     first = report.passes[0]
-    console.print(f"{report.engine}: what the compiled plans will do; nothing here was run on a GPU")
+    console.print(f"{report.engine}: counted from the compiled plans; nothing was run on a GPU")
     table = _table(
         "engine", "step", "window", "kernels", "a layer", "int4", "alone", "copies", "MB", "/floor", "whole", "cache"
     )
@@ -135,14 +135,15 @@ def print_report(report: AuditReport, console: Console) -> None:
         )
     console.print(table)
     console.print(
-        f"batch {first.batch}; int4: matrices whose product reads the integers; alone: kernels that dequantise only; "
-        "copies: of keys and values; /floor: bytes against the floor; whole: if the attention read the pool past the "
-        f"window too; cache: if what the very next kernel reads stays in the L2 of {find_gpu(report.gpu).name}; "
-        f"{first.unresolved} tensors of the builder's bookkeeping are not counted"
+        f"batch {first.batch}; int4: matrices multiplied as int4, of all int4 matrices; alone: kernels that only "
+        "dequantise; copies: of keys and values; /floor: bytes divided by the floor; whole: the same if attention "
+        "reads the whole pool; cache: the same if each kernel reads the previous one's results from the L2 cache of "
+        f"{find_gpu(report.gpu).name}; not counted: {first.unresolved} tensors internal to the builder"
     )
     console.print(
-        f"weights: {report.weights_shared / 1e6:.1f} MB the same in both plans, {report.weights_private} bytes in one "
-        f"alone; to the host a self-speculation cycle of {BLOCK_LENGTH}: {report.cycle_bytes_to_host} bytes"
+        f"weights: {report.weights_shared / 1e6:.1f} MB shared by both plans, {report.weights_private} bytes in only "
+        f"one; copied to the host per self-speculation cycle of {BLOCK_LENGTH} tokens: {report.cycle_bytes_to_host} "
+        "bytes"
     )
     floors = _table("window", "AR ms", "draft ms", "verify ms", "AR tok/s", "linear_spec tok/s")
     for floor in report.floors:
@@ -153,7 +154,7 @@ def print_report(report: AuditReport, console: Console) -> None:
             f"{floor.linear_spec_tokens_per_second:.1f}",
         )
     card = find_gpu(report.gpu).name
-    console.print(f"time floor on {card}: the plan's bytes at full bandwidth, {report.acceptance} tokens a cycle")
+    console.print(f"time floor on {card}: the plan's bytes at full bandwidth, {report.acceptance} tokens per cycle")
     console.print(floors)
     console.print("the roofline against published speeds of the 8B checkpoint (arXiv 2607.05722), one request")
     published = _table("GPU", "weights", "mode", "published", "floor", "ratio", "model", "residual")
@@ -176,7 +177,7 @@ def _table(*columns: str) -> Table:
 
 
 def write_plot(report: AuditReport, path: Path) -> None:
-    """Bars of bytes by kind of kernel, one a pass, with its floor; a PNG."""
+    """Write a PNG: one bar for each pass, its bytes by kind of kernel, and its floor."""
     import matplotlib
 
     matplotlib.use("Agg")

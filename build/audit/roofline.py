@@ -1,26 +1,28 @@
-"""The roofline of a pass: the least time that memory and tensor cores of a named GPU allow it.
+"""Roofline of a pass: the shortest time that the memory bandwidth and the tensor cores of a GPU allow.
 
-A pass moves every weight of the layers and the head once, reads the KV window once, writes its own KV rows and moves
-its inputs and outputs; of the embedding table only the rows it looks up. Activations between layers stay on chip.
+The *floor* is the number of bytes that any implementation must move: every weight of the layers and the head once, the
+KV window once, the step's own KV rows, inputs and outputs, and the looked-up rows of the embedding table. Activations
+between layers stay on chip.
 
-:func:`published_comparison` holds the floor against the speeds that arXiv 2607.05722 reports for the 8B checkpoint at
-one request (the model card has some of them). What the report leaves open was chosen by how well one efficiency a
-platform, published speed / floor, explains all nine; in brackets the root mean square of the residuals' logarithms:
+:func:`published_comparison` compares the floor with the speeds that arXiv 2607.05722 reports for the 8B checkpoint with
+one request. The report does not state everything that the floor depends on. The assumptions below are those for which
+a single efficiency per platform (published speed / floor) explains all nine figures best. Numbers in parentheses are
+the root mean square of the logarithms of the residuals:
 
-- Tokens a cycle of linear self-speculation: 6.82 (0.07), the acceptance length on SPEED-Bench with the adapter, bonus
-  token included. A pass over a block then takes about as long as AR's. The 11.98 that follow from 5.99 tokens a pass
-  on the report's own tasks would make it up to twice as long (0.31). 6.4 would fit best (0.07).
-- The head has 16 bits in FP8 and w4a16 alike (0.07; 0.09 with the layers' bits): AR on DGX Spark then runs at 78 and
-  77 % of the floor. RTX PRO 6000 alone would rather have the narrow head.
-- A context of 1024 rows: 2 to 3 % of the bytes, so the guess matters little.
+- Linear self-speculation emits 6.82 tokens per cycle (0.07): the acceptance length on SPEED-Bench with the adapter,
+  bonus token included. A pass over a block then takes about as long as an AR pass. With 11.98 tokens per cycle (5.99
+  tokens per pass on the report's own tasks) it would take up to twice as long (0.31). The best fit is 6.4 (0.07).
+- The head has 16 bits in both FP8 and w4a16 (0.07; 0.09 if it has the layers' bits). AR on DGX Spark then reaches 78
+  and 77 % of the floor. Only RTX PRO 6000 fits better with the narrow head.
+- The context has 1024 rows. They are 2 to 3 % of the bytes, so this value matters little.
 
-A fixed time a pass as second parameter comes out negative on RTX PRO 6000. The largest residual is -15 %: w4a16
-speculation on DGX Spark.
+A second parameter, a constant time per pass, becomes negative for RTX PRO 6000. The largest residual is -15 %: w4a16
+self-speculation on DGX Spark.
 
-The report's "speed of light" is no such floor; the model card presents it as what better sampling could yet gain. Held
-against these floors it asks for 1.6 (GB200) to 5.6 (DGX Spark, FP8) tokens a pass; at the pace of the published
-speculation, for 5.9 to 7.7. DGX Spark's 223 tokens a second in w4a16 are 4.2 a pass (8.3 a cycle) at the floor, 6.8 a
-pass at the real pace.
+The report's "speed of light" is not this floor. The model card presents it as what better sampling could still gain. At
+these floors it needs 1.6 (GB200) to 5.6 (DGX Spark, FP8) tokens per pass; at the pass times that the published
+self-speculation implies, 5.9 to 7.7. DGX Spark's 223 tokens per second in w4a16 are 4.2 tokens per pass (8.3 per cycle)
+at the floor, and 6.8 per pass at those pass times.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from trimode.model.config import ModelConfig, RopeParameters
 PublishedMode = Literal["ar", "linear_spec"]
 REAL_BYTES = 2  # activations, scales, norms, KV and adapter are fp16 or bf16
 INTEGER_BYTES, LOGIT_BYTES = 8, 4
-ACCEPTANCE_LENGTH = 6.82  # tokens a cycle, bonus token included: see above
+ACCEPTANCE_LENGTH = 6.82  # tokens per cycle, bonus token included: see above
 ADAPTER_RANK = 128  # of the published draft adapters
 TOP_K = 64
 
@@ -45,7 +47,7 @@ TOP_K = 64
 @dataclass(frozen=True)
 class GpuModel:
     """compute_capability: 121 is 12.1. bandwidth: bytes/s of device memory. peak: dense 16-bit FLOP/s of the tensor
-    cores with fp32 accumulation at the data sheet's boost clock, which a cool card can exceed. cache: bytes of L2."""
+    cores with fp32 accumulation, at the data sheet's boost clock; cards can exceed this clock. cache: bytes of L2."""
 
     key: str
     name: str
@@ -59,7 +61,7 @@ class GpuModel:
 GPUS: dict[str, GpuModel] = {
     gpu.key: gpu
     for gpu in (
-        # The data sheet has 1 PFLOP of sparse FP4 alone; an eighth of it, as on the RTX PRO cards of the same cores.
+        # The data sheet only states 1 PFLOP/s of sparse FP4. This is an eighth of it, the ratio of the RTX PRO cards.
         # Users measure 97e12 in fp16 (github.com/GuigsEvt/dgx_spark_config, issue 1), so the rate is not halved.
         GpuModel("dgx-spark", "DGX Spark (GB10)", 121, 273e9, 125e12, 24 << 20),
         GpuModel("rtx-pro-6000", "RTX PRO 6000 Blackwell Workstation Edition", 120, 1792e9, 503.8e12, 128 << 20),
@@ -77,8 +79,8 @@ GPUS: dict[str, GpuModel] = {
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """Bits of a weight in the layers and in the head. Below 16 bits, ``group`` weights share a scale; 0 if the scales
-    are too few to count.
+    """Bits of a weight in the layers and in the head. group: weights below 16 bits that share a scale; 0 to ignore the
+    scales.
     """
 
     layer_bits: int
@@ -147,7 +149,7 @@ def floor_flops(config: ModelConfig, shape: PassShape) -> int:
 
 
 def pass_seconds(gpu: GpuModel, moved: int, flops: int) -> float:
-    """Seconds that a pass of so many bytes and FLOPs takes at least: the longer of the two, perfectly overlapped."""
+    """The shortest time of a pass in seconds: the larger of memory time and tensor-core time, which overlap."""
     return max(moved / gpu.bandwidth, flops / gpu.peak)
 
 
@@ -161,8 +163,8 @@ def tokens_per_second(
     block_length: int = 32,
     acceptance_length: float = ACCEPTANCE_LENGTH,
 ) -> float:
-    """Tokens a second of one request at the floor. ``ar``: a token a pass. ``linear_spec``: ``acceptance_length``
-    tokens a draft (adapter on) and a verification (adapter off), both over a block."""
+    """Tokens per second of one request at the floor. ``ar``: one token per pass. ``linear_spec``: ``acceptance_length``
+    tokens per cycle, which is a draft (adapter on) and a verification (adapter off) of a block."""
 
     matrix_bytes = uniform_matrix_bytes(config, weights)
 
@@ -176,7 +178,7 @@ def tokens_per_second(
 
 
 class Comparison(NamedTuple):
-    """Tokens a second as published, at the floor, and predicted (the floor times the platform's efficiency)."""
+    """Tokens per second: published, at the floor, and predicted (the floor times the platform's efficiency)."""
 
     gpu: str
     weights: str
@@ -222,8 +224,8 @@ PUBLISHED: tuple[tuple[str, str, PublishedMode, float], ...] = (
 
 
 def published_comparison() -> tuple[Comparison, ...]:
-    """Every published speed against its floor. A platform's efficiency is the geometric mean of its ratios, the least
-    squares of their logarithms."""
+    """Each published speed and its floor. A platform's efficiency is the geometric mean of its ratios, which is the
+    least-squares fit of their logarithms."""
     floors = [
         tokens_per_second(GPUS[gpu], CONFIG_8B, FORMATS[weights], mode, window=CONTEXT)
         for gpu, weights, mode, _ in PUBLISHED

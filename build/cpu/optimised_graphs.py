@@ -1,8 +1,8 @@
-"""Both graphs, optimised by ONNX Runtime, over one file of weights in the layout of its kernels.
+"""Optimise both graphs with ONNX Runtime. They share one file of weights in the layout of its kernels.
 
-ONNX Runtime optimises each graph offline and writes its constants, with their packed copies, to a file of its own.
-Both files hold the same constants; :mod:`trimode.build.cpu.prepacked_pool` merges them, and both sessions map the pages
-of the merged file.
+ONNX Runtime optimises each graph offline and writes its constants, with their packed copies, to a separate file. Both
+files hold the same constants. :mod:`trimode.build.cpu.prepacked_pool` merges them, and both sessions map the merged
+file.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def build_cpu_engines(
 
 
 def _fp32_bytes_of_int4(checkpoint: Checkpoint) -> int:
-    """The size as fp32 of the matrices that the checkpoint has as int4."""
+    """Bytes that the checkpoint's int4 matrices take as fp32."""
     shapes = linear_shapes(checkpoint.config).items()
     weights = sum(rows * columns for module, (rows, columns) in shapes if checkpoint.is_int4(module))
     return weights * np.dtype(np.float32).itemsize

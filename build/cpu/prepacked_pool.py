@@ -1,8 +1,8 @@
-"""The ``cpu`` target's weight pool: what ONNX Runtime wrote for two graphs, as one file that both name.
+"""Weight pool of target ``cpu``: the constants that ONNX Runtime wrote for two graphs, merged into one file.
 
-Optimising a graph offline leaves its constants, each followed by the kernel's packed copy, in a file in no fixed order.
-The two graphs' constants are the same bytes under the same names; that is checked range by range while they are copied
-into one file in order of their names, and both graphs are pointed at it.
+Offline optimisation writes a graph's constants, each followed by the kernel's packed copy, to a file in arbitrary
+order. The constants of both graphs have the same names and bytes. This is checked while they are copied into one file,
+ordered by name. Then both graphs refer to this file.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import onnx
 
 from trimode.engine.manifest import PoolEntry
 
-ALIGNMENT = 4096  # pages: a constant can be mapped on its own
+ALIGNMENT = 4096  # a page: every constant can be mapped separately
 _CHUNK = 1 << 22
 _PREPACKED = "prepacked_"
 
 
 @dataclass(frozen=True)
 class _Blob:
-    """A packed copy: the kernel's key for it, its place, and ONNX Runtime's checksum field."""
+    """A packed copy: the kernel's key, the location in the file, and ONNX Runtime's checksum field."""
 
     key: str
     offset: int
@@ -45,10 +45,10 @@ class _Constant:
 
 
 def merge_pools(models: list[Path], pool: Path) -> tuple[PoolEntry, ...]:
-    """Write one pool for the optimised ``models``, point them at it, remove their own; returns the pool's ranges.
+    """Write one pool for the optimised ``models``, make them refer to it, and remove their own data files.
 
-    Every model's data file lies beside it under the name of ``pool``. Raises RuntimeError that names the constant in
-    which two models differ.
+    The data file of each model is in the model's folder and has the name of ``pool``. Returns the ranges of the pool.
+    Raises RuntimeError that names the constant in which two models differ.
     """
     graphs = [onnx.load(model, load_external_data=False) for model in models]
     constants = [_constants(graph) for graph in graphs]
@@ -73,7 +73,7 @@ def merge_pools(models: list[Path], pool: Path) -> tuple[PoolEntry, ...]:
                 blobs.append(_Blob(blob.key, start, blob.length, blob.checksum))
             placed[name] = _Constant(starts[0], first.length, tuple(blobs))
     for graph, model, source in zip(graphs, models, sources, strict=True):
-        _point_at(graph, pool.name, placed)
+        _set_location(graph, pool.name, placed)
         onnx.save(graph, model)
         source.unlink()
     return tuple(
@@ -100,7 +100,9 @@ def _constants(model: onnx.ModelProto) -> dict[str, _Constant]:
 
 
 def _blob(value: str) -> _Blob:
-    """ONNX Runtime's ``key|offset;length;checksum``; a kernel with several blobs would repeat the second part."""
+    """Parse ONNX Runtime's ``key|offset;length;checksum``. Kernels with several blobs, which would repeat the second
+    part, are not supported.
+    """
     key, *places = value.split("|")
     if len(places) != 1:
         raise RuntimeError(f"unexpected form of a packed constant: {value}")
@@ -108,7 +110,7 @@ def _blob(value: str) -> _Blob:
     return _Blob(key, int(offset), int(length), checksum)
 
 
-def _point_at(model: onnx.ModelProto, location: str, placed: dict[str, _Constant]) -> None:
+def _set_location(model: onnx.ModelProto, location: str, placed: dict[str, _Constant]) -> None:
     for tensor in model.graph.initializer:
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue
@@ -122,7 +124,7 @@ def _point_at(model: onnx.ModelProto, location: str, placed: dict[str, _Constant
 
 
 def _read_together(files: list[Path], ranges: list[tuple[int, int]]) -> Iterator[list[bytes]]:
-    """The same range of every file, chunk by chunk; ranges of different lengths differ in their last chunk."""
+    """Read one range of every file in chunks. If the ranges have different lengths, their last chunks differ."""
     handles = [file.open("rb") for file in files]
     try:
         left = []
@@ -132,7 +134,7 @@ def _read_together(files: list[Path], ranges: list[tuple[int, int]]) -> Iterator
         while any(left):
             chunks = [handle.read(min(_CHUNK, length)) for handle, length in zip(handles, left, strict=True)]
             if not all(chunks):
-                raise RuntimeError(f"{files[0].name} ends before its constants do")
+                raise RuntimeError(f"{files[0].name} is shorter than its constants")
             left = [length - len(chunk) for length, chunk in zip(left, chunks, strict=True)]
             yield chunks
     finally:

@@ -1,4 +1,4 @@
-"""Target ``cpu`` on the side of the build."""
+"""Build for target ``cpu``."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The network as ONNX graphs, and the weight pool that they name."""
+"""The network as ONNX graphs, and their weight pool."""

@@ -1,8 +1,8 @@
 """The network as ONNX graphs of standard operators: one function, two attention patterns.
 
-It reads like :mod:`trimode.model.reference.network`, module by module; the step contract is :mod:`trimode.model.step`.
-Angles and masks are made once a pass and shared by all layers. What may differ by target is in :class:`NetworkOptions`;
-norms, softmax and logits are fp32 in every one.
+Modules have the names and the order of :mod:`trimode.model.reference.network`. Inputs and outputs are those of
+:mod:`trimode.model.step`. Angles and masks are computed once per pass and used by all layers. :class:`NetworkOptions`
+holds what differs between targets. Norms, softmax and logits are always fp32.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ REAL_TYPES: dict[Real, int] = {
 }
 KvRead = Literal["cache", "window", "view"]
 FLOAT, INT64, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL
-# Far below any logit, yet finite: its exponential is 0, and no NaN can come of it.
+# Far below any logit, so that its exponential is 0, and finite, so that no operation on it gives NaN.
 NEVER = np.float32(-1e30)
 
 
@@ -50,7 +50,9 @@ class Rotation(NamedTuple):
 
 @dataclass(frozen=True)
 class PluginOptions:
-    """splits: parts of a sequence's KV rows that are attended to at once. rank: the draft adapter's, 0 without one."""
+    """splits: parts of a sequence's KV rows that attention computes in parallel. rank: of the draft adapter; 0 without
+    one.
+    """
 
     splits: int
     rank: int
@@ -58,20 +60,21 @@ class PluginOptions:
 
 @dataclass(frozen=True)
 class NetworkOptions:
-    """What a target chooses.
+    """Properties of the graphs that depend on the target.
 
-    adapter: whether the diffusion graph takes a draft adapter. top_k: candidates a row; None has the pass say how many.
-    activations: type of activations, KV pool, scales and adapter. capacity: KV rows if the target needs them fixed.
+    adapter: whether the diffusion graph has inputs for a draft adapter. top_k: candidates for each row; None makes it
+    an input of the graph. activations: type of activations, KV pool, scales and adapter. capacity: KV rows, if they are
+    fixed.
 
-    kv_read: what the attention reads. ``cache``: the KV pool as the pass leaves it. ``window``: its first rows, as many
-    as the input ``window_rows`` is long. ``view``: inputs of their own, ``k_view.i`` and ``v_view.i``, which are the
-    pool's memory under a second name, since TensorRT copies a tensor that it writes before it attends to it.
-    rotate_together: turn queries and keys in one node and scale the queries after it, so that one kernel can do both
-    and write the step's rows besides; without, the queries' rotation carries the scale.
-    select_by_product: take the rows that need logits by a product with ones and zeros, which like the adapter's are
-    activations on both sides: the two numbers that TensorRT scales such products by are then constants of both plans.
-    plugins: attention, KV writes and int4 products as nodes of the domain ``trimode``
-    (:mod:`trimode.build.graph.operator_functions`), and every weight an input of the graph.
+    kv_read: what attention reads. ``cache``: the whole KV pool after the write. ``window``: its first rows; the length
+    of the input ``window_rows`` is their number. ``view``: the inputs ``k_view.i`` and ``v_view.i``, which are bound to
+    the pool's memory; TensorRT would copy a tensor that it writes and then attends to.
+    rotate_together: rotate queries and keys in one node and scale the queries after it, so that one kernel can rotate
+    both and also write the step's rows. If False, the cos and sin of the queries include the scale.
+    select_by_product: gather rows by a one-hot MatMul. Like the adapter's product, it multiplies two activations, so
+    both plans contain the constants by which TensorRT scales such products.
+    plugins: use nodes of the domain ``trimode`` for attention, KV writes and int4 products
+    (:mod:`trimode.build.graph.operator_functions`), and make every weight an input of the graph.
     """
 
     adapter: bool
@@ -98,8 +101,8 @@ class _NetworkGraph:
         self.pattern = pattern
         self.options = options
         self.real = REAL_TYPES[options.activations]
-        # Heads of queries that become rows of one head: no executor need repeat keys and values, and on a CPU a single
-        # token is several rows to the attention, whose kernel for one row rounds otherwise.
+        # Query heads that share a KV head become rows of one head. So no executor has to repeat keys and values. On a
+        # CPU, it also avoids ONNX Runtime's attention kernel for one row, which rounds differently.
         self.folded = config.num_attention_heads // config.num_key_value_heads
         self.graph = ModelBuilder(pattern, None if options.plugins else pool.path.name)
         self.op = self.graph.op
@@ -137,7 +140,7 @@ class _NetworkGraph:
             graph.scope = f"layers.{index}/"
             attended = self._attention(self._rms_norm(x, layer.input_layernorm), layer, index)
             if layer is self.pool.layers[-1]:
-                # Past its keys and values the last layer serves the logits alone.
+                # From here on, the last layer needs only the rows with logits.
                 rows = self.op("Unsqueeze", logit_rows, [2])
                 x, attended = (self._rows(value, rows, step) for value in (x, attended))
             x = self._o_proj(attended, x, layer, index)
@@ -158,8 +161,8 @@ class _NetworkGraph:
             self.graph.input(up, self.real, [rank, self.config.hidden_size])
 
     def _rotations(self, position_ids: str) -> tuple[Rotation, Rotation]:
-        """YaRN's cos and sin, for queries and for keys. Angles are fp32 whatever the activations: a position past 256
-        has no exact 16-bit value.
+        """YaRN's cos and sin for queries and for keys. Angles are always fp32: bf16 cannot represent every position
+        above 256.
         """
         frequencies, attention_factor = yarn_frequencies(self.config)
         positions = self.op("Unsqueeze", self.op("Cast", position_ids, to=FLOAT), [2])
@@ -175,9 +178,10 @@ class _NetworkGraph:
         return self._rotation(self.op("Mul", cos, scale), self.op("Mul", sin, scale)), keys
 
     def _query_scale(self, position_ids: str) -> str:
-        """1 + beta * log(1 + floor(position / original length)), [batch, step], from a table of its few values.
+        """1 + beta * log(1 + floor(position / original length)), [batch, step], looked up in a table.
 
-        The attention's own scale rides along: compilers would apply its root to every key of the pool as well.
+        It includes the softmax scale. As an attribute of the attention node, compilers would apply the scale's root to
+        every key of the pool.
         """
         rope = self.config.rope_parameters
         length = rope.original_max_position_embeddings
@@ -190,7 +194,7 @@ class _NetworkGraph:
         return Rotation(self._cast(cos, FLOAT), self._cast(sin, FLOAT))
 
     def _kv_rows(self) -> str:
-        """The numbers of the KV rows that this pass attends to."""
+        """Indices of the KV rows that attention reads."""
         if self.options.kv_read == "window":
             rows = self.graph.input("window_rows", INT64, ["window"])
             self.window = self.op("Shape", rows)
@@ -199,8 +203,8 @@ class _NetworkGraph:
         return self.op("Range", 0, capacity, 1)
 
     def _visible(self, step: str, visibility: str) -> str:
-        """Which KV rows each token sees, [batch, 1, step, rows] bool, [batch, 1, group * step, rows] for folded
-        queries: the committed ones, and its step's by pattern.
+        """Mask of the KV rows that each token attends to: [batch, 1, step, rows] bool, or [batch, 1, group * step,
+        rows] for folded queries.
         """
         seen = self._seen(step, visibility)
         if self.folded > 1 and self.pattern == "causal":
@@ -226,7 +230,7 @@ class _NetworkGraph:
         return self.op("Unsqueeze", seen, [1])
 
     def _attention(self, x: str, layer: PooledLayer, index: int) -> str:
-        """Write the step's keys and values, attend to what is visible; [batch, step, query width]."""
+        """Write the step's keys and values, and attend: [batch, step, query width]."""
         qkv, plugins = self._linear(x, layer.qkv_proj), self.options.plugins
         return self._attend(qkv, index) if plugins is None else self._attend_by_plugins(qkv, index, plugins.splits)
 
@@ -273,20 +277,20 @@ class _NetworkGraph:
         aliases: Sequence[str] = (),
         **attributes: int,
     ) -> Sequence[str]:
-        """A node of the domain ``trimode``; returns ``results``, not what is written in place."""
+        """Add a node of the domain ``trimode``. Returns ``results``, without the outputs that alias an input."""
         self.graph.call(function, inputs, [*results, *aliases], **PARSER_ATTRIBUTES, **attributes)
         return results
 
     def _o_proj(self, attended: str, residual: str, layer: PooledLayer, index: int) -> str:
         if not self.has_adapter:
             return self._linear(attended, layer.o_proj, residual)
-        # The adapter reads the attention's own output, not the one AWQ rescales for the base matrix.
+        # The adapter reads the attention's output itself; AWQ's input scale applies to the base matrix only.
         down, up = adapter_inputs(index)
         narrow = self.op("Mul", self.op("MatMul", attended, down), self.adapter_scale)
         return self._linear(attended, layer.o_proj, residual, (narrow, up))
 
     def _rotated(self, qkv: str, index: int) -> tuple[str, str, str]:
-        """Queries and keys, turned, and values, each [batch, heads, step, head_dim]."""
+        """Rotated queries, rotated keys, and values, each [batch, heads, step, head_dim]."""
         heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
         q, k, v = f"q.{index}", f"k.{index}", f"v.{index}"
         qkv = self.op("Reshape", qkv, [0, 0, heads + 2 * kv_heads, self.config.head_dim])
@@ -303,14 +307,14 @@ class _NetworkGraph:
         return q, self.op("RotaryEmbedding", k, *self.key_rotation), v
 
     def _after(self, q: str, updated: list[str]) -> str:
-        """``q`` once the caches are written, which no use of a view's values would say: none of their rows are added.
-        TensorRT drops the addition; that its kernels keep the order is for the build to check.
+        """``q``, with a dependency on the written caches: zero of their rows are appended. Without it, no edge orders
+        the write before the read of a view. TensorRT removes the concatenation, so the build checks the kernels' order.
         """
         nothing = [self.op("Slice", cache, [0], [0], [2]) for cache in updated]
         return self.op("Concat", q, *nothing, axis=2)
 
     def _rows(self, x: str, logit_rows: str, step: str) -> str:
-        """Those rows of ``x`` [batch, step, width] that need logits; ``logit_rows`` [batch, rows, 1]."""
+        """The rows of ``x`` [batch, step, width] that need logits. logit_rows: [batch, rows, 1]."""
         if not self.options.select_by_product:
             return self.op("GatherND", x, logit_rows, batch_dims=1)
         rows = self.op("Range", 0, self.op("Squeeze", step, [0]), 1)
@@ -326,7 +330,7 @@ class _NetworkGraph:
     def _linear(
         self, x: str, linear: PooledLinear, residual: str | None = None, adapter: tuple[str, str] | None = None
     ) -> str:
-        """residual + x W + narrow up; ``adapter`` is the last two."""
+        """residual + x W + narrow up. adapter: narrow [batch, step, rank] and up [rank, out]."""
         if self.options.plugins is not None and linear.scale is not None:
             return self._int4_product(x, linear, residual, adapter)
         if linear.input_scale is not None:
@@ -349,7 +353,7 @@ class _NetworkGraph:
         return self._plugin(int4_product_function(operator), inputs, [f"{linear.weight.name}.y"])[0]
 
     def _cast(self, x: str, dtype: int) -> str:
-        """``x`` of type ``dtype`` as an activation."""
+        """Cast ``x``, whose type is ``dtype``, to the type of the activations."""
         return x if dtype == self.real else self.op("Cast", x, to=self.real)
 
     def _as_float(self, x: str) -> str:
@@ -359,9 +363,9 @@ class _NetworkGraph:
         return self.op("RMSNormalization", x, self.graph.pooled(weight), axis=-1, epsilon=self.config.rms_norm_eps)
 
     def _head(self, x: str) -> None:
-        """Final norm, logits, and what of them goes to the host: the best ``top_k`` of each row and its log-sum-exp."""
+        """Final norm and logits. Outputs for the host: the ``top_k`` best logits of each row, and its log-sum-exp."""
         logits = self._linear(self._rms_norm(x, self.pool.norm), self.pool.head)
-        # The mask token is an input only.
+        # The mask token is never a candidate.
         bias = np.zeros(self.config.vocab_size, np.float32)
         bias[self.config.mask_token_id] = NEVER
         possible = self.op("Add", self._as_float(logits), self.graph.constant(bias, "mask_token_bias"))
@@ -371,7 +375,7 @@ class _NetworkGraph:
             self.graph.node("TopK", [possible, wanted], ["top_logits", "top_tokens"], axis=-1)
         else:
             self._top_of_narrow(logits, wanted)
-        # The best logit is at hand: ReduceLogSumExp would read the row once more to find it.
+        # The maximum is known already. ReduceLogSumExp would read the row once more to find it.
         best = self.op("Slice", "top_logits", [0], [1], [2])
         total = self.op("ReduceSum", self.op("Exp", self.op("Sub", possible, best)), [-1], keepdims=0)
         self.graph.node("Add", [self.op("Log", total), self.op("Squeeze", best, [2])], ["log_sum_exp"])
@@ -380,8 +384,8 @@ class _NetworkGraph:
         self.graph.output("log_sum_exp", FLOAT, ["batch", "rows"])
 
     def _top_of_narrow(self, logits: str, wanted: Input) -> None:
-        """The best of 16-bit logits, sought in them as they are: a row in fp32 is twice the bytes, written and read
-        again. So the mask token is among the candidates, and of one candidate more it becomes the last.
+        """TopK of 16-bit logits without a copy of the row in fp32, which has twice the bytes. The mask token may be
+        among the best, so take one candidate more, give the mask token the lowest logit, and sort again.
         """
         more = self.op("Min", self.op("Add", wanted, [1]), [self.config.vocab_size])
         self.graph.node("TopK", [logits, more], ["found", "tokens"], axis=-1)

@@ -1,8 +1,8 @@
-"""The plugins' operators as ONNX functions of standard operators, so that any ONNX executor computes the same graphs.
+"""The plugins' operators as ONNX functions of standard operators. With them, any ONNX executor can run the graphs.
 
-The functions are made for clarity, not for speed: attention is computed in one split, and int4 weights are unpacked in
-every pass. Rows that no token attends to may hold any value, including NaN; a token that attends to nothing gets zeros.
-The names of inputs and outputs are those of :mod:`trimode.plugins.operators`.
+The functions are written for clarity, not for speed: attention is computed in one split, and int4 weights are unpacked
+in every pass. Rows that no token attends to may hold any value, including NaN. A token that attends to no row gets
+zeros. The names of inputs and outputs are those of :mod:`trimode.plugins.operators`.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def int4_product_function(operator: Int4Product) -> onnx.FunctionProto:
     op = body.op
     packed = op("Cast", "packed", to=_INT32)
     eight, sixteen = (body.constant(np.array(value, np.int32), f"int32_{value}") for value in (8, 16))
-    # Mod, not a shift: bytes are signed, and Mod's remainder is never negative.
+    # Mod in place of a shift: bytes are signed, and Mod's remainder is never negative.
     even = op("Sub", op("Mod", op("Add", packed, eight), sixteen), eight)
     odd = op("Div", op("Sub", packed, op("Mod", packed, sixteen)), sixteen)
     pairs = op("Concat", op("Unsqueeze", even, [2]), op("Unsqueeze", odd, [2]), axis=2)

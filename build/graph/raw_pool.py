@@ -1,7 +1,7 @@
-"""The weight pool as the graphs see it: one file of raw tensors, written in one pass over the checkpoint.
+"""The weight pool of the graphs: one file of raw tensors, written in one pass over the checkpoint.
 
-Both graphs name ranges of this one file, so their constants are the same by construction. Matrices are stored as
-``MatMul`` wants them, [in, out]; matrices that share an input are one (q, k and v; gate and up).
+Both graphs refer to ranges of this file, so their constants are identical. Matrices are stored as [in, out], as
+``MatMul`` reads them. Matrices that share an input are concatenated (q, k and v; gate and up).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from trimode.common.progress import Progress
 from trimode.model.checkpoint import HEAD, Checkpoint, Int4Weight
 from trimode.model.config import ModelConfig
 
-ALIGNMENT = 4096  # a page, so that every tensor can be mapped on its own
+ALIGNMENT = 4096  # a page: every tensor can be mapped separately
 
 ONNX_DTYPES = {
     np.dtype(np.float32): TensorProto.FLOAT,
@@ -63,7 +63,7 @@ class PoolRange:
 
 @dataclass(frozen=True)
 class PooledLinear:
-    """y = (x * input_scale) W, W as int4 with ``scale`` or as it is."""
+    """y = (x * input_scale) W. With ``scale``, W is int4."""
 
     weight: PoolRange
     scale: PoolRange | None = None
@@ -86,7 +86,7 @@ class PooledLayer:
 
 @dataclass(frozen=True)
 class RawPool:
-    """Where every weight of the network lies; ``stored`` bytes in all, what pads them to pages aside."""
+    """The ranges of all weights in the file. ``stored``: their bytes, without the padding to pages."""
 
     path: Path
     stored: int
@@ -112,10 +112,10 @@ class RawPool:
 def write_raw_pool(
     checkpoint: Checkpoint, path: Path, progress: Progress, real: np.dtype[np.generic], unpack: bool = False
 ) -> RawPool:
-    """Stream the checkpoint's weights into ``path``; no more than one layer's matrix is in memory at a time.
+    """Write the checkpoint's weights to ``path``. At most one matrix of one layer is in memory at a time.
 
-    real: type of scales, norms and matrices that are not int4. unpack: store int4 matrices as ``real`` ones, input
-    scales multiplied in.
+    real: type of scales, norms and matrices that are not int4. unpack: store int4 matrices in the type ``real``,
+    multiplied by their input scales.
     """
     layers = checkpoint.config.num_hidden_layers
     with path.open("wb") as file:
@@ -151,7 +151,7 @@ class _Writer:
         self.stored = 0
 
     def embedding(self) -> PoolRange:
-        """As stored: a lookup needs no wider type."""
+        """In the checkpoint's type: a lookup needs no wider one."""
         return self._put("encoder.embed_tokens", self._checkpoint.vector("encoder.embed_tokens.weight"))
 
     def norm(self, module: str) -> PoolRange:

@@ -1,12 +1,11 @@
-"""The graph as TensorRT takes it best, and the order that its kernels must keep.
+"""Adapt a graph to TensorRT's parser, and check the order of the compiled kernels.
 
-ONNX has no words for two things that TensorRT's fused attention makes use of, so a copy of the graph says them, for the
-parser alone:
+TensorRT's fused attention avoids two copies if the graph is written differently. The parser gets a copy of the graph
+with these changes:
 
-- It takes keys as columns, [heads, head_dim, rows], whose elements lie as rows do. An input said to be rows is copied
-  into that first; one said to be columns, in the format HWC8 (an image's channels innermost), is read where it is. Both
-  are the same bytes.
-- A mask that is the same for every query need not be spread over them, as ONNX Runtime wants it.
+- Keys are declared as columns, [heads, head_dim, rows], in the format HWC8 (channels innermost). In memory that is the
+  same as rows of head_dim. TensorRT reads such an input in place; it would copy an input declared as rows.
+- A mask that is the same for every query is not expanded over the queries. ONNX Runtime needs the expanded mask.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ KEY_HEADS = "key_heads"  # batch * KV heads
 
 
 def tensorrt_form(graph: onnx.ModelProto, layers: int) -> onnx.ModelProto:
-    """A copy of the graph whose ``k_view.i`` are [batch * KV heads, head_dim, rows, 1], to be read in HWC8, and whose
-    diffusion mask is [batch, 1, 1, rows].
+    """A copy of the graph whose ``k_view.i`` are [batch * KV heads, head_dim, rows, 1] in format HWC8, and whose
+    bidirectional mask is [batch, 1, 1, rows].
     """
     copy = onnx.ModelProto()
     copy.CopyFrom(graph)
     for name in cache_views(layers)[::2]:
         _declare_columns(copy.graph, name)
-    _spread_no_mask(copy.graph)
+    _remove_mask_expansion(copy.graph)
     return copy
 
 
@@ -51,19 +50,19 @@ def _declare_columns(graph: onnx.GraphProto, name: str) -> None:
     graph.node.insert(0, columns)
 
 
-def _spread_no_mask(graph: onnx.GraphProto) -> None:
+def _remove_mask_expansion(graph: onnx.GraphProto) -> None:
     makers = {result: node for node in graph.node for result in node.output}
     masks = {node.input[3] for node in graph.node if node.op_type == "Attention"}
     for mask in (makers[name] for name in masks):
-        spread = makers[mask.input[0]]
-        if spread.op_type == "Expand":
-            mask.input[0] = spread.input[0]
-            graph.node.remove(spread)
+        expansion = makers[mask.input[0]]
+        if expansion.op_type == "Expand":
+            mask.input[0] = expansion.input[0]
+            graph.node.remove(expansion)
 
 
 def refuse_disorder(kernels: tuple[PlanKernel, ...], layers: int) -> None:
-    """Raise RuntimeError unless every kernel that reads a view needs, by way of other tensors, results of the kernels
-    that write its layer's keys and values: nothing else makes it wait for them.
+    """Raise RuntimeError unless every kernel that reads a view depends on the kernels that write its layer's keys and
+    values, through a chain of tensors. TensorRT orders kernels by such dependencies only.
     """
     writers: defaultdict[str, list[PlanKernel]] = defaultdict(list)
     for kernel in kernels:
@@ -83,7 +82,7 @@ def refuse_disorder(kernels: tuple[PlanKernel, ...], layers: int) -> None:
 
 
 def _needed(kernel: PlanKernel, writers: dict[str, list[PlanKernel]]) -> list[PlanKernel]:
-    """Every kernel whose results are needed before this one."""
+    """Every kernel that this one depends on, directly or indirectly."""
     needed: dict[str, PlanKernel] = {}
     waiting = [kernel]
     while waiting:

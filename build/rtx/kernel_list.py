@@ -1,7 +1,7 @@
-"""The kernels of a compiled plan, as TensorRT-RTX's builder lists them: ``layers.json``.
+"""The kernels of a compiled plan, from the log of TensorRT-RTX's builder: ``layers.json``.
 
-A plan cannot be opened without a GPU, so its own inspector is out of reach; but at the level VERBOSE, with detailed
-profiling verbosity, the builder logs every kernel in one line each:
+Without a GPU, a plan cannot be deserialised and inspected. At log level VERBOSE with detailed profiling verbosity, the
+builder logs one line for each kernel:
 
 ``Name: ..., LayerType: ..., Inputs: [ { Name: ..., Dimensions: [-1,4096], ..., Datatype: Half, ... }, ...],
 Constants: [...], Outputs: [...], TacticName: ..., StreamId: 0, Metadata: [ONNX Layer: MatMul_7]...``
@@ -26,12 +26,14 @@ _TENSOR = re.compile(r"\{ Name: (\S+), Dimensions: \[([-\d,]*)\], .*?Datatype: (
 _SOURCE = re.compile(r"ONNX Layer: ([^\]]+)")
 # What the list has besides kernels: events between streams, and shapes computed on the host.
 _NO_KERNEL = {"signal", "wait", "shape_call"}
-# Sizes that the host computes and sends along; the line has a form of its own.
+# Sizes that the host computes and copies to the device. These lines have another format.
 _SHAPE_COPY = "LayerType: ShapeHostToDevice,"
 
 
 class KernelTensor(Record):
-    """A tensor that a kernel reads or writes; a dimension of -1 is known at run time. ``dtype`` is TensorRT's name."""
+    """A tensor that a kernel reads or writes. A dimension of -1 is known at run time only. ``dtype``: by TensorRT's
+    name.
+    """
 
     name: str
     dims: tuple[int, ...]
@@ -39,7 +41,7 @@ class KernelTensor(Record):
 
 
 class PlanKernel(Record):
-    """One launch. ``kind``: the builder's class of it. ``sources``: the graph's nodes that it computes."""
+    """One kernel launch. ``kind``: the builder's LayerType. ``sources``: the nodes of the graph that it computes."""
 
     name: str
     kind: str
@@ -55,8 +57,8 @@ class KernelList(RootModel[tuple[PlanKernel, ...]]):
 
 
 def parse_kernels(log: Iterable[str]) -> KernelList:
-    """The kernels in a builder's log messages, in order of launch. Raises RuntimeError if it lists none, or a line has
-    another form: TensorRT-RTX changed its log then.
+    """The kernels in a builder's log messages, in order of launch. Raises RuntimeError if there is none, or if a line
+    has another format, which means that TensorRT-RTX changed its log.
     """
     kernels = []
     for message in log:

@@ -1,8 +1,9 @@
-"""Both graphs, compiled by TensorRT-RTX for a list of GPUs, over one file of weights.
+"""Compile both graphs with TensorRT-RTX for a list of GPUs. Both plans share one file of weights.
 
-The builder needs no GPU. Its log is the only source of what it built, so the log is checked: a warning that is not in
-:data:`EXPECTED_MESSAGES` fails the build, and the kernels that the log lists become ``layers.json``. The builder could
-strip the weights itself (``STRIP_PLAN``), but then building needs a GPU; so the weights are cut out of whole plans.
+The builder needs no GPU. Only its log shows what it built, so the log is checked: a warning that is not in
+:data:`EXPECTED_MESSAGES` fails the build, and the kernels that the log lists become ``layers.json``. The builder can
+strip weights itself (``STRIP_PLAN``), but only on a machine with a GPU. Therefore the weights are cut out of complete
+plans.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ EXPECTED_MESSAGES = {
 
 
 class _BuilderLog(trt.ILogger):  # type: ignore[misc]
-    """Keeps every message, since the kernels are listed among them."""
+    """Keeps every message: the list of kernels is part of the log."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -118,7 +119,7 @@ def build_plans(checkpoint: Checkpoint, folder: Path, target: RtxTarget, limits:
     shared = (folder / POOL).stat().st_size
     if shared < pool.stored * LEAST_SHARED:
         raise RuntimeError(
-            f"the plans share {shared} bytes of weights of {pool.stored}: the engines' constants differ, or lie in "
+            f"the plans share {shared} bytes of weights of {pool.stored}: the engines' constants differ, or are in "
             "another order"
         )
     progress("weights", 1, 1)
@@ -165,7 +166,7 @@ def _compile(
         if tensor.name.startswith("k_view."):
             tensor.allowed_formats = 1 << int(trt.TensorFormat.HWC8)
     config = builder.create_builder_config()
-    # Otherwise the log lists the kernels by number only.
+    # At a lower verbosity the log has only numbers of kernels.
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     # The runtime captures passes as CUDA graphs over its own memory. With this flag the build fails if the plan cannot.
     config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
@@ -204,7 +205,7 @@ def _refuse_private_constants(runs: list[SharedRun]) -> None:
 
 
 def _pooled_constants(graph: onnx.ModelProto) -> dict[str, str]:
-    """The place in the raw pool of each of the graph's matrices and vectors."""
+    """The location in the raw pool of each matrix and vector of the graph."""
     return {
         tensor.name: " ".join(f"{field.key} {field.value}" for field in tensor.external_data)
         for tensor in graph.graph.initializer
@@ -213,15 +214,15 @@ def _pooled_constants(graph: onnx.ModelProto) -> dict[str, str]:
 
 
 def _refuse_differing(constants: list[dict[str, str]]) -> None:
-    """Refuse graphs that name other ranges of the pool than the first graph: their plans could not share weights."""
+    """Refuse graphs that use different ranges of the pool: their plans could not share weights."""
     first, last = constants[0], constants[-1]
     for name in sorted(first.keys() | last.keys()):
         if first.get(name) != last.get(name):
-            raise RuntimeError(f"the engines' constant {name} differs: {first.get(name)} against {last.get(name)}")
+            raise RuntimeError(f"the engines' constant {name} differs: {first.get(name)} and {last.get(name)}")
 
 
 def _first_bytes(pool: RawPool) -> bytes:
-    """The beginning of the embedding table, long enough to find it in a plan."""
+    """The first bytes of the embedding table, enough to find it in a plan."""
     with pool.path.open("rb") as file:
         file.seek(pool.embed_tokens.offset)
         return file.read(min(4096, pool.embed_tokens.length))

@@ -1,4 +1,4 @@
-"""Target ``rtx`` on the side of the build."""
+"""Build for target ``rtx``."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The weights of two plans, found and cut out, so that the pool holds them once.
+"""Find the weights that two plans share and cut them out, so that the pool holds them once.
 
-A plan carries its constants as a run of bytes in the builder's own order and layout. Plans of graphs that name the same
-constants carry the same run, but for a few bytes that one of the graphs needs and the other does not (the factors of
-the adapter's product, say): these part the run in two. What the two plans share is found and compared byte by byte.
+A plan contains its constants as one run of bytes, in the builder's order and layout. Plans of graphs with the same
+constants contain the same run, except for small private constants that only one graph has, such as the scale of the
+adapter's product. A private constant splits the run in two. Shared runs are found by comparing the plans byte by byte.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from numpy.typing import NDArray
 from trimode.engine.plan_file import PlanEntry, Splice, read_chunks
 
 _CHUNK = 1 << 24
-_ANCHOR = 256  # bytes looked for in the other plan
-_REACH = 1 << 18  # how far apart a private constant can push what follows it, and how far from its end a run is sought
-# Plans of like graphs share kernels' code too, which is no weight; it lies farther apart than constants do.
+_ANCHOR = 256  # length of a byte string that is searched in the other plan
+_REACH = 1 << 18  # largest size of a private constant, and distance from the end of a run to the next search
+# Similar plans also share kernel code, which is not a weight. The gaps around code are larger than those in constants.
 _LARGEST_GAP = 1 << 14
 _DISTANCES = [_REACH, _REACH * 5 // 4, _REACH * 3 // 2, _REACH * 7 // 4]
 
 
 class SharedRun(NamedTuple):
-    """Bytes that both plans have: where they begin in each, and how many."""
+    """Bytes that both plans have: their offset in each, and their number."""
 
     first: int
     second: int
@@ -32,16 +32,16 @@ class SharedRun(NamedTuple):
 
 
 class _Region(NamedTuple):
-    """A part of each plan in which runs are sought."""
+    """The part of each plan that is searched."""
 
     first: slice
     second: slice
 
 
 def find_shared_runs(first: NDArray[np.uint8], second: NDArray[np.uint8], probe: bytes) -> list[SharedRun]:
-    """The shared runs of two plans in their order, beginning with the one around ``probe``, bytes of a large constant.
+    """The shared runs of two plans, in order. The search starts at ``probe``, the first bytes of a large constant.
 
-    Raises RuntimeError if a plan lacks the probe.
+    Raises RuntimeError if a plan does not contain the probe.
     """
     whole = _Region(slice(0, len(first)), slice(0, len(second)))
     middle = _extended(first, second, _find(first, probe), _find(second, probe), whole)
@@ -49,8 +49,8 @@ def find_shared_runs(first: NDArray[np.uint8], second: NDArray[np.uint8], probe:
 
 
 def cut_runs(plan: Path, runs: list[tuple[int, int]], pool: Path | None) -> PlanEntry:
-    """Take ``runs``, (offset, length) in order, out of the file ``plan``; ``pool``, if given, receives them one after
-    the other. Returns how to put the plan together again.
+    """Remove ``runs``, ordered pairs of (offset, length), from the file ``plan``, and write them to ``pool`` if it is
+    given. Returns the record for assembling the plan again.
     """
     rest = plan.with_suffix(".rest")
     splices, kept, pooled = [], 0, 0
@@ -103,15 +103,15 @@ def _runs_after(first: NDArray[np.uint8], second: NDArray[np.uint8], run: Shared
 
 
 def _gap(run: SharedRun, following: SharedRun) -> int:
-    """The larger of the two plans' private bytes between runs."""
+    """Bytes between two runs in the plan that has more of them."""
     return max(following.first - run.first, following.second - run.second) - run.length
 
 
 def _longest(
     first: NDArray[np.uint8], second: NDArray[np.uint8], places: list[int], near: slice, region: _Region
 ) -> SharedRun | None:
-    """The longest run around one of ``places`` of the first plan that is found ``near`` in the second: the bytes at a
-    single place may repeat, as equal scales do.
+    """The longest run around one of ``places`` of the first plan, searched in the range ``near`` of the second. Several
+    places are tried, because the bytes at one place may repeat, such as equal scales.
     """
     text = second[near].tobytes()
     found = []
@@ -125,7 +125,7 @@ def _longest(
 def _extended(
     first: NDArray[np.uint8], second: NDArray[np.uint8], in_first: int, in_second: int, region: _Region
 ) -> SharedRun:
-    """The longest run around a pair of equal places, within the region."""
+    """The longest run around a pair of equal bytes, within the region."""
     before = _common(
         first[region.first.start : in_first][::-1],
         second[region.second.start : in_second][::-1],
@@ -139,11 +139,11 @@ def _find(array: NDArray[np.uint8], probe: bytes) -> int:
         found = array[start : start + _CHUNK + len(probe)].tobytes().find(probe)
         if found >= 0:
             return start + found
-    raise RuntimeError("a plan does not hold the embedding table as it is")
+    raise RuntimeError("a plan does not contain the embedding table unchanged")
 
 
 def _common(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> int:
-    """Length of the longest common beginning."""
+    """Length of the longest common prefix."""
     shortest = min(len(first), len(second))
     for at in range(0, shortest, _CHUNK):
         end = min(at + _CHUNK, shortest)

@@ -22,7 +22,7 @@ from trimode.model.checkpoint import Checkpoint
 from trimode.model.step import ENGINES
 from trimode.plugins.operators.int4_product import LEAST_GROUP
 
-# With 8 KV heads, one request's attention then has about as many programs as a large GPU has multiprocessors.
+# With 8 KV heads, the attention of one request has about as many programs as a large GPU has multiprocessors.
 SPLITS = 16
 
 

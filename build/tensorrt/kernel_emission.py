@@ -1,4 +1,4 @@
-"""The kernels that two graphs' plugins need, compiled for GPUs that need not be here."""
+"""Compile the kernels that the plugins of both graphs need. The GPUs need not be present."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def write_kernels(
 ) -> None:
     """Compile each kernel for each compute capability (121 for 12.1) into ``folder``, a :class:`KernelLibrary`'s.
 
-    A tactic that does not fit a GPU is left out there. Raises TriModeError where none of an operator's does.
+    A tactic that does not fit a GPU is omitted for this GPU. Raises TriModeError if no tactic of an operator fits.
     """
     done, total = 0, len(sms) * len(needed)
     for sm in sms:
@@ -86,7 +86,7 @@ def _untuned(name: str) -> str:
 def _fixed_shapes(
     node: onnx.NodeProto, operator: Operator, weights: dict[str, tuple[int, ...]], config: ModelConfig
 ) -> Shapes:
-    """The shapes of a node's inputs as far as they are fixed: weights by the graph, the rest by the config."""
+    """The fixed dimensions of a node's inputs. The graph gives those of weights, the config the others."""
     heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     activations = {
         "qkv": (_DYNAMIC, _DYNAMIC, config.query_width + 2 * config.kv_width),

@@ -1,6 +1,6 @@
-"""Both graphs, compiled by TensorRT with TriMode's plugins for this machine's GPU, on which it times their tactics.
+"""Compile both graphs with TensorRT and TriMode's plugins for this machine's GPU, on which TensorRT times the tactics.
 
-Weights are inputs of the graphs, so the plans hold none and both engines bind the same pool.
+Weights are inputs of the graphs, so the plans contain none, and both engines bind the same pool.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ def compile_plans(
 
 
 def _profiles(max_batch: int, max_step: int) -> list[ProfileSizes]:
-    """One profile for a single token, one for a block, one for a chunk of a prompt, which needs logits for one row.
+    """Three profiles: one token; a block; a chunk of a prompt, which needs logits for one row only.
+
     TensorRT times tactics only at the optimal sizes of a profile. Every step length fits exactly one profile.
     """
     profiles = []

@@ -1,4 +1,4 @@
-"""Target ``tensorrt`` on the side of the build."""
+"""Build for target ``tensorrt``."""
 
 from __future__ import annotations
 
