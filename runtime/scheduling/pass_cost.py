@@ -29,11 +29,11 @@ _OUTLIER = math.log(4)  # a larger error of one pass counts as this
 _NOISE = 0.4  # expected error of one observation
 _FIRST_PACE_DOUBT = math.log(4)
 _LEAST_PACE_DOUBT = 0.13
-_MEASURED_DOUBT = math.log(2)
 _GUESSED_DOUBT = math.log(8)
 _LEAST_CELL_DOUBT = 0.06
 _MOST_DOUBT = math.log(1000)
-_GROWTH = math.log(2) / 4  # of a cell's doubt, for each pass elsewhere
+_GROWTH = math.log(2) / 4  # of a guessed cell's doubt, for each pass elsewhere
+_MEASURED_GROWTH = _GROWTH / 4  # of a measured one's
 _SLOWER_GROWTH = 1 / 4  # factor after an observation that confirms the cell
 _LEAST_GROWTH = _GROWTH / 256
 _CONFIRMED = math.log(1.5)  # largest error of an observation that confirms a cell
@@ -77,6 +77,8 @@ class PassCost:
         self._pace_doubt = _FIRST_PACE_DOUBT
         self._passes = 0  # observed so far
         self._places: dict[tuple[int, int], _Place] = {}
+        self._least: dict[tuple[EngineName, int], list[float]] = {}  # by row, after ``_least_at`` passes
+        self._least_at = 0
 
     def seconds(self, engine: EngineName, batch: int, step: int) -> float:
         """The expected seconds of a pass."""
@@ -84,33 +86,39 @@ class PassCost:
 
     def least_seconds(self, engine: EngineName, batch: int, step: int) -> float:
         """The fewest seconds that the pass may take, given how long ago such a pass ran."""
-        place, cells = self._place(batch, step), self._cells[engine]
-        doubt = sum(weight * self._doubt(cells[row][column]) for row, column, weight in place.cells)
-        return math.exp(self._log_seconds(engine, place) - doubt)
+        place = self._place(batch, step)
+        total = place.log_beyond + self._log_pace
+        for row, column, weight in place.cells:
+            total += weight * self._least_of_row(engine, row)[column]
+        return math.exp(total)
 
     def observe(self, engine: EngineName, batch: int, step: int, seconds: float) -> None:
         """A pass took so many seconds."""
         place = self._place(batch, step)
         error = math.log(seconds) - self._log_seconds(engine, place)
-        error = min(max(error, -_OUTLIER), _OUTLIER)
         met = [(self._cells[engine][row][column], weight) for row, column, weight in place.cells]
-        variances = [(weight * max(self._doubt(cell), _LEAST_CELL_DOUBT)) ** 2 for cell, weight in met]
+        doubts = [self._doubt(cell) for cell, _ in met]
+        credible = max(_OUTLIER, *doubts)  # one pass may have been disturbed
+        counted = min(max(error, -credible), credible)
+        variances = [
+            (weight * max(doubt, _LEAST_CELL_DOUBT)) ** 2 for (_, weight), doubt in zip(met, doubts, strict=True)
+        ]
         total = self._pace_doubt**2 + sum(variances) + _NOISE**2
-        pace_move = error * self._pace_doubt**2 / total
-        self._log_pace += pace_move
-        remaining = error - pace_move
+        self._log_pace += counted * self._pace_doubt**2 / total
         for (cell, weight), variance in zip(met, variances, strict=True):
-            cell.log_seconds += error * variance / total / weight
-            remaining -= error * variance / total
-        self._pace_doubt = max(_LEAST_PACE_DOUBT, (self._pace_doubt + 2 * abs(remaining)) / 2)
+            cell.log_seconds += counted * variance / total / weight
+        remaining = abs(math.log(seconds) - self._log_seconds(engine, place))
+        self._pace_doubt = max(_LEAST_PACE_DOUBT, (self._pace_doubt + min(2 * remaining, _FIRST_PACE_DOUBT)) / 2)
         self._passes += 1
-        for cell, weight in met:
-            doubt = (1 - weight) * self._doubt(cell) + weight * abs(remaining)
+        if abs(error) > _SURPRISE + max(doubts):
+            self._doubt_all()
+        for (cell, weight), doubt in zip(met, doubts, strict=True):
             if weight >= 0.5 and abs(error) < _CONFIRMED:
                 cell.growth = max(_LEAST_GROWTH, cell.growth * _SLOWER_GROWTH)
             elif abs(error) > _SURPRISE:
                 cell.growth = _GROWTH
-            cell.doubt, cell.met_at = doubt, self._passes
+            cell.doubt = (1 - weight) * doubt + weight * remaining
+            cell.met_at = self._passes
 
     def measure(
         self,
@@ -135,15 +143,40 @@ class PassCost:
                 measured = index == 0 or (clock() < deadline and possible(batch, step))
                 if measured:
                     log_seconds = math.log(min(run(engine, batch, step) for _ in range(_TRIALS)))
-                doubt = _MEASURED_DOUBT if measured else _GUESSED_DOUBT
-                table[row][column] = _Cell(log_seconds, doubt, met_at=self._passes)
+                cell = _Cell(log_seconds, met_at=self._passes)
+                if measured:
+                    cell.doubt, cell.growth = 0.0, _MEASURED_GROWTH
+                table[row][column] = cell
         self._log_pace = 0.0
+        self._least.clear()
 
     def _tokens(self, place: tuple[int, int]) -> int:
         return self._batches[place[0]] * self._steps[place[1]]
 
     def _doubt(self, cell: _Cell) -> float:
         return min(_MOST_DOUBT, cell.doubt + cell.growth * (self._passes - cell.met_at))
+
+    def _doubt_all(self) -> None:
+        """A pass that ran lately takes another time now. So may all others: let their doubts grow fast again."""
+        for cell in (cell for table in self._cells.values() for row in table for cell in row):
+            cell.doubt, cell.met_at = self._doubt(cell), self._passes
+            cell.growth = max(cell.growth, _MEASURED_GROWTH)
+
+    def _least_of_row(self, engine: EngineName, row: int) -> list[float]:
+        """Logarithms of the least seconds for each step, at pace 1: the estimate less its doubt, but no less than a
+        shorter step takes.
+        """
+        if self._least_at != self._passes:
+            self._least.clear()
+            self._least_at = self._passes
+        if (engine, row) not in self._least:
+            least: list[float] = []
+            shorter = -math.inf
+            for cell in self._cells[engine][row]:
+                shorter = min(cell.log_seconds, max(shorter, cell.log_seconds - self._doubt(cell)))
+                least.append(shorter)
+            self._least[engine, row] = least
+        return self._least[engine, row]
 
     def _log_seconds(self, engine: EngineName, place: _Place) -> float:
         cells, total = self._cells[engine], place.log_beyond + self._log_pace

@@ -25,7 +25,7 @@ from trimode.runtime.decoding.sequence import Pass
 from trimode.runtime.executor import Candidates, Executor, Ints
 from trimode.runtime.kv.prefix_cache import PrefixCache
 from trimode.runtime.request.outputs import Counts
-from trimode.runtime.scheduling.auto_block import choose_block_length
+from trimode.runtime.scheduling.auto_block import BlockChooser
 from trimode.runtime.scheduling.batching import Member
 from trimode.runtime.scheduling.pass_cost import EngineName, PassCost
 from trimode.runtime.scheduling.pass_runner import PassRunner
@@ -90,7 +90,7 @@ class Scheduler:
         self._max_batch = max_batch
         self._context = context
         self._prefill_tokens = prefill_tokens
-        self._cost = cost
+        self._block_chooser = BlockChooser(cost)
         self._prefix_cache = prefix_cache
         self._steps = 0
         self._totals = _Totals()
@@ -189,7 +189,7 @@ class Scheduler:
                 for request in self._active()
                 if request.sequence.params.mode != "auto" and not request.sequence.prefilling
             ]
-            chosen = choose_block_length(deciding, others, self._cost)
+            chosen = self._block_chooser.choose(deciding, others)
             if chosen == 1:
                 for sequence in deciding:
                     sequence.acceptance.forget()

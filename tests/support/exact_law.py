@@ -9,7 +9,9 @@ scheduler makes of it can be compared with :func:`greedy_text` and :func:`text_l
 from __future__ import annotations
 
 import hashlib
+import time
 from collections import Counter
+from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
@@ -87,16 +89,19 @@ class Bench:
         capacity: int = 64,
         end: bool = True,
         prefill_tokens: int = 6,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.capacity = capacity
         self.asked = 0  # requests
         self.executor = ExactLawExecutor(capacity=capacity, end=end)
+        self.cost = PassCost(max_batch, 16)
         self.scheduler = Scheduler(
             self.executor,
             max_batch=max_batch,
             context=capacity,
             prefill_tokens=prefill_tokens,
-            cost=PassCost(max_batch, 16),
+            cost=self.cost,
+            clock=clock,
             prefix_cache=PrefixCache(2000) if prefix_cache else None,
         )
         self.capacity = capacity

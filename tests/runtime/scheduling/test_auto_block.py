@@ -10,7 +10,7 @@ from trimode import SamplingParams
 from trimode.runtime.decoding.acceptance import Acceptance
 from trimode.runtime.decoding.ending import Ending
 from trimode.runtime.decoding.sequence import Sequence
-from trimode.runtime.scheduling.auto_block import CHOICES, choose_block_length
+from trimode.runtime.scheduling.auto_block import CHOICES, BlockChooser
 from trimode.runtime.scheduling.pass_cost import EngineName, PassCost
 
 
@@ -47,7 +47,7 @@ def machine(free_tokens: float, batches: int = 16) -> PassCost:
 )
 def test_what_pays(luck: float, free_tokens: float, requests: int, block: int) -> None:
     deciding = [sequence(luck) for _ in range(requests)]
-    assert choose_block_length(deciding, [], machine(free_tokens)) == block
+    assert BlockChooser(machine(free_tokens)).choose(deciding, []) == block
 
 
 @given(
@@ -67,15 +67,15 @@ def test_it_is_the_best_of_all_choices(lucks: list[float], free_tokens: float, l
         passes = ["ar"] if block == 1 else ["ar", "diffusion"]
         return tokens / sum(cost.seconds(engine, len(lucks), block) for engine in passes)  # type: ignore[arg-type]
 
-    chosen = choose_block_length(deciding, [], cost)
+    chosen = BlockChooser(cost).choose(deciding, [])
     assert rate(chosen) >= max(rate(block) for block in CHOICES) * (1 - 1e-9)
 
 
 def test_beside_a_long_block_a_short_one_saves_nothing() -> None:
     """A fixed request's draft pass runs anyway, and a longer step than ours: ours rides along."""
     cost, doubtful = machine(1000), [sequence(0.45)]
-    assert choose_block_length(doubtful, [], cost) == 1
-    assert choose_block_length(doubtful, [sequence(0.9, "linear_spec", 32)], cost) > 1
+    assert BlockChooser(cost).choose(doubtful, []) == 1
+    assert BlockChooser(cost).choose(doubtful, [sequence(0.9, "linear_spec", 32)]) > 1
 
 
 def test_history_decides_and_is_forgotten() -> None:
@@ -102,8 +102,8 @@ def test_a_text_that_ends_says_nothing_of_the_drafts_behind_its_end() -> None:
 def test_short_texts_want_short_blocks() -> None:
     """What a block holds beyond the end of its text is lost, however lucky its drafts."""
     cost = machine(12)
-    assert choose_block_length([sequence(1.0, ends=0.0)], [], cost) == 16
-    assert choose_block_length([sequence(1.0, ends=0.2)], [], cost) == 8
+    assert BlockChooser(cost).choose([sequence(1.0, ends=0.0)], []) == 16
+    assert BlockChooser(cost).choose([sequence(1.0, ends=0.2)], []) == 8
 
 
 def test_how_often_texts_end_is_learnt_from_all() -> None:
