@@ -1,4 +1,4 @@
-"""Check the kernels of plugins/ on a GPU: compare each with its reference, and time it beside its memory floor.
+"""Check the kernels of plugins/ on a GPU: compare each with its reference, and time it beside its lower bound.
 
     python -m scripts.gpu.check emit .gpu --sm 90         on any machine: compile the kernels; needs no GPU
     python -m scripts.gpu.check run .gpu out/kernels      on the GPU's machine: writes kernels.json and kernels.md there
@@ -132,8 +132,8 @@ def markdown(report: dict[str, Any]) -> str:
     if bandwidth:
         lines.append(f"- bandwidth of a copy: {bandwidth / 1e12:.2f} TB/s")
     lines += [f"- part {part}: {state}" for part, state in report["parts"].items()]
-    lines += ["", "`of the floor`: time of the kernel's least bytes at the copy's bandwidth, divided by its time.", ""]
-    lines += ["| kernel | case | tactic | error | us | of the floor |", "|---|---|---|---|---|---|"]
+    lines += ["", "`bound / us`: time of the kernel's least bytes at the copy's bandwidth, divided by its time.", ""]
+    lines += ["| kernel | case | tactic | error | us | bound / us |", "|---|---|---|---|---|---|"]
     for result in report["results"]:
         took = result["microseconds"]
         share = f"{result['floor_bytes'] / bandwidth * 1e6 / took:.0%}" if took and bandwidth else "-"

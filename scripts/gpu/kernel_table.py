@@ -2,10 +2,10 @@
 
     python -m scripts.gpu.kernel_table resources  registers and shared memory of every kernel
     python -m scripts.gpu.kernel_table resources --real fp16 --head-dim 64  the same for another type and head size
-    python -m scripts.gpu.kernel_table traffic  bytes that each kernel moves on the 8B checkpoint, and its floor
+    python -m scripts.gpu.kernel_table traffic  bytes that each kernel moves on the 8B checkpoint, and its least bytes
 
-Exit code 1 where a kernel spills, needs more shared memory than its GPU has, or moves more than 1.1 times its floor in
-a step of up to 64 tokens.
+Exit code 1 where a kernel spills, needs more shared memory than its GPU has, or moves more than 1.1 times its least
+bytes in a step of up to 64 tokens.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def print_traffic() -> bool:
     splits' results. Returns whether every kernel is within :data:`LIMIT` of its floor.
     """
     ratios = []
-    print("| kernel | KV rows | step | floor MB | moved MB | ratio | L2 MB |\n" + "|---" * 7 + "|")
+    print("| kernel | KV rows | step | least MB | moved MB | ratio | L2 MB |\n" + "|---" * 7 + "|")
 
     def row(name: str, window: object, step: int, floor: float, moved: float, cached: float) -> None:
         megabytes = f"{floor / 1e6:.3f} | {moved / 1e6:.3f} | {moved / floor:.3f} | {cached / 1e6:.2f}"
