@@ -37,8 +37,9 @@ VOCABULARY = 7  # tokens 2 .. 6 are words
 class ExactLawExecutor:
     """luck: how often, of 256, a draft is the likeliest next word of the text so far; else it is another word."""
 
-    def __init__(self, capacity: int = 64, luck: int = 200, end: bool = True) -> None:
-        self.pool = KvPool(layers=1, kv_heads=1, head_dim=1, capacity=capacity)
+    def __init__(self, capacity: int = 64, luck: int = 200, end: bool = True, limit_rows: int | None = None) -> None:
+        limit_bytes = None if limit_rows is None else limit_rows * 8
+        self.pool = KvPool(layers=1, kv_heads=1, head_dim=1, capacity=capacity, limit_bytes=limit_bytes)
         self.passes = 0
         self._luck = luck
         self._end = end
@@ -90,10 +91,11 @@ class Bench:
         end: bool = True,
         prefill_tokens: int = 6,
         clock: Callable[[], float] = time.perf_counter,
+        limit_rows: int | None = None,
     ) -> None:
         self.capacity = capacity
         self.asked = 0  # requests
-        self.executor = ExactLawExecutor(capacity=capacity, end=end)
+        self.executor = ExactLawExecutor(capacity=capacity, end=end, limit_rows=limit_rows)
         self.cost = PassCost(max_batch, 16)
         self.scheduler = Scheduler(
             self.executor,

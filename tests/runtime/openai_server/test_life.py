@@ -16,6 +16,7 @@ from scripts.serving.faults import LONG, SLOTS, kill_a_client, stop_under_load
 from scripts.serving.load_test import Load, run_load
 from scripts.serving.server_process import KEY, Served, serving
 
+DEADLINE_SECONDS = 60  # far more than a busy machine needs
 ANSWERS = 3  # with their likelihoods, more than the sockets' buffers hold
 
 
@@ -28,7 +29,7 @@ def test_a_client_that_hangs_up_before_a_whole_answer_frees_its_slot(served: Ser
     finished = served.metrics()["trimode_answers_total"]
     with pytest.raises(httpx.ReadTimeout):
         http.post("/v1/completions", json=LONG | {"stream": False}, timeout=0.3)
-    served.wait_until_idle(2)
+    served.wait_until_idle(DEADLINE_SECONDS)
     assert served.metrics()["trimode_answers_total"] == finished
 
 
@@ -36,7 +37,7 @@ def test_a_client_that_hangs_up_before_a_whole_answer_frees_its_slot(served: Ser
 def test_stopped_under_load(tiny_engine: Path, after: float) -> None:
     stopped = stop_under_load(tiny_engine, clients=16, after=after)
     assert stopped.code == 0
-    assert stopped.seconds < 10
+    assert stopped.seconds < DEADLINE_SECONDS
     assert stopped.outcomes["lost"] == 0
     assert stopped.outcomes["finished"] >= SLOTS  # what ran was finished
 
@@ -44,25 +45,26 @@ def test_stopped_under_load(tiny_engine: Path, after: float) -> None:
 def test_what_does_not_finish_in_time_is_told(tiny_engine: Path) -> None:
     async def ask_and_stop(server: Served) -> list[Any]:
         asked = asyncio.create_task(stream(f"{server.url}/v1/completions", LONG, KEY))
-        await asyncio.sleep(0.5)
+        while server.metrics()["trimode_requests_running"] == 0:
+            await asyncio.sleep(0.01)
         server.terminate()
         await asyncio.sleep(0.2)
         late = await stream(f"{server.url}/v1/completions", LONG, KEY)
         assert (late.status, late.events[-1]["error"]["code"]) == (503, "shutting_down")
         return (await asked).events
 
-    with serving(tiny_engine, "--drain-seconds", "0.5") as server:
+    with serving(tiny_engine, "--drain-seconds", "3") as server:
         events = asyncio.run(ask_and_stop(server))
         assert events[-1]["error"]["code"] == "shutting_down"
-        assert server.process.wait(10) == 0
+        assert server.process.wait(DEADLINE_SECONDS) == 0
 
 
 def test_idle_servers_stop_at_once(tiny_engine: Path) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
-        with serving(tiny_engine) as server:
+        with serving(tiny_engine, "--drain-seconds", str(10 * DEADLINE_SECONDS)) as server:
             httpx.get(f"{server.url}/health")
             server.process.send_signal(number)
-            assert server.process.wait(5) == 0
+            assert server.process.wait(DEADLINE_SECONDS) == 0
             assert server.log == []
 
 
@@ -85,7 +87,7 @@ def test_a_slow_reader_holds_up_nobody(served: Served) -> None:
         writer.write(event_request(f"{served.url}/v1/chat/completions", much | {"top_logprobs": 20}, KEY))
         told = await reader.readexactly(100)  # and no further
         assert (await stream(f"{served.url}/v1/chat/completions", few, KEY)).events[-1] == DONE
-        await asyncio.to_thread(served.wait_until_idle, 100)
+        await asyncio.to_thread(served.wait_until_idle, 10 * DEADLINE_SECONDS)
         after = served.metrics()
         assert after["trimode_answers_total"] - before["trimode_answers_total"] == ANSWERS + 1
         assert after["trimode_answer_tokens_count"] - before["trimode_answer_tokens_count"] == 1  # not the slow one's
@@ -95,7 +97,7 @@ def test_a_slow_reader_holds_up_nobody(served: Served) -> None:
         assert told.count(b'"finish_reason":"length"') == ANSWERS
         writer.close()
 
-    asyncio.run(asyncio.wait_for(ask(), 120))
+    asyncio.run(asyncio.wait_for(ask(), 15 * DEADLINE_SECONDS))
 
 
 def _narrow_connection(server: Served) -> socket.socket:

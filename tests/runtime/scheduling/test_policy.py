@@ -1,0 +1,184 @@
+"""What the scheduler decides: who runs, what a step prefills, who shares a pass, and whom ``auto`` counts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.support.exact_law import Bench
+from trimode import SamplingParams
+from trimode.runtime.executor import CausalStep
+from trimode.runtime.scheduling.request import Request
+
+PREFILL_STEP = 4  # of the bench's sequences
+
+
+class Watched(Bench):
+    """Notes every pass, by the scheduler's step. Whole batches cost least."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(prefix_cache=False, end=False, **options)
+        self.passes: list[list[Any]] = []
+        run = self.executor.run
+
+        def noting(step: Any) -> Any:
+            self.passes[-1].append(step)
+            return run(step)
+
+        self.executor.run = noting  # type: ignore[method-assign]
+        self.cost.least_seconds = lambda _engine, batch, _step: 1.0 + 1e-3 * batch  # type: ignore[method-assign]
+
+    def add(self, prompt: int, max_tokens: int = 50, **params: Any) -> Request:
+        """A request with a prompt of so many tokens."""
+        asked = SamplingParams(max_tokens=max_tokens, **{"mode": "ar"} | params)
+        return self.ask((2,) * prompt, asked, lambda _: None)
+
+    def step(self) -> list[Any]:
+        self.passes.append([])
+        self.scheduler.step()
+        return self.passes[-1]
+
+    @property
+    def running(self) -> list[Request]:
+        return self.scheduler._running
+
+
+@pytest.mark.parametrize("max_batch", [1, 2, 5])
+def test_no_more_than_max_batch_run_and_the_first_come_first(max_batch: int) -> None:
+    bench = Watched(max_batch=max_batch)
+    requests = [bench.add(1) for _ in range(max_batch + 2)]
+    bench.step()
+    assert bench.running == requests[:max_batch]
+    assert list(bench.scheduler.waiting) == requests[max_batch:]
+    requests[0].aborted = True
+    bench.step()
+    assert set(bench.running) == set(requests[1 : max_batch + 1])
+
+
+def test_a_request_waits_until_the_kv_pool_has_rows_for_it_and_for_all_that_run() -> None:
+    bench = Watched(max_batch=4, capacity=60, limit_rows=100)
+    first, second, third = bench.add(10, 40), bench.add(10, 40), bench.add(2, 2)
+    bench.step()
+    assert bench.running == [first, second]  # 50 rows each; a third slot would leave 33
+    assert list(bench.scheduler.waiting) == [third]
+    first.aborted = second.aborted = True
+    alone = bench.add(10, 50)
+    bench.step()
+    assert bench.running == [third]  # 60 rows beside it would exceed the limit
+    assert list(bench.scheduler.waiting) == [alone]
+    third.aborted = True
+    bench.step()
+    assert bench.running == [alone]
+
+
+@pytest.mark.parametrize(
+    ("budget", "prompts", "prefilled"),
+    [
+        (8, [12, 12, 12], [4, 4, 0]),  # two chunks fill the budget exactly
+        (7, [12, 12, 12], [4, 0, 0]),
+        (1, [12, 12], [4, 0]),  # the first chunk always runs
+        (8, [3, 12, 12], [3, 4, 0]),
+        (9, [3, 12, 2], [3, 4, 2]),  # a short prompt fits where a long one would not
+        (100, [12, 12, 12], [4, 4, 4]),
+    ],
+)
+def test_the_prefill_budget_of_a_step(budget: int, prompts: list[int], prefilled: list[int]) -> None:
+    bench = Watched(max_batch=8, prefill_tokens=budget)
+    requests = [bench.add(prompt) for prompt in prompts]
+    bench.step()
+    assert [request.sequence.committed for request in requests] == prefilled
+
+
+def test_prefills_run_beside_commits_and_do_not_stop_them() -> None:
+    bench = Watched(max_batch=4, prefill_tokens=4)
+    decoding = bench.add(1)
+    bench.step()
+    long = bench.add(12)
+    emitted = len(decoding.sequence.emitted)
+    for committed in (4, 8, 12):
+        (shared,) = bench.step()
+        emitted += 1
+        assert len(decoding.sequence.emitted) == emitted
+        assert long.sequence.committed == committed
+        assert (shared.batch, shared.input_ids.shape[1]) == (2, PREFILL_STEP)
+
+
+@pytest.mark.parametrize("speculating", ["linear_spec", "auto"])
+def test_a_step_drafts_and_commits(speculating: str) -> None:
+    bench = Watched(max_batch=2)
+    bench.add(1, mode=speculating, block_length=8)
+    bench.step()
+    kinds = [isinstance(step, CausalStep) for step in bench.step()]
+    assert kinds in ([False, True], [True])  # auto may choose AR
+    assert speculating == "auto" or kinds == [False, True]
+
+
+def test_whom_auto_counts_as_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sequences of fixed modes that are past their prefill share the passes; those of ``auto`` decide together."""
+    bench = Watched(max_batch=8, prefill_tokens=100)
+    asked: list[tuple[list[Any], list[Any]]] = []
+
+    def choose(deciding: list[Any], others: list[Any]) -> int:
+        asked.append((deciding, others))
+        return 4
+
+    monkeypatch.setattr(bench.scheduler._block_chooser, "choose", choose)
+    autos = [bench.add(1, mode="auto") for _ in range(2)]
+    fixed = [bench.add(1), bench.add(1, mode="linear_spec", block_length=3), bench.add(1, mode="diffusion")]
+    bench.add(20)  # three steps of prefill
+    bench.step()
+    assert asked == []  # nobody has a first token yet
+    bench.step()
+    assert asked == [([each.sequence for each in autos], [each.sequence for each in fixed])]
+    assert autos[0].sequence.counts.drafted == 3
+
+
+def test_a_failed_request_takes_part_in_nothing() -> None:
+    bench = Watched(max_batch=4, prefill_tokens=100)
+    failed, healthy = bench.add(1), bench.add(1)
+    bench.step()
+    failed.failure = RuntimeError("earlier in this step")
+    (step,) = bench.step()
+    assert step.batch == 1
+    assert bench.running == [healthy]
+
+
+def test_passes_span_neighbouring_slots_and_pad_those_between() -> None:
+    """The middle one denoises; the outer two commit together, over its slot, without touching its committed rows."""
+    bench = Watched(max_batch=4, prefill_tokens=100)
+    requests = [bench.add(1, mode=mode) for mode in ("ar", "diffusion", "ar")]
+    bench.step()
+    denoise, commit = bench.step()
+    assert not isinstance(denoise, CausalStep)
+    assert (denoise.first_slot, denoise.batch) == (1, 1)
+    assert isinstance(commit, CausalStep)
+    assert (commit.first_slot, commit.batch) == (0, 3)
+    assert commit.write_indices.tolist() == [1, requests[1].sequence.committed, 1]
+
+
+def test_no_pass_reaches_past_the_rows_that_the_budget_allows() -> None:
+    """A long prefill beside a text near the end of its rows: padding would reach past them, so it gets its own pass."""
+    bench = Watched(max_batch=2, capacity=64, limit_rows=64, prefill_tokens=100)
+    full = bench.add(30, 2)
+    for _ in range(8):  # its prefill
+        bench.step()
+    assert full.sequence.committed == 30
+    late = bench.add(12, 20)
+    passes = bench.step()
+    assert len(passes) == 2
+    assert late.sequence.committed == PREFILL_STEP
+    pool = bench.executor.pool
+    assert pool.slots * pool.rows <= 64
+
+
+def test_siblings_wait_for_the_prefill_and_then_come_first() -> None:
+    bench = Watched(max_batch=1)
+    first, sibling, other = bench.add(8), bench.add(8), bench.add(8)
+    bench.scheduler.waiting.remove(sibling)
+    first.siblings = [sibling]
+    bench.step()
+    assert list(bench.scheduler.waiting) == [other]
+    bench.step()  # the prompt is prefilled
+    assert list(bench.scheduler.waiting) == [sibling, other]
+    assert first.siblings == []
