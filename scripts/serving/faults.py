@@ -124,8 +124,8 @@ def main() -> None:
         median, most = 1000 * seconds[len(seconds) // 2], 1000 * seconds[-1]
         print(
             f"{options.kills} clients killed while streaming: slot free after {median:.0f} ms (median), {most:.0f} ms "
-            f"at most, as polled; {before:.0f} MiB resident before, {server.resident_mib():.0f} after with {cache:.0f} of "
-            f"prefix cache; {len(server.log)} lines in the log"
+            f"at most, as polled; {before:.0f} MiB resident before, {server.resident_mib():.0f} after with {cache:.0f} "
+            f"of prefix cache; {len(server.log)} lines in the log"
         )
     total: Counter[str] = Counter()
     longest = 0.0
