@@ -60,13 +60,13 @@ class BuilderProgress:
 
 
 # Minimum, optimum and maximum.
-Sizes = tuple[int, int, int]
+SizeRange = tuple[int, int, int]
 
 
 class ProfileSizes:
     """The dynamic dimensions of an optimisation profile. others: further dimensions of the target."""
 
-    def __init__(self, max_batch: int, step: Sizes, rows: Sizes, others: Mapping[str, Sizes]) -> None:
+    def __init__(self, max_batch: int, step: SizeRange, rows: SizeRange, others: Mapping[str, SizeRange]) -> None:
         self._ranges = {"batch": (1, 1, max_batch), "step": step, "rows": rows, **others}
 
     def of(self, dims: list[str | int]) -> list[tuple[int, ...]]:

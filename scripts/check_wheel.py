@@ -54,7 +54,7 @@ def pip_list(folder: Path, python: Path) -> Any:
 
 
 def output(folder: Path, *command: object) -> str:
-    """Standard output of a command that must succeed. Without PYTHONPATH: what is installed is imported."""
+    """Standard output of a command that must succeed. PYTHONPATH is unset, so the installed package is imported."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     parts = [str(part) for part in command]
     done = subprocess.run(parts, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, check=False)

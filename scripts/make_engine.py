@@ -1,11 +1,11 @@
-"""Quantise a model and build its engine where that is needed: ``make build-engine``, ``demo``, ``serve``, ``triton``.
+"""Quantise a model and build its engine if they are out of date. Used by ``make``.
 
     python -m scripts.make_engine --model checkpoints/tiny --target cpu
 
-Prints the engine's folder on stdout. Beside each folder that it makes, ``<folder>.made.json`` records the options, and
-size and modification time of each file of the model. If these are unchanged, nothing is done. Otherwise the folder is
-made again; the old one stays until the new one is whole. A folder without that record was not made here and is refused.
-Changes of the code do not count: remove the folder to build it again.
+Prints the engine directory on stdout. Next to each folder that it makes, it writes ``<folder>.made.json`` with the
+options, and the size and modification time of each file of the model. It makes a folder again only if these change, and
+keeps the old folder until the new one is complete. It refuses to replace a folder without such a record. Changes of the
+code are not detected: remove the folder to build it again.
 
 Uses the standard library only.
 """
@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-# The shipped checkpoint is 256 wide, so groups of 128 would be coarse.
+# The shipped checkpoint has 256 input channels; groups of 128 lose too much accuracy.
 GROUPS = {"tiny": 64}
 DEFAULT_GROUP = 128
 COMMAND = Path(sys.executable).parent / "trimode"
@@ -76,17 +76,17 @@ def record_of(folder: Path) -> Path:
 
 
 def is_stale(folder: Path, main_file: Path, plan: dict[str, Any]) -> bool:
-    """Whether the folder must be made. Ends with an error if it exists and was not made here."""
+    """Whether the folder must be made. Exits with an error if the folder exists without a record."""
     record = record_of(folder)
     if not record.is_file():
         if folder.exists():
-            fail(f"{folder} was not made by make: remove it, or name another folder")
+            fail(f"{folder} was not made by make; remove it, or give another folder")
         return True
     return not main_file.is_file() or json.loads(record.read_text(encoding="utf-8")) != plan
 
 
 def replace(folder: Path, plan: dict[str, Any], command: list[str], options: list[str]) -> None:
-    """Run ``trimode`` into a new folder, and put that in place of the old one once it is whole."""
+    """Run ``trimode`` with a new folder as output, and replace the old folder if it succeeds."""
     new = folder.with_name(f"{folder.name}.new")
     shutil.rmtree(new, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -35,7 +35,7 @@ from trimode.model.reference.patterns import KeyValue, bidirectional, causal, cr
 
 
 @dataclass
-class PassCounts:
+class PassTotals:
     """Forward passes of one call, summed over its rows."""
 
     prefill: int = 0
@@ -54,7 +54,7 @@ class TriModeGeneration:
     encoder: Any
     diffusion_head: Any
     modules: Callable[[], Iterator[Any]]
-    passes: PassCounts
+    passes: PassTotals
 
     @torch.no_grad()
     def ar_generate(
@@ -287,7 +287,7 @@ class TriModeGeneration:
         self, prompt_ids: Tensor, rules: StopRules, decode: Callable[[Tensor, Continuation], int]
     ) -> tuple[Tensor, int]:
         """Decode every row on its own; shorter ones are padded with the end token."""
-        self.passes = PassCounts()
+        self.passes = PassTotals()
         texts = [Continuation(rules) for _ in prompt_ids]
         nfe = sum(decode(prompt, text) for prompt, text in zip(prompt_ids, texts, strict=True))
         longest = max(len(text.tokens) for text in texts)

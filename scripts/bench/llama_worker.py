@@ -1,11 +1,11 @@
-"""llama.cpp's side of the comparison with peers, in the environment of `make peers`.
+"""Measure llama.cpp for `make peers`, in its own environment.
 
     python -m scripts.bench.llama_worker write SHAPE.json OUT.gguf      a Q4_0 model of random weights
     python -m scripts.bench.llama_worker run OUT.gguf THREADS           milliseconds of passes, one a line
 
-``run`` reads one number of tokens a line from stdin. It answers with the milliseconds of one pass over that many
-tokens, behind :data:`KV_ROWS` cached tokens, with the logits of every token. It needs llama-cpp-python and gguf, and
-nothing of TriMode.
+``run`` reads a number of tokens from each line of stdin, and prints the milliseconds of one pass over that many tokens
+after :data:`KV_ROWS` cached tokens, with the logits of every token. The script needs llama-cpp-python and gguf, but not
+TriMode.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class Peer:
         self._decode(KV_ROWS, 0)
 
     def milliseconds(self, tokens: int) -> float:
-        """Of one pass. The cache is put back to :data:`KV_ROWS` tokens afterwards, outside the measured time."""
+        """Time of one pass. Afterwards, not timed, the cache is cropped to :data:`KV_ROWS` tokens."""
         start = time.perf_counter()
         self._decode(tokens, KV_ROWS)
         self._library.llama_get_logits_ith(self._context, tokens - 1)

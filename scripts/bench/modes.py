@@ -1,9 +1,9 @@
 """`make bench`: tokens per second by mode, block length and load, against the PyTorch reference in the same run.
 
-Loads and settings take turns, so that a change of the machine's speed affects all of them; the figures are medians over
-the rounds. Then `auto` and the best fixed setting of each load run in pairs; the ratio of each pair is taken, because
+Loads and settings alternate, so that a change of the machine's speed affects all of them. The figures are medians over
+the rounds. Then `auto` and the best fixed setting of each load run in pairs, and the ratio of each pair is computed:
 the best of several medians is biased upwards. Load is the number of requests that run at once; more are always waiting.
-Speeds are reported, not judged.
+No speed fails the command.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def point(
 
 
 def by_position(answers: list[CompletionOutput]) -> list[float]:
-    """Share of drafts that was accepted, by their place in the block, of those that were verified."""
+    """Accepted share of the verified drafts, by position in the block."""
     accepted: list[int] = []
     reached: list[int] = []
     for answer in answers:
@@ -228,7 +228,9 @@ def draw(points: list[Point], accepted: dict[str, list[float]], path: Path) -> N
     for name, shares in accepted.items():
         drafts = shares[: SETTINGS[name]["block_length"] - 1]
         right.plot(range(1, len(drafts) + 1), drafts, marker=".", label=name)
-    right.set(xlabel="place in the block", ylabel="share accepted, of those verified", title="Acceptance by position")
+    right.set(
+        xlabel="position in the block", ylabel="accepted share of verified drafts", title="Acceptance by position"
+    )
     right.set_ylim(0, 1.02)
     right.legend(fontsize=8)
     for axes in (left, right):

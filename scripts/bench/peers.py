@@ -1,10 +1,10 @@
-"""`make peers`: milliseconds of a pass on this CPU against llama.cpp, in one run and in turns.
+"""`make peers`: milliseconds of a pass on this CPU, compared with llama.cpp in alternation.
 
     python -m scripts.bench.peers --shapes tiny,250m,3b --rounds 5
 
 For each shape it writes random w4a16 weights with an int4 head, builds them for target ``cpu`` with int8 and with exact
-activations, and writes a GGUF file in Q4_0 of the same sizes. A pass covers 1 to 32 tokens behind 256 KV rows and
-returns the logits of every token. llama.cpp runs in a process and an environment of its own (``.peers``).
+activations, and writes a GGUF file in Q4_0 of the same sizes. A pass has 1 to 32 tokens after 256 KV rows and returns
+the logits of every token. llama.cpp runs in a separate process and environment (``.peers``).
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Llama:
 
 
 def random_gguf(shape: str, folder: Path) -> Path:
-    """A GGUF file in Q4_0 of the sizes of ``shape``; it is made once and kept."""
+    """A GGUF file in Q4_0 with the sizes of ``shape``. An existing one is used again."""
     model = folder / f"random-{shape}.gguf"
     if not model.exists():
         partial = model.with_suffix(".partial")
@@ -89,7 +89,7 @@ def engine_pass(engine: Path, threads: int) -> Measure:
 
 
 def compare(shape: str, folder: Path, threads: int, rounds: int) -> dict[str, dict[int, float]]:
-    """Median milliseconds by implementation and tokens; the implementations take turns."""
+    """Median milliseconds by implementation and tokens. The implementations alternate."""
     int8, exact = random_engine(shape, folder, "int8"), random_engine(shape, folder, "fp32")
     with Llama(random_gguf(shape, folder), threads) as llama:
         sides: dict[str, Measure] = {
@@ -101,7 +101,7 @@ def compare(shape: str, folder: Path, threads: int, rounds: int) -> dict[str, di
         for turn in range(rounds + 1):
             for tokens in TOKENS:
                 for name, measure in sides.items():
-                    measure(tokens)  # the first pass after another implementation finds cold caches and threads
+                    measure(tokens)  # warm up caches and threads after the other implementation
                     milliseconds = measure(tokens)
                     if turn:
                         found[name][tokens].append(milliseconds)

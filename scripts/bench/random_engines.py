@@ -1,4 +1,4 @@
-"""Engines of random weights for measurements on a CPU; each is made once and kept."""
+"""Engines with random weights for measurements on a CPU. Existing ones are used again."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def random_checkpoint(shape: str, folder: Path) -> Path:
 
 
 def random_engine(shape: str, folder: Path, activations: Activations) -> Path:
-    """The engine of :func:`random_checkpoint` for target ``cpu``, its int4 matrices packed however small they are."""
+    """The engine of :func:`random_checkpoint` for target ``cpu``. All int4 matrices stay packed, small ones too."""
     engine = folder / f"random-{shape}-{activations}"
     if not engine.exists():
         target = CpuTarget(activations=activations, unpacked_bytes=0)

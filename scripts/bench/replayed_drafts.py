@@ -1,10 +1,10 @@
-"""When self-speculation pays on this CPU: tokens a second by mode and block length at a given acceptance.
+"""Tokens per second on this CPU by mode and block length, at given acceptances.
 
     python -m scripts.bench.replayed_drafts --shapes 250m,3b --acceptances 2,4,6,8
 
-Random weights accept nothing. So the passes run and take their time, but their results are replaced: every answer is a
-fixed text, and a draft is right at each position with a fixed probability. The probability gives ``--acceptances``
-tokens a cycle with blocks of 32. Settings take turns; each figure is a median over ``--rounds``.
+With random weights, no draft is accepted. So the passes run, but their results are replaced: every answer is a fixed
+text, and the draft of each position is right with a fixed probability. The probability gives ``--acceptances`` tokens
+per cycle with blocks of 32. Settings alternate; each figure is a median over ``--rounds``.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ AUTO: dict[str, dict[str, Any]] = {"auto": {"mode": "auto"}}
 
 
 class ReplayedDrafts:
-    """The passes of ``executor``, with the candidates of a fixed text. probability: that a draft is right."""
+    """Runs the passes of ``executor`` and returns the candidates of a fixed text. probability: of a right draft."""
 
     def __init__(self, executor: Executor, longest_text: int, first_token: int, tokens: int) -> None:
         self.pool, self.threads = executor.pool, executor.threads
@@ -64,7 +64,7 @@ class ReplayedDrafts:
 
 
 def probability_of(acceptance: float) -> float:
-    """The probability of a right draft with which blocks of 32 emit ``acceptance`` tokens a cycle on average."""
+    """The probability of a right draft for which a cycle with a block of 32 emits ``acceptance`` tokens on average."""
     low, high = 0.0, 1.0
     for _ in range(60):
         middle = (low + high) / 2
@@ -75,7 +75,7 @@ def probability_of(acceptance: float) -> float:
 
 
 def measure(engine: Path, acceptances: list[float], tokens: int, rounds: int) -> dict[float, dict[str, float]]:
-    """Median tokens a second by acceptance and setting."""
+    """Median tokens per second by acceptance and setting."""
     replays: list[ReplayedDrafts] = []
 
     def load(folder: Path, **options: Any) -> Any:

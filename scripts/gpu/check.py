@@ -1,17 +1,17 @@
-"""Check the kernels of plugins/ on a GPU: compare each with its reference, and time it beside its lower bound.
+"""Check the kernels of plugins/ on a GPU: compare each with its reference, and its time with its lower bound.
 
     python -m scripts.gpu.check emit .gpu --sm 90         on any machine: compile the kernels; needs no GPU
     python -m scripts.gpu.check run .gpu out/kernels      on the GPU's machine: writes kernels.json and kernels.md there
     python -m scripts.gpu.check run .gpu out/kernels --parts products --limit 60
-    python -m scripts.gpu.check dry                       the same host code over the interpreter, with small sizes
+    python -m scripts.gpu.check dry                       the same host code in the interpreter, with small sizes
 
 The GPU's machine needs a driver for CUDA 12.9 or later, Python 3.11 or later, torch, and cuda-bindings. It needs no
-network, no compiler, no pydantic, and no installation of TriMode: carry the working tree with ``.gpu``, which git
-ignores, and start the command in the tree's root with ``PYTHONPATH=.``. Kernels are loaded from the binaries that
-``emit`` assembled; two are also loaded from their PTX, as an engine's are.
+network, no compiler, no pydantic, and no installation of TriMode: copy the working tree with ``.gpu``, which git
+ignores, and run the command in the tree's root with ``PYTHONPATH=.``. Kernels are loaded from the binaries that
+``emit`` assembled; two are also loaded from their PTX, as in an engine.
 
-Each part runs in a process of its own under ``--limit`` seconds, so a fault or a hang in one leaves the others. What a
-part measured before it was stopped is kept. Exit code 1 if a kernel is wrong or a part did not end well.
+Each part runs in a separate process for at most ``--limit`` seconds, so a fault or a hang does not affect the others.
+The results of a stopped part are kept. The exit code is 1 if a kernel is wrong or a part fails.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Any
 from scripts.gpu.kernel_checks import PARTS, SIZES_8B, SMALL_SIZES, Result, run_part, used_nodes
 
 DEVICE_PART = "device"
-# Loaded from PTX as well, to see that the driver accepts it.
+# Also loaded from PTX, to check that the driver accepts it.
 PTX_OPERATORS = ("MergeSplits", "AttendCausal")
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -56,7 +56,7 @@ def emit(folder: Path, sm: int) -> None:
 
 
 def run(folder: Path, out: Path, parts: list[str], limit: float) -> bool:
-    """Execute the parts one after the other and write the report. Returns whether all is right."""
+    """Run the parts one after the other and write the report. Returns whether all parts ended with right results."""
     out.mkdir(parents=True, exist_ok=True)
     states = {}
     for part in (DEVICE_PART, *parts):
@@ -87,7 +87,7 @@ def run(folder: Path, out: Path, parts: list[str], limit: float) -> bool:
 
 
 def run_in_this_process(part: str, folder: Path, lines: Path) -> None:
-    """One part on this machine's GPU. Every result is written as one line of JSON as soon as it is measured."""
+    """Run one part on this machine's GPU. Each result is written immediately, as one line of JSON."""
     import torch
 
     from scripts.gpu.cuda_host import CudaHost
@@ -111,7 +111,7 @@ def run_in_this_process(part: str, folder: Path, lines: Path) -> None:
 
 
 def dry() -> bool:
-    """Every part over the interpreter. Returns whether all is right."""
+    """Run every part in the interpreter. Returns whether every result is right."""
     from tests.support.interpreter_host import InterpreterHost
 
     results = []
@@ -125,7 +125,7 @@ def dry() -> bool:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The report as a page: the device, the parts, and a table of results."""
+    """The report as Markdown: the device, the parts, and a table of results."""
     device, bandwidth = report["device"], report["device"].get("copy_bandwidth")
     lines = ["# Kernels on a GPU", "", f"{report['date']}: `{report['command']}`", ""]
     lines += [f"- {name}: {value}" for name, value in device.items() if name != "copy_bandwidth"]
@@ -155,7 +155,7 @@ def _lines(out: Path, part: str) -> Path:
 
 
 def _read_lines(path: Path) -> Iterable[dict[str, Any]]:
-    """A line that a stopped part left unfinished is dropped."""
+    """The results of a part. An incomplete last line of a stopped part is ignored."""
     if not path.is_file():
         return
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -186,7 +186,7 @@ def main() -> int:
     of_part.add_argument("part")
     of_part.add_argument("folder", type=Path)
     of_part.add_argument("lines", type=Path)
-    commands.add_parser("dry", help="small sizes over the interpreter; needs no GPU")
+    commands.add_parser("dry", help="small sizes in the interpreter; needs no GPU")
     options = parser.parse_args()
     if options.command == "emit":
         emit(options.folder, options.sm)

@@ -1,4 +1,4 @@
-"""Executes launches on a GPU: compiled kernels by the CUDA driver, on torch's current stream and in torch's context."""
+"""Launch compiled kernels with the CUDA driver, on torch's current stream and in torch's context."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch import Tensor
 
 from scripts.gpu.kernel_launch import KernelLaunch
 
-# Above this many bytes of dynamic shared memory, a kernel has to request them by an attribute.
+# A kernel with more dynamic shared memory than this must request it by an attribute.
 _UNREQUESTED_SHARED_BYTES = 48 << 10
 _REPEATS = 7
 
 
 class CudaHost:
-    """folder: ``sm_90`` of what ``emit`` wrote, with PTX and a cubin for each kernel."""
+    """folder: written by ``emit``, such as ``.gpu/sm_90``, with PTX and a cubin for each kernel."""
 
     device = "cuda"
 
@@ -63,7 +63,7 @@ class CudaHost:
         )
 
     def microseconds(self, run: Callable[[int], object], runs: int) -> float | None:
-        """The runs are captured in one CUDA graph; the median of its replays, divided by the runs."""
+        """Capture the runs in one CUDA graph. Returns the median time of its replays, divided by ``runs``."""
         for i in range(runs):
             run(i)
         torch.cuda.synchronize()

@@ -8,12 +8,12 @@ A kernel takes at least the longest of four times:
 - memory: its bytes (scripts/gpu/traffic.py) at the GPU's bandwidth;
 - latency: a program waits for memory once for every tile that is not prefetched, and programs beyond those that fit on
   the GPU at once wait for an earlier one to end (waves);
-- tensor cores: the products of the programs of the busiest multiprocessor;
-- instructions: those of the warps of its busiest scheduler, counted in the loop of the compiled kernel.
+- tensor cores: the products of the programs on the busiest multiprocessor;
+- instructions: of the warps on its busiest scheduler, counted in the loop of the compiled kernel.
 
-Of an int4 product's tactics the fastest by this bound is taken, since TensorRT times them. Kernels that TensorRT brings
-itself (norms, SwiGLU, the adapter's down product, the head) are counted by their bytes alone. To every kernel the gap
-before its launch is added.
+TensorRT times the tactics of an int4 product, so the estimate uses the one with the lowest bound. TensorRT's own
+kernels (norms, SwiGLU, the adapter's down product, the head) count with their bytes only. The gap before each launch is
+added.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class Work(NamedTuple):
 
 
 def seconds(gpu: GpuModel, work: Work) -> tuple[float, str]:
-    """The lower bound of one kernel, the gap before its launch aside, and what sets it."""
+    """The lower bound of one kernel's time without the gap before its launch, and the term that determines it."""
     bounds = {"memory": work.moved / gpu.bandwidth, "tensor cores": work.flops / gpu.peak}
     if work.launch is not None:
         chip, launch = CHIPS[gpu.key], work.launch
@@ -169,7 +169,7 @@ def _product(gpu: GpuModel, name: str, rows: int, adapter: bool, real: Real) -> 
     for number, tactic in product.operator.tactics(node).items():
         constants = tactic.constants
         block_m, block_n, block_k = (constants[key] for key in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
-        if block_m < 16 < rows:  # without tensor cores, and with as many passes over the weights as tiles of rows
+        if block_m < 16 < rows:  # no tensor cores, and each tile of rows reads all weights
             continue
         binary = _binary("product", number, gpu.compute_capability, real)
         tile = block_k * block_n // 2 + block_m * block_k * REAL_BYTES

@@ -1,10 +1,10 @@
-"""The parts of the GPU check: each launches kernels, compares them with the references, and times them.
+"""The parts of the GPU check. Each launches kernels, compares the results with the references, and times the kernels.
 
-Launches are executed by a host: a GPU (scripts/gpu/cuda_host.py), or the interpreter in a dry run. A GPU gets the 8B
-checkpoint's sizes; small sizes try the same code over the interpreter.
+A host executes the launches: a GPU (scripts/gpu/cuda_host.py) with the sizes of the 8B checkpoint, or in a dry run the
+interpreter with small sizes.
 
-Rows of the pool that were not written are NaN. Products read weights that do not fit into the L2 cache. KV write and
-attention read the same inputs again in every run, so small ones come from the cache and may beat their floor.
+Unwritten rows of the pool are NaN. The weights of products do not fit into the L2 cache. KV write and attention read
+the same inputs in every run. Small inputs then come from the cache, and these kernels may beat their lower bound.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ REAL = torch.bfloat16
 REAL_BYTES = 2
 # Largest relative error of a kernel in bf16, whose steps are 2^-8.
 TOLERANCE = 1e-2
-# More than the L2 cache of any GPU: inputs that are read over and over come from memory again.
+# More than the L2 cache of any GPU: inputs that are read repeatedly come from memory every time.
 CACHE_BYTES = 160 << 20
 Part = Literal["kv write", "attention", "products"]
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -39,12 +39,12 @@ class Host(Protocol):
         """Execute once. kernel: the name of the compiled kernel."""
 
     def microseconds(self, run: Callable[[int], object], runs: int) -> float | None:
-        """Median time of ``run(i)`` over i < ``runs``; None from a host whose time means nothing."""
+        """Median time of ``run(i)`` over i < ``runs``; None if the host's time is meaningless."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """error: relative, in the L2 norm. floor_bytes: that the kernel must move at least."""
+    """error: relative, in the L2 norm. floor_bytes: bytes that any kernel must move."""
 
     kernel: str
     case: str
@@ -63,8 +63,8 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """Of a run. steps: batch, tokens and committed rows of the longest sequence."""
+class CheckSizes:
+    """Sizes of a run. steps: batch, tokens, and committed rows of the longest sequence."""
 
     attention: dict[str, int]
     splits: int
@@ -73,7 +73,7 @@ class Sizes:
     rows: tuple[int, ...]
 
 
-SIZES_8B = Sizes(
+SIZES_8B = CheckSizes(
     ATTENTION,
     SPLITS,
     (
@@ -85,7 +85,7 @@ SIZES_8B = Sizes(
     {**PRODUCTS, "head": Product(Int4Product(), HIDDEN, VOCABULARY)},
     (1, 4, 16, 32, 64, 256, 512),
 )
-SMALL_SIZES = Sizes(
+SMALL_SIZES = CheckSizes(
     {"kv_heads": 2, "group": 2, "head_dim": 64},
     4,
     ((2, 5, 130), (1, 1, 0)),
@@ -99,8 +99,8 @@ def distance(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30))
 
 
-def used_nodes(sizes: Sizes) -> Iterator[tuple[Operator, Node]]:
-    """Every operator of a run with the sizes that its kernel is compiled for."""
+def used_nodes(sizes: CheckSizes) -> Iterator[tuple[Operator, Node]]:
+    """Every operator of a run, with the sizes that its kernel is compiled for."""
     fixed = {**sizes.attention, "batch": 1, "step": 1}
     yield KvWrite(), KvWrite.node(capacity=1, **fixed)
     for pattern in get_args(Pattern):
@@ -110,12 +110,12 @@ def used_nodes(sizes: Sizes) -> Iterator[tuple[Operator, Node]]:
         yield product.operator, product.node(1)
 
 
-def run_part(part: Part, host: Host, sizes: Sizes) -> Iterator[Result]:
+def run_part(part: Part, host: Host, sizes: CheckSizes) -> Iterator[Result]:
     return {"kv write": _kv_writes, "attention": _attention, "products": _products}[part](host, sizes)
 
 
 def _microseconds(host: Host, kernel: str, launches: list[KernelLaunch], runs: int) -> float | None:
-    """Of one launch: the median over ``runs``, which take turns among ``launches``."""
+    """Median time of one launch over ``runs``, which cycle through ``launches``."""
     return host.microseconds(lambda run: host.launch(kernel, launches[run % len(launches)]), runs)
 
 
@@ -127,7 +127,7 @@ def _generator(host: Host, seed: int) -> torch.Generator:
     return torch.Generator(host.device).manual_seed(seed)
 
 
-def _write_inputs(host: Host, sizes: Sizes, batch: int, step: int, committed: int) -> dict[str, Tensor]:
+def _write_inputs(host: Host, sizes: CheckSizes, batch: int, step: int, committed: int) -> dict[str, Tensor]:
     """A pool of random rows; sequences are 37 rows apart in length."""
     random = _generator(host, 2)
     capacity = -(-(committed + step + 40) // 64) * 64
@@ -137,7 +137,7 @@ def _write_inputs(host: Host, sizes: Sizes, batch: int, step: int, committed: in
     return {**inputs, "write_indices": torch.tensor(firsts, device=host.device)}
 
 
-def _kv_writes(host: Host, sizes: Sizes) -> Iterator[Result]:
+def _kv_writes(host: Host, sizes: CheckSizes) -> Iterator[Result]:
     operator = KvWrite()
     for batch, step, committed in sizes.steps:
         inputs = _write_inputs(host, sizes, batch, step, committed)
@@ -159,8 +159,8 @@ def _kv_writes(host: Host, sizes: Sizes) -> Iterator[Result]:
             )
 
 
-def _attention(host: Host, sizes: Sizes) -> Iterator[Result]:
-    """Attention and merge together give the result that is compared; each is timed alone."""
+def _attention(host: Host, sizes: CheckSizes) -> Iterator[Result]:
+    """Attention and merge are compared together, and timed separately."""
     for batch, step, committed in sizes.steps:
         written = _write_inputs(host, sizes, batch, step, committed)
         head_dim = sizes.attention["head_dim"]
@@ -185,7 +185,7 @@ def _attention(host: Host, sizes: Sizes) -> Iterator[Result]:
 
 
 def _attention_tactics(
-    host: Host, sizes: Sizes, operator: Attend, inputs: dict[str, Tensor], committed: int
+    host: Host, sizes: CheckSizes, operator: Attend, inputs: dict[str, Tensor], committed: int
 ) -> Iterator[Result]:
     batch, _, step, _ = inputs["q"].shape
     expected = torch.cat(
@@ -219,8 +219,8 @@ def _attention_tactics(
                 yield Result(merge.name, case, f"{merge_tactic.warps} warps", error, took, floor)
 
 
-def _products(host: Host, sizes: Sizes) -> Iterator[Result]:
-    """Timed over as many copies of the weights as the L2 cache cannot hold."""
+def _products(host: Host, sizes: CheckSizes) -> Iterator[Result]:
+    """Runs cycle through copies of the weights that together exceed the L2 cache."""
     for label, product in sizes.products.items():
         random = _generator(host, 1)
         shapes = product.node(1).shapes

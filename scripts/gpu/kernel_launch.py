@@ -1,4 +1,4 @@
-"""One launch of an operator's kernel over given tensors: what the interpreter and the GPU driver both execute."""
+"""One launch of an operator's kernel with its tensors, for the interpreter or the CUDA driver."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def node_of(inputs: Mapping[str, Tensor], attributes: Mapping[str, int] | None =
 def prepare(
     operator: Operator, inputs: Mapping[str, Tensor], tactic: Tactic, attributes: Mapping[str, int] | None = None
 ) -> KernelLaunch:
-    """A launch whose outputs are filled with NaN; an aliased output is its input's tensor."""
+    """A launch. Its outputs are filled with NaN, except that an aliased output is the tensor of its input."""
     node = node_of(inputs, attributes)
     first = inputs[operator.inputs[0].name]
     outputs = tuple(

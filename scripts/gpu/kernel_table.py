@@ -1,10 +1,10 @@
-"""The kernels of plugins/ in numbers, without a GPU: the tables of docs/kernels.md.
+"""Print the tables of docs/kernels.md: resources and traffic of the kernels of plugins/. Needs no GPU.
 
     python -m scripts.gpu.kernel_table resources  registers and shared memory of every kernel
     python -m scripts.gpu.kernel_table resources --real fp16 --head-dim 64  the same for another type and head size
     python -m scripts.gpu.kernel_table traffic  bytes that each kernel moves on the 8B checkpoint, and its least bytes
 
-Exit code 1 where a kernel spills, needs more shared memory than its GPU has, or moves more than 1.1 times its least
+The exit code is 1 if a kernel spills, needs more shared memory than its GPU has, or moves more than 1.1 times its least
 bytes in a step of up to 64 tokens.
 """
 
@@ -31,7 +31,7 @@ from trimode.engine.precision import Real
 from trimode.plugins.operators import Attend, KvWrite, MergeSplits, Node, Operator, Pattern, Tactic
 
 STEPS, WINDOWS, LIMIT = (1, 8, 32, 64, 256), (512, 4096, 32768), 1.1
-# Up to this many rows, a step or a product is bound by bytes; above, by arithmetic.
+# Up to this many rows, memory bounds a step or a product; above, arithmetic.
 LONGEST_BOUND_BY_BYTES = 64
 
 
@@ -42,7 +42,7 @@ class Kernel(NamedTuple):
 
 
 def all_kernels(head_dim: int) -> Iterator[Kernel]:
-    """Every kernel in every tactic; of the products, the plainest and the one with all terms."""
+    """Every kernel with every tactic; of the products, the one without optional terms and the one with all of them."""
     sizes = {**ATTENTION, "head_dim": head_dim}
     nodes: list[tuple[Operator, Node]] = [(write := KvWrite(), write.node(batch=1, step=1, capacity=1, **sizes))]
     for pattern in get_args(Pattern):
@@ -81,14 +81,14 @@ def print_resources(real: Real, head_dim: int, capabilities: list[int]) -> bool:
 
 
 def smallest_fitting(tactics: dict[int, Tactic], rows: int) -> Tactic:
-    """The smallest tile that holds all rows, and so reads weights or KV rows once; the largest one if none does."""
+    """The smallest tile that holds all rows, so that weights or KV rows are read once; if none does, the largest."""
     ordered = list(tactics.values())
     return next((tactic for tactic in ordered if tactic.constants["BLOCK_M"] >= rows), ordered[-1])
 
 
 def print_traffic() -> bool:
-    """Bytes of each kernel for one request. Attention and merge are also shown together, beside a floor without the
-    splits' results. Returns whether every kernel is within :data:`LIMIT` of its floor.
+    """Bytes of each kernel for one request. For attention and merge together, the least bytes exclude the splits'
+    results. Returns whether every kernel is within :data:`LIMIT` of its least bytes.
     """
     ratios = []
     print("| kernel | KV rows | step | least MB | moved MB | ratio | L2 MB |\n" + "|---" * 7 + "|")

@@ -2,8 +2,8 @@
 
     python -m scripts.gpu.random_w4a16_checkpoint 8b engines/random-8b
 
-Format, names, sizes and files are those of a quantised checkpoint; the integers are random. It serves to build and
-audit engines without the published weights: bytes, kernels and build cost do not depend on the values.
+Format, names, sizes and files are those of a quantised checkpoint; the integers are random. Use it to build and audit
+engines without the published weights: bytes, kernels and build time do not depend on the values.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from trimode.quantize.modelopt_format import QUANT_CONFIG_FILE, excluded_modules
 from trimode.quantize.safetensors_stream import TensorSpec, write_tensors
 
 
-class Sizes(NamedTuple):
-    """The fields of ``config.json`` in which the shapes differ."""
+class ModelSizes(NamedTuple):
+    """The fields of ``config.json`` that differ between the shapes."""
 
     hidden_size: int
     num_hidden_layers: int
@@ -40,13 +40,13 @@ class Sizes(NamedTuple):
     vocab_size: int = 131072
 
 
-# 3b, 8b and 14b are the published models. tiny is the shipped checkpoint, 250m lies between.
+# 3b, 8b and 14b are the published models, and tiny is the shipped checkpoint.
 SHAPES = {
-    "tiny": Sizes(256, 4, 384, 1e4, 4, 2, 64, 768),
-    "250m": Sizes(1024, 12, 4096, 1e6, 16, 4, 64, 32768),
-    "3b": Sizes(3072, 26, 9216),
-    "8b": Sizes(4096, 34, 14336),
-    "14b": Sizes(5120, 40, 16384, 1e9),
+    "tiny": ModelSizes(256, 4, 384, 1e4, 4, 2, 64, 768),
+    "250m": ModelSizes(1024, 12, 4096, 1e6, 16, 4, 64, 32768),
+    "3b": ModelSizes(3072, 26, 9216),
+    "8b": ModelSizes(4096, 34, 14336),
+    "14b": ModelSizes(5120, 40, 16384, 1e9),
 }
 GROUP = 128
 RANK = 128
@@ -56,7 +56,7 @@ SCALE = 0.004
 
 
 def config_fields(shape: str, layers: int | None, vocab_size: int | None) -> dict[str, Any]:
-    """``config.json`` of ``shape``; fewer ``layers`` or a smaller vocabulary make a quick stand-in."""
+    """``config.json`` of ``shape``. layers, vocab_size: replace the shape's values, for a smaller checkpoint."""
     sizes = SHAPES[shape]
     return {
         "architectures": ["NemotronLabsDiffusionModel"],
@@ -101,7 +101,7 @@ def write_checkpoint(
     int4_head: bool = True,
     seed: int = 0,
 ) -> Path:
-    """Write the checkpoint into the new ``folder``, whole or not at all."""
+    """Write the checkpoint into the new ``folder``. After an error, there is no folder."""
     fields = config_fields(shape, layers, vocab_size)
     config = ModelConfig.model_validate(fields)
     specs = list(_specs(config, int4_head))
@@ -150,7 +150,7 @@ def _random(specs: list[TensorSpec], seed: int) -> Iterator[NDArray[Any]]:
 
 
 def _normal(rng: np.random.Generator, spec: TensorSpec) -> NDArray[Any]:
-    """Filled by rows: a table of the vocabulary would need four times its size in fp32."""
+    """Normal values, drawn row by row to save memory: the generator returns fp32."""
     array = np.empty(spec.shape, spec.dtype)
     for first in range(0, len(array), 4096):
         part = array[first : first + 4096]
@@ -162,8 +162,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--layers", type=int, help="fewer than the published shape has")
-    parser.add_argument("--vocab-size", type=int, help="another than the shape's")
+    parser.add_argument("--layers", type=int, help="number of layers [default: the shape's]")
+    parser.add_argument("--vocab-size", type=int, help="size of the vocabulary [default: the shape's]")
     parser.add_argument("--head", choices=["int4", "16bit"], default="int4")
     arguments = parser.parse_args()
     write_checkpoint(

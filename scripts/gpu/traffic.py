@@ -1,8 +1,8 @@
-"""Bytes that each kernel moves, counted tile by tile, and the least that any kernel would have to move.
+"""Bytes that each kernel moves, counted tile by tile, and the floor: bytes that any kernel would have to move.
 
-The counts of loads and stores are exact: tests compare them with the interpreter's. A byte that is loaded again comes
-from the L2 cache, and so passes through memory once, in two cases: the whole tensor has at most :data:`CACHED` bytes,
-or the part that neighbouring programs share has. Every other load passes through memory.
+The counts of loads and stores are exact: tests compare them with the interpreter's. A repeated load of a byte comes
+from the L2 cache if the whole tensor, or the part that neighbouring programs share, has at most :data:`CACHED` bytes.
+Every other load comes from memory.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def kv_write_traffic(node: Node, real: int) -> KernelTraffic:
 
 
 def attend_traffic(operator: Attend, node: Node, tactic: Tactic, committed: Sequence[int], real: int) -> KernelTraffic:
-    """Every token of the step is real, and a mask is a lower triangle.
+    """For steps without padding, whose mask, if any, is a lower triangle.
 
     committed: rows of each sequence before the step. real: bytes of an activation.
     """
@@ -83,7 +83,7 @@ def attend_traffic(operator: Attend, node: Node, tactic: Tactic, committed: Sequ
     tiles, splits = ceil_div(rows, block_m), split_count(node.attributes["splits"], step)
     names = ("q", "k_cache", "v_cache", "write_indices", "partial", "log_sum_exp")
     traffic = {name: TensorTraffic() for name in names}
-    # All heads move the same, so one is counted. Its tiles run side by side, one split after the other.
+    # All heads move the same bytes, so count one. Its tiles run at the same time, one split after the other.
     for length_before, split in product(committed, range(splits)):
         walked, queries = [], 0
         for tile in range(tiles):
@@ -158,7 +158,7 @@ def int4_product_traffic(node: Node, tactic: Tactic, real: int) -> KernelTraffic
         "scale": _read(scales * tiles * (inner // groups // block_k), scales),
         "y": _written(rows * columns * real),
     }
-    # Tiles of rows run side by side, one strip of columns after the other.
+    # Tiles of rows run at the same time, one strip of columns after the other.
     if (packed + scales) * block_n // columns <= CACHED:
         for name in ("packed", "scale"):
             traffic[name].reloaded = traffic[name].loaded - traffic[name].needed

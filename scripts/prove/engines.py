@@ -25,7 +25,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from scripts.prove.proof_table import Row, print_table
+from scripts.prove.proof_table import ProofRow, print_table
 from tests.support.random_checkpoint import write_random_checkpoint
 from trimode import LLM, CompletionOutput, SamplingParams
 from trimode.build.cpu.target import CpuTarget
@@ -67,7 +67,7 @@ def main() -> None:
     print_table(rows, arguments.json, ENGINES)
 
 
-def prove(source: Path, folder: Path, count: int, only: str | None) -> list[Row]:
+def prove(source: Path, folder: Path, count: int, only: str | None) -> list[ProofRow]:
     records = [json.loads(line) for line in (ROOT / "tests/data/heldout.jsonl").read_text().splitlines()]
     quantize_checkpoint(Checkpoint(source), folder / "w4a16", method="awq", group=GROUP)
     whole = Checkpoint(source).config.vocab_size
@@ -85,7 +85,7 @@ def prove(source: Path, folder: Path, count: int, only: str | None) -> list[Row]
     answers = [record["answer"] for record in records]
     random = write_random_checkpoint(folder / "random")
     build_engine(Checkpoint(random), folder / "random-fp32", top_k=whole)
-    parts: dict[str, Callable[[], list[Row]]] = {
+    parts: dict[str, Callable[[], list[ProofRow]]] = {
         "logits": lambda: [
             logits_row("fp32, random network", folder / "random-fp32", load_reference(Checkpoint(random)), 1e-4),
             logits_row("fp32, tiny", folder / "fp32", fp32_reference, 1e-4),
@@ -115,14 +115,14 @@ def alone(engine: Path) -> LLM:
 
 
 def spread(items: list[Any], count: int) -> list[Any]:
-    """``count`` items at even distances, so that every kind of problem is among them."""
+    """``count`` items at even distances, which include every kind of problem."""
     return [items[index] for index in np.linspace(0, len(items) - 1, min(count, len(items))).astype(int)]
 
 
 @torch.no_grad()
-def logits_row(name: str, folder: Path, reference: NemotronLabsDiffusionModel, bar: float) -> Row:
-    """The largest relative L2 distance between the logits of engine and reference, and how often both have the same
-    best token: for prefill, draft with adapter, and commit, at random lengths.
+def logits_row(name: str, folder: Path, reference: NemotronLabsDiffusionModel, bar: float) -> ProofRow:
+    """The largest relative L2 distance between the logits of engine and reference, and the share of rows with the same
+    best token. Passes: prefill, draft with adapter, and commit, at random lengths.
     """
     manifest, _, executor = load_engine(folder)
     rng, limits, model, distances, agreements = np.random.default_rng(0), manifest.limits, manifest.model, [], []
@@ -155,7 +155,9 @@ def logits_row(name: str, folder: Path, reference: NemotronLabsDiffusionModel, b
     executor.pool.release(slot)
     worst = max(distances)
     found_text = f"{worst:.1e}; same best token in {np.mean(agreements):.2%}"
-    return Row(f"{name}: logits against the reference, up to {longest} tokens", f"<= {bar:g}", found_text, worst <= bar)
+    return ProofRow(
+        f"{name}: logits against the reference, up to {longest} tokens", f"<= {bar:g}", found_text, worst <= bar
+    )
 
 
 def reference_pass(reference: Any, ids: Any, past: Any, pattern: Callable[..., Any], adapter: bool) -> tuple[Any, Any]:
@@ -194,8 +196,8 @@ def reference_answer(reference: NemotronLabsDiffusionModel, prompt: list[int], m
 
 def tokens_rows(
     engines: dict[str, LLM], reference: NemotronLabsDiffusionModel, prompts: list[list[int]], bar: float
-) -> list[Row]:
-    """For each mode: how many prompts each engine answers with exactly the reference's tokens."""
+) -> list[ProofRow]:
+    """For each mode and engine: the number of answers with exactly the reference's tokens."""
     rows = []
     for mode in MODES:
         exceptions: dict[str, list[float]] = {name: [] for name in engines}
@@ -210,7 +212,7 @@ def tokens_rows(
     return rows
 
 
-def lossless_row(name: str, llm: LLM, reference: NemotronLabsDiffusionModel, prompts: list[list[int]]) -> Row:
+def lossless_row(name: str, llm: LLM, reference: NemotronLabsDiffusionModel, prompts: list[list[int]]) -> ProofRow:
     margins = []
     for prompt in track(prompts, f"{name}: linear_spec", transient=True, console=Console(stderr=True)):
         found, expected = (answer(llm, prompt, mode).token_ids for mode in ("linear_spec", "ar"))
@@ -219,18 +221,18 @@ def lossless_row(name: str, llm: LLM, reference: NemotronLabsDiffusionModel, pro
     return equality_row(f"{name} engine: linear_spec emits ar's tokens", 1.0, len(prompts), margins)
 
 
-def equality_row(what: str, bar: float, count: int, margins: list[float]) -> Row:
-    """``margins``: those of the texts that differ, of ``count`` texts."""
+def equality_row(what: str, bar: float, count: int, margins: list[float]) -> ProofRow:
+    """margins: of the texts that differ. count: number of all texts."""
     found = f"{count - len(margins)} of {count}"
     if margins:
         found += f"; margins {', '.join(f'{margin:.1e}' for margin in margins)}"
-    return Row(what, f"{bar:.0%}", found, count - len(margins) >= bar * count)
+    return ProofRow(what, f"{bar:.0%}", found, count - len(margins) >= bar * count)
 
 
 @torch.no_grad()
 def margin(reference: Any, prompt: list[int], found: list[int], expected: list[int], mode: str) -> float:
-    """Logit of the expected token minus logit of the found one, where the texts first differ, in the reference's pass
-    that chose it. Infinite if one text only ends before the other.
+    """Logit of the expected token minus logit of the found one at the first difference, in the pass in which the
+    reference chose the token. Infinite if one text is a prefix of the other.
     """
     at = next((i for i, tokens in enumerate(zip(found, expected, strict=False)) if tokens[0] != tokens[1]), None)
     if at is None:
@@ -258,7 +260,7 @@ def accepting_logits(reference: Any, prompt: list[int], place: int) -> Any:
     return [logits[place] for block, logits in passes if block[place] == reference.config.mask_token_id][-1]
 
 
-def accuracy_rows(fp32: LLM, int4: LLM, prompts: list[list[int]], answers: list[str]) -> list[Row]:
+def accuracy_rows(fp32: LLM, int4: LLM, prompts: list[list[int]], answers: list[str]) -> list[ProofRow]:
     """Share of held-out prompts that are answered exactly."""
 
     def score(llm: LLM, name: str, mode: str) -> float:
@@ -270,16 +272,16 @@ def accuracy_rows(fp32: LLM, int4: LLM, prompts: list[list[int]], answers: list[
     for mode in ("ar", "diffusion"):
         whole, quantised = score(fp32, "fp32", mode), score(int4, "w4a16", mode)
         if mode == "ar":
-            rows.append(Row("fp32 ar, held-out exact match", ">= 85 %", f"{whole:.1f} %", whole >= 85))
+            rows.append(ProofRow("fp32 ar, held-out exact match", ">= 85 %", f"{whole:.1f} %", whole >= 85))
         found = f"{whole:.1f} % fp32, {quantised:.1f} % w4a16 of {len(prompts)}"
         what = f"{mode}, held-out exact match, w4a16 in groups of {GROUP} against fp32"
-        rows.append(Row(what, "at most 1 point less", found, whole - quantised <= 1))
+        rows.append(ProofRow(what, "at most 1 point less", found, whole - quantised <= 1))
     return rows
 
 
-def w4a8_rows(exact: LLM, rounded: LLM, prompts: list[list[int]], answers: list[str]) -> list[Row]:
-    """The default of large models on a CPU, int8 activations in int4 products, against exact products: the exact match
-    of the answers in each mode, and whether self-speculation still emits what AR emits.
+def w4a8_rows(exact: LLM, rounded: LLM, prompts: list[list[int]], answers: list[str]) -> list[ProofRow]:
+    """Compare int8 activations in int4 products, the default for large models on a CPU, with exact products: exact
+    match of the answers in each mode, and equality of the tokens of self-speculation and AR.
     """
     rows, texts = [], {}
     for mode in ("ar", "diffusion", "linear_spec"):
@@ -289,13 +291,13 @@ def w4a8_rows(exact: LLM, rounded: LLM, prompts: list[list[int]], answers: list[
             texts[name, mode] = [answer(llm, prompt, mode) for prompt in shown]
             pairs = zip(texts[name, mode], answers, strict=True)
             scores.append(100 * statistics.fmean(found.text == text for found, text in pairs))
-        told = f"{scores[0]:.1f} % w4a16 packed, {scores[1]:.1f} % w4a8 of {len(prompts)}"
+        shares = f"{scores[0]:.1f} % w4a16 packed, {scores[1]:.1f} % w4a8 of {len(prompts)}"
         what = f"{mode}, held-out exact match, int8 activations against exact products"
-        rows.append(Row(what, "at most 1 point less", told, scores[0] - scores[1] <= 1))
+        rows.append(ProofRow(what, "at most 1 point less", shares, scores[0] - scores[1] <= 1))
     both = zip(texts["w4a8", "linear_spec"], texts["w4a8", "ar"], strict=True)
     equal = sum(found.token_ids == expected.token_ids for found, expected in both)
     what = "linear_spec = ar with int8 activations"
-    rows.append(Row(what, "all", f"{equal} of {len(prompts)}", equal == len(prompts)))
+    rows.append(ProofRow(what, "all", f"{equal} of {len(prompts)}", equal == len(prompts)))
     return rows
 
 
@@ -319,10 +321,10 @@ print(re.search(r"^Pss:\\s+(\\d+)", Path("/proc/self/smaps_rollup").read_text(),
 """
 
 
-def memory_row(folder: Path) -> Row:
-    """Proportional set size of a process that ran both engines, against one that ran the AR engine only.
+def memory_row(folder: Path) -> ProofRow:
+    """Proportional set size of a process that ran both engines, divided by that of a process that ran only AR.
 
-    On a random network of 250 million parameters, so that the interpreter's own memory counts little.
+    The random network has 250 million parameters, which makes the interpreter's own memory negligible.
     """
     shape = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 12, "vocab_size": 32768}
     heads = {"num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 64}
@@ -336,10 +338,10 @@ def memory_row(folder: Path) -> Row:
         sizes.append(statistics.median(runs) / 1024)
     ratio = sizes[1] / sizes[0]
     found = f"{ratio:.2f} ({sizes[0]:.0f} to {sizes[1]:.0f} MiB)"
-    return Row("memory (PSS) of both engines against one, 250 M parameters", "<= 1.15", found, ratio <= 1.15)
+    return ProofRow("memory (PSS) of both engines against one, 250 M parameters", "<= 1.15", found, ratio <= 1.15)
 
 
-def adapter_rows(llm: LLM, prompts: list[list[int]]) -> list[Row]:
+def adapter_rows(llm: LLM, prompts: list[list[int]]) -> list[ProofRow]:
     """Tokens per cycle with and without the adapter on the same texts, with a paired bootstrap over prompts."""
     rows = []
     for size in (BLOCK_LENGTH, 32):
@@ -357,7 +359,7 @@ def adapter_rows(llm: LLM, prompts: list[list[int]]) -> list[Row]:
         gain = rates[0] / rates[1] - 1
         if size == BLOCK_LENGTH:
             rows.append(
-                Row(
+                ProofRow(
                     "linear_spec without adapter, tokens per cycle, block 16",
                     ">= 4",
                     f"{rates[1]:.2f}",
@@ -365,11 +367,11 @@ def adapter_rows(llm: LLM, prompts: list[list[int]]) -> list[Row]:
                 )
             )
         found = f"{rates[1]:.2f} to {rates[0]:.2f} tokens per cycle, {gain:+.1%} [{low:+.1%}, {high:+.1%}]"
-        rows.append(Row(f"gain of the adapter, block {size}", ">= 10 %", found, bool(gain >= 0.1)))
+        rows.append(ProofRow(f"gain of the adapter, block {size}", ">= 10 %", found, bool(gain >= 0.1)))
     return rows
 
 
-def speed_rows(llm: LLM, reference: NemotronLabsDiffusionModel, prompts: list[list[int]]) -> list[Row]:
+def speed_rows(llm: LLM, reference: NemotronLabsDiffusionModel, prompts: list[list[int]]) -> list[ProofRow]:
     """Tokens per second over the prompts; engine and reference take turns of some prompts each.
 
     After 30 ms idle, ONNX Runtime's worker threads need milliseconds to wake, as long as a whole answer; hence turns of
@@ -397,10 +399,10 @@ def speed_rows(llm: LLM, reference: NemotronLabsDiffusionModel, prompts: list[li
     for mode in MODES:
         ratio = pace["engine", mode] / pace["reference", mode]
         found = f"{ratio:.1f} ({pace['engine', mode]:.0f} against {pace['reference', mode]:.0f})"
-        rows.append(Row(f"{mode}: engine against the fp32 reference, tokens per second", "-", found, None))
+        rows.append(ProofRow(f"{mode}: engine against the fp32 reference, tokens per second", "-", found, None))
     ratio = pace["decoding", "linear_spec"] / pace["decoding", "ar"]
     found = f"{ratio:.2f} ({pace['decoding', 'linear_spec']:.0f} against {pace['decoding', 'ar']:.0f})"
-    rows.append(Row("linear_spec against ar, engine, tokens per second after the prefill", "-", found, None))
+    rows.append(ProofRow("linear_spec against ar, engine, tokens per second after the prefill", "-", found, None))
     return rows
 
 

@@ -1,7 +1,7 @@
-"""Logits at positions of the published context, 262,144 tokens, against the reference; few rows, far apart.
+"""Compare logits at positions up to 262,144, the published context, with the reference. Few rows, far apart.
 
-A wrong rotary frequency shows in the angle between a query and a key, which grows with their distance. So one step's
-tokens lie all over the context. Their KV rows take no more memory than those of a short text.
+A wrong rotary frequency changes the angle between a query and a key in proportion to their distance. So the positions
+of one step are spread over the context. Their KV rows take no more memory than those of a short text.
 
     python -m scripts.prove.far_positions
 """
@@ -30,8 +30,8 @@ SHAPES = ((1e6, 32), (1e6, 128), (1e9, 128))  # theta, head_dim
 
 
 class Distance(NamedTuple):
-    """Of one step whose tokens lie between two positions. relative: the largest relative L2 distance of a row's logits
-    from the reference's. absolute: the largest difference of a logit.
+    """One step with tokens between the positions ``first`` and ``last``. relative: the largest relative L2 distance
+    between a row's logits and the reference's. absolute: the largest difference of a logit.
     """
 
     first: int

@@ -1,4 +1,4 @@
-"""The table that the scripts of `make prove` and `make prove-runtime` print."""
+"""The table of results that `make prove` and `make prove-runtime` print."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from rich.table import Table
 
 
 @dataclass
-class Row:
-    """A quantity, its bar, and the value found. ``holds`` is None for speeds: they depend on the machine and are
-    reported, not judged.
+class ProofRow:
+    """A quantity, its bar, and the measured value. ``holds`` is None for speeds, which have no bar: they depend on the
+    machine.
     """
 
     what: str
@@ -22,8 +22,8 @@ class Row:
     holds: bool | None
 
 
-def print_table(rows: list[Row], as_json: bool, caption: str | None = None) -> None:
-    """Print the rows, and exit with 1 if one that is judged does not hold."""
+def print_table(rows: list[ProofRow], as_json: bool, caption: str | None = None) -> None:
+    """Print the rows. Exit with code 1 if a row with a bar does not hold."""
     if as_json:
         print(json.dumps([asdict(row) for row in rows], indent=2))
     else:

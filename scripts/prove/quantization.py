@@ -1,4 +1,4 @@
-"""Cost of quantisation in right answers and in accepted drafts, in every mode, on the held-out problems.
+"""Effect of quantisation on exact match and acceptance, in every mode, on the held-out problems.
 
     python -m scripts.prove.quantization checkpoints/tiny awq:128 awq:64 rtn:128
 

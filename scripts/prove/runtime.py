@@ -20,7 +20,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from scripts.prove.proof_table import Row, print_table
+from scripts.prove.proof_table import ProofRow, print_table
 from tests.support.exact_law import Bench, greedy_text, prompts, text_law, total_variation
 from trimode import LLM, CompletionOutput, SamplingParams
 from trimode.runtime.request.outputs import Update
@@ -71,8 +71,8 @@ def main() -> None:
     print_table(rows, arguments.json)
 
 
-def equality_rows(engine: Path, checkpoint: Path | None, count: int) -> list[Row]:
-    """Every prompt alone; then all prompts at once with mixed modes, at several batch sizes."""
+def equality_rows(engine: Path, checkpoint: Path | None, count: int) -> list[ProofRow]:
+    """Answer every prompt alone; then all prompts at once with mixed modes, at several batch sizes."""
     records = [json.loads(line) for line in (ROOT / "tests/data/heldout.jsonl").read_text().splitlines()]
     chosen = [records[at] for at in np.linspace(0, len(records) - 1, min(count, len(records))).astype(int)]
     messages = [record["messages"] for record in chosen]
@@ -102,7 +102,7 @@ def _equality(
     found: list[CompletionOutput],
     expected: list[CompletionOutput],
     margins: _Margins,
-) -> Row:
+) -> ProofRow:
     differing = [
         (prompt, one.token_ids, other.token_ids, mode)
         for prompt, mode, one, other in zip(encoded, modes, found, expected, strict=True)
@@ -111,12 +111,12 @@ def _equality(
     shown = f"{len(found) - len(differing)} of {len(found)}"
     if differing:
         shown += "; margins of logits " + ", ".join(margins.of(*each) for each in differing)
-    return Row(what, "all", shown, not differing)
+    return ProofRow(what, "all", shown, not differing)
 
 
 class _Margins:
-    """Margins by which the reference prefers the expected token where two texts first differ. Torch is imported with
-    the first such text, so that the other rows are measured without it.
+    """Margins by which the reference prefers the expected token at the first difference of two texts. Torch is imported
+    for the first such text, because it would change the other measurements.
     """
 
     def __init__(self, checkpoint: Path | None) -> None:
@@ -138,8 +138,8 @@ class _Margins:
         return f"{margin(self._reference, prompt, found, expected, mode):.1e}"
 
 
-def distribution_row(sampling: dict[str, Any], prompt: tuple[int, ...], draws: int) -> Row:
-    """Whole texts of three tokens, and the second token, which is the first that a self-speculation cycle draws."""
+def distribution_row(sampling: dict[str, Any], prompt: tuple[int, ...], draws: int) -> ProofRow:
+    """The distribution of complete texts of three tokens, and of the second token, the first one that a cycle draws."""
     counts = Counter[tuple[int, ...]]()
     bench = Bench(max_batch=16, capacity=32, end=False, prefix_cache=False)
     params = SamplingParams(max_tokens=3, mode="linear_spec", block_length=4, **sampling)
@@ -160,7 +160,7 @@ def distribution_row(sampling: dict[str, Any], prompt: tuple[int, ...], draws: i
     )
     name = ", ".join(f"{key} {value}" for key, value in sampling.items())
     holds = texts.is_chance and tokens.is_chance
-    return Row(
+    return ProofRow(
         f"{draws} texts drawn by linear_spec at {name}: total variation from AR's distribution", "chance", shown, holds
     )
 
@@ -172,7 +172,7 @@ def _second_tokens(texts: dict[tuple[int, ...], Any]) -> dict[tuple[int, ...], A
     return found
 
 
-def overhead_rows(engine: Path) -> list[Row]:
+def overhead_rows(engine: Path) -> list[ProofRow]:
     """Milliseconds of a cycle that are spent outside ONNX Runtime. Prompts are given as token ids."""
     rows = []
     for batch in (1, 4, 16):
@@ -188,7 +188,7 @@ def overhead_rows(engine: Path) -> list[Row]:
                 outside = time.perf_counter() - begun - (inside() - before)
                 milliseconds.append(1e3 * outside / (llm.stats().steps - steps))
         found = statistics.median(milliseconds)
-        rows.append(Row(f"time outside the engines per cycle, batch {batch}", "-", f"{found:.2f} ms", None))
+        rows.append(ProofRow(f"time outside the engines per cycle, batch {batch}", "-", f"{found:.2f} ms", None))
     return rows
 
 
@@ -215,8 +215,8 @@ def _time_engines(llm: LLM) -> Any:
     return lambda: spent
 
 
-def events_row(events: int) -> Row:
-    """Random joins, steps and aborts. Every text must be right; the executor checks all KV rows that it reads."""
+def events_row(events: int) -> ProofRow:
+    """Random submits, steps and aborts. Every text must be right. The executor checks all KV rows that it reads."""
     rng, wrong, ended = np.random.default_rng(0), 0, 0
     bench = Bench(max_batch=12, capacity=64, end=True, prefix_cache=True)
     running: dict[int, Request] = {}
@@ -250,12 +250,12 @@ def events_row(events: int) -> Row:
     bench.run()
     leaked = bench.executor.pool.active + len(running) + (submitted - ended)
     found = f"{submitted} requests, {wrong} wrong, {leaked} leaked"
-    return Row(
+    return ProofRow(
         f"{events} random joins, finishes and cancels on one KV pool", "none wrong or leaked", found, not wrong + leaked
     )
 
 
-def memory_row(engine: Path, requests: int) -> Row:
+def memory_row(engine: Path, requests: int) -> ProofRow:
     """Resident memory after each third of the requests. ONNX Runtime keeps memory for every new shape of a pass; the
     last third has no new shape.
     """
@@ -269,7 +269,7 @@ def memory_row(engine: Path, requests: int) -> Row:
                 pages = int(Path("/proc/self/statm").read_text().split()[1])
                 sizes.append(pages * os.sysconf("SC_PAGE_SIZE") / 2**20)
     shown = f"{sizes[1]:.0f} MiB before, {sizes[2]:.0f} after ({sizes[0]:.0f} after the first {requests})"
-    return Row(
+    return ProofRow(
         f"memory over {requests} requests, after every shape of a pass was seen",
         "flat (2 MiB)",
         shown,
@@ -277,7 +277,7 @@ def memory_row(engine: Path, requests: int) -> Row:
     )
 
 
-def prefix_row(engine: Path) -> Row:
+def prefix_row(engine: Path) -> ProofRow:
     """The second turn of a chat of about a thousand tokens."""
     with LLM(engine) as llm:
         turn = [{"role": "user", "content": "Count the words: " + " ".join(["stone", "river"] * 240)}]
@@ -289,7 +289,7 @@ def prefix_row(engine: Path) -> Row:
     computed = len(known) + len(new) - second.counts.cached_tokens
     shown = f"{len(known)} known, {len(new)} new: {computed} prefilled in {second.counts.prefill} pass"
     # The first answer's last token was emitted but not committed.
-    return Row("second turn of a chat", "only what is new", shown, computed <= len(new) + 1)
+    return ProofRow("second turn of a chat", "only what is new", shown, computed <= len(new) + 1)
 
 
 if __name__ == "__main__":

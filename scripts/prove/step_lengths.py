@@ -1,8 +1,8 @@
-"""How much the AR engine's logits depend on the length of the pass, and whether that could change a greedy token.
+"""Measure how much the AR engine's logits depend on the length of the step, and whether a greedy token could change.
 
 Self-speculation verifies a block in one pass; AR computes its tokens one by one. Both choose from causal rows, so they
-emit the same text, unless a kernel rounds differently in a longer pass and so decides a near-tie of two logits.
-Held-out prompts are answered token by token; then the same tokens go through the engine in longer passes.
+emit the same text, unless a kernel rounds differently in a longer step and two logits are nearly equal. Held-out
+prompts are answered token by token. Then the same tokens are computed in longer steps.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def prefill(executor: CpuExecutor, slot: int, prompt: list[int], chunk: int) -> 
 def greedy(
     executor: CpuExecutor, slot: int, committed: int, pending_token: int, longest: int, ends: tuple[int, ...]
 ) -> tuple[list[int], NDArray[np.float64]]:
-    """Tokens from the pending token on, one a step, and what :func:`best_two` says of each one's row."""
+    """Greedy decoding in steps of one token. Returns the input token of each step, and :func:`best_two` of its row."""
     tokens, rows = [pending_token], []
     while tokens[-1] not in ends and len(tokens) < longest:
         at = np.array([committed + len(tokens) - 1])

@@ -8,7 +8,7 @@ the clean tokens before its start and to itself in both directions, as in decodi
 of a fixed length, so that the compiled step has one shape and little padding.
 
 The length of a run is a number of steps, so the same seed repeats the same run. If other processes run on the machine,
-set ``OMP_WAIT_POLICY=PASSIVE``: beside a third process, two spinning threads are ten times slower.
+set ``OMP_WAIT_POLICY=PASSIVE``: with a third busy process, two spinning threads are ten times slower.
 """
 
 from __future__ import annotations
@@ -72,11 +72,11 @@ BIN = 384  # tokens of an ordinary bin; longer rows go into bins of LONG_BIN tok
 LONG_BIN = 768
 BATCH_TOKENS = 3840
 NOISY_SHARE = 0.5  # least share of a bin's tokens that belong to noisy blocks
-WHOLE_MASKED = 0.25  # share of noisy blocks that are masked whole, as in a one-pass draft
+WHOLE_MASKED = 0.25  # share of noisy blocks that are entirely masked, as in a one-pass draft
 PREFIX_KNOWN = 0.2  # share of noisy blocks that are known up to a position and masked after it
 BLOCK_SIZES = {8: 0.35, 16: 0.40, 32: 0.25}
 PAST_END_WEIGHT = 0.1  # loss weight of end tokens after the first: drafts must not end answers too early
-FAR = -1  # target of a mask beyond the stage's reach: the batch's token frequencies instead of one token
+FAR = -1  # target of a mask beyond the stage's reach: the batch's token frequencies in place of one token
 FAR_WEIGHT = 0.2
 ADAPTER_RANK = 64
 # Without AVX-512, a bfloat16 product takes forty times as long as one in fp32.
@@ -92,7 +92,7 @@ class Stage:
     shares: dict[str, float] = field(default_factory=dict)  # of kinds; the corpus's defaults where missing
     several: float = 0.04  # share of prompts with two questions
     whole: float = WHOLE_MASKED
-    densest: float = 1.0  # largest masked share of a noisy block that is not masked whole
+    densest: float = 1.0  # largest masked share of a noisy block that is not entirely masked
     reach: int = max(BLOCK_SIZES)  # positions after the last known token within which a mask learns its own token
 
 
@@ -523,7 +523,7 @@ def run_stage(
 
 
 def adapter_batch(rows: list[Row], rng: random.Random) -> tuple[Batch, int]:
-    """A batch with one row a bin, then three blocks masked whole; and the start of the noisy stream."""
+    """A batch with one row per bin, then three entirely masked blocks; and the start of the noisy stream."""
     clean_size = max(len(row.ids) for row in rows)
     bins = []
     for row in rows:

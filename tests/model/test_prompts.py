@@ -128,7 +128,6 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-ALL_TOKENS = "{{ [bos_token, eos_token, unk_token, sep_token, pad_token, cls_token, mask_token] }}"
 
 
 def sentencepiece(folder: Path) -> None:

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, Ministral3Config,
 
 from tests.support.random_checkpoint import config_fields
 from trimode.model.checkpoint import Checkpoint
-from trimode.model.reference.decoding import PassCounts
+from trimode.model.reference.decoding import PassTotals
 from trimode.model.reference.loading import load_reference
 from trimode.model.reference.network import NemotronLabsDiffusionModel
 
@@ -102,7 +102,7 @@ def test_without_a_threshold_denoise_passes_are_the_quota(
     # 1 token from the prefill, 7 from the masks of a block of 8, 1 from its commit.
     out, nfe = reference.generate(prompt[:1], 9, block_length=8, steps=steps, eos_token_id=-1)
     assert out.shape[1] == 30 + 9
-    assert reference.passes == PassCounts(prefill=1, denoise=passes, commit=1)
+    assert reference.passes == PassTotals(prefill=1, denoise=passes, commit=1)
     assert nfe == passes + 1
 
 

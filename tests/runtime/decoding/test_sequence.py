@@ -16,7 +16,7 @@ from tests.support.random_checkpoint import config_fields
 from trimode import LLM, SamplingParams
 from trimode.model.checkpoint import Checkpoint
 from trimode.model.config import ModelConfig
-from trimode.model.reference.decoding import PassCounts
+from trimode.model.reference.decoding import PassTotals
 from trimode.model.reference.loading import load_reference
 from trimode.model.reference.network import NemotronLabsDiffusionModel
 from trimode.runtime.decoding.acceptance import Acceptance
@@ -39,7 +39,7 @@ def both(request: pytest.FixtureRequest) -> Iterator[tuple[LLM, NemotronLabsDiff
 
 def reference_tokens(
     reference: NemotronLabsDiffusionModel, prompt: list[int], params: SamplingParams
-) -> tuple[list[int], PassCounts]:
+) -> tuple[list[int], PassTotals]:
     ids, common = torch.tensor([prompt]), {"max_new_tokens": params.max_tokens}
     if params.max_thinking_tokens is not None:
         common |= {"max_thinking_tokens": params.max_thinking_tokens, "end_think_token_id": END_THINK}
