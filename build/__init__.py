@@ -1,1 +1,1 @@
-"""w4a16 checkpoint to engine directory."""
+"""The build: checkpoint to engine directory."""

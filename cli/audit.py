@@ -44,7 +44,7 @@ def command(
 ) -> None:
     """List the GPU kernels of ENGINE (target rtx) and the bytes that each moves. Needs no GPU."""
     with requires_extra("build"):
-        from trimode.build.audit.report import audit_engine, print_report, write_plot
+        from trimode.build.rtx.audit.report import audit_engine, print_report, write_plot
 
     report = audit_engine(engine, batch=batch, steps=steps, windows=windows, gpu=gpu, acceptance=acceptance)
     if plot is not None:

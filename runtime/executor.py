@@ -1,4 +1,4 @@
-"""What every target gives the decoding loop: two engines, one KV pool, one pass at a time."""
+"""The interface between the decoding loop and a target: two engines, one KV pool, one pass at a time."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Step:
-    """One pass over the slots from ``first_slot`` on; shapes and meaning as in :mod:`trimode.model.step`.
+    """The inputs of one pass over ``batch`` slots from ``first_slot`` on, as :mod:`trimode.model.step` defines them.
 
-    top_k: candidates wanted of each row, None for as many as the engine can tell; an executor may tell more.
+    top_k: candidates needed of each row; None for as many as the engine returns. An executor may return more.
     """
 
     first_slot: int
@@ -34,7 +34,7 @@ class Step:
 
     @property
     def rows_written(self) -> int:
-        """How far the step reaches into the KV pool."""
+        """The number of KV rows of the longest sequence after the step."""
         return int(max(self.write_indices.tolist()) + self.input_ids.shape[1])
 
 
@@ -48,7 +48,7 @@ class CausalStep(Step):
     def chain(
         cls, first_slot: int, input_ids: Ints, write_indices: Ints, logit_rows: Ints, top_k: int | None = None
     ) -> CausalStep:
-        """Plain text: each token sees the step's tokens up to itself, and positions follow the committed rows."""
+        """Causal attention within the step, at the positions after the committed rows."""
         positions = write_indices[:, None] + _places(input_ids.shape[1])
         mask = _causal_mask(*input_ids.shape)
         return cls(first_slot, input_ids, positions, write_indices, logit_rows, mask, top_k=top_k)
@@ -69,7 +69,7 @@ class BidirectionalStep(Step):
     """A pass of the diffusion engine."""
 
     step_lengths: Ints  # [B]
-    adapter: NDArray[np.bool_]  # [B], draft adapter on or off
+    adapter: NDArray[np.bool_]  # [B], whether to use the draft adapter
 
     @classmethod
     def block(
@@ -82,7 +82,7 @@ class BidirectionalStep(Step):
         adapter: NDArray[np.bool_],
         top_k: int | None = None,
     ) -> BidirectionalStep:
-        """A block a sequence, right after its committed rows."""
+        """A block of each sequence, at the positions after its committed rows."""
         positions = write_indices[:, None] + _places(input_ids.shape[1])
         return cls(first_slot, input_ids, positions, write_indices, logit_rows, step_lengths, adapter, top_k=top_k)
 
@@ -93,14 +93,14 @@ class BidirectionalStep(Step):
 
 
 class Candidates(NamedTuple):
-    """The k most likely tokens of each asked row, best first, and the log-sum-exp of the row's whole vocabulary."""
+    """The k most likely tokens of each logit row, best first, and the log-sum-exp over the whole vocabulary."""
 
     logits: NDArray[np.float32]  # [B, R, k]
     tokens: Ints  # [B, R, k]
     log_sum_exp: NDArray[np.float32]  # [B, R]
 
     def of(self, index: int, rows: int) -> Candidates:
-        """One sequence's first ``rows`` rows: [rows, k], [rows, k], [rows]."""
+        """The first ``rows`` rows of one sequence: [rows, k], [rows, k], [rows]."""
         return Candidates(self.logits[index, :rows], self.tokens[index, :rows], self.log_sum_exp[index, :rows])
 
 
@@ -116,12 +116,12 @@ class Executor(Protocol):
         ...
 
     def run(self, step: CausalStep | BidirectionalStep) -> Candidates:
-        """One pass; writes the step's KV rows, whichever the engine."""
+        """Run one pass. Both engines write the step's KV rows."""
         ...
 
 
 class Speculated(NamedTuple):
-    """Candidates of every row, [B, S, k], of a draft and of the causal pass that verifies it."""
+    """Candidates of all rows, [B, S, k], of a draft and of the causal pass that verifies it."""
 
     drafted: Candidates
     verified: Candidates
@@ -129,12 +129,12 @@ class Speculated(NamedTuple):
 
 @runtime_checkable
 class SpeculatingExecutor(Executor, Protocol):
-    """One that need not wait between a draft and its verification."""
+    """An executor that runs a draft and its verification without the host in between."""
 
     def speculate(self, draft: BidirectionalStep) -> Speculated:
-        """A draft of whole blocks, and the causal pass over the blocks that it fills.
+        """Run a draft of whole blocks, and the causal pass over the drafted blocks.
 
-        ``draft`` asks for all its rows. The best token of each row is the causal pass's input of that row; the first
-        row keeps the pending token.
+        ``draft`` has all its rows as logit rows. The best token of each row is the causal pass's input of that row;
+        the first row keeps the pending token.
         """
         ...

@@ -15,8 +15,8 @@ import torch
 
 from scripts.prove.quantization import MODES, score
 from trimode import LLM, CompletionOutput, SamplingParams
-from trimode.build.audit.counting import audit_pass, read_plans
 from trimode.build.engine_builder import build_engine
+from trimode.build.rtx.audit.counting import audit_pass, read_plans
 from trimode.build.rtx.target import RtxTarget
 from trimode.model.checkpoint import Checkpoint
 from trimode.model.reference.loading import load_reference

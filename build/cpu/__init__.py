@@ -1,1 +1,1 @@
-"""Target ``cpu``: ONNX Runtime over one file of prepacked weights."""
+"""Target ``cpu``: graphs for ONNX Runtime over one file of prepacked weights."""

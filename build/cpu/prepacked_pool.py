@@ -32,7 +32,7 @@ class _Blob:
 
 @dataclass(frozen=True)
 class _Constant:
-    """A constant in the file that ONNX Runtime wrote."""
+    """The range of a constant in a file, and its packed copies."""
 
     offset: int
     length: int
@@ -105,7 +105,7 @@ def _blob(value: str) -> _Blob:
     """
     key, *places = value.split("|")
     if len(places) != 1:
-        raise RuntimeError(f"unexpected form of a packed constant: {value}")
+        raise RuntimeError(f"unexpected format of a packed constant: {value}")
     offset, length, checksum = places[0].split(";")
     return _Blob(key, int(offset), int(length), checksum)
 

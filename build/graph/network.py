@@ -1,4 +1,4 @@
-"""The network as ONNX graphs of standard operators: one function, two attention patterns.
+"""The network as ONNX graphs: one builder for both attention patterns.
 
 Modules have the names and the order of :mod:`trimode.model.reference.network`. Inputs and outputs are those of
 :mod:`trimode.model.step`. Angles and masks are computed once per pass and used by all layers. :class:`NetworkOptions`
@@ -212,7 +212,7 @@ class _NetworkGraph:
         return seen
 
     def _seen(self, step: str, visibility: str) -> str:
-        # 0 is the step's first row; committed rows are negative.
+        # The step's first row is 0; committed rows are negative.
         row_in_step = self.op("Sub", self.kv_rows, self.op("Unsqueeze", self.write_indices, [1]))
         row_in_step = self.op("Unsqueeze", row_in_step, [1])
         if self.pattern == "bidirectional":

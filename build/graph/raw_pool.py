@@ -171,7 +171,7 @@ class _Writer:
                 f"{self._checkpoint.folder}: {', '.join(modules)} read one input but are quantised differently; "
                 "quantise the checkpoint with `trimode quantize`"
             )
-        # ModelOpt packs pairs along `out`; transposed, that is ONNX's packing along the last dimension.
+        # ModelOpt packs pairs along `out`. Transposed, that is ONNX's packing along the last dimension.
         packed = np.concatenate([weight.packed for weight in int4]).T
         scale = np.concatenate([weight.scale for weight in int4]).T.astype(self._real)
         input_scale = int4[0].input_scale

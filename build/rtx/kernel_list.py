@@ -24,7 +24,7 @@ _LINE = re.compile(
 )
 _TENSOR = re.compile(r"\{ Name: (\S+), Dimensions: \[([-\d,]*)\], .*?Datatype: (\w+)")
 _SOURCE = re.compile(r"ONNX Layer: ([^\]]+)")
-# What the list has besides kernels: events between streams, and shapes computed on the host.
+# Entries of the log that are not kernels: events between streams, and shapes that the host computes.
 _NO_KERNEL = {"signal", "wait", "shape_call"}
 # Sizes that the host computes and copies to the device. These lines have another format.
 _SHAPE_COPY = "LayerType: ShapeHostToDevice,"
@@ -67,7 +67,7 @@ def parse_kernels(log: Iterable[str]) -> KernelList:
         listed = sum(line.startswith("Name: ") and _SHAPE_COPY not in line for line in message.splitlines())
         found = list(_LINE.finditer(message))
         if len(found) != listed:
-            raise RuntimeError(f"{listed - len(found)} of {listed} kernels in the builder's log have an unknown form")
+            raise RuntimeError(f"{listed - len(found)} of {listed} kernels in the builder's log have an unknown format")
         kernels += [
             PlanKernel(
                 name=line["name"],

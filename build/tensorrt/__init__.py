@@ -1,1 +1,1 @@
-"""Target ``tensorrt``: graphs and kernels that TensorRT compiles on the machine with the GPU."""
+"""Target ``tensorrt``: graphs and kernels, which TensorRT compiles to plans on the machine with the GPU."""

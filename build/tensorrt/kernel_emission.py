@@ -79,7 +79,7 @@ def write_kernels(
 
 
 def _untuned(name: str) -> str:
-    """A kernel's name without its tactic."""
+    """The name of a kernel without its tactic."""
     return name.rpartition(".")[0]
 
 

@@ -36,7 +36,7 @@ _Arrays = dict[str, NDArray[Any]]
 
 
 class _ShapeMemory(NamedTuple):
-    """What passes of one shape read and write: arrays, and the same memory as ONNX Runtime's values."""
+    """Inputs and results of passes of one shape, as arrays and as ONNX Runtime's values of the same memory."""
 
     inputs: _Arrays
     results: Candidates
@@ -46,13 +46,13 @@ class _ShapeMemory(NamedTuple):
 
 @dataclass
 class _Binding:
-    """A run of the pool's slots, bound to a session, and the memory of the shape that is bound with it."""
+    """A session's binding of some of the pool's slots, and of the memory of one shape of pass."""
 
     session_binding: ort.IOBinding
     memory: _ShapeMemory | None = None
 
     def bind(self, memory: _ShapeMemory) -> None:
-        if self.memory is memory:  # as in most passes, and binding takes longer than all else around them
+        if self.memory is memory:  # true for most passes; binding takes longer than the rest of the call
             return
         for name, value in memory.input_values.items():
             self.session_binding.bind_ortvalue_input(name, value)
@@ -90,7 +90,7 @@ class CpuExecutor:
         with _folder_of_pool(engine) as weights:
             self._sessions = {kind: _load(engine / folder, weights, self.threads) for kind, folder in _FOLDERS.items()}
         self._memories: dict[tuple[int, ...], _ShapeMemory] = {}
-        # A binding of the caches is good until the pool moves.
+        # A binding of the caches is valid until the pool is reallocated.
         self._bindings: dict[tuple[type[Step], int, int], _Binding] = {}
         self._bound_generation = self.pool.generation
 
@@ -144,7 +144,7 @@ class CpuExecutor:
         return self._memories[key]
 
     def _binding(self, step: Step) -> _Binding:
-        """A binding whose caches are the step's slots of the pool, inputs and outputs at the same addresses."""
+        """The binding of the step's slots, with the same addresses for the caches as inputs and as outputs."""
         if self._bound_generation != self.pool.generation:
             self._bindings.clear()
             self._bound_generation = self.pool.generation
@@ -164,12 +164,12 @@ class CpuExecutor:
 
 
 def _values(arrays: _Arrays) -> dict[str, ort.OrtValue]:
-    """The arrays' own memory, not copies of it."""
+    """ONNX Runtime's values of the arrays' own memory."""
     return {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
 
 
 def _refuse_foreign_layout(engine: Path, manifest: Manifest) -> None:
-    """The pool's packed copies fit one kernel library and instruction set; others would make nonsense of them."""
+    """Refuse an engine whose packed weights are for another version of ONNX Runtime or another instruction set."""
     remedy = f"build it again here: trimode build CHECKPOINT {engine}"
     section = manifest.section(CpuSection)
     if section.onnxruntime != ort.__version__:
@@ -185,10 +185,10 @@ def _refuse_foreign_layout(engine: Path, manifest: Manifest) -> None:
 
 @contextmanager
 def _folder_of_pool(engine: Path) -> Iterator[Path]:
-    """The folder in which ONNX Runtime shall look for the pool. It maps the file while a session is created.
+    """The folder from which ONNX Runtime maps the pool while a session is created.
 
-    ONNX Runtime refuses a file that is a symlink out of its folder, as in a hub cache. Such a file gets a second name,
-    a hard link in a temporary folder beside it.
+    ONNX Runtime refuses a file that is a symlink to another folder, as in a hub cache. For such a file, the folder is a
+    temporary one next to the file, with a hard link to it.
     """
     pool = engine / POOL
     file = pool.resolve()
@@ -210,9 +210,9 @@ def _folder_of_pool(engine: Path) -> Iterator[Path]:
 def _load(folder: Path, weights: Path, threads: int) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # done by the build
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # the build has optimised it
     options.intra_op_num_threads = threads
-    # The engines take turns: threads spin within a pass, which is faster, and not into the other engine's.
+    # Threads spin within a pass, which is faster, but stop at its end, since the next pass may be the other engine's.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
     path = folder / MODEL

@@ -1,7 +1,7 @@
-"""Shapes of passes, few enough that each can have a CUDA graph of its own.
+"""Buckets: the few shapes that steps are padded to, each with its own CUDA graph.
 
-A graph is good for one shape and one set of addresses. So a step's length, the rows it wants logits of, and its window
-are rounded up to a few values. Its batch is not: a padded sequence would write into the slot of a real one.
+A graph serves one shape and one set of addresses. Therefore a step's length, its number of logit rows and its window
+are rounded up to a few values. The batch is not, because a padded sequence would write into another sequence's slot.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ SMALLEST_WINDOW = 256
 
 
 class Bucket(NamedTuple):
-    """The shape of a pass, and the slot its batch begins at; ``step``, ``rows`` and ``window`` as padded."""
+    """The shape of a pass, and the first slot of its batch. ``step``, ``rows`` and ``window`` are padded."""
 
     kind: type[Step]
     first_slot: int
@@ -25,10 +25,10 @@ class Bucket(NamedTuple):
 
 
 def bucket_of(step: Step, max_step: int, capacity: int, windowed: bool) -> Bucket:
-    """The bucket of a step that fits: at most ``max_step`` tokens, and no row at or past ``capacity``.
+    """The bucket of a step of at most ``max_step`` tokens whose rows are all below ``capacity``.
 
-    windowed: whether the plan attends to a window; one that attends to the pool in place has all of it for a window.
-    Padded or not, a step stays below ``capacity``: where the next larger length would not, it is not padded.
+    windowed: whether the engine attends to a window; otherwise it attends to the pool in place, and the window is the
+    capacity. A step that would exceed the capacity when padded is not padded.
     """
     batch, length = step.input_ids.shape
     committed = int(step.write_indices.max())
@@ -41,5 +41,5 @@ def bucket_of(step: Step, max_step: int, capacity: int, windowed: bool) -> Bucke
 
 
 def _rounded(number: int, smallest: int, largest: int) -> int:
-    """The next power of two from ``smallest`` on, or ``largest`` where that is less."""
+    """The next power of two that is at least ``smallest``, but at most ``largest``."""
     return min(max(smallest, 1 << (number - 1).bit_length()), largest)

@@ -40,7 +40,7 @@ from scripts.gpu.traffic import (
     moved_bytes,
     split_rows,
 )
-from trimode.build.audit.roofline import (
+from trimode.build.roofline import (
     ACCEPTANCE_LENGTH,
     CONFIG_8B,
     GPUS,

@@ -26,7 +26,7 @@ from scripts.gpu.traffic import (
     moved_bytes,
     needed_bytes,
 )
-from trimode.build.audit.roofline import REAL_BYTES
+from trimode.build.roofline import REAL_BYTES
 from trimode.engine.precision import Real
 from trimode.plugins.operators import Attend, KvWrite, MergeSplits, Node, Operator, Pattern, Tactic
 

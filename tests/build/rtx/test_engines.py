@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trimode.build.audit.counting import Plan, audit_pass, kind_of, read_plans
-from trimode.build.audit.report import audit_engine, write_plot
 from trimode.build.engine_builder import build_engine
 from trimode.build.rtx import plan_building as rtx
+from trimode.build.rtx.audit.counting import Plan, audit_pass, kind_of, read_plans
+from trimode.build.rtx.audit.report import audit_engine, write_plot
 from trimode.build.rtx.graph_form import refuse_disorder
 from trimode.build.rtx.kernel_list import KernelTensor, PlanKernel
 from trimode.build.rtx.target import RtxTarget

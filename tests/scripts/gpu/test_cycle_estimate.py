@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from scripts.gpu.cycle_estimate import CHIPS, MEMORY_LATENCY, SCHEDULERS, Launch, Work, longest_loop, seconds
-from trimode.build.audit.roofline import GPUS
+from trimode.build.roofline import GPUS
 
 H100, CHIP = GPUS["h100"], CHIPS["h100"]
 

@@ -34,7 +34,7 @@ from scripts.gpu.traffic import (
 from tests.support.kernel_cases import AttentionCase, ProductCase
 from tests.support.kernel_functions import attend, int4_product, kv_write
 from tests.support.triton_interpreter import Traffic
-from trimode.build.audit import roofline
+from trimode.build import roofline
 from trimode.build.tensorrt import emission
 from trimode.plugins.operators import Attend, Int4Product, KvWrite, MergeSplits, Pattern, Tactic
 from trimode.plugins.operators.int4_product import within_group

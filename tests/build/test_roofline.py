@@ -7,7 +7,7 @@ from math import log, prod
 
 import pytest
 
-from trimode.build.audit.roofline import (
+from trimode.build.roofline import (
     ACCEPTANCE_LENGTH,
     CONFIG_8B,
     FORMATS,

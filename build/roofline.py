@@ -57,7 +57,7 @@ class GpuModel:
     cache: int
 
 
-# NVIDIA's data sheets and architecture whitepapers. GeForce cards accumulate in fp32 at half rate, the others do not.
+# From NVIDIA's data sheets and architecture whitepapers. GeForce cards accumulate in fp32 at half rate, others do not.
 GPUS: dict[str, GpuModel] = {
     gpu.key: gpu
     for gpu in (
@@ -141,7 +141,7 @@ def floor_bytes(config: ModelConfig, shape: PassShape, matrix_bytes: int) -> int
 
 
 def floor_flops(config: ModelConfig, shape: PassShape) -> int:
-    """FLOPs of a pass's products, a multiplication and an addition each; every token attends to the whole window."""
+    """FLOPs of a pass, counting a multiplication and an addition as two; every token attends to the whole window."""
     weights = _layer_weights(config) + _adapter_weights(config, shape.adapter_rank)
     attention = 4 * shape.window * config.query_width * config.num_hidden_layers
     head = 2 * config.vocab_size * config.hidden_size

@@ -8,8 +8,8 @@ from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
 
-from trimode.build.audit.counting import PassAudit, audit_pass, cycle_bytes_to_host, read_plans
-from trimode.build.audit.roofline import find_gpu, pass_seconds, published_comparison
+from trimode.build.roofline import find_gpu, pass_seconds, published_comparison
+from trimode.build.rtx.audit.counting import PassAudit, audit_pass, cycle_bytes_to_host, read_plans
 
 BLOCK_LENGTH = 32
 DEFAULT_STEPS = (1, 8, 32)
@@ -51,7 +51,7 @@ def audit_engine(
 ) -> AuditReport:
     """Audit both plans at every step and window.
 
-    gpu: a key of :data:`trimode.build.audit.roofline.GPUS`. acceptance: tokens per self-speculation cycle. steps,
+    gpu: a key of :data:`trimode.build.roofline.GPUS`. acceptance: tokens per self-speculation cycle. steps,
     windows: None for :data:`DEFAULT_STEPS` and :data:`DEFAULT_WINDOWS`, each lowered to the plans' limits. Raises
     TriModeError for a shape beyond these limits.
     """
@@ -194,7 +194,7 @@ def write_plot(report: AuditReport, path: Path) -> None:
     floors = [row.floor / 1e9 for row in report.passes]
     axes.plot(floors, labels, "k|", markersize=12, markeredgewidth=2, label="floor")
     axes.invert_yaxis()
-    axes.set_xlabel("GB a pass, by the compiled kernels (not run)")
+    axes.set_xlabel("GB per pass, counted from the compiled kernels (not run)")
     axes.tick_params(labelsize=7)
     axes.margins(y=0.02)
     figure.legend(fontsize=7, loc="outside upper center", ncols=5, frameon=False)

@@ -35,8 +35,8 @@ import onnx
 from onnx import numpy_helper
 from pydantic import BaseModel
 
-from trimode.build.audit.roofline import PassShape, floor_bytes, floor_flops, stored_matrix_bytes
 from trimode.build.graph.raw_pool import merged_matrices
+from trimode.build.roofline import PassShape, floor_bytes, floor_flops, stored_matrix_bytes
 from trimode.build.rtx.kernel_list import KernelList, KernelTensor, PlanKernel
 from trimode.common.errors import TriModeError
 from trimode.common.records import read_json_record
@@ -91,7 +91,7 @@ class PassAudit(BaseModel):
 
 @dataclass(frozen=True)
 class Plan:
-    """One engine of an engine directory, as far as an audit reads it."""
+    """What an audit reads of one engine of an engine directory."""
 
     engine: str
     manifest: Manifest
@@ -208,7 +208,7 @@ def _refuse_impossible(plan: Plan, batch: int, step: int, window: int) -> None:
 
 
 class _Sizes:
-    """Bytes of a plan's tensors for one shape of pass."""
+    """The bytes of a plan's tensors for one shape of pass."""
 
     def __init__(self, plan: Plan, batch: int, step: int, window: int) -> None:
         config = plan.manifest.model
@@ -355,7 +355,7 @@ def _shapes(graph: onnx.ModelProto, dims: dict[str, int]) -> dict[str, tuple[int
 
 
 def _operators(kernel: PlanKernel) -> set[str]:
-    """ONNX operators of the nodes that a kernel computes: ``layers.3/MatMul_7`` is a MatMul."""
+    """The ONNX operators that a kernel computes, from names of nodes such as ``layers.3/MatMul_7``."""
     return {source.rpartition("/")[2].rpartition("_")[0] for source in kernel.sources}
 
 
