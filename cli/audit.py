@@ -28,7 +28,7 @@ from trimode.cli.parameters import PATH, integers, json_option
     metavar="N,N,...",
     help="KV rows [default: 512,4096, as far as the plan allows].",
 )
-@click.option("--gpu", default="dgx-spark", show_default=True, help="GPU whose time floors to compute.")
+@click.option("--gpu", default="dgx-spark", show_default=True, help="GPU whose minimum times to compute.")
 @click.option("--acceptance", type=float, default=6.82, show_default=True, help="Tokens of a self-speculation cycle.")
 @click.option("--plot", type=PATH, help="Write the bytes of each kind of kernel to this PNG.")
 @json_option

@@ -32,12 +32,12 @@ from trimode.runtime.request.sampling_params import (
 @click.option(
     "--threshold",
     type=float,
-    help=f"diffusion: confidence at which a token is accepted [default: {DEFAULT_THRESHOLD}].",
+    help=f"diffusion: confidence at which a mask is filled [default: {DEFAULT_THRESHOLD}].",
 )
 @click.option(
     "--draft-threshold",
     type=float,
-    help="linear_spec: confidence at which a drafted token is accepted; 0 drafts a block in one pass [default: 0].",
+    help="linear_spec: confidence at which a drafted token is kept; 0 drafts a block in one pass [default: 0].",
 )
 @click.option("--max-tokens", type=int, default=256, show_default=True)
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")

@@ -32,7 +32,11 @@ def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
 def build_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """``--target``, ``--method`` and ``--group``: how a model that is a checkpoint becomes an engine."""
     for option in (
-        click.option("--group", type=int, help="Of a checkpoint: input channels that share a scale [default: 128]."),
+        click.option(
+            "--group",
+            type=int,
+            help="Of a checkpoint: input channels that share a scale [default: 128, or less if the matrices need it].",
+        ),
         click.option(
             "--method",
             type=click.Choice(["awq", "rtn"]),

@@ -68,7 +68,7 @@ from trimode.runtime.request.sampling_params import Mode
     show_default=True,
     help="Memory for reusing earlier prompts; 0 turns it off.",
 )
-@click.option("--threads", type=click.IntRange(min=1), help="Threads of a pass [default: all cores].")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads of a pass [default: the CPUs it may use].")
 @click.option(
     "--max-body", type=click.IntRange(min=1), default=4 << 20, show_default=True, help="Largest request in bytes."
 )
