@@ -141,7 +141,7 @@ class LLM:
         self._ids = itertools.count(1)
         self.max_answers = max_batch_size + max_queue_size
         self._thread = SchedulerThread(self._scheduler, max_batch_size, self.max_answers)
-        # Also when nobody calls shutdown: the thread must not run on while the interpreter is torn down.
+        # Also without a call of shutdown: the thread must end before the interpreter does.
         self._stop = weakref.finalize(self, self._thread.stop)
         log.info("%s", self.capacity)
 

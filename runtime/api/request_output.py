@@ -19,7 +19,7 @@ from trimode.runtime.scheduling.request import Request
 class Mailbox:
     """Updates on their way from the scheduler's thread to a reader in another thread or in an event loop.
 
-    The scheduler holds the mailbox, not the RequestOutput, so that an output that nobody holds can be collected.
+    The scheduler holds the mailbox, not the RequestOutput, so that an output without references is collected.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class Mailbox:
             self.updates.append(update)
             self._arrived.notify()
         if self._loop is not None and self._signal is not None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody awaits
+            with contextlib.suppress(RuntimeError):  # the loop is closed
                 self._loop.call_soon_threadsafe(self._signal.set)
 
     def wait(self, timeout: float | None = None) -> bool:

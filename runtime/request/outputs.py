@@ -1,4 +1,4 @@
-"""What a request gives back: TensorRT-LLM's field names, and the counts of its passes."""
+"""The records of a request's results: TensorRT-LLM's field names, and the counts of its passes."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 FinishReason = Literal["stop", "length", "cancelled"]
-# How a token came: the prefill's last row; a draft that the causal row agreed with; the causal row's own token after
-# them; a denoise pass of a diffusion block; the thinking budget.
+# The source of a token: the prefill's last row; an accepted draft; the causal row's own token after the drafts; a
+# denoise pass of a diffusion block; the thinking budget.
 Origin = Literal["prefill", "accepted", "bonus", "denoised", "forced"]
 
 
@@ -20,10 +20,11 @@ class Logprob(NamedTuple):
 
 @dataclass
 class Counts:
-    """What one answer cost. Passes it took part in, by kind (a prefill longer than a chunk counts each chunk), and:
+    """The work for one answer.
 
-    cycles: blocks brought to their end, by a commit or, in diffusion, by an end token. drafted, accepted: tokens
-    proposed by drafts, and those of them that were emitted. cached_tokens: prompt tokens whose KV rows were reused.
+    prefill, draft, denoise, commit: passes of each kind; every chunk of a prefill counts. cycles: blocks finished, by a
+    commit or, in diffusion, by an end token. drafted, accepted: tokens proposed by drafts, and those of them that were
+    emitted. cached_tokens: prompt tokens whose KV rows were reused.
     """
 
     prefill: int = 0
@@ -41,7 +42,7 @@ class Counts:
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """What is new of one answer; its last one has a finish_reason, or an error."""
+    """New tokens and text of one answer. The last update has a finish_reason or an error."""
 
     index: int
     text: str = ""
@@ -60,13 +61,13 @@ class Update:
 
 @dataclass
 class CompletionOutput:
-    """One answer, as far as it has come. ``text`` is without special tokens unless asked for, and without the stop
-    string; ``token_ids`` ends with the end token if there was one.
+    """One answer, complete or in progress.
 
-    logprobs: for each token, itself first, then the asked number of the likeliest. finish_reason: None while it runs.
-    stop_reason: the stop string or stop token id, None for the model's end token. origins: how each token came.
-    rejected: drafted tokens of the latest update that the causal rows did not agree with. time_to_slot,
-    time_to_first_token, seconds: from the request's arrival. ``*_diff``: what the latest update added.
+    text: without the stop string, and without special tokens if skip_special_tokens. token_ids: the end token included.
+    logprobs: for each token, its own first, then the requested number of the likeliest. finish_reason: None while it
+    runs. stop_reason: the stop string or stop token id, None for the model's end token. origins: the source of each
+    token. rejected: drafted tokens that the latest update's commits rejected. time_to_slot, time_to_first_token,
+    seconds: since the request's arrival. ``*_diff``: what the latest update added.
     """
 
     index: int
@@ -92,23 +93,23 @@ class CompletionOutput:
 
     @property
     def tokens_per_forward(self) -> float | None:
-        """Tokens by draft, denoise and commit passes; the first token, which the prefill gives, left out. None if it
-        is the only one.
+        """Tokens for each draft, denoise or commit pass, without the first token, which the prefill yields. None if
+        there is no other token.
         """
         passes = self.counts.draft + self.counts.denoise + self.counts.commit
         return (self.length - 1) / passes if passes else None
 
     @property
     def mean_acceptance(self) -> float | None:
-        """Tokens a cycle, the first token left out; None if there was no cycle."""
+        """Tokens for each cycle, without the first token; None if there was no cycle."""
         return (self.length - 1) / self.counts.cycles if self.counts.cycles else None
 
     def begin_update(self) -> None:
-        """Nothing is new yet."""
+        """Clear what the previous update added."""
         self.text_diff, self.token_ids_diff, self.logprobs_diff, self.rejected = "", [], [], []
 
     def apply(self, update: Update) -> None:
-        """Take what is new."""
+        """Add an update."""
         self.text += update.text
         self.token_ids += update.token_ids
         self.origins += update.origins

@@ -1,6 +1,6 @@
-"""What a request may ask for: TensorRT-LLM's ``SamplingParams`` by name and meaning, and the fields of the three modes.
+"""``SamplingParams``: TensorRT-LLM's fields by name and meaning, and the fields of the three modes.
 
-A value or a combination that cannot be honoured is refused with the reason, never ignored.
+A value or a combination that the engine cannot honour is refused with the reason, never ignored.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _MODES_OF_FIELD: dict[str, tuple[Mode, ...]] = {
     "draft_threshold": ("linear_spec",),
     "adapter": ("auto", "linear_spec"),
 }
-# Tokens of a diffusion block are chosen together, so none of them is "already in the text" for another.
+# Not available in diffusion: a block's tokens are chosen together, so none of them is in the text before another.
 _PENALTIES = {"presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0}
 
 
@@ -36,30 +36,29 @@ _PENALTIES = {"presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_pen
 class SamplingParams:
     """How one request is decoded and where it ends. Immutable; one record may serve many requests.
 
-    Sampling. temperature, top_k, top_p, min_p: greedy unless one of them asks for a draw (a temperature above 0, a
-    top_k above 1, a top_p above 0); a draw without a temperature is at 1, and a temperature of 0, a top_k of 1 or a
-    top_p of 0 is greedy whatever the others say. A draw is among the candidates that the
-    engine reports for a row (``Limits.top_k`` of the build): their probabilities are renormalised, in AR and in
-    self-speculation alike. seed: the same seed and parameters give the same tokens whatever else runs.
-    presence_penalty, frequency_penalty: subtracted from the logit of a token that was emitted, once or for each time.
-    repetition_penalty: divides a positive logit, multiplies a negative one, of tokens emitted or in the prompt.
-    n: answers to one prompt, seeds ``seed``, ``seed + 1``, ...
+    Sampling. temperature, top_k, top_p, min_p: greedy if none of them is set, and whenever temperature is 0, top_k is 1
+    or top_p is 0; otherwise tokens are sampled, at temperature 1 if none is given. The engine returns only the top k
+    logits of each position (``--top-k`` of the build). Sampling is restricted to them, in every mode alike. seed: of
+    the random generator; the same seed and parameters give the same tokens, whatever else runs. presence_penalty,
+    frequency_penalty: subtracted from the logit of an emitted token, once or for each occurrence. repetition_penalty:
+    divides a positive logit and multiplies a negative one, for tokens emitted or in the prompt. n: answers to one
+    prompt, with seeds ``seed``, ``seed + 1``, ...
 
-    Ends. max_tokens; the model's end tokens unless ignore_eos; stop: strings, stop_token_ids: tokens, neither part of
-    the text unless include_stop_str_in_output. max_thinking_tokens: tokens after which an open ``<think>`` is closed.
+    Ends. max_tokens: of the answer; None for as many as the KV memory allows. ignore_eos: do not stop at the model's
+    end tokens. stop: strings, and stop_token_ids: tokens, that end the text; neither is part of it unless
+    include_stop_str_in_output. max_thinking_tokens: tokens after which an open ``<think>`` is closed.
 
     Output. logprobs: alternatives to report with each token, 0 for the token alone; log-probabilities are the model's,
     before temperature and penalties. skip_special_tokens: leave them out of the text.
 
-    Modes. mode: ``auto`` chooses the block length of self-speculation each cycle by its cost at the current load.
-    block_length: tokens of a block, pending token included; the longest that ``auto`` may choose. adapter: draft with
-    the draft adapter. draft_threshold: above 0, drafts are refined in further passes until every token is at least
-    this probable.
-    denoising: which masked positions a denoise pass of ``diffusion`` settles, the most confident one always:
-    ``threshold``, every one whose confidence reaches threshold; ``quota``, an even share in denoising_steps passes a
-    block; ``top_n``, the denoising_top_n most confident; ``factor``, by rank r = 0, 1, ..., the leading run with
-    confidence at least 1 - threshold / (r + 2); ``product``, the leading run whose confidences multiply to at least
-    threshold.
+    Modes. mode: None for the LLM's default; ``auto`` chooses the block length of self-speculation each cycle by its
+    cost at the current load. block_length: tokens of a block, pending token included; the longest that ``auto`` may
+    choose. adapter: draft with the draft adapter. draft_threshold: above 0, drafts are refined in further passes until
+    every token is at least this probable. denoising: which masked positions a denoise pass of ``diffusion`` settles,
+    the most confident one always: ``threshold``, every one whose confidence reaches threshold; ``quota``, an even share
+    in denoising_steps passes for each block; ``top_n``, the denoising_top_n most confident; ``factor``, by rank r = 0,
+    1, ..., the leading run with confidence at least 1 - threshold / (r + 2); ``product``, the leading run whose
+    confidences multiply to at least threshold.
 
     Raises TriModeError that names the field, the value and the rule.
     """
@@ -119,8 +118,8 @@ class SamplingParams:
 
     @classmethod
     def of(cls, params: Any) -> SamplingParams:
-        """Ours as it is, or TensorRT-LLM's by its public fields; a field of its that is set and that we have not is
-        refused.
+        """``params`` itself, or the equivalent of TensorRT-LLM's. Raises TriModeError for a field that is set there and
+        that TriMode lacks.
         """
         if isinstance(params, cls):
             return params
@@ -167,7 +166,7 @@ class SamplingParams:
 
     @property
     def candidates(self) -> int | None:
-        """Of a row that its choice may need; None for all that the engine reports."""
+        """Candidates of a row that the choice of its token may need; None for all that the engine returns."""
         return None if self.penalised or not self.greedy else max(1, self.logprobs or 0)
 
     @property
@@ -195,7 +194,7 @@ class SamplingParams:
             raise TriModeError(f"{field} is {getattr(self, field)!r}; it must be {rule}")
 
     def _require_types(self) -> None:
-        """Numbers are numbers and flags are flags: requests come from JSON too."""
+        """Requests come from JSON too, so types are checked at run time."""
         for field in dataclasses.fields(self):
             value, kind = getattr(self, field.name), str(field.type)
             if value is None and "None" in kind:
@@ -238,10 +237,10 @@ class SamplingParams:
                 "another; use mode auto, ar or linear_spec"
             )
         if self.n > 1 and self.greedy:
-            raise TriModeError(f"n is {self.n}, but greedy answers are all the same; give a temperature, or n 1")
+            raise TriModeError(f"n is {self.n}, but greedy answers are all equal; give a temperature, or n 1")
         if self.min_p and self.greedy:
-            raise TriModeError(f"min_p is {self.min_p}, but greedy decoding draws nothing; give a temperature")
+            raise TriModeError(f"min_p is {self.min_p}, but greedy decoding does not sample; give a temperature")
         if self.logprobs is not None and self.max_thinking_tokens is not None:
             raise TriModeError(
-                "logprobs cannot be given with max_thinking_tokens: a token that the budget forces was not drawn"
+                "logprobs cannot be given with max_thinking_tokens: a token that the budget forces was not sampled"
             )

@@ -1,1 +1,1 @@
-"""Continuous batching: which sequences share a pass, and the block length of mode ``auto``."""
+"""Continuous batching: which sequences share a pass, what passes cost, and the block length of mode ``auto``."""

@@ -1,8 +1,8 @@
-"""Which sequences share a pass, and the step they make together.
+"""Which sequences share a pass, and the step that they form.
 
-A pass covers a run of neighbouring slots. Sequences that need it may have others between them that do not; those go
-along as padding, or the pass is cut in two, whichever costs less by :mod:`trimode.runtime.scheduling.pass_cost`. The
-same choice keeps one-token steps and long prefill chunks apart where padding would cost more than another pass.
+A pass covers neighbouring slots. Slots between its sequences that do not need the pass are padding, or the pass is
+split in two, whichever costs less by :mod:`trimode.runtime.scheduling.pass_cost`. The same rule separates one-token
+steps from long prefill chunks where padding would cost more than another pass.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from trimode.runtime.scheduling.pass_cost import EngineName, PassCost
 
 
 class Member(NamedTuple):
-    """A sequence that needs a pass. adapter: whether a draft of it uses the draft adapter. candidates: of each row that
-    it needs, None for all.
+    """A sequence that needs a pass. adapter: whether its drafts use the draft adapter. candidates: the number that each
+    row needs, None for all.
     """
 
     slot: int
@@ -54,7 +54,7 @@ def plan_spans(
     if _alike(members) and max(committed[whole.first : whole.last + 1]) + whole.step <= most_rows:
         return [whole]
     seconds_of = cache(lambda batch, step: cost.least_seconds(engine, batch, step))
-    # The least seconds for the first so many members, and where the span that ends there begins.
+    # By number of members: the least seconds for the first members, and where the last span of them begins.
     least, begins = [0.0], [0]
     for end in range(1, len(members) + 1):
         choices: list[tuple[float, int]] = []
@@ -78,7 +78,7 @@ def plan_spans(
 
 
 def causal_step(span: Span, committed: Many[int]) -> CausalStep:
-    """The span as a pass of the AR engine; padding writes past the committed rows, where the next pass writes anew."""
+    """The span as a pass of the AR engine. Padding writes past the committed rows, where the next pass writes again."""
     ids, rows, write = _arrays(span, committed)
     return CausalStep.chain(span.first, ids, write, rows, _candidates(span))
 
@@ -109,7 +109,7 @@ def _candidates(span: Span) -> int | None:
 
 
 def _alike(members: list[Member]) -> bool:
-    """Neighbours with steps of one length: no padding, so nothing to choose."""
+    """Whether the members are neighbours with steps of one length, so that no pass has padding."""
     first, last = members[0], members[-1]
     return last.slot - first.slot == len(members) - 1 and all(
         len(member.needed.tokens) == len(first.needed.tokens) for member in members

@@ -1,6 +1,6 @@
 """An executor whose next-token law is known exactly: a language of a few tokens, computed from the KV pool's own rows.
 
-For proofs of the runtime, not for use. It keeps the step contract to the letter: it writes each step's tokens and
+For tests of the runtime. It follows the step contract exactly: it writes each step's tokens and
 positions into the KV pool's rows, and what it answers depends on the rows that the contract lets it see and on nothing
 else. So a row that another sequence wrote, a stale row, or padding that is seen changes the answer, and what the
 scheduler makes of it can be compared with :func:`greedy_text` and :func:`text_law`, which know no pool and no batch.
@@ -35,13 +35,15 @@ VOCABULARY = 7  # tokens 2 .. 6 are words
 
 
 class ExactLawExecutor:
-    """luck: how often, of 256, a draft is the likeliest next word of the text so far; else it is another word."""
+    """agreement: of 256 drafts, how many are the likeliest next word of the text so far; the others are other words."""
 
-    def __init__(self, capacity: int = 64, luck: int = 200, end: bool = True, limit_rows: int | None = None) -> None:
+    def __init__(
+        self, capacity: int = 64, agreement: int = 200, end: bool = True, limit_rows: int | None = None
+    ) -> None:
         limit_bytes = None if limit_rows is None else limit_rows * 8
         self.pool = KvPool(layers=1, kv_heads=1, head_dim=1, capacity=capacity, limit_bytes=limit_bytes)
         self.passes = 0
-        self._luck = luck
+        self._agreement = agreement
         self._end = end
 
     def run(self, step: CausalStep | BidirectionalStep) -> Candidates:
@@ -64,7 +66,7 @@ class ExactLawExecutor:
                     logits[index, place] = law(committed + tuple(seen), self._end)
                 else:
                     block = tuple(ids[: int(step.step_lengths[index])])
-                    logits[index, place] = draft(committed, block, row, self._luck, self._end)
+                    logits[index, place] = draft(committed, block, row, self._agreement, self._end)
         return candidates(logits)
 
 
@@ -156,7 +158,9 @@ def law(text: tuple[int, ...], end: bool = True) -> NDArray[np.float32]:
 
 
 @cache
-def draft(committed: tuple[int, ...], block: tuple[int, ...], row: int, luck: int, end: bool) -> NDArray[np.float32]:
+def draft(
+    committed: tuple[int, ...], block: tuple[int, ...], row: int, agreement: int, end: bool
+) -> NDArray[np.float32]:
     """Logits of the diffusion engine for a place of the block."""
     text = committed + block[:1]
     for place in range(1, row + 1):
@@ -165,7 +169,7 @@ def draft(committed: tuple[int, ...], block: tuple[int, ...], row: int, luck: in
             text += (known,)
             continue
         chance = _hash(("draft", committed, block, place))
-        guess = greedy(text, end) if chance[0] < luck else 2 + chance[1] % 5
+        guess = greedy(text, end) if chance[0] < agreement else 2 + chance[1] % 5
         text += (guess,)
     logits = np.frombuffer(_hash(("rest", committed, block, row)), np.uint8)[:VOCABULARY] / 64.0
     logits[text[-1]] = 6.0

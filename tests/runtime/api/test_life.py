@@ -91,7 +91,7 @@ def test_a_cancelled_task_frees_the_slot(llm: LLM) -> None:
     wait_until(lambda: is_free(llm))
 
 
-def test_an_output_that_nobody_holds_frees_its_slot(llm: LLM) -> None:
+def test_an_output_without_references_frees_its_slot(llm: LLM) -> None:
     request = begin(llm)
     del request
     gc.collect()
@@ -120,7 +120,7 @@ def test_one_failed_answer_ends_the_prompts_others(llm: LLM, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("death", [SystemExit("a signal"), KeyboardInterrupt("a signal")], ids=repr)
-def test_a_dead_scheduler_says_why_to_everyone(
+def test_a_dead_scheduler_gives_its_reason_to_all_callers(
     random_engine: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, death: BaseException
 ) -> None:
     llm = LLM(random_engine, max_batch_size=1, measure_passes=False)
@@ -167,7 +167,7 @@ def test_health_after_shutdown(random_engine: Path) -> None:
 
 
 def test_a_forked_child_gets_errors(llm: LLM) -> None:
-    """Neither the engine nor a request of the parent answers there, and neither waits for ever."""
+    """The engine and the parent's requests raise errors there; neither waits for ever."""
     request = begin(llm)
     child = os.fork()
     if child == 0:

@@ -1,4 +1,4 @@
-"""The Python API on a real engine: one or many, blocking, awaited or streamed, and what is refused."""
+"""The Python API on a real engine: one input or many, blocking, awaited or streamed, and refusals."""
 
 from __future__ import annotations
 
@@ -251,7 +251,7 @@ def test_shutdown_ends_what_runs_with_an_error(random_engine: Path) -> None:
     requests = [llm.generate_async([300], long) for _ in range(3)]
     llm.shutdown()
     for request in requests:
-        for _ in range(2):  # whenever it is asked
+        for _ in range(2):  # also on later calls
             with pytest.raises(ShutDownError, match="before the request was finished"):
                 request.result(timeout=30)
     with pytest.raises(ShutDownError):
@@ -335,7 +335,7 @@ def test_a_second_turn_prefills_only_what_is_new(llm: LLM, random_engine: Path) 
         assert fresh.generate(second, greedy()).outputs[0].token_ids == found.token_ids
 
 
-def test_results_wait_no_longer_than_asked(llm: LLM) -> None:
+def test_result_waits_no_longer_than_its_timeout(llm: LLM) -> None:
     request = llm.generate_async([300], SamplingParams(max_tokens=8000, mode="ar", ignore_eos=True))
     begun = time.perf_counter()
     with pytest.raises(TimeoutError, match="not finished after"):
@@ -344,6 +344,6 @@ def test_results_wait_no_longer_than_asked(llm: LLM) -> None:
     request.abort()
     request.result()
     streamed = llm.generate_async([300], SamplingParams(max_tokens=8000, mode="ar", ignore_eos=True), streaming=True)
-    with pytest.raises(TimeoutError):  # however often it is told something
+    with pytest.raises(TimeoutError):  # however many updates arrive
         streamed.result(timeout=0.2)
     streamed.abort()

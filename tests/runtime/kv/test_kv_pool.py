@@ -1,4 +1,4 @@
-"""The KV pool against a plain dictionary of sequences: whatever comes and goes, each keeps its own rows."""
+"""The KV pool compared with a dictionary of sequences: each keeps its own rows, whichever others come and go."""
 
 from __future__ import annotations
 

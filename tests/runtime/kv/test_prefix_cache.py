@@ -1,4 +1,4 @@
-"""Prefix reuse against plain search: the longest beginning of a prompt that some text had, and its own rows."""
+"""Prefix reuse compared with a plain search for the longest known beginning, and eviction compared with a model."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_the_same_words_after_another_beginning_are_another_text() -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(known=st.lists(texts, min_size=1, max_size=12), blocks=st.integers(0, 4))
-def test_it_never_holds_more_than_it_may(known: list[np.ndarray], blocks: int) -> None:
+def test_it_stays_within_its_limit(known: list[np.ndarray], blocks: int) -> None:
     limit = blocks * BLOCK_BYTES
     cache = PrefixCache(limit)
     for text in known:
@@ -239,7 +239,7 @@ class AgainstModel(RuleBasedStateMachine):
         assert all(block[:-1] in held for block in held if len(block) > 1)
 
     @invariant()
-    def the_limit_is_kept_and_events_tell_what_is_held(self) -> None:
+    def the_limit_is_kept_and_events_match_what_is_held(self) -> None:
         held: set[bytes] = set()
         for event in self.cache.events:
             if isinstance(event, BlockStored):

@@ -59,8 +59,8 @@ def test_values_that_make_no_sense_are_refused_by_name(field: str, value: Any) -
         ({"mode": "diffusion", "denoising_steps": 4}, "denoising_steps has no meaning with denoising threshold"),
         ({"mode": "diffusion", "denoising": "top_n"}, "needs denoising_top_n"),
         ({"mode": "diffusion", "presence_penalty": 1.0}, "presence_penalty cannot be honoured in mode diffusion"),
-        ({"n": 2}, "greedy answers are all the same"),
-        ({"min_p": 0.1}, "greedy decoding draws nothing"),
+        ({"n": 2}, "greedy answers are all equal"),
+        ({"min_p": 0.1}, "greedy decoding does not sample"),
         ({"logprobs": 1, "max_thinking_tokens": 3}, "logprobs cannot be given with max_thinking_tokens"),
     ],
 )

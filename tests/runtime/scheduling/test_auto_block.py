@@ -1,4 +1,4 @@
-"""Mode auto: long blocks where tokens are free and drafts lucky, short ones where either fails."""
+"""Mode auto: long blocks where tokens cost little and drafts are accepted, short blocks otherwise."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from trimode.runtime.scheduling.auto_block import CHOICES, BlockChooser
 from trimode.runtime.scheduling.pass_cost import EngineName, PassCost
 
 
-def sequence(luck: float, mode: str = "auto", block_length: int | None = None, ends: float = 0.0) -> Sequence:
+def sequence(rate: float, mode: str = "auto", block_length: int | None = None, ends: float = 0.0) -> Sequence:
     params = SamplingParams(mode=mode, block_length=block_length, max_tokens=100)  # type: ignore[arg-type]
     acceptance = Acceptance()
-    acceptance.rates, acceptance.end_rate = [luck] * len(acceptance.rates), ends
+    acceptance.rates, acceptance.end_rate = [rate] * len(acceptance.rates), ends
     return Sequence(
         [5], params, Ending(params, frozenset()), acceptance, context=1000, mask_id=0, prefill_step=8, seed=0
     )
@@ -35,50 +35,50 @@ def machine(free_tokens: float, batches: int = 16) -> PassCost:
 
 
 @pytest.mark.parametrize(
-    ("luck", "free_tokens", "requests", "block"),
+    ("rate", "free_tokens", "requests", "block"),
     [
         (0.99, 1000, 1, 32),  # tokens cost nothing and all are accepted
-        (0.0, 1000, 1, 1),  # a draft pass that yields nothing
+        (0.0, 1000, 1, 1),  # a draft pass of which nothing is accepted
         (0.9, 1, 1, 1),  # every token costs in full: twice, and some are rejected
         (0.9, 16, 1, 16),
         (0.9, 16, 16, 1),  # the same machine under load
         (0.4, 1000, 1, 1),  # 1.67 tokens for two passes
     ],
 )
-def test_what_pays(luck: float, free_tokens: float, requests: int, block: int) -> None:
-    deciding = [sequence(luck) for _ in range(requests)]
+def test_the_block_length_of_simple_cases(rate: float, free_tokens: float, requests: int, block: int) -> None:
+    deciding = [sequence(rate) for _ in range(requests)]
     assert BlockChooser(machine(free_tokens)).choose(deciding, []) == block
 
 
 @given(
-    lucks=st.lists(st.floats(0, 1), min_size=1, max_size=8),
+    rates=st.lists(st.floats(0, 1), min_size=1, max_size=8),
     free_tokens=st.floats(1, 200),
     longest=st.integers(1, 40),
     ends=st.floats(0, 0.2),
 )
-def test_it_is_the_best_of_all_choices(lucks: list[float], free_tokens: float, longest: int, ends: float) -> None:
-    """Against the formula, written out."""
-    deciding = [sequence(luck, block_length=longest, ends=ends) for luck in lucks]
+def test_it_is_the_best_of_all_choices(rates: list[float], free_tokens: float, longest: int, ends: float) -> None:
+    """Compared with the formula, written out."""
+    deciding = [sequence(rate, block_length=longest, ends=ends) for rate in rates]
     cost = machine(free_tokens)
 
-    def rate(block: int) -> float:
+    def tokens_a_second(block: int) -> float:
         block = min(block, longest)
-        tokens = sum(1 + sum((luck * (1 - ends)) ** place for place in range(1, min(block, 32))) for luck in lucks)
+        tokens = sum(1 + sum((rate * (1 - ends)) ** place for place in range(1, min(block, 32))) for rate in rates)
         passes = ["ar"] if block == 1 else ["ar", "diffusion"]
-        return tokens / sum(cost.seconds(engine, len(lucks), block) for engine in passes)  # type: ignore[arg-type]
+        return tokens / sum(cost.seconds(engine, len(rates), block) for engine in passes)  # type: ignore[arg-type]
 
     chosen = BlockChooser(cost).choose(deciding, [])
-    assert rate(chosen) >= max(rate(block) for block in CHOICES) * (1 - 1e-9)
+    assert tokens_a_second(chosen) >= max(tokens_a_second(block) for block in CHOICES) * (1 - 1e-9)
 
 
-def test_beside_a_long_block_a_short_one_saves_nothing() -> None:
-    """A fixed request's draft pass runs anyway, and a longer step than ours: ours rides along."""
-    cost, doubtful = machine(1000), [sequence(0.45)]
-    assert BlockChooser(cost).choose(doubtful, []) == 1
-    assert BlockChooser(cost).choose(doubtful, [sequence(0.9, "linear_spec", 32)]) > 1
+def test_a_block_is_as_long_as_that_of_a_request_beside_it() -> None:
+    """The draft pass of a request with a fixed block runs anyway, so sharing it costs nothing."""
+    cost, uncertain = machine(1000), [sequence(0.45)]
+    assert BlockChooser(cost).choose(uncertain, []) == 1
+    assert BlockChooser(cost).choose(uncertain, [sequence(0.9, "linear_spec", 32)]) > 1
 
 
-def test_history_decides_and_is_forgotten() -> None:
+def test_acceptance_is_learnt_and_forgotten() -> None:
     shared = Acceptance()
     own = Acceptance(begins_with=shared)
     begins = own.yields()[15]
@@ -91,7 +91,7 @@ def test_history_decides_and_is_forgotten() -> None:
     assert own.yields()[15] == pytest.approx(begins, rel=0.1)
 
 
-def test_a_text_that_ends_says_nothing_of_the_drafts_behind_its_end() -> None:
+def test_drafts_past_the_end_of_a_text_are_not_learnt_from() -> None:
     acceptance = Acceptance()
     before = acceptance.rates.copy()
     acceptance.observe(accepted=3, tested=3, ended=True)
@@ -99,14 +99,14 @@ def test_a_text_that_ends_says_nothing_of_the_drafts_behind_its_end() -> None:
     assert acceptance.rates[3:] == before[3:]
 
 
-def test_short_texts_want_short_blocks() -> None:
-    """What a block holds beyond the end of its text is lost, however lucky its drafts."""
+def test_short_texts_get_short_blocks() -> None:
+    """Drafts past the end of the text are lost, even if all would be accepted."""
     cost = machine(12)
     assert BlockChooser(cost).choose([sequence(1.0, ends=0.0)], []) == 16
     assert BlockChooser(cost).choose([sequence(1.0, ends=0.2)], []) == 8
 
 
-def test_how_often_texts_end_is_learnt_from_all() -> None:
+def test_the_end_rate_is_learnt_from_all_sequences() -> None:
     """Texts of 20 tokens, four cycles of 5 each."""
     shared = Acceptance()
     for _ in range(1000):
@@ -117,7 +117,7 @@ def test_how_often_texts_end_is_learnt_from_all() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 5000), st.booleans()), max_size=20))
-def test_how_often_texts_end_stays_a_probability(cycles: list[tuple[int, bool]]) -> None:
+def test_the_end_rate_stays_a_probability(cycles: list[tuple[int, bool]]) -> None:
     shared = Acceptance()
     for accepted, ended in cycles:
         Acceptance(begins_with=shared).observe(accepted=accepted, tested=accepted, ended=ended)

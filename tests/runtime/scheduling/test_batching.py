@@ -1,4 +1,4 @@
-"""Which sequences share a pass: against all ways to cut them, tried one by one."""
+"""Which sequences share a pass, compared with all possible ways to split them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def member(slot: int, length: int) -> Member:
 
 
 def total(cuts: list[list[Member]], committed: list[int], cost: PassCost) -> float:
-    """Seconds of these passes, or infinity if one reaches past the capacity that need not."""
+    """Seconds of these passes; infinity if a pass of several members reaches past the capacity."""
     seconds = 0.0
     for cut in cuts:
         step = max(len(each.needed.tokens) for each in cut)

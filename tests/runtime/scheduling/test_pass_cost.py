@@ -1,4 +1,4 @@
-"""The cost of passes: what was measured, what lies between, and what passes that run make of it."""
+"""The cost of passes: measured cells, interpolation between them, and what observed passes change."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def seconds(engine: EngineName, batch: int, step: int) -> float:
     return (2 if engine == "diffusion" else 1) * 1e-3 * max(1.0, batch * step / 8)
 
 
-def test_cells_are_what_was_measured_and_what_lies_between_is_interpolated() -> None:
+def test_cells_are_measured_and_interpolated_between() -> None:
     cost = PassCost(8, 32)
     cost.measure(seconds, seconds=1e9)
     for engine in ("ar", "diffusion"):
@@ -104,7 +104,7 @@ def test_a_slower_machine_is_slower_for_passes_that_have_not_run() -> None:
         assert cost.seconds(engine, 1, 8) == pytest.approx(1.5 * seconds(engine, 1, 8), rel=0.25)
 
 
-def test_a_cell_that_was_measured_wrongly_is_found_out_beside_others() -> None:
+def test_a_wrongly_measured_cell_is_corrected_relative_to_others() -> None:
     cost = PassCost(4, 16)
     cost.measure(lambda engine, batch, step: seconds(engine, batch, step) * (2 if step == 8 else 1), seconds=1e9)
     for _ in range(400):

@@ -1,4 +1,4 @@
-"""Many requests at once, against a language whose law is known: each gets its own text, whatever runs beside it.
+"""Many requests at once, in a language with a known distribution: each gets its own text, whatever runs beside it.
 
 The executor of these tests computes from the KV pool's rows (tests/support/exact_law.py), so a row of another sequence
 that is read or overwritten shows in the text.
@@ -38,7 +38,7 @@ GREEDY_MODES: list[dict[str, Any]] = [
 
 
 class Recorder(Bench):
-    """What came of its requests, by their number."""
+    """Records the results of its requests, by their number."""
 
     def __init__(self, *options: Any, **more: Any) -> None:
         super().__init__(*options, **more)
@@ -53,14 +53,14 @@ class Recorder(Bench):
         number = len(self.requests)
         self.texts[number], self.updates[number] = [], []
 
-        def hear(update: Update) -> None:
+        def listen(update: Update) -> None:
             assert number not in self.finished, "an update after the last"
             self.texts[number] += update.token_ids
             self.updates[number].append(update)
             if update.finish_reason or update.error:
                 self.finished[number] = update
 
-        self.requests[number] = self.ask(prompt, params, hear, seed, update_seconds)
+        self.requests[number] = self.ask(prompt, params, listen, seed, update_seconds)
         return number
 
 
@@ -97,16 +97,16 @@ def test_diffusion_in_a_batch_is_diffusion_alone() -> None:
             assert together.texts[index] == alone(prompt, params[index])
 
 
-def test_updates_may_be_held_back_but_for_the_first_and_the_last() -> None:
-    """What is held back comes with the next one, rejected drafts as well."""
+def test_updates_may_be_delayed_except_the_first_and_the_last() -> None:
+    """A delayed update comes with the next one, rejected drafts included."""
     params = SamplingParams(max_tokens=40, mode="linear_spec", block_length=6, ignore_eos=True)
-    told = {}
+    sent = {}
     for update_seconds in (0.0, 1e9, None):
         bench = Recorder(max_batch=1)
         number = bench.submit((2, 3), params, update_seconds=update_seconds)
         bench.run()
-        told[update_seconds] = bench.updates[number]
-    every, some, last = told.values()
+        sent[update_seconds] = bench.updates[number]
+    every, some, last = sent.values()
     assert (len(every) > 4, len(some), len(last)) == (True, 2, 1)
     assert some[0].token_ids == every[0].token_ids
     for updates in (some, last):
@@ -128,8 +128,8 @@ def alone(prompt: tuple[int, ...], params: SamplingParams) -> list[int]:
 @settings(max_examples=40, deadline=None)
 @given(data=st.data(), batch=st.integers(1, 6), seed=st.integers(0, 2**16))
 def test_joins_finishes_and_cancels_in_any_order(data: st.DataObject, batch: int, seed: int) -> None:
-    """Against the plain model: a dictionary of texts by the law, or of diffusion alone. Nothing leaks, nothing is told
-    twice.
+    """Against the plain model: a dictionary of texts by the law, or of diffusion alone. Nothing leaks, and nothing is
+    sent twice.
     """
     bench, rng = Recorder(max_batch=batch), np.random.default_rng(seed)
     expected: dict[int, list[int]] = {}
@@ -162,7 +162,7 @@ def test_joins_finishes_and_cancels_in_any_order(data: st.DataObject, batch: int
 
 
 def test_measuring_leaves_every_slot_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also when a pass fails in it: a slot that nobody owns would shift all others."""
+    """Also when a trial pass fails: a slot without a request would shift all others."""
     bench = Recorder(max_batch=4)
     bench.scheduler.measure_passes()
     assert bench.executor.pool.active == 0
@@ -195,7 +195,7 @@ def test_a_request_that_gets_no_slot_is_the_only_one_that_fails(monkeypatch: pyt
     assert bench.scheduler.stats().failed == 1
 
 
-def test_everyone_hears_of_a_failure_even_if_the_pool_fails_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_request_gets_the_error_even_if_the_pool_fails_too(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Recorder(max_batch=1)
     numbers = [bench.submit((2, 3), SamplingParams(mode="ar")) for _ in range(3)]
     bench.scheduler.step()
@@ -304,9 +304,9 @@ def test_a_failure_in_a_requests_own_code_ends_it_alone(what: str, monkeypatch: 
 
 
 def test_a_pass_that_fails_once_is_repeated() -> None:
-    """A passing fault costs nobody an answer, unless it hits a pass of one request."""
+    """A fault that does not come back ends no request, unless it hits a pass of one request."""
     bench, expected = Recorder(max_batch=8), {}
-    run, faults = bench.executor.run, iter([RuntimeError("a passing fault")])
+    run, faults = bench.executor.run, iter([RuntimeError("a fault that does not come back")])
 
     def fail_once(step: Any) -> Any:
         found = run(step)
