@@ -1,28 +1,28 @@
 """Roofline of a pass: the shortest time that the memory bandwidth and the tensor cores of a GPU allow.
 
-The *floor* is the number of bytes that any implementation must move: every weight of the layers and the head once, the
-KV window once, the step's own KV rows, inputs and outputs, and the looked-up rows of the embedding table. Activations
-between layers stay on chip.
+The *lower bound* is the number of bytes that any implementation must move: every weight of the layers and the head
+once, the KV window once, the step's own KV rows, inputs and outputs, and the looked-up rows of the embedding table.
+Activations between layers stay on chip.
 
-:func:`published_comparison` compares the floor with the speeds that arXiv 2607.05722 reports for the 8B checkpoint with
-one request. The report does not state everything that the floor depends on. The assumptions below are those for which
-a single efficiency per platform (published speed / floor) explains all nine figures best. Numbers in parentheses are
-the root mean square of the logarithms of the residuals:
+:func:`published_comparison` compares the lower bound with the speeds that arXiv 2607.05722 reports for the 8B
+checkpoint with one request. The report does not state everything that the bound depends on. The assumptions below are
+those for which a single efficiency per platform (published speed / bound) explains all nine figures best. Numbers in
+parentheses are the root mean square of the logarithms of the residuals:
 
 - Linear self-speculation emits 6.82 tokens per cycle (0.07): the acceptance length on SPEED-Bench with the adapter,
   bonus token included. A pass over a block then takes about as long as an AR pass. With 11.98 tokens per cycle (5.99
   tokens per pass on the report's own tasks) it would take up to twice as long (0.31). The best fit is 6.4 (0.07).
 - The head has 16 bits in both FP8 and w4a16 (0.07; 0.09 if it has the layers' bits). AR on DGX Spark then reaches 78
-  and 77 % of the floor. Only RTX PRO 6000 fits better with the narrow head.
+  and 77 % of the lower bound. Only RTX PRO 6000 fits better with the narrow head.
 - The context has 1024 rows. They are 2 to 3 % of the bytes, so this value matters little.
 
 A second parameter, a constant time per pass, becomes negative for RTX PRO 6000. The largest residual is -15 %: w4a16
 self-speculation on DGX Spark.
 
-The report's "speed of light" is not this floor. The model card presents it as what better sampling could still gain. At
-these floors it needs 1.6 (GB200) to 5.6 (DGX Spark, FP8) tokens per pass; at the pass times that the published
+The report's "speed of light" is not this bound. The model card presents it as what better sampling could still gain. At
+the lower bound it needs 1.6 (GB200) to 5.6 (DGX Spark, FP8) tokens per pass; at the pass times that the published
 self-speculation implies, 5.9 to 7.7. DGX Spark's 223 tokens per second in w4a16 are 4.2 tokens per pass (8.3 per cycle)
-at the floor, and 6.8 per pass at those pass times.
+at the lower bound, and 6.8 per pass at those pass times.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def stored_matrix_bytes(config: ModelConfig, precision: Precision) -> int:
     )
 
 
-def floor_bytes(config: ModelConfig, shape: PassShape, matrix_bytes: int) -> int:
+def least_bytes(config: ModelConfig, shape: PassShape, matrix_bytes: int) -> int:
     """Bytes that a pass must move through device memory; ``matrix_bytes`` are those of the weight matrices."""
     layers, hidden = config.num_hidden_layers, config.hidden_size
     norms = REAL_BYTES * hidden * (2 * layers + 1)
@@ -140,7 +140,7 @@ def floor_bytes(config: ModelConfig, shape: PassShape, matrix_bytes: int) -> int
     return norms + matrix_bytes + adapter + shape.batch * per_sequence
 
 
-def floor_flops(config: ModelConfig, shape: PassShape) -> int:
+def least_flops(config: ModelConfig, shape: PassShape) -> int:
     """FLOPs of a pass, counting a multiplication and an addition as two; every token attends to the whole window."""
     weights = _layer_weights(config) + _adapter_weights(config, shape.adapter_rank)
     attention = 4 * shape.window * config.query_width * config.num_hidden_layers
@@ -163,14 +163,15 @@ def tokens_per_second(
     block_length: int = 32,
     acceptance_length: float = ACCEPTANCE_LENGTH,
 ) -> float:
-    """Tokens per second of one request at the floor. ``ar``: one token per pass. ``linear_spec``: ``acceptance_length``
-    tokens per cycle, which is a draft (adapter on) and a verification (adapter off) of a block."""
+    """Tokens per second of one request at the lower bound. ``ar``: one token per pass. ``linear_spec``:
+    ``acceptance_length`` tokens per cycle, which is a draft (adapter on) and a verification (adapter off) of a block.
+    """
 
     matrix_bytes = uniform_matrix_bytes(config, weights)
 
     def seconds(step: int, rank: int) -> float:
         shape = PassShape(1, step, window, step, TOP_K, rank)
-        return pass_seconds(gpu, floor_bytes(config, shape, matrix_bytes), floor_flops(config, shape))
+        return pass_seconds(gpu, least_bytes(config, shape, matrix_bytes), least_flops(config, shape))
 
     if mode == "ar":
         return 1 / seconds(1, 0)
@@ -178,14 +179,14 @@ def tokens_per_second(
 
 
 class Comparison(NamedTuple):
-    """Tokens per second: published, at the floor, and predicted (the floor times the platform's efficiency)."""
+    """Tokens per second: published, at the lower bound, and predicted (the bound times the platform's efficiency)."""
 
     gpu: str
     weights: str
     mode: PublishedMode
     published: float
-    floor: float
-    ratio: float  # published / floor
+    bound: float
+    ratio: float  # published / bound
     predicted: float
     residual: float  # published / predicted - 1
 
@@ -224,20 +225,21 @@ PUBLISHED: tuple[tuple[str, str, PublishedMode, float], ...] = (
 
 
 def published_comparison() -> tuple[Comparison, ...]:
-    """Each published speed and its floor. A platform's efficiency is the geometric mean of its ratios, which is the
-    least-squares fit of their logarithms."""
-    floors = [
+    """Each published speed and its lower bound. A platform's efficiency is the geometric mean of its ratios, which is
+    the least-squares fit of their logarithms.
+    """
+    bounds = [
         tokens_per_second(GPUS[gpu], CONFIG_8B, FORMATS[weights], mode, window=CONTEXT)
         for gpu, weights, mode, _ in PUBLISHED
     ]
     ratios: dict[str, list[float]] = {}
-    for (gpu, _, _, published), floor in zip(PUBLISHED, floors, strict=True):
-        ratios.setdefault(gpu, []).append(published / floor)
+    for (gpu, _, _, published), bound in zip(PUBLISHED, bounds, strict=True):
+        ratios.setdefault(gpu, []).append(published / bound)
     rows = []
-    for (gpu, weights, mode, published), floor in zip(PUBLISHED, floors, strict=True):
-        predicted = floor * geometric_mean(ratios[gpu])
+    for (gpu, weights, mode, published), bound in zip(PUBLISHED, bounds, strict=True):
+        predicted = bound * geometric_mean(ratios[gpu])
         rows.append(
-            Comparison(gpu, weights, mode, published, floor, published / floor, predicted, published / predicted - 1)
+            Comparison(gpu, weights, mode, published, bound, published / bound, predicted, published / predicted - 1)
         )
     return tuple(rows)
 

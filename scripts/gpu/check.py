@@ -136,7 +136,7 @@ def markdown(report: dict[str, Any]) -> str:
     lines += ["| kernel | case | tactic | error | us | bound / us |", "|---|---|---|---|---|---|"]
     for result in report["results"]:
         took = result["microseconds"]
-        share = f"{result['floor_bytes'] / bandwidth * 1e6 / took:.0%}" if took and bandwidth else "-"
+        share = f"{result['least_bytes'] / bandwidth * 1e6 / took:.0%}" if took and bandwidth else "-"
         error = f"{result['error']:.1e}" + ("" if result["right"] else " **wrong**")
         time_cell = f"{took:.1f}" if took else "-"
         cells = (result["kernel"], result["case"], result["tactic"], error, time_cell, share)

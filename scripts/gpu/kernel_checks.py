@@ -44,14 +44,14 @@ class Host(Protocol):
 
 @dataclass(frozen=True)
 class Result:
-    """error: relative, in the L2 norm. floor_bytes: bytes that any kernel must move."""
+    """error: relative, in the L2 norm. least_bytes: bytes that any kernel must move."""
 
     kernel: str
     case: str
     tactic: str
     error: float
     microseconds: float | None
-    floor_bytes: int
+    least_bytes: int
 
     @property
     def right(self) -> bool:
@@ -215,8 +215,8 @@ def _attention_tactics(
                 yield Result(operator.name, case, block, error, took, needed_bytes(traffic))
             if number == 1 and operator.pattern == "bidirectional":
                 took = _microseconds(host, merge_name, [merged], 10)
-                floor = needed_bytes(merge_traffic(merged.node, traffic, REAL_BYTES))
-                yield Result(merge.name, case, f"{merge_tactic.warps} warps", error, took, floor)
+                least = needed_bytes(merge_traffic(merged.node, traffic, REAL_BYTES))
+                yield Result(merge.name, case, f"{merge_tactic.warps} warps", error, took, least)
 
 
 def _products(host: Host, sizes: CheckSizes) -> Iterator[Result]:
@@ -251,9 +251,9 @@ def _products(host: Host, sizes: CheckSizes) -> Iterator[Result]:
                 host.launch(name, launches[0])
                 error = distance(launches[0].outputs[0], expected)
                 took = _microseconds(host, name, launches, copies)
-                floor = needed_bytes(int4_product_traffic(node, tactic, REAL_BYTES))
+                least = needed_bytes(int4_product_traffic(node, tactic, REAL_BYTES))
                 yield Result(
-                    product.operator.name, f"{label}, {rows} rows", f"{block_m} x {block_n}", error, took, floor
+                    product.operator.name, f"{label}, {rows} rows", f"{block_m} x {block_n}", error, took, least
                 )
 
 

@@ -93,8 +93,8 @@ def print_traffic() -> bool:
     ratios = []
     print("| kernel | KV rows | step | least MB | moved MB | ratio | L2 MB |\n" + "|---" * 7 + "|")
 
-    def row(name: str, window: object, step: int, floor: float, moved: float, cached: float) -> None:
-        megabytes = f"{floor / 1e6:.3f} | {moved / 1e6:.3f} | {moved / floor:.3f} | {cached / 1e6:.2f}"
+    def row(name: str, window: object, step: int, bound: float, moved: float, cached: float) -> None:
+        megabytes = f"{bound / 1e6:.3f} | {moved / 1e6:.3f} | {moved / bound:.3f} | {cached / 1e6:.2f}"
         print(f"| {name} | {window} | {step} | {megabytes} |")
 
     def kernel(name: str, window: object, step: int, traffic: KernelTraffic) -> None:

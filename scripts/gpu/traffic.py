@@ -1,4 +1,4 @@
-"""Bytes that each kernel moves, counted tile by tile, and the floor: bytes that any kernel would have to move.
+"""Bytes that each kernel moves, counted tile by tile, and the lower bound: bytes that any kernel would have to move.
 
 The counts of loads and stores are exact: tests compare them with the interpreter's. A repeated load of a byte comes
 from the L2 cache if the whole tensor, or the part that neighbouring programs share, has at most :data:`CACHED` bytes.
@@ -48,7 +48,7 @@ def moved_bytes(traffic: Mapping[str, TensorTraffic]) -> int:
 
 
 def needed_bytes(traffic: Mapping[str, TensorTraffic]) -> int:
-    """The floor: every needed byte once."""
+    """The lower bound: every needed byte once."""
     return sum(tensor.needed for tensor in traffic.values())
 
 

@@ -16,8 +16,8 @@ from trimode.build.roofline import (
     PassShape,
     WeightFormat,
     find_gpu,
-    floor_bytes,
-    floor_flops,
+    least_bytes,
+    least_flops,
     pass_seconds,
     published_comparison,
     stored_matrix_bytes,
@@ -41,8 +41,8 @@ SIZES = {
 }
 
 
-def uniform_floor(config: ModelConfig, shape: PassShape, weights: WeightFormat) -> int:
-    return floor_bytes(config, shape, uniform_matrix_bytes(config, weights))
+def uniform_bound(config: ModelConfig, shape: PassShape, weights: WeightFormat) -> int:
+    return least_bytes(config, shape, uniform_matrix_bytes(config, weights))
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -50,7 +50,7 @@ def test_a_pass_reads_all_parameters_but_the_embedding(size: str) -> None:
     changes, parameters, _ = SIZES[size]
     config = CONFIG_8B.model_copy(update=changes)
     embedding = 131072 * config.hidden_size
-    assert uniform_floor(config, ONE_TOKEN, FORMATS["bf16"]) == pytest.approx(2 * (parameters - embedding), rel=2e-3)
+    assert uniform_bound(config, ONE_TOKEN, FORMATS["bf16"]) == pytest.approx(2 * (parameters - embedding), rel=2e-3)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -60,22 +60,22 @@ def test_a_kv_row_has_the_published_size(size: str) -> None:
     longer = replace(BLOCK, window=BLOCK.window + 1)
     precision = FORMATS["w4a16"]
     assert (
-        uniform_floor(config, longer, precision) - uniform_floor(config, BLOCK, precision) == BLOCK.batch * kib * 1024
+        uniform_bound(config, longer, precision) - uniform_bound(config, BLOCK, precision) == BLOCK.batch * kib * 1024
     )
 
 
 def test_a_token_more_writes_a_kv_row_and_reads_an_embedding_row() -> None:
     longer = replace(ONE_TOKEN, step=2)
-    more = uniform_floor(CONFIG_8B, longer, FORMATS["fp8"]) - uniform_floor(CONFIG_8B, ONE_TOKEN, FORMATS["fp8"])
+    more = uniform_bound(CONFIG_8B, longer, FORMATS["fp8"]) - uniform_bound(CONFIG_8B, ONE_TOKEN, FORMATS["fp8"])
     assert more == 136 * 1024 + 4096 * 2 + 8 + 8  # and its id and position
 
 
 def test_int4_costs_four_bits_and_a_share_of_a_scale() -> None:
     layers, head = 34 * sum(map(prod, LAYER_8B)), 131072 * 4096
-    wide = uniform_floor(CONFIG_8B, BLOCK, WeightFormat(16, 16))
-    assert wide - uniform_floor(CONFIG_8B, BLOCK, FORMATS["w4a16"]) == layers * (16 - 4.125) / 8
-    assert wide - uniform_floor(CONFIG_8B, BLOCK, WeightFormat(4, 4, group=32)) == (layers + head) * (16 - 4.5) / 8
-    assert wide - uniform_floor(CONFIG_8B, BLOCK, FORMATS["fp8"]) == layers
+    wide = uniform_bound(CONFIG_8B, BLOCK, WeightFormat(16, 16))
+    assert wide - uniform_bound(CONFIG_8B, BLOCK, FORMATS["w4a16"]) == layers * (16 - 4.125) / 8
+    assert wide - uniform_bound(CONFIG_8B, BLOCK, WeightFormat(4, 4, group=32)) == (layers + head) * (16 - 4.5) / 8
+    assert wide - uniform_bound(CONFIG_8B, BLOCK, FORMATS["fp8"]) == layers
 
 
 def test_every_matrix_of_an_engine_counts_in_its_own_type() -> None:
@@ -95,12 +95,12 @@ def test_every_byte_of_a_token() -> None:
     kv_rows = 2 * 136 * 1024  # the one read and the one written
     inputs = 2 * 4096 + 8 * 4  # embedding row; id, position, first KV row, logit row
     outputs = 4 + 8 + 4  # logit, token, log-sum-exp
-    assert uniform_floor(CONFIG_8B, ONE_TOKEN, FORMATS["bf16"]) == 2 * weights + kv_rows + inputs + outputs
+    assert uniform_bound(CONFIG_8B, ONE_TOKEN, FORMATS["bf16"]) == 2 * weights + kv_rows + inputs + outputs
 
 
 def test_the_adapter_is_about_36_million_parameters_read_once() -> None:
     with_adapter = replace(BLOCK, adapter_rank=128)
-    more = uniform_floor(CONFIG_8B, with_adapter, FORMATS["w4a16"]) - uniform_floor(CONFIG_8B, BLOCK, FORMATS["w4a16"])
+    more = uniform_bound(CONFIG_8B, with_adapter, FORMATS["w4a16"]) - uniform_bound(CONFIG_8B, BLOCK, FORMATS["w4a16"])
     assert more == 34 * 2 * (128 * 4096 + 4096 * 128)
     assert more / 2 == pytest.approx(36e6, rel=0.02)
 
@@ -112,16 +112,16 @@ def test_flops_are_those_of_every_product() -> None:
     layer += [(BLOCK.step, 128, BLOCK.window), (BLOCK.step, BLOCK.window, 128)] * 32 * BLOCK.batch
     layer += [(tokens, 4096, 8), (tokens, 8, 4096)]
     head = (BLOCK.batch * BLOCK.rows, 4096, 131072)
-    found = floor_flops(CONFIG_8B, replace(BLOCK, adapter_rank=8))
+    found = least_flops(CONFIG_8B, replace(BLOCK, adapter_rank=8))
     assert found == 34 * sum(2 * prod(product) for product in layer) + 2 * prod(head)
 
 
 @pytest.mark.parametrize("field", ["batch", "step", "window", "rows", "top_k", "adapter_rank"])
 def test_more_of_anything_moves_more(field: str) -> None:
     larger = replace(BLOCK, **{field: getattr(BLOCK, field) + 1})
-    assert uniform_floor(CONFIG_8B, larger, FORMATS["w4a16"]) > uniform_floor(CONFIG_8B, BLOCK, FORMATS["w4a16"])
+    assert uniform_bound(CONFIG_8B, larger, FORMATS["w4a16"]) > uniform_bound(CONFIG_8B, BLOCK, FORMATS["w4a16"])
     if field != "top_k":
-        assert floor_flops(CONFIG_8B, larger) > floor_flops(CONFIG_8B, BLOCK)
+        assert least_flops(CONFIG_8B, larger) > least_flops(CONFIG_8B, BLOCK)
 
 
 def test_the_slower_of_memory_and_tensor_cores_bounds_a_pass() -> None:
@@ -136,7 +136,7 @@ def test_autoregression_by_hand() -> None:
     assert found == pytest.approx(273 / (2 * (8.49 - 0.537) + 0.139), rel=1e-3)
     # A block would keep the tensor cores of this one busy for longer than its memory; a token does not.
     found = tokens_per_second(GPUS["rtx-3090"], CONFIG_8B, FORMATS["w4a16"], "ar", window=1)
-    assert found == pytest.approx(936e9 / uniform_floor(CONFIG_8B, ONE_TOKEN, FORMATS["w4a16"]), rel=1e-5)
+    assert found == pytest.approx(936e9 / uniform_bound(CONFIG_8B, ONE_TOKEN, FORMATS["w4a16"]), rel=1e-5)
 
 
 def test_speculation_on_memory_is_half_its_acceptance_times_autoregression() -> None:
@@ -177,7 +177,7 @@ def test_an_unknown_gpu_is_answered_with_the_known_ones() -> None:
 def test_the_comparison_is_what_the_docstring_says() -> None:
     rows = published_comparison()
     assert [row[:4] for row in rows] == list(PUBLISHED)
-    assert all(row.ratio < 1 for row in rows), "a published speed beats the floor"
+    assert all(row.ratio < 1 for row in rows), "a published speed beats the lower bound"
     residuals = {(row.gpu, row.weights, row.mode): row.residual for row in rows}
     assert min(residuals.values()) == residuals["dgx-spark", "w4a16", "linear_spec"] == pytest.approx(-0.15, abs=0.005)
     assert max(residuals.values()) < 0.09
@@ -196,7 +196,7 @@ def test_the_acceptance_length_makes_both_modes_passes_equally_long() -> None:
         assert 2 * cycles / 11.98 < 0.6
 
 
-def test_no_one_acceptance_length_makes_the_speed_of_light_of_the_floor() -> None:
+def test_no_one_acceptance_length_makes_the_speed_of_light_of_the_lower_bound() -> None:
     speed_of_light = {
         ("gb200", "fp8"): 1471,
         ("rtx-pro-6000", "fp8"): 567,
@@ -204,9 +204,9 @@ def test_no_one_acceptance_length_makes_the_speed_of_light_of_the_floor() -> Non
         ("dgx-spark", "fp8"): 176,
         ("dgx-spark", "w4a16"): 223,
     }
-    floors = {(row.gpu, row.weights): row for row in published_comparison() if row.mode == "linear_spec"}
-    per_pass = {key: ACCEPTANCE_LENGTH / 2 * speed / floors[key].floor for key, speed in speed_of_light.items()}
+    bounds = {(row.gpu, row.weights): row for row in published_comparison() if row.mode == "linear_spec"}
+    per_pass = {key: ACCEPTANCE_LENGTH / 2 * speed / bounds[key].bound for key, speed in speed_of_light.items()}
     assert per_pass["dgx-spark", "w4a16"] == pytest.approx(4.2, abs=0.06)
     assert (min(per_pass.values()), max(per_pass.values())) == pytest.approx((1.6, 5.6), abs=0.05)
-    real = [ACCEPTANCE_LENGTH / 2 * speed / floors[key].published for key, speed in speed_of_light.items()]
+    real = [ACCEPTANCE_LENGTH / 2 * speed / bounds[key].published for key, speed in speed_of_light.items()]
     assert (min(real), max(real)) == pytest.approx((5.9, 7.7), abs=0.05)

@@ -36,7 +36,7 @@ from onnx import numpy_helper
 from pydantic import BaseModel
 
 from trimode.build.graph.raw_pool import merged_matrices
-from trimode.build.roofline import PassShape, floor_bytes, floor_flops, stored_matrix_bytes
+from trimode.build.roofline import PassShape, least_bytes, least_flops, stored_matrix_bytes
 from trimode.build.rtx.kernel_list import KernelList, KernelTensor, PlanKernel
 from trimode.common.errors import TriModeError
 from trimode.common.records import read_json_record
@@ -65,7 +65,7 @@ _TILE = 64  # KV rows in a tile of the fused attention
 class PassAudit(BaseModel):
     """One pass of one engine. Bytes are of device memory.
 
-    kernels_a_layer: the most frequent count. floor: bytes that any implementation must move. ratio: bytes / floor.
+    kernels_a_layer: the most frequent count. bound: bytes that any implementation must move. ratio: bytes / bound.
     ratio_whole_pool, ratio_with_cache: the same for the two bounding totals of this module.
     """
 
@@ -80,7 +80,7 @@ class PassAudit(BaseModel):
     lone_dequantisations: int
     kv_copies: int
     bytes: int
-    floor: int
+    bound: int
     ratio: float
     ratio_whole_pool: float
     ratio_with_cache: float
@@ -144,7 +144,7 @@ def audit_pass(plan: Plan, batch: int, step: int, window: int, cache_bytes: int 
         plan.manifest.limits.top_k,
         plan.manifest.adapter.rank if plan.manifest.adapter and plan.engine == "diffusion" else 0,
     )
-    floor, total = floor_bytes(config, shape, stored_matrix_bytes(config, precision)), sum(by_kind.values())
+    bound, total = least_bytes(config, shape, stored_matrix_bytes(config, precision)), sum(by_kind.values())
     return PassAudit(
         engine=plan.engine,
         batch=batch,
@@ -157,11 +157,11 @@ def audit_pass(plan: Plan, batch: int, step: int, window: int, cache_bytes: int 
         lone_dequantisations=kinds["dequantisation"],
         kv_copies=kinds["KV copy"],
         bytes=total,
-        floor=floor,
-        ratio=total / floor,
-        ratio_whole_pool=(total + unlisted) / floor,
-        ratio_with_cache=(total - sizes.cached_bytes(cache_bytes // 2)) / floor,
-        flops=floor_flops(config, shape),
+        bound=bound,
+        ratio=total / bound,
+        ratio_whole_pool=(total + unlisted) / bound,
+        ratio_with_cache=(total - sizes.cached_bytes(cache_bytes // 2)) / bound,
+        flops=least_flops(config, shape),
         bytes_by_kind={kind: count for kind, count in by_kind.most_common() if count},
         unresolved=sizes.unresolved,
     )

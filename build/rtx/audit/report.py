@@ -16,7 +16,7 @@ DEFAULT_STEPS = (1, 8, 32)
 DEFAULT_WINDOWS = (512, 4096)
 
 
-class TimeFloor(BaseModel):
+class TimeBound(BaseModel):
     """The shortest time of each pass in milliseconds, and the resulting tokens per second of one request: the plan's
     bytes at the GPU's full bandwidth. Self-speculation drafts and verifies blocks of ``block_length``."""
 
@@ -37,7 +37,7 @@ class AuditReport(BaseModel):
     weights_private: int
     cycle_bytes_to_host: int
     passes: list[PassAudit]
-    floors: list[TimeFloor]
+    bounds: list[TimeBound]
 
 
 def audit_engine(
@@ -69,7 +69,7 @@ def audit_engine(
         for window in windows
         for step in steps
     ]
-    floors = []
+    bounds = []
     for window in windows:
         block = min(BLOCK_LENGTH, window, max_step)
         one, verify, draft = (
@@ -78,8 +78,8 @@ def audit_engine(
             audit_pass(diffusion, 1, block, window),
         )
         seconds = [pass_seconds(card, counted.bytes, counted.flops) for counted in (one, draft, verify)]
-        floors.append(
-            TimeFloor(
+        bounds.append(
+            TimeBound(
                 window=window,
                 block_length=block,
                 ar_ms=seconds[0] * 1e3,
@@ -103,7 +103,7 @@ def audit_engine(
         weights_private=sum(private),
         cycle_bytes_to_host=cycle_bytes_to_host(ar.manifest, BLOCK_LENGTH),
         passes=passes,
-        floors=floors,
+        bounds=bounds,
     )
 
 
@@ -116,7 +116,7 @@ def print_report(report: AuditReport, console: Console) -> None:
     first = report.passes[0]
     console.print(f"{report.engine}: counted from the compiled plans; nothing was run on a GPU")
     table = _table(
-        "engine", "step", "window", "kernels", "a layer", "int4", "alone", "copies", "MB", "/floor", "whole", "cache"
+        "engine", "step", "window", "kernels", "a layer", "int4", "alone", "copies", "MB", "/bound", "whole", "cache"
     )
     for row in report.passes:
         table.add_row(
@@ -136,35 +136,35 @@ def print_report(report: AuditReport, console: Console) -> None:
     console.print(table)
     console.print(
         f"batch {first.batch}; int4: matrices multiplied as int4, of all int4 matrices; alone: kernels that only "
-        "dequantise; copies: of keys and values; /floor: bytes divided by the floor; whole: the same if attention "
-        "reads the whole pool; cache: the same if each kernel reads the previous one's results from the L2 cache of "
-        f"{find_gpu(report.gpu).name}; not counted: {first.unresolved} tensors internal to the builder"
+        "dequantise; copies: of keys and values; /bound: bytes divided by the lower bound; whole: the same if "
+        "attention reads the whole pool; cache: the same if each kernel reads the previous one's results from the L2 "
+        f"cache of {find_gpu(report.gpu).name}; not counted: {first.unresolved} tensors internal to the builder"
     )
     console.print(
         f"weights: {report.weights_shared / 1e6:.1f} MB shared by both plans, {report.weights_private} bytes in only "
         f"one; copied to the host per self-speculation cycle of {BLOCK_LENGTH} tokens: {report.cycle_bytes_to_host} "
         "bytes"
     )
-    floors = _table("window", "AR ms", "draft ms", "verify ms", "AR tok/s", "linear_spec tok/s")
-    for floor in report.floors:
-        numbers = (floor.ar_ms, floor.draft_ms, floor.verify_ms, floor.ar_tokens_per_second)
-        floors.add_row(
-            str(floor.window),
+    bounds = _table("window", "AR ms", "draft ms", "verify ms", "AR tok/s", "linear_spec tok/s")
+    for bound in report.bounds:
+        numbers = (bound.ar_ms, bound.draft_ms, bound.verify_ms, bound.ar_tokens_per_second)
+        bounds.add_row(
+            str(bound.window),
             *(f"{number:.2f}" for number in numbers),
-            f"{floor.linear_spec_tokens_per_second:.1f}",
+            f"{bound.linear_spec_tokens_per_second:.1f}",
         )
     card = find_gpu(report.gpu).name
-    console.print(f"time floor on {card}: the plan's bytes at full bandwidth, {report.acceptance} tokens per cycle")
-    console.print(floors)
+    console.print(f"minimum time on {card}: the plan's bytes at full bandwidth, {report.acceptance} tokens per cycle")
+    console.print(bounds)
     console.print("the roofline against published speeds of the 8B checkpoint (arXiv 2607.05722), one request")
-    published = _table("GPU", "weights", "mode", "published", "floor", "ratio", "model", "residual")
+    published = _table("GPU", "weights", "mode", "published", "bound", "ratio", "model", "residual")
     for line in published_comparison():
         published.add_row(
             line.gpu,
             line.weights,
             line.mode,
             f"{line.published:g}",
-            f"{line.floor:.1f}",
+            f"{line.bound:.1f}",
             f"{line.ratio:.2f}",
             f"{line.predicted:.1f}",
             f"{line.residual:+.1%}",
@@ -177,7 +177,7 @@ def _table(*columns: str) -> Table:
 
 
 def write_plot(report: AuditReport, path: Path) -> None:
-    """Write a PNG: one bar for each pass, its bytes by kind of kernel, and its floor."""
+    """Write a PNG: one bar for each pass, its bytes by kind of kernel, and its lower bound."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -191,8 +191,8 @@ def write_plot(report: AuditReport, path: Path) -> None:
         sizes = [row.bytes_by_kind.get(kind, 0) / 1e9 for row in report.passes]
         axes.barh(labels, sizes, left=left, label=kind, height=0.7)
         left = [start + size for start, size in zip(left, sizes, strict=True)]
-    floors = [row.floor / 1e9 for row in report.passes]
-    axes.plot(floors, labels, "k|", markersize=12, markeredgewidth=2, label="floor")
+    bounds = [row.bound / 1e9 for row in report.passes]
+    axes.plot(bounds, labels, "k|", markersize=12, markeredgewidth=2, label="bound")
     axes.invert_yaxis()
     axes.set_xlabel("GB per pass, counted from the compiled kernels (not run)")
     axes.tick_params(labelsize=7)

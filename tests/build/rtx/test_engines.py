@@ -98,7 +98,7 @@ def test_dimensions_scale_with_the_pass(engine: Path) -> None:
     assert wide.bytes_by_kind["attention"] == 4 * one.bytes_by_kind["attention"]
     queries = 2 * 2 * 2 * 8 * plan.manifest.model.query_width  # read and written in two layers, 16 bits
     assert long.bytes_by_kind["attention"] - queries == 4 * (one.bytes_by_kind["attention"] - queries)
-    assert 1 < long.ratio < one.ratio < 1.1  # what is above the floor does not grow with the window
+    assert 1 < long.ratio < one.ratio < 1.1  # what is above the lower bound does not grow with the window
 
 
 def test_the_count_is_bounded_from_both_sides(engine: Path) -> None:
@@ -108,7 +108,7 @@ def test_the_count_is_bounded_from_both_sides(engine: Path) -> None:
         assert whole.ratio == whole.ratio_whole_pool
         heeded = 320 / 1024  # tiles of 64 rows
         keys_and_values = 2 * 2 * 2 * 1024 * plan.manifest.model.kv_width
-        unheeded = (part.ratio_whole_pool - part.ratio) * part.floor
+        unheeded = (part.ratio_whole_pool - part.ratio) * part.bound
         assert unheeded == pytest.approx(keys_and_values * (1 - heeded), rel=0.02)  # and the mask's
         assert part.ratio_with_cache == part.ratio
         tiny, roomy = (audit_pass(plan, 1, 8, 300, size).ratio_with_cache for size in (1 << 14, 1 << 25))
@@ -135,8 +135,8 @@ def test_the_report_and_its_picture(engine: Path, tmp_path: Path) -> None:
     report = audit_engine(engine, steps=(1, 8), windows=(512, 1024), gpu="dgx-spark", acceptance=6.82)
     assert len(report.passes) == 2 * 2 * 2
     assert report.weights_private == 0 < report.weights_shared
-    assert [floor.window for floor in report.floors] == [512, 1024]
-    assert report.floors[0].ar_ms < report.floors[1].ar_ms
+    assert [bound.window for bound in report.bounds] == [512, 1024]
+    assert report.bounds[0].ar_ms < report.bounds[1].ar_ms
     write_plot(report, tmp_path / "bytes.png")
     with Image.open(tmp_path / "bytes.png") as picture:
         assert min(picture.size) > 300
@@ -222,7 +222,7 @@ def test_an_audit_without_flags_works_on_a_tiny_plan(wide_int4_checkpoint: Path,
     build_engine(Checkpoint(wide_int4_checkpoint), tmp_path / "out", target=target, capacity=24)
     report = audit_engine(tmp_path / "out", gpu="dgx-spark", acceptance=6.82)
     assert {(found.window, found.step) for found in report.passes} == {(24, 1), (24, 8), (24, 16)}
-    assert [(floor.window, floor.block_length) for floor in report.floors] == [(24, 16)]
+    assert [(bound.window, bound.block_length) for bound in report.bounds] == [(24, 16)]
 
 
 def test_an_audit_counts_mixed_precision_matrix_by_matrix(engine: Path) -> None:
@@ -236,7 +236,7 @@ def test_an_audit_counts_mixed_precision_matrix_by_matrix(engine: Path) -> None:
     assert (uniform.int4_matrices, found.int4_matrices) == (9, 7)
     config = plan.manifest.model
     weights = config.hidden_size * (config.query_width + 2 * config.kv_width + config.intermediate_size)
-    assert found.floor - uniform.floor == weights * (2 - (4 + 16 / (precision.group or 0)) / 8)
+    assert found.bound - uniform.bound == weights * (2 - (4 + 16 / (precision.group or 0)) / 8)
     assert "int4 in groups of 128 (11 matrices); bf16 (4 matrices" in mixed.precision.summary()
 
 
@@ -331,7 +331,7 @@ def test_a_layer_of_8b_stays_within_its_bars(
 ) -> None:
     """What a layer more costs: the rest of a pass is small against 34."""
     two, three = (audit_pass(plans[engine_index], 1, step, window) for plans in eight_billion)
-    assert (three.bytes - two.bytes) / (three.floor - two.floor) < bar
+    assert (three.bytes - two.bytes) / (three.bound - two.bound) < bar
     assert three.kv_copies == three.lone_dequantisations == 0
     assert three.kernels - two.kernels == (10, 13)[engine_index]
 

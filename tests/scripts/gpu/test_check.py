@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[3]
 def test_every_part_finds_the_kernels_right(part: Part) -> None:
     results = list(run_part(part, InterpreterHost(), SMALL_SIZES))
     assert results
-    assert all(result.right and result.floor_bytes > 0 for result in results)
+    assert all(result.right and result.least_bytes > 0 for result in results)
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -94,7 +94,7 @@ def test_a_part_that_fails_is_reported(tmp_path: Path) -> None:
 
 def test_a_part_is_stopped_at_its_limit_and_keeps_its_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A child process that writes one result and half of another, then hangs."""
-    result = {"kernel": "KvWrite", "case": "c", "tactic": "t", "error": 0.5, "microseconds": 2.0, "floor_bytes": 10**6}
+    result = {"kernel": "KvWrite", "case": "c", "tactic": "t", "error": 0.5, "microseconds": 2.0, "least_bytes": 10**6}
     line = json.dumps({**result, "right": False})
     program = "import sys, time; open(sys.argv[1], 'w').write(sys.argv[2] + '\\n' + sys.argv[2][:9]); time.sleep(99)"
     run = subprocess.run
@@ -111,7 +111,7 @@ def test_a_part_is_stopped_at_its_limit_and_keeps_its_results(tmp_path: Path, mo
 
 
 def test_the_report_compares_with_the_measured_bandwidth() -> None:
-    result = {"kernel": "K", "case": "c", "tactic": "t", "error": 1e-3, "microseconds": 2.0, "floor_bytes": 3 * 10**6}
+    result = {"kernel": "K", "case": "c", "tactic": "t", "error": 1e-3, "microseconds": 2.0, "least_bytes": 3 * 10**6}
     report = {
         "date": "d",
         "command": "x",

@@ -1,4 +1,4 @@
-"""The counted traffic equals the interpreter's, tensor by tensor; no kernel moves much more than its floor."""
+"""The counted traffic equals the interpreter's, tensor by tensor; no kernel moves much more than its least bytes."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_product_traffic_equals_the_interpreters(tactic: Tactic) -> None:
 @pytest.mark.parametrize("step", [1, 8, 32, 33, 48, 64])
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("group", [1, 4, 8])
-def test_no_kernel_moves_more_than_a_tenth_above_its_floor(group: int, batch: int, step: int) -> None:
+def test_no_kernel_moves_more_than_a_tenth_above_its_least_bytes(group: int, batch: int, step: int) -> None:
     """The 8B checkpoint's shapes with several groups; each kernel with the tactic that moves least."""
 
     def least(found: list[KernelTraffic]) -> float:
