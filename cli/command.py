@@ -42,7 +42,7 @@ def main() -> None:
     except (click.Abort, KeyboardInterrupt):
         _exit_interrupted()
     except BrokenPipeError:
-        # Whoever reads stdout has gone. Close stderr too: the interpreter reports its failed flush there at exit.
+        # The reader of stdout has closed it. Close stderr too: the interpreter would report the failed flush there.
         sys.stderr.close()
         sys.exit(1)
     except OSError as error:
@@ -60,10 +60,10 @@ def _exit_interrupted() -> NoReturn:
 
 
 def _open_closed_streams() -> None:
-    """Open standard streams that the parent process closed on the null device.
+    """Open the null device for standard streams that the parent process closed.
 
-    Otherwise the next file that is opened gets the descriptor of a standard stream, and ``print(..., file=sys.stderr)``
-    writes to stdout. ``sys.stdin`` stays None, so that a command that must read it can say so.
+    Without this, the next opened file gets the descriptor of a standard stream, and ``print(..., file=sys.stderr)``
+    writes to stdout. ``sys.stdin`` stays None, so that a command that must read it can report the error.
     """
     for descriptor, mode in enumerate((os.O_RDONLY, os.O_WRONLY, os.O_WRONLY)):
         try:

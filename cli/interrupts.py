@@ -16,8 +16,8 @@ MESSAGE = "trimode: interrupted\n"
 def exit_on_interrupt() -> Iterator[None]:
     """Around imports: SIGINT ends the process at once, with one line on stderr.
 
-    A KeyboardInterrupt that passes through the import of a C extension becomes another error, or a crash. A handler
-    that the caller installed, or an ignored SIGINT, stays in force.
+    A KeyboardInterrupt during the import of a C extension becomes another error, or a crash. If the caller installed a
+    handler or ignores SIGINT, that is not changed.
     """
     handler = signal.getsignal(signal.SIGINT)
     if handler is not signal.default_int_handler:

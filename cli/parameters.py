@@ -30,7 +30,7 @@ def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def build_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """``--target``, ``--method`` and ``--group``: how a model that is a checkpoint becomes an engine."""
+    """``--target``, ``--method`` and ``--group``: options for building the engine of a checkpoint."""
     for option in (
         click.option(
             "--group",

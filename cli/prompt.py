@@ -10,17 +10,17 @@ STDIN = "-"
 
 
 def read_prompt(prompt: str) -> str:
-    """``prompt`` itself, or for ``-`` the text on stdin; raises TriModeError if it is empty or not UTF-8.
+    """``prompt`` itself, or for ``-`` the text on stdin. Raises TriModeError if it is empty or not UTF-8.
 
-    As text files are read on every system: a byte order mark is dropped, CRLF is a line break, and one line break at
-    the end is not part of the text.
+    stdin is read like a text file: a byte order mark and one line break at the end are removed, and CRLF is a line
+    break.
     """
     if prompt == STDIN:
         prompt = _read_stdin()
     try:
         prompt.encode()
     except UnicodeEncodeError:
-        raise TriModeError("the prompt is not UTF-8; give it in that encoding") from None
+        raise TriModeError("the prompt is not UTF-8; encode it as UTF-8") from None
     if not prompt.strip():
         raise TriModeError("the prompt is empty; give some text to --prompt")
     return prompt

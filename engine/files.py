@@ -68,8 +68,8 @@ def hash_files(folder: Path, progress: Progress) -> tuple[EngineFile, ...]:
 def verify_files(engine: Path, files: Sequence[EngineFile], progress: Progress = no_progress) -> None:
     """Check every file of the engine. Raises TriModeError that names the first one that differs from the build.
 
-    Foreign files are ignored, such as a README or what a file manager or a download leaves behind. One that would be
-    read, such as a second chat template, is refused.
+    Foreign files are ignored, such as a README or the leftovers of a download. A foreign file that would be read, such
+    as a second chat template, is refused.
     """
     listed = {entry.path for entry in files}
     for path in sorted(path.relative_to(engine) for folder in READ_BY_NAME for path in (engine / folder).rglob("*")):
@@ -81,7 +81,7 @@ def verify_files(engine: Path, files: Sequence[EngineFile], progress: Progress =
 
 
 def _is_read(path: PurePath) -> bool:
-    """Whether a file of a folder in ``READ_BY_NAME`` is read if it is there."""
+    """Whether a file of a folder in ``READ_BY_NAME`` would be read."""
     folder, *rest = path.parts
     if folder == TOKENIZER:
         return is_tokenizer_file(PurePath(*rest))

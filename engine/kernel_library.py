@@ -1,4 +1,4 @@
-"""Folder ``kernels/``: compiled kernels that TensorRT embeds in its plans, so that no compiler is needed there.
+"""Folder ``kernels/``: compiled kernels, which TensorRT embeds in its plans without a compiler.
 
 ```
 kernels/sm_90/kernels.json     what a launch of each kernel needs

@@ -30,7 +30,7 @@ class PlanEntry(Record):
 
 
 def whole_plan(plan: Path, pool: Path, entry: PlanEntry) -> Iterator[bytes]:
-    """The plan as the builder wrote it, in chunks, so that it need not fit into memory.
+    """The plan as the builder wrote it, in chunks. It need not fit into memory.
 
     Raises TriModeError if a file ends early.
     """

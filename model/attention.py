@@ -6,7 +6,7 @@ in row ``committed`` + i. Query head h attends with KV head h // (query heads / 
 - A token attends to every committed row.
 - Causal: token i also attends to the step's rows 0 .. i.
 - Bidirectional: every token also attends to the step's first ``step_length`` rows.
-- Masked: token i also attends to those rows of the step that ``block_mask[i]`` names.
+- Masked: token i also attends to the rows of the step for which ``block_mask[i]`` is true.
 - No token attends to a row after the step. Rows that a token does not attend to may hold any value, including NaN.
 - A token that attends to no row gets zeros. Otherwise the result is softmax(q k) v over the rows that it attends to,
   with the softmax's scale already part of q.

@@ -1,7 +1,7 @@
-"""Chat templates: a conversation becomes the prompt text that transformers' ``apply_chat_template`` makes of it.
+"""Chat templates: render a conversation to the same prompt text as transformers' ``apply_chat_template``.
 
-Templates come with the checkpoint and are not trusted. They are rendered in jinja's immutable sandbox and see plain
-JSON values only.
+Templates come with the checkpoint and are not trusted. They are rendered in jinja's immutable sandbox and get only
+plain JSON values.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ _RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt"
 
 
 class ChatPrompt(NamedTuple):
-    """A rendered conversation. thinking: the prompt ends inside a ``<think>`` that the template opened, or the message
-    that is to be continued. ``<think>`` in any other message does not count.
+    """A rendered conversation. thinking: the prompt ends inside a ``<think>`` that the template or the message to be
+    continued opened. A ``<think>`` in any other message does not count.
     """
 
     text: str
@@ -64,13 +64,13 @@ class ChatTemplate:
         """Render a conversation.
 
         variables: the template's other variables, special tokens among them. continue_final_message: end the prompt
-        inside the last message, for the model to continue it. Raises TriModeError if the conversation is not one, or
-        the template refuses it.
+        inside the last message, which the model then continues. Raises TriModeError if the conversation is malformed,
+        or if the template refuses it.
         """
         if continue_final_message and add_generation_prompt:
             raise TriModeError("continue_final_message needs add_generation_prompt=False; give one of them")
         if clash := sorted(_RESERVED & variables.keys()):
-            raise TriModeError(f"{clash[0]} is not a template variable of your own; give it as an argument")
+            raise TriModeError(f"{clash[0]} is reserved and cannot be a template variable; give it as an argument")
         chat = _conversation(messages)
         given = {
             "tools": None if tools is None else _records("tools", tools),
@@ -99,7 +99,7 @@ class ChatTemplate:
 
 
 class _Continued(NamedTuple):
-    """A conversation whose last message ends with the mark; ``content`` is its text without."""
+    """A conversation whose last message ends with the mark. ``content``: the message's text without the mark."""
 
     chat: list[dict[str, Any]]
     content: str
@@ -131,7 +131,7 @@ def _cut_at_mark(text: str, content: str) -> str:
 
 
 def _conversation(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """The messages as templates see them: no None fields, and reasoning under each of its names."""
+    """The messages for the template: without fields that are None, and with reasoning under each of its names."""
     if not messages:
         raise TriModeError("the conversation is empty; give at least one message")
     chat = []
@@ -171,7 +171,7 @@ def _plain(value: Any) -> Any:
 
 
 def _without_marks(value: Any) -> Any:
-    """The value with a space inside each thinking mark, so that none is left and none can form."""
+    """The value with a space inside each thinking mark, so that it contains no mark, also after concatenation."""
     if isinstance(value, str):
         return value.replace(THINK, "< think>").replace(END_THINK, "< /think>")
     if isinstance(value, dict):
@@ -196,7 +196,7 @@ class _Generation(Extension):
 
 
 class _Undefined(jinja2.Undefined):
-    """A missing value. A message without content counts as one with empty text, where an error would result."""
+    """A missing value. Where it would be an error, missing content counts as empty text."""
 
     def _empty_text(self) -> str:
         if self._undefined_name != "content":
@@ -237,7 +237,7 @@ def _require_public(name: Any) -> None:
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
-    """The names, filters and tags that transformers gives to templates."""
+    """A jinja environment with the names, filters and tags that transformers provides."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True,
         lstrip_blocks=True,

@@ -131,7 +131,7 @@ class TensorFiles:
                 raise TriModeError(f"{path} is missing") from None
             except (SafetensorError, OSError) as error:
                 raise TriModeError(
-                    f"{path} is not a whole safetensors file ({error}); download or write it again"
+                    f"{path} is not a complete safetensors file ({error}); download or write it again"
                 ) from None
             for name in handle.keys():  # noqa: SIM118 - a handle is not a mapping
                 if name in self._owner:
@@ -180,10 +180,10 @@ class Adapter:
 class Checkpoint:
     """An opened checkpoint: config, tensors by name, the adapter if there is one.
 
-    name: the model's public name: the one given (a hub id), else the name of the checkpoint that this one was
-    quantised from, else the folder's.
+    name: the model's public name: the argument (a hub id), else the name of the checkpoint that this one was quantised
+    from, else the folder's name.
 
-    Raises TriModeError if the folder is no checkpoint of the family, or its tensors do not fit its config.
+    Raises TriModeError if the folder is not a checkpoint of the family, or its tensors do not match its config.
     """
 
     def __init__(self, folder: Path, name: str | None = None) -> None:
@@ -241,16 +241,16 @@ class Checkpoint:
         return linear + sum(int(np.prod(shape)) for shape in vector_shapes(self.config).values())
 
     def _refuse_unstated_quantization(self) -> None:
-        """Raises TriModeError if tensors are quantised, which nothing states."""
+        """Raises TriModeError if tensors are quantised but no file states how."""
         quantised = next((name for name in sorted(self._files.names()) if _is_quantised(name, self._files)), None)
         if quantised is not None:
             raise TriModeError(
                 f"{self.folder} is quantised ({quantised} is {self._files.described(quantised)[0]}), but has neither "
-                f"{QUANT_CONFIG_FILE} nor quantization_config in {CONFIG}; restore the file that states how"
+                f"{QUANT_CONFIG_FILE} nor quantization_config in {CONFIG}; restore the file"
             )
 
     def _group_of_scales(self) -> int | None:
-        """Input channels that share a scale, by the shape of the first matrix that has scales; None if none has."""
+        """Input channels that share a scale, from the shape of the first matrix with scales; None without scales."""
         for module, (_, columns) in linear_shapes(self.config).items():
             scale = f"{module}.weight_scale"
             if scale in self._files.names():
@@ -318,7 +318,7 @@ def _download(hub_id: str) -> Path:
         return Path(snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=["*.bin", "*.pt", "*.py"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise TriModeError(f"{hub_id} is neither a local folder nor could it be downloaded: {reason}") from None
+        raise TriModeError(f"{hub_id} is not a local folder, and downloading it failed: {reason}") from None
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -331,7 +331,7 @@ def _weight_files(folder: Path) -> list[Path]:
     shards = {path.name for path in folder.glob("model-*.safetensors") if _SHARD.fullmatch(path.name)}
     if not index.exists():
         if shards and not single.exists():
-            raise TriModeError(f"{index} is missing, which lists the tensors of {', '.join(sorted(shards)[:3])}")
+            raise TriModeError(f"{index} is missing; it lists the tensors of {', '.join(sorted(shards)[:3])}")
         _refuse_stale(folder, shards, single.name)
         return [single]
     weight_map = read_json_object(index).get("weight_map")
@@ -352,7 +352,7 @@ def _refuse_stale(folder: Path, surplus: set[str], kept: str) -> None:
 
 def _check(files: TensorFiles, expected: Mapping[str, tuple[tuple[str, ...], tuple[int, ...]]], folder: Path) -> None:
     missing, surplus = sorted(set(expected) - files.names()), sorted(files.names() - set(expected))
-    for what, names in (("lacks", missing), ("has, against its config,", surplus)):
+    for what, names in (("lacks", missing), ("has, unlike its config,", surplus)):
         if names:
             shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             raise TriModeError(f"{folder}: the checkpoint {what} {len(names)} tensor(s): {shown}")
@@ -360,7 +360,7 @@ def _check(files: TensorFiles, expected: Mapping[str, tuple[tuple[str, ...], tup
         dtype, found = files.described(name)
         if found != shape:
             raise TriModeError(
-                f"{files.file_of(name)}: tensor {name} has shape {list(found)}, the config calls for {list(shape)}"
+                f"{files.file_of(name)}: tensor {name} has shape {list(found)}, the config requires {list(shape)}"
             )
         if dtype not in dtypes:
             raise TriModeError(f"{files.file_of(name)}: tensor {name} is {dtype}, expected {' or '.join(dtypes)}")

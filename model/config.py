@@ -1,7 +1,7 @@
 """The family's ``config.json`` as a checked record.
 
-Every size is read from the file. A value that describes a network that TriMode does not compute is refused by name.
-Fields that concern training alone are ignored: there are many, and they differ between releases.
+Every size is read from the file. A value of a network that TriMode does not support is refused with its field's name.
+Fields for training are ignored: there are many, and they differ between releases.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class RopeParameters(BaseModel):
 
 
 class ModelConfig(BaseModel):
-    """What the network is. Widths are in elements, lengths in tokens."""
+    """Sizes and special tokens of the network. Widths are in elements, lengths in tokens."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -96,7 +96,7 @@ class ModelConfig(BaseModel):
     eos_token_id: EndIds
     bos_token_id: TokenId | None = None
     block_size: PositiveInt = 32
-    # Another value here is another network.
+    # Any other value describes another network.
     hidden_act: Literal["silu"] = "silu"
     attention_bias: Literal[False] = False
     mlp_bias: Literal[False] = False
@@ -222,7 +222,7 @@ class ModelConfig(BaseModel):
 
 
 class _GenerationConfig(BaseModel):
-    """The field of ``generation_config.json`` that counts here."""
+    """The field of ``generation_config.json`` that TriMode reads."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
 

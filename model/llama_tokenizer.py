@@ -1,7 +1,7 @@
 """The tokenizer of SentencePiece checkpoints whose class is ``LlamaTokenizer``, as transformers builds it.
 
-transformers takes only the vocabulary, the merges and the post-processor of their ``tokenizer.json``. How text is
-split, and how spaces become ``▁``, is the class's own: the file's normalizer would put a space after special tokens.
+transformers takes only the vocabulary, the merges and the post-processor from ``tokenizer.json``. The class itself
+defines how text is split and how spaces become ``▁``. The file's normalizer would add a space after special tokens.
 """
 
 from __future__ import annotations

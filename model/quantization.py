@@ -1,7 +1,7 @@
-"""How a checkpoint is quantised, as ModelOpt states it: which matrices are int4, in groups of what size.
+"""ModelOpt's statement of how a checkpoint is quantised: which matrices are int4, and the group size.
 
-ModelOpt writes the statement to ``hf_quant_config.json`` and again, in other words, to ``quantization_config`` of
-``config.json``. Newer releases write the latter alone.
+ModelOpt writes it to ``hf_quant_config.json`` and, with other names, to ``quantization_config`` of ``config.json``.
+Newer releases write only the latter.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Algorithm = Literal["W4A16_AWQ", "W4A16"]
 
 class Quantization(BaseModel):
     """group_size: input channels that share a scale. exclude_modules: patterns of modules that are not quantised.
-    quantized_layers: the only modules that are; None: all but those excluded.
+    quantized_layers: the quantised modules; None for all except the excluded ones.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -43,10 +43,10 @@ class Quantization(BaseModel):
 
 
 def read_quantization(folder: Path, group_size: int | None) -> Quantization | None:
-    """The statement of a checkpoint folder; None if it has none, or says that nothing is quantised.
+    """The statement of a checkpoint folder; None if nothing is quantised.
 
-    group_size: used where the statement leaves it out, as ``config.json`` may. Raises TriModeError that names the file
-    and the method, if it is not int4 weights with 16-bit activations.
+    group_size: used if the statement has none, which is allowed in ``config.json``. Raises TriModeError that names the
+    file and the method if the method is not int4 weights with 16-bit activations.
     """
     path = folder / QUANT_CONFIG_FILE
     if path.is_file():
@@ -77,7 +77,7 @@ def read_quantization(folder: Path, group_size: int | None) -> Quantization | No
 
 
 def _in_terms_of_the_file(section: dict[str, Any], where: str) -> dict[str, Any]:
-    """``quantization_config`` with the names that ``hf_quant_config.json`` has for the same."""
+    """``quantization_config`` with the names of ``hf_quant_config.json``."""
     method = section.get("quant_method", "modelopt")
     if method != "modelopt":
         raise TriModeError(f"{where}: quant_method {method!r} is not supported; TriMode reads ModelOpt's int4 weights")
@@ -96,17 +96,17 @@ def _one_method(statement: dict[str, Any], where: str) -> dict[str, Any]:
     """The statement of a mixed checkpoint whose quantised layers all have one method and group size."""
     layers = statement.get("quantized_layers")
     if not isinstance(layers, dict) or not all(isinstance(layer, dict) for layer in layers.values()) or not layers:
-        raise TriModeError(f"{where}: quant_algo is {_MIXED}, and quantized_layers does not say which layer has which")
+        raise TriModeError(f"{where}: quant_algo is {_MIXED}, but quantized_layers does not state the layers' methods")
     methods = {(layer.get("quant_algo"), layer.get("group_size")): name for name, layer in layers.items()}
     if len(methods) > 1:
         shown = ", ".join(f"{method} in groups of {size} ({name})" for (method, size), name in methods.items())
-        raise TriModeError(f"{where}: layers have several methods, which is not supported: {shown}")
+        raise TriModeError(f"{where}: several methods in one checkpoint are not supported: {shown}")
     ((method, size),) = methods
     return statement | {"quant_algo": method, "group_size": size, "quantized_layers": list(layers)}
 
 
 def _name(value: Any) -> str:
-    """``FP8`` for the description of an 8-bit float, which ``config.json`` has."""
+    """A name such as ``FP8`` for the description of a number type in ``config.json``."""
     if isinstance(value, dict) and "num_bits" in value:
         return f"{'FP' if value.get('type') == 'float' else 'INT'}{value['num_bits']}"
     return str(value)

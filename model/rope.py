@@ -1,7 +1,7 @@
 """The rotary frequencies of a network, for the graphs of every target.
 
-They are transformers' own numbers, to the bit, computed when an engine is built. One unit in the last place of a
-frequency turns into 0.01 rad at position 200,000, and numpy's float32 power differs from PyTorch's in that place.
+They are computed when an engine is built, and equal transformers' to the bit. At position 200,000, an error of one unit
+in the last place of a frequency is an error of 0.01 rad. numpy's float32 power has such errors, compared with PyTorch.
 
 Source: YaRN, arXiv 2309.00071, section 3.2 (NTK-by-parts).
 """

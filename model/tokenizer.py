@@ -19,7 +19,7 @@ from trimode.model.special_tokens import ADDED_TOKENS_FILE, CONFIG_FILE, SPECIAL
 
 TOKENIZER_FILE = "tokenizer.json"
 TEMPLATE_FILE = "chat_template.jinja"
-# As transformers' processors, which hold a tokenizer, wrote it; read where there is no other template.
+# Written by older versions of transformers' processors. Read if there is no other template.
 PROCESSOR_TEMPLATE_FILE = "chat_template.json"
 TEMPLATE_FOLDER = "additional_chat_templates"
 FILES = (
@@ -54,7 +54,7 @@ class Tokenizer:
     def __init__(
         self, backend: Backend, templates: Mapping[str, str], template_variables: Mapping[str, Any] | None = None
     ) -> None:
-        """templates: sources of chat templates by name. template_variables: what they read beside the conversation.
+        """templates: sources of chat templates by name. template_variables: variables other than the conversation.
 
         Raises TriModeError if the default template does not compile.
         """
@@ -111,7 +111,7 @@ class Tokenizer:
 
     @cached_property
     def longest_token(self) -> int:
-        """Bytes of text that one token stands for at most."""
+        """Bytes of the longest text of a token."""
         return max(len(token.encode()) for token in self._backend.get_vocab())
 
     @cached_property
@@ -184,7 +184,7 @@ class Tokenizer:
 
 
 def _class_name(path: Path) -> Any:
-    """The tokenizer's class by ``config.json``, which counts where ``tokenizer_config.json`` has none."""
+    """The tokenizer's class in ``config.json``, used if ``tokenizer_config.json`` has none."""
     return read_json_object(path).get("tokenizer_class") if path.exists() else None
 
 

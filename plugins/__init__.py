@@ -1,1 +1,1 @@
-"""TensorRT plugins: operators, their kernels, the references of these, compilation and TensorRT's declarations."""
+"""TensorRT plugins: operators, kernels, references, compilation, and declarations for TensorRT."""

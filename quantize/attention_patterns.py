@@ -1,4 +1,4 @@
-"""Both attention patterns over one text, as decoding runs them: AWQ is calibrated and evaluated on these passes.
+"""Both attention patterns over one text, as in decoding: AWQ is calibrated and evaluated on these passes.
 
 Half of all passes of self-speculation are bidirectional over mask tokens. Statistics of causal text alone would miss
 their activations. awq_lite weighs all passes equally, so one pass of each pattern per text gives both the same weight.
@@ -37,7 +37,7 @@ def both_patterns(model: NemotronLabsDiffusionModel, tokens: list[int]) -> Patte
     block_positions = starts[:, None] + torch.arange(size, device=model.device)
     blocks = ids[0, block_positions]
     blocks[masked_positions(len(blocks), size).to(model.device)] = model.config.mask_token_id
-    # All blocks in one batch: each gets the whole text's KV as its past, and a mask that shows only what is before it.
+    # All blocks in one batch: the past of each is the KV of the complete text, masked to the rows before the block.
     visible = torch.ones(len(blocks), size, length + size, dtype=torch.bool, device=model.device)
     visible[:, :, :length] = (positions < starts[:, None])[:, None]
     past = [(k.expand(len(blocks), -1, -1, -1), v.expand(len(blocks), -1, -1, -1)) for k, v in cache]

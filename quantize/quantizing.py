@@ -40,7 +40,7 @@ def quantize_checkpoint(
     calibration: Path | None = None,
     progress: Progress = no_progress,
 ) -> QuantizationReport:
-    """Write the checkpoint to the folder ``out`` with int4 linear layers, all of it or nothing.
+    """Write the checkpoint to the folder ``out`` with int4 linear layers. After an error, there is no folder.
 
     group: input channels that share a scale. method: ``awq`` needs the extra ``build`` and calibration text (JSONL; the
     checkpoint's own ``calibration.jsonl`` if None); ``rtn`` needs neither. The adapter and the embedding are copied;

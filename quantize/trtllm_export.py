@@ -43,7 +43,7 @@ class ExportReport(BaseModel):
 
 
 def export_trtllm(checkpoint: Checkpoint, out: Path, progress: Progress = no_progress) -> ExportReport:
-    """Write the AR-only checkpoint to the folder ``out``, all of it or nothing.
+    """Write the AR-only checkpoint to the folder ``out``. After an error, there is no folder.
 
     Raises TriModeError if TensorRT-LLM cannot express the checkpoint: an int4 head, or some forms of YaRN.
     """

@@ -19,7 +19,7 @@ from trimode.build.engine_builder import build_engine
 from trimode.model.checkpoint import Checkpoint
 from trimode.quantize import quantize_checkpoint
 
-# Matrices this small are slower on more.
+# Small matrices are slower with more threads.
 torch.set_num_threads(1)
 transformers_logging.disable_progress_bar()
 transformers_logging.set_verbosity_error()
@@ -49,7 +49,7 @@ def heldout() -> list[dict]:
 
 @pytest.fixture(scope="session")
 def random_engine(random_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The random network as an fp32 engine that reports every token of the vocabulary, hence whole logits."""
+    """The random network as an fp32 engine that returns the logits of the complete vocabulary."""
     out = tmp_path_factory.mktemp("engine") / "fp32"
     build_engine(Checkpoint(random_checkpoint), out, top_k=768)
     return out
@@ -64,7 +64,7 @@ def random_int4_checkpoint(random_checkpoint: Path, tmp_path_factory: pytest.Tem
 
 @pytest.fixture(scope="session")
 def random_int4_engine(random_int4_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its matrices stay packed, however small they are: the kernels of large networks."""
+    """The int4 matrices stay packed although they are small, so that the kernels of large networks run."""
     out = tmp_path_factory.mktemp("engine") / "int4"
     build_engine(
         Checkpoint(random_int4_checkpoint), out, target=CpuTarget(activations="fp32", unpacked_bytes=0), top_k=768
@@ -83,7 +83,7 @@ def random_int8_engine(random_int4_checkpoint: Path, tmp_path_factory: pytest.Te
 
 @pytest.fixture(scope="session")
 def random_unpacked_engine(random_int4_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same as it is built unless told otherwise: small int4 matrices as fp32."""
+    """The same with the build's defaults: small int4 matrices are stored as fp32."""
     out = tmp_path_factory.mktemp("engine") / "unpacked"
     build_engine(Checkpoint(random_int4_checkpoint), out, top_k=768)
     return out
@@ -91,7 +91,7 @@ def random_unpacked_engine(random_int4_checkpoint: Path, tmp_path_factory: pytes
 
 @pytest.fixture(scope="session")
 def tensorrt(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
-    """TensorRT's Python bindings over stub libraries: it declares plugins, and builds nothing."""
+    """TensorRT's Python bindings over stub libraries. They can declare plugins, but not build engines."""
     from tests.support.tensorrt_stubs import bindings_on_stubs
 
     yield from bindings_on_stubs(tmp_path_factory.mktemp("stubs"))

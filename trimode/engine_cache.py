@@ -6,7 +6,7 @@
 <cache>/.<key>.lock         held while the entry is built or removed
 <cache>/hashes.json         hashes of checkpoint files by path, size and modification time
 ```
-An entry appears whole or not at all. The folder is ``$TRIMODE_CACHE``, else ``$XDG_CACHE_HOME/trimode``, else
+An entry is complete or absent. The folder is ``$TRIMODE_CACHE``, else ``$XDG_CACHE_HOME/trimode``, else
 ``~/.cache/trimode``.
 """
 
@@ -53,7 +53,7 @@ _SETTLED_SECONDS = 2.0
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """How a checkpoint becomes an engine, as in ``trimode quantize`` and ``trimode build``.
+    """Options for building a checkpoint's engine, as in ``trimode quantize`` and ``trimode build``.
 
     target: ``cpu`` if None. method: if None, ``awq`` where the checkpoint folder has a ``calibration.jsonl``, else
     ``rtn``. group: if None, 128 or the largest smaller power of two that divides every matrix.
@@ -87,8 +87,8 @@ def cache_folder() -> Path:
 def engine_of(model: str | Path, options: BuildOptions, progress: Progress = no_progress) -> Path:
     """The engine directory of ``model``: an engine directory itself, a checkpoint folder, or a hub id.
 
-    A checkpoint is quantised and built into the cache unless it is there already; another process that builds the same
-    entry is waited for. Raises TriModeError.
+    A checkpoint is quantised and built into the cache unless it is there already. If another process builds the same
+    entry, wait for it. Raises TriModeError.
     """
     if (Path(model) / MANIFEST).is_file():
         given = [name for name, value in asdict(options).items() if value is not None]
@@ -103,13 +103,13 @@ def engine_of(model: str | Path, options: BuildOptions, progress: Progress = no_
 
 
 def list_entries() -> list[CacheEntry]:
-    """The whole entries of the cache, by key."""
+    """The complete entries of the cache, by key."""
     records = sorted(cache_folder().glob(f"[!.]*/{RECORD}"))
     return [read_json_record(CacheEntry, path) for path in records]
 
 
 def remove_entry(key: str) -> CacheEntry:
-    """Remove an entry; waits for a build of it. Raises TriModeError if there is none of that key."""
+    """Remove an entry, after a running build of it has ended. Raises TriModeError if there is no entry of that key."""
     folder = cache_folder()
     entry = next((entry for entry in list_entries() if entry.key == key), None)
     if entry is None:
@@ -222,7 +222,7 @@ def _hashes(cache: Path, folder: Path, files: list[Path], progress: Progress) ->
 
 @contextmanager
 def _locked(folder: Path, key: str, progress: Progress) -> Iterator[None]:
-    """Hold the entry's lock. The kernel releases it when the process ends, however it ends."""
+    """Hold the entry's lock. The operating system releases it when the process ends, also after a crash."""
     with (folder / f".{key}.lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -234,7 +234,7 @@ def _locked(folder: Path, key: str, progress: Progress) -> Iterator[None]:
 
 
 def _remove_leftovers(folder: Path, key: str) -> None:
-    """What a killed process left of this entry."""
+    """Remove what a killed process left of this entry."""
     for path in folder.glob(f".{key}.*"):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)

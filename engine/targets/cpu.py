@@ -11,8 +11,8 @@ Activations = Literal["fp32", "int8"]
 
 
 class CpuSection(TargetSection):
-    """Packed weights depend on ``instruction_set`` and on the version of ``onnxruntime``; another machine needs its own
-    build.
+    """Packed weights depend on ``instruction_set`` and on the version of ``onnxruntime``. A machine that differs needs
+    another build.
 
     activations: the inputs of int4 products; ``int8`` if they are rounded to 8 bits (w4a8), ``fp32`` if they are exact
     or no product has int4 weights.

@@ -1,14 +1,14 @@
-"""The three decoding modes on the PyTorch reference, one plain loop a mode: the oracle of every decoding test.
+"""The three decoding modes on the PyTorch reference, one plain loop for each: the oracle of every decoding test.
 
 Source: technical report arXiv 2607.05722, and NVIDIA's remote code for the family ("upstream"). Names, order and
 defaults of the arguments are upstream's. Every function returns ``(ids, nfe)``: the prompts with their continuations,
-and the number of forward passes as upstream counts them; ``passes`` keeps the passes that were really made, by kind.
+and the number of forward passes as upstream counts them. ``passes`` has the number of passes that ran, by kind.
 
 Every cycle drafts a block in zero or more bidirectional passes, then commits it in one causal pass. The *pending token*
 is the newest emitted token. Its KV row is not committed yet, and it is the first token of the next block. The KV cache
 holds causal rows only.
 
-Where upstream is at fault, the reference differs:
+The reference corrects these faults of upstream:
 
 - Rows of a batch are decoded one by one. Upstream takes one row only (``linear_spec_generate``) or lets a finished row
   stop the others (``generate``).
@@ -101,15 +101,16 @@ class TriModeGeneration:
         whose confidence reaches it; without, an even share of the masks for ``steps`` passes a block (default:
         ``block_length`` passes), the remainder first. Confidence is the softmax probability of the chosen token.
 
-        Blocks are whole, as long as the context has room, and ``max_new_tokens`` cuts the text: so the first n tokens
-        of an answer do not depend on its length limit. Denoising stops when no mask is left before the end of the text.
+        Blocks have their full length if the context has room, and the text is cut at ``max_new_tokens``. So the first n
+        tokens of an answer do not depend on its length limit. Denoising stops when no mask is left before the end of
+        the text.
 
-        A thinking budget that runs out in a block places ``end_think_token_id`` in the block before denoising, as
-        upstream does, so that the whole block attends to it.
+        If the thinking budget runs out in a block, ``end_think_token_id`` is placed in the block before denoising, as
+        upstream does. So every token of the block attends to it.
 
-        nfe is upstream's: the denoise passes and one commit a block, prefill left out. Upstream also commits the block
-        in which the text ends, and opens one more block behind an end token that came from a commit; the reference
-        counts both in nfe and makes neither.
+        nfe counts as upstream does: the denoise passes and one commit per block, without the prefill. Upstream also
+        commits the block in which the text ends, and opens another block after an end token that came from a commit.
+        The reference counts both in nfe, but runs neither.
 
         Raises ValueError if ``causal_context`` is False.
         """
@@ -344,7 +345,7 @@ class Continuation:
         return token
 
     def place_end_of_thinking(self, block: Tensor) -> None:
-        """Put the end of thinking where the budget runs out, if that is in the block behind its pending token."""
+        """Place the end of thinking where the budget runs out, if that is in the block after its pending token."""
         limit = self._thinking_limit
         if limit is not None and 1 <= (place := limit.tokens - len(self.tokens) + 1) < len(block):
             block[place] = limit.end
@@ -366,7 +367,7 @@ class Continuation:
 
 
 def even_quotas(masks: int, steps: int) -> Iterator[int]:
-    """How many masks each denoise pass settles: an even share, the remainder in the first passes, at least one."""
+    """Masks that each denoise pass settles: an even share, at least one; the first passes settle the remainder."""
     share, remainder = divmod(masks, steps)
     for step in range(steps):
         yield max(1, share + (step < remainder))

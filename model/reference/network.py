@@ -115,7 +115,7 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Token ids to final hidden states (upstream calls the decoder stack 'encoder', and so do the tensor names)."""
+    """Token ids to final hidden states. Upstream and the tensor names call the decoder stack 'encoder'."""
 
     def __init__(self, config: NemotronLabsDiffusionConfig) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ class Encoder(nn.Module):
     ) -> tuple[Tensor, list[KeyValue]]:
         """Run one step.
 
-        input_ids, position_ids: [batch, step]. visible: [batch, step, past + step] bool, the keys each query sees.
+        input_ids, position_ids: [batch, step]. visible: [batch, step, past + step] bool, the keys of each query.
         past: per layer, keys and values [batch, kv_heads, past, head_dim].
         Returns the hidden states [batch, step, hidden] and ``past`` with this step's rows appended.
         """
@@ -223,13 +223,13 @@ class NemotronLabsDiffusionModel(TriModeGeneration, PreTrainedModel):
     ) -> CausalLMOutputWithPast | BaseModelOutput:
         """One pass with upstream's arguments; logits [batch, step, vocabulary].
 
-        attention_mask: [batch, past + step], 0 for padding. position_ids: [batch, step], by default those behind the
+        attention_mask: [batch, past + step], 0 for padding. position_ids: [batch, step], by default those after the
         cache. past_key_values: rows of earlier passes; this pass's rows are appended with ``use_cache`` only.
         use_causal_mask: False for bidirectional attention. (Upstream's default depends on the mode that ran last.)
-        visible: the pattern itself, as :class:`Encoder` takes it, in place of the masks. logits_to_keep: last tokens
-        that need logits, 0 for all.
+        visible: the pattern of :class:`Encoder`, in place of the masks. logits_to_keep: number of last tokens that need
+        logits, 0 for all.
 
-        Raises TypeError for an unknown argument, and for an argument of training that is not its default.
+        Raises TypeError for an unknown argument, and for a training argument that differs from its default.
         """
         for name, value in training.items():
             if name not in _TRAINING_DEFAULTS:
@@ -264,7 +264,7 @@ class NemotronLabsDiffusionModel(TriModeGeneration, PreTrainedModel):
 def attends(attention_mask: Tensor, step: int, past: int) -> Tensor:
     """[batch, step, past + step] bool: every token attends to the tokens that are not padding, and to itself.
 
-    attention_mask: [batch, past + step]. Padding attends to itself, since attention to nothing is not a number.
+    attention_mask: [batch, past + step]. Padding attends to itself, because attention to no key gives NaN.
     """
     if attention_mask.shape[1:] != (past + step,):
         raise ValueError(
@@ -276,8 +276,8 @@ def attends(attention_mask: Tensor, step: int, past: int) -> Tensor:
 
 
 class NemotronLabsDiffusionForCausalLM(NemotronLabsDiffusionModel, GenerationMixin):
-    """The same network under transformers' contract: ``generate`` is transformers' own, hence autoregressive, so that
-    ``AutoModelForCausalLM`` and ``pipeline("text-generation")`` work. Upstream has no such class.
+    """The network with transformers' interface for causal language models: ``generate`` is transformers' own and
+    autoregressive. ``AutoModelForCausalLM`` and ``pipeline("text-generation")`` need it. Upstream has no such class.
     """
 
     def forward(

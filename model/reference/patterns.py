@@ -1,8 +1,8 @@
-"""The two attention patterns of the family, and the KV cache that they are applied to.
+"""The two attention patterns of the family, and the KV cache.
 
-The mode of a pass is its attention pattern and nothing else (technical report, arXiv 2607.05722). A pattern is a bool
-mask [batch, step, past + step]: the keys that each query of the step attends to. Keys come in order of position, the
-committed prefix (``past``) first.
+Passes of different modes differ only in the attention pattern (technical report, arXiv 2607.05722). A pattern is a bool
+mask [batch, step, past + step]: the keys that each query of the step attends to. Keys are in order of position, so the
+committed prefix (``past``) comes first.
 """
 
 from __future__ import annotations

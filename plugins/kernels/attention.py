@@ -51,7 +51,7 @@ def attend_kernel(
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     exists = row < GROUP * step
     token = row % step
-    # No token of the tile sees rows from `length` on. Every token sees all rows before `plain`.
+    # No token of the tile attends to rows from `length` on. Every token attends to all rows before `plain`.
     committed = tl.load(write_indices + batch).to(tl.int32)
     if step_lengths is not None:
         length = committed + tl.load(step_lengths + batch).to(tl.int32)
@@ -115,7 +115,7 @@ def attend_kernel(
 
 @triton.jit
 def _accumulate(logits, value, best, total, sums):
-    """Update of the online softmax by one tile. A query that has seen no row yet keeps -inf, 0 and 0."""
+    """Update the online softmax with one tile. A query that has attended to no row yet keeps -inf, 0 and 0."""
     higher = tl.maximum(best, tl.max(logits, 1))
     shift = tl.where(higher == float("-inf"), 0.0, higher)
     weights = tl.exp2(logits - shift[:, None])

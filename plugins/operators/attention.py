@@ -27,12 +27,12 @@ _VISIBILITY: dict[Pattern, tuple[Operand, ...]] = {
 class Attend(Operator):
     """Attention of each query over each split of its sequence's KV rows.
 
-    pattern ``causal``: token i sees the committed rows and the step's rows up to i. ``bidirectional``: the committed
-    rows and the step's first ``step_lengths`` rows. ``masked``: the committed rows, and those of the step that
-    ``block_mask`` marks.
+    pattern ``causal``: token i attends to the committed rows and the step's rows up to i. ``bidirectional``: to the
+    committed rows and the step's first ``step_lengths`` rows. ``masked``: to the committed rows, and to the rows of the
+    step for which ``block_mask`` is true.
 
-    ``partial`` is normalised within its split. A split whose ``log_sum_exp`` is -inf saw no row, and its ``partial`` is
-    not written. Attribute ``splits``: the number of splits of a step of up to :data:`SPLIT_STEP` tokens.
+    ``partial`` is normalised within its split. ``log_sum_exp`` is -inf for a split without an attended row, and its
+    ``partial`` is not written. Attribute ``splits``: the number of splits of a step of up to :data:`SPLIT_STEP` tokens.
     """
 
     kernel = "attention.attend_kernel"

@@ -24,7 +24,7 @@ class Int4Product(Operator):
     scalars = ("rows",)
     outputs = (Operand("y", "real", ("M", "N")),)
 
-    # Tiles of up to 4 rows multiply without tensor cores. Where a tile has few rows, a warp has so many columns that no
+    # Tiles of up to 4 rows multiply without tensor cores. In tiles of few rows, each warp has so many columns that no
     # two warps unpack the same weights.
     TACTICS: ClassVar[tuple[Tactic, ...]] = (
         Tactic({"BLOCK_M": 1, "BLOCK_N": 128, "BLOCK_K": 32}, warps=4, stages=4),

@@ -1,4 +1,4 @@
-"""What every operator of the ``trimode`` domain describes: operands, compile-time constants, tactics and launch.
+"""The base of the operators of the ``trimode`` domain: operands, compile-time constants, tactics and launch.
 
 An operator is one kernel. The kernel's parameters are, in this order: the operator's inputs, its scalars (32-bit
 integers computed from shapes), its outputs, then the compile-time constants by name. A parameter of the kernel that the
@@ -28,7 +28,7 @@ DOMAIN = "trimode"
 
 
 class Operand(NamedTuple):
-    """``aliases``: the input in whose memory an output lies."""
+    """``aliases``: the input whose memory an output shares."""
 
     name: str
     type: ElementType
@@ -87,7 +87,7 @@ class Operator(ABC):
 
     @abstractmethod
     def tactics(self, node: Node) -> dict[int, Tactic]:
-        """What a GPU's own timing chooses from, numbered from 1."""
+        """The tactics that TensorRT times on the GPU, numbered from 1."""
 
     @abstractmethod
     def grid(self, node: Node, tactic: Tactic) -> tuple[Dim, Dim, Dim]: ...

@@ -9,7 +9,7 @@ from torch import Tensor
 def visible(
     step: int, write_indices: Tensor, capacity: int, step_lengths: Tensor | None, block_mask: Tensor | None
 ) -> Tensor:
-    """Which KV rows each token of the step sees: [B, S, C] bool. Arguments as :func:`attend`'s."""
+    """The KV rows that each token of the step attends to: [B, S, C] bool. Arguments as :func:`attend`'s."""
     device = write_indices.device
     other = torch.arange(capacity, device=device)[None, None, :] - write_indices[:, None, None]
     token = torch.arange(step, device=device)[None, :, None]
@@ -39,7 +39,7 @@ def attend(
     seen = visible(step, write_indices, k_cache.shape[2], step_lengths, block_mask)[:, None]
     keys, values = (cache.float().repeat_interleave(group, 1) for cache in (k_cache, v_cache))
     logits = (q.float() @ keys.transpose(2, 3)).masked_fill(~seen, float("-inf"))
-    # Rows that no token sees may hold anything, NaN included.
+    # Rows that no token attends to may hold any value, including NaN.
     values = values.masked_fill(~seen.any(2)[..., None], 0)
     attended = logits.softmax(-1).nan_to_num(0) @ values
     return attended.transpose(1, 2).reshape(batch, step, -1).to(q.dtype)

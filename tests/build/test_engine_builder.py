@@ -1,4 +1,4 @@
-"""Building is all or nothing, and the manifest says what was built."""
+"""A build writes a complete engine directory or none, and the manifest describes it."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_a_build_that_ends_early_leaves_nothing(
 
 @pytest.mark.parametrize("megabytes", [0.5, 3.0])
 def test_a_disk_that_fills_up_is_one_line(random_checkpoint: Path, tmp_path: Path, megabytes: float) -> None:
-    """A real refusal to write: first of our own file, then, past it, of the larger one that ONNX Runtime writes."""
+    """Real write errors: of TriMode's own file, and of the larger file that ONNX Runtime writes."""
     program = (
         "import resource, sys\n"
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({int(megabytes * 1e6)}, resource.RLIM_INFINITY))\n"
@@ -164,7 +164,7 @@ def test_a_capacity_beyond_the_models_is_refused(random_checkpoint: Path, tmp_pa
 def test_engines_whose_constants_differ_are_not_merged(
     random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The guard of the shared pool: one changed weight in one graph's file."""
+    """One weight is changed in one graph's file."""
 
     optimise = cpu._optimise
 

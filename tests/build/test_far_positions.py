@@ -14,7 +14,7 @@ BAR = 1e-4
 
 
 @pytest.mark.parametrize(("theta", "head_dim"), [(1e6, 128), (1e9, 128)], ids=str)
-def test_logits_at_far_positions_are_the_references(tmp_path: Path, theta: float, head_dim: int) -> None:
+def test_logits_at_far_positions_equal_the_references(tmp_path: Path, theta: float, head_dim: int) -> None:
     source = random_far_checkpoint(tmp_path / "checkpoint", theta, head_dim)
     build_engine(Checkpoint(source), tmp_path / "engine", top_k=768)
     distances = far_distances(source, tmp_path / "engine")

@@ -1,4 +1,4 @@
-"""Both engines of the cpu target against the PyTorch reference: logits of every kind of pass, everywhere."""
+"""Both engines of the cpu target against the PyTorch reference: logits of every kind of pass, at all lengths."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def random_ids(rng: np.random.Generator, count: int) -> Ints:
     return rng.integers(101, 768, (1, count))
 
 
-# Around the window edges, the query scale's steps (512, 1024, ...) and the longest the issue asks for.
+# Lengths around the steps of the query scale (512, 1024, ...) and long ones.
 @pytest.mark.parametrize("length", [1, 7, 130, 511, 512, 1025, 2900, 4064])
 def test_prefill_draft_and_commit_logits(pair: Pair, slot: int, length: int) -> None:
     rng = np.random.default_rng(length)
@@ -96,7 +96,7 @@ def test_prefill_draft_and_commit_logits(pair: Pair, slot: int, length: int) -> 
         expected, _ = reference_logits(pair, ids, length, "bidirectional", past, adapter)
         assert distance(drafted[0], expected[0]) < BAR
 
-    # The commit overwrites the draft's rows, and sees nothing of them.
+    # The commit overwrites the draft's rows and does not attend to them.
     ids = random_ids(rng, block)
     committed = logits_of(executor.run(CausalStep.chain(slot, ids, at, every)))
     expected, _ = reference_logits(pair, ids, length, "causal", past, adapter=False)
@@ -129,8 +129,8 @@ def test_the_best_candidates_are_the_same_however_many_are_asked_for(pair: Pair,
         assert np.array_equal(some.log_sum_exp, every.log_sum_exp)
 
 
-def test_what_a_pass_found_outlives_the_next_pass(pair: Pair, slot: int) -> None:
-    """The executor uses its memory again; what it gave away is the caller's."""
+def test_results_stay_valid_after_the_next_pass(pair: Pair, slot: int) -> None:
+    """The executor reuses its buffers, but not those of results that it returned."""
     rng = np.random.default_rng(6)
     steps = [CausalStep.chain(slot, random_ids(rng, 12), np.array([0]), np.arange(12)[None]) for _ in range(2)]
     first = pair.executor.run(steps[0])
@@ -161,7 +161,7 @@ def test_a_tree_of_drafts_is_verified_as_its_paths(pair: Pair, slot: int) -> Non
 
 
 def test_ragged_batch_equals_each_sequence_alone(pair: Pair, slot: int) -> None:
-    """Three sequences of different lengths in one step: prefixes, step lengths and adapter flags are each one's own."""
+    """Three sequences in one step, with different prefixes, step lengths and adapter flags."""
     rng = np.random.default_rng(3)
     executor = pair.executor
     slots = [slot, executor.pool.acquire(), executor.pool.acquire()]

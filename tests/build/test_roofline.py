@@ -1,4 +1,4 @@
-"""The roofline: bytes and FLOPs counted again tensor by tensor, times by hand, and the docstring's figures."""
+"""The roofline: bytes and FLOPs against counts by tensor, times against hand calculations, figures of the docstring."""
 
 from __future__ import annotations
 
@@ -64,13 +64,13 @@ def test_a_kv_row_has_the_published_size(size: str) -> None:
     )
 
 
-def test_a_token_more_writes_a_kv_row_and_reads_an_embedding_row() -> None:
+def test_one_more_token_writes_a_kv_row_and_reads_an_embedding_row() -> None:
     longer = replace(ONE_TOKEN, step=2)
     more = uniform_bound(CONFIG_8B, longer, FORMATS["fp8"]) - uniform_bound(CONFIG_8B, ONE_TOKEN, FORMATS["fp8"])
-    assert more == 136 * 1024 + 4096 * 2 + 8 + 8  # and its id and position
+    assert more == 136 * 1024 + 4096 * 2 + 8 + 8  # KV row, embedding row, id and position
 
 
-def test_int4_costs_four_bits_and_a_share_of_a_scale() -> None:
+def test_an_int4_weight_takes_four_bits_and_a_share_of_a_scale() -> None:
     layers, head = 34 * sum(map(prod, LAYER_8B)), 131072 * 4096
     wide = uniform_bound(CONFIG_8B, BLOCK, WeightFormat(16, 16))
     assert wide - uniform_bound(CONFIG_8B, BLOCK, FORMATS["w4a16"]) == layers * (16 - 4.125) / 8
@@ -134,12 +134,12 @@ def test_autoregression_by_hand() -> None:
     # 8.49 B parameters less 0.54 B of the embedding, 2 bytes each, at 273 GB/s; 15.9 GB leave 1000 KV rows 1 %.
     found = tokens_per_second(SPARK, CONFIG_8B, FORMATS["bf16"], "ar", window=1000)
     assert found == pytest.approx(273 / (2 * (8.49 - 0.537) + 0.139), rel=1e-3)
-    # A block would keep the tensor cores of this one busy for longer than its memory; a token does not.
+    # On this GPU, a block is bound by the tensor cores, and a single token by memory.
     found = tokens_per_second(GPUS["rtx-3090"], CONFIG_8B, FORMATS["w4a16"], "ar", window=1)
     assert found == pytest.approx(936e9 / uniform_bound(CONFIG_8B, ONE_TOKEN, FORMATS["w4a16"]), rel=1e-5)
 
 
-def test_speculation_on_memory_is_half_its_acceptance_times_autoregression() -> None:
+def test_if_memory_bounds_the_pass_speculation_is_half_its_acceptance_times_ar() -> None:
     for gpu in ("dgx-spark", "rtx-pro-6000", "gb200"):
         for precision in FORMATS.values():
             ar = tokens_per_second(GPUS[gpu], CONFIG_8B, precision, "ar", window=512)
@@ -159,7 +159,7 @@ def test_a_long_block_is_bound_by_the_tensor_cores() -> None:
     assert times[3] == pytest.approx(2 * times[2], rel=1e-3)
 
 
-def test_context_costs_and_bandwidth_pays() -> None:
+def test_more_context_is_slower_and_more_bandwidth_is_faster() -> None:
     speeds = [tokens_per_second(SPARK, CONFIG_8B, FORMATS["w4a16"], "ar", window=rows) for rows in (1, 4096, 65536)]
     assert speeds == sorted(speeds, reverse=True)
     by_bandwidth = sorted(GPUS.values(), key=lambda gpu: gpu.bandwidth)
@@ -167,14 +167,14 @@ def test_context_costs_and_bandwidth_pays() -> None:
     assert speeds == sorted(speeds)
 
 
-def test_an_unknown_gpu_is_answered_with_the_known_ones() -> None:
+def test_the_error_for_an_unknown_gpu_lists_the_known_ones() -> None:
     assert find_gpu("dgx-spark").compute_capability == 121
     with pytest.raises(TriModeError, match="tpu-v5") as error:
         find_gpu("tpu-v5")
     assert all(key in str(error.value) for key in GPUS)
 
 
-def test_the_comparison_is_what_the_docstring_says() -> None:
+def test_the_comparison_agrees_with_the_docstring() -> None:
     rows = published_comparison()
     assert [row[:4] for row in rows] == list(PUBLISHED)
     assert all(row.ratio < 1 for row in rows), "a published speed beats the lower bound"
@@ -188,7 +188,7 @@ def test_the_comparison_is_what_the_docstring_says() -> None:
     assert spark_ar == pytest.approx([0.78, 0.77], abs=0.005)
 
 
-def test_the_acceptance_length_makes_both_modes_passes_equally_long() -> None:
+def test_with_the_assumed_acceptance_length_passes_of_both_modes_take_equally_long() -> None:
     speeds = {(gpu, mode): speed for gpu, weights, mode, speed in PUBLISHED if weights == "fp8"}
     for gpu in ("gb200", "rtx-pro-6000", "dgx-spark"):
         cycles = speeds[gpu, "linear_spec"] / speeds[gpu, "ar"]

@@ -1,4 +1,4 @@
-"""The command line in a process of its own: output, exit code and signals."""
+"""The command line in separate processes: output, exit code and signals."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_bad_folders(tmp_path: Path, random_checkpoint: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == []
 
 
-def test_the_whole_way_in_json(random_checkpoint: Path, tmp_path: Path) -> None:
+def test_quantize_build_and_info_print_json(random_checkpoint: Path, tmp_path: Path) -> None:
     quantized = trimode("quantize", random_checkpoint, tmp_path / "w4", "--method", "rtn", "--json")
     assert json.loads(quantized.stdout)["method"] == "rtn"
     built = json.loads(trimode("build", tmp_path / "w4", tmp_path / "engine", "--json").stdout)
@@ -131,7 +131,7 @@ def test_the_whole_way_in_json(random_checkpoint: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_build_that_is_stopped_leaves_nothing(random_checkpoint: Path, tmp_path: Path, number: int) -> None:
-    """Stopped by a real signal while it writes: a pause stands where the big files would take their time."""
+    """A real signal while it writes; a pause replaces the time that large files would take."""
     program = (
         "import time, trimode.build.engine_builder as engine, trimode.cli.command as command\n"
         "hashed = engine.hash_files\n"
@@ -140,7 +140,7 @@ def test_a_build_that_is_stopped_leaves_nothing(random_checkpoint: Path, tmp_pat
         "command.main()"
     )
     command = [sys.executable, "-c", program, "build", str(random_checkpoint), str(tmp_path / "engine")]
-    # A shell that starts the tests in the background has them ignore SIGINT, and their children inherit that.
+    # If a shell started the tests in the background, they ignore SIGINT, and child processes inherit this.
     heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heed) as process:
         assert process.stdout is not None
@@ -188,7 +188,7 @@ def test_the_version() -> None:
     assert trimode("--version").stdout.decode() == f"trimode, version {__version__}\n"
 
 
-def test_help_lists_every_command_whole_and_imports_none() -> None:
+def test_help_lists_every_command_with_its_full_summary_and_imports_none() -> None:
     program = (
         "import json, sys\n"
         "from trimode.cli.command import main\n"
@@ -294,7 +294,7 @@ def test_a_prompt_with_crlf_gives_the_answer_of_the_same_prompt_with_lf(random_e
 
 
 def with_closed(stream: str, *arguments: object) -> subprocess.CompletedProcess[bytes]:
-    """The command, started by a shell that closes one of its standard streams."""
+    """Run the command from a shell that closes one of its standard streams."""
     script = f'exec "$@" {stream}'
     command = ["sh", "-c", script, "sh", sys.executable, "-m", "trimode", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, check=False)

@@ -1,4 +1,4 @@
-"""An output folder is complete or absent, whatever ends the work."""
+"""An output folder is complete or absent, however the work ends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CPU quota and memory limit of control groups, read from file trees as kernels and container runtimes show them."""
+"""CPU quota and memory limit of control groups, read from file trees like those of kernels and container runtimes."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_cpu_quota_of_v1(tmp_path: Path, mounted: str) -> None:
 
 
 def test_a_group_outside_of_the_mount(tmp_path: Path) -> None:
-    """As a process sees it that was moved out of its namespace."""
+    """The view of a process that was moved out of its namespace."""
     assert cpu_quota(v2(tmp_path, "/../other", {"cpu.max": "300000 100000"})) == 3
 
 

@@ -1,4 +1,4 @@
-"""Torch's threads sleep while they wait, however the project comes to import torch."""
+"""Torch's idle threads sleep, whichever module of the project imports torch first."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WAYS = {
 
 
 def openmp_settings(program: str, **variables: str) -> str:
-    """What the OpenMP library reports of itself when it is loaded."""
+    """The settings that the OpenMP library prints when it is loaded."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "KMP_", "GOMP_"))}
     environment |= {"OMP_DISPLAY_ENV": "VERBOSE", **variables}
     command = [sys.executable, "-c", program]

@@ -1,4 +1,4 @@
-"""An engine directory that is not whole, or not for this machine, is refused in one line that names the file."""
+"""An engine directory that is incomplete, changed or for another machine is refused in one line that names the file."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def flip(path: str) -> Callable[[Path], None]:
 
 
 def edit(**changes: Any) -> Callable[[Path], None]:
-    """A manifest that says otherwise, with a hash that is right for it where it is a manifest at all."""
+    """Change fields of the manifest. If it is still valid, its hash is updated."""
 
     def apply(engine: Path) -> None:
         changed = json.loads((engine / "manifest.json").read_text()) | changes
@@ -50,7 +50,7 @@ def edit(**changes: Any) -> Callable[[Path], None]:
 
 
 def edit_target(**changes: Any) -> Callable[[Path], None]:
-    """A manifest with another section of the target, sealed again."""
+    """Change fields of the target's section, and update the manifest's hash."""
 
     def apply(engine: Path) -> None:
         manifest = Manifest.read(engine)
@@ -169,7 +169,7 @@ def test_foreign_files_that_nothing_reads_do_no_harm(random_engine: Path, tmp_pa
 
 
 def test_a_hub_caches_links(random_engine: Path, tmp_path: Path) -> None:
-    """As huggingface_hub lays a download out: every file is a link to a blob with another name."""
+    """The layout of huggingface_hub: every file is a link to a blob with another name."""
     snapshot = tmp_path / "models--me--engine/snapshots/abc"
     blobs = tmp_path / "models--me--engine/blobs"
     blobs.mkdir(parents=True)
@@ -206,7 +206,7 @@ def answer_of(engine: Path) -> list[int]:
     return list(executor.run(CausalStep.chain(0, ids, first, np.array([[3]]))).tokens[0, 0, :5])
 
 
-def test_without_verification_a_graph_that_is_no_graph_is_still_one_line(random_engine: Path, tmp_path: Path) -> None:
+def test_without_verification_a_damaged_graph_is_still_one_line(random_engine: Path, tmp_path: Path) -> None:
     engine = Path(shutil.copytree(random_engine, tmp_path / "engine"))
     (engine / "ar/model.onnx").write_bytes(b"nothing")
     with pytest.raises(TriModeError, match=r"ar/model\.onnx cannot be loaded") as caught:
@@ -215,8 +215,8 @@ def test_without_verification_a_graph_that_is_no_graph_is_still_one_line(random_
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_flipped_bit_of_the_manifest_is_never_read_over(random_engine: Path, tmp_path: Path, seed: int) -> None:
-    """Wherever it falls: in a name, a number, or white space."""
+def test_a_flipped_bit_of_the_manifest_is_detected(random_engine: Path, tmp_path: Path, seed: int) -> None:
+    """At any position: in a name, a number, or white space."""
     whole = (random_engine / "manifest.json").read_bytes()
     random = np.random.default_rng(seed)
     for at, bit in zip(random.integers(0, len(whole), 100), random.integers(0, 8, 100), strict=True):
@@ -227,8 +227,8 @@ def test_a_flipped_bit_of_the_manifest_is_never_read_over(random_engine: Path, t
             Manifest.read(tmp_path)
 
 
-def test_what_other_servers_read(random_checkpoint: Path, tmp_path: Path) -> None:
-    """The tokenizer's folder is a tokenizer for transformers, and says where a text ends; so does the manifest."""
+def test_other_servers_can_read_the_tokenizer_folder(random_checkpoint: Path, tmp_path: Path) -> None:
+    """transformers loads it and finds the end tokens, which equal the manifest's."""
     checkpoint = Path(shutil.copytree(random_checkpoint, tmp_path / "checkpoint"))
     add("generation_config.json", '{"eos_token_id": [11, 2]}')(checkpoint)
     add("additional_chat_templates/rag.jinja")(checkpoint)
@@ -241,8 +241,8 @@ def test_what_other_servers_read(random_checkpoint: Path, tmp_path: Path) -> Non
     assert AutoTokenizer.from_pretrained(folder)("Hi").input_ids == Tokenizer.from_folder(folder).encode("Hi")
 
 
-def test_an_engine_is_used_where_it_stands(random_checkpoint: Path, tmp_path: Path) -> None:
-    """Moved from where it was built: nothing in it names its old place, and a pass of either engine writes nothing."""
+def test_an_engine_can_be_moved_and_is_not_written(random_checkpoint: Path, tmp_path: Path) -> None:
+    """No file contains the folder in which it was built, and a pass of either engine writes nothing."""
     build_engine(Checkpoint(random_checkpoint), tmp_path / "former")
     engine = (tmp_path / "former").rename(tmp_path / "elsewhere")
 

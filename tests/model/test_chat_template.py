@@ -1,4 +1,4 @@
-"""Templates in their sandbox: what they cannot do, messages without text, and prompts that end inside a thought."""
+"""Templates in the sandbox: forbidden operations, messages without text, and prompts that end inside ``<think>``."""
 
 from __future__ import annotations
 
@@ -55,11 +55,11 @@ def test_objects_reach_no_template() -> None:
         (["x"], {}, "messages must be a list of objects"),
         ([USER], {"tools": ["x"]}, "tools must be a list of objects"),
         ([USER], {"documents": "x"}, "documents must be a list of objects"),
-        ([USER], {"variables": {"messages": []}}, "messages is not a template variable"),
+        ([USER], {"variables": {"messages": []}}, "messages is reserved and cannot be a template variable"),
         ([USER], {"continue_final_message": True}, "needs add_generation_prompt=False"),
     ],
 )
-def test_what_is_no_conversation_is_refused(messages: Any, options: dict[str, Any], refused: str) -> None:
+def test_a_malformed_conversation_is_refused(messages: Any, options: dict[str, Any], refused: str) -> None:
     with pytest.raises(TriModeError, match=refused):
         render("{{ messages }}", messages, **options)
 

@@ -45,7 +45,7 @@ def escape(folder: Path) -> None:
 
 
 def shard(stale: str | None = None) -> Callable[[Path], object]:
-    """Two files and an index in place of the single file, and one file more."""
+    """Two files and an index in place of the single file, and optionally a stale file."""
 
     def apply(folder: Path) -> None:
         tensors = load_file(folder / WEIGHTS)
@@ -67,12 +67,12 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         r"config\.json is missing; give a checkpoint of the Nemotron-Labs-Diffusion family",
     ),
     "no weights": (lambda folder: (folder / WEIGHTS).unlink(), r"model\.safetensors is missing"),
-    "truncated": (truncate, r"model\.safetensors is not a whole safetensors file"),
+    "truncated": (truncate, r"model\.safetensors is not a complete safetensors file"),
     "missing tensor": (edit(lambda tensors: tensors.pop(UP)), f"lacks 1 tensor.*{UP}"),
-    "surplus tensor": (edit(lambda tensors: tensors.update(extra=np.zeros(2, np.float32))), "has, against .*extra"),
+    "surplus tensor": (edit(lambda tensors: tensors.update(extra=np.zeros(2, np.float32))), "has, unlike .*extra"),
     "wrong shape": (
         edit(lambda tensors: tensors.update({UP: np.zeros((384, 64), ml_dtypes.bfloat16)})),
-        rf"{UP} has shape \[384, 64\], the config calls for \[384, 128\]",
+        rf"{UP} has shape \[384, 64\], the config requires \[384, 128\]",
     ),
     "wrong type": (edit(lambda tensors: tensors.update({UP: np.zeros((384, 128), np.int32)})), f"{UP} is I32"),
     "a quantised matrix, unstated": (
@@ -106,7 +106,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "shards without an index": (
         lambda folder: (folder / WEIGHTS).rename(folder / "model-00001-of-00002.safetensors"),
-        r"index\.json is missing, which lists the tensors of model-00001-of-00002\.safetensors",
+        r"index\.json is missing; it lists the tensors of model-00001-of-00002\.safetensors",
     ),
     "an index that is a list": (
         lambda folder: (folder / "model.safetensors.index.json").write_text("[]"),
@@ -175,7 +175,7 @@ def add_foreign(folder: Path) -> None:
 
 
 def hub_cache(source: Path, root: Path) -> Path:
-    """A copy as huggingface_hub's cache lays it out: links to blobs with other names."""
+    """A copy in the layout of huggingface_hub's cache: links to blobs with other names."""
     snapshot, blobs = root / "snapshots/abc", root / "blobs"
     blobs.mkdir(parents=True)
     for number, path in enumerate(path for path in source.rglob("*") if path.is_file()):
@@ -205,7 +205,7 @@ def test_byte_order_marks(copy: Path) -> None:
 def test_neither_folder_nor_reachable_hub_id(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(TriModeError, match="nobody/nothing is neither a local folder nor could it be downloaded"):
+    with pytest.raises(TriModeError, match="nobody/nothing is not a local folder, and downloading it failed"):
         open_checkpoint("nobody/nothing")
 
 

@@ -30,7 +30,7 @@ PUBLISHED = {
 @pytest.mark.parametrize("size", PUBLISHED)
 def test_published_shapes(tmp_path: Path, size: str) -> None:
     shape = PUBLISHED[size] | {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
-    # Training knobs and loader fields of the published file; none concerns inference.
+    # Fields of the published file for training and loading. Inference does not use them.
     training = {
         "ar_loss_weight": 1.0,
         "attention_dropout": 0.0,

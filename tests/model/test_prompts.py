@@ -1,4 +1,4 @@
-"""Prompt texts and ids are those of transformers, over tokenizers and templates as published checkpoints have them."""
+"""Prompt texts and ids equal transformers', for tokenizers and templates like those of published checkpoints."""
 
 from __future__ import annotations
 

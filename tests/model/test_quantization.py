@@ -1,4 +1,4 @@
-"""How a checkpoint is quantised: ModelOpt's statement in either file, per matrix, or refused by its name."""
+"""ModelOpt's statement of how a checkpoint is quantised: in either file, per matrix, or refused by name."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def layers(folder: Path, size: int | None = 32) -> dict[str, dict[str, Any]]:
     ],
     ids=range(10),
 )
-def test_the_same_checkpoint_in_other_words(int4: Path, copy: Path, change: Change) -> None:
+def test_equivalent_statements_give_the_same_checkpoint(int4: Path, copy: Path, change: Change) -> None:
     change(copy)
     expected, found = Checkpoint(int4), Checkpoint(copy)
     assert found.quantization is not None
@@ -159,12 +159,12 @@ REFUSED: dict[str, tuple[Change, str]] = {
         lambda folder: stated(
             quant_algo="MIXED_PRECISION", quantized_layers=layers(folder) | {Q: {"quant_algo": "FP8"}}
         )(folder),
-        r"layers have several methods, which is not supported: .*FP8 in groups of None \(encoder",
+        r"several methods in one checkpoint are not supported: .*FP8 in groups of None \(encoder",
     ),
-    "mixed, unstated": (stated(quant_algo="MIXED_PRECISION"), "quantized_layers does not say"),
+    "mixed, unstated": (stated(quant_algo="MIXED_PRECISION"), "quantized_layers does not state"),
     "an excluded matrix that is int4": (
         stated(exclude_modules=[HEAD, Q]),
-        r"has, against its config.*q_proj\.weight_scale",
+        r"has, unlike its config.*q_proj\.weight_scale",
     ),
     "a statement that is a list": (
         edit("hf_quant_config.json", lambda content: content.update(quantization=[])),

@@ -1,4 +1,4 @@
-"""The tokenizer's files, and what it does where transformers has no answer."""
+"""The tokenizer's files, and behaviour that transformers does not define."""
 
 from __future__ import annotations
 

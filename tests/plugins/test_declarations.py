@@ -1,4 +1,4 @@
-"""Our plugin declarations under TensorRT's own validator, and what its plugin classes then give the builder."""
+"""The plugin declarations, checked by TensorRT's validator and queried through TensorRT's plugin classes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The random checkpoint with channels that differ and text to calibrate on, and what quantisation makes of it."""
+"""A checkpoint for quantisation, with channels of different size and calibration text, and its quantised forms."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from trimode.quantize import quantize_checkpoint
 
 @pytest.fixture(scope="session")
 def source(random_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    """Calmer than the random checkpoint, whose logits rounding throws about; input channels differ in size, as in a
-    trained network (through norms, and ``v_proj`` before ``o_proj``); the adapter has a say.
+    """The random checkpoint with smaller weights, so that rounding changes its logits less. Input channels differ in
+    size, as in a trained network (by norms, and by ``v_proj`` before ``o_proj``). The adapter changes the drafts.
     """
     folder = tmp_path_factory.mktemp("quantize") / "source"
     shutil.copytree(random_checkpoint, folder)
@@ -49,7 +49,7 @@ def source(random_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="session")
 def rounded(source: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    """Round to nearest, the head left alone."""
+    """Round to nearest; the head is not quantised."""
     out = tmp_path_factory.mktemp("rounded") / "out"
     quantize_checkpoint(source, out, method="rtn")
     return Checkpoint(out)
@@ -57,7 +57,7 @@ def rounded(source: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Che
 
 @pytest.fixture(scope="session")
 def awq(source: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    """AWQ, the head left alone."""
+    """AWQ; the head is not quantised."""
     out = tmp_path_factory.mktemp("awq") / "out"
     quantize_checkpoint(source, out, method="awq")
     return Checkpoint(out)
@@ -65,7 +65,7 @@ def awq(source: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Checkpo
 
 @pytest.fixture(scope="session")
 def awq_with_head(source: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    """AWQ in groups of 64, the head int4 too."""
+    """AWQ in groups of 64; the head is int4 too."""
     out = tmp_path_factory.mktemp("awq_with_head") / "out"
     quantize_checkpoint(source, out, method="awq", group=64, head="int4")
     return Checkpoint(out)

@@ -1,4 +1,4 @@
-"""What AWQ is calibrated on is what decoding runs."""
+"""AWQ is calibrated on the same passes that decoding runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""AWQ checkpoints: ModelOpt's export, loadable, closer than rounding, and right beside an unquantised adapter."""
+"""AWQ checkpoints: equal to ModelOpt's export, more accurate than rounding, and correct with an unquantised adapter."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_quantisation_json_is_modelopts(awq: Checkpoint, modelopt_export: Path) 
     assert ours == theirs
 
 
-def test_the_head_is_left_alone_unless_told(source: Checkpoint, awq: Checkpoint, awq_with_head: Checkpoint) -> None:
+def test_the_head_is_quantised_only_on_request(source: Checkpoint, awq: Checkpoint, awq_with_head: Checkpoint) -> None:
     kept, quantized = awq.linear(HEAD), awq_with_head.linear(HEAD)
     assert isinstance(kept, DenseWeight)
     assert np.array_equal(kept.array, source.vector(f"{HEAD}.weight"))
@@ -122,12 +122,12 @@ def test_awq_loses_less_than_rounding_where_channels_differ(
 
 
 def test_the_adapter_sees_the_raw_input(source: Checkpoint, awq: Checkpoint, tokens: list[int]) -> None:
-    """With the adapter on, drafts stay near the unquantised model's; fed the rescaled input, they do not."""
+    """With the adapter on, drafts stay near the unquantised model's, unless the adapter reads the rescaled input."""
     expected = drafts(load_reference(source), tokens)
     without = relative_error(drafts(load_reference(source), tokens, adapter=False), expected)
     right = relative_error(drafts(load_reference(awq), tokens), expected)
     wrong = relative_error(drafts(_with_adapter_on_rescaled_input(awq), tokens), expected)
-    assert without > 0.3, "the adapter does too little for this test to mean anything"
+    assert without > 0.3, "the adapter changes too little for a meaningful test"
     assert right < 0.2
     assert wrong > 2 * right
 

@@ -13,7 +13,7 @@ from trimode.model.tokenizer import Tokenizer
 from trimode.quantize.calibration import MAX_TEXTS, MAX_TOKENS, calibration_tokens
 
 
-def test_both_forms_are_read_and_blank_lines_passed_over(source: Checkpoint, tmp_path: Path) -> None:
+def test_both_forms_are_read_and_blank_lines_skipped(source: Checkpoint, tmp_path: Path) -> None:
     file = tmp_path / "calibration.jsonl"
     file.write_text('{"messages": [{"role": "user", "content": "Hi there"}]}\n\n{"text": "Plain"}\n')
     tokenizer = Tokenizer.from_folder(source.folder)

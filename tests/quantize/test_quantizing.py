@@ -1,4 +1,4 @@
-"""``quantize_checkpoint``: what it refuses, what it copies, and that it leaves all of a folder or none."""
+"""``quantize_checkpoint``: refusals, copied files, and a complete folder or none."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_progress_counts_every_stage_to_its_end(source: Checkpoint, tmp_path: Pa
     assert report == QuantizationReport.model_validate_json((tmp_path / "out" / "quantization_report.json").read_text())
 
 
-def test_awq_tells_progress_and_nothing_else(
+def test_awq_reports_progress_and_prints_nothing_else(
     source: Checkpoint, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def progress(stage: str, done: int, total: int) -> None:
@@ -183,7 +183,7 @@ def test_a_place_that_cannot_be_written_is_named(source: Checkpoint, tmp_path: P
         quantize_checkpoint(source, tmp_path / "file" / "out", method="rtn")
 
 
-def test_an_empty_folder_and_missing_parents_will_do(source: Checkpoint, tmp_path: Path) -> None:
+def test_an_empty_folder_and_missing_parents_are_accepted(source: Checkpoint, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for out in (tmp_path / "empty", tmp_path / "not" / "yet" / "there"):
         quantize_checkpoint(source, out, method="rtn")

@@ -1,4 +1,4 @@
-"""Round to nearest is ModelOpt's, bit for bit, in bounded memory and without torch."""
+"""Round to nearest equals ModelOpt's, bit for bit, in bounded memory and without torch."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_torch_is_not_imported(random_checkpoint: Path, tmp_path: Path) -> None:
 def test_slices_change_nothing(
     source: Checkpoint, rounded: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The matrices here would pass in one slice each; in many, the last a short one, the files are the same."""
+    """These matrices fit into one slice each. In many slices, of which the last is shorter, the files are the same."""
     monkeypatch.setattr(row_slices, "SLICE_ELEMENTS", 1300)
     assert [len(range(64)[rows]) for rows in row_slices.row_slices((64, 128))] == [10] * 6 + [4]
     report = quantize_checkpoint(source, tmp_path / "out", method="rtn")
@@ -110,7 +110,7 @@ def test_slices_change_nothing(
 def test_memory_is_bounded_by_the_largest_tensor(
     random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The largest tensor as stored, its copy as int4, and slices as small beside it as on a large model."""
+    """The largest tensor as stored, its int4 copy, and slices that are small in proportion, as for a large model."""
     monkeypatch.setattr(row_slices, "SLICE_ELEMENTS", 1 << 15)
     folder = tmp_path / "large"
     folder.mkdir()

@@ -40,7 +40,7 @@ def test_shards_hold_everything_once_and_the_index_says_where(tmp_path: Path) ->
     _same({name: shards[file][name] for name, file in index["weight_map"].items()})
 
 
-def test_a_tensor_larger_than_a_shard_has_one_of_its_own(tmp_path: Path) -> None:
+def test_a_tensor_larger_than_a_shard_gets_a_separate_one(tmp_path: Path) -> None:
     write_tensors(tmp_path, SPECS, ARRAYS.values(), shard_bytes=1)
     assert len(list(tmp_path.glob("*.safetensors"))) == len(ARRAYS)
 

@@ -25,7 +25,7 @@ ORIGINAL = 512  # the random checkpoint's original_max_position_embeddings
 
 
 def unpacked(folder: Path) -> dict[str, torch.Tensor]:
-    """The exported tensors as fp32 matrices, by the format's own words and not by our reader."""
+    """The exported tensors as fp32 matrices, decoded from the format's definition and not by TriMode's reader."""
     tensors = load_file(folder / "model.safetensors")
     matrices = {}
     for name, array in tensors.items():
@@ -41,7 +41,7 @@ def unpacked(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def ministral(folder: Path) -> Ministral3ForCausalLM:
-    """As its own config and its own tensors make it; nothing of the source checkpoint is asked."""
+    """The model of the exported config and tensors only, without the source checkpoint."""
     fields = json.loads((folder / "config.json").read_text())
     for name in ("architectures", "model_type", "torch_dtype", "quantization_config"):
         fields.pop(name, None)
@@ -134,7 +134,7 @@ def test_without_query_scaling_the_whole_length_is_kept(random_checkpoint: Path,
 @pytest.mark.parametrize(
     ("changes", "words"), [({"attention_factor": 1.2}, "attention_factor is 1.2"), ({"truncate": False}, "truncate")]
 )
-def test_a_rope_it_has_no_word_for_is_refused(
+def test_a_rope_that_tensorrt_llm_cannot_express_is_refused(
     random_checkpoint: Path, tmp_path: Path, changes: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(TriModeError, match=words):

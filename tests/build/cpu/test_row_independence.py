@@ -1,9 +1,9 @@
 """A row of the AR engine has the same bits in every step length, batch and pool size. So greedy self-speculation emits
 exactly AR's tokens, near-ties included.
 
-The last row of an int4 product may be computed by a kernel of its own, which rounds differently. Engines with int8
-activations are padded so that it never is (trimode.runtime.cpu.even_rows); engines with exact int4 products use it for
-steps of one token.
+A separate kernel may compute the last row of an int4 product, and rounds differently. Steps of engines with int8
+activations are padded to avoid it (trimode.runtime.cpu.even_rows). Engines with exact int4 products use it for steps of
+one token.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def test_the_last_row_of_the_context_has_the_same_bits_too(random_int8_engine: P
 
 
 def test_a_single_row_of_exact_int4_products_rounds_differently(random_int4_engine: Path) -> None:
-    """If this fails, the kernel of one row rounds as the others do: say so above, and delete this test."""
+    """If this fails, ONNX Runtime's kernel for one row rounds like the others: update the docstring of this module."""
     start = STARTS[0]
     ids = np.random.default_rng(0).integers(101, 768, (1, start + LENGTH))
     executor = prefilled(random_int4_engine, ids, start)

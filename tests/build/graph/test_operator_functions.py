@@ -1,4 +1,4 @@
-"""Each operator's function, alone in ONNX Runtime, is the reference that its kernel is held against."""
+"""Each operator's function in ONNX Runtime equals the reference of its kernel."""
 
 from __future__ import annotations
 
@@ -76,9 +76,9 @@ def test_kv_write() -> None:
     [("causal", False), ("bidirectional", False), ("bidirectional", True), ("masked", False), ("masked", True)],
 )
 def test_attention(pattern: Pattern, blind: bool) -> None:
-    """Both operators in turn, since a split is each executor's own affair. Rows that no token sees are NaN.
+    """Both operators together, because executors may divide splits differently. Rows that no token attends to are NaN.
 
-    blind: some tokens see nothing.
+    blind: some tokens attend to no row.
     """
     cache = (BATCH, KV_HEADS, CAPACITY, SIZE)
     inputs: dict[str, NDArray[np.generic]] = {
@@ -109,7 +109,7 @@ def test_attention(pattern: Pattern, blind: bool) -> None:
     assert np.array_equal(np.isneginf(log_sum_exp[:, 0]).all(1), saw_nothing)
 
 
-def test_merge_weighs_splits_and_leaves_out_those_that_saw_nothing() -> None:
+def test_merge_weights_splits_and_ignores_those_without_attended_rows() -> None:
     parts, logs = random(BATCH, 4, HEADS, STEP, SIZE), random(BATCH, 4, HEADS, STEP)
     logs[:, 2] = logs[0, :, :, 1] = -np.inf
     parts[np.isneginf(logs)] = np.nan
@@ -123,7 +123,7 @@ def test_merge_weighs_splits_and_leaves_out_those_that_saw_nothing() -> None:
 def test_int4_product(scaled: bool, rank: int, residual: bool) -> None:
     inner, columns, group, rows = 64, 10, 16, 6
     operator = Int4Product(input_scale=scaled, adapter=rank > 0, residual=residual)
-    everything = np.arange(inner * columns // 2).reshape(inner, columns // 2) % 256  # every byte there is
+    everything = np.arange(inner * columns // 2).reshape(inner, columns // 2) % 256  # every byte value
     inputs: dict[str, NDArray[np.generic]] = {
         "x": random(rows, inner),
         "packed": everything.astype(np.uint8).view(np.int8),

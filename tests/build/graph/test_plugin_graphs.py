@@ -1,5 +1,5 @@
-"""The form with the plugins' operators and weights as inputs computes what the plain form does, by the operators'
-functions in ONNX Runtime; faults planted in these are seen.
+"""Graphs with plugin nodes and weights as inputs compute the same as graphs of standard operators. ONNX Runtime runs
+the operators' functions. Faults planted in the functions are detected.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def pool(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Ra
 
 
 def execute(checkpoint: Checkpoint, pool: RawPool, pattern: AttentionPattern, options: NetworkOptions) -> Arrays:
-    """One pass over a pool of random rows, in ONNX Runtime; weights that are inputs lie where they are in the pool."""
+    """One pass over a pool of random rows in ONNX Runtime. Weights that are inputs are bound to their pool ranges."""
     onnx.save(graph_of(checkpoint, pool, pattern, options), source := pool.path.with_name(f"{pattern}.onnx"))
     session, feeds = open_session(source), inputs_of(checkpoint)
     binding = session.io_binding()
@@ -62,7 +62,7 @@ def test_the_plugins_functions_compute_the_same(
 
 
 def less_or_equal(function: onnx.FunctionProto) -> None:
-    """Each token sees one row more."""
+    """Each token attends to one more row."""
     for node in function.node:
         node.op_type = {"Less": "LessOrEqual"}.get(node.op_type, node.op_type)
 
@@ -74,14 +74,14 @@ def odd_first(function: onnx.FunctionProto) -> None:
             node.input[:] = node.input[::-1]
 
 
-def rotated_alike(function: onnx.FunctionProto) -> None:
+def without_query_scale(function: onnx.FunctionProto) -> None:
     """Queries without their scale."""
     for node in function.node:
         node.input[:] = [name.replace("query_", "key_") for name in node.input]
 
 
 def without_adapter(function: onnx.FunctionProto) -> None:
-    """Zeros in the place of the adapter's first half."""
+    """Zeros in place of the adapter's first product."""
     for node in function.node:
         if list(node.input) == ["narrow"]:
             node.CopyFrom(onnx.helper.make_node("Sub", ["narrow", "narrow"], node.output))
@@ -94,10 +94,10 @@ def without_adapter(function: onnx.FunctionProto) -> None:
         ("attend_function", less_or_equal, "bidirectional"),
         ("int4_product_function", odd_first, "causal"),
         ("int4_product_function", without_adapter, "bidirectional"),
-        ("kv_write_function", rotated_alike, "causal"),
+        ("kv_write_function", without_query_scale, "causal"),
     ],
 )
-def test_a_fault_in_a_function_is_seen(
+def test_a_fault_in_a_function_is_detected(
     checkpoint: Checkpoint,
     pool: RawPool,
     monkeypatch: pytest.MonkeyPatch,

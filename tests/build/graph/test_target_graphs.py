@@ -1,5 +1,5 @@
-"""The forms that a GPU target gives the graph, a window or a view of the KV pool and rows chosen by a product, compute
-what the plain form does: the same logits, and the same rows in the same places of the pool.
+"""The options of GPU targets (window or view of the KV pool, rows selected by a product) do not change the results: the
+logits and the rows written to the pool are the same.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def pool(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Ra
 
 
 def inputs_of(checkpoint: Checkpoint) -> Arrays:
-    """A step for two sequences over a pool of random rows; what is past the committed ones is noise too."""
+    """A step for two sequences over a pool of random rows. Rows after the committed ones are random too."""
     rng, config = np.random.default_rng(0), checkpoint.config
     write = np.array(COMMITTED)
     feeds: Arrays = {
@@ -78,7 +78,7 @@ def execute(
     layers = checkpoint.config.num_hidden_layers
     onnx.save(graph_of(checkpoint, pool, pattern, options), source := pool.path.with_name(f"{pattern}.onnx"))
     settings = ort.SessionOptions()
-    settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # fp32: roundings hide no fault
+    settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # fp32: no rounding hides a fault
     session = ort.InferenceSession(str(source), settings, providers=["CPUExecutionProvider"])
     values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in inputs_of(checkpoint).items()}
     for aliases in (cache_views(layers), cache_outputs(layers)):
@@ -117,10 +117,10 @@ def test_every_form_computes_the_same(
     assert_same(execute(checkpoint, pool, pattern, form), plain)
 
 
-def test_a_window_that_ends_too_early_is_seen(
+def test_a_window_that_ends_too_early_is_detected(
     checkpoint: Checkpoint, pool: RawPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The guard above can fail: rows past the window are not attended to."""
+    """The comparison above can fail: rows after the window are not attended to."""
     monkeypatch.setattr(f"{__name__}.WINDOW", 64)
     plain = execute(checkpoint, pool, "causal", NetworkOptions(top_k=4, adapter=False))
     form = NetworkOptions(top_k=4, adapter=False, capacity=CAPACITY, kv_read="window")
@@ -146,7 +146,7 @@ def test_a_pass_leaves_committed_rows_as_they_were(
 def test_attention_waits_for_the_caches_that_it_views(
     checkpoint: Checkpoint, pool: RawPool, pattern: AttentionPattern
 ) -> None:
-    """An executor knows of the order by the graph's edges alone."""
+    """Only the edges of the graph define the order for an executor."""
     graph = graph_of(checkpoint, pool, pattern, ON_GPU).graph
     makers = {result: node for node in graph.node for result in node.output}
     attentions = [node for node in graph.node if node.op_type == "Attention"]
@@ -166,8 +166,8 @@ def test_attention_waits_for_the_caches_that_it_views(
 def test_what_tensorrt_parses_computes_the_same(
     checkpoint: Checkpoint, pool: RawPool, pattern: AttentionPattern
 ) -> None:
-    """Keys as columns and the mask not spread, in ONNX's reference; ONNX Runtime takes no such mask. A view of columns
-    is no alias here, so it is given the rows that the pass will have written.
+    """Keys as columns and an unexpanded mask, in ONNX's reference evaluator: ONNX Runtime rejects such a mask. A view
+    of columns is not an alias here, so it contains the rows that the pass writes.
     """
     layers = checkpoint.config.num_hidden_layers
     feeds = inputs_of(checkpoint)
@@ -179,11 +179,11 @@ def test_what_tensorrt_parses_computes_the_same(
     graph = tensorrt_form(graph_of(checkpoint, pool, pattern, ON_GPU), layers)
     assert_same(refer(graph, pool, feeds), expected)
     spread = [node for node in graph.graph.node if node.op_type == "Expand"]
-    assert len(spread) == (pattern == "causal")  # the one there spreads no mask
+    assert len(spread) == (pattern == "causal")  # a bidirectional mask is not expanded
 
 
 def refer(graph: onnx.ModelProto, pool: RawPool, feeds: Arrays) -> Arrays:
-    """One pass in ONNX's reference."""
+    """One pass in ONNX's reference evaluator."""
     onnx.save(graph, source := pool.path.with_name("referred.onnx"))
     reference = ReferenceEvaluator(str(source))
     results = reference.run(None, {name: feeds[name] for name in reference.input_names})
@@ -191,7 +191,7 @@ def refer(graph: onnx.ModelProto, pool: RawPool, feeds: Arrays) -> Arrays:
 
 
 def test_narrow_logits_rank_as_wide_ones_and_without_the_mask_token(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """fp16: the mask token is sought along with the others and dropped, here in rows where it is the best."""
+    """In fp16, TopK includes the mask token, which is then dropped. Here it is the best token of some rows."""
     pool = write_raw_pool(checkpoint, tmp_path / "raw.bin", no_progress, np.dtype(np.float16))
     options = NetworkOptions(top_k=5, adapter=False, activations="fp16")
     feeds = {

@@ -1,4 +1,4 @@
-"""Target rtx: plans built without a GPU, what they share, what the audit counts in them, and what is refused."""
+"""Target rtx: plans built without a GPU, their shared weights, their audit, and refused options."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_every_int4_matrix_is_fused_and_nothing_dequantises_alone(engine: Path, 
         assert found.lone_dequantisations == 0
 
 
-def test_the_audit_counts_what_a_hand_counts(engine: Path, wide_int4_checkpoint: Path) -> None:
+def test_the_audit_agrees_with_a_count_by_hand(engine: Path, wide_int4_checkpoint: Path) -> None:
     """int4 products of one token: integers, scales, and 16-bit rows in and out."""
     checkpoint = Checkpoint(wide_int4_checkpoint)
     weights = sum(
@@ -102,7 +102,7 @@ def test_dimensions_scale_with_the_pass(engine: Path) -> None:
 
 
 def test_the_count_is_bounded_from_both_sides(engine: Path) -> None:
-    """By an attention that heeds no list of tiles, and by a cache of the chip."""
+    """The upper bound: attention without a list of tiles. The lower one: an L2 cache."""
     for plan in read_plans(engine):
         part, whole = audit_pass(plan, 1, 8, 300), audit_pass(plan, 1, 8, 1024)
         assert whole.ratio == whole.ratio_whole_pool
@@ -116,7 +116,7 @@ def test_the_count_is_bounded_from_both_sides(engine: Path) -> None:
 
 
 def test_an_unfused_product_is_counted_as_such() -> None:
-    """The zero in the table can be another number."""
+    """The count of lone dequantisations can be other than zero."""
     tensor = KernelTensor(name="w", dims=(128, 64), dtype="Int4")
     kernel = PlanKernel(
         name="k",
@@ -217,7 +217,7 @@ def test_an_audit_without_flags_uses_what_the_plan_allows(engine: Path) -> None:
 
 
 def test_an_audit_without_flags_works_on_a_tiny_plan(wide_int4_checkpoint: Path, tmp_path: Path) -> None:
-    """Its limits are below every default, and below a block."""
+    """The plan's limits are below every default, and below a block."""
     target = replace(OPTIONS, max_step=16)
     build_engine(Checkpoint(wide_int4_checkpoint), tmp_path / "out", target=target, capacity=24)
     report = audit_engine(tmp_path / "out", gpu="dgx-spark", acceptance=6.82)
@@ -243,7 +243,7 @@ def test_an_audit_counts_mixed_precision_matrix_by_matrix(engine: Path) -> None:
 def test_a_warning_of_the_builder_fails_the_build(
     wide_int4_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every pass of the parser warns that inputs are int64: taken off the list, that is an error."""
+    """The parser always warns that inputs are int64. Removed from the expected messages, this is an error."""
     monkeypatch.setattr(rtx, "EXPECTED_MESSAGES", {k: v for k, v in rtx.EXPECTED_MESSAGES.items() if "Int64" not in k})
     with pytest.raises(RuntimeError, match="Int64 binding"):
         build_engine(Checkpoint(wide_int4_checkpoint), tmp_path / "out", target=OPTIONS, capacity=1024)
@@ -253,7 +253,7 @@ def test_a_warning_of_the_builder_fails_the_build(
 def test_a_constant_that_differs_is_named(
     wide_int4_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second graph takes one norm from another place of the pool."""
+    """The second graph reads one norm from another range of the pool."""
     build = rtx.build_network
 
     def spoil(config: Any, pool: Any, pattern: Any, options: Any) -> Any:
@@ -270,7 +270,9 @@ def test_a_constant_that_differs_is_named(
 def test_a_constant_that_one_plan_lacks_fails_the_build(
     wide_int4_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows looked up, the AR graph has no product of two activations, and so not the two numbers that scale one."""
+    """With Gather in place of a one-hot product, the AR graph has no product of two activations, and so lacks the
+    constants that scale such a product.
+    """
     build = rtx.build_network
     monkeypatch.setattr(
         rtx, "build_network", lambda *given: build(*given[:3], replace(given[3], select_by_product=False))
@@ -281,7 +283,7 @@ def test_a_constant_that_one_plan_lacks_fails_the_build(
 
 
 def test_an_attention_that_waits_for_no_writer_is_refused(engine: Path) -> None:
-    """The kernels as they are pass; without what the writer hands to the attention they do not."""
+    """The real kernels pass. Without the tensor from the writer to the attention, they are refused."""
     plan = read_plans(engine)[0]
     layers = plan.manifest.model.num_hidden_layers
     refuse_disorder(plan.kernels, layers)
@@ -329,7 +331,7 @@ def eight_billion(tmp_path_factory: pytest.TempPathFactory) -> list[list[Plan]]:
 def test_a_layer_of_8b_stays_within_its_bars(
     eight_billion: list[list[Plan]], engine_index: int, step: int, window: int, bar: float
 ) -> None:
-    """What a layer more costs: the rest of a pass is small against 34."""
+    """The cost of one more layer. The rest of a pass is small compared with 34 layers."""
     two, three = (audit_pass(plans[engine_index], 1, step, window) for plans in eight_billion)
     assert (three.bytes - two.bytes) / (three.bound - two.bound) < bar
     assert three.kv_copies == three.lone_dequantisations == 0
@@ -353,7 +355,7 @@ def test_an_interrupted_build_leaves_nothing(wide_int4_checkpoint: Path, tmp_pat
 def test_a_signal_while_the_builder_runs_leaves_nothing(
     wide_int4_checkpoint: Path, tmp_path: Path, number: int
 ) -> None:
-    """A real one, raised in the builder's first call of ours: there an exception would be dropped."""
+    """A real signal, raised in TensorRT's first callback, which swallows exceptions."""
     program = (
         "import signal, trimode.build.rtx.plan_building as rtx, trimode.cli.command as command\n"
         "start = rtx._RtxMonitor.phase_start\n"

@@ -1,4 +1,4 @@
-"""The builder's list of kernels is read whole, or refused."""
+"""The builder's list of kernels is parsed completely, or refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What two plans share is found, cut out and put back, wherever private bytes part it."""
+"""The weights that two plans share are found, cut out and restored, wherever private bytes interrupt them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from trimode.build.rtx.weight_section import cut_runs, find_shared_runs
 from trimode.engine.plan_file import whole_plan
 
-LARGE = 600_000  # bytes of a shared run: more than twice what the search steps over
+LARGE = 600_000  # bytes of a shared run: more than twice the search distance
 sizes = st.integers(0, 5000)
 
 
@@ -48,7 +48,7 @@ def test_plans_with_private_bytes_come_back_whole(
             assert b"".join(whole_plan(path, pool, entry)) == plan
 
 
-def test_a_constant_that_differs_parts_the_run() -> None:
+def test_a_constant_that_differs_splits_the_run() -> None:
     rng = np.random.default_rng(0)
     plan = np.frombuffer(rng.bytes(2 * LARGE), np.uint8)
     other = plan.copy()

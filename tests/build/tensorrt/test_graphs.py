@@ -1,4 +1,4 @@
-"""Target tensorrt without a GPU: what is emitted, that its graphs decode as target cpu does, and what is refused."""
+"""Target tensorrt without a GPU: the emitted files, decoding with its graphs compared with target cpu, and refusals."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_greedy_decoding_through_the_functions_gives_target_cpus_tokens(
 def test_the_emitted_16_bit_graphs_decode_too(
     emitted: Path, llm: LLM, heldout: list[dict], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The very files that TensorRT is given. In fp16 a near-tie may fall otherwise, so most answers are asked for."""
+    """The files that TensorRT compiles. In fp16 a near-tie may be decided differently: most answers must be equal."""
     manifest, records = Manifest.read(emitted), heldout[5::70]
     expected = decode(llm, records, mode="linear_spec")
     capacity = manifest.limits.capacity
@@ -135,7 +135,7 @@ def test_kernels_are_there_for_every_named_gpu(emitted: Path) -> None:
 
 
 def test_tensorrts_own_parser_takes_the_graphs(emitted: Path) -> None:
-    """TensorRT-RTX's, the same but for plugins: it expands the functions, names the dimensions, and ignores nothing."""
+    """TensorRT-RTX has the same parser, without plugins: it expands the functions and rejects unknown nodes."""
     log, parse = _rtx_parser()
     for name in ("ar", "diffusion"):
         network = parse((emitted / name / GRAPH).read_bytes())
@@ -179,7 +179,7 @@ def trimode(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*program, *map(str, arguments)], capture_output=True, text=True, check=False)
 
 
-def test_info_says_that_it_is_not_compiled_and_generate_declines(emitted: Path) -> None:
+def test_info_shows_an_engine_that_is_not_compiled_and_generate_refuses_it(emitted: Path) -> None:
     shown = " ".join(trimode("info", emitted).stdout.split())
     assert "target tensorrt" in shown
     assert "TensorRT, not compiled yet; kernels for compute capability 12.0, 9.0" in shown
@@ -245,7 +245,7 @@ def test_compile_says_what_is_missing_and_what_it_takes(emitted: Path, cpu_engin
 
 
 def test_what_compiles_needs_neither_torch_nor_triton_nor_onnx() -> None:
-    """All that `trimode compile` imports, but for the two modules that begin by importing TensorRT."""
+    """All modules that `trimode compile` imports, except the two that import TensorRT."""
     modules = (
         *("cli.compile", "build.tensorrt.second_step", "build.plan_builder"),
         *("plugins.operators", "engine.kernel_library"),

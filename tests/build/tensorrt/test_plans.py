@@ -1,4 +1,4 @@
-"""``trimode compile`` up to TensorRT's door: a double takes the parser's and the builder's place, all else is real."""
+"""``trimode compile`` with a double of TensorRT's parser and builder; everything else is real."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_the_compiled_engine_is_whole_and_shares_its_files(emitted: Path, tmp_pa
         tensorrt_compile.compile_engine(tmp_path / "out", tmp_path / "again")
 
 
-def test_a_token_a_block_and_a_chunk_have_profiles_of_their_own(
+def test_a_token_a_block_and_a_chunk_have_separate_profiles(
     emitted: Path, double: TensorrtDouble, tmp_path: Path
 ) -> None:
     tensorrt_compile.compile_engine(emitted, tmp_path / "out")
@@ -116,7 +116,7 @@ def test_a_node_whose_plugin_is_not_found_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_building_with_a_gpu_at_hand_goes_all_the_way(
+def test_building_with_a_gpu_compiles_the_plans(
     random_int4_checkpoint: Path, double: TensorrtDouble, tmp_path: Path
 ) -> None:
     options = TensorrtTarget(dtype="fp16")
@@ -140,7 +140,7 @@ def test_an_interrupted_compilation_leaves_nothing(emitted: Path, tmp_path: Path
 
 
 @pytest.mark.usefixtures("double")
-def test_another_gpu_is_told_for_which_there_are_kernels(
+def test_the_error_for_another_gpu_lists_the_compiled_capabilities(
     emitted: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     b200 = H100.model_copy(update={"compute_capability": 100})
@@ -160,7 +160,7 @@ def test_a_changed_kernel_is_refused(emitted: Path, tmp_path: Path) -> None:
 
 
 def test_every_name_of_tensorrt_that_we_use_exists(tensorrt: ModuleType) -> None:
-    """The calls that nothing here can make, spelt as TensorRT spells them."""
+    """Calls that no test can make: at least their names exist in TensorRT's bindings."""
     module = importlib.import_module("trimode.build.tensorrt.plan_compilation")
     owners = {
         "trt": tensorrt,

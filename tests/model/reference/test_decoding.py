@@ -127,7 +127,7 @@ def test_the_last_block_of_diffusion_ends_with_the_context(
     )
     monkeypatch.setattr(reference.config, "max_position_embeddings", 45)
     reference.generate(prompt[:1], 12, 8, 0.0, eos_token_id=-1)
-    # The prompt of 30; a block of 8, denoised and committed; the 7 rows that the context still has.
+    # The prompt of 30 tokens, a block of 8 that is denoised and committed, and the remaining 7 rows of the context.
     assert lengths == [30, 8, 8, 7]
 
 
@@ -137,7 +137,7 @@ def test_the_thinking_budget_forces_its_token_and_the_text_goes_on_from_it(
     kwargs = {"max_thinking_tokens": 5, "end_think_token_id": 13, "eos_token_id": -1}
     expected, _ = reference.ar_generate(prompt[:1], 20, **kwargs)
     assert expected[0, 35] == 13
-    # What follows is what AR says after a prompt that ends so: text and cache agree.
+    # The continuation is AR's after a prompt with the same ending: text and cache agree.
     after, _ = reference.ar_generate(expected[:, :36], 14, eos_token_id=-1)
     assert after.equal(expected)
     assert reference.linear_spec_generate(prompt[:1], 20, block_length=8, **kwargs)[0].equal(expected)
@@ -169,7 +169,7 @@ def test_diffusion_denoises_around_the_end_of_thinking(
 
 
 @pytest.mark.parametrize("mode", ["ar_generate", "generate", "linear_spec_generate"])
-def test_never_beyond_max_new_tokens_and_never_a_mask(
+def test_no_mode_exceeds_max_new_tokens_or_emits_a_mask(
     reference: NemotronLabsDiffusionModel, prompt: torch.Tensor, mode: str
 ) -> None:
     out, _ = getattr(reference, mode)(prompt, 11, eos_token_id=-1)

@@ -1,4 +1,4 @@
-"""The reference's interface: upstream's signatures, and transformers' contract for causal language models."""
+"""The reference's interface: upstream's signatures, and transformers' interface of causal language models."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_positional_arguments_are_upstreams(method: str) -> None:
 
 
 def test_transformers_classes_and_the_mixin_share_no_other_name() -> None:
-    """A name of ours that transformers uses too would break its ``generate``."""
+    """If the mixin defined a name that transformers uses, ``generate`` would break."""
     theirs = set(dir(GenerationMixin)) | set(dir(PreTrainedModel))
     assert {name for name in vars(TriModeGeneration) if not name.startswith("__")} & theirs == {"generate"}
 
@@ -159,7 +159,7 @@ def test_embeddings_are_found_and_replaced(random_checkpoint: Path) -> None:
     assert model.diffusion_head is head
 
 
-def test_another_mask_token_drafts_otherwise_and_verifies_the_same(
+def test_another_mask_token_changes_drafts_but_not_the_verified_text(
     reference: NemotronLabsDiffusionModel, ids: torch.Tensor
 ) -> None:
     expected, _ = reference.ar_generate(ids[:1], 20, eos_token_id=-1)
