@@ -206,7 +206,7 @@ def _add_handlers(app: FastAPI) -> None:
         return response
 
     @app.exception_handler(ClientLeftError)
-    async def nobody(_: Request, _error: ClientLeftError) -> Response:
+    async def client_left(_: Request, _error: ClientLeftError) -> Response:
         return Response(status_code=CLIENT_LEFT)
 
     @app.exception_handler(Exception)

@@ -1,4 +1,4 @@
-"""Thinking apart from the answer: text inside ``<think>`` and ``</think>`` at an answer's start, as it streams."""
+"""Splits an answer into its reasoning, between ``<think>`` and ``</think>`` at the start, and its content."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ class Split(NamedTuple):
 
 
 class ReasoningSplitter:
-    """What :meth:`feed` and :meth:`finish` return, joined, is the text without the marks around its one thought.
+    """Splits a text that arrives in pieces. The joined results of :meth:`feed` and :meth:`finish` are the text without
+    the marks. The end of a piece that may be the beginning of a mark is held back.
 
-    A piece of text that may yet prove to be a mark is held back.
+    thinking: the prompt ends inside a thought.
     """
 
     def __init__(self, thinking: bool) -> None:
-        # The mark that ends the present part; None once the answer itself has begun.
+        # The mark that ends the current part; None in the content.
         self._mark: str | None = CLOSE if thinking else OPEN
         self._held = ""
 
@@ -52,5 +53,5 @@ class ReasoningSplitter:
 
 
 def _possible_mark(text: str) -> int:
-    """Characters at the end of ``text`` that ``CLOSE`` begins with."""
+    """Length of the longest end of ``text`` with which ``CLOSE`` begins."""
     return next(length for length in range(len(CLOSE) - 1, -1, -1) if text.endswith(CLOSE[:length]))

@@ -1,4 +1,4 @@
-"""Request bodies of the OpenAI API, with TriMode's own fields beside OpenAI's.
+"""Request bodies of the OpenAI API, with TriMode's additional fields.
 
 - ``null`` is the default, for every field.
 - A field of a feature that this server lacks accepts its neutral values, those that request nothing. Other values are

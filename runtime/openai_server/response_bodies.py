@@ -1,4 +1,4 @@
-"""Response bodies of the OpenAI API, with TriMode's own fields beside OpenAI's."""
+"""Response bodies of the OpenAI API, with TriMode's additional fields."""
 
 from __future__ import annotations
 

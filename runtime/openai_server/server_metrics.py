@@ -1,4 +1,4 @@
-"""What ``/metrics`` tells: the engine's own counts at the time of the scrape, and the answers' times."""
+"""``/metrics``: the engine's counts at the time of the scrape, and histograms of finished answers."""
 
 from __future__ import annotations
 
@@ -24,17 +24,19 @@ class _EngineCollector(Collector):
         yield GaugeMetricFamily("trimode_requests_running", "Answers in a slot.", stats.running)
         yield GaugeMetricFamily("trimode_requests_waiting", "Answers that wait for a slot.", stats.waiting)
         yield GaugeMetricFamily("trimode_slots", "Slots of the KV pool.", stats.slots)
-        yield GaugeMetricFamily("trimode_prefix_cache_bytes", "KV rows kept for reuse.", stats.prefix_cache_bytes)
+        yield GaugeMetricFamily(
+            "trimode_prefix_cache_bytes", "Bytes of KV rows kept for reuse.", stats.prefix_cache_bytes
+        )
         yield CounterMetricFamily("trimode_steps", "Steps of the scheduler.", stats.steps)
-        # These are sums over finished answers.
+        # Sums over finished answers.
         yield CounterMetricFamily("trimode_answers", "Finished answers.", stats.finished)
         yield CounterMetricFamily("trimode_tokens_emitted", "Tokens of answers.", stats.emitted)
-        yield CounterMetricFamily("trimode_tokens_drafted", "Tokens proposed by drafts.", stats.counts.drafted)
+        yield CounterMetricFamily("trimode_tokens_drafted", "Drafted tokens.", stats.counts.drafted)
         yield CounterMetricFamily("trimode_tokens_accepted", "Drafted tokens that were emitted.", stats.counts.accepted)
         yield CounterMetricFamily(
-            "trimode_tokens_cached", "Prompt tokens not computed again.", stats.counts.cached_tokens
+            "trimode_tokens_cached", "Prompt tokens whose KV rows were reused.", stats.counts.cached_tokens
         )
-        yield CounterMetricFamily("trimode_cycles", "Blocks brought to their end.", stats.counts.cycles)
+        yield CounterMetricFamily("trimode_cycles", "Finished blocks.", stats.counts.cycles)
         passes = CounterMetricFamily("trimode_passes", "Passes that answers took part in.", labels=["kind"])
         for kind in ("prefill", "draft", "denoise", "commit"):
             passes.add_metric([kind], getattr(stats.counts, kind))

@@ -18,7 +18,7 @@ STREAMING = "Streaming"
 
 
 class TritonRequest(NamedTuple):
-    """``with_input``: the prompt precedes the text. The last four: outputs that are sent beside the text."""
+    """``with_input``: the prompt precedes the text. The last four: additional outputs to send."""
 
     prompt: str
     params: SamplingParams
@@ -31,7 +31,7 @@ class TritonRequest(NamedTuple):
 
 
 def stops_another(request: Any) -> bool:
-    """Whether ``stop`` is set: the request ends the running request of its own id."""
+    """Whether ``stop`` is set: the request cancels the running request with the same id."""
     return bool(_values(request).get("stop"))
 
 

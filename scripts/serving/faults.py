@@ -68,10 +68,10 @@ def stop_under_load(engine: Path, clients: int = 24, after: float = 0.0) -> Stop
     in use for the first time.
     """
     with serving(engine, "--max-batch", str(SLOTS)) as server:
-        asked, stopped_at = asyncio.run(_load_and_stop(server, clients, after))
+        streams, stopped_at = asyncio.run(_load_and_stop(server, clients, after))
         code = server.process.wait(10)
         seconds = time.monotonic() - stopped_at
-    return Stopped(Counter(outcome(found, begun < stopped_at) for begun, found in asked), code, seconds)
+    return Stopped(Counter(outcome(found, begun < stopped_at) for begun, found in streams), code, seconds)
 
 
 def outcome(found: Streamed, before: bool) -> str:

@@ -2,8 +2,8 @@
 
     python -m scripts.serving.clients.run ENGINE [--only NAME ...]
 
-ENGINE is built from the shipped checkpoint. Each client is installed from its registry into a folder of its own under
-``.clients``, by pip or npm, and talks to a server of its own. Exits with 1 if one of them fails.
+ENGINE is built from the shipped checkpoint. Each client is installed by pip or npm into its own folder under
+``.clients`` and gets its own server. Exits with 1 if a client fails.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,12 +26,9 @@ ROOT = HERE.parents[2]
 ENVIRONMENTS = ROOT / ".clients"
 TOKENIZER = ROOT / "checkpoints" / "tiny"
 LIMIT_SECONDS = 900
-OFFLINE = {
-    "DO_NOT_TRACK": "1",
-    "HF_HUB_OFFLINE": "1",
-    "LITELLM_LOCAL_MODEL_COST_MAP": "True",
-    "TRANSFORMERS_OFFLINE": "1",
-}
+# No reports of use, and no look-ups on the hub.
+QUIET = {"DO_NOT_TRACK": "1", "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
+HUB_OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 Command = Callable[[Path, str], list[str]]
 
 
@@ -43,6 +40,7 @@ class Client(NamedTuple):
     uses: str
     command: Command
     registry: str = "PyPI"
+    variables: Mapping[str, str] = HUB_OFFLINE
 
 
 def _script(name: str) -> Command:
@@ -51,7 +49,7 @@ def _script(name: str) -> Command:
 
 def _javascript(environment: Path, url: str) -> list[str]:
     program = environment / "chat_with_openai.mjs"
-    program.write_bytes((HERE / program.name).read_bytes())  # node looks for packages beside the program
+    program.write_bytes((HERE / program.name).read_bytes())  # node looks for packages in the program's folder
     return ["node", str(program), url, KEY]
 
 
@@ -90,7 +88,8 @@ CLIENTS = (
     Client("LiteLLM", "litellm", "completion, stream, text completion, errors", _script("chat_with_litellm.py")),
     Client("lm-eval", "lm-eval[api]", "a generation task through local-completions", _lm_eval),
     Client("guidellm", "guidellm", "a benchmark with synthetic prompts", _guidellm),
-    Client("aiperf", "aiperf", "a streaming profile with min_tokens and ignore_eos", _aiperf),
+    # Offline, aiperf does not accept a local folder as tokenizer.
+    Client("aiperf", "aiperf", "a streaming profile with min_tokens and ignore_eos", _aiperf, variables={}),
 )
 
 
@@ -131,7 +130,7 @@ def run(client: Client, environment: Path, server: Served) -> str | None:
     found = subprocess.run(
         client.command(environment, server.url),
         cwd=HERE,
-        env=_variables() | OFFLINE | {"OPENAI_API_KEY": KEY},
+        env={**_variables(), **QUIET, **client.variables, "OPENAI_API_KEY": KEY},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

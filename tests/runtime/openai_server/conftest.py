@@ -14,7 +14,7 @@ from scripts.serving.server_process import KEY, Served, serving
 
 @pytest.fixture(scope="session")
 def served(tiny_engine: Path) -> Iterator[Served]:
-    """One server for all tests that leave it as they found it."""
+    """One server for all tests that do not change its state."""
     with serving(tiny_engine, "--update-seconds", "0") as server:
         yield server
 

@@ -1,4 +1,4 @@
-"""Headers that do not end, in time or in length, end their connection; those of a client in earnest do not."""
+"""Headers that are too late or too long close their connection; those of ordinary clients do not."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Connected = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 async def app(_: Any, receive: Any, send: Any) -> None:
-    """Answers the number of the body's bytes."""
+    """Answers with the length of the body in bytes."""
     size, more = 0, True
     while more:
         message = await receive()
@@ -47,7 +47,7 @@ async def connected(header_seconds: float) -> AsyncIterator[Connected]:
 
 
 async def answer(connection: Connected, *parts: bytes) -> bytes:
-    """The body of the answer to a request that comes in these parts, or nothing if the connection is closed."""
+    """Send a request in these parts. Returns the body of the response, empty if the connection was closed."""
     reader, writer = connection
     try:
         for part in parts:
@@ -61,7 +61,7 @@ async def answer(connection: Connected, *parts: bytes) -> bytes:
         return b""
 
 
-def test_a_client_in_earnest() -> None:
+def test_an_ordinary_client() -> None:
     """Long headers, a long body in the same write, and a pause between two requests."""
 
     async def talk() -> None:
@@ -106,7 +106,7 @@ def test_a_connection_without_a_request() -> None:
     asyncio.run(talk())
 
 
-def test_the_server_has_such_connections(served: Served) -> None:
+def test_the_server_uses_this_connection(served: Served) -> None:
     async def talk() -> bytes:
         host, _, port = served.url.removeprefix("http://").rpartition(":")
         return await answer(await asyncio.open_connection(host, int(port)), GET, TOO_LONG)

@@ -1,4 +1,4 @@
-"""A fault of the engine's: its client is told that there was one and no more, and the next request is answered."""
+"""An internal error: the client gets no reason, and the next request is answered."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def with_client(llm: LLM, talk: Callable[[httpx.AsyncClient], Awaitable[None]]) 
     asyncio.run(run())
 
 
-def test_a_fault_of_the_engine(tiny_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_internal_error(tiny_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise RuntimeError(REASON)
 

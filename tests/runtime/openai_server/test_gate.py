@@ -41,7 +41,7 @@ def test_dns_rebinding_protection(tiny_engine: Path) -> None:
         assert refused["error"]["code"] == "wrong_host"
 
 
-def test_under_any_name_with_a_key_or_for_other_machines(served: Served, tiny_engine: Path) -> None:
+def test_any_host_name_with_a_key_or_on_all_interfaces(served: Served, tiny_engine: Path) -> None:
     assert status(served, "proxied.example", "/health") == 200
     with serving(tiny_engine, "--host", "0.0.0.0", key="") as server:  # noqa: S104
         assert status(server, "trimode.example") == 200

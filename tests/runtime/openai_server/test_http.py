@@ -31,7 +31,7 @@ def exchange(server: Served, *parts: bytes) -> bytes:
     with socket.create_connection((host, int(port)), timeout=30) as connection:
         for part in parts:
             connection.sendall(part)
-            threading.Event().wait(0.05)  # so that the parts arrive apart
+            threading.Event().wait(0.05)  # so that the parts arrive separately
         while data := connection.recv(1 << 16):
             received += data
     return received
@@ -49,11 +49,11 @@ LAST = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
 
 @pytest.mark.parametrize("upgrade", UPGRADES)
 @pytest.mark.parametrize("framing", [SIZED, CHUNKED], ids=["sized", "chunked"])
-@pytest.mark.parametrize("apart", [False, True])
-def test_an_upgrade_is_ignored(served: Served, upgrade: str, framing: tuple[bytes, bytes], apart: bool) -> None:
+@pytest.mark.parametrize("separate", [False, True])
+def test_an_upgrade_is_ignored(served: Served, upgrade: str, framing: tuple[bytes, bytes], separate: bool) -> None:
     """The body is read, and the connection serves the next request."""
     head, body = post(framing[0], more=UPGRADES[upgrade]), framing[1]
-    parts = [head, body[:10], body[10:], head + body, LAST] if apart else [head + body + head + body + LAST]
+    parts = [head, body[:10], body[10:], head + body, LAST] if separate else [head + body + head + body + LAST]
     received = exchange(served, *parts)
     assert received.count(b"HTTP/1.1 200 OK") == 3
     assert received.count(b'"completion_tokens":8') == 2
@@ -151,12 +151,12 @@ def test_a_path_prefix(under_a_path: Served) -> None:
 
 @pytest.mark.parametrize("origin", ["https://app.example", "http://localhost:3000"])
 def test_allowed_origins(under_a_path: Served, origin: str) -> None:
-    asked = {
+    request = {
         "origin": origin,
         "access-control-request-method": "POST",
         "access-control-request-headers": "authorization,content-type,x-stainless-os",
     }
-    preflight = httpx.options(f"{local(under_a_path)}{CHAT}", headers=asked)  # browsers send no key with it
+    preflight = httpx.options(f"{local(under_a_path)}{CHAT}", headers=request)  # browsers send no key with it
     assert preflight.status_code == 200
     assert preflight.headers["access-control-allow-origin"] == origin
     assert "x-stainless-os" in preflight.headers["access-control-allow-headers"]

@@ -1,4 +1,4 @@
-"""Clients that leave, a server that is stopped, and many at once: slots come back, nothing is lost without a word."""
+"""Disconnects, shutdown and load: slots are freed, and every lost response ends with an error."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_killed_clients_free_their_slots(served: Served) -> None:
         kill_a_client(served)
 
 
-def test_a_client_that_hangs_up_before_a_whole_answer_frees_its_slot(served: Served, http: httpx.Client) -> None:
+def test_a_disconnect_before_a_whole_answer_frees_the_slot(served: Served, http: httpx.Client) -> None:
     finished = served.metrics()["trimode_answers_total"]
     with pytest.raises(httpx.ReadTimeout):
         http.post("/v1/completions", json=LONG | {"stream": False}, timeout=0.3)
@@ -42,16 +42,16 @@ def test_stopped_under_load(tiny_engine: Path, after: float) -> None:
     assert stopped.outcomes["finished"] >= SLOTS  # what ran was finished
 
 
-def test_what_does_not_finish_in_time_is_told(tiny_engine: Path) -> None:
+def test_unfinished_responses_end_with_an_error(tiny_engine: Path) -> None:
     async def ask_and_stop(server: Served) -> list[Any]:
-        asked = asyncio.create_task(stream(f"{server.url}/v1/completions", LONG, KEY))
+        running = asyncio.create_task(stream(f"{server.url}/v1/completions", LONG, KEY))
         while server.metrics()["trimode_requests_running"] == 0:
             await asyncio.sleep(0.01)
         server.terminate()
         await asyncio.sleep(0.2)
         late = await stream(f"{server.url}/v1/completions", LONG, KEY)
         assert (late.status, late.events[-1]["error"]["code"]) == (503, "shutting_down")
-        return (await asked).events
+        return (await running).events
 
     with serving(tiny_engine, "--drain-seconds", "3") as server:
         events = asyncio.run(ask_and_stop(server))
@@ -68,15 +68,15 @@ def test_idle_servers_stop_at_once(tiny_engine: Path) -> None:
             assert server.log == []
 
 
-def test_many_at_once_answer_as_each_alone(served: Served, heldout: list[dict[str, Any]]) -> None:
+def test_concurrent_answers_equal_solo_answers(served: Served, heldout: list[dict[str, Any]]) -> None:
     load = Load.of_chats(served.url, heldout[::40], requests=72)
     found = run_load(load, clients=16)
     assert found.wrong == []
     assert found.completed == 72
 
 
-def test_a_slow_reader_holds_up_nobody(served: Served) -> None:
-    """Its answers are computed while the server cannot tell them, others are told, and it loses nothing."""
+def test_a_slow_reader_does_not_delay_others(served: Served) -> None:
+    """Its answers are computed while its socket is full; other clients are served; it loses nothing."""
     few = {"messages": [{"role": "user", "content": "abc"}], "max_tokens": 8, "stream": True}
     much = few | {"max_tokens": 1900, "ignore_eos": True, "n": ANSWERS, "temperature": 1.0, "logprobs": True}
 
@@ -85,23 +85,23 @@ def test_a_slow_reader_holds_up_nobody(served: Served) -> None:
         connection = _narrow_connection(served)
         reader, writer = await asyncio.open_connection(sock=connection)
         writer.write(event_request(f"{served.url}/v1/chat/completions", much | {"top_logprobs": 20}, KEY))
-        told = await reader.readexactly(100)  # and no further
+        received = await reader.readexactly(100)  # and no further
         assert (await stream(f"{served.url}/v1/chat/completions", few, KEY)).events[-1] == DONE
         await asyncio.to_thread(served.wait_until_idle, 10 * DEADLINE_SECONDS)
         after = served.metrics()
         assert after["trimode_answers_total"] - before["trimode_answers_total"] == ANSWERS + 1
         assert after["trimode_answer_tokens_count"] - before["trimode_answer_tokens_count"] == 1  # not the slow one's
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
-        told += await reader.read()
-        assert told.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
-        assert told.count(b'"finish_reason":"length"') == ANSWERS
+        received += await reader.read()
+        assert received.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+        assert received.count(b'"finish_reason":"length"') == ANSWERS
         writer.close()
 
     asyncio.run(asyncio.wait_for(ask(), 15 * DEADLINE_SECONDS))
 
 
 def _narrow_connection(server: Served) -> socket.socket:
-    """One that takes little before it is read."""
+    """A connection with a small receive buffer."""
     host, _, port = server.url.removeprefix("http://").rpartition(":")
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

@@ -39,7 +39,7 @@ def page(chrome: Chrome, served: Served) -> Chrome:
 
 
 def opened(browser: Chrome, served: Served) -> Chrome:
-    """The page, with the key given."""
+    """The page with the key entered."""
     browser.get(f"{served.url}/")
     WebDriverWait(browser, SECONDS).until(lambda page: page.find_element(By.ID, "key").is_displayed())
     browser.find_element(By.ID, "key").send_keys(KEY, Keys.ENTER)
@@ -49,7 +49,7 @@ def opened(browser: Chrome, served: Served) -> Chrome:
 
 
 def press(page: Chrome, *keys: str) -> None:
-    """Wherever the focus is."""
+    """Send keys to the focused element."""
     ActionChains(page).send_keys(*keys).perform()
 
 
@@ -58,7 +58,7 @@ def focused(page: Chrome) -> str:
 
 
 def go_to(page: Chrome, name: str) -> None:
-    """By the tab key."""
+    """Move the focus by the tab key."""
     for _ in range(20):
         if focused(page) == name:
             return
@@ -72,7 +72,7 @@ def ask(page: Chrome, prompt: str) -> None:
 
 
 def answers(page: Chrome) -> list[str]:
-    """Each lane's latest answer, once the rejected drafts have flashed by."""
+    """The latest answer of each lane, after rejected drafts have disappeared."""
     WebDriverWait(page, SECONDS).until(lambda page: not page.find_elements(By.CSS_SELECTOR, ".turn .rejected"))
     return [lane.find_elements(By.CLASS_NAME, "turn")[-1].text for lane in page.find_elements(By.CLASS_NAME, "lane")]
 
@@ -105,7 +105,7 @@ def test_a_question_by_keyboard(page: Chrome) -> None:
     assert complaints(page) == []
 
 
-def test_all_by_the_keys_alone(page: Chrome) -> None:
+def test_keyboard_only(page: Chrome) -> None:
     go_to(page, "mode")
     press(page, Keys.ARROW_DOWN, Keys.TAB, Keys.ARROW_DOWN, Keys.ARROW_DOWN)  # linear_spec to diffusion; block 8
     go_to(page, "prompt")
@@ -121,18 +121,18 @@ def test_all_by_the_keys_alone(page: Chrome) -> None:
     assert len(page.find_elements(By.CLASS_NAME, "turn")) == 4
 
 
-def test_origins_are_told_without_colours(page: Chrome) -> None:
+def test_origins_as_text(page: Chrome) -> None:
     ask(page, QUESTION)
     assert answers(page) == [ANSWER]
     last = page.find_elements(By.CSS_SELECTOR, ".talk[role=log] > ol[role=list] > li")[-1]
     text = str(last.get_attribute("textContent"))
-    told = re.fullmatch(r"Tokens: (1) prefill, (\d+) accepted, (\d+) bonus", text)
-    assert told is not None
+    counts = re.fullmatch(r"Tokens: (1) prefill, (\d+) accepted, (\d+) bonus", text)
+    assert counts is not None
     shown = len(page.find_elements(By.CSS_SELECTOR, ".turn .token"))
-    assert sum(map(int, told.groups())) == shown + 1  # the end token, which has no text
+    assert sum(map(int, counts.groups())) == shown + 1  # the end token, which has no text
 
 
-def test_a_conversation_goes_on(page: Chrome) -> None:
+def test_a_second_question(page: Chrome) -> None:
     ask(page, QUESTION)
     ask(page, "Spell planet and ladder.")
     assert answers(page) == ["planet: p-l-a-n-e-t. ladder: l-a-d-d-e-r."]
@@ -151,13 +151,13 @@ def test_two_modes_side_by_side(page: Chrome) -> None:
     assert labels == ["you", "linear_spec, block 8", "you", "ar"]
 
 
-def test_diffusion_is_coloured_as_such(page: Chrome) -> None:
+def test_denoised_tokens_have_their_own_colour(page: Chrome) -> None:
     choose(page, 0, mode="diffusion", block_length="8")
     ask(page, QUESTION)
     assert "denoised" in kinds(page)
 
 
-def test_rejected_drafts_flash_by(page: Chrome) -> None:
+def test_rejected_drafts_are_shown_briefly(page: Chrome) -> None:
     page.execute_script(
         "window.flashed = 0; new MutationObserver((changes) => changes.forEach((change) => change.addedNodes.forEach("
         "(node) => { window.flashed += node.className === 'token rejected'; })))"
@@ -169,7 +169,7 @@ def test_rejected_drafts_flash_by(page: Chrome) -> None:
     assert page.execute_script("return window.flashed") > 0
 
 
-def test_thinking_is_told_apart(page: Chrome) -> None:
+def test_reasoning_is_marked(page: Chrome) -> None:
     page.find_element(By.NAME, "thinking").click()
     ask(page, QUESTION)
     (answer,) = answers(page)
@@ -210,7 +210,7 @@ def test_text_is_never_markup(page: Chrome) -> None:
     assert complaints(page) == []
 
 
-def test_a_refusal_is_told(page: Chrome) -> None:
+def test_a_refused_prompt_is_kept(page: Chrome) -> None:
     choose(page, 0, mode="linear_spec")
     page.execute_script("document.getElementById('prompt').value = 'long '.repeat(3000)")
     ask(page, "x")
@@ -244,7 +244,7 @@ SCROLL = "const talk = document.querySelector('.talk'); "
 
 
 def fill(page: Chrome) -> None:
-    """A conversation longer than its box."""
+    """Make a conversation that is longer than its box."""
     for number in range(6):
         ask(page, f"What is {number + 1}0% of 440?")
     assert page.execute_script(SCROLL + "return talk.scrollHeight > talk.clientHeight")
@@ -286,7 +286,7 @@ def test_a_new_chat(page: Chrome) -> None:
     assert focused(page) == "prompt"
     ask(page, QUESTION)
     assert answers(page) == [ANSWER]
-    assert page.execute_script("return window.asked") == [1]
+    assert page.execute_script("return window.lengths") == [1]
 
 
 def test_a_second_lane_says_that_it_has_no_history(page: Chrome) -> None:
@@ -303,22 +303,22 @@ def test_a_second_lane_says_that_it_has_no_history(page: Chrome) -> None:
 
 CUT = """
 const ask = window.fetch;
-window.asked = [];
+window.lengths = [];
 window.fetch = async (url, options) => {
   const response = await ask(url, options);
   if (!options?.body) return response;
-  window.asked.push(JSON.parse(options.body).messages.length);
+  window.lengths.push(JSON.parse(options.body).messages.length);
   return new Response((await response.text()).replace("data: [DONE]\\n\\n", ""));
 };
 """
 
 
-def test_a_stream_that_is_cut_is_no_answer(page: Chrome) -> None:
+def test_a_broken_stream_does_not_enter_the_conversation(page: Chrome) -> None:
     page.execute_script(CUT)
     ask(page, QUESTION)
     assert answers(page) == [f"{ANSWER} The connection was lost."]
     ask(page, QUESTION)
-    assert page.execute_script("return window.asked") == [1, 1]  # nothing of it is in the history
+    assert page.execute_script("return window.lengths") == [1, 1]  # nothing of it is in the history
 
 
 @pytest.mark.parametrize("dark", [False, True])

@@ -1,4 +1,4 @@
-"""However the text is cut into pieces, the same thought and the same answer come out."""
+"""The split into reasoning and content does not depend on how the text is cut into pieces."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def split(pieces: list[str], thinking: bool) -> Split:
         ("<thin", False, Split("", "<thin")),
     ],
 )
-def test_what_is_thought_and_what_is_said(text: str, thinking: bool, expected: Split) -> None:
+def test_split(text: str, thinking: bool, expected: Split) -> None:
     assert split([text], thinking) == expected
 
 

@@ -1,4 +1,4 @@
-"""What cannot be honoured is refused with the right status, in OpenAI's shape, and tells nothing it need not."""
+"""Refusals have the right status and OpenAI's shape, and reveal nothing internal."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ RAW = {
 
 
 @pytest.mark.parametrize("case", RAW)
-def test_bodies_that_are_no_request(http: httpx.Client, case: str) -> None:
+def test_unreadable_bodies(http: httpx.Client, case: str) -> None:
     response = http.post(COMPLETIONS, content=RAW[case], headers={"content-type": "application/json"})
     assert response.status_code == 400
     error_of(response)
@@ -130,7 +130,7 @@ def test_bodies_that_are_no_request(http: httpx.Client, case: str) -> None:
 
 @pytest.mark.parametrize("kind", WIDE)
 def test_wide_bodies(served: Served, http: httpx.Client, kind: str) -> None:
-    """As long as the server lets in; no element costs a finding of its own."""
+    """Bodies of the largest size; a finding must not be made for each element."""
     before = served.peak_mib()
     path, body = wide(kind)
     response = http.post(path, content=body, headers={"content-type": "application/json"})
@@ -165,7 +165,7 @@ def test_a_name_as_long_as_a_body_is_not_repeated(http: httpx.Client) -> None:
 
 
 def test_another_content_type(http: httpx.Client) -> None:
-    """So that no web page can post here without the browser asking first."""
+    """Other content types need no CORS preflight, so any web page could send them."""
     response = http.post(COMPLETIONS, content=b'{"prompt": "a"}', headers={"content-type": "text/plain"})
     assert response.status_code == 400
     assert "application/json" in error_of(response)["message"]
@@ -203,7 +203,7 @@ def test_unknown_paths_and_methods(http: httpx.Client) -> None:
     "header", [None, "Bearer wrong", KEY, f"Basic {KEY}", "Bearer x", f"Bearer {KEY}x", "Bearer ü".encode()]
 )
 @pytest.mark.parametrize("path", ["/v1/models", CHAT, "/metrics", "/openapi.json", "/nowhere"])
-def test_without_the_key_nothing_is_told(served: Served, header: str | None, path: str) -> None:
+def test_without_the_key_nothing_is_revealed(served: Served, header: str | None, path: str) -> None:
     response = httpx.get(f"{served.url}{path}", headers={} if header is None else {"authorization": header})
     assert response.status_code == 401
     assert error_of(response)["code"] == "invalid_api_key"
@@ -241,7 +241,7 @@ def test_a_body_over_the_limit_is_not_read(tiny_engine: Path) -> None:
         assert http.post(COMPLETIONS, json={"prompt": "a", "max_tokens": 1}).status_code == 200
 
 
-def test_a_full_queue_is_429_and_says_when_to_come_again(tiny_engine: Path) -> None:
+def test_a_full_queue_is_429_with_retry_after(tiny_engine: Path) -> None:
     body = {"prompt": "abc", "max_tokens": 300, "ignore_eos": True, "mode": "ar"}
     with serving(tiny_engine, "--max-batch", "1", "--max-queue", "1") as server:
         headers = {"authorization": f"Bearer {KEY}"}
@@ -266,7 +266,7 @@ def test_a_full_queue_is_429_and_says_when_to_come_again(tiny_engine: Path) -> N
 
 
 def test_what_the_queue_can_never_hold_is_not_429(tiny_engine: Path) -> None:
-    """Clients would repeat the request for nothing."""
+    """Clients would repeat the request, and it would fail again."""
     with serving(tiny_engine, "--max-batch", "1", "--max-queue", "1") as server:
         headers = {"authorization": f"Bearer {KEY}"}
         response = httpx.post(f"{server.url}{COMPLETIONS}", json={"prompt": ["a", "b", "c"]}, headers=headers)
@@ -286,7 +286,7 @@ def test_an_answer_that_takes_too_long(tiny_engine: Path) -> None:
         server.wait_until_idle(2)
 
 
-def test_a_port_in_use_is_told_in_one_line(served: Served, tiny_engine: Path) -> None:
+def test_a_port_in_use_is_one_line(served: Served, tiny_engine: Path) -> None:
     port = served.url.rpartition(":")[2]
     with (
         pytest.raises(RuntimeError, match=rf"trimode: cannot listen on 127\.0\.0\.1:{port}: "),
@@ -295,7 +295,7 @@ def test_a_port_in_use_is_told_in_one_line(served: Served, tiny_engine: Path) ->
         pass
 
 
-def test_it_listens_on_the_loopback_interface_alone(served: Served) -> None:
+def test_it_listens_on_the_loopback_interface_only(served: Served) -> None:
     port = int(served.url.rpartition(":")[2])
     other = socket.gethostbyname(socket.gethostname())
     if other.startswith("127."):

@@ -59,12 +59,12 @@ def as_input(name: str, value: Any) -> grpc.InferInput:
 
 
 class Stream:
-    """A gRPC stream; ``next`` gives (request id, texts, final), or raises what Triton says."""
+    """A gRPC stream; ``next`` gives (request id, texts, final), or raises the error of Triton."""
 
     def __init__(self, client: grpc.InferenceServerClient) -> None:
         self._client = client
-        self._told: queue.Queue[tuple[Any, Any]] = queue.Queue()
-        client.start_stream(lambda result, error: self._told.put((result, error)))
+        self._results: queue.Queue[tuple[Any, Any]] = queue.Queue()
+        client.start_stream(lambda result, error: self._results.put((result, error)))
 
     def ask(self, request_id: str, **fields: Any) -> None:
         inputs = {"text_input": PROMPT, "streaming": True, "sampling_param_max_tokens": 200} | fields
@@ -76,7 +76,7 @@ class Stream:
         )
 
     def next(self) -> tuple[str, list[str], bool]:
-        result, error = self._told.get(timeout=SECONDS)
+        result, error = self._results.get(timeout=SECONDS)
         if error is not None:
             raise error
         response = result.get_response()
@@ -101,7 +101,7 @@ def metrics(ports: Ports) -> dict[str, float]:
 
 
 def wait_for_metrics(ports: Ports, **expected: float) -> None:
-    """Told to Triton twice a second."""
+    """The model reports them twice a second."""
     deadline = time.monotonic() + SECONDS
     while any(metrics(ports)[f"trimode_{name}"] != value for name, value in expected.items()):
         assert time.monotonic() < deadline, metrics(ports)
@@ -111,8 +111,8 @@ def wait_for_metrics(ports: Ports, **expected: float) -> None:
 def test_generate(triton: Ports) -> None:
     found = generate(triton).json()
     assert found["text_output"] == ANSWER
-    assert "finish_reason" not in found  # not asked for
-    told = generate(
+    assert "finish_reason" not in found  # not requested
+    full = generate(
         triton,
         return_finish_reason=True,
         return_stop_reason=True,
@@ -121,13 +121,13 @@ def test_generate(triton: Ports) -> None:
         mode="linear_spec",
         block_length=8,
     ).json()
-    assert told["text_output"] == ANSWER
-    assert told.keys() == {"model_name", "model_version", *(tensor.name for tensor in OUTPUTS)}
-    assert (told["finish_reason"], told["stop_reason"]) == ("stop", "None")
-    assert told["cumulative_logprob"] < 0
-    assert 0.5 < told["acceptance_rate"] <= 1
-    assert told["acceptance_rate"] == pytest.approx(told["total_accepted_draft_tokens"] / told["total_draft_tokens"])
-    times = [told[f"{moment}_time_ns"] for moment in ("arrival", "first_scheduled", "first_token", "last_token")]
+    assert full["text_output"] == ANSWER
+    assert full.keys() == {"model_name", "model_version", *(tensor.name for tensor in OUTPUTS)}
+    assert (full["finish_reason"], full["stop_reason"]) == ("stop", "None")
+    assert full["cumulative_logprob"] < 0
+    assert 0.5 < full["acceptance_rate"] <= 1
+    assert full["acceptance_rate"] == pytest.approx(full["total_accepted_draft_tokens"] / full["total_draft_tokens"])
+    times = [full[f"{moment}_time_ns"] for moment in ("arrival", "first_scheduled", "first_token", "last_token")]
     assert times == sorted(set(times))
     long = {"text_input": PROMPT * 4, "sampling_param_return_perf_metrics": True, "sampling_param_max_tokens": 1}
     once, again = (generate(triton, **long).json() for _ in range(2))
@@ -154,7 +154,7 @@ def test_sampling_fields(triton: Ports) -> None:
 def test_generate_stream(triton: Ports, mode: str) -> None:
     found = events(generate(triton, "generate_stream", streaming=True, mode=mode, return_finish_reason=True))
     texts = [event["text_output"] for event in found]
-    assert len(texts) >= 2  # the first tokens are told at once
+    assert len(texts) >= 2  # the first tokens are sent at once
     for earlier, later in itertools.pairwise(texts):
         assert later.startswith(earlier)
     assert [event["finish_reason"] for event in found] == ["None"] * (len(found) - 1) + ["stop"]
@@ -173,7 +173,7 @@ BAD = {
     "bad_words": ({"bad_words": ["a", "b"]}, "bad_words is not supported: banned words"),
     "beams": ({"beam_width": 2}, "beam_width is not supported: beam search"),
     "misspelt": ({"block_lenght": 8}, "block_lenght"),
-    "stop of nobody": ({"stop": True}, "stop needs a request id"),
+    "stop without an id": ({"stop": True}, "stop needs a request id"),
 }
 
 
@@ -212,7 +212,7 @@ def ensemble(ports: Ports, **fields: Any) -> httpx.Response:
 
 
 def test_ensemble(triton: Ports, undecoupled: Ports) -> None:
-    """TensorRT-LLM's documentation sends requests to this model, by other names of inputs."""
+    """TensorRT-LLM's documentation sends requests to this model, with other input names."""
     for ports in (triton, undecoupled):
         found = ensemble(ports)
         assert found.status_code == 200, found.text
@@ -254,7 +254,7 @@ def test_a_stopping_server_finishes_what_runs(tiny_engine: Path) -> None:
 
 
 def test_grpc_streams_share_the_engine(triton: Ports) -> None:
-    """More requests on one stream than the engine has slots; the first, which is long, is done last."""
+    """More requests on one stream than slots; the first one is long and finishes last."""
     with stream_to(triton) as stream:
         stream.ask("long", mode="ar", ignore_eos=True, sampling_param_max_tokens=1900)
         for number in range(7):
@@ -279,7 +279,7 @@ def test_grpc_errors(triton: Ports) -> None:
 
 
 def test_a_client_that_leaves_frees_its_slot(triton: Ports) -> None:
-    """By the tokens that were computed: the rest of no long answer is among them."""
+    """The count of computed tokens shows that no long answer was finished."""
     before = metrics(triton)["trimode_tokens_emitted_total"]
     for _ in range(6):  # more than there are slots
         with stream_to(triton) as stream:
@@ -304,11 +304,11 @@ def test_stop_by_request_id(triton: Ports) -> None:
 
 
 class Unary:
-    """Asks as TensorRT-LLM's own client does, `triton_backend/tools/llmapi_client.py`."""
+    """Sends requests as TensorRT-LLM's own client, `triton_backend/tools/llmapi_client.py`."""
 
     def __init__(self, client: grpc.InferenceServerClient) -> None:
         self._client = client
-        self._told: queue.Queue[Any] = queue.Queue()
+        self._results: queue.Queue[Any] = queue.Queue()
 
     def ask(self, request_id: str, **fields: Any) -> Any:
         inputs = {"text_input": PROMPT, "sampling_param_max_tokens": 200} | fields
@@ -322,7 +322,7 @@ class Unary:
 
     def next(self) -> str:
         """The text of what is answered next, or its error's status."""
-        found = self._told.get(timeout=SECONDS)
+        found = self._results.get(timeout=SECONDS)
         if isinstance(found, grpc.InferenceServerException):
             return str(found.status())
         return str(found.as_numpy("text_output")[0].decode())
@@ -333,7 +333,7 @@ class Unary:
             inputs,
             outputs=None,
             request_id=request_id,
-            callback=lambda result, error: self._told.put(error or result),
+            callback=lambda result, error: self._results.put(error or result),
             parameters={"Streaming": False},
         )
 
@@ -347,7 +347,7 @@ def unary(undecoupled: Ports) -> Iterator[Unary]:
         yield Unary(client)
 
 
-def test_their_client(unary: Unary) -> None:
+def test_tensorrt_llms_client(unary: Unary) -> None:
     unary.stop("1")  # there is none of this id yet
     assert unary.next() == CANCELLED
     answered = unary.ask("1")
@@ -359,7 +359,7 @@ def test_their_client(unary: Unary) -> None:
     assert unary.next() == ANSWER
 
 
-def test_their_client_stops_and_cancels(unary: Unary, undecoupled: Ports) -> None:
+def test_tensorrt_llms_client_stops_and_cancels(unary: Unary, undecoupled: Ports) -> None:
     unary.ask("long", n=64, **LONG)
     wait_for_metrics(undecoupled, requests_running=4)
     unary.stop("long")
