@@ -61,10 +61,12 @@ def _lm_eval(environment: Path, url: str) -> list[str]:
 
 
 def _guidellm(environment: Path, url: str) -> list[str]:
-    arguments = ["--target", url, "--model", "tiny", "--processor", str(TOKENIZER), "--profile", "concurrent"]
-    arguments += ["--rate", "2", "--max-requests", "6", "--data", "prompt_tokens=32,output_tokens=16"]
-    backend = json.dumps({"api_key": KEY})
-    return [str(environment / "bin" / "guidellm"), "benchmark", *arguments, "--backend-kwargs", backend]
+    arguments = ["--backend", f"kind=openai_http,target={url},model=tiny,api_key={KEY}"]
+    arguments += ["--profile", "kind=concurrent,streams=2", "--constraint", "kind=max_requests,count=6"]
+    arguments += ["--data", "kind=synthetic_text,prompt_tokens=32,output_tokens=16"]
+    arguments += ["--tokenizer", f"kind=huggingface_auto,model={TOKENIZER}", "--disable-progress"]
+    output = f"kind=json,path={environment / 'results.json'}"
+    return [str(environment / "bin" / "guidellm"), "run", *arguments, "--output", output]
 
 
 def _aiperf(environment: Path, url: str) -> list[str]:
