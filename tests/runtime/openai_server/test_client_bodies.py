@@ -175,6 +175,38 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+PARTS_OF_TEXT = [{"role": "user", "content": [{"type": "text", "text": USER["content"]}]}]
+STREAM = {"stream": True, "stream_options": {"include_usage": True}}
+# Whole bodies of benchmarks: each streams four tokens and ends with the usage.
+BENCHMARKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "vllm bench serve, chat": (
+        CHAT,
+        {"messages": PARTS_OF_TEXT, "max_completion_tokens": 4, "ignore_eos": True, "temperature": 0.0},
+    ),
+    "vllm bench serve, completions": (
+        COMPLETIONS,
+        {"prompt": "abc", "repetition_penalty": 1.0, "max_tokens": 4, "logprobs": None, "ignore_eos": True},
+    ),
+    "guidellm": (
+        CHAT,
+        {"messages": PARTS_OF_TEXT, "max_completion_tokens": 4, "max_tokens": 4, "stop": None, "ignore_eos": True},
+    ),
+    "genai-perf": (CHAT, {"messages": [USER], "max_tokens": 4, "min_tokens": 4, "ignore_eos": True}),
+    "lm-eval, token ids": (
+        COMPLETIONS,
+        {"prompt": [[5, 300, 301]], "max_tokens": 4, "temperature": 0, "stop": None, "seed": 1234, "ignore_eos": True},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BENCHMARKS)
+def test_benchmarks(http: httpx.Client, case: str) -> None:
+    path, body = BENCHMARKS[case]
+    events = chunks(http, path, body | {"model": "tiny"} | STREAM)
+    assert events[-1]["usage"]["completion_tokens"] == 4
+    assert [choice["finish_reason"] for choice in events[-2]["choices"]] == ["length"]
+
+
 def content(response: httpx.Response) -> str:
     assert response.status_code == 200, response.text
     return str(response.json()["choices"][0]["message"]["content"])
