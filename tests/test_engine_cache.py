@@ -1,4 +1,4 @@
-"""Checkpoints where an engine directory is expected: built once into the cache, and found there afterwards."""
+"""Checkpoints in place of an engine directory: built once into the cache, and found there afterwards."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def checkpoint(random_checkpoint: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def builds(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Every quantisation that is made: its method and group."""
+    """Method and group of every quantisation that runs."""
     made: list[dict[str, Any]] = []
 
     def quantize(source: Checkpoint, out: Path, **options: Any) -> Any:
@@ -80,7 +80,7 @@ def test_it_is_built_once(random_checkpoint: Path, builds: list[dict[str, Any]],
     assert {path.name for path in cache.iterdir() if not path.name.startswith(".")} <= {entry.key, "hashes.json"}
 
 
-def test_what_makes_another_engine(checkpoint: Path, builds: list[dict[str, Any]]) -> None:
+def test_changes_that_need_another_engine(checkpoint: Path, builds: list[dict[str, Any]]) -> None:
     first = engine_of(checkpoint, RTN)
     assert engine_of(checkpoint, BuildOptions(group=64)) != first
     (checkpoint / "README.md").write_text("not read by the build")
@@ -156,7 +156,7 @@ def test_an_engine_directory_takes_no_build_options(random_engine: Path) -> None
         engine_of(random_engine, BuildOptions(target="cpu", group=64))
 
 
-def test_what_is_neither_engine_nor_checkpoint(tmp_path: Path, random_checkpoint: Path) -> None:
+def test_a_folder_that_is_neither_engine_nor_checkpoint(tmp_path: Path, random_checkpoint: Path) -> None:
     with pytest.raises(TriModeError, match=r"no manifest\.json, no config\.json"):
         engine_of(tmp_path, BuildOptions())
     with pytest.raises(TriModeError, match="is not an engine directory, a checkpoint folder or a hub id"):
@@ -226,7 +226,7 @@ def test_an_interrupted_build_leaves_nothing(random_checkpoint: Path, cache: Pat
 
 
 def test_what_a_killed_build_left_is_removed_by_the_next_one(random_checkpoint: Path, cache: Path) -> None:
-    """The process ends at once in the middle of its build, as by SIGKILL."""
+    """The process ends in the middle of its build without cleaning up, as after SIGKILL."""
     program = (
         "import os, sys\n"
         "from trimode.engine_cache import BuildOptions, engine_of\n"

@@ -1,5 +1,5 @@
-"""The guards are awake: each of these faults, planted in the engine, moves the logits of those passes that it is in far
-past the bar of parity; planted in the runtime, it changes the text.
+"""The tests detect faults: each fault planted in the engine moves the logits of the affected passes far past the parity
+threshold, and each fault planted in the runtime changes the text.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def without_query_scaling(build: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def one_token_further(visible: Callable[..., Any]) -> Callable[..., Any]:
-    """Each query of the causal engine sees one token further."""
+    """Each query of the causal engine attends to one more token."""
 
     def built(self: Any, input_ids: str, visibility: str) -> Any:
         if self.pattern == "causal":
@@ -112,8 +112,8 @@ def one_token_further(visible: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def with_step_lengths(change: Callable[..., str]) -> Callable[..., Any]:
-    """The diffusion engine reads other step lengths than it is given."""
-    visible = network._Network._visible
+    """The diffusion engine uses changed step lengths."""
+    visible = network._NetworkGraph._visible
 
     def built(self: Any, step: str, visibility: str) -> Any:
         read = change(self, step, visibility) if self.pattern == "bidirectional" else visibility
@@ -127,7 +127,7 @@ def without_adapter(self: Any, attended: str, residual: str, layer: Any, _index:
 
 
 def merge_adapter(linear: Callable[..., Any]) -> Callable[..., Any]:
-    """The adapter is in the weights, hence in every pass."""
+    """The adapter is merged into the weights, and so active in every pass."""
 
     def pooled(self: Any, parent: str, *names: str) -> Any:
         if names != ("o_proj",):
@@ -152,14 +152,14 @@ def swap_packed(put: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def network_with(name: str, fault: Any) -> Callable[[pytest.MonkeyPatch], None]:
-    return lambda patch: patch.setattr(network._Network, name, fault)
+    return lambda patch: patch.setattr(network._NetworkGraph, name, fault)
 
 
-# Each with the passes that it is in, or whose cache it is in.
+# Each fault with the passes that it affects, directly or through the cache.
 MUTATIONS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], tuple[str, ...]]] = {
     "YaRN": (lambda patch: patch.setattr(network, "yarn_frequencies", plain_rope), PASSES),
-    "query scaling": (network_with("_rotations", without_query_scaling(network._Network._rotations)), PASSES),
-    "causal mask": (network_with("_visible", one_token_further(network._Network._visible)), PASSES),
+    "query scaling": (network_with("_rotations", without_query_scaling(network._NetworkGraph._rotations)), PASSES),
+    "causal mask": (network_with("_visible", one_token_further(network._NetworkGraph._visible)), PASSES),
     "block's last token unseen": (
         network_with("_visible", with_step_lengths(lambda self, _, lengths: self.op("Sub", lengths, [1]))),
         ("draft",),
@@ -187,7 +187,7 @@ def test_the_engine_without_a_fault_is_within_the_bar(random_int4_engine: Path, 
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_a_planted_fault_is_seen(
+def test_a_planted_fault_is_detected(
     name: str, random_int4_checkpoint: Path, reference: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plant, touched = MUTATIONS[name]

@@ -1,4 +1,4 @@
-"""The working tree is the package: every tool sees a change at once, and wheel and sdist hold all of it."""
+"""The working tree is the package: every tool uses its current files, and wheel and sdist contain all of them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FRESH_TEST = "from trimode.common.fresh import answer\n\ndef test_fresh():\n    
 
 
 class Tree:
-    """A copy of the working tree, installed in place into an environment of its own, as ``make setup`` does it."""
+    """A copy of the working tree, installed in place into a new environment, as by ``make setup``."""
 
     def __init__(self, folder: Path) -> None:
         self.root = folder / "working tree"
@@ -52,14 +52,14 @@ class Tree:
 
 
 def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    """In an environment without PYTHONPATH: what is installed decides what is imported."""
+    """Run without PYTHONPATH, so that the installed package is imported."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Tree:
-    """Changed after its installation: a new module, and another version."""
+    """A tree that is changed after its installation: a new module, and another version."""
     tree = Tree(tmp_path_factory.mktemp("packaging"))
     tree.write("common/fresh.py", FRESH)
     tree.write("common/version.py", f'__version__ = "{VERSION}"\n')

@@ -1,4 +1,4 @@
-"""Rules of the project: tools look into folders named `build`, the runtime needs no torch, and make builds an engine
+"""Rules of the project: tools do not skip folders named `build`, the runtime needs no torch, and make builds an engine
 again when its model or its options change.
 """
 
@@ -54,7 +54,7 @@ def test_git_keeps_folders_named_build(bare_project: Path) -> None:
 
 
 def test_the_runtime_decodes_without_torch(random_engine: Path) -> None:
-    """In a fresh process where torch and its kin cannot be imported, an answer is generated."""
+    """In a new process in which torch and similar packages cannot be imported."""
     program = """
 import sys
 from pathlib import Path
@@ -105,7 +105,7 @@ def workshop(tmp_path: Path) -> Path:
 
 
 def calls(workshop: Path, *arguments: str, code: int = 0) -> list[str]:
-    """The calls of `trimode` that make made."""
+    """The calls of `trimode` by make."""
     log = workshop / "log"
     log.write_text("")
     environment = os.environ | {"LOG": str(log)}
@@ -116,7 +116,7 @@ def calls(workshop: Path, *arguments: str, code: int = 0) -> list[str]:
 
 
 def commands(workshop: Path, *arguments: str, code: int = 0) -> list[str]:
-    """Their names."""
+    """The names of the called commands."""
     return [line.split()[0] for line in calls(workshop, *arguments, code=code)]
 
 
@@ -137,7 +137,7 @@ CHANGES: dict[str, tuple[tuple[str, ...], Callable[[Path], object]]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_make_builds_the_engine_again_when_what_it_is_made_of_changes(workshop: Path, change: str) -> None:
+def test_make_builds_the_engine_again_when_its_inputs_change(workshop: Path, change: str) -> None:
     arguments, apply = CHANGES[change]
     assert commands(workshop, "build-engine", MODEL) == BUILD
     assert commands(workshop, "build-engine", MODEL) == ["info"]
@@ -147,7 +147,7 @@ def test_make_builds_the_engine_again_when_what_it_is_made_of_changes(workshop: 
     assert not list(workshop.glob("engines/*.new"))
 
 
-def test_make_passes_paths_with_spaces_whole(workshop: Path) -> None:
+def test_make_does_not_split_paths_with_spaces(workshop: Path) -> None:
     (workshop / "a text.jsonl").write_text("")
     arguments = ("build-engine", MODEL, "ENGINE=my engines/an engine", "CALIBRATION=a text.jsonl")
     assert calls(workshop, *arguments) == [
@@ -173,7 +173,7 @@ def test_make_builds_for_another_target_from_the_same_weights(workshop: Path) ->
     assert commands(workshop, *engine, "TARGET=rtx") == ["build", "info"]
 
 
-def test_make_does_not_quantise_what_is_int4(workshop: Path) -> None:
+def test_make_does_not_quantise_an_int4_checkpoint(workshop: Path) -> None:
     (workshop / "two/tiny/hf_quant_config.json").write_text("")
     assert calls(workshop, "build-engine", "MODEL=two/tiny") == [
         "build two/tiny engines/tiny-cpu.new --target cpu",
@@ -205,7 +205,7 @@ def test_make_clean_removes_what_git_ignores_except_results(workshop: Path) -> N
     assert [folder.name for folder in made if folder.exists()] == ["out"]
 
 
-def test_make_keeps_what_it_has_not_made_and_what_it_cannot_replace(workshop: Path) -> None:
+def test_make_keeps_foreign_folders_and_folders_whose_replacement_fails(workshop: Path) -> None:
     (workshop / "mine").mkdir()
     (workshop / "mine/manifest.json").write_text("mine")
     assert commands(workshop, "build-engine", MODEL, "ENGINE=mine", code=2) == []

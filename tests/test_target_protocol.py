@@ -1,4 +1,4 @@
-"""Targets are independent: a build for one imports no other, and a new one registers in one place on each side."""
+"""Targets are independent: a build for one imports no other, and a new one registers once in each layer."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class ToySection(TargetSection):
 
 @dataclass(frozen=True, kw_only=True)
 class ToyTarget:
-    """Both engines predict one token."""
+    """Both engines always predict the same token."""
 
     name: ClassVar[str] = "toy"
     token: int = field(default=TOKEN, metadata=option("The token.", "--the-token"))
@@ -155,7 +155,7 @@ def test_every_target_has_a_section_of_its_name(side: dict[str, Any]) -> None:
 
 
 def test_a_cpu_build_imports_no_other_target(random_checkpoint: Path, tmp_path: Path) -> None:
-    """In a fresh process, since other tests import them all."""
+    """In a new process, because other tests import all targets."""
     program = (
         "import sys\n"
         "from pathlib import Path\n"

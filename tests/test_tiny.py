@@ -1,6 +1,6 @@
-"""The shipped checkpoint through the whole pipeline: real text, real acceptance.
+"""The shipped checkpoint through the complete pipeline: real text, real acceptance.
 
-Small samples of what `make prove` measures in full.
+These are small samples of the measurements of `make prove`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def reference(w4a16: Path) -> NemotronLabsDiffusionModel:
 
 @pytest.fixture(scope="module")
 def prompts(llm: LLM, heldout: list[dict]) -> list[list[int]]:
-    """Every tenth held-out problem, so that all kinds are there, long conversations among them."""
+    """Every tenth held-out problem: all kinds, including long conversations."""
     return encoded(llm, heldout[::10])
 
 
@@ -92,7 +92,7 @@ def test_tokens_are_the_references(
 
 
 def test_the_adapter_raises_acceptance(llm: LLM, heldout: list[dict]) -> None:
-    """By the cycles that the same texts take; the texts are equal, so every cycle saved is the adapter's."""
+    """Compare the cycles for the same texts. The texts are equal, so the adapter causes the whole difference."""
     prompts = encoded(llm, heldout[::3])
     with_adapter = answers(llm, prompts, mode="linear_spec")
     without = answers(llm, prompts, mode="linear_spec", adapter=False)

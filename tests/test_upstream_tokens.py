@@ -25,7 +25,7 @@ END_THINK = 13
 RECORDS = [
     json.loads(line) for line in (Path(__file__).parent / "data" / "upstream_tokens.jsonl").read_text().splitlines()
 ]
-# What each kind of record was made with; a record itself gives the rest.
+# Parameters of each kind of record; the record itself has the others.
 COMMON: dict[str, dict[str, Any]] = {
     "ar": {"mode": "ar", "max_tokens": 64},
     "linear_spec": {"mode": "linear_spec", "max_tokens": 64},
@@ -112,7 +112,7 @@ def test_the_reference_gives_upstreams_tokens_and_nfe(
 
 @pytest.mark.parametrize("kind", ANSWERS)
 def test_the_engine_gives_upstreams_tokens(llm: LLM, tokenizer: Tokenizer, heldout: list[dict], kind: str) -> None:
-    """All of them in one call, so that modes' blocks and answers of all lengths share passes."""
+    """All requests in one call, so that blocks and answers of different lengths share passes."""
     wanted = cases(tokenizer, heldout, kind)
     found = llm.generate([case.prompt for case in wanted], [case.params for case in wanted])
     for case, output in zip(wanted, found, strict=True):

@@ -306,7 +306,7 @@ import re, sys
 from pathlib import Path
 import numpy as np
 from trimode.engine.manifest import Manifest
-from trimode.runtime.cpu import executor as cpu_executor
+from trimode.runtime.cpu import cpu_executor
 from trimode.runtime.executor import BidirectionalStep, CausalStep
 
 engine = Path(sys.argv[1])

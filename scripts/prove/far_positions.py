@@ -21,7 +21,7 @@ from trimode.engine.manifest import Manifest
 from trimode.model.checkpoint import Checkpoint
 from trimode.model.reference.loading import load_reference
 from trimode.model.reference.patterns import bidirectional, causal
-from trimode.runtime.cpu.executor import CpuExecutor
+from trimode.runtime.cpu.cpu_executor import CpuExecutor
 from trimode.runtime.executor import BidirectionalStep, CausalStep
 
 CONTEXT, STEP = 262144, 16

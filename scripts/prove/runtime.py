@@ -149,7 +149,7 @@ def distribution_row(sampling: dict[str, Any], prompt: tuple[int, ...], draws: i
 
     for start in track(range(0, draws, 1000), f"sampling {sampling}", transient=True, console=Console(stderr=True)):
         for seed in range(start, start + 1000):
-            bench.ask(prompt, params, receive, seed)
+            bench.add(prompt, params, receive, seed)
         bench.run()
     exact = text_law(prompt, 3, params)
     texts = total_variation(counts, exact)
@@ -236,7 +236,7 @@ def events_row(events: int) -> ProofRow:
             wrong += update.token_ids != (expected if whole else expected[: len(update.token_ids)])
             running.pop(number)
 
-        running[number] = bench.ask(prompt, params, receive)
+        running[number] = bench.add(prompt, params, receive)
 
     submitted = 0
     for _ in track(range(events), "events", transient=True, console=Console(stderr=True)):

@@ -10,7 +10,7 @@ from selenium import webdriver
 
 
 def missing_browser() -> str | None:
-    """The first program that is needed and not on PATH."""
+    """The first required program that is not on PATH; None if all are."""
     return next((name for name in ("chromium", "chromedriver") if shutil.which(name) is None), None)
 
 
@@ -18,10 +18,10 @@ def missing_browser() -> str | None:
 def browser(
     width: int = 1280, height: int = 800, dark: bool = False, still: bool = False
 ) -> Iterator[webdriver.Chrome]:
-    """still: for one who prefers that nothing moves."""
+    """still: with the preference for reduced motion."""
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium") or ""
-    # Chromium's own sandbox refuses to run as root, as which CI runs.
+    # CI runs as root, which Chromium's sandbox does not allow.
     for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})

@@ -1,9 +1,9 @@
 """An executor whose next-token law is known exactly: a language of a few tokens, computed from the KV pool's own rows.
 
-For tests of the runtime. It follows the step contract exactly: it writes each step's tokens and
-positions into the KV pool's rows, and what it answers depends on the rows that the contract lets it see and on nothing
-else. So a row that another sequence wrote, a stale row, or padding that is seen changes the answer, and what the
-scheduler makes of it can be compared with :func:`greedy_text` and :func:`text_law`, which know no pool and no batch.
+For tests of the runtime. It follows the step contract exactly: it writes each step's tokens and positions into the rows
+of the KV pool, and its logits depend only on the rows that the contract makes visible. So a row of another sequence, a
+stale row or visible padding changes the text. Tests compare the scheduler's texts with :func:`greedy_text` and
+:func:`text_law`, which use neither a pool nor a batch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,8 +70,8 @@ class ExactLawExecutor:
         return candidates(logits)
 
 
-class Silence:
-    """The text of a language that has no letters: tokens are what is compared."""
+class NoText:
+    """An empty detokenizer: the tests compare tokens."""
 
     def feed(self, tokens: list[int]) -> None: ...
 
@@ -96,7 +96,7 @@ class Bench:
         limit_rows: int | None = None,
     ) -> None:
         self.capacity = capacity
-        self.asked = 0  # requests
+        self.submitted = 0
         self.executor = ExactLawExecutor(capacity=capacity, end=end, limit_rows=limit_rows)
         self.cost = PassCost(max_batch, 16)
         self.scheduler = Scheduler(
@@ -108,13 +108,12 @@ class Bench:
             clock=clock,
             prefix_cache=PrefixCache(2000) if prefix_cache else None,
         )
-        self.capacity = capacity
 
-    def ask(
+    def add(
         self,
         prompt: tuple[int, ...],
         params: SamplingParams,
-        hear: Listener,
+        listener: Listener,
         seed: int = 0,
         update_seconds: float | None = None,
     ) -> Request:
@@ -122,8 +121,11 @@ class Bench:
         sequence = Sequence(
             list(prompt), params, ending, Acceptance(), context=self.capacity, mask_id=MASK, prefill_step=4, seed=seed
         )
-        self.asked += 1
-        request = Request(sequence, Silence(), hear, request_id=self.asked - 1, index=0, update_seconds=update_seconds)  # type: ignore[arg-type]
+        self.submitted += 1
+        text: Any = NoText()
+        request = Request(
+            sequence, text, listener, request_id=self.submitted - 1, index=0, update_seconds=update_seconds
+        )
         self.scheduler.waiting.append(request)
         return request
 
@@ -182,7 +184,7 @@ def greedy(text: tuple[int, ...], end: bool = True) -> int:
 
 
 def greedy_text(prompt: tuple[int, ...], max_tokens: int, end: bool = True) -> list[int]:
-    """What greedy AR says, by the law alone."""
+    """The text of greedy AR, computed from the law."""
     text = prompt
     while len(text) < len(prompt) + max_tokens and (len(text) == len(prompt) or text[-1] != END):
         text += (greedy(text, end),)
@@ -207,7 +209,7 @@ def text_law(prompt: tuple[int, ...], length: int, params: SamplingParams) -> di
 def after_penalties(
     logits: NDArray[np.float32], prompt: tuple[int, ...], text: tuple[int, ...], params: SamplingParams
 ) -> NDArray[np.float32]:
-    """A copy of a row's logits with the penalties for what the prompt and the text have said."""
+    """A copy of a row's logits with the penalties for the tokens of the prompt and the text."""
     logits = logits.copy()
     for token in {*prompt, *text}:
         positive = logits[token] > 0
@@ -218,8 +220,8 @@ def after_penalties(
 
 
 class Variation(NamedTuple):
-    """Half the L1 distance between counts and law; what sampling alone is expected to make of it, and how far it may
-    stray from that: a standard deviation.
+    """distance: half the L1 distance between counts and law. by_chance: its expected value for samples of the law.
+    deviation: its standard deviation.
     """
 
     distance: float
@@ -235,8 +237,8 @@ def total_variation(found: dict[tuple[int, ...], int], exact: dict[tuple[int, ..
     draws = sum(found.values())
     keys = set(found) | set(exact)
     distance = sum(abs(found.get(key, 0) / draws - exact.get(key, 0.0)) for key in keys) / 2
-    # A binomial share's deviation is about normal: its mean size, and how far that size varies. Shares that sum to 1
-    # vary a little less together.
+    # The error of a binomial share is nearly normal; these are the mean and the deviation of its absolute value. The
+    # shares sum to 1, so the true values are slightly smaller.
     variances = np.array([p * (1 - p) / draws for p in exact.values()])
     by_chance = np.sqrt(2 / np.pi * variances).sum() / 2
     deviation = np.sqrt((1 - 2 / np.pi) * variances.sum()) / 2

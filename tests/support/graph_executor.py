@@ -1,5 +1,5 @@
-"""Target tensorrt's graphs in ONNX Runtime, by the functions that their plugins' operators are: every weight, the KV
-pool and the adapter bound as inputs, as the target's runtime would bind them.
+"""Run target tensorrt's graphs in ONNX Runtime, with the plugins' operators as ONNX functions. Weights, KV pool and
+adapter are bound as inputs, as by a runtime of the target.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TYPES = {
 
 def open_session(graph: Path) -> ort.InferenceSession:
     settings = ort.SessionOptions()
-    # fp32, and not 8-bit, products
+    # Products in fp32, not in 8 bits.
     settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     settings.log_severity_level = 3
     settings.intra_op_num_threads = 1
@@ -38,14 +38,14 @@ def open_session(graph: Path) -> ort.InferenceSession:
 
 
 def bind_pooled(binding: ort.IOBinding, value: ort.NodeArg, data: NDArray[np.uint8]) -> None:
-    """Bind the bytes where they lie; numpy need not know their type. ``data`` must outlive the binding."""
+    """Bind bytes without a copy, as numpy may lack their type. ``data`` must outlive the binding."""
     binding.bind_input(value.name, "cpu", 0, TYPES[value.type], value.shape, data.ctypes.data)
 
 
 class GraphExecutor:
     """Runs ``ar/graph.onnx`` and ``diffusion/graph.onnx`` of ``folder`` over one mapped pool, for one sequence.
 
-    ``seen``: the steps it was given.
+    ``seen``: the executed steps.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The interpreter in a GPU's place: executes the launches of the GPU check, and measures no time."""
+"""The interpreter in place of a GPU: executes the launches of the GPU check, and measures no time."""
 
 from __future__ import annotations
 

@@ -23,10 +23,10 @@ def launch(launched: KernelLaunch) -> dict[str, Traffic]:
     kernel = kernel_of(operator)
     aliased = {output.aliases for output in operator.outputs}
     inputs = {operand.name: arguments[operand.name] for operand in operator.inputs if operand.name not in aliased}
-    kept = {name: tensor.clone() for name, tensor in inputs.items() if isinstance(tensor, Tensor)}
+    copies = {name: tensor.clone() for name, tensor in inputs.items() if isinstance(tensor, Tensor)}
     absent = {name: None for name in kernel.arg_names if name not in arguments and name not in launched.constants}
     traffic = interpret(kernel, launched.grid, {**arguments, **absent}, launched.constants)
-    for name, before in kept.items():
+    for name, before in copies.items():
         torch.testing.assert_close(inputs[name], before, rtol=0, atol=0, equal_nan=True, msg=f"{name} was changed")
     return traffic
 
@@ -47,7 +47,8 @@ def attend(
     attend_traffic = launch(over_splits)
     partial, log_sum_exp = over_splits.outputs
     assert not log_sum_exp.isnan().any()
-    assert torch.equal(partial.isnan().any(-1), log_sum_exp == -torch.inf), "a split is written where it saw something"
+    written = ~partial.isnan().any(-1)
+    assert torch.equal(written, log_sum_exp != -torch.inf), "a split is written if and only if it attended to a row"
     merged = prepare(
         MergeSplits(),
         {"partial": partial, "log_sum_exp": log_sum_exp},

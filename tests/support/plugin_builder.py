@@ -1,4 +1,4 @@
-"""Calls a declared plugin as TensorRT's builder does, through the classes that TensorRT's bindings make of it."""
+"""Call a declared plugin like TensorRT's builder, through the classes that TensorRT's bindings create for it."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class PassedSymbol:
 
 
 class DimsExprs(list[Any]):
-    """As TensorRT's: made with a length, then filled."""
+    """Like TensorRT's: created with a length, then filled."""
 
     def __init__(self, length: int) -> None:
         super().__init__([None] * length)

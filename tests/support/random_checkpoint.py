@@ -71,7 +71,7 @@ def write_random_checkpoint(folder: Path, seed: int = 0, rank: int = 8, **config
     torch.manual_seed(seed)
     model = NemotronLabsDiffusionModel(NemotronLabsDiffusionConfig(**config_fields(**config)))
     for name, parameter in model.named_parameters():
-        # Wide enough that attention is far from uniform and logits far from ties.
+        # Large enough that attention is not nearly uniform and logits are not nearly equal.
         mean, spread = (1.0, 0.1) if "norm" in name else (0.0, 1.0 if "embed" in name else 0.12)
         torch.nn.init.normal_(parameter, mean, spread)
     model.to(torch.bfloat16).save_pretrained(folder)
@@ -86,7 +86,7 @@ def write_random_checkpoint(folder: Path, seed: int = 0, rank: int = 8, **config
 
 
 def write_random_tokenizer(folder: Path, vocab_size: int) -> None:
-    """Byte-level, unmerged; every id of the vocabulary is a token."""
+    """A byte-level tokenizer without merges. Every id of the vocabulary is a token."""
     special = {index: NAMED_TOKENS.get(index, f"<SPECIAL_{index}>") for index in range(101)}
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in special.items()}

@@ -1,17 +1,17 @@
-"""A test double of CUDA's driver and of TensorRT-RTX: no GPU, and real numbers at the addresses that were bound.
+"""A test double of the CUDA driver and of TensorRT-RTX. It needs no GPU and computes real numbers.
 
-It replaces ``trimode.runtime.gpu.device.driver`` and the name ``trt`` of the modules beside it. "Device memory" is the
-host's; physical memory is a file in memory, which the kernel maps at several places as a GPU's would be. Work of the
-stream waits until it is synchronised, so a result that is read too early is not there. A captured graph is the list of
-its operations with the addresses of the time, as a CUDA graph is.
+It replaces ``trimode.runtime.gpu.device.driver`` and the name ``trt`` of modules of target rtx. Host memory serves as
+device memory. Physical memory is a memory file that is mapped at several addresses, like a GPU's. The work of a stream
+runs only when the stream is synchronised, so a result that is read too early is missing. A captured graph is a list of
+operations with the addresses at the time of capture, like a CUDA graph.
 
-An engine executes its ``graph.onnx`` in ONNX Runtime, every input and output bound at the address that was set. The
-weights that ONNX Runtime computes with come from a file of the test's; the double checks that the same bytes are mapped
-as the plan's weights, and refuses to run otherwise. It is strict where a GPU would go wrong in silence: memory that was
-not allocated or is too short, an output that is not its input's alias, a context changed after its capture.
+An engine executes its ``graph.onnx`` in ONNX Runtime, with every input and output bound at the address that was set.
+ONNX Runtime reads the weights from a file of the test. The double refuses to run unless the same bytes are mapped as
+the plan's weights. It raises an error for faults that a GPU would not report: memory that is not allocated or too
+short, an output that does not alias its input, a context that is changed after its capture.
 
-What it does not show: that the plans compute what the graphs say, that the real calls accept what is asked of them
-(their names and arguments at least are held against the real bindings), and any timing.
+The double does not show that the plans compute the same as the graphs, or that the real calls accept the arguments
+(only their names and parameters are compared with the real bindings), and it gives no timing.
 """
 
 # ruff: noqa: ARG002, N802, N803 - CUDA's names and arguments
@@ -51,7 +51,7 @@ _MAP_FIXED = 0x10
 
 
 class FaultError(Exception):
-    """What on a GPU would be undefined behaviour."""
+    """A fault that would be undefined behaviour on a GPU."""
 
 
 def _map(address: int | None, size: int, file: int | None) -> int:
@@ -96,7 +96,7 @@ class LibcudaDouble:
 
 
 class DriverDouble:
-    """The driver calls that the executor makes; everything else, enumerations and records, is the real module's."""
+    """The driver calls of the executor. Enumerations and records are the real module's."""
 
     def __init__(self, memory: int = 1 << 31) -> None:
         self.free = memory
@@ -298,7 +298,7 @@ class DriverDouble:
     # For the double itself.
 
     def on_device(self, address: int, size: int) -> None:
-        """Device memory, whole within one allocation; never the host's."""
+        """Require that the range is device memory of a single allocation."""
         ranges = [(begin, memory.nbytes) for begin, memory in self.allocations.items()]
         if not any(
             begin <= address and address + size <= begin + length for begin, length in [*ranges, *self.mapped.items()]
@@ -321,7 +321,7 @@ class DriverDouble:
 
 @dataclass
 class PlanDouble:
-    """What the double knows of a plan: the graph it was compiled from, its bytes, and its weights among them."""
+    """The graph that a plan was compiled from, the plan's bytes, and the weights among them."""
 
     graph: Path
     content: bytes
@@ -330,7 +330,7 @@ class PlanDouble:
 
 
 def plan_doubles(engine: Path, graphs: Path) -> list[PlanDouble]:
-    """Of a real engine directory; ``graphs`` has ar.onnx and diffusion.onnx, and the weights that they name."""
+    """Doubles for a real engine directory. graphs: a folder with ar.onnx, diffusion.onnx and their weights."""
     section = Manifest.read(engine).section(RtxSection)
     doubles = []
     for name, entry in (("ar", section.ar), ("diffusion", section.diffusion)):
@@ -345,7 +345,7 @@ def plan_doubles(engine: Path, graphs: Path) -> list[PlanDouble]:
 
 
 class TrtDouble:
-    """The names of ``tensorrt_rtx`` that the runtime uses, for these plans and one GPU."""
+    """The part of ``tensorrt_rtx`` that the runtime uses, for these plans and one GPU."""
 
     def __init__(self, real: Any, cuda: DriverDouble, plans: list[PlanDouble], manages_weights: bool = True) -> None:
         self._real = real
@@ -395,7 +395,7 @@ class EngineDouble:
         self.session = ort.InferenceSession(str(plan.graph), _session_options(), providers=["CPUExecutionProvider"])
         self.names = [value.name for value in (*self.session.get_inputs(), *self.session.get_outputs())]
         self.device_memory_size_v2 = plan.activations
-        # Where the weights are on the device: the engine's own copy, pieces of other memory, or nothing.
+        # Location of the weights on the device: the engine's own copy, ranges of other memory, or none.
         self.own_copy = True
         self.pieces: dict[int, int] = {}
         self.weights_at = _map(None, plan.section.nbytes, None)
@@ -419,7 +419,7 @@ class EngineDouble:
         return ContextDouble(self, runtime_config)
 
     def weights_are_whole(self) -> bool:
-        """Every byte mapped, and every byte the plan's."""
+        """Whether every byte is mapped and equals the plan's."""
         if self.own_copy:
             return True
         size = self.plan.section.nbytes
@@ -461,7 +461,7 @@ class WeightsManagerDouble:
 
 
 class RuntimeConfigDouble:
-    """Takes what is set; a context is only made if all of it was."""
+    """Records the settings. A context is created only if all of them were set."""
 
     def __init__(self, trt: TrtDouble) -> None:
         self._trt = trt
@@ -505,7 +505,7 @@ class ContextDouble:
         self._change()
         declared = self._inputs[name].shape
         if name.startswith("k_view."):
-            # A plan takes keys as columns that lie as rows do; the graph calls them rows.
+            # A plan declares keys as columns, and the graph as rows; in memory both are the same.
             columns, head_dim, rows, one = shape
             assert one == 1
             shape = (columns // declared[1], declared[1], rows, head_dim)
@@ -538,7 +538,7 @@ class ContextDouble:
             raise FaultError("a context was changed after it was captured")
 
     def _bound_run(self) -> Callable[[], None]:
-        """The pass as it is bound now: whatever is set later does not change it."""
+        """The pass with the current bindings. Later changes of the context do not affect it."""
         sizes: dict[str, int] = {}
         for name, shape in self.shapes.items():
             for dimension, size in zip(self._inputs[name].shape, shape, strict=True):
@@ -599,13 +599,13 @@ def _session_options() -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = 1
-    # Or int4 products round their inputs to 8 bits.
+    # Without this setting, int4 products round their inputs to 8 bits.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     return options
 
 
 def misremembered_calls(real_trt: Any) -> list[str]:
-    """Calls of the double that the real bindings do not have, or that take other arguments there."""
+    """Calls of the double that do not exist in the real bindings, or that have other parameters there."""
     found = []
     for name, call in vars(DriverDouble).items():
         if name.startswith("cu"):

@@ -1,5 +1,5 @@
-"""In place of TensorRT's parser and builder: reads the emitted graph and queries each of its plugins, through the real
-bindings' classes, for shapes and for a kernel of every tactic.
+"""A double of TensorRT's parser and builder. It reads the emitted graph and queries each plugin, through the classes of
+the real bindings, for its shapes and a kernel for every tactic.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ SIZES = {"batch": BATCH, "step": STEP, "rows": 7}
 
 
 def one_tactic_each(patch: pytest.MonkeyPatch) -> None:
-    """Only each operator's first tactic: to compile all of them takes half a minute, and tests/plugins does so."""
+    """Use only each operator's first tactic: compiling all of them takes half a minute, and tests/plugins does it."""
     for operator in (Attend, Int4Product, KvWrite, MergeSplits):
         patch.setattr(operator, "TACTICS", operator.TACTICS[:1])
 
 
 class TensorrtDouble:
-    """asked: each plugin node's answers, in order. profiles: of each engine, with the shapes of its inputs. expanded:
-    operators whose plugins the parser does not find, so that it uses their functions.
+    """plugins: the results of each plugin node, in order. profiles: of each engine, with the shapes of its inputs.
+    expanded: operators whose plugins the parser does not find, so that it uses their functions.
     """
 
     def __init__(self, trt: ModuleType, patch: pytest.MonkeyPatch) -> None:
         self._trt = trt
         self.expanded: set[str] = set()
-        self.asked: list[tuple[str, Built]] = []
+        self.plugins: list[tuple[str, Built]] = []
         self.profiles: list[list[dict[str, tuple[Any, ...]]]] = []
         self.previews: list[str] = []
         patch.setattr(trt, "Builder", lambda _log: self)
@@ -62,7 +62,7 @@ class TensorrtDouble:
             wanted = {name: attributes[name] for name in OPERATORS[node.op_type].attributes}
             built = build(self._trt, node.op_type, network.inputs_of(node, made), wanted)
             made |= dict(zip(node.output, built.output_shapes, strict=True))
-            self.asked.append((node.op_type, built))
+            self.plugins.append((node.op_type, built))
             if not config.progress_monitor.step_complete("plugins", step):
                 return None
         config.progress_monitor.phase_finish("plugins")
@@ -76,7 +76,7 @@ class _Network:
         self.plugins: list[onnx.NodeProto] = []
 
     def parse(self, path: str) -> bool:
-        """As TensorRT's parser: a node becomes the plugin of its name, namespace and version."""
+        """Like TensorRT's parser: a node becomes the plugin of its name, namespace and version."""
         model = onnx.load(path)
         shaped = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
         self._values = {value.name: value for value in (*shaped.input, *shaped.value_info, *shaped.output)}
@@ -108,12 +108,12 @@ class _Network:
         return SimpleNamespace(type="plugin")
 
     def inputs_of(self, node: onnx.NodeProto, made: dict[str, tuple[int, ...]]) -> dict[str, Input]:
-        """Each input with its size in some pass; ``made``: shapes of what plugins gave so far."""
+        """Each input with its size in some pass. made: shapes of the outputs of earlier plugins."""
         operands = [operand.name for operand in OPERATORS[node.op_type].inputs]
         shapes = {
             operand: made.get(name) or self._shape(name) for operand, name in zip(operands, node.input, strict=True)
         }
-        # Rows of activations, whose width the weights tell.
+        # Rows of activations; the weights give their width.
         for operand, weight, axis in (("x", "packed", 0), ("residual", "scale", 1), ("narrow", "adapter_up", 0)):
             if operand in shapes:
                 shapes[operand] = (BATCH, STEP, shapes[weight][axis])

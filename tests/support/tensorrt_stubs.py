@@ -1,7 +1,7 @@
-"""TensorRT's own Python bindings, with its validator of plugin declarations, without TensorRT.
+"""TensorRT's Python bindings, including the validator of plugin declarations, without TensorRT.
 
-The bindings import nine functions of three libraries. The C compiler builds stub libraries with these functions here.
-Numbers take the place of symbolic shapes, so that the bindings' plugin classes can be called as TensorRT calls them.
+The bindings import nine functions from three libraries. The C compiler builds stub libraries with these functions.
+Numbers replace symbolic shapes, so that the bindings' plugin classes can be called like TensorRT calls them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ STUBS = {
 
 
 def bindings_on_stubs(folder: Path) -> Iterator[ModuleType]:
-    """The bindings, under the name that a whole installation gives them; taken back when the generator goes on."""
+    """The bindings under their usual module name; removed when the generator resumes."""
     kept: list[Any] = []
     for library, functions in STUBS.items():
         source = folder / f"{library}.c"
@@ -46,7 +46,7 @@ def bindings_on_stubs(folder: Path) -> Iterator[ModuleType]:
     patch.setattr(bindings, "IDimensionExpr", Number)
     patch.setattr(bindings, "DimsExprs", DimsExprs)
     patch.setattr(bindings, "get_plugin_registry", Registry().itself)
-    # What hands a symbol over to TensorRT itself; here it stays in Python.
+    # The class that passes a symbol to TensorRT; here the symbol stays in Python.
     patch.setattr(importlib.import_module("tensorrt.plugin._tensor"), "SymExprImpl", PassedSymbol)
     yield bindings
     patch.undo()

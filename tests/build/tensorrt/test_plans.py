@@ -49,7 +49,7 @@ def test_tensorrt_asks_for_the_kernels_that_were_emitted_and_no_others(
     tensorrt_compile.compile_engine(emitted, tmp_path / "out")
     index = LibraryIndex.model_validate_json((emitted / "kernels/sm_90/kernels.json").read_text())
     asked = {
-        (kernel.ptx, kernel.block[0], kernel.shared) for _, built in double.asked for kernel in built.kernels.values()
+        (kernel.ptx, kernel.block[0], kernel.shared) for _, built in double.plugins for kernel in built.kernels.values()
     }
     given = {
         ((emitted / f"kernels/sm_90/{name}.ptx").read_text(), kernel.threads, kernel.shared_bytes)
@@ -57,7 +57,7 @@ def test_tensorrt_asks_for_the_kernels_that_were_emitted_and_no_others(
     }
     assert asked == given
     # A layer: three of attention, four products; one more is the head.
-    assert len(double.asked) == 2 * (2 * 7 + 1)
+    assert len(double.plugins) == 2 * (2 * 7 + 1)
     assert double.previews == ["ALIASED_PLUGIN_IO_10_03"] * 2
 
 

@@ -32,7 +32,7 @@ class Watched(Bench):
     def add(self, prompt: int, max_tokens: int = 50, **params: Any) -> Request:
         """A request with a prompt of so many tokens."""
         asked = SamplingParams(max_tokens=max_tokens, **{"mode": "ar"} | params)
-        return self.ask((2,) * prompt, asked, lambda _: None)
+        return self.add((2,) * prompt, asked, lambda _: None)
 
     def step(self) -> list[Any]:
         self.passes.append([])

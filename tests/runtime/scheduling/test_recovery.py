@@ -130,7 +130,7 @@ def test_the_scheduler_recovers_and_its_tokens_stay_the_same() -> None:
         )
         found: list[int] = []
         params = SamplingParams(mode="auto", max_tokens=2000)
-        request = bench.ask((2, 3), params, lambda update, found=found: found.extend(update.token_ids))
+        request = bench.add((2, 3), params, lambda update, found=found: found.extend(update.token_ids))
         bench.run()
         texts.append(found)
         drafts.append(request.sequence.counts.draft / request.sequence.counts.commit)

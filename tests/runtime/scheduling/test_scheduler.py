@@ -60,7 +60,7 @@ class Recorder(Bench):
             if update.finish_reason or update.error:
                 self.finished[number] = update
 
-        self.requests[number] = self.ask(prompt, params, listen, seed, update_seconds)
+        self.requests[number] = self.add(prompt, params, listen, seed, update_seconds)
         return number
 
 
