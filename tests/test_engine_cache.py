@@ -25,7 +25,7 @@ from trimode.engine_cache import BuildOptions, cache_folder, engine_of, list_ent
 from trimode.model import checkpoint as checkpoints
 from trimode.model.checkpoint import Checkpoint, open_checkpoint
 from trimode.quantize import quantize_checkpoint
-from trimode.runtime.api import llm as engine_llm
+from trimode.runtime.api.llm import EngineLLM
 
 RTN = BuildOptions(method="rtn")
 PARAMS = SamplingParams(max_tokens=12)
@@ -290,6 +290,6 @@ def test_without_the_build_extra_one_line_names_it(random_checkpoint: Path, rand
 
 
 def test_the_signature_shows_the_options_of_engine_directories_too() -> None:
-    shown, inherited = inspect.signature(LLM).parameters, inspect.signature(engine_llm.LLM).parameters
+    shown, inherited = inspect.signature(LLM).parameters, inspect.signature(EngineLLM).parameters
     plain = {name for name, parameter in inherited.items() if parameter.kind is not parameter.VAR_KEYWORD}
     assert set(shown) >= plain | {"target", "method", "group"}

@@ -10,10 +10,10 @@ from typing import Any
 from trimode.common.progress import Progress
 from trimode.common.progress_bars import progress_bars
 from trimode.engine_cache import BuildOptions, Method, engine_of
-from trimode.runtime.api import llm as engine_llm
+from trimode.runtime.api.llm import EngineLLM
 
 
-class LLM(engine_llm.LLM):
+class LLM(EngineLLM):
     """Answers many requests at once, each in its own mode.
 
     model: an engine directory, a checkpoint folder, or a hub id such as ``nvidia/Nemotron-Labs-Diffusion-8B``. A
@@ -22,7 +22,7 @@ class LLM(engine_llm.LLM):
     checkpoint that is int4 already is not quantised again. progress: called with stage, steps done, and steps in all;
     bars on stderr if None and stderr is a terminal.
 
-    The other options are those of :class:`trimode.runtime.api.llm.LLM`. Raises TriModeError.
+    The other options are those of :class:`trimode.runtime.api.llm.EngineLLM`. Raises TriModeError.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class LLM(engine_llm.LLM):
 def _signature() -> inspect.Signature:
     """The options of both classes, for ``help`` and notebooks."""
     own = inspect.signature(LLM.__init__).parameters
-    inherited = inspect.signature(engine_llm.LLM.__init__).parameters
+    inherited = inspect.signature(EngineLLM.__init__).parameters
     both = dict(inherited) | dict(own)
     named = {
         name: parameter

@@ -1,1 +1,1 @@
-"""What callers use: ``LLM`` and its results."""
+"""The Python API: ``EngineLLM`` and its results."""

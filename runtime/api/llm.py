@@ -1,4 +1,4 @@
-"""The Python API: ``LLM``, with the methods and names of TensorRT-LLM's."""
+"""The Python API over an engine directory. ``trimode.LLM`` adds checkpoints and hub ids."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ DEFAULT_PREFIX_CACHE_BYTES = 256 << 20
 log = logging.getLogger(__name__)
 
 
-class LLM:
+class EngineLLM:
     """A loaded engine directory that answers many requests at once, each in its own mode.
 
     model: the engine directory. threads: of a pass on target cpu; by default, the CPUs that this process may use.

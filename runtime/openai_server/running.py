@@ -10,7 +10,7 @@ from starlette.types import Receive
 
 from trimode.common.errors import TriModeError
 from trimode.runtime.api.inputs import Input
-from trimode.runtime.api.llm import LLM
+from trimode.runtime.api.llm import EngineLLM
 from trimode.runtime.api.request_output import RequestOutput
 from trimode.runtime.openai_server.http_errors import BAD_REQUEST, REQUEST_TIMEOUT, ApiError
 from trimode.runtime.request.errors import ShutDownError
@@ -28,7 +28,7 @@ class Running:
     seconds: limit of one request.
     """
 
-    def __init__(self, llm: LLM, seconds: float) -> None:
+    def __init__(self, llm: EngineLLM, seconds: float) -> None:
         self.llm = llm
         self._seconds = seconds
         self._runs: set[Run] = set()

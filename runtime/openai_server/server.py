@@ -15,7 +15,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from trimode.common.errors import TriModeError
-from trimode.runtime.api.llm import LLM
+from trimode.runtime.api.llm import EngineLLM
 from trimode.runtime.openai_server.app import create_app
 from trimode.runtime.openai_server.connection import Connection
 from trimode.runtime.openai_server.gate import Gate
@@ -60,7 +60,7 @@ class ServerOptions:
     log_level: LogLevel = "warning"
 
 
-def serve(llm: LLM, options: ServerOptions) -> None:
+def serve(llm: EngineLLM, options: ServerOptions) -> None:
     """Answer until SIGTERM or SIGINT. If the engine stops by an error, exit with code 1, so that a supervisor restarts
     the server.
     """

@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from trimode.runtime.api.llm import LLM
+from trimode.runtime.api.llm import EngineLLM
 from trimode.runtime.api.request_output import RequestOutput
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
@@ -16,7 +16,7 @@ TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 16384)
 
 
 class _EngineCollector(Collector):
-    def __init__(self, llm: LLM) -> None:
+    def __init__(self, llm: EngineLLM) -> None:
         self._llm = llm
 
     def collect(self) -> Iterator[Metric]:
@@ -44,7 +44,7 @@ class _EngineCollector(Collector):
 
 
 class ServerMetrics:
-    def __init__(self, llm: LLM) -> None:
+    def __init__(self, llm: EngineLLM) -> None:
         self._registry = CollectorRegistry()
         self._registry.register(_EngineCollector(llm))
         self._first_token = self._histogram("trimode_time_to_first_token_seconds", "From arrival.", SECONDS)

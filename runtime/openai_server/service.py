@@ -13,7 +13,7 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from trimode.common.errors import TriModeError
-from trimode.runtime.api.llm import LLM
+from trimode.runtime.api.llm import EngineLLM
 from trimode.runtime.api.request_output import RequestOutput
 from trimode.runtime.openai_server import http_errors
 from trimode.runtime.openai_server.event_stream import DONE, EventStream, event
@@ -53,7 +53,7 @@ class Service:
 
     def __init__(
         self,
-        llm: LLM,
+        llm: EngineLLM,
         model_names: str | Sequence[str],
         request_seconds: float,
         *,

@@ -7,7 +7,7 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-from trimode.runtime.api.llm import LLM
+from trimode.runtime.api.llm import EngineLLM
 
 PERIOD_SECONDS = 0.5
 
@@ -15,7 +15,7 @@ PERIOD_SECONDS = 0.5
 class EngineMetrics:
     """A thread reports the counts periodically, because the Python backend has no hook for a scrape."""
 
-    def __init__(self, llm: LLM) -> None:
+    def __init__(self, llm: EngineLLM) -> None:
         self._llm = llm
         family = pb_utils.MetricFamily
         self._gauges = {

@@ -19,7 +19,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from trimode.common.errors import TriModeError
-from trimode.runtime.api.llm import LLM
+from trimode.runtime.api.llm import EngineLLM
 from trimode.runtime.api.request_output import RequestOutput
 from trimode.runtime.kv.prefix_cache import BLOCK
 from trimode.runtime.request.errors import QueueFullError, ShutDownError
@@ -40,7 +40,7 @@ class TritonPythonModel:
         config = json.loads(args["model_config"])
         values = {name: value["string_value"] for name, value in config["parameters"].items()}
         self._decoupled = pb_utils.using_decoupled_model_transaction_policy(config)
-        self._llm = LLM(
+        self._llm = EngineLLM(
             Path(values["engine"]),
             max_batch_size=int(values["max_batch"]),
             max_queue_size=int(values["max_queue"]),

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from trimode.common.errors import TriModeError
-from trimode.runtime.api.llm import LLM
+from trimode.runtime.api.llm import EngineLLM
 from trimode.runtime.request.sampling_params import SamplingParams
 
 IDS = [200, 201, 300]
@@ -31,13 +31,13 @@ FORMS: dict[str, Callable[[list[int]], Any]] = {
 
 
 @pytest.fixture(scope="module")
-def llm(random_engine: Path) -> Iterator[LLM]:
-    with LLM(random_engine, max_batch_size=2, measure_passes=False) as llm:
+def llm(random_engine: Path) -> Iterator[EngineLLM]:
+    with EngineLLM(random_engine, max_batch_size=2, measure_passes=False) as llm:
         yield llm
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_ids_of_every_integer_type(llm: LLM, form: str) -> None:
+def test_ids_of_every_integer_type(llm: EngineLLM, form: str) -> None:
     expected = llm.generate(IDS, PARAMS)
     found = llm.generate(FORMS[form](IDS), PARAMS)
     assert found.prompt_token_ids == IDS
@@ -49,11 +49,11 @@ def test_ids_of_every_integer_type(llm: LLM, form: str) -> None:
 
 
 @pytest.mark.parametrize("form", [np.array, torch.tensor])
-def test_a_matrix_of_ids_is_a_list_of_prompts(llm: LLM, form: Callable[[Any], Any]) -> None:
+def test_a_matrix_of_ids_is_a_list_of_prompts(llm: EngineLLM, form: Callable[[Any], Any]) -> None:
     assert [output.prompt_token_ids for output in llm.generate(form([IDS, IDS]), PARAMS)] == [IDS, IDS]
 
 
-def test_no_inputs(llm: LLM) -> None:
+def test_no_inputs(llm: EngineLLM) -> None:
     assert llm.generate([], PARAMS) == []
     assert llm.generate(np.empty((0, 3), int), PARAMS) == []
 
@@ -79,7 +79,7 @@ def test_no_inputs(llm: LLM) -> None:
         ([None], "an input is of type NoneType"),
     ],
 )
-def test_what_is_no_input(llm: LLM, inputs: Any, message: str) -> None:
+def test_what_is_no_input(llm: EngineLLM, inputs: Any, message: str) -> None:
     with pytest.raises(TriModeError, match=message):
         llm.generate(inputs, PARAMS)
 
@@ -87,7 +87,7 @@ def test_what_is_no_input(llm: LLM, inputs: Any, message: str) -> None:
 @pytest.mark.parametrize(
     "others", [{}, {"temperature": 0.7}, {"top_k": 5}, {"temperature": 2.0, "top_k": 50, "seed": 3}]
 )
-def test_top_p_0_is_greedy(llm: LLM, others: dict[str, Any]) -> None:
+def test_top_p_0_is_greedy(llm: EngineLLM, others: dict[str, Any]) -> None:
     params = SamplingParams(max_tokens=16, top_p=0.0, **others)
     assert params.greedy
     greedy = llm.generate(IDS, SamplingParams(max_tokens=16)).outputs[0].token_ids
@@ -109,12 +109,12 @@ def test_options_of_other_libraries_are_refused_with_the_reason(
     random_engine: Path, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(TriModeError, match=message):
-        LLM(random_engine, **options)
+        EngineLLM(random_engine, **options)
 
 
 def test_options_that_change_nothing_are_accepted(random_engine: Path) -> None:
     neutral = {"tensor_parallel_size": 1, "trust_remote_code": False, "tokenizer": None, "max_beam_width": 1}
-    with LLM(random_engine, measure_passes=False, **neutral) as llm:
+    with EngineLLM(random_engine, measure_passes=False, **neutral) as llm:
         assert llm.generate(IDS, PARAMS).outputs[0].length == 3
 
 
