@@ -22,7 +22,7 @@ def command(emitted: Path, out: Path, as_json: bool) -> None:
     EMITTED is what `trimode build --target tensorrt --emit-only` wrote.
     """
     with requires_extra("build"):
-        from trimode.build.tensorrt.second_step import compile_engine
+        from trimode.build.tensorrt.compiled_directory import compile_engine
 
     with progress_bars() as progress:
         manifest = compile_engine(emitted, out, progress)

@@ -6,7 +6,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from trimode.cli.examination import examine
+from trimode.cli.machine_report import examine
 from trimode.cli.parameters import json_option
 
 

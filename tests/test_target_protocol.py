@@ -26,7 +26,7 @@ from trimode.model.checkpoint import Checkpoint
 from trimode.model.config import ModelConfig
 from trimode.runtime import loading
 from trimode.runtime.executor import BidirectionalStep, Candidates, CausalStep, Executor
-from trimode.runtime.kv.kv_pool import KvPool
+from trimode.runtime.kv.host_kv_pool import KvPool
 from trimode.runtime.target import HostLimits
 
 TOKEN = 300

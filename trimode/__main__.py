@@ -1,5 +1,5 @@
 """``python -m trimode``: the ``trimode`` command."""
 
-from trimode.cli.command import main
+from trimode.cli.main import main
 
 main()

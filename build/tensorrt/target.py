@@ -46,8 +46,8 @@ class TensorrtTarget(GpuTarget):
             import_module("trimode.build.tensorrt.emission")
 
     def build(self, checkpoint: Checkpoint, folder: Path, limits: Limits, progress: Progress) -> Built:
+        from trimode.build.tensorrt.compiled_directory import require_tensorrt
         from trimode.build.tensorrt.emission import write_graphs
-        from trimode.build.tensorrt.second_step import require_tensorrt
 
         gpu = None if self.emit_only else require_tensorrt("or give --emit-only here and run `trimode compile` there")
         sms = self.sms or ((gpu.compute_capability,) if gpu else COMPUTE_CAPABILITIES)

@@ -26,7 +26,7 @@ from trimode.runtime.loading import load_engine
 from trimode.runtime.request.outputs import Update
 from trimode.runtime.request.sampling_params import Mode, SamplingParams
 from trimode.runtime.scheduling.pass_cost import PassCost
-from trimode.runtime.scheduling.request import Request
+from trimode.runtime.scheduling.running_request import Request
 from trimode.runtime.scheduling.scheduler import Scheduler, Stats
 
 Params = Any  # trimode.SamplingParams, or tensorrt_llm's, which need not be installed

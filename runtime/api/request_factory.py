@@ -16,7 +16,7 @@ from trimode.runtime.decoding.text_stream import TextStream
 from trimode.runtime.decoding.thinking_budget import ThinkingBudget, ThinkingIds
 from trimode.runtime.request.errors import ContextLengthError
 from trimode.runtime.request.sampling_params import SamplingParams
-from trimode.runtime.scheduling.request import Listener, Request
+from trimode.runtime.scheduling.running_request import Listener, Request
 
 
 class RequestFactory:

@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from trimode.runtime.request.errors import ForkedError
 from trimode.runtime.request.outputs import CompletionOutput, Update
-from trimode.runtime.scheduling.request import Request
+from trimode.runtime.scheduling.running_request import Request
 
 
 class Mailbox:

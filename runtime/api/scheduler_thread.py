@@ -8,7 +8,7 @@ import threading
 from collections import deque
 
 from trimode.runtime.request.errors import EngineDeadError, ForkedError, QueueFullError, ShutDownError
-from trimode.runtime.scheduling.request import Request
+from trimode.runtime.scheduling.running_request import Request
 from trimode.runtime.scheduling.scheduler import Scheduler
 
 log = logging.getLogger(__name__)

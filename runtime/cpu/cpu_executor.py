@@ -24,7 +24,7 @@ from trimode.engine.targets.cpu import MODEL, CpuSection
 from trimode.model.step import cache_inputs, cache_outputs
 from trimode.runtime.cpu.even_rows import first_rows, with_even_rows
 from trimode.runtime.executor import BidirectionalStep, Candidates, CausalStep, Step
-from trimode.runtime.kv.kv_pool import KvPool
+from trimode.runtime.kv.host_kv_pool import KvPool
 
 log = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ class DeviceKvPool:
     """Caches in the order: keys of layer 0, values of layer 0, keys of layer 1, ... Each has the shape
     [slots, kv_heads, capacity, head_dim].
 
-    Slots are assigned as in :class:`trimode.runtime.kv.kv_pool.KvPool`. Addresses never change, because captured passes
-    contain them.
+    Slots are assigned as in :class:`trimode.runtime.kv.host_kv_pool.KvPool`. Addresses never change, because captured
+    passes contain them.
     """
 
     def __init__(self, device: Device, model: ModelConfig, dtype: Real, slots: int, capacity: int) -> None:

@@ -29,7 +29,7 @@ from trimode.runtime.scheduling.auto_block import BlockChooser
 from trimode.runtime.scheduling.batching import Member
 from trimode.runtime.scheduling.pass_cost import EngineName, PassCost
 from trimode.runtime.scheduling.pass_runner import PassRunner
-from trimode.runtime.scheduling.request import Request
+from trimode.runtime.scheduling.running_request import Request
 
 log = logging.getLogger(__name__)
 

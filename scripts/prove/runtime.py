@@ -24,7 +24,7 @@ from scripts.prove.proof_table import ProofRow, print_table
 from tests.support.exact_law import Bench, greedy_text, prompts, text_law, total_variation
 from trimode import LLM, CompletionOutput, SamplingParams
 from trimode.runtime.request.outputs import Update
-from trimode.runtime.scheduling.request import Request
+from trimode.runtime.scheduling.running_request import Request
 
 ROOT = Path(__file__).resolve().parents[2]
 MAX_TOKENS = 200

@@ -73,7 +73,7 @@ def serving(engine: Path, *options: str, key: str = KEY, name: str | None = "tin
 
     Raises RuntimeError if the server does not start.
     """
-    command = [sys.executable, "-c", "from trimode.cli.command import main; main()", "serve", str(engine)]
+    command = [sys.executable, "-c", "from trimode.cli.main import main; main()", "serve", str(engine)]
     environment = os.environ | {"TRIMODE_API_KEY": key}
     arguments = ["--port", "0", *(["--served-model-name", name] if name else []), *options]
     process = subprocess.Popen([*command, *arguments], stderr=subprocess.PIPE, text=True, env=environment)

@@ -117,7 +117,7 @@ def test_a_disk_that_fills_up_is_one_line(random_checkpoint: Path, tmp_path: Pat
     program = (
         "import resource, sys\n"
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({int(megabytes * 1e6)}, resource.RLIM_INFINITY))\n"
-        "from trimode.cli.command import main\n"
+        "from trimode.cli.main import main\n"
         "main()"
     )
     command = [sys.executable, "-c", program, "build", str(random_checkpoint), str(tmp_path / "engine")]

@@ -133,7 +133,7 @@ def test_quantize_build_and_info_print_json(random_checkpoint: Path, tmp_path: P
 def test_a_build_that_is_stopped_leaves_nothing(random_checkpoint: Path, tmp_path: Path, number: int) -> None:
     """A real signal while it writes; a pause replaces the time that large files would take."""
     program = (
-        "import time, trimode.build.engine_builder as engine, trimode.cli.command as command\n"
+        "import time, trimode.build.engine_builder as engine, trimode.cli.main as command\n"
         "hashed = engine.hash_files\n"
         "def slow(*arguments):\n    print('hashing', flush=True)\n    time.sleep(60)\n    return hashed(*arguments)\n"
         "engine.hash_files = slow\n"
@@ -191,7 +191,7 @@ def test_the_version() -> None:
 def test_help_lists_every_command_with_its_full_summary_and_imports_none() -> None:
     program = (
         "import json, sys\n"
-        "from trimode.cli.command import main\n"
+        "from trimode.cli.main import main\n"
         "try:\n    main()\n"
         "except SystemExit:\n    pass\n"
         "print(json.dumps(sorted(sys.modules)))"
@@ -246,7 +246,7 @@ def test_a_missing_package_names_its_extra(tmp_path: Path) -> None:
         ("fastapi", "serve", ["serve", "x"]),
         ("onnx", "build", ["audit", "x"]),
     ):
-        program = f"import sys; sys.modules[{package!r}] = None; from trimode.cli.command import main; main()"
+        program = f"import sys; sys.modules[{package!r}] = None; from trimode.cli.main import main; main()"
         command = [sys.executable, "-c", program, *arguments]
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         found = subprocess.run(command, capture_output=True, check=False, cwd=tmp_path, env=environment)

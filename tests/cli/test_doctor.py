@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.support.rtx_double import LibcudaDouble
-from trimode.cli import examination as doctor
+from trimode.cli import machine_report as doctor
 
 
 def absent(_name: str) -> None:

@@ -24,10 +24,10 @@ from trimode.runtime.decoding.ending import Ending
 from trimode.runtime.decoding.sampling import kept_weights
 from trimode.runtime.decoding.sequence import Sequence
 from trimode.runtime.executor import BidirectionalStep, Candidates, CausalStep
-from trimode.runtime.kv.kv_pool import KvPool
+from trimode.runtime.kv.host_kv_pool import KvPool
 from trimode.runtime.kv.prefix_cache import PrefixCache
 from trimode.runtime.scheduling.pass_cost import PassCost
-from trimode.runtime.scheduling.request import Listener, Request
+from trimode.runtime.scheduling.running_request import Listener, Request
 from trimode.runtime.scheduling.scheduler import Scheduler
 
 MASK, END = 0, 1

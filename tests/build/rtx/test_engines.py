@@ -144,7 +144,7 @@ def test_the_report_and_its_picture(engine: Path, tmp_path: Path) -> None:
 
 
 def trimode(*arguments: object) -> subprocess.CompletedProcess[str]:
-    program = [sys.executable, "-c", "from trimode.cli.command import main; main()"]
+    program = [sys.executable, "-c", "from trimode.cli.main import main; main()"]
     return subprocess.run([*program, *map(str, arguments)], capture_output=True, text=True, check=False)
 
 
@@ -357,7 +357,7 @@ def test_a_signal_while_the_builder_runs_leaves_nothing(
 ) -> None:
     """A real signal, raised in TensorRT's first callback, which swallows exceptions."""
     program = (
-        "import signal, trimode.build.rtx.plan_building as rtx, trimode.cli.command as command\n"
+        "import signal, trimode.build.rtx.plan_building as rtx, trimode.cli.main as command\n"
         "start = rtx._RtxMonitor.phase_start\n"
         "def phase_start(*arguments):\n"
         f"    signal.raise_signal({int(number)})\n"

@@ -175,7 +175,7 @@ def _rtx_parser() -> tuple[list[str], Callable[[bytes], Any]]:
 
 
 def trimode(*arguments: object) -> subprocess.CompletedProcess[str]:
-    program = [sys.executable, "-c", "from trimode.cli.command import main; main()"]
+    program = [sys.executable, "-c", "from trimode.cli.main import main; main()"]
     return subprocess.run([*program, *map(str, arguments)], capture_output=True, text=True, check=False)
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from tests.support.tensorrt_double import TensorrtDouble, one_tactic_each
 from trimode.build.engine_builder import build_engine
-from trimode.build.tensorrt import second_step as tensorrt_compile
+from trimode.build.tensorrt import compiled_directory as tensorrt_compile
 from trimode.build.tensorrt.target import TensorrtTarget
 from trimode.common.errors import TriModeError
 from trimode.common.gpus import Gpu, Gpus

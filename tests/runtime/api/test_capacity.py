@@ -13,7 +13,7 @@ from trimode.common.errors import TriModeError
 from trimode.runtime import loading
 from trimode.runtime.api.capacity import Capacity, Defaults
 from trimode.runtime.cpu import cpu_executor
-from trimode.runtime.kv.kv_pool import KvPool
+from trimode.runtime.kv.host_kv_pool import KvPool
 from trimode.runtime.request.errors import ContextLengthError
 
 ROW_BYTES = 16

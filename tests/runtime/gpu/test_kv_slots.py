@@ -16,7 +16,7 @@ from trimode.common.errors import TriModeError
 from trimode.model.config import ModelConfig
 from trimode.runtime.gpu import device
 from trimode.runtime.gpu.device_kv_pool import DeviceKvPool
-from trimode.runtime.kv.kv_pool import KvPool
+from trimode.runtime.kv.host_kv_pool import KvPool
 from trimode.runtime.kv.slots import KvSlots
 
 SLOTS, CAPACITY = 5, 300

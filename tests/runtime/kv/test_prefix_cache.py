@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from trimode.runtime.kv.kv_pool import KvPool
+from trimode.runtime.kv.host_kv_pool import KvPool
 from trimode.runtime.kv.prefix_cache import BLOCK, BlockRemoved, BlockStored, PrefixCache
 
 LAYERS, CAPACITY = 2, 400

@@ -46,7 +46,7 @@ def test_the_server_exits_with_code_1(tiny_engine: Path) -> None:
         "from trimode.runtime.scheduling.scheduler import Scheduler\n"
         f"def end(*_): raise SystemExit({REASON!r})\n"
         "Scheduler.step = end\n"
-        "from trimode.cli.command import main; main()"
+        "from trimode.cli.main import main; main()"
     )
     command = [sys.executable, "-c", program, "serve", str(tiny_engine), "--port", "0"]
     environment = {name: value for name, value in os.environ.items() if name != "TRIMODE_API_KEY"}

@@ -247,7 +247,7 @@ def test_a_missing_package_comes_with_its_remedy(fp16: Engines, monkeypatch: pyt
 
 
 def trimode(*arguments: object) -> subprocess.CompletedProcess[str]:
-    program = [sys.executable, "-c", "from trimode.cli.command import main; main()"]
+    program = [sys.executable, "-c", "from trimode.cli.main import main; main()"]
     return subprocess.run([*program, *map(str, arguments)], capture_output=True, text=True, check=False)
 
 

@@ -9,7 +9,7 @@ import pytest
 from tests.support.exact_law import Bench
 from trimode import SamplingParams
 from trimode.runtime.executor import CausalStep
-from trimode.runtime.scheduling.request import Request
+from trimode.runtime.scheduling.running_request import Request
 
 PREFILL_STEP = 4  # of the bench's sequences
 

@@ -26,7 +26,7 @@ from tests.support.exact_law import (
 )
 from trimode import SamplingParams
 from trimode.runtime.request.outputs import Update
-from trimode.runtime.scheduling.request import Request
+from trimode.runtime.scheduling.running_request import Request
 
 DIFFUSION = {"mode": "diffusion", "block_length": 5, "threshold": 0.5}
 GREEDY_MODES: list[dict[str, Any]] = [

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from trimode.common.errors import TriModeError
-from trimode.runtime.kv.kv_pool import FIRST_ROWS, KvPool
+from trimode.runtime.kv.host_kv_pool import FIRST_ROWS, KvPool
 
 LIMIT_BYTES = 1500 * 2 * 2 * 2 * 4  # 1500 rows: two sequences of the capacity, or eleven short ones
 
