@@ -165,7 +165,7 @@ def test_generate_stream(triton: Ports, mode: str) -> None:
 BAD = {
     "mode": ({"mode": "fast"}, "mode is 'fast'"),
     "contradiction": ({"mode": "ar", "block_length": 8}, "block_length has no meaning"),
-    "too long": ({"sampling_param_max_tokens": 5000}, "capacity"),
+    "too long": ({"sampling_param_max_tokens": 5000}, "max_tokens can be at most"),
     "best_of": ({"sampling_param_best_of": 2}, "best_of"),
     "two prompts": ({"text_input": ["a", "b"]}, "text_input has 2 elements"),
     "lora": ({"lora_id": 1}, "lora_id is not supported: this model has no LoRA"),
