@@ -103,7 +103,7 @@ train-tiny: $(VENV)/.package ## Train the shipped checkpoint again from its seed
 	$(BIN)/python -m scripts.tiny.train --out engines/tiny-trained
 
 clean: ## Remove environments, engines and caches
-	rm -rf $(VENV) $(TRITON) $(PEERS) engines site dist .gpu .setuptools .mypy_cache .ruff_cache .pytest_cache \
+	rm -rf $(VENV) $(TRITON) $(PEERS) .clients engines site dist .gpu .setuptools .mypy_cache .ruff_cache .pytest_cache \
 		.hypothesis .import_linter_cache
 
 # Installed in place: every tool sees each change of the working tree.

@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import click
 import numpy as np
 import pytest
 
 from trimode.build import registry
 from trimode.build.engine_builder import build_engine
 from trimode.build.target import Built, RequestedLimits, TargetOption, option, options_of
+from trimode.cli.target_options import chosen_options, target_options
 from trimode.common.errors import TriModeError
 from trimode.common.installation import Installation
 from trimode.common.progress import Progress
@@ -145,6 +147,19 @@ def test_the_options_of_a_target_are_listed() -> None:
         "rtx": ["--dtype", "--max-batch", "--max-step", "--sm"],
         "tensorrt": ["--dtype", "--max-batch", "--max-step", "--sm", "--emit-only"],
     }
+
+
+@pytest.mark.usefixtures("toy")
+def test_the_command_line_has_the_options_of_a_registered_target() -> None:
+    def command() -> None: ...
+
+    toy = next(found for found in click.command()(target_options(command)).params if found.name == "token")
+    assert toy.opts == ["--the-token"]
+    assert isinstance(toy, click.Option)
+    assert toy.help == "toy: The token [default: 300]."
+    assert chosen_options("toy", {"token": 5, "dtype": None}) == {"token": 5}
+    with pytest.raises(TriModeError, match=r"^--the-token is not an option of target cpu$"):
+        chosen_options("cpu", {"token": 5})
 
 
 @pytest.mark.parametrize("side", [registry.TARGETS, loading.TARGETS])
