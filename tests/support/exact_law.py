@@ -23,7 +23,7 @@ from trimode.runtime.decoding.acceptance import Acceptance
 from trimode.runtime.decoding.ending import Ending
 from trimode.runtime.decoding.sampling import kept_weights
 from trimode.runtime.decoding.sequence import Sequence
-from trimode.runtime.executor import BidirectionalStep, Candidates, CausalStep
+from trimode.runtime.executor import BidirectionalStep, Candidates, CausalStep, Speculated
 from trimode.runtime.kv.host_kv_pool import KvPool
 from trimode.runtime.kv.prefix_cache import PrefixCache
 from trimode.runtime.scheduling.pass_cost import PassCost
@@ -36,6 +36,8 @@ VOCABULARY = 7  # tokens 2 .. 6 are words
 
 class ExactLawExecutor:
     """agreement: of 256 drafts, how many are the likeliest next word of the text so far; the others are other words."""
+
+    threads = None
 
     def __init__(
         self, capacity: int = 64, agreement: int = 200, end: bool = True, limit_rows: int | None = None
@@ -66,8 +68,21 @@ class ExactLawExecutor:
                     logits[index, place] = law(committed + tuple(seen), self._end)
                 else:
                     block = tuple(ids[: int(step.step_lengths[index])])
+                    # Rows of padding are computed as well; their logits do not matter.
+                    row = min(row, len(block) - 1)
                     logits[index, place] = draft(committed, block, row, self._agreement, self._end)
         return candidates(logits)
+
+
+class SpeculatingExactLawExecutor(ExactLawExecutor):
+    """Drafts and verifies in one call, as an executor on a GPU does."""
+
+    speculations = 0
+
+    def speculate(self, draft: BidirectionalStep) -> Speculated:
+        self.speculations += 1
+        drafted = self.run(draft)
+        return Speculated(drafted, self.run(draft.verification(drafted.tokens[..., 0])))
 
 
 class NoText:
@@ -94,10 +109,11 @@ class Bench:
         prefill_tokens: int = 6,
         clock: Callable[[], float] = time.perf_counter,
         limit_rows: int | None = None,
+        executor: type[ExactLawExecutor] = ExactLawExecutor,
     ) -> None:
         self.capacity = capacity
         self.submitted = 0
-        self.executor = ExactLawExecutor(capacity=capacity, end=end, limit_rows=limit_rows)
+        self.executor = executor(capacity=capacity, end=end, limit_rows=limit_rows)
         self.cost = PassCost(max_batch, 16)
         self.scheduler = Scheduler(
             self.executor,

@@ -29,7 +29,7 @@ class Watched(Bench):
         self.executor.run = noting  # type: ignore[method-assign]
         self.cost.least_seconds = lambda _engine, batch, _step: 1.0 + 1e-3 * batch  # type: ignore[method-assign]
 
-    def add(self, prompt: int, max_tokens: int = 50, **params: Any) -> Request:
+    def submit(self, prompt: int, max_tokens: int = 50, **params: Any) -> Request:
         """A request with a prompt of so many tokens."""
         asked = SamplingParams(max_tokens=max_tokens, **{"mode": "ar"} | params)
         return self.add((2,) * prompt, asked, lambda _: None)
@@ -47,7 +47,7 @@ class Watched(Bench):
 @pytest.mark.parametrize("max_batch", [1, 2, 5])
 def test_no_more_than_max_batch_run_and_the_first_come_first(max_batch: int) -> None:
     bench = Watched(max_batch=max_batch)
-    requests = [bench.add(1) for _ in range(max_batch + 2)]
+    requests = [bench.submit(1) for _ in range(max_batch + 2)]
     bench.step()
     assert bench.running == requests[:max_batch]
     assert list(bench.scheduler.waiting) == requests[max_batch:]
@@ -58,12 +58,12 @@ def test_no_more_than_max_batch_run_and_the_first_come_first(max_batch: int) -> 
 
 def test_a_request_waits_until_the_kv_pool_has_rows_for_it_and_for_all_that_run() -> None:
     bench = Watched(max_batch=4, capacity=60, limit_rows=100)
-    first, second, third = bench.add(10, 40), bench.add(10, 40), bench.add(2, 2)
+    first, second, third = bench.submit(10, 40), bench.submit(10, 40), bench.submit(2, 2)
     bench.step()
     assert bench.running == [first, second]  # 50 rows each; a third slot would leave 33
     assert list(bench.scheduler.waiting) == [third]
     first.aborted = second.aborted = True
-    alone = bench.add(10, 50)
+    alone = bench.submit(10, 50)
     bench.step()
     assert bench.running == [third]  # 60 rows beside it would exceed the limit
     assert list(bench.scheduler.waiting) == [alone]
@@ -85,16 +85,16 @@ def test_a_request_waits_until_the_kv_pool_has_rows_for_it_and_for_all_that_run(
 )
 def test_the_prefill_budget_of_a_step(budget: int, prompts: list[int], prefilled: list[int]) -> None:
     bench = Watched(max_batch=8, prefill_tokens=budget)
-    requests = [bench.add(prompt) for prompt in prompts]
+    requests = [bench.submit(prompt) for prompt in prompts]
     bench.step()
     assert [request.sequence.committed for request in requests] == prefilled
 
 
 def test_prefills_run_beside_commits_and_do_not_stop_them() -> None:
     bench = Watched(max_batch=4, prefill_tokens=4)
-    decoding = bench.add(1)
+    decoding = bench.submit(1)
     bench.step()
-    long = bench.add(12)
+    long = bench.submit(12)
     emitted = len(decoding.sequence.emitted)
     for committed in (4, 8, 12):
         (shared,) = bench.step()
@@ -107,7 +107,7 @@ def test_prefills_run_beside_commits_and_do_not_stop_them() -> None:
 @pytest.mark.parametrize("speculating", ["linear_spec", "auto"])
 def test_a_step_drafts_and_commits(speculating: str) -> None:
     bench = Watched(max_batch=2)
-    bench.add(1, mode=speculating, block_length=8)
+    bench.submit(1, mode=speculating, block_length=8)
     bench.step()
     kinds = [isinstance(step, CausalStep) for step in bench.step()]
     assert kinds in ([False, True], [True])  # auto may choose AR
@@ -124,9 +124,9 @@ def test_whom_auto_counts_as_others(monkeypatch: pytest.MonkeyPatch) -> None:
         return 4
 
     monkeypatch.setattr(bench.scheduler._block_chooser, "choose", choose)
-    autos = [bench.add(1, mode="auto") for _ in range(2)]
-    fixed = [bench.add(1), bench.add(1, mode="linear_spec", block_length=3), bench.add(1, mode="diffusion")]
-    bench.add(20)  # three steps of prefill
+    autos = [bench.submit(1, mode="auto") for _ in range(2)]
+    fixed = [bench.submit(1), bench.submit(1, mode="linear_spec", block_length=3), bench.submit(1, mode="diffusion")]
+    bench.submit(20)  # three steps of prefill
     bench.step()
     assert asked == []  # nobody has a first token yet
     bench.step()
@@ -136,7 +136,7 @@ def test_whom_auto_counts_as_others(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_failed_request_takes_part_in_nothing() -> None:
     bench = Watched(max_batch=4, prefill_tokens=100)
-    failed, healthy = bench.add(1), bench.add(1)
+    failed, healthy = bench.submit(1), bench.submit(1)
     bench.step()
     failed.failure = RuntimeError("earlier in this step")
     (step,) = bench.step()
@@ -147,7 +147,7 @@ def test_a_failed_request_takes_part_in_nothing() -> None:
 def test_passes_span_neighbouring_slots_and_pad_those_between() -> None:
     """The middle one denoises; the outer two commit together, over its slot, without touching its committed rows."""
     bench = Watched(max_batch=4, prefill_tokens=100)
-    requests = [bench.add(1, mode=mode) for mode in ("ar", "diffusion", "ar")]
+    requests = [bench.submit(1, mode=mode) for mode in ("ar", "diffusion", "ar")]
     bench.step()
     denoise, commit = bench.step()
     assert not isinstance(denoise, CausalStep)
@@ -160,11 +160,11 @@ def test_passes_span_neighbouring_slots_and_pad_those_between() -> None:
 def test_no_pass_reaches_past_the_rows_that_the_budget_allows() -> None:
     """A long prefill beside a text near the end of its rows: padding would reach past them, so it gets its own pass."""
     bench = Watched(max_batch=2, capacity=64, limit_rows=64, prefill_tokens=100)
-    full = bench.add(30, 2)
+    full = bench.submit(30, 2)
     for _ in range(8):  # its prefill
         bench.step()
     assert full.sequence.committed == 30
-    late = bench.add(12, 20)
+    late = bench.submit(12, 20)
     passes = bench.step()
     assert len(passes) == 2
     assert late.sequence.committed == PREFILL_STEP
@@ -174,7 +174,7 @@ def test_no_pass_reaches_past_the_rows_that_the_budget_allows() -> None:
 
 def test_siblings_wait_for_the_prefill_and_then_come_first() -> None:
     bench = Watched(max_batch=1)
-    first, sibling, other = bench.add(8), bench.add(8), bench.add(8)
+    first, sibling, other = bench.submit(8), bench.submit(8), bench.submit(8)
     bench.scheduler.waiting.remove(sibling)
     first.siblings = [sibling]
     bench.step()

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from tests.support.exact_law import (
     MASK,
     Bench,
+    SpeculatingExactLawExecutor,
     greedy_text,
     law,
     prompts,
@@ -274,6 +275,42 @@ def test_a_poisoned_request_among_64_ends_alone(mode: dict[str, Any], caplog: py
     assert [record.message for record in caplog.records if record.levelname == "ERROR"] == [
         f"request {bad} failed: RuntimeError('index out of range')"
     ]
+
+
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_an_executor_that_speculates_gives_the_same_texts(batch: int) -> None:
+    """It drafts and verifies in one call where every running sequence does; other modes and prefills use passes."""
+    bench = Recorder(max_batch=batch, executor=SpeculatingExactLawExecutor)
+    expected = {}
+    for index, prompt in enumerate(prompts(30, seed=batch)):
+        mode = GREEDY_MODES[1] if index % 5 else GREEDY_MODES[index % 4]
+        params = SamplingParams(max_tokens=3 + index % 20, **mode)
+        expected[bench.submit(prompt, params)] = greedy_text(prompt, params.max_tokens or 0)
+    bench.run()
+    assert bench.texts == expected
+    assert 0 < bench.executor.speculations < bench.executor.passes / 2
+
+
+def test_a_speculation_that_fails_ends_the_requests_that_fail_alone() -> None:
+    bench, expected = Recorder(max_batch=8, prefill_tokens=100, executor=SpeculatingExactLawExecutor), {}
+    params = SamplingParams(max_tokens=20, mode="linear_spec", block_length=4)
+    for prompt in prompts(8, seed=4):
+        expected[bench.submit(prompt, params)] = greedy_text(prompt, 20)
+    bad = max(expected, key=lambda number: len(expected[number]))
+    speculate = bench.executor.speculate
+
+    def fail(step: Any) -> Any:
+        found = speculate(step)
+        slots = range(step.first_slot, step.first_slot + step.batch)
+        if any(bench.scheduler._running[slot] is bench.requests[bad] for slot in slots):
+            raise RuntimeError("a speculation")
+        return found
+
+    bench.executor.speculate = fail  # type: ignore[method-assign]
+    bench.run()
+    assert str(bench.finished[bad].error) == "a speculation"
+    assert len(bench.texts.pop(bad)) < len(expected.pop(bad))
+    assert bench.texts == expected
 
 
 @pytest.mark.parametrize("what", ["text", "listener", "sampling", "next_pass", "open_block"])
