@@ -93,7 +93,7 @@ def import_libraries() -> None:
         importlib.import_module(name)
 
 
-def tests_pass(tree: Path, tests: tuple[str, ...], seconds: float | None = None) -> bool:
+def all_pass(tree: Path, tests: tuple[str, ...], seconds: float | None = None) -> bool:
     """False also if they take longer than ``seconds``."""
     process = multiprocessing.get_context("fork").Process(target=run_tests, args=(tree, tests))
     process.start()
@@ -141,7 +141,7 @@ def main() -> int:
         copy_tree(tree)
         for name in sorted({place.file.parts[1] for place in sample}):
             begun = time.monotonic()
-            passed = tests_pass(tree, TESTS[name])
+            passed = all_pass(tree, TESTS[name])
             limits[name] = PATIENCE * (time.monotonic() - begun)
             if not passed:
                 print(f"the tests of {name} fail without a mutant", file=sys.stderr)
@@ -151,7 +151,7 @@ def main() -> int:
             original = (tree / place.file).read_text()
             (tree / place.file).write_text(place.mutant.source)
             folder = place.file.parts[1]
-            caught = not tests_pass(tree, TESTS[folder], limits[folder])
+            caught = not all_pass(tree, TESTS[folder], limits[folder])
             (tree / place.file).write_text(original)
             outcomes[caught] += 1
             print(f"{'caught' if caught else 'SURVIVED'} after {time.monotonic() - begun:.0f} s: {place}", flush=True)
