@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 
 from trimode.common.errors import TriModeError
@@ -128,3 +130,20 @@ def test_nothing_is_printed_to_stdout(random_engine: Path) -> None:
     )
     found = subprocess.run([sys.executable, "-c", program, random_engine], capture_output=True, text=True, check=True)
     assert found.stdout == ""
+
+
+def test_a_text_with_a_token_that_the_model_lacks_is_refused(random_engine: Path, tmp_path: Path) -> None:
+    """The tokenizer may have added tokens past the model's vocabulary."""
+    engine = tmp_path / "engine"
+    shutil.copytree(random_engine, engine)
+    path = engine / "tokenizer" / "tokenizer.json"
+    tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    tokenizer.add_special_tokens(["<|new|>"])
+    tokenizer.save(str(path))
+    with EngineLLM(engine, verify=False, measure_passes=False) as llm:
+        innocent = llm.generate_async("What is 60% of 440?", SamplingParams(max_tokens=200, ignore_eos=True))
+        message = r"contains '<\|new\|>', token 768 of the tokenizer, which is outside the model's vocabulary of 768"
+        for bad in ("Spell <|new|> planet", [{"role": "user", "content": "<|new|>"}], {"prompt": "<|new|>"}):
+            with pytest.raises(TriModeError, match=message):
+                llm.generate_async(bad)
+        assert innocent.result(60).outputs[0].length == 200
