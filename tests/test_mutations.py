@@ -101,8 +101,7 @@ def one_token_further(visible: Callable[..., Any]) -> Callable[..., Any]:
 
     def built(self: Any, input_ids: str, visibility: str) -> Any:
         if self.pattern == "causal":
-            one = self.graph.constant("shift_by_one", np.array([1], np.int64))
-            self.write_indices, kept = self.op("Add", self.write_indices, one), self.write_indices
+            self.write_indices, kept = self.op("Add", self.write_indices, [1]), self.write_indices
             result = visible(self, input_ids, visibility)
             self.write_indices = kept
             return result
@@ -129,13 +128,13 @@ def without_adapter(self: Any, attended: str, residual: str, layer: Any, _index:
 def merge_adapter(linear: Callable[..., Any]) -> Callable[..., Any]:
     """The adapter is merged into the weights, and so active in every pass."""
 
-    def pooled(self: Any, parent: str, *names: str) -> Any:
-        if names != ("o_proj",):
-            return linear(self, parent, *names)
+    def pooled(self: Any, *modules: str) -> Any:
+        if not modules[0].endswith("o_proj"):
+            return linear(self, *modules)
         adapter = self._checkpoint.adapter
-        a, b = (part.astype(np.float32) for part in adapter.matrices(int(parent.split(".")[2])))
-        merged = self._checkpoint.linear(f"{parent}.o_proj").to_float32() + adapter.config.scale * b @ a
-        return raw_pool.PooledLinear(self._put(f"{parent}.o_proj", merged.T))
+        a, b = (part.astype(np.float32) for part in adapter.matrices(int(modules[0].split(".")[2])))
+        merged = self._checkpoint.linear(modules[0]).to_float32() + adapter.config.scale * b @ a
+        return raw_pool.PooledLinear(self._put(modules[0], merged.T))
 
     return pooled
 

@@ -247,7 +247,7 @@ def test_compile_says_what_is_missing_and_what_it_takes(emitted: Path, cpu_engin
 def test_what_compiles_needs_neither_torch_nor_triton_nor_onnx() -> None:
     """All modules that `trimode compile` imports, except the two that import TensorRT."""
     modules = (
-        *("cli.compile", "build.tensorrt.second_step", "build.plan_builder"),
+        *("cli.compile", "build.tensorrt.compiled_directory", "build.plan_builder"),
         *("plugins.operators", "engine.kernel_library"),
     )
     imports = "".join(f"import trimode.{module}\n" for module in modules)
