@@ -14,8 +14,8 @@ from pydantic import AfterValidator, Field, NonNegativeInt
 
 from trimode.common.errors import TriModeError
 from trimode.common.progress import Progress, no_progress
+from trimode.engine.kernel_library import KERNELS
 from trimode.engine.record import Record
-from trimode.engine.targets.tensorrt import PLUGIN_KERNELS
 from trimode.model.tokenizer import is_tokenizer_file
 
 MANIFEST = "manifest.json"
@@ -23,7 +23,7 @@ POOL = "weights/pool.bin"
 ADAPTER = "weights/adapter.safetensors"
 TOKENIZER = "tokenizer"
 # Folders in which files are found by their names; elsewhere only files that the manifest lists are opened.
-READ_BY_NAME = (TOKENIZER, PLUGIN_KERNELS)
+READ_BY_NAME = (TOKENIZER, KERNELS)
 
 _CHUNK = 1 << 22
 

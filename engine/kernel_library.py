@@ -19,7 +19,12 @@ from trimode.common.records import read_json_record
 from trimode.engine.precision import Real
 from trimode.engine.record import Record
 
+KERNELS = "kernels"
 INDEX = "kernels.json"
+# GPUs that kernels can be compiled for; 121 is compute capability 12.1.
+COMPUTE_CAPABILITIES = (80, 86, 89, 90, 100, 120, 121)
+# The first compute capability whose kernels run on that GPU only.
+FIRST_SPECIFIC = 90
 
 
 class LibraryKernel(Record):
@@ -48,12 +53,7 @@ class KernelLibrary:
     def __init__(self, folder: Path, compute_capability: int) -> None:
         self._folder = library_folder(folder, compute_capability)
         if not self._folder.is_dir():
-            names = (path.name.removeprefix("sm_") for path in folder.glob("sm_*"))
-            there = ", ".join(map(str, sorted(int(name) for name in names if name.isdecimal()))) or "none"
-            raise TriModeError(
-                f"{folder} has kernels for compute capabilities {there}, and this GPU's is {compute_capability}; "
-                f"build with --sm {compute_capability}"
-            )
+            raise _no_kernels(folder, compute_capability)
         self.index = read_json_record(LibraryIndex, self._folder / INDEX)
 
     def available(self, names: Mapping[int, str]) -> list[int]:
@@ -66,10 +66,44 @@ class KernelLibrary:
             raise TriModeError(f"{self._folder / INDEX} lacks {min(names.values())}; build the engine again")
         return found
 
-    def find(self, name: str) -> tuple[LibraryKernel, str]:
-        """How the kernel is launched, and its PTX."""
-        return self.index.kernels[name], (self._folder / f"{name}.ptx").read_text(encoding="ascii")
+    def find(self, name: str) -> LibraryKernel:
+        """How the kernel is launched."""
+        return self.index.kernels[name]
+
+    def ptx(self, name: str) -> bytes:
+        return (self._folder / f"{name}.ptx").read_bytes()
 
 
 def library_folder(folder: Path, compute_capability: int) -> Path:
     return folder / f"sm_{compute_capability}"
+
+
+def runs_on(sm: int, compute_capability: int) -> bool:
+    """Whether a GPU of this compute capability runs kernels that were compiled for ``sm``."""
+    return sm == compute_capability or (sm < FIRST_SPECIFIC and sm < compute_capability)
+
+
+def library_for(folder: Path, compute_capability: int) -> int:
+    """The compute capability whose kernels a GPU runs: its own, or the newest that its driver can compile for it.
+
+    PTX for 8.x runs on every later GPU. From 9.0 on, kernels use instructions of their own GPU and run on no other.
+    Raises TriModeError if no kernels can run.
+    """
+    present = _present(folder)
+    usable = [sm for sm in present if runs_on(sm, compute_capability)]
+    if not usable:
+        raise _no_kernels(folder, compute_capability)
+    return max(usable)
+
+
+def _present(folder: Path) -> list[int]:
+    names = (path.name.removeprefix("sm_") for path in folder.glob("sm_*"))
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def _no_kernels(folder: Path, compute_capability: int) -> TriModeError:
+    there = ", ".join(map(str, _present(folder))) or "none"
+    return TriModeError(
+        f"{folder} has kernels for compute capabilities {there}, and this GPU's is {compute_capability}; "
+        f"build with --sm {compute_capability}"
+    )

@@ -92,11 +92,12 @@ def _outputs(operator: Operator, descs: tuple[Any, ...], attributes: dict[str, i
 
 def _embed(operator: Operator, descs: tuple[Any, ...], attributes: dict[str, int], tactic: int) -> tuple[Any, ...]:
     node = _node(operator, descs, attributes)
-    kernel, ptx = _library(operator, descs).find(operator.kernel_name(node, tactic))
+    library, name = _library(operator, descs), operator.kernel_name(node, tactic)
+    kernel = library.find(name)
     grid = operator.grid(node, operator.tactics(node)[tactic])
     params = trtp.KernelLaunchParams(*grid, block_x=kernel.threads, shared_mem=kernel.shared_bytes)
     scalars = trtp.SymIntExprs.from_tuple([trtp.SymInt32(scalar) for scalar in operator.scalar_values(node)])
-    return kernel.entry, ptx, params, scalars
+    return kernel.entry, library.ptx(name).decode(), params, scalars
 
 
 def _library(operator: Operator, descs: tuple[Any, ...]) -> KernelLibrary:

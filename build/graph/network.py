@@ -26,7 +26,7 @@ from trimode.build.graph.operator_functions import (
 from trimode.build.graph.raw_pool import PooledLayer, PooledLinear, PoolRange, RawPool
 from trimode.engine.precision import Real
 from trimode.model.config import ModelConfig
-from trimode.model.rope import yarn_frequencies
+from trimode.model.rope import query_scales, yarn_frequencies
 from trimode.model.step import AttentionPattern, adapter_inputs, cache_inputs, cache_outputs, cache_views
 from trimode.plugins.operators import Int4Product
 
@@ -178,17 +178,10 @@ class _NetworkGraph:
         return self._rotation(self.op("Mul", cos, scale), self.op("Mul", sin, scale)), keys
 
     def _query_scale(self, position_ids: str) -> str:
-        """1 + beta * log(1 + floor(position / original length)), [batch, step], looked up in a table.
-
-        It includes the softmax scale. As an attribute of the attention node, compilers would apply the scale's root to
-        every key of the pool.
-        """
-        rope = self.config.rope_parameters
-        length = rope.original_max_position_embeddings
-        steps = np.arange(-(-self.config.max_position_embeddings // length))
-        table = (1 + rope.llama_4_scaling_beta * np.log1p(steps)) * self.config.head_dim**-0.5
-        step = self.op("Div", position_ids, length)
-        return self.op("Gather", self.graph.constant(table.astype(np.float32), "query_scale"), step)
+        """The scale of each query, [batch, step]."""
+        table = query_scales(self.config).astype(np.float32)
+        step = self.op("Div", position_ids, self.config.rope_parameters.original_max_position_embeddings)
+        return self.op("Gather", self.graph.constant(table, "query_scale"), step)
 
     def _rotation(self, cos: str, sin: str) -> Rotation:
         return Rotation(self._cast(cos, FLOAT), self._cast(sin, FLOAT))

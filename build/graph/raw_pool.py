@@ -20,6 +20,7 @@ from trimode.common.errors import TriModeError
 from trimode.common.progress import Progress
 from trimode.model.checkpoint import HEAD, Checkpoint, Int4Weight
 from trimode.model.config import ModelConfig
+from trimode.model.rope import query_scales, yarn_frequencies
 
 ALIGNMENT = 4096  # a page: every tensor can be mapped separately
 
@@ -85,8 +86,30 @@ class PooledLayer:
 
 
 @dataclass(frozen=True)
+class KernelConstants:
+    """Small constants that kernels read, all fp32.
+
+    frequencies: [head_dim / 2], of the rotation. key_scale: [1], YaRN's attention factor. query_scales: the scale of
+    the queries by the position's multiple of the original context, with the attention factor and the softmax scale.
+    epsilon: [1], of the norms.
+    """
+
+    frequencies: PoolRange
+    key_scale: PoolRange
+    query_scales: PoolRange
+    epsilon: PoolRange
+
+    @property
+    def rotations(self) -> tuple[PoolRange, PoolRange, PoolRange]:
+        """In the order of the operator ``Rotations``."""
+        return self.frequencies, self.key_scale, self.query_scales
+
+
+@dataclass(frozen=True)
 class RawPool:
-    """The ranges of all weights in the file. ``stored``: their bytes, without the padding to pages."""
+    """The ranges of all weights in the file. ``stored``: their bytes, without the padding to pages. constants: for
+    targets with kernels of our own.
+    """
 
     path: Path
     stored: int
@@ -94,6 +117,7 @@ class RawPool:
     layers: tuple[PooledLayer, ...]
     norm: PoolRange
     head: PooledLinear
+    constants: KernelConstants | None = None
 
     def ranges(self) -> Iterator[PoolRange]:
         """Every tensor, in the order of the file."""
@@ -107,20 +131,29 @@ class RawPool:
             yield from layer.down_proj.ranges()
         yield self.norm
         yield from self.head.ranges()
+        if self.constants is not None:
+            yield from self.constants.rotations
+            yield self.constants.epsilon
 
 
 def write_raw_pool(
-    checkpoint: Checkpoint, path: Path, progress: Progress, real: np.dtype[np.generic], unpack: bool = False
+    checkpoint: Checkpoint,
+    path: Path,
+    progress: Progress,
+    real: np.dtype[np.generic],
+    unpack: bool = False,
+    for_kernels: bool = False,
 ) -> RawPool:
     """Write the checkpoint's weights to ``path``. At most one matrix of one layer is in memory at a time.
 
     real: type of scales, norms and matrices that are not int4. unpack: store int4 matrices in the type ``real``,
-    multiplied by their input scales.
+    multiplied by their input scales. for_kernels: for targets with kernels of our own; the embedding has the type
+    ``real``, and the pool holds the kernels' constants.
     """
     layers = checkpoint.config.num_hidden_layers
     with path.open("wb") as file:
         writer = _Writer(file, checkpoint, real, unpack)
-        embed_tokens = writer.embedding()
+        embed_tokens = writer.embedding(real if for_kernels else None)
         pooled = []
         for index in range(layers):
             progress("weights", index, layers + 1)
@@ -138,8 +171,9 @@ def write_raw_pool(
         progress("weights", layers, layers + 1)
         norm = writer.norm("encoder.norm")
         head = writer.linear(HEAD)
+        constants = writer.kernel_constants() if for_kernels else None
         progress("weights", layers + 1, layers + 1)
-    return RawPool(path, writer.stored, embed_tokens, tuple(pooled), norm, head)
+    return RawPool(path, writer.stored, embed_tokens, tuple(pooled), norm, head, constants)
 
 
 class _Writer:
@@ -150,9 +184,20 @@ class _Writer:
         self._unpack = unpack
         self.stored = 0
 
-    def embedding(self) -> PoolRange:
-        """In the checkpoint's type: a lookup needs no wider one."""
-        return self._put("encoder.embed_tokens", self._checkpoint.vector("encoder.embed_tokens.weight"))
+    def embedding(self, dtype: np.dtype[np.generic] | None) -> PoolRange:
+        """dtype: None for the checkpoint's type, since a lookup needs no wider one."""
+        table = self._checkpoint.vector("encoder.embed_tokens.weight")
+        return self._put("encoder.embed_tokens", table if dtype is None else table.astype(dtype, copy=False))
+
+    def kernel_constants(self) -> KernelConstants:
+        config = self._checkpoint.config
+        frequencies, factor = yarn_frequencies(config)
+        return KernelConstants(
+            frequencies=self._put("rotary_frequencies", frequencies.astype(np.float32)),
+            key_scale=self._put("key_scale", np.array([factor], np.float32)),
+            query_scales=self._put("query_scales", (query_scales(config) * factor).astype(np.float32)),
+            epsilon=self._put("rms_norm_epsilon", np.array([config.rms_norm_eps], np.float32)),
+        )
 
     def norm(self, module: str) -> PoolRange:
         return self._put(module, self._checkpoint.vector(f"{module}.weight").astype(self._real))

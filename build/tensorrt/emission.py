@@ -10,17 +10,21 @@ import onnx
 
 from trimode.build.graph.network import NetworkOptions, PluginOptions, build_network
 from trimode.build.graph.raw_pool import write_raw_pool
-from trimode.build.tensorrt.kernel_emission import needed_kernels, plugin_nodes, write_kernels
-from trimode.build.tensorrt.target import COMPUTE_CAPABILITIES
-from trimode.common.errors import TriModeError
+from trimode.build.kernel_emission import (
+    needed_kernels,
+    plugin_nodes,
+    refuse_odd_groups,
+    refuse_unknown_gpus,
+    write_kernels,
+)
 from trimode.common.progress import Progress
 from trimode.engine.files import POOL
+from trimode.engine.kernel_library import KERNELS
 from trimode.engine.manifest import Limits, PoolEntry
 from trimode.engine.precision import NUMPY_TYPES, Real
-from trimode.engine.targets.tensorrt import GRAPH, PLUGIN_KERNELS
+from trimode.engine.targets.tensorrt import GRAPH
 from trimode.model.checkpoint import Checkpoint
 from trimode.model.step import ENGINES
-from trimode.plugins.operators.int4_product import LEAST_GROUP
 
 # With 8 KV heads, the attention of one request has about as many programs as a large GPU has multiprocessors.
 SPLITS = 16
@@ -39,8 +43,8 @@ def write_graphs(
 
     sms: compute capabilities, 121 for 12.1.
     """
-    _refuse_unknown_gpus(sms)
-    _refuse_odd_groups(checkpoint)
+    refuse_unknown_gpus(sms)
+    refuse_odd_groups(checkpoint, "tensorrt")
     options = NetworkOptions(
         top_k=limits.top_k,
         adapter=checkpoint.adapter is not None,
@@ -60,22 +64,7 @@ def write_graphs(
         graphs[name] = graph
     progress("graphs", len(ENGINES), len(ENGINES))
     needed = needed_kernels(list(graphs.values()), checkpoint.config)
-    write_kernels(needed, dtype, sms, folder / PLUGIN_KERNELS, progress)
+    write_kernels(needed, dtype, sms, folder / KERNELS, progress)
     plugins = {name: len(plugin_nodes(graph)) for name, graph in graphs.items()}
     entries = (PoolEntry(name=entry.name, offset=entry.offset, bytes=entry.length) for entry in pool.ranges())
     return plugins, tuple(entries)
-
-
-def _refuse_unknown_gpus(sms: tuple[int, ...]) -> None:
-    for sm in sms:
-        if sm not in COMPUTE_CAPABILITIES:
-            raise TriModeError(f"--sm {sm}: kernels are compiled for {', '.join(map(str, COMPUTE_CAPABILITIES))}")
-
-
-def _refuse_odd_groups(checkpoint: Checkpoint) -> None:
-    quantization = checkpoint.quantization
-    if quantization is not None and quantization.group_size % LEAST_GROUP:
-        raise TriModeError(
-            f"{checkpoint.folder} is int4 in groups of {quantization.group_size}; target tensorrt takes multiples of "
-            f"{LEAST_GROUP}"
-        )

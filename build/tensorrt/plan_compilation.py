@@ -12,9 +12,9 @@ import tensorrt as trt
 from trimode.build.plan_builder import BuilderProgress, HeldSignals, ProfileSizes
 from trimode.common.gpus import Gpu
 from trimode.common.progress import Progress
-from trimode.engine.kernel_library import KernelLibrary
+from trimode.engine.kernel_library import KERNELS, KernelLibrary
 from trimode.engine.manifest import Limits
-from trimode.engine.targets.tensorrt import BUILDER_LOG, GRAPH, PLAN, PLUGIN_KERNELS, TensorrtPlans, TensorrtSection
+from trimode.engine.targets.tensorrt import BUILDER_LOG, GRAPH, PLAN, TensorrtPlans, TensorrtSection
 from trimode.model.step import ENGINES
 from trimode.plugins.declarations import declare_plugins
 
@@ -48,7 +48,7 @@ def compile_plans(
 
     Raises TriModeError if the folder has no kernels for ``gpu``.
     """
-    declare_plugins(KernelLibrary(folder / PLUGIN_KERNELS, gpu.compute_capability))
+    declare_plugins(KernelLibrary(folder / KERNELS, gpu.compute_capability))
     profiles = _profiles(*limits.largest_pass)
     for name, _ in ENGINES:
         _compile(folder / name, section.plugins[name], profiles, progress)

@@ -12,12 +12,10 @@ from trimode.build.target import Built, option
 from trimode.common.extras import requires_extra
 from trimode.common.installation import Installation
 from trimode.common.progress import Progress
+from trimode.engine.kernel_library import COMPUTE_CAPABILITIES
 from trimode.engine.manifest import Limits
 from trimode.engine.targets.tensorrt import TensorrtSection
 from trimode.model.checkpoint import Checkpoint
-
-# GPUs that the plugins' kernels can be compiled for.
-COMPUTE_CAPABILITIES = (80, 86, 89, 90, 100, 120, 121)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,6 @@ from trimode.engine.record import Record
 from trimode.engine.targets.section import TargetSection, compute_capabilities
 
 GRAPH, PLAN, BUILDER_LOG = "graph.onnx", "engine.plan", "builder.log"
-PLUGIN_KERNELS = "kernels"
 
 
 class TensorrtPlans(Record):

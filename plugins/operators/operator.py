@@ -89,6 +89,10 @@ class Operator(ABC):
     def tactics(self, node: Node) -> dict[int, Tactic]:
         """The tactics that TensorRT times on the GPU, numbered from 1."""
 
+    def preferred_tactic(self, _node: Node, available: Sequence[int]) -> int:
+        """The tactic among ``available`` that a launch without TensorRT uses. The node's shapes are integers."""
+        return min(available)
+
     @abstractmethod
     def grid(self, node: Node, tactic: Tactic) -> tuple[Dim, Dim, Dim]: ...
 

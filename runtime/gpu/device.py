@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from trimode.common.errors import TriModeError
 
 Bytes = NDArray[np.uint8]
+# A kernel with more dynamic shared memory than this must request it by an attribute.
+_UNREQUESTED_SHARED_BYTES = 48 << 10
 
 
 class Buffer:
@@ -33,6 +35,42 @@ class Graph:
 
     def __init__(self, handle: Any) -> None:
         self.handle = handle
+
+
+class Kernel(NamedTuple):
+    """A loaded kernel. threads: of a block. shared_bytes: of dynamic shared memory."""
+
+    function: Any
+    threads: int
+    shared_bytes: int
+
+
+class KernelLaunch:
+    """One launch of a kernel with its arguments. grid: blocks. The kernel's parameters are the addresses ``inputs``,
+    32-bit ``scalars``, and the addresses ``outputs``, in this order.
+    """
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        grid: tuple[int, int, int],
+        inputs: Sequence[int],
+        scalars: Sequence[int],
+        outputs: Sequence[int],
+    ) -> None:
+        self.kernel = kernel
+        self.grid = grid
+        self._values = [
+            *(ctypes.c_uint64(address) for address in inputs),
+            *(ctypes.c_int32(scalar) for scalar in scalars),
+            *(ctypes.c_uint64(address) for address in outputs),
+        ]
+        self._pointers = (ctypes.c_void_p * len(self._values))(*map(ctypes.addressof, self._values))
+
+    @property
+    def parameters(self) -> int:
+        """The address of an array of pointers to the arguments, as ``cuLaunchKernel`` takes it."""
+        return ctypes.addressof(self._pointers)
 
 
 class Runs(NamedTuple):
@@ -64,6 +102,48 @@ class Device:
     def synchronize(self) -> None:
         """Wait for all work of the stream."""
         _checked(driver.cuStreamSynchronize(self._stream))
+
+    # Kernels.
+
+    @property
+    def compute_capability(self) -> int:
+        """121 for 12.1."""
+        attributes = driver.CUdevice_attribute
+        return 10 * self._attribute(attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR) + self._attribute(
+            attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR
+        )
+
+    @property
+    def most_shared_bytes(self) -> int:
+        """The most dynamic shared memory of a block."""
+        return self._attribute(driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)
+
+    def _attribute(self, attribute: Any) -> int:
+        return int(_checked(driver.cuDeviceGetAttribute(attribute, self._ordinal)))
+
+    def load_kernel(self, image: bytes, entry: str, threads: int, shared_bytes: int) -> Kernel:
+        """image: PTX, which the driver compiles, or a cubin. entry: the function's name in it."""
+        module = _checked(driver.cuModuleLoadData(image + b"\0"))
+        function = _checked(driver.cuModuleGetFunction(module, entry.encode()))
+        if shared_bytes > _UNREQUESTED_SHARED_BYTES:
+            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            _checked(driver.cuFuncSetAttribute(function, attribute, shared_bytes))
+        return Kernel(function, threads, shared_bytes)
+
+    def launch_kernel(self, launch: KernelLaunch) -> None:
+        """Put a launch on the stream. ``launch`` must exist until the work is done or captured."""
+        kernel = launch.kernel
+        _checked(
+            driver.cuLaunchKernel(
+                kernel.function,
+                *launch.grid,
+                *(kernel.threads, 1, 1),
+                kernel.shared_bytes,
+                self._stream,
+                launch.parameters,
+                0,
+            )
+        )
 
     # Memory.
 

@@ -7,12 +7,14 @@ from pathlib import Path
 
 from trimode.common.errors import TriModeError
 from trimode.common.gpus import find_gpus
+from trimode.engine.kernel_library import runs_on
 
 
-def choose_gpu(engine: Path, target: str, sms: Collection[int]) -> int:
+def choose_gpu(engine: Path, target: str, sms: Collection[int], portable: bool = False) -> int:
     """The driver's number of the first GPU that the engine was compiled for.
 
-    sms: the engine's compute capabilities, 121 for 12.1. Raises TriModeError if this machine has no such GPU.
+    sms: the engine's compute capabilities, 121 for 12.1. portable: whether a GPU may run code for an older one
+    (:func:`trimode.engine.kernel_library.runs_on`). Raises TriModeError if this machine has no such GPU.
     """
     gpus = find_gpus()
     if not gpus.found:
@@ -22,6 +24,9 @@ def choose_gpu(engine: Path, target: str, sms: Collection[int]) -> int:
         )
     for gpu in gpus.found:
         if gpu.compute_capability in sms:
+            return gpu.ordinal
+    for gpu in gpus.found if portable else ():
+        if any(runs_on(sm, gpu.compute_capability) for sm in sms):
             return gpu.ordinal
     compiled_for = ", ".join(map(str, sms))
     here = ", ".join(f"{gpu.name} ({gpu.compute_capability})" for gpu in gpus.found)

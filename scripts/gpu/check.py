@@ -38,7 +38,7 @@ def emit(folder: Path, sm: int) -> None:
     """Write PTX and cubin of every kernel of the check into ``folder``/sm_90. sm: compute capability, 90 for 9.0."""
     from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 
-    from trimode.build.tensorrt.kernel_emission import NeededKernel, kernels_of, write_kernels
+    from trimode.build.kernel_emission import NeededKernel, kernels_of, write_kernels
     from trimode.common.progress import no_progress
     from trimode.engine.kernel_library import library_folder
 

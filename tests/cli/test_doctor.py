@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.rtx_double import LibcudaDouble
+from tests.support.driver_double import LibcudaDouble
 from trimode.cli import machine_report as doctor
 
 

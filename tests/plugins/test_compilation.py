@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from scripts.gpu.kernels_8b import ATTENTION, PRODUCTS, SPLITS
-from trimode.build.tensorrt.kernel_emission import kernels_of, write_kernels
+from trimode.build.kernel_emission import kernels_of, write_kernels
 from trimode.common.errors import TriModeError
 from trimode.common.progress import no_progress
 from trimode.engine.kernel_library import KernelLibrary

@@ -220,7 +220,7 @@ def test_groups_that_tensor_cores_cannot_take_are_refused(
 def test_without_triton_the_remedy_is_named(
     random_int4_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("plugins.compilation", "build.tensorrt.kernel_emission", "build.tensorrt.emission"):
+    for name in ("plugins.compilation", "build.kernel_emission", "build.tensorrt.emission"):
         monkeypatch.delitem(sys.modules, f"trimode.{name}", raising=False)
     monkeypatch.setitem(sys.modules, "triton", None)
     options = TensorrtTarget(sms=(90,), emit_only=True)

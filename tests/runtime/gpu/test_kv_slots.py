@@ -10,8 +10,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from tests.support.driver_double import DriverDouble
 from tests.support.random_checkpoint import config_fields
-from tests.support.rtx_double import DriverDouble
 from trimode.common.errors import TriModeError
 from trimode.model.config import ModelConfig
 from trimode.runtime.gpu import device

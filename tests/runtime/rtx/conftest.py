@@ -12,7 +12,8 @@ import onnx
 import pytest
 import tensorrt_rtx
 
-from tests.support.rtx_double import DriverDouble, LibcudaDouble, PlanDouble, TrtDouble, plan_doubles
+from tests.support.driver_double import DriverDouble, LibcudaDouble
+from tests.support.rtx_double import PlanDouble, TrtDouble, plan_doubles
 from trimode.build.engine_builder import build_engine
 from trimode.build.graph.network import NetworkOptions, build_network
 from trimode.build.graph.raw_pool import write_raw_pool

@@ -11,7 +11,8 @@ import tensorrt_rtx
 from numpy.typing import NDArray
 
 from tests.runtime.rtx.conftest import CAPACITY, MAX_BATCH, MAX_STEP, Engines, Machine
-from tests.support.rtx_double import FaultError, misremembered_calls
+from tests.support.driver_double import FaultError
+from tests.support.rtx_double import misremembered_calls
 from trimode import LLM, SamplingParams
 from trimode.common.errors import TriModeError
 from trimode.runtime.executor import BidirectionalStep, Candidates, CausalStep, Executor, SpeculatingExecutor

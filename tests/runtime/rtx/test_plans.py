@@ -19,7 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.runtime.rtx.conftest import Engines, Machine
-from tests.support.rtx_double import GRANULARITY, FaultError, LibcudaDouble, PlanDouble
+from tests.support.driver_double import GRANULARITY, FaultError, LibcudaDouble
+from tests.support.rtx_double import PlanDouble
 from trimode import LLM, SamplingParams
 from trimode.common.errors import TriModeError
 from trimode.engine.manifest import Manifest

@@ -1,4 +1,4 @@
-"""Compile the kernels that the plugins of both graphs need. The GPUs need not be present."""
+"""Compile the kernels that the graphs of an engine need. The GPUs need not be present."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import onnx
 
 from trimode.common.errors import TriModeError
 from trimode.common.progress import Progress
-from trimode.engine.kernel_library import LibraryIndex, LibraryKernel, library_folder
+from trimode.engine.kernel_library import COMPUTE_CAPABILITIES, LibraryIndex, LibraryKernel, library_folder
 from trimode.engine.precision import Real
+from trimode.model.checkpoint import Checkpoint
 from trimode.model.config import ModelConfig
 from trimode.plugins.compilation import compile_operator
 from trimode.plugins.operators import DOMAIN, OPERATORS, Constants, Node, Operator, Shapes, Tactic
+from trimode.plugins.operators.int4_product import LEAST_GROUP
 
 _WARP = 32
 # A dimension that is known at run time only.
@@ -103,3 +105,20 @@ def _fixed_shapes(
 def _fixed(value: onnx.ValueInfoProto) -> tuple[int, ...]:
     dims = value.type.tensor_type.shape.dim
     return tuple(dim.dim_value if dim.HasField("dim_value") else _DYNAMIC for dim in dims)
+
+
+def refuse_unknown_gpus(sms: tuple[int, ...]) -> None:
+    """Raise TriModeError for a compute capability that no kernel can be compiled for."""
+    for sm in sms:
+        if sm not in COMPUTE_CAPABILITIES:
+            raise TriModeError(f"--sm {sm}: kernels are compiled for {', '.join(map(str, COMPUTE_CAPABILITIES))}")
+
+
+def refuse_odd_groups(checkpoint: Checkpoint, target: str) -> None:
+    """Raise TriModeError for groups of int4 weights that the kernels cannot multiply."""
+    quantization = checkpoint.quantization
+    if quantization is not None and quantization.group_size % LEAST_GROUP:
+        raise TriModeError(
+            f"{checkpoint.folder} is int4 in groups of {quantization.group_size}; target {target} takes multiples of "
+            f"{LEAST_GROUP}"
+        )
