@@ -10,6 +10,8 @@ number of committed rows.
 | ``block_mask`` (AR) | [B, S, S] bool | tokens of this step that each token attends to |
 | ``step_lengths`` (diffusion) | [B] | real tokens of the step; they attend to each other |
 | ``logit_rows`` | [B, R] | rows of the step that need logits |
+| ``token_mask`` (optional) | [B, R, ceil(V / 32)] uint32 | legal tokens of these rows |
+| ``asked_ids`` (optional) | [B, R, M] | tokens whose logits these rows return as well |
 | ``top_k`` (target cpu) | [1] | k: candidates to return for each of these rows |
 | ``adapter_scale`` (diffusion) | [B] | 1: with the draft adapter; 0: without |
 | ``adapter_down.i`` (diffusion) | [query width, rank] | the draft adapter's A, transposed |
@@ -21,9 +23,14 @@ number of committed rows.
 ``block_mask``: a lower triangle is causal; a tree's ancestors verify a tree; a row of padding attends to itself.
 :mod:`trimode.model.attention` defines which KV rows a token attends to, and the result.
 
-Outputs: ``top_logits`` and ``top_tokens`` [B, R, k], best first, and ``log_sum_exp`` [B, R] over the whole vocabulary.
-The mask token has probability 0. Rows below ``write_indices`` never change. Row i predicts position i + 1 in the AR
-engine, and position i in the diffusion engine.
+``token_mask``: token i is legal if bit i % 32 of word i // 32 is set. Without it, every token is legal. The mask token
+is never legal. Illegal tokens have probability 0.
+
+Outputs: ``top_logits`` and ``top_tokens`` [B, R, k], the k best legal tokens, best first; of equal ones the lowest id
+comes first. Behind the last legal token, and in rows without one, logits are -1e30. ``log_sum_exp`` [B, R] is over all
+legal tokens, and -1e30 in a row without one. ``asked_logits`` [B, R, M] are the logits of ``asked_ids``, legal or not.
+Rows below ``write_indices`` never change. Row i predicts position i + 1 in the AR engine, and position i in the
+diffusion engine.
 """
 
 from __future__ import annotations
@@ -32,6 +39,11 @@ from typing import Literal
 
 AttentionPattern = Literal["causal", "bidirectional"]
 ENGINES: tuple[tuple[str, AttentionPattern], ...] = (("ar", "causal"), ("diffusion", "bidirectional"))
+
+
+def mask_words(vocab_size: int) -> int:
+    """Words of a row of ``token_mask``."""
+    return -(-vocab_size // 32)
 
 
 def cache_inputs(layers: int) -> list[str]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from trimode.runtime.kv.slots import KvSlots
 
 Ints = NDArray[np.int64]
+Words = NDArray[np.uint32]
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,8 @@ class Step:
     """The inputs of one pass over ``batch`` slots from ``first_slot`` on, as :mod:`trimode.model.step` defines them.
 
     top_k: candidates needed of each row; None for as many as the engine returns. An executor may return more.
+    token_mask: the legal tokens of each row: token i is legal if bit i % 32 of word i // 32 is set; None if all are.
+    asked_ids: tokens of each row whose logits are needed as well; None for none.
     """
 
     first_slot: int
@@ -27,6 +31,13 @@ class Step:
     write_indices: Ints  # [B]
     logit_rows: Ints  # [B, R]
     top_k: int | None = field(default=None, kw_only=True)
+    token_mask: Words | None = field(default=None, kw_only=True)  # [B, R, ceil(V / 32)]
+    asked_ids: Ints | None = field(default=None, kw_only=True)  # [B, R, M]
+
+    @property
+    def asked(self) -> int:
+        """M, the number of tokens of each row whose logits are needed."""
+        return 0 if self.asked_ids is None else self.asked_ids.shape[2]
 
     @property
     def batch(self) -> int:
@@ -93,15 +104,32 @@ class BidirectionalStep(Step):
 
 
 class Candidates(NamedTuple):
-    """The k most likely tokens of each logit row, best first, and the log-sum-exp over the whole vocabulary."""
+    """The k most likely legal tokens of each logit row, best first, the log-sum-exp over all its legal tokens, and the
+    logits of the tokens that were asked for, legal or not.
+
+    Of equal logits, the lowest token id comes first. Behind the last legal token, logits are -1e30.
+    """
 
     logits: NDArray[np.float32]  # [B, R, k]
     tokens: Ints  # [B, R, k]
     log_sum_exp: NDArray[np.float32]  # [B, R]
+    asked_logits: NDArray[np.float32] | None = None  # [B, R, M], in the order of asked_ids; None if none were asked for
 
     def of(self, index: int, rows: int) -> Candidates:
-        """The first ``rows`` rows of one sequence: [rows, k], [rows, k], [rows]."""
-        return Candidates(self.logits[index, :rows], self.tokens[index, :rows], self.log_sum_exp[index, :rows])
+        """The first ``rows`` rows of one sequence: [rows, k], [rows, k], [rows], [rows, M]."""
+        return self._each(lambda array: array[index, :rows])
+
+    def first_rows(self, rows: int) -> Candidates:
+        """The first ``rows`` rows of each sequence."""
+        return self._each(lambda array: array[:, :rows])
+
+    def behind_first_row(self) -> Candidates:
+        """Of one sequence's rows, as :meth:`of` gives them, all but the first."""
+        return self._each(lambda array: array[1:])
+
+    def _each(self, part: Callable[[NDArray[Any]], NDArray[Any]]) -> Candidates:
+        asked = None if self.asked_logits is None else part(self.asked_logits)
+        return Candidates(part(self.logits), part(self.tokens), part(self.log_sum_exp), asked)
 
 
 class Executor(Protocol):
@@ -134,7 +162,7 @@ class SpeculatingExecutor(Executor, Protocol):
     def speculate(self, draft: BidirectionalStep) -> Speculated:
         """Run a draft of whole blocks, and the causal pass over the drafted blocks.
 
-        ``draft`` has all its rows as logit rows. The best token of each row is the causal pass's input of that row;
-        the first row keeps the pending token.
+        ``draft`` has all its rows as logit rows, no token mask and no asked ids. The best token of each row is the
+        causal pass's input of that row; the first row keeps the pending token.
         """
         ...

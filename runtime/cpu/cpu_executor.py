@@ -22,7 +22,7 @@ from trimode.engine.files import ADAPTER, POOL
 from trimode.engine.manifest import Manifest
 from trimode.engine.targets.cpu import MODEL, CpuSection
 from trimode.model.step import cache_inputs, cache_outputs
-from trimode.runtime.cpu.even_rows import first_rows, with_even_rows
+from trimode.runtime.cpu.even_rows import with_even_rows
 from trimode.runtime.executor import BidirectionalStep, Candidates, CausalStep, Step
 from trimode.runtime.kv.host_kv_pool import KvPool
 
@@ -97,7 +97,7 @@ class CpuExecutor:
     def run(self, step: CausalStep | BidirectionalStep) -> Candidates:
         self.pool.reserve(step.rows_written)
         if self._pads_rows:
-            return first_rows(self._run(with_even_rows(step)), step.logit_rows.shape[1])
+            return self._run(with_even_rows(step)).first_rows(step.logit_rows.shape[1])
         return self._run(step)
 
     def _run(self, step: CausalStep | BidirectionalStep) -> Candidates:
@@ -106,7 +106,7 @@ class CpuExecutor:
             memory.inputs[name][...] = array
         binding.bind(memory)
         self._sessions[type(step)].run_with_iobinding(binding.session_binding)
-        logits, tokens, log_sum_exp = memory.results
+        logits, tokens, log_sum_exp, _ = memory.results
         return Candidates(logits.copy(), tokens.copy(), log_sum_exp.copy())
 
     def _inputs(self, step: CausalStep | BidirectionalStep) -> _Arrays:

@@ -9,11 +9,14 @@ tokens takes about 1.2 times as long as a step of one.
 from __future__ import annotations
 
 import dataclasses
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trimode.runtime.executor import BidirectionalStep, Candidates, CausalStep
+from trimode.runtime.executor import BidirectionalStep, CausalStep
+
+Scalar = TypeVar("Scalar", bound=np.generic)
 
 
 def with_even_rows(step: CausalStep | BidirectionalStep) -> CausalStep | BidirectionalStep:
@@ -25,7 +28,12 @@ def with_even_rows(step: CausalStep | BidirectionalStep) -> CausalStep | Bidirec
     if step.batch % 2 == 0:
         return step
     if step.logit_rows.shape[1] % 2:
-        step = dataclasses.replace(step, logit_rows=_padded(step.logit_rows, 0))
+        step = dataclasses.replace(
+            step,
+            logit_rows=_padded(step.logit_rows, 0),
+            token_mask=None if step.token_mask is None else _last_repeated(step.token_mask),
+            asked_ids=None if step.asked_ids is None else _last_repeated(step.asked_ids),
+        )
     if step.input_ids.shape[1] % 2 == 0:
         return step
     ids, positions = _padded(step.input_ids, 0), _padded(step.position_ids, 1)
@@ -36,11 +44,11 @@ def with_even_rows(step: CausalStep | BidirectionalStep) -> CausalStep | Bidirec
     return dataclasses.replace(step, input_ids=ids, position_ids=positions, block_mask=mask)
 
 
-def first_rows(candidates: Candidates, rows: int) -> Candidates:
-    """The candidates of the first ``rows`` logit rows of each sequence."""
-    return Candidates(candidates.logits[:, :rows], candidates.tokens[:, :rows], candidates.log_sum_exp[:, :rows])
-
-
 def _padded(array: NDArray[np.int64], increment: int) -> NDArray[np.int64]:
     """[B, N] with one more column, the last one plus ``increment``."""
     return np.concatenate((array, array[:, -1:] + increment), axis=1)
+
+
+def _last_repeated(array: NDArray[Scalar]) -> NDArray[Scalar]:
+    """[B, N, ...] with one more column, the last one again."""
+    return np.concatenate((array, array[:, -1:]), axis=1)

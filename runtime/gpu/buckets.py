@@ -1,7 +1,9 @@
 """Buckets: the few shapes that steps are padded to, each with its own CUDA graph.
 
 A graph serves one shape and one set of addresses. Therefore a step's length, its number of logit rows and its window
-are rounded up to a few values. The batch is not, because a padded sequence would write into another sequence's slot.
+are rounded up to a few values; so is the number of asked ids. The batch is not, because a padded sequence would write
+into another sequence's slot. Token masks and asked ids take 16 kB and more a row, so only the buckets of passes that
+have them hold them.
 """
 
 from __future__ import annotations
@@ -14,7 +16,11 @@ SMALLEST_WINDOW = 256
 
 
 class Bucket(NamedTuple):
-    """The shape of a pass, and the first slot of its batch. ``step``, ``rows`` and ``window`` are padded."""
+    """The shape of a pass, and the first slot of its batch. ``step``, ``rows``, ``window`` and ``asked`` are padded.
+
+    top_k: candidates that the pass returns for each row. masked: whether its rows have token masks. asked: asked ids of
+    each row; 0 for none.
+    """
 
     kind: type[Step]
     first_slot: int
@@ -22,13 +28,17 @@ class Bucket(NamedTuple):
     step: int
     rows: int
     window: int
+    top_k: int
+    masked: bool
+    asked: int
 
 
-def bucket_of(step: Step, max_step: int, capacity: int, windowed: bool) -> Bucket:
+def bucket_of(step: Step, max_step: int, capacity: int, windowed: bool, top_k: int) -> Bucket:
     """The bucket of a step of at most ``max_step`` tokens whose rows are all below ``capacity``.
 
     windowed: whether the engine attends to a window; otherwise it attends to the pool in place, and the window is the
-    capacity. A step that would exceed the capacity when padded is not padded.
+    capacity. A step that would exceed the capacity when padded is not padded. top_k: candidates of a row that the
+    engine returns for this step.
     """
     batch, length = step.input_ids.shape
     committed = int(step.write_indices.max())
@@ -37,9 +47,15 @@ def bucket_of(step: Step, max_step: int, capacity: int, windowed: bool) -> Bucke
         padded = length
     rows = 1 if step.logit_rows.shape[1] == 1 else padded
     window = _rounded(committed + padded, SMALLEST_WINDOW, capacity) if windowed else capacity
-    return Bucket(type(step), step.first_slot, batch, padded, rows, window)
+    asked = _power_of_two(step.asked) if step.asked else 0
+    return Bucket(type(step), step.first_slot, batch, padded, rows, window, top_k, step.token_mask is not None, asked)
 
 
 def _rounded(number: int, smallest: int, largest: int) -> int:
     """The next power of two that is at least ``smallest``, but at most ``largest``."""
-    return min(max(smallest, 1 << (number - 1).bit_length()), largest)
+    return min(max(smallest, _power_of_two(number)), largest)
+
+
+def _power_of_two(number: int) -> int:
+    """The next power of two."""
+    return 1 << (number - 1).bit_length()

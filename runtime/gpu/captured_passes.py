@@ -52,7 +52,7 @@ class SinglePass:
     def run(self, step: CausalStep | BidirectionalStep) -> Candidates:
         self._bound.memory.put(step)
         self._work.run()
-        return self._bound.memory.take(step.logit_rows.shape[1])
+        return self._bound.memory.take(step)
 
     def _enqueue(self) -> None:
         self._bound.memory.upload()
@@ -77,8 +77,7 @@ class SpeculationCycle:
         self._draft.memory.put(draft)
         self._commit.memory.put(commit)
         self._work.run()
-        rows = draft.logit_rows.shape[1]
-        return Speculated(self._draft.memory.take(rows), self._commit.memory.take(rows))
+        return Speculated(self._draft.memory.take(draft), self._commit.memory.take(commit))
 
     def _enqueue(self) -> None:
         for bound in (self._draft, self._commit):

@@ -40,7 +40,7 @@ class GpuExecutor:
         self._networks = networks
         self._adapter_memory: list[Buffer] = []
         self._adapter = self._load_adapter(engine)
-        self._staging = {kind: self._allocate_staging(kind) for kind in networks}
+        self._staging = {kind: self._allocate_staging(self._largest_ordinary_pass(kind)) for kind in networks}
         self._bound: dict[Bucket, BoundPass] = {}
         self._passes: dict[Bucket, SinglePass] = {}
         self._cycles: dict[Bucket, SpeculationCycle] = {}
@@ -52,6 +52,8 @@ class GpuExecutor:
         return self._passes[bucket].run(step)
 
     def speculate(self, draft: BidirectionalStep) -> Speculated:
+        if draft.token_mask is not None or draft.asked:
+            raise ValueError("a speculation has no token masks and no asked ids")
         commit, bucket = draft.verification(), self._admit(draft)
         if bucket not in self._cycles:
             bound = self._bind(bucket), self._bind(self._admit(commit))
@@ -61,11 +63,13 @@ class GpuExecutor:
     def _admit(self, step: Step) -> Bucket:
         self._refuse(step)
         self._device.activate()
-        return bucket_of(step, self._max_step, self._manifest.limits.capacity, self._networks[type(step)].windowed)
+        network, limits = self._networks[type(step)], self._manifest.limits
+        top_k = 1 if step.top_k == 1 and network.returns_one else limits.top_k
+        return bucket_of(step, self._max_step, limits.capacity, network.windowed, top_k)
 
     def _bind(self, bucket: Bucket) -> BoundPass:
         if bucket not in self._bound:
-            memory = PassMemory(self._device, self._staging[bucket.kind], bucket, self._manifest)
+            memory = PassMemory(self._device, self._staging_of(bucket), bucket, self._manifest)
             inputs = memory.inputs
             if bucket.kind is BidirectionalStep:
                 inputs |= self._adapter
@@ -94,8 +98,20 @@ class GpuExecutor:
             tensors[name] = DeviceTensor(memory.address, array.shape)
         return tensors
 
-    def _allocate_staging(self, kind: type[Step]) -> Staging:
-        """Memory for the largest pass of an engine."""
-        largest = Bucket(kind, 0, self._max_batch, self._max_step, self._max_step, 0)
-        size = PassLayout(largest, self._manifest).end
+    def _staging_of(self, bucket: Bucket) -> Staging:
+        """Memory for the passes of a bucket. What was allocated at first holds every ordinary pass; token masks and
+        asked ids may need more. Buckets that are bound already keep theirs.
+        """
+        needed = PassLayout(bucket, self._manifest).end
+        if self._staging[bucket.kind].device.size < needed:
+            # Powers of two, so that what was allocated before adds up to less than this.
+            self._staging[bucket.kind] = self._allocate_staging(1 << (needed - 1).bit_length())
+        return self._staging[bucket.kind]
+
+    def _largest_ordinary_pass(self, kind: type[Step]) -> int:
+        """Bytes of the inputs and results of the largest pass without token masks and asked ids."""
+        rows, top_k = self._max_step, self._manifest.limits.top_k
+        return PassLayout(Bucket(kind, 0, self._max_batch, rows, rows, 0, top_k, False, 0), self._manifest).end
+
+    def _allocate_staging(self, size: int) -> Staging:
         return Staging(self._device.allocate(size, "the engines' inputs"), *self._device.allocate_page_locked(size))

@@ -30,10 +30,16 @@ class GpuNetwork(Protocol):
         """Whether attention reads a window at the beginning of the KV pool, rather than the pool in place."""
         ...
 
+    @property
+    def returns_one(self) -> bool:
+        """Whether a pass can return a single candidate of each row, rather than always the engine's top_k."""
+        ...
+
     def bind(self, bucket: Bucket, inputs: Mapping[str, DeviceTensor], results: Mapping[str, DeviceTensor]) -> Enqueue:
         """Prepare the passes of a bucket; the returned function puts one of them on the device's stream.
 
-        inputs, results: the step contract's tensors but for the KV pool, by name. Their addresses never change, nor do
-        the KV pool's: the function may be captured in a CUDA graph, and must be safe to capture once it has run.
+        inputs, results: the step contract's tensors but for the KV pool, by name. ``token_mask`` is among them if the
+        bucket is masked, and ``asked_ids`` and ``asked_logits`` if it has asked ids. Their addresses never change, nor
+        do the KV pool's: the function may be captured in a CUDA graph, and must be safe to capture once it has run.
         """
         ...

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from trimode.engine.manifest import Manifest
 from trimode.engine.precision import NUMPY_TYPES
-from trimode.runtime.executor import BidirectionalStep, Candidates, CausalStep
+from trimode.model.step import mask_words
+from trimode.runtime.executor import BidirectionalStep, Candidates, CausalStep, Step
 from trimode.runtime.gpu.buckets import Bucket
 from trimode.runtime.gpu.device import Buffer, Bytes, Device
 from trimode.runtime.gpu.gpu_network import DeviceTensor
@@ -37,7 +38,7 @@ class PassLayout:
     """Offsets of the inputs of a pass and, after them, of its results."""
 
     def __init__(self, bucket: Bucket, manifest: Manifest) -> None:
-        batch, step, rows, top_k = bucket.batch, bucket.step, bucket.rows, manifest.limits.top_k
+        batch, step, rows, top_k = bucket.batch, bucket.step, bucket.rows, bucket.top_k
         self.inputs: dict[str, _Field] = {}
         self.results: dict[str, _Field] = {}
         self.end = 0
@@ -51,11 +52,17 @@ class PassLayout:
             self._add(self.inputs, "step_lengths", np.int64, batch)
             if manifest.adapter:
                 self._add(self.inputs, "adapter_scale", NUMPY_TYPES[manifest.precision.kv_cache], batch)
+        if bucket.masked:
+            self._add(self.inputs, "token_mask", np.uint32, batch, rows, mask_words(manifest.model.vocab_size))
+        if bucket.asked:
+            self._add(self.inputs, "asked_ids", np.int64, batch, rows, bucket.asked)
         self.inputs_end = self.end
         self._add(self.results, "top_logits", np.float32, batch, rows, top_k)
         self.results_begin = self.results["top_logits"].offset
         self._add(self.results, "top_tokens", np.int64, batch, rows, top_k)
         self._add(self.results, "log_sum_exp", np.float32, batch, rows)
+        if bucket.asked:
+            self._add(self.results, "asked_logits", np.float32, batch, rows, bucket.asked)
 
     def _add(self, fields: dict[str, _Field], name: str, dtype: Any, *shape: int) -> None:
         field = _Field(-(-self.end // ALIGNMENT) * ALIGNMENT, np.dtype(dtype), shape)
@@ -113,6 +120,10 @@ class PassMemory:
         else:
             inputs["step_lengths"] = step.step_lengths
             inputs["adapter_scale"] = step.adapter
+        if step.token_mask is not None:
+            inputs["token_mask"] = step.token_mask
+        if step.asked_ids is not None:
+            inputs["asked_ids"] = step.asked_ids
         for name in self._layout.inputs:
             view, array = self._views[name], inputs[name]
             view[...] = 0
@@ -121,10 +132,14 @@ class PassMemory:
             padding = np.arange(step.input_ids.shape[1], self._views["block_mask"].shape[1])
             self._views["block_mask"][:, padding, padding] = True
 
-    def take(self, rows: int) -> Candidates:
-        """A copy of the first ``rows`` rows of the results: the next pass overwrites this memory."""
-        logits, tokens, log_sum_exp = (self._views[name][:, :rows].copy() for name in self._layout.results)
-        return Candidates(logits, tokens, log_sum_exp)
+    def take(self, step: Step) -> Candidates:
+        """A copy of the step's results without padding: the next pass overwrites this memory."""
+        rows = step.logit_rows.shape[1]
+        logits, tokens, log_sum_exp = (
+            self._views[name][:, :rows].copy() for name in ("top_logits", "top_tokens", "log_sum_exp")
+        )
+        asked = self._views["asked_logits"][:, :rows, : step.asked].copy() if step.asked else None
+        return Candidates(logits, tokens, log_sum_exp, asked)
 
     def _tensors(self, fields: dict[str, _Field]) -> dict[str, DeviceTensor]:
         address = self._staging.device.address

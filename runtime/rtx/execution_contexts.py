@@ -41,6 +41,10 @@ class RtxNetwork:
     def windowed(self) -> bool:
         return WINDOW_ROWS in self._tensors
 
+    @property
+    def returns_one(self) -> bool:
+        return False  # the number is a constant of the plan
+
     def bind(self, bucket: Bucket, inputs: Mapping[str, DeviceTensor], results: Mapping[str, DeviceTensor]) -> Enqueue:
         context = expect(self._engine.create_execution_context(runtime_config=self._config), "making a context")
         context.set_device_memory(self._scratch.address, self._scratch.size)

@@ -91,8 +91,7 @@ class PassRunner:
                         yield member, found
                     else:
                         index, length = member.slot - part.first, len(member.needed.tokens)
-                        logits, tokens, log_sum_exp = found.drafted.of(index, length)
-                        drafted = Candidates(logits[1:], tokens[1:], log_sum_exp[1:])
+                        drafted = found.drafted.of(index, length).behind_first_row()
                         yield member, Speculated(drafted, found.verified.of(index, length))
 
     def measure(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from trimode.runtime.executor import CausalStep
 from trimode.runtime.gpu.buckets import SMALLEST_WINDOW, Bucket, bucket_of
 
-MAX_STEP, CAPACITY = 200, 3000
+MAX_STEP, CAPACITY, TOP_K = 200, 3000, 4
 
 
 def step(length: int, committed: list[int], rows: int, first_slot: int = 0) -> CausalStep:
@@ -30,7 +32,7 @@ def test_a_bucket_holds_the_step_and_stays_inside_the_pool(
 ) -> None:
     committed = [min(room, CAPACITY - length) for room in rooms]
     rows = min(rows, length)
-    bucket = bucket_of(step(length, committed, rows, first_slot), MAX_STEP, CAPACITY, windowed=True)
+    bucket = bucket_of(step(length, committed, rows, first_slot), MAX_STEP, CAPACITY, True, TOP_K)
     assert (bucket.kind, bucket.first_slot, bucket.batch) == (CausalStep, first_slot, len(committed))
     assert length <= bucket.step <= MAX_STEP
     assert rows <= bucket.rows <= bucket.step
@@ -40,7 +42,7 @@ def test_a_bucket_holds_the_step_and_stays_inside_the_pool(
 def test_there_are_few_of_them() -> None:
     """Away from the pool's end: eight lengths and the largest, two kinds of rows, four windows and the whole."""
     seen = {
-        bucket_of(step(length, [committed], rows), MAX_STEP, CAPACITY, windowed=True)
+        bucket_of(step(length, [committed], rows), MAX_STEP, CAPACITY, True, TOP_K)
         for length in range(1, MAX_STEP + 1)
         for committed in range(0, CAPACITY - 2 * MAX_STEP, 211)
         for rows in (1, length)
@@ -63,7 +65,19 @@ def test_there_are_few_of_them() -> None:
     ],
 )
 def test_by_hand(length: int, committed: int, expected: tuple[int, int]) -> None:
-    bucket = bucket_of(step(length, [3, committed], length), MAX_STEP, CAPACITY, windowed=True)
-    assert bucket == Bucket(CausalStep, 0, 2, expected[0], expected[0], expected[1])
-    in_place = bucket_of(step(length, [3, committed], length), MAX_STEP, CAPACITY, windowed=False)
+    bucket = bucket_of(step(length, [3, committed], length), MAX_STEP, CAPACITY, True, TOP_K)
+    assert bucket == Bucket(CausalStep, 0, 2, expected[0], expected[0], expected[1], TOP_K, False, 0)
+    in_place = bucket_of(step(length, [3, committed], length), MAX_STEP, CAPACITY, False, TOP_K)
     assert in_place == bucket._replace(window=CAPACITY)
+
+
+def test_a_bucket_has_a_token_mask_and_asked_ids_only_for_passes_that_have_them() -> None:
+    """The number of asked ids is rounded up to a power of two."""
+    ordinary = step(5, [0, 7], 3)
+    bucket = bucket_of(ordinary, MAX_STEP, CAPACITY, True, TOP_K)
+    assert (bucket.top_k, bucket.masked, bucket.asked) == (TOP_K, False, 0)
+    masked = replace(ordinary, token_mask=np.zeros((2, 3, 9), np.uint32))
+    assert bucket_of(masked, MAX_STEP, CAPACITY, True, TOP_K) == bucket._replace(masked=True)
+    for asked, padded in ((1, 1), (2, 2), (3, 4), (5, 8), (300, 512)):
+        asking = replace(ordinary, asked_ids=np.zeros((2, 3, asked), np.int64))
+        assert bucket_of(asking, MAX_STEP, CAPACITY, True, 1) == bucket._replace(top_k=1, asked=padded)
