@@ -35,7 +35,7 @@ PTX_VERSION = 88
 # Most bytes of shared memory of a block, by compute capability: CUDA programming guide, technical specifications.
 SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376, 121: 101376}
 
-_ELEMENTS: dict[ElementType, str] = {"fp32": "fp32", "int64": "i64", "bool": "i1", "int8": "i8"}
+_ELEMENTS: dict[ElementType, str] = {"fp32": "fp32", "int64": "i64", "int32": "i32", "bool": "i1", "int8": "i8"}
 _WARP = 32
 # Most registers of a thread and of a multiprocessor, from the same table.
 _THREAD_REGISTERS, _REGISTERS = 255, 65536

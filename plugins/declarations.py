@@ -23,6 +23,7 @@ _AotResult = tuple[Union[str, bytes], Union[str, bytes], trtp.KernelLaunchParams
 _TYPES: dict[ElementType, trt.DataType] = {
     "fp32": trt.DataType.FLOAT,
     "int64": trt.DataType.INT64,
+    "int32": trt.DataType.INT32,
     "bool": trt.DataType.BOOL,
     "int8": trt.DataType.INT8,
 }
@@ -82,10 +83,9 @@ def _signed(function: Callable[..., Any], parameters: dict[str, Any], result: An
 def _outputs(operator: Operator, descs: tuple[Any, ...], attributes: dict[str, int]) -> tuple[Any, ...]:
     shapes = operator.output_shapes(_node(operator, descs, attributes))
     by_name = {operand.name: desc for operand, desc in zip(operator.inputs, descs, strict=True)}
+    real = _real(operator, descs)
     return tuple(
-        by_name[operand.aliases].aliased()
-        if operand.aliases
-        else trtp.from_shape_expr(shape, _type(operand, descs[0].dtype))
+        by_name[operand.aliases].aliased() if operand.aliases else trtp.from_shape_expr(shape, _type(operand, real))
         for operand, shape in zip(operator.outputs, shapes, strict=True)
     )
 
@@ -101,10 +101,18 @@ def _embed(operator: Operator, descs: tuple[Any, ...], attributes: dict[str, int
 
 
 def _library(operator: Operator, descs: tuple[Any, ...]) -> KernelLibrary:
-    library = _Library.current
-    if library is None or descs[0].dtype != _REALS[library.index.real]:
-        raise RuntimeError(f"{operator.name} has no kernels for {descs[0].dtype}")
+    library, real = _Library.current, _real(operator, descs)
+    if library is None or real != _REALS[library.index.real]:
+        raise RuntimeError(f"{operator.name} has no kernels for {real}")
     return library
+
+
+def _real(operator: Operator, descs: tuple[Any, ...]) -> trt.DataType:
+    """The type of the activations: that of the inputs, or of the library's kernels if no input has it."""
+    for operand, desc in zip(operator.inputs, descs, strict=True):
+        if operand.type == "real":
+            return desc.dtype
+    return _REALS[_Library.current.index.real] if _Library.current else None
 
 
 def _node(operator: Operator, descs: tuple[Any, ...], attributes: dict[str, int]) -> Node:

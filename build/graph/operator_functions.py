@@ -12,12 +12,29 @@ import onnx
 from onnx import TensorProto
 
 from trimode.build.graph.onnx_builder import FunctionBuilder
-from trimode.plugins.operators import DOMAIN, Attend, Int4Product, KvWrite, MergeSplits, Pattern
+from trimode.plugins.operators import (
+    DOMAIN,
+    AskedLogits,
+    Attend,
+    DenseProduct,
+    Embed,
+    Int4Product,
+    KvWrite,
+    MergeCandidates,
+    MergeSplits,
+    Pattern,
+    RmsNorm,
+    Rotations,
+    SelectRows,
+    SwiGlu,
+    TopCandidates,
+)
+from trimode.plugins.operators.candidates import NEVER, TILE
 
 # TensorRT's parser maps a node to the plugin of the node's name in `plugin_namespace`, and prefers it to a function.
 PARSER_ATTRIBUTES = {"plugin_namespace": DOMAIN, "plugin_version": "1", "aot": 1}
 ATTRIBUTES = tuple(PARSER_ATTRIBUTES)
-_FLOAT, _INT32 = TensorProto.FLOAT, TensorProto.INT32
+_FLOAT, _INT32, _INT64 = TensorProto.FLOAT, TensorProto.INT32, TensorProto.INT64
 
 
 def kv_write_function(head_dim: int) -> onnx.FunctionProto:
@@ -119,4 +136,112 @@ def int4_product_function(operator: Int4Product) -> onnx.FunctionProto:
     if "residual" in inputs:
         y = op("Add", y, op("Cast", "residual", to=_FLOAT))
     body.node("CastLike", [y, "x"], ["y"])
+    return body.function()
+
+
+def embed_function() -> onnx.FunctionProto:
+    body = FunctionBuilder(Embed(), ATTRIBUTES)
+    body.node("Gather", ["table", "input_ids"], ["embedded"])
+    return body.function()
+
+
+def select_rows_function() -> onnx.FunctionProto:
+    body = FunctionBuilder(SelectRows(), ATTRIBUTES)
+    body.node("GatherND", ["x", body.op("Unsqueeze", "logit_rows", [2])], ["selected"], batch_dims=1)
+    return body.function()
+
+
+def rotations_function(length: int, real: int) -> onnx.FunctionProto:
+    """length: the node's attribute. real: ONNX type of the outputs, since no input has it."""
+    body = FunctionBuilder(Rotations(), ATTRIBUTES)
+    op = body.op
+    positions = op("Unsqueeze", op("Cast", "position_ids", to=_FLOAT), [2])
+    angles = op("Mul", positions, "frequencies")
+    last = op("Sub", op("Shape", "query_scales"), [1])
+    query_scale = op("Gather", "query_scales", op("Min", op("Div", "position_ids", length), last))
+    for kind, function in (("cos", "Cos"), ("sin", "Sin")):
+        table = op(function, angles)
+        scaled = op("Mul", table, op("Unsqueeze", query_scale, [2]))
+        body.node("Cast", [scaled], [f"query_{kind}"], to=real)
+        body.node("Cast", [op("Mul", table, "key_scale")], [f"key_{kind}"], to=real)
+    return body.function()
+
+
+def rms_norm_function() -> onnx.FunctionProto:
+    body = FunctionBuilder(RmsNorm(), ATTRIBUTES)
+    op = body.op
+    x = op("Cast", "x", to=_FLOAT)
+    mean = op("ReduceMean", op("Mul", x, x), [-1], keepdims=1)
+    unit = op("Div", x, op("Sqrt", op("Add", mean, "epsilon")))
+    body.node("Mul", [op("CastLike", unit, "x"), "weight"], ["normed"])
+    return body.function()
+
+
+def swiglu_function() -> onnx.FunctionProto:
+    body = FunctionBuilder(SwiGlu(), ATTRIBUTES)
+    op = body.op
+    body.node("Split", [op("Cast", "gate_up", to=_FLOAT)], ["gate", "up"], axis=-1, num_outputs=2)
+    activated = op("Mul", op("Mul", "gate", op("Sigmoid", "gate")), "up")
+    body.node("CastLike", [activated, "gate_up"], ["activated"])
+    return body.function()
+
+
+def dense_product_function(operator: DenseProduct) -> onnx.FunctionProto:
+    body, inputs = FunctionBuilder(operator, ATTRIBUTES), {operand.name for operand in operator.inputs}
+    op = body.op
+    y = op("MatMul", op("Cast", "x", to=_FLOAT), op("Cast", "weight", to=_FLOAT))
+    if "row_scale" in inputs:
+        y = op("Mul", y, op("Unsqueeze", op("Cast", "row_scale", to=_FLOAT), [1, 2]))
+    if "narrow" in inputs:
+        y = op("Add", y, op("MatMul", op("Cast", "narrow", to=_FLOAT), op("Cast", "adapter_up", to=_FLOAT)))
+    if "residual" in inputs:
+        y = op("Add", y, op("Cast", "residual", to=_FLOAT))
+    body.node("CastLike", [y, "x"], ["y"])
+    return body.function()
+
+
+def top_candidates_function(operator: TopCandidates, top_k: int, mask_token: int) -> onnx.FunctionProto:
+    """top_k, mask_token: the node's attributes."""
+    body = FunctionBuilder(operator, ATTRIBUTES)
+    op = body.op
+    tokens = op("Range", 0, op("Squeeze", body.dims("logits", 2, 3)), 1)
+    legal = op("Not", op("Equal", tokens, mask_token))
+    if operator.masked:
+        bits = body.constant((1 << np.arange(32, dtype=np.uint32)).view(np.int32), "bits")
+        none = body.constant(np.array(0, np.int32), "int32_0")
+        clear = op("Equal", op("BitwiseAnd", op("Unsqueeze", "token_mask", [3]), bits), none)
+        named = op("Reshape", op("Not", clear), [0, 0, -1])
+        legal = op("And", legal, op("Slice", named, [0], body.dims("logits", 2, 3), [2]))
+    possible = op("Where", legal, op("Cast", "logits", to=_FLOAT), NEVER)
+    # The remainder of a negative number is not negative.
+    missing = op("Mod", op("Neg", body.dims("logits", 2, 3)), TILE)
+    padding = op("Concat", [0, 0, 0, 0, 0], missing, axis=0)
+    tiles = op("Reshape", op("Pad", possible, padding, NEVER), [0, 0, -1, TILE])
+    body.node("TopK", [tiles, [top_k]], ["tile_logits", "places"], axis=-1)
+    first = op("Mul", op("Range", 0, op("Squeeze", body.dims(tiles, 2, 3)), 1), TILE)
+    found = op("Add", "places", op("Unsqueeze", first, [1]))
+    body.node("Cast", [found], ["tile_tokens"], to=_INT32)
+    best = op("ReduceMax", tiles, [-1], keepdims=1)
+    weights = op("Where", op("Greater", tiles, NEVER), op("Exp", op("Sub", tiles, best)), 0.0)
+    total = op("Max", op("ReduceSum", weights, [-1], keepdims=0), 1.0)
+    body.node("Add", [op("Log", total), op("Squeeze", best, [-1])], ["tile_sums"])
+    return body.function()
+
+
+def merge_candidates_function(top_k: int) -> onnx.FunctionProto:
+    """top_k: the node's attribute."""
+    body = FunctionBuilder(MergeCandidates(), ATTRIBUTES)
+    op = body.op
+    body.node("TopK", [op("Reshape", "tile_logits", [0, 0, -1]), [top_k]], ["top_logits", "places"], axis=-1)
+    tokens = op("GatherElements", op("Reshape", "tile_tokens", [0, 0, -1]), "places", axis=2)
+    body.node("Cast", [tokens], ["top_tokens"], to=_INT64)
+    best = op("ReduceMax", "tile_sums", [-1], keepdims=1)
+    total = op("ReduceSum", op("Exp", op("Sub", "tile_sums", best)), [-1], keepdims=0)
+    body.node("Add", [op("Log", total), op("Squeeze", best, [-1])], ["log_sum_exp"])
+    return body.function()
+
+
+def asked_logits_function() -> onnx.FunctionProto:
+    body = FunctionBuilder(AskedLogits(), ATTRIBUTES)
+    body.node("Cast", [body.op("GatherElements", "logits", "asked_ids", axis=2)], ["asked_logits"], to=_FLOAT)
     return body.function()

@@ -9,25 +9,40 @@ from itertools import product
 from typing import get_args
 
 from trimode.plugins.operators.attention import Attend, MergeSplits, Pattern
+from trimode.plugins.operators.candidates import AskedLogits, MergeCandidates, TopCandidates
+from trimode.plugins.operators.dense_product import DenseProduct
 from trimode.plugins.operators.int4_product import Int4Product
 from trimode.plugins.operators.kv_write import KvWrite
 from trimode.plugins.operators.operator import DOMAIN, Constants, Dim, Node, Operand, Operator, Shapes, Tactic
+from trimode.plugins.operators.rms_norm import RmsNorm
+from trimode.plugins.operators.rotations import Rotations
+from trimode.plugins.operators.rows import Embed, SelectRows
+from trimode.plugins.operators.swiglu import SwiGlu
 
 __all__ = [
     "DOMAIN",
     "OPERATORS",
+    "AskedLogits",
     "Attend",
     "Constants",
+    "DenseProduct",
     "Dim",
+    "Embed",
     "Int4Product",
     "KvWrite",
+    "MergeCandidates",
     "MergeSplits",
     "Node",
     "Operand",
     "Operator",
     "Pattern",
+    "RmsNorm",
+    "Rotations",
+    "SelectRows",
     "Shapes",
+    "SwiGlu",
     "Tactic",
+    "TopCandidates",
 ]
 
 _ALL: tuple[Operator, ...] = (
@@ -38,5 +53,18 @@ _ALL: tuple[Operator, ...] = (
         Int4Product(input_scale=input_scale, adapter=adapter, residual=residual)
         for input_scale, adapter, residual in product((False, True), repeat=3)
     ),
+    Embed(),
+    Rotations(),
+    RmsNorm(),
+    SwiGlu(),
+    DenseProduct(),
+    DenseProduct(row_scale=True),
+    DenseProduct(residual=True),
+    DenseProduct(adapter=True, residual=True),
+    SelectRows(),
+    TopCandidates(),
+    TopCandidates(masked=True),
+    MergeCandidates(),
+    AskedLogits(),
 )
 OPERATORS: dict[str, Operator] = {operator.name: operator for operator in _ALL}

@@ -6,7 +6,9 @@ operator does not have is compiled as None. Tensors are contiguous; pointers are
 shapes only, never on lengths in device memory, so one CUDA graph serves all lengths.
 
 Letters in shapes: B sequences, S tokens of the step, HQ query heads, HKV key-value heads, D head size, C rows of the KV
-pool, P splits of the KV rows, M rows of a product (B S), K its inner size, N its columns, R the adapter's rank.
+pool, P splits of the KV rows, M rows of a product (B S), K its inner size, N its columns, R the adapter's rank, H the
+hidden size, I the intermediate size, V the vocabulary, L rows with logits of a sequence, T tiles of the vocabulary, k
+candidates, A asked tokens.
 Type ``real`` is the type of the activations.
 """
 
@@ -17,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-ElementType = Literal["real", "fp32", "int64", "bool", "int8"]
+ElementType = Literal["real", "fp32", "int64", "int32", "bool", "int8"]
 Constants = dict[str, int]
 
 # A dimension: an integer, or a compiler's symbol, which takes the operators + - * // with a symbol on the left.
@@ -110,6 +112,14 @@ class Operator(ABC):
 
 def ceil_div(a: Dim, b: int) -> Dim:
     return (a + (b - 1)) // b
+
+
+def row_count(shape: Sequence[Dim]) -> Dim:
+    """The product of all dimensions but the last."""
+    rows, *others = list(shape)[:-1]
+    for dimension in others:
+        rows = rows * dimension
+    return rows
 
 
 def numbered(tactics: Sequence[Tactic]) -> dict[int, Tactic]:

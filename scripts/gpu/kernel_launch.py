@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,7 +10,13 @@ from torch import Tensor
 
 from trimode.plugins.operators import Constants, Node, Operator, Tactic
 
-_TYPES = {"fp32": torch.float32, "int64": torch.int64, "bool": torch.bool, "int8": torch.int8}
+_TYPES = {
+    "fp32": torch.float32,
+    "int64": torch.int64,
+    "int32": torch.int32,
+    "bool": torch.bool,
+    "int8": torch.int8,
+}
 
 
 class KernelLaunch(NamedTuple):
@@ -32,15 +38,22 @@ def node_of(inputs: Mapping[str, Tensor], attributes: Mapping[str, int] | None =
 
 
 def prepare(
-    operator: Operator, inputs: Mapping[str, Tensor], tactic: Tactic, attributes: Mapping[str, int] | None = None
+    operator: Operator,
+    inputs: Mapping[str, Tensor],
+    tactic: Tactic,
+    attributes: Mapping[str, int] | None = None,
+    real: torch.dtype = torch.float32,
 ) -> KernelLaunch:
-    """A launch. Its outputs are filled with NaN, except that an aliased output is the tensor of its input."""
+    """A launch. Its outputs are filled with NaN, or the lowest integer, except that an aliased output is the tensor of
+    its input.
+
+    real: type of the activations, for an operator without an input of this type.
+    """
     node = node_of(inputs, attributes)
-    first = inputs[operator.inputs[0].name]
+    device = inputs[operator.inputs[0].name].device
+    real = next((inputs[operand.name].dtype for operand in operator.inputs if operand.type == "real"), real)
     outputs = tuple(
-        inputs[operand.aliases]
-        if operand.aliases
-        else torch.full(shape, float("nan"), dtype=_TYPES.get(operand.type, first.dtype), device=first.device)
+        inputs[operand.aliases] if operand.aliases else _unwritten(shape, _TYPES.get(operand.type, real), device)
         for operand, shape in zip(operator.outputs, operator.output_shapes(node), strict=True)
     )
     ordered = [*(inputs[operand.name] for operand in operator.inputs), *operator.scalar_values(node), *outputs]
@@ -53,3 +66,8 @@ def prepare(
         dict(zip(operator.parameters, ordered, strict=True)),
         outputs,
     )
+
+
+def _unwritten(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    lowest = float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min
+    return torch.full(tuple(shape), lowest, dtype=dtype, device=device)

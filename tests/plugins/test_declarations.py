@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.support.plugin_builder import (
+    ASKED,
     BATCH,
     CACHE,
     CAPACITY,
@@ -18,9 +19,13 @@ from tests.support.plugin_builder import (
     COMPILED,
     GROUP,
     HEADS,
+    INNER,
     KV_HEADS,
+    ROWS,
     SIZE,
     STEP,
+    TILES,
+    TOP_K,
     Built,
     build,
 )
@@ -28,6 +33,34 @@ from trimode.common.errors import TriModeError
 from trimode.engine.kernel_library import KernelLibrary
 from trimode.plugins.operators import OPERATORS, Attend, Int4Product
 from trimode.plugins.operators.attention import split_count
+
+# Expected values were computed by hand.
+OUTPUTS = {
+    "Embed": (("HALF",), ((BATCH, STEP, INNER),)),
+    "Rotations": (("HALF",) * 4, ((BATCH, STEP, SIZE // 2),) * 4),
+    "RmsNorm": (("HALF",), ((BATCH, STEP, INNER),)),
+    "SwiGlu": (("HALF",), ((BATCH, STEP, COLUMNS),)),
+    "SelectRows": (("HALF",), ((BATCH, ROWS, INNER),)),
+    **dict.fromkeys(
+        ("TopCandidates", "TopCandidatesMasked"),
+        (("FLOAT", "INT32", "FLOAT"), (*[(BATCH, ROWS, TILES, TOP_K)] * 2, (BATCH, ROWS, TILES))),
+    ),
+    "MergeCandidates": (("FLOAT", "INT64", "FLOAT"), (*[(BATCH, ROWS, TOP_K)] * 2, (BATCH, ROWS))),
+    "AskedLogits": (("FLOAT",), ((BATCH, ROWS, ASKED),)),
+}
+LAUNCHES: dict[str, set[tuple[tuple[int, int, int], tuple[int, ...]]]] = {
+    "Embed": {((BATCH * STEP, 1, 1), ())},
+    "Rotations": {((BATCH * STEP, 1, 1), ())},
+    "RmsNorm": {((BATCH * STEP, 1, 1), ())},
+    "SwiGlu": {((BATCH * STEP, 1, 1), ())},
+    "SelectRows": {((BATCH * ROWS, 1, 1), (STEP, ROWS))},
+    "TopCandidatesMasked": {((TILES, BATCH * ROWS, 1), ())},
+    "MergeCandidates": {((BATCH * ROWS, 1, 1), ())},
+    "AskedLogits": {((1, 1, 1), (BATCH * ROWS, ASKED))},
+    "DenseProductRowScaled": {
+        ((tiles, strips, 1), (BATCH * STEP, STEP)) for tiles, strips in ((14, 12), (14, 3), (7, 2), (4, 2), (2, 2))
+    },
+}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +72,7 @@ def built(tensorrt: ModuleType, declarations: ModuleType, library: Path) -> dict
 
 def test_every_operator_is_declared_in_our_namespace(tensorrt: ModuleType, built: dict[str, Built]) -> None:
     assert {name for space, name in tensorrt.get_plugin_registry().creators if space == "trimode"} == built.keys()
-    assert len(built) == 1 + 3 + 1 + 8
+    assert len(built) == 1 + 3 + 1 + 8 + 13
 
 
 @pytest.mark.parametrize("name", COMPILED)
@@ -79,8 +112,11 @@ def test_output_shapes_and_types(built: dict[str, Built]) -> None:
         assert found.output_types == ("HALF", "FLOAT")
     assert built["MergeSplits"].output_shapes == ((BATCH, STEP, HEADS * SIZE),)
     for name, found in built.items():
-        if name.startswith("Int4Product"):
+        if name.startswith(("Int4Product", "DenseProduct")):
             assert (found.output_types, found.output_shapes) == (("HALF",), ((BATCH, STEP, COLUMNS),))
+    assert {
+        name: (found.output_types, found.output_shapes) for name, found in built.items() if name in OUTPUTS
+    } == OUTPUTS
 
 
 def test_launches_cover_the_work(built: dict[str, Built]) -> None:
@@ -94,6 +130,8 @@ def test_launches_cover_the_work(built: dict[str, Built]) -> None:
         assert kernel.scalars == (STEP, CAPACITY)
     assert {kernel.grid for kernel in built["MergeSplits"].kernels.values()} == {(STEP, KV_HEADS, BATCH)}
     assert {kernel.scalars for kernel in built["MergeSplits"].kernels.values()} == {(STEP, 3)}
+    for name, launches in LAUNCHES.items():
+        assert {(kernel.grid, kernel.scalars) for kernel in built[name].kernels.values()} == launches
     for number, kernel in built["Int4ProductScaledAdaptedResidual"].kernels.items():
         tactic = dict(enumerate(_product_tactics(), 1))[number]
         expected = (-(-BATCH * STEP // tactic["BLOCK_M"]), -(-COLUMNS // tactic["BLOCK_N"]), 1)

@@ -9,7 +9,23 @@ from pathlib import Path
 import pytest
 
 from trimode.plugins.compilation import kernel_of
-from trimode.plugins.operators import OPERATORS, Attend, Int4Product, KvWrite, MergeSplits, Node
+from trimode.plugins.operators import (
+    OPERATORS,
+    AskedLogits,
+    Attend,
+    DenseProduct,
+    Embed,
+    Int4Product,
+    KvWrite,
+    MergeCandidates,
+    MergeSplits,
+    Node,
+    RmsNorm,
+    Rotations,
+    SelectRows,
+    SwiGlu,
+    TopCandidates,
+)
 from trimode.plugins.operators.attention import SPLIT_STEP, split_count
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,6 +46,23 @@ NODES: dict[str, Node] = {
         for name, operator in OPERATORS.items()
         if isinstance(operator, Int4Product)
     },
+    "Embed": Embed.node(batch=2, step=5, vocabulary=1000, width=512),
+    "Rotations": Rotations.node(batch=2, step=5, head_dim=128, scales=16, length=16384),
+    "RmsNorm": RmsNorm.node(rows=10, width=512),
+    "SwiGlu": SwiGlu.node(rows=10, width=1536),
+    **{
+        name: operator.node(batch=2, step=5, inner=512, columns=384, rank=16)
+        for name, operator in OPERATORS.items()
+        if isinstance(operator, DenseProduct)
+    },
+    "SelectRows": SelectRows.node(batch=2, step=5, rows=3, width=512),
+    **{
+        name: operator.node(batch=2, rows=3, vocabulary=5000, top_k=4, mask_token=100)
+        for name, operator in OPERATORS.items()
+        if isinstance(operator, TopCandidates)
+    },
+    "MergeCandidates": MergeCandidates.node(batch=2, rows=3, vocabulary=5000, top_k=4),
+    "AskedLogits": AskedLogits.node(batch=2, rows=3, vocabulary=5000, asked=7),
 }
 
 
@@ -79,15 +112,20 @@ def test_a_node_has_every_input_and_gives_every_output(name: str) -> None:
 def test_parameters_and_constants_are_the_kernels(name: str) -> None:
     """Every parameter of the kernel is the operator's, a constant, or an input that this operator lacks."""
     operator, node = OPERATORS[name], NODES[name]
-    lacking = {"AttendCausal", "AttendBidirectional", "AttendMasked"} | {n for n in OPERATORS if "Int4Product" in n}
+    lacking = {
+        name for name in OPERATORS if name.startswith(("Attend", "Int4Product", "DenseProduct", "TopCandidates"))
+    }
     known = kernel_of(operator).arg_names
     for tactic in operator.tactics(node).values():
         constants = {**operator.constants(node), **tactic.constants}
         given = [*operator.parameters, *constants]
         assert [argument for argument in known if argument in given] == given
         absent = set(known) - set(given)
-        assert not absent or name in lacking
-        assert absent <= {"step_lengths", "block_mask", "input_scale", "narrow", "adapter_up", "residual"}
+        assert not absent or lacking
+        assert absent <= {
+            *("step_lengths", "block_mask", "token_mask"),
+            *("input_scale", "row_scale", "step", "narrow", "adapter_up", "residual"),
+        }
 
 
 @pytest.mark.parametrize("splits", [1, 5, 16])

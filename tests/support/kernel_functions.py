@@ -5,13 +5,15 @@ Outputs are filled with NaN before a launch, and inputs are compared with a copy
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
-from scripts.gpu.kernel_launch import KernelLaunch, prepare
+from scripts.gpu.kernel_launch import KernelLaunch, node_of, prepare
 from tests.support.triton_interpreter import Traffic, interpret
 from trimode.plugins.compilation import kernel_of
-from trimode.plugins.operators import Attend, Int4Product, KvWrite, MergeSplits, Tactic
+from trimode.plugins.operators import Attend, Int4Product, KvWrite, MergeSplits, Operator, Tactic
 
 # Largest relative error of a kernel. bf16 has three bits fewer than fp16, and the interpreter rounds it towards zero.
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -29,6 +31,21 @@ def launch(launched: KernelLaunch) -> dict[str, Traffic]:
     for name, before in copies.items():
         torch.testing.assert_close(inputs[name], before, rtol=0, atol=0, equal_nan=True, msg=f"{name} was changed")
     return traffic
+
+
+def run(
+    operator: Operator,
+    inputs: Mapping[str, Tensor],
+    *,
+    tactic: Tactic | None = None,
+    real: torch.dtype = torch.float32,
+    **attributes: int,
+) -> tuple[tuple[Tensor, ...], dict[str, Traffic]]:
+    """The outputs of one operator, and its traffic. tactic: the first one if None. real: as for ``prepare``."""
+    ordered = {operand.name: inputs[operand.name] for operand in operator.inputs}
+    tactic = tactic or operator.tactics(node_of(ordered, attributes))[1]
+    launched = prepare(operator, ordered, tactic, attributes, real)
+    return launched.outputs, launch(launched)
 
 
 def kv_write(**inputs: Tensor) -> tuple[Tensor, dict[str, Traffic]]:

@@ -18,6 +18,8 @@ from trimode.plugins.operators import OPERATORS, Node
 STEP, BATCH, CAPACITY, SPLITS = 70, 3, 256, 5
 HEADS, KV_HEADS, SIZE = 4, 2, 32
 INNER, COLUMNS, GROUP, RANK = 256, 192, 32, 16
+VOCABULARY, TILES, TOP_K, MASK_TOKEN = 5000, 3, 4, 9
+ROWS, ASKED, SCALES, LENGTH = 6, 5, 3, 64
 WIDTH = (HEADS + 2 * KV_HEADS) * SIZE
 CACHE = (BATCH, KV_HEADS, CAPACITY, SIZE)
 ROTATION = (BATCH, STEP, SIZE // 2)
@@ -41,13 +43,34 @@ INPUTS: dict[str, Input] = {
     "narrow": ("HALF", (BATCH, STEP, RANK), (0, 1)),
     "adapter_up": ("HALF", (RANK, COLUMNS), ()),
     "residual": ("HALF", (BATCH, STEP, COLUMNS), (0, 1)),
+    "input_ids": ("INT64", (BATCH, STEP), (0, 1)),
+    "table": ("HALF", (VOCABULARY, INNER), ()),
+    "position_ids": ("INT64", (BATCH, STEP), (0, 1)),
+    "frequencies": ("FLOAT", (SIZE // 2,), ()),
+    "key_scale": ("FLOAT", (1,), ()),
+    "query_scales": ("FLOAT", (SCALES,), ()),
+    "epsilon": ("FLOAT", (1,), ()),
+    "gate_up": ("HALF", (BATCH, STEP, 2 * COLUMNS), (0, 1)),
+    "weight": ("HALF", (INNER, COLUMNS), ()),
+    "row_scale": ("HALF", (BATCH,), (0,)),
+    "logit_rows": ("INT64", (BATCH, ROWS), (0, 1)),
+    "logits": ("HALF", (BATCH, ROWS, VOCABULARY), (0, 1)),
+    "token_mask": ("INT32", (BATCH, ROWS, 157), (0, 1)),
+    "tile_logits": ("FLOAT", (BATCH, ROWS, TILES, TOP_K), (0, 1)),
+    "tile_tokens": ("INT32", (BATCH, ROWS, TILES, TOP_K), (0, 1)),
+    "tile_sums": ("FLOAT", (BATCH, ROWS, TILES), (0, 1)),
+    "asked_ids": ("INT64", (BATCH, ROWS, ASKED), (0, 1, 2)),
 }
+# Operands that have the name of another operator's operand, but not its shape.
+OTHER_INPUTS: dict[str, dict[str, Input]] = {"RmsNorm": {"weight": ("HALF", (INNER,), ())}}
 
 
 # Operators of which all tactics are compiled. The others have the same kernels with other terms.
 COMPILED = (
     *("KvWrite", "AttendMasked", "AttendBidirectional", "MergeSplits"),
     *("Int4Product", "Int4ProductScaledAdaptedResidual"),
+    *("Embed", "Rotations", "RmsNorm", "SwiGlu", "SelectRows", "AskedLogits"),
+    *("DenseProductRowScaled", "DenseProductAdaptedResidual", "TopCandidatesMasked", "MergeCandidates"),
 )
 
 
@@ -147,7 +170,13 @@ class Built:
 
 
 def attributes_of(name: str) -> dict[str, int]:
-    values = {"splits": SPLITS, "group": HEADS // KV_HEADS}
+    values = {
+        "splits": SPLITS,
+        "group": HEADS // KV_HEADS,
+        "length": LENGTH,
+        "top_k": TOP_K,
+        "mask_token": MASK_TOKEN,
+    }
     return {attribute: values[attribute] for attribute in OPERATORS[name].attributes}
 
 
@@ -163,6 +192,7 @@ def build(
     request = trt.QuickPluginCreationRequest.STRICT_AOT
     phase = trt.TensorRTPhase.BUILD
     plugin = creator.create_plugin(name, "trimode", trt.PluginFieldCollection(fields), phase, request)
+    inputs = {**inputs, **OTHER_INPUTS.get(name, {})}
     given = [inputs[operand.name] for operand in OPERATORS[name].inputs]
     ranks = [len(shape) for _, shape, _ in given]
     types = plugin.get_output_data_types([getattr(trt.DataType, dtype) for dtype, _, _ in given], ranks)
@@ -228,7 +258,7 @@ def write_small_library(folder: Path) -> Path:
         fixed = {
             operand.name: tuple(-1 if at in dynamic else size for at, size in enumerate(shape))
             for operand in declared.inputs
-            for _, shape, dynamic in [INPUTS[operand.name]]
+            for _, shape, dynamic in [{**INPUTS, **OTHER_INPUTS.get(name, {})}[operand.name]]
         }
         kernels = list(kernels_of(declared, Node.of(fixed, attributes_of(name))).items())
         needed |= dict(kernels if name in COMPILED else kernels[:1])

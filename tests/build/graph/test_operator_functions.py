@@ -15,32 +15,59 @@ from onnx import helper
 from trimode.build.graph.onnx_builder import IR_VERSION, OPSET
 from trimode.build.graph.operator_functions import (
     PARSER_ATTRIBUTES,
+    asked_logits_function,
     attend_function,
+    dense_product_function,
+    embed_function,
     int4_product_function,
     kv_write_function,
+    merge_candidates_function,
     merge_function,
+    rms_norm_function,
+    rotations_function,
+    select_rows_function,
+    swiglu_function,
+    top_candidates_function,
 )
-from trimode.plugins.operators import DOMAIN, Int4Product, Pattern
-from trimode.plugins.reference import attention, int4_product, kv_write
+from trimode.plugins.operators import DOMAIN, DenseProduct, Int4Product, Pattern, TopCandidates
+from trimode.plugins.operators.candidates import NEVER, TILE
+from trimode.plugins.reference import (
+    attention,
+    candidates,
+    dense_product,
+    int4_product,
+    kv_write,
+    rms_norm,
+    rotations,
+    rows,
+    swiglu,
+)
 
 BATCH, STEP, KV_HEADS, GROUP, SIZE, CAPACITY = 3, 5, 2, 3, 16, 24
 HEADS = KV_HEADS * GROUP
 COMMITTED = np.array([0, 7, 19])
+# Of the nodes; the functions below are made with them.
+TOP_K, MASK_TOKEN, LENGTH = 5, 7, 16384
+ATTRIBUTES = {"top_k": TOP_K, "mask_token": MASK_TOKEN, "length": LENGTH}
 
 
-def execute(function: onnx.FunctionProto, inputs: Mapping[str, NDArray[np.generic]]) -> list[NDArray[np.generic]]:
-    """One node of the function; its inputs are the graph's."""
+def execute(
+    function: onnx.FunctionProto, inputs: Mapping[str, NDArray[np.generic]], types: Mapping[str, int] = {}
+) -> list[NDArray[np.generic]]:
+    """One node of the function; its inputs are the graph's. types: of outputs that are not fp32."""
     values = [
         helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
         for name, array in inputs.items()
     ]
     attributes = {
         name: value
-        for name, value in {**PARSER_ATTRIBUTES, "splits": 4, "group": GROUP}.items()
+        for name, value in {**PARSER_ATTRIBUTES, "splits": 4, "group": GROUP, **ATTRIBUTES}.items()
         if name in function.attribute
     }
     node = helper.make_node(function.name, list(function.input), list(function.output), domain=DOMAIN, **attributes)
-    outputs = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in function.output]
+    outputs = [
+        helper.make_tensor_value_info(name, types.get(name, onnx.TensorProto.FLOAT), None) for name in function.output
+    ]
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)]
     graph = helper.make_graph([node], "one", values, outputs)
     model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, functions=[function])
@@ -138,3 +165,95 @@ def test_int4_product(scaled: bool, rank: int, residual: bool) -> None:
     expected = int4_product.int4_product(**{name: torch.from_numpy(array) for name, array in inputs.items()})
     found = execute(int4_product_function(operator), inputs)[0]
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4, atol=1e-3)
+
+
+def tensors_of(inputs: Mapping[str, NDArray[np.generic]]) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(array) for name, array in inputs.items()}
+
+
+def test_embed_and_select_rows() -> None:
+    inputs: dict[str, NDArray[np.generic]] = {"input_ids": np.array([[3, 0, 7], [1, 1, 2]]), "table": random(8, 11)}
+    near(execute(embed_function(), inputs)[0], rows.embed(**tensors_of(inputs)))
+    inputs = {"x": random(2, 5, 11), "logit_rows": np.array([[4, 0], [2, 2]])}
+    near(execute(select_rows_function(), inputs)[0], rows.select_rows(**tensors_of(inputs)))
+
+
+def test_rotations() -> None:
+    """The last positions are past the last scale's."""
+    inputs: dict[str, NDArray[np.generic]] = {
+        "position_ids": np.array([[0, 1, LENGTH - 1], [LENGTH, 200_000, 262_143]]),
+        "frequencies": np.abs(random(SIZE // 2)) / 3,
+        "key_scale": np.array([1.3], np.float32),
+        "query_scales": np.array([0.5, 2, 3], np.float32),
+    }
+    expected = rotations.rotations(**tensors_of(inputs), length=LENGTH, real=torch.float32)
+    found = execute(rotations_function(LENGTH, onnx.TensorProto.FLOAT), inputs)
+    for table, wanted in zip(found, expected, strict=True):
+        near(table, wanted)
+    narrow = dict.fromkeys(rotations_function(LENGTH, onnx.TensorProto.FLOAT).output, onnx.TensorProto.FLOAT16)
+    found = execute(rotations_function(LENGTH, onnx.TensorProto.FLOAT16), inputs, narrow)
+    for table, wanted in zip(found, expected, strict=True):
+        np.testing.assert_allclose(table, wanted.half().numpy(), rtol=2e-3, atol=1e-6)
+
+
+def test_rms_norm() -> None:
+    inputs: dict[str, NDArray[np.generic]] = {
+        "x": random(BATCH, STEP, 24),
+        "weight": random(24),
+        "epsilon": np.array([0.1], np.float32),
+    }
+    near(execute(rms_norm_function(), inputs)[0], rms_norm.rms_norm(**tensors_of(inputs)))
+
+
+def test_swiglu() -> None:
+    inputs: dict[str, NDArray[np.generic]] = {"gate_up": random(BATCH, STEP, 24)}
+    near(execute(swiglu_function(), inputs)[0], swiglu.swiglu(**tensors_of(inputs)))
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("rank", [0, 8])
+@pytest.mark.parametrize("residual", [False, True])
+def test_dense_product(scaled: bool, rank: int, residual: bool) -> None:
+    inner, columns = 24, 10
+    inputs: dict[str, NDArray[np.generic]] = {"x": random(BATCH, STEP, inner), "weight": random(inner, columns)}
+    if scaled:
+        inputs["row_scale"] = random(BATCH)
+    if rank:
+        inputs |= {"narrow": random(BATCH, STEP, rank), "adapter_up": random(rank, columns)}
+    if residual:
+        inputs["residual"] = random(BATCH, STEP, columns)
+    operator = DenseProduct(row_scale=scaled, adapter=rank > 0, residual=residual)
+    found = execute(dense_product_function(operator), inputs)[0]
+    np.testing.assert_allclose(found, dense_product.dense_product(**tensors_of(inputs)).numpy(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("vocabulary", [TILE - 40, 2 * TILE, 2 * TILE + 3])
+def test_candidates(masked: bool, vocabulary: int) -> None:
+    """With many equal logits; of the masked rows, one has no legal token."""
+    logits = np.round(random(2, 3, vocabulary) * 2)
+    logits[..., MASK_TOKEN] = np.nan
+    inputs: dict[str, NDArray[np.generic]] = {"logits": logits}
+    if masked:
+        generator = np.random.default_rng(0)
+        words = generator.integers(-(2**31), 2**31, (2, 3, -(-vocabulary // 32)), np.int32)
+        words[1, 2] = 0
+        inputs["token_mask"] = words
+    expected = candidates.top_candidates(**tensors_of(inputs), top_k=TOP_K, mask_token=MASK_TOKEN)
+    function = top_candidates_function(TopCandidates(masked=masked), TOP_K, MASK_TOKEN)
+    found = execute(function, inputs, {"tile_tokens": onnx.TensorProto.INT32})
+    for array, wanted in zip(found, expected, strict=True):
+        near(array, wanted)
+    tiles: dict[str, NDArray[np.generic]] = dict(zip(function.output, found, strict=True))
+    merged = execute(merge_candidates_function(TOP_K), tiles, {"top_tokens": onnx.TensorProto.INT64})
+    for array, wanted in zip(merged, candidates.merge_candidates(*expected, top_k=TOP_K), strict=True):
+        near(array, wanted)
+    assert (merged[2][1, 2] == np.float32(NEVER)) == masked
+
+
+def test_asked_logits() -> None:
+    inputs: dict[str, NDArray[np.generic]] = {
+        "logits": random(2, 3, 50),
+        "asked_ids": np.array([[[0, 49], [7, 7], [3, 1]], [[4, 5], [6, 8], [2, 9]]]),
+    }
+    near(execute(asked_logits_function(), inputs)[0], candidates.asked_logits(**tensors_of(inputs)))

@@ -1,0 +1,27 @@
+"""Copies of rows named by indices: the embedding of tokens, and the rows of a step that need logits."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def embed_kernel(input_ids, table, embedded, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """A program copies BLOCK columns of one token's row."""
+    token = tl.program_id(0).to(tl.int64)
+    _copy(table + tl.load(input_ids + token) * WIDTH, embedded + token * WIDTH, WIDTH, BLOCK)
+
+
+@triton.jit
+def select_rows_kernel(x, logit_rows, step, selected_rows, selected, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """A program copies BLOCK columns of one selected row."""
+    row = tl.program_id(0).to(tl.int64)
+    source = row // selected_rows * step + tl.load(logit_rows + row)
+    _copy(x + source * WIDTH, selected + row * WIDTH, WIDTH, BLOCK)
+
+
+@triton.jit
+def _copy(source, target, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(target + column, tl.load(source + column, mask=column < WIDTH), mask=column < WIDTH)

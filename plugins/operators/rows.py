@@ -1,0 +1,82 @@
+"""Copies of rows: the embedding of tokens, and the rows of a step that need logits."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from trimode.plugins.operators.operator import (
+    Constants,
+    Dim,
+    Node,
+    Operand,
+    Operator,
+    Tactic,
+    ceil_div,
+    numbered,
+)
+
+
+class Embed(Operator):
+    """The rows of ``table`` that ``input_ids`` name. Every id is a row of the table; the kernel does not check it."""
+
+    name = "Embed"
+    kernel = "rows.embed_kernel"
+    inputs = (Operand("input_ids", "int64", ("B", "S")), Operand("table", "real", ("V", "H")))
+    scalars = ()
+    outputs = (Operand("embedded", "real", ("B", "S", "H")),)
+
+    TACTICS: ClassVar[tuple[Tactic, ...]] = (Tactic({"BLOCK": 1024}, warps=4, stages=1),)
+
+    @staticmethod
+    def node(*, batch: int, step: int, vocabulary: int, width: int) -> Node:
+        return Node.of({"input_ids": (batch, step), "table": (vocabulary, width)})
+
+    def constants(self, node: Node) -> Constants:
+        return {"WIDTH": node.fixed["table"][1]}
+
+    def tactics(self, _node: Node) -> dict[int, Tactic]:
+        return numbered(self.TACTICS)
+
+    def grid(self, node: Node, tactic: Tactic) -> tuple[Dim, Dim, Dim]:
+        """A program for each token and BLOCK columns."""
+        batch, step = node.shapes["input_ids"]
+        return batch * step, ceil_div(self.constants(node)["WIDTH"], tactic.constants["BLOCK"]), 1
+
+    def scalar_values(self, _node: Node) -> tuple[Dim, ...]:
+        return ()
+
+    def output_shapes(self, node: Node) -> list[tuple[Dim, ...]]:
+        return [(*node.shapes["input_ids"], node.shapes["table"][1])]
+
+
+class SelectRows(Operator):
+    """The rows ``logit_rows`` of each sequence. Every index is below S; the kernel does not check it."""
+
+    name = "SelectRows"
+    kernel = "rows.select_rows_kernel"
+    inputs = (Operand("x", "real", ("B", "S", "W")), Operand("logit_rows", "int64", ("B", "L")))
+    scalars = ("step", "selected_rows")
+    outputs = (Operand("selected", "real", ("B", "L", "W")),)
+
+    TACTICS: ClassVar[tuple[Tactic, ...]] = (Tactic({"BLOCK": 1024}, warps=4, stages=1),)
+
+    @staticmethod
+    def node(*, batch: int, step: int, rows: int, width: int) -> Node:
+        return Node.of({"x": (batch, step, width), "logit_rows": (batch, rows)})
+
+    def constants(self, node: Node) -> Constants:
+        return {"WIDTH": node.fixed["x"][2]}
+
+    def tactics(self, _node: Node) -> dict[int, Tactic]:
+        return numbered(self.TACTICS)
+
+    def grid(self, node: Node, tactic: Tactic) -> tuple[Dim, Dim, Dim]:
+        """A program for each selected row and BLOCK columns."""
+        batch, rows = node.shapes["logit_rows"]
+        return batch * rows, ceil_div(self.constants(node)["WIDTH"], tactic.constants["BLOCK"]), 1
+
+    def scalar_values(self, node: Node) -> tuple[Dim, ...]:
+        return node.shapes["x"][1], node.shapes["logit_rows"][1]
+
+    def output_shapes(self, node: Node) -> list[tuple[Dim, ...]]:
+        return [(*node.shapes["logit_rows"], node.shapes["x"][2])]

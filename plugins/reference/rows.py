@@ -1,0 +1,15 @@
+"""References of the kernels that copy rows."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def embed(input_ids: Tensor, table: Tensor) -> Tensor:
+    """[B, S, H] from input_ids [B, S] and table [V, H]."""
+    return table[input_ids]
+
+
+def select_rows(x: Tensor, logit_rows: Tensor) -> Tensor:
+    """[B, L, W] from x [B, S, W] and logit_rows [B, L]."""
+    return x.gather(1, logit_rows[..., None].expand(-1, -1, x.shape[2]))
