@@ -1,8 +1,9 @@
 """The network as ONNX graphs: one builder for both attention patterns.
 
-Modules have the names and the order of :mod:`trimode.model.reference.network`. Inputs and outputs are those of
-:mod:`trimode.model.step`. Angles and masks are computed once per pass and used by all layers. :class:`NetworkOptions`
-holds what differs between targets. Norms, softmax and logits are always fp32.
+Modules have the names and the order of :mod:`trimode.model.reference.network`. Attention follows the definition in
+:mod:`trimode.model.attention`. Inputs and outputs are those of :mod:`trimode.model.step`. Angles and masks are computed
+once per pass and used by all layers. :class:`NetworkOptions` holds what differs between targets. Norms, softmax and
+logits are always fp32.
 """
 
 from __future__ import annotations

@@ -223,11 +223,6 @@ class EngineLLM:
         """Why no request can be answered any more; None as long as requests can be."""
         return self._thread.failure
 
-    @property
-    def healthy(self) -> bool:
-        """Whether requests can be answered."""
-        return self.failure is None
-
     def stats(self) -> Stats:
         """A snapshot of the scheduler."""
         self._thread.require_process()

@@ -17,7 +17,7 @@ _FIRST_END_RATE = 0.01
 _END_WEIGHT = 0.002
 # A cycle without drafts observes nothing; old averages decay.
 _OWN_FORGETTING = 0.05
-_SHARED_FORGETTING = 0.002
+_SHARED_FORGETTING = 0.0005
 
 
 class Acceptance:

@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=ROOT / "checkpoints" / "tiny")
     parser.add_argument("--prompts", type=int, default=200, help="held-out prompts of the largest comparison")
     parser.add_argument(
-        "--only", help="measure one part of the table: logits, tokens, accuracy, memory, adapter or speed"
+        "--only", help="measure one part of the table: logits, tokens, accuracy, w4a8, memory, adapter or speed"
     )
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()

@@ -124,7 +124,7 @@ def test_a_dead_scheduler_gives_its_reason_to_all_callers(
     random_engine: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, death: BaseException
 ) -> None:
     llm = LLM(random_engine, max_batch_size=1, measure_passes=False)
-    assert (llm.healthy, llm.failure) == (True, None)
+    assert llm.failure is None
     running, waiting = begin(llm), llm.generate_async([300], LONG)
 
     def die() -> None:
@@ -139,7 +139,7 @@ def test_a_dead_scheduler_gives_its_reason_to_all_callers(
         llm.generate_async([300])
     with pytest.raises(EngineDeadError, match=reason):
         llm.generate([[300]] * 3, use_tqdm=False)
-    assert (llm.healthy, llm.failure) == (False, reason)
+    assert llm.failure == reason
     assert [record.levelname for record in caplog.records if "scheduler has stopped" in record.message] == ["CRITICAL"]
     llm.shutdown()
 
@@ -154,14 +154,14 @@ def test_an_error_of_a_step_ends_its_requests_and_the_next_are_answered(
         broken.setattr(llm._scheduler, "step", fail)
         with pytest.raises(RuntimeError, match="a bug"):
             llm.generate_async([300], LONG).result(timeout=DEADLINE_SECONDS)
-    assert llm.healthy
+    assert llm.failure is None
     assert llm.generate([300], SamplingParams(max_tokens=3, ignore_eos=True)).outputs[0].length == 3
 
 
 def test_health_after_shutdown(random_engine: Path) -> None:
     llm = LLM(random_engine, max_batch_size=1, measure_passes=False)
     llm.shutdown()
-    assert (llm.healthy, llm.failure) == (False, "the engine was shut down")
+    assert llm.failure == "the engine was shut down"
     with pytest.raises(ShutDownError):
         llm.generate_async([300])
 
@@ -180,7 +180,7 @@ def test_a_forked_child_gets_errors(llm: LLM) -> None:
                 except ForkedError as error:
                     errors += "before a fork" in str(error)
             llm.shutdown()
-            found = 0 if errors == 4 and not llm.healthy else 2
+            found = 0 if errors == 4 and llm.failure is not None else 2
         finally:
             os._exit(found)
     deadline = time.monotonic() + DEADLINE_SECONDS

@@ -86,7 +86,7 @@ def test_acceptance_is_learnt_and_forgotten() -> None:
         own.observe(accepted=1, tested=2, ended=False)
     assert own.yields()[15] == pytest.approx(2, abs=0.1)
     assert own.yields()[15] < Acceptance(begins_with=shared).yields()[15] < begins
-    for _ in range(2000):
+    for _ in range(8000):
         own.forget()
     assert own.yields()[15] == pytest.approx(begins, rel=0.1)
 
