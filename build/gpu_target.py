@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 from trimode.build.target import RequestedLimits, option
 from trimode.engine.manifest import Limits
@@ -19,7 +18,6 @@ DEFAULT_TOP_K = 4
 class GpuTarget:
     """max_batch: sequences of a pass. max_step: tokens of a sequence in a pass."""
 
-    dtype: Literal["bf16", "fp16"] = field(default="bf16", metadata=option("Type of activations and KV pool."))
     max_batch: int = field(default=8, metadata=option("Most sequences in a pass."))
     max_step: int = field(default=256, metadata=option("Most tokens of a sequence in a pass."))
 

@@ -12,6 +12,7 @@ from trimode.engine.files import TOKENIZER, verify_files
 from trimode.engine.manifest import Manifest
 from trimode.model.tokenizer import Tokenizer
 from trimode.runtime.cpu.target import CpuRuntime
+from trimode.runtime.cuda.target import CudaRuntime
 from trimode.runtime.executor import Executor
 from trimode.runtime.rtx.target import RtxRuntime
 from trimode.runtime.target import HostLimits, RuntimeTarget
@@ -19,6 +20,7 @@ from trimode.runtime.target import HostLimits, RuntimeTarget
 # The targets that have an executor. A new target registers here.
 TARGETS: dict[str, RuntimeTarget] = {
     "cpu": CpuRuntime(),
+    "cuda": CudaRuntime(),
     "rtx": RtxRuntime(),
 }
 

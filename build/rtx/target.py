@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from trimode.build.gpu_target import GpuTarget
 from trimode.build.target import Built, option
@@ -22,6 +22,7 @@ class RtxTarget(GpuTarget):
 
     name: ClassVar[str] = "rtx"
 
+    dtype: Literal["bf16", "fp16"] = field(default="bf16", metadata=option("Type of activations and KV pool."))
     sms: tuple[int, ...] = field(
         default=(121, 120, 89), metadata=option("GPUs by compute capability, 121 for 12.1.", "--sm")
     )

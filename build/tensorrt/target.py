@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from trimode.build.gpu_target import GpuTarget
 from trimode.build.target import Built, option
@@ -28,6 +28,7 @@ class TensorrtTarget(GpuTarget):
 
     name: ClassVar[str] = "tensorrt"
 
+    dtype: Literal["bf16", "fp16"] = field(default="bf16", metadata=option("Type of activations and KV pool."))
     sms: tuple[int, ...] | None = field(
         default=None,
         metadata=option(

@@ -15,7 +15,7 @@ Type ``real`` is the type of the activations.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -91,9 +91,11 @@ class Operator(ABC):
     def tactics(self, node: Node) -> dict[int, Tactic]:
         """The tactics that TensorRT times on the GPU, numbered from 1."""
 
-    def preferred_tactic(self, _node: Node, available: Sequence[int]) -> int:
-        """The tactic among ``available`` that a launch without TensorRT uses. The node's shapes are integers."""
-        return min(available)
+    def default_tactic(self, _node: Node, emitted: Collection[int]) -> int:
+        """The tactic for a launch that was not timed. The node's shapes are integers. emitted: the tactics that the GPU
+        has kernels of.
+        """
+        return min(emitted)
 
     @abstractmethod
     def grid(self, node: Node, tactic: Tactic) -> tuple[Dim, Dim, Dim]: ...

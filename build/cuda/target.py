@@ -1,0 +1,61 @@
+"""Build for target ``cuda``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from trimode.build.gpu_target import GpuTarget
+from trimode.build.target import Built, option
+from trimode.common.extras import requires_extra
+from trimode.common.gpus import find_gpus
+from trimode.common.installation import Installation
+from trimode.common.progress import Progress
+from trimode.engine.kernel_library import COMPUTE_CAPABILITIES
+from trimode.engine.manifest import Limits
+from trimode.engine.targets.cuda import CudaSection
+from trimode.model.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class CudaTarget(GpuTarget):
+    """dtype: fp32 is for proofs; its products run without tensor cores.
+
+    sms: compute capabilities that kernels are compiled for, 121 for 12.1. None: that of this machine's GPU and 8.0, or
+    all known ones on a machine without a GPU. A GPU that is not named runs the newest kernels for 8.x that it can.
+    """
+
+    name: ClassVar[str] = "cuda"
+
+    dtype: Literal["bf16", "fp16", "fp32"] = field(
+        default="bf16", metadata=option("Type of activations and KV pool; fp32 is slow.")
+    )
+    sms: tuple[int, ...] | None = field(
+        default=None,
+        metadata=option(
+            "GPUs by compute capability, 121 for 12.1 [default: this machine's, or all known ones].", "--sm"
+        ),
+    )
+
+    def import_packages(self) -> None:
+        with requires_extra("build"):
+            import_module("trimode.build.cuda.emission")
+
+    def build(self, checkpoint: Checkpoint, folder: Path, limits: Limits, progress: Progress) -> Built:
+        from trimode.build.cuda.emission import write_cuda_engines
+
+        sms = self.sms or _sms_of_this_machine()
+        pool = write_cuda_engines(checkpoint, folder, self.dtype, sms, limits, progress)
+        return Built(CudaSection(sms=sms), pool)
+
+    @classmethod
+    def can_build(cls, installation: Installation) -> str:
+        return "builds" if installation.has("onnx", "triton") else "does not build: pip install 'trimode[build]'"
+
+
+def _sms_of_this_machine() -> tuple[int, ...]:
+    """Those of the GPUs here that kernels can be compiled for, and 8.0, whose kernels run on every later GPU."""
+    found = {gpu.compute_capability for gpu in find_gpus().found} & {*COMPUTE_CAPABILITIES}
+    return tuple(sorted({COMPUTE_CAPABILITIES[0], *found})) if found else COMPUTE_CAPABILITIES

@@ -1,0 +1,254 @@
+"""The network as a graph of nodes of the domain ``trimode`` only.
+
+It computes what :mod:`trimode.build.graph.network` computes with standard operators, and has its inputs and outputs.
+Every node is one kernel, so the graph is also a list of launches. Its ONNX functions make it runnable by any ONNX
+executor. Weights and constants are inputs of the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import onnx
+from onnx import TensorProto
+
+from trimode.build.graph.network import REAL_TYPES
+from trimode.build.graph.onnx_builder import ModelBuilder, Shape
+from trimode.build.graph.operator_functions import (
+    PARSER_ATTRIBUTES,
+    asked_logits_function,
+    attend_function,
+    dense_product_function,
+    embed_function,
+    int4_product_function,
+    kv_write_function,
+    merge_candidates_function,
+    merge_function,
+    rms_norm_function,
+    rotations_function,
+    select_rows_function,
+    swiglu_function,
+    top_candidates_function,
+)
+from trimode.build.graph.raw_pool import KernelConstants, PooledLayer, PooledLinear, RawPool
+from trimode.engine.precision import Real
+from trimode.model.config import ModelConfig
+from trimode.model.step import AttentionPattern, adapter_inputs, cache_inputs, cache_outputs
+from trimode.plugins.operators import (
+    AskedLogits,
+    Attend,
+    DenseProduct,
+    Embed,
+    Int4Product,
+    KvWrite,
+    MergeCandidates,
+    MergeSplits,
+    Operator,
+    RmsNorm,
+    Rotations,
+    SelectRows,
+    SwiGlu,
+    TopCandidates,
+)
+
+FLOAT, INT32, INT64, BOOL = TensorProto.FLOAT, TensorProto.INT32, TensorProto.INT64, TensorProto.BOOL
+# Token ids of one word of a token mask.
+_WORD = 32
+
+
+class OperatorNetworkOptions(NamedTuple):
+    """activations: type of activations, KV pool and adapter. capacity: KV rows of a sequence. top_k: candidates of a
+    row. splits: parts of a sequence's KV rows that attention computes in parallel. rank: of the draft adapter; 0
+    without one.
+    """
+
+    activations: Real
+    capacity: int
+    top_k: int
+    splits: int
+    rank: int
+
+
+def build_operator_network(
+    config: ModelConfig, pool: RawPool, pattern: AttentionPattern, options: OperatorNetworkOptions
+) -> onnx.ModelProto:
+    """The AR graph (``causal``) or the diffusion graph (``bidirectional``) over the weights in ``pool``."""
+    return _OperatorGraph(config, pool, pattern, options).build()
+
+
+class _OperatorGraph:
+    def __init__(
+        self, config: ModelConfig, pool: RawPool, pattern: AttentionPattern, options: OperatorNetworkOptions
+    ) -> None:
+        if pool.constants is None:
+            raise ValueError("the pool was not written for kernels")
+        self.config = config
+        self.pool = pool
+        self.constants: KernelConstants = pool.constants
+        self.pattern = pattern
+        self.options = options
+        self.real = REAL_TYPES[options.activations]
+        self.graph = ModelBuilder(pattern, None)
+
+    def build(self) -> onnx.ModelProto:
+        graph, config = self.graph, self.config
+        input_ids = graph.input("input_ids", INT64, ["batch", "step"])
+        position_ids = graph.input("position_ids", INT64, ["batch", "step"])
+        self.write_indices = graph.input("write_indices", INT64, ["batch"])
+        self.visibility = (
+            graph.input("block_mask", BOOL, ["batch", "step", "step"])
+            if self.pattern == "causal"
+            else graph.input("step_lengths", INT64, ["batch"])
+        )
+        logit_rows = graph.input("logit_rows", INT64, ["batch", "rows"])
+        words = -(-config.vocab_size // _WORD)
+        self.token_mask = graph.input("token_mask", INT32, ["batch", "rows", words])
+        self.asked_ids = graph.input("asked_ids", INT64, ["batch", "rows", "asked"])
+        cache_shape: Shape = ["batch", config.num_key_value_heads, self.options.capacity, config.head_dim]
+        for name in cache_inputs(config.num_hidden_layers):
+            graph.input(name, self.real, cache_shape)
+        if self.has_adapter:
+            self._declare_adapter()
+
+        (x,) = self._run(Embed(), [input_ids, graph.pooled(self.pool.embed_tokens)])
+        constants = [graph.pooled(entry) for entry in self.constants.rotations]
+        length = config.rope_parameters.original_max_position_embeddings
+        self.rotations = self._run(Rotations(), [position_ids, *constants], length=length)
+        for index, layer in enumerate(self.pool.layers):
+            graph.scope = f"layers.{index}/"
+            attended = self._attention(self._norm(x, layer.input_layernorm.name), layer, index)
+            if layer is self.pool.layers[-1]:
+                # From here on, the last layer needs only the rows with logits.
+                x, attended = (
+                    self._run(SelectRows(), [value, logit_rows], f"{name}_")[0]
+                    for name, value in (("x", x), ("attended", attended))
+                )
+            x = self._o_proj(attended, x, layer, index)
+            normed = self._norm(x, layer.post_attention_layernorm.name, "mlp_")
+            (activated,) = self._run(SwiGlu(), [self._linear(normed, layer.gate_up_proj, "gate_up")])
+            x = self._linear(activated, layer.down_proj, "x", residual=x)
+        graph.scope = "head/"
+        self._head(x)
+        for name in cache_outputs(config.num_hidden_layers):
+            graph.output(name, self.real, cache_shape)
+        return graph.model()
+
+    @property
+    def has_adapter(self) -> bool:
+        return self.options.rank > 0 and self.pattern == "bidirectional"
+
+    def _declare_adapter(self) -> None:
+        self.graph.input("adapter_scale", self.real, ["batch"])
+        for index in range(self.config.num_hidden_layers):
+            down, up = adapter_inputs(index)
+            self.graph.input(down, self.real, [self.config.query_width, self.options.rank])
+            self.graph.input(up, self.real, [self.options.rank, self.config.hidden_size])
+
+    def _run(self, operator: Operator, inputs: Sequence[str], prefix: str = "", **attributes: int) -> list[str]:
+        """Add a node. Returns its outputs, without those that alias an input."""
+        results = [
+            f"{self.graph.scope}{prefix}{operand.name}" for operand in operator.outputs if operand.aliases is None
+        ]
+        return self._run_into(operator, inputs, results, (), **attributes)
+
+    def _run_into(
+        self,
+        operator: Operator,
+        inputs: Sequence[str],
+        results: list[str],
+        aliases: Sequence[str] = (),
+        **attributes: int,
+    ) -> list[str]:
+        self.graph.call(
+            self._function(operator, attributes), inputs, [*results, *aliases], **PARSER_ATTRIBUTES, **attributes
+        )
+        return results
+
+    def _function(self, operator: Operator, attributes: dict[str, int]) -> onnx.FunctionProto:
+        """What the operator computes, in standard operators."""
+        match operator:
+            case Embed():
+                return embed_function()
+            case Rotations():
+                return rotations_function(attributes["length"], self.real)
+            case RmsNorm():
+                return rms_norm_function()
+            case Int4Product():
+                return int4_product_function(operator)
+            case DenseProduct():
+                return dense_product_function(operator)
+            case KvWrite():
+                return kv_write_function(self.config.head_dim)
+            case Attend():
+                return attend_function(operator.pattern)
+            case MergeSplits():
+                return merge_function()
+            case SwiGlu():
+                return swiglu_function()
+            case SelectRows():
+                return select_rows_function()
+            case TopCandidates():
+                return top_candidates_function(operator, attributes["top_k"], attributes["mask_token"])
+            case MergeCandidates():
+                return merge_candidates_function(attributes["top_k"])
+            case AskedLogits():
+                return asked_logits_function()
+        raise ValueError(f"operator {operator.name} has no function")
+
+    def _norm(self, x: str, weight: str, prefix: str = "") -> str:
+        entry = next(entry for entry in self.pool.ranges() if entry.name == weight)
+        return self._run(RmsNorm(), [x, self.graph.pooled(entry), self.graph.pooled(self.constants.epsilon)], prefix)[0]
+
+    def _attention(self, x: str, layer: PooledLayer, index: int) -> str:
+        """Write the step's keys and values, and attend: [batch, step, query width]."""
+        config, splits = self.config, self.options.splits
+        caches = cache_inputs(config.num_hidden_layers)[2 * index : 2 * index + 2]
+        updated = cache_outputs(config.num_hidden_layers)[2 * index : 2 * index + 2]
+        qkv = self._linear(x, layer.qkv_proj, "qkv")
+        (q,) = self._run_into(
+            KvWrite(), [qkv, *self.rotations, self.write_indices, *caches], [f"{self.graph.scope}q"], updated
+        )
+        attend = Attend("masked" if self.pattern == "causal" else "bidirectional")
+        parts = self._run(attend, [q, *updated, self.write_indices, self.visibility], splits=splits)
+        group = config.num_attention_heads // config.num_key_value_heads
+        return self._run(MergeSplits(), parts, splits=splits, group=group)[0]
+
+    def _o_proj(self, attended: str, residual: str, layer: PooledLayer, index: int) -> str:
+        if not self.has_adapter:
+            return self._linear(attended, layer.o_proj, "attention_x", residual)
+        # The adapter reads the attention's output itself; AWQ's input scale applies to the base matrix only.
+        down, up = adapter_inputs(index)
+        (narrow,) = self._run(DenseProduct(row_scale=True), [attended, down, "adapter_scale"], "narrow_")
+        return self._linear(attended, layer.o_proj, "attention_x", residual, (narrow, up))
+
+    def _linear(
+        self,
+        x: str,
+        linear: PooledLinear,
+        result: str,
+        residual: str | None = None,
+        adapter: tuple[str, str] | None = None,
+    ) -> str:
+        """x W + narrow up + residual. adapter: narrow [batch, step, rank] and up [rank, out]."""
+        operator: Operator
+        terms = {"adapter": adapter is not None, "residual": residual is not None}
+        if linear.scale is None:
+            operator = DenseProduct(**terms)
+        else:
+            operator = Int4Product(input_scale=linear.input_scale is not None, **terms)
+        given = [x, *(self.graph.pooled(part) for part in linear.ranges()), *(adapter or ())]
+        return self._run(operator, [*given, *([residual] if residual else [])], f"{result}_")[0]
+
+    def _head(self, x: str) -> None:
+        """Final norm, logits and candidates."""
+        logits = self._linear(self._norm(x, self.pool.norm.name), self.pool.head, "logits")
+        top_k, mask_token = self.options.top_k, self.config.mask_token_id
+        tiles = self._run(TopCandidates(masked=True), [logits, self.token_mask], top_k=top_k, mask_token=mask_token)
+        results = ["top_logits", "top_tokens", "log_sum_exp"]
+        self._run_into(MergeCandidates(), tiles, results, top_k=top_k)
+        self._run_into(AskedLogits(), [logits, self.asked_ids], ["asked_logits"])
+        self.graph.output("top_logits", FLOAT, ["batch", "rows", top_k])
+        self.graph.output("top_tokens", INT64, ["batch", "rows", top_k])
+        self.graph.output("log_sum_exp", FLOAT, ["batch", "rows"])
+        self.graph.output("asked_logits", FLOAT, ["batch", "rows", "asked"])

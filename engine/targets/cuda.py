@@ -1,0 +1,30 @@
+"""Target ``cuda``: lists of kernel launches and the kernels, which the runtime launches through the CUDA driver.
+
+``kernels/`` holds the kernels for each compute capability. ``graph.onnx`` is the graph that a list was made from.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import PositiveInt
+
+from trimode.engine.launch_list import LAUNCHES
+from trimode.engine.targets.section import TargetSection, compute_capabilities
+
+GRAPH = "graph.onnx"
+
+
+class CudaSection(TargetSection):
+    """sms: compute capabilities that the kernels were compiled for, 121 for 12.1."""
+
+    name: Literal["cuda"] = "cuda"
+    sms: tuple[PositiveInt, ...]
+
+    @property
+    def engine_files(self) -> tuple[str, ...]:
+        return LAUNCHES, GRAPH
+
+    @property
+    def summary(self) -> str:
+        return f"launches of TriMode's kernels, for {compute_capabilities(self.sms)}"

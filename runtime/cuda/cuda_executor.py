@@ -1,0 +1,65 @@
+"""Both engines of an engine directory for target ``cuda``, as a GPU executor."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+
+from trimode.engine.files import POOL
+from trimode.engine.kernel_library import KERNELS
+from trimode.engine.launch_list import LaunchList
+from trimode.engine.manifest import Manifest
+from trimode.model.step import ENGINES
+from trimode.plugins.launches import PassShape
+from trimode.runtime.cuda.cuda_network import CudaNetwork, arena_of
+from trimode.runtime.cuda.kernels import Kernels
+from trimode.runtime.executor import BidirectionalStep, CausalStep, Step
+from trimode.runtime.gpu.device import Buffer, Device
+from trimode.runtime.gpu.device_kv_pool import DeviceKvPool
+from trimode.runtime.gpu.gpu_executor import GpuExecutor
+
+log = logging.getLogger(__name__)
+
+_KINDS: dict[str, type[Step]] = {"ar": CausalStep, "diffusion": BidirectionalStep}
+
+
+class CudaExecutor(GpuExecutor):
+    """Runs both engines over ``weights``, which hold the engine's weight pool on ``device``.
+
+    weight_bytes, arena_bytes: device memory of the weights and of all temporary tensors. Raises TriModeError if the GPU
+    cannot run the kernels or has too little memory.
+    """
+
+    def __init__(self, engine: Path, manifest: Manifest, device: Device, weights: Buffer) -> None:
+        limits, real = manifest.limits, manifest.precision.kv_cache
+        max_batch, max_step = limits.largest_pass
+        kernels = Kernels(device, engine / KERNELS)
+        launches = {_KINDS[name]: LaunchList.read(engine / name) for name, _ in ENGINES}
+        pool = DeviceKvPool(device, manifest.model, real, max_batch, limits.capacity)
+        largest = PassShape(max_batch, max_step, max_step, limits.capacity, limits.top_k, masked=True, asked=1)
+        plans = arena_of(list(launches.values()), real, largest)
+        self._weights = weights
+        self._arena = device.allocate(max(plan.size for plan in plans), "activations")
+        self.weight_bytes, self.arena_bytes = weights.size, self._arena.size
+        addresses = {entry.name: weights.address + entry.offset for entry in manifest.pool}
+        networks: dict[type[Step], CudaNetwork] = {
+            kind: CudaNetwork(device, listed, kernels, pool, addresses, self._arena.address, plan)
+            for (kind, listed), plan in zip(launches.items(), plans, strict=True)
+        }
+        log.info(
+            "%s: %.1f MB of weights, %.1f MB of KV pool, %.1f MB of activations",
+            engine,
+            self.weight_bytes / 1e6,
+            pool.limit_bytes / 1e6,
+            self.arena_bytes / 1e6,
+        )
+        super().__init__(device, engine, manifest, pool, networks)
+
+
+def load_cuda_executor(engine: Path, manifest: Manifest, ordinal: int) -> CudaExecutor:
+    """Loads an engine onto the GPU with the driver's number ``ordinal``. Both engines read one copy of the weights."""
+    device = Device(ordinal)
+    weights = device.store(np.memmap(engine / POOL, np.uint8, "r"), "the weights")
+    return CudaExecutor(engine, manifest, device, weights)
