@@ -36,7 +36,7 @@ def test_the_manifest_describes_every_file(random_int4_engine: Path) -> None:
     assert manifest.precision.embedding == "bf16"
 
 
-def test_the_pools_ranges_lie_apart_and_inside(random_int4_engine: Path) -> None:
+def test_the_ranges_of_the_pool_do_not_overlap_and_lie_in_the_file(random_int4_engine: Path) -> None:
     manifest = Manifest.read(random_int4_engine)
     ranges = []
     for entry in manifest.pool:
@@ -64,7 +64,7 @@ def test_both_graphs_name_the_same_ranges_of_the_one_pool(random_int4_engine: Pa
     assert all(("location", "pool.bin") in fields for fields in tables[0].values())
 
 
-def test_every_matrix_is_an_int4_product_and_the_embedding_stays_narrow(random_int4_engine: Path) -> None:
+def test_every_matrix_is_an_int4_product_and_the_embedding_stays_16_bit(random_int4_engine: Path) -> None:
     for name in ("ar", "diffusion"):
         graph = onnx.load(random_int4_engine / name / "model.onnx", load_external_data=False).graph
         kinds = [node.op_type for node in graph.node]
@@ -112,7 +112,7 @@ def test_a_build_that_ends_early_leaves_nothing(
 
 
 @pytest.mark.parametrize("megabytes", [0.5, 3.0])
-def test_a_disk_that_fills_up_is_one_line(random_checkpoint: Path, tmp_path: Path, megabytes: float) -> None:
+def test_a_full_disk_prints_one_line(random_checkpoint: Path, tmp_path: Path, megabytes: float) -> None:
     """Real write errors: of TriMode's own file, and of the larger file that ONNX Runtime writes."""
     program = (
         "import resource, sys\n"
@@ -147,7 +147,7 @@ def test_an_engine_without_int4_weights_is_exact(random_checkpoint: Path, tmp_pa
     assert "exact products" in manifest.target.summary
 
 
-def test_an_occupied_folder_is_kept(random_checkpoint: Path, tmp_path: Path) -> None:
+def test_an_existing_folder_is_not_changed(random_checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "engine"
     out.mkdir()
     (out / "mine.txt").write_text("mine")
@@ -156,7 +156,7 @@ def test_an_occupied_folder_is_kept(random_checkpoint: Path, tmp_path: Path) -> 
     assert leftovers(out) == ["mine.txt"]
 
 
-def test_a_capacity_beyond_the_models_is_refused(random_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_capacity_beyond_that_of_the_model_is_refused(random_checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(TriModeError, match="capacity 9000 exceeds the model's max_position_embeddings 8192"):
         build_engine(Checkpoint(random_checkpoint), tmp_path / "engine", capacity=9000)
 
@@ -164,7 +164,7 @@ def test_a_capacity_beyond_the_models_is_refused(random_checkpoint: Path, tmp_pa
 def test_engines_whose_constants_differ_are_not_merged(
     random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One weight is changed in one graph's file."""
+    """One weight differs in the file of one graph."""
 
     optimise = cpu._optimise
 
@@ -182,7 +182,7 @@ def test_engines_whose_constants_differ_are_not_merged(
     assert leftovers(tmp_path) == []
 
 
-def test_a_checkpoint_without_an_adapter(random_checkpoint: Path, tmp_path: Path) -> None:
+def test_the_engine_of_a_checkpoint_without_an_adapter_has_none(random_checkpoint: Path, tmp_path: Path) -> None:
 
     plain = Path(shutil.copytree(random_checkpoint, tmp_path / "plain"))
     shutil.rmtree(plain / "linear_spec_lora")

@@ -117,7 +117,7 @@ def test_flops_are_those_of_every_product() -> None:
 
 
 @pytest.mark.parametrize("field", ["batch", "step", "window", "rows", "top_k", "adapter_rank"])
-def test_more_of_anything_moves_more(field: str) -> None:
+def test_a_larger_pass_moves_more_bytes(field: str) -> None:
     larger = replace(BLOCK, **{field: getattr(BLOCK, field) + 1})
     assert uniform_bound(CONFIG_8B, larger, FORMATS["w4a16"]) > uniform_bound(CONFIG_8B, BLOCK, FORMATS["w4a16"])
     if field != "top_k":
@@ -196,7 +196,7 @@ def test_with_the_assumed_acceptance_length_passes_of_both_modes_take_equally_lo
         assert 2 * cycles / 11.98 < 0.6
 
 
-def test_no_one_acceptance_length_makes_the_speed_of_light_of_the_lower_bound() -> None:
+def test_no_single_acceptance_length_turns_the_lower_bounds_into_the_published_limits() -> None:
     speed_of_light = {
         ("gb200", "fp8"): 1471,
         ("rtx-pro-6000", "fp8"): 567,

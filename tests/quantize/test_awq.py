@@ -30,7 +30,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 
 def drafts(model: NemotronLabsDiffusionModel, tokens: list[int], adapter: bool = True) -> Tensor:
-    """Bidirectional logits as self-speculation's draft sees them."""
+    """Bidirectional logits of a draft pass of self-speculation."""
     with model.draft_adapter(adapter):
         return both_patterns(model, tokens).bidirectional
 
@@ -57,7 +57,7 @@ def modelopt_export(source: Checkpoint, tmp_path_factory: pytest.TempPathFactory
     return out
 
 
-def test_tensors_are_modelopts_in_the_checkpoints_own_dtype(
+def test_tensors_equal_modelopts_in_the_dtype_of_the_checkpoint(
     source: Checkpoint, awq: Checkpoint, modelopt_export: Path
 ) -> None:
     ours, theirs = load_file(awq.folder / "model.safetensors"), load_file(modelopt_export / "model.safetensors")
@@ -69,7 +69,7 @@ def test_tensors_are_modelopts_in_the_checkpoints_own_dtype(
         assert np.array_equal(ours[name], array.astype(ours[name].dtype)), name
 
 
-def test_quantisation_json_is_modelopts(awq: Checkpoint, modelopt_export: Path) -> None:
+def test_the_quantisation_file_equals_modelopts(awq: Checkpoint, modelopt_export: Path) -> None:
     ours, theirs = (_quantisation_json(folder) for folder in (awq.folder, modelopt_export))
     assert ours == theirs
 
@@ -85,14 +85,14 @@ def test_the_head_is_quantised_only_on_request(source: Checkpoint, awq: Checkpoi
     assert {module for module in modules if awq_with_head.is_int4(module)} == modules
 
 
-def test_the_group_is_honoured(awq: Checkpoint, awq_with_head: Checkpoint) -> None:
+def test_matrices_have_the_requested_group(awq: Checkpoint, awq_with_head: Checkpoint) -> None:
     for checkpoint, group in ((awq, 128), (awq_with_head, 64)):
         weight = checkpoint.linear("encoder.layers.0.mlp.down_proj")
         assert isinstance(weight, Int4Weight)
         assert weight.scale.shape == (128, 384 // group)
 
 
-def test_logits_are_near_in_both_patterns(
+def test_logits_are_close_to_the_unquantised_ones_in_both_patterns(
     source: Checkpoint, awq: Checkpoint, awq_with_head: Checkpoint, tokens: list[int]
 ) -> None:
     expected = both_patterns(load_reference(source, adapter=False), tokens)
@@ -121,7 +121,7 @@ def test_awq_loses_less_than_rounding_where_channels_differ(
         assert losses[0] < 0.85 * losses[1]
 
 
-def test_the_adapter_sees_the_raw_input(source: Checkpoint, awq: Checkpoint, tokens: list[int]) -> None:
+def test_the_adapter_reads_the_unscaled_input(source: Checkpoint, awq: Checkpoint, tokens: list[int]) -> None:
     """With the adapter on, drafts stay near the unquantised model's, unless the adapter reads the rescaled input."""
     expected = drafts(load_reference(source), tokens)
     without = relative_error(drafts(load_reference(source), tokens, adapter=False), expected)
@@ -142,7 +142,7 @@ def test_the_adapter_is_copied_byte_for_byte(source: Checkpoint, awq: Checkpoint
         assert (awq.folder / file).read_bytes() == (source.folder / file).read_bytes()
 
 
-def test_the_report_says_what_was_measured(source: Checkpoint, awq: Checkpoint) -> None:
+def test_the_report_has_the_measured_errors(source: Checkpoint, awq: Checkpoint) -> None:
     report = QuantizationReport.model_validate_json((awq.folder / "quantization_report.json").read_text())
     assert (report.method, report.group, report.head) == ("awq", 128, "16bit")
     assert report.weight_error.keys() == {module for module in linear_shapes(source.config) if module != HEAD}
@@ -156,7 +156,7 @@ def test_the_report_says_what_was_measured(source: Checkpoint, awq: Checkpoint) 
     assert 0.01 < report.calibration.bidirectional_logit_error < 0.2
 
 
-def test_files_that_modelopt_leaves_behind_go_with_the_scratch_folder() -> None:
+def test_temporary_files_of_modelopt_are_removed() -> None:
     usual = tempfile.gettempdir()
     with scratch_folder() as folder:
         with tempfile.NamedTemporaryFile(delete=False) as left:

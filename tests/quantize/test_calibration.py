@@ -23,7 +23,7 @@ def test_both_forms_are_read_and_blank_lines_skipped(source: Checkpoint, tmp_pat
     ]
 
 
-def test_the_checkpoints_own_file_is_the_default(source: Checkpoint) -> None:
+def test_the_file_in_the_checkpoint_is_the_default(source: Checkpoint) -> None:
     assert len(calibration_tokens(source, None)) == 5
 
 

@@ -29,7 +29,7 @@ def changed_copy(source: Checkpoint, folder: Path, drop: tuple[str, ...] = (), *
     return Checkpoint(folder)
 
 
-def test_companions_come_along_and_nothing_else(source: Checkpoint, tmp_path: Path) -> None:
+def test_only_the_companion_files_are_copied(source: Checkpoint, tmp_path: Path) -> None:
     original = changed_copy(source, tmp_path / "original")
     for name in (
         "generation_config.json",
@@ -105,7 +105,7 @@ def test_options_are_refused_before_any_work(
     assert not list(tmp_path.iterdir())
 
 
-def test_shapes_that_int4_cannot_hold_are_refused_before_any_work(tmp_path: Path) -> None:
+def test_shapes_that_cannot_be_int4_are_refused_before_any_work(tmp_path: Path) -> None:
     checkpoint = Checkpoint(write_random_checkpoint(tmp_path / "odd", vocab_size=767, intermediate_size=96))
     with pytest.raises(TriModeError, match=r"down_proj has 96 columns, not a multiple of 64; use --group 32$"):
         quantize_checkpoint(checkpoint, tmp_path / "out", method="rtn", group=64)
@@ -115,7 +115,7 @@ def test_shapes_that_int4_cannot_hold_are_refused_before_any_work(tmp_path: Path
     quantize_checkpoint(checkpoint, tmp_path / "out", method="rtn", group=32)
 
 
-def test_awq_without_calibration_text(source: Checkpoint, tmp_path: Path) -> None:
+def test_awq_without_calibration_text_is_refused(source: Checkpoint, tmp_path: Path) -> None:
     bare = changed_copy(source, tmp_path / "bare", drop=("calibration.jsonl",))
     with pytest.raises(TriModeError, match=r"calibration\.jsonl is missing; give --calibration FILE"):
         quantize_checkpoint(bare, tmp_path / "out", method="awq")
@@ -150,7 +150,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("method", ["rtn", "awq"])
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_checkpoint_is_refused_and_nothing_left(
+def test_a_damaged_checkpoint_is_refused_and_leaves_nothing(
     source: Checkpoint, tmp_path: Path, damage: str, method: Any
 ) -> None:
     apply, complaint = DAMAGE[damage]
@@ -160,7 +160,9 @@ def test_a_damaged_checkpoint_is_refused_and_nothing_left(
     assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
 
 
-def test_awq_without_its_packages(source: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_missing_packages_of_awq_names_the_remedy(
+    source: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delitem(sys.modules, "trimode.quantize.awq", raising=False)
     monkeypatch.delattr("trimode.quantize.awq", raising=False)
     monkeypatch.setitem(sys.modules, "modelopt.torch.quantization", None)
@@ -169,7 +171,7 @@ def test_awq_without_its_packages(source: Checkpoint, tmp_path: Path, monkeypatc
     assert not list(tmp_path.iterdir())
 
 
-def test_an_occupied_folder_is_left_alone(source: Checkpoint, tmp_path: Path) -> None:
+def test_an_existing_folder_is_not_changed(source: Checkpoint, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
     with pytest.raises(TriModeError, match=r"out exists already; give another folder, or remove it first"):
@@ -177,7 +179,7 @@ def test_an_occupied_folder_is_left_alone(source: Checkpoint, tmp_path: Path) ->
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine.txt"]
 
 
-def test_a_place_that_cannot_be_written_is_named(source: Checkpoint, tmp_path: Path) -> None:
+def test_the_error_for_an_unwritable_folder_names_it(source: Checkpoint, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(TriModeError, match=r"file/out cannot be written: "):
         quantize_checkpoint(source, tmp_path / "file" / "out", method="rtn")

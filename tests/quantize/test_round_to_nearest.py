@@ -38,7 +38,7 @@ def modelopt_export(source: Checkpoint, tmp_path_factory: pytest.TempPathFactory
     return out
 
 
-def test_tensors_are_modelopts_bit_for_bit(rounded: Checkpoint, modelopt_export: Path) -> None:
+def test_tensors_equal_modelopts_bit_for_bit(rounded: Checkpoint, modelopt_export: Path) -> None:
     ours = load_file(rounded.folder / "model.safetensors")
     theirs = load_file(modelopt_export / "model.safetensors")
     assert ours.keys() == theirs.keys()
@@ -48,7 +48,7 @@ def test_tensors_are_modelopts_bit_for_bit(rounded: Checkpoint, modelopt_export:
         assert np.array_equal(ours[name], array), name
 
 
-def test_quantisation_json_is_modelopts(rounded: Checkpoint, modelopt_export: Path) -> None:
+def test_the_quantisation_file_equals_modelopts(rounded: Checkpoint, modelopt_export: Path) -> None:
     ours, theirs = (
         [json.loads((folder / name).read_text()) for name in ("hf_quant_config.json", "config.json")]
         for folder in (rounded.folder, modelopt_export)
@@ -57,13 +57,13 @@ def test_quantisation_json_is_modelopts(rounded: Checkpoint, modelopt_export: Pa
     assert ours[1]["quantization_config"] == theirs[1]["quantization_config"]
 
 
-def test_the_rest_is_left_as_it_is(source: Checkpoint, rounded: Checkpoint) -> None:
+def test_other_tensors_are_unchanged(source: Checkpoint, rounded: Checkpoint) -> None:
     for name in (*vector_shapes(source.config), f"{HEAD}.weight"):
         assert np.array_equal(source.vector(name), rounded.vector(name))
         assert source.vector(name).dtype == rounded.vector(name).dtype
 
 
-def test_no_weight_is_further_than_half_a_step_away(source: Checkpoint, rounded: Checkpoint) -> None:
+def test_no_weight_changes_by_more_than_half_a_step(source: Checkpoint, rounded: Checkpoint) -> None:
     for module in linear_shapes(source.config):
         before, after = source.linear(module), rounded.linear(module)
         if module == HEAD:
@@ -95,10 +95,10 @@ def test_torch_is_not_imported(random_checkpoint: Path, tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", script, random_checkpoint, tmp_path / "out"], check=True)
 
 
-def test_slices_change_nothing(
+def test_the_number_of_slices_does_not_change_the_files(
     source: Checkpoint, rounded: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """These matrices fit into one slice each. In many slices, of which the last is shorter, the files are the same."""
+    """By default each matrix here is one slice. With many slices, the last one shorter, the files are the same."""
     monkeypatch.setattr(row_slices, "SLICE_ELEMENTS", 1300)
     assert [len(range(64)[rows]) for rows in row_slices.row_slices((64, 128))] == [10] * 6 + [4]
     report = quantize_checkpoint(source, tmp_path / "out", method="rtn")
@@ -110,7 +110,7 @@ def test_slices_change_nothing(
 def test_memory_is_bounded_by_the_largest_tensor(
     random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The largest tensor as stored, its int4 copy, and slices that are small in proportion, as for a large model."""
+    """The bound: the largest tensor as stored, its int4 copy, and slices that are small in proportion to it."""
     monkeypatch.setattr(row_slices, "SLICE_ELEMENTS", 1 << 15)
     folder = tmp_path / "large"
     folder.mkdir()

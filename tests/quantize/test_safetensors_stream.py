@@ -27,7 +27,7 @@ def test_the_library_reads_one_file_back(tmp_path: Path) -> None:
     _same(load_file(tmp_path / "model.safetensors"))
 
 
-def test_shards_hold_everything_once_and_the_index_says_where(tmp_path: Path) -> None:
+def test_shards_contain_each_tensor_once_and_the_index_lists_them(tmp_path: Path) -> None:
     write_tensors(tmp_path, SPECS, ARRAYS.values(), shard_bytes=100)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(array.nbytes for array in ARRAYS.values())
@@ -45,14 +45,14 @@ def test_a_tensor_larger_than_a_shard_gets_a_separate_one(tmp_path: Path) -> Non
     assert len(list(tmp_path.glob("*.safetensors"))) == len(ARRAYS)
 
 
-def test_a_slice_with_strides_is_written_in_its_own_order(tmp_path: Path) -> None:
+def test_a_strided_slice_is_written_in_row_major_order(tmp_path: Path) -> None:
     array = ARRAYS["a"].T
     write_tensors(tmp_path, [TensorSpec("a", array.dtype, array.shape)], [array])
     assert np.array_equal(load_file(tmp_path / "model.safetensors")["a"], array)
 
 
 @pytest.mark.parametrize("given", [np.zeros((6, 4), np.float32), np.zeros((4, 6), np.float16)], ids=["shape", "dtype"])
-def test_a_tensor_other_than_announced_is_an_error(tmp_path: Path, given: np.ndarray) -> None:
+def test_a_tensor_that_differs_from_its_declaration_is_an_error(tmp_path: Path, given: np.ndarray) -> None:
     with pytest.raises(ValueError, match=r"expected, .* found"):
         write_tensors(tmp_path, SPECS[:1], [given])
 

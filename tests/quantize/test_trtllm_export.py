@@ -1,4 +1,4 @@
-"""The exported checkpoint is transformers' own Ministral-3: names, shapes, config, and the logits they give."""
+"""The exported checkpoint is a Ministral-3 of transformers: names, shapes, config and logits."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_the_config_is_read_by_transformers_as_a_mistral_with_the_same_rope(expo
     )
 
 
-def test_int4_is_modelopts_unified_format_under_the_new_names(exported: tuple[Checkpoint, Path]) -> None:
+def test_int4_tensors_are_in_modelopts_unified_format_with_the_new_names(exported: tuple[Checkpoint, Path]) -> None:
     checkpoint, folder = exported
     tensors = load_file(folder / "model.safetensors")
     if checkpoint.quantization is None:
@@ -103,14 +103,14 @@ def test_int4_is_modelopts_unified_format_under_the_new_names(exported: tuple[Ch
     assert tensors["lm_head.weight"].dtype.itemsize == 2
 
 
-def test_nothing_but_the_ar_network_is_written(exported: tuple[Checkpoint, Path]) -> None:
+def test_only_the_ar_network_is_written(exported: tuple[Checkpoint, Path]) -> None:
     _, folder = exported
     assert not (folder / "linear_spec_lora").exists()
     assert not (folder / "quantization_report.json").exists()
     assert {path.name for path in folder.iterdir()} >= {"config.json", "tokenizer.json", "tokenizer_config.json"}
 
 
-def test_the_same_bytes_each_time(source: Checkpoint, tmp_path: Path) -> None:
+def test_exports_of_one_checkpoint_are_identical(source: Checkpoint, tmp_path: Path) -> None:
     hashes = []
     for name in ("first", "second"):
         export_trtllm(source, tmp_path / name)
@@ -126,7 +126,7 @@ def changed_rope(folder: Path, random: Path, **changes: Any) -> Checkpoint:
     return Checkpoint(folder)
 
 
-def test_without_query_scaling_the_whole_length_is_kept(random_checkpoint: Path, tmp_path: Path) -> None:
+def test_without_query_scaling_the_full_context_length_is_kept(random_checkpoint: Path, tmp_path: Path) -> None:
     plain = changed_rope(tmp_path / "plain", random_checkpoint, llama_4_scaling_beta=0.0)
     assert export_trtllm(plain, tmp_path / "out").max_tokens == 8192
 

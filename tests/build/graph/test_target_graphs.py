@@ -143,7 +143,7 @@ def test_a_pass_leaves_committed_rows_as_they_were(
 
 
 @PATTERNS
-def test_attention_waits_for_the_caches_that_it_views(
+def test_attention_depends_on_the_writes_of_its_caches(
     checkpoint: Checkpoint, pool: RawPool, pattern: AttentionPattern
 ) -> None:
     """Only the edges of the graph define the order for an executor."""
@@ -163,7 +163,7 @@ def test_attention_waits_for_the_caches_that_it_views(
 
 
 @PATTERNS
-def test_what_tensorrt_parses_computes_the_same(
+def test_the_graph_form_for_tensorrt_computes_the_same(
     checkpoint: Checkpoint, pool: RawPool, pattern: AttentionPattern
 ) -> None:
     """Keys as columns and an unexpanded mask, in ONNX's reference evaluator: ONNX Runtime rejects such a mask. A view
@@ -190,7 +190,9 @@ def refer(graph: onnx.ModelProto, pool: RawPool, feeds: Arrays) -> Arrays:
     return dict(zip(reference.output_names, results, strict=True))
 
 
-def test_narrow_logits_rank_as_wide_ones_and_without_the_mask_token(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_16_bit_logits_have_the_order_of_fp32_ones_and_omit_the_mask_token(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
     """In fp16, TopK includes the mask token, which is then dropped. Here it is the best token of some rows."""
     pool = write_raw_pool(checkpoint, tmp_path / "raw.bin", no_progress, np.dtype(np.float16))
     options = NetworkOptions(top_k=5, adapter=False, activations="fp16")

@@ -67,7 +67,7 @@ def test_both_plans_share_every_matrix(engine: Path, wide_int4_checkpoint: Path)
 
 
 @pytest.mark.parametrize("step", [1, 8, 32])
-def test_every_int4_matrix_is_fused_and_nothing_dequantises_alone(engine: Path, step: int) -> None:
+def test_every_int4_matrix_is_fused_and_no_kernel_only_dequantises(engine: Path, step: int) -> None:
     for plan in read_plans(engine):
         found = audit_pass(plan, 1, step, 512)
         assert found.int4_products == found.int4_matrices == 9  # four a layer and the head
@@ -116,7 +116,7 @@ def test_the_count_is_bounded_from_both_sides(engine: Path) -> None:
 
 
 def test_an_unfused_product_is_counted_as_such() -> None:
-    """The count of lone dequantisations can be other than zero."""
+    """The count of separate dequantisations can be above zero."""
     tensor = KernelTensor(name="w", dims=(128, 64), dtype="Int4")
     kernel = PlanKernel(
         name="k",
@@ -131,7 +131,7 @@ def test_an_unfused_product_is_counted_as_such() -> None:
     assert kind_of(kernel.model_copy(update={"sources": (*kernel.sources, "layers.0/MatMul_4")})) == "int4 product"
 
 
-def test_the_report_and_its_picture(engine: Path, tmp_path: Path) -> None:
+def test_the_report_and_its_plot(engine: Path, tmp_path: Path) -> None:
     report = audit_engine(engine, steps=(1, 8), windows=(512, 1024), gpu="dgx-spark", acceptance=6.82)
     assert len(report.passes) == 2 * 2 * 2
     assert report.weights_private == 0 < report.weights_shared
@@ -157,7 +157,7 @@ def trimode(*arguments: object) -> subprocess.CompletedProcess[str]:
         (("--capacity", "999999"), "capacity 999999 exceeds"),
     ],
 )
-def test_what_cannot_be_built_is_one_line(
+def test_a_refused_build_prints_one_line(
     wide_int4_checkpoint: Path, tmp_path: Path, arguments: tuple[str, ...], words: str
 ) -> None:
     found = trimode("build", wide_int4_checkpoint, tmp_path / "out", "--target", "rtx", *arguments)
@@ -176,7 +176,7 @@ def test_what_cannot_be_built_is_one_line(
         (("--window", "512", "--gpu", "b100"), "GPU b100 is not known"),
     ],
 )
-def test_what_cannot_be_audited_is_one_line(engine: Path, arguments: tuple[str, ...], words: str) -> None:
+def test_a_refused_audit_prints_one_line(engine: Path, arguments: tuple[str, ...], words: str) -> None:
     found = trimode("audit", engine, *arguments)
     assert (found.returncode, found.stdout) == (2, "")
     assert words in found.stderr
@@ -282,8 +282,8 @@ def test_a_constant_that_one_plan_lacks_fails_the_build(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_attention_that_waits_for_no_writer_is_refused(engine: Path) -> None:
-    """The real kernels pass. Without the tensor from the writer to the attention, they are refused."""
+def test_an_attention_that_does_not_wait_for_its_cache_writer_is_refused(engine: Path) -> None:
+    """The real kernels are accepted. Without the tensor from the writer to the attention, they are refused."""
     plan = read_plans(engine)[0]
     layers = plan.manifest.model.num_hidden_layers
     refuse_disorder(plan.kernels, layers)
@@ -299,7 +299,7 @@ def test_an_attention_that_waits_for_no_writer_is_refused(engine: Path) -> None:
         refuse_disorder(tuple(kernel for kernel in plan.kernels if kernel is not attention), layers)
 
 
-def test_older_gpus_get_a_window_that_is_copied(wide_int4_checkpoint: Path, tmp_path: Path) -> None:
+def test_plans_for_older_gpus_copy_the_window(wide_int4_checkpoint: Path, tmp_path: Path) -> None:
     options = replace(OPTIONS, sms=(121, 86))
     build_engine(Checkpoint(wide_int4_checkpoint), tmp_path / "out", target=options, capacity=1024)
     for plan in read_plans(tmp_path / "out"):
@@ -374,7 +374,7 @@ def test_a_signal_while_the_builder_runs_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_the_package_the_remedy_is_named(
+def test_the_error_for_a_missing_package_names_the_remedy(
     wide_int4_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delitem(sys.modules, "trimode.build.rtx.plan_building", raising=False)

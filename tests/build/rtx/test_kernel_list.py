@@ -28,7 +28,7 @@ SHAPES = (
 )
 
 
-def test_a_line_becomes_a_kernel_and_events_do_not() -> None:
+def test_lines_become_kernels_except_for_events() -> None:
     (kernel,) = parse_kernels(["something else", "\n".join(["Layers:", SHAPES, SIGNAL, PRODUCT])]).root
     assert kernel == PlanKernel(
         name="__myl_Fc_1",

@@ -1,4 +1,4 @@
-"""The weights that two plans share are found, cut out and restored, wherever private bytes interrupt them."""
+"""The weights that two plans share are found, cut out and restored, even if private bytes lie between them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ sizes = st.integers(0, 5000)
     gaps=st.tuples(sizes, sizes),
     tails=st.tuples(sizes, sizes),
 )
-def test_plans_with_private_bytes_come_back_whole(
+def test_plans_with_private_bytes_are_restored(
     seed: int, heads: tuple[int, int], gaps: tuple[int, int], tails: tuple[int, int]
 ) -> None:
     rng = np.random.default_rng(seed)

@@ -57,7 +57,7 @@ def emitted(tiny_int4: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def llm(cpu_engine: Path) -> Iterator[LLM]:
-    """Target cpu, one sequence at a time and every row computed."""
+    """Target cpu, one sequence at a time; every row is computed."""
     with LLM(cpu_engine, max_batch_size=1, prefix_cache_bytes=0) as llm:
         yield llm
 
@@ -68,10 +68,10 @@ def decode(llm: LLM, records: list[dict], **options: Any) -> list[list[int]]:
     return [output.outputs[0].token_ids for output in llm.generate([row["messages"] for row in records], params)]
 
 
-def test_greedy_decoding_through_the_functions_gives_target_cpus_tokens(
+def test_greedy_decoding_by_the_operator_functions_gives_the_tokens_of_target_cpu(
     tiny_int4: Path, llm: LLM, cpu_engine: Path, heldout: list[dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The target's own graphs in fp32, every mode: prefills of more than one chunk, drafts, commits, the adapter."""
+    """The graphs of the target in fp32, in every mode, with prefills of more than one chunk and with the adapter."""
     checkpoint, records, modes = Checkpoint(tiny_int4), heldout[::90], ("ar", "diffusion", "linear_spec")
     expected = [decode(llm, records, mode=mode) for mode in modes]
     assert checkpoint.adapter is not None
@@ -83,7 +83,7 @@ def test_greedy_decoding_through_the_functions_gives_target_cpus_tokens(
     assert {type(step).__name__ for step in graphs.seen} == {"CausalStep", "BidirectionalStep"}
 
 
-def test_the_emitted_16_bit_graphs_decode_too(
+def test_the_emitted_16_bit_graphs_decode(
     emitted: Path, llm: LLM, heldout: list[dict], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The files that TensorRT compiles. In fp16 a near-tie may be decided differently: most answers must be equal."""
@@ -98,7 +98,7 @@ def test_the_emitted_16_bit_graphs_decode_too(
     assert sum(answer == other for answer, other in zip(found, expected, strict=True)) >= len(records) - 1
 
 
-def test_both_graphs_take_the_pools_one_copy_and_hold_no_weights(emitted: Path) -> None:
+def test_both_graphs_read_weights_from_the_one_pool_and_contain_none(emitted: Path) -> None:
     manifest = Manifest.read(emitted)
     verify_files(emitted, manifest.files)
     pooled = {entry.name: entry.bytes for entry in manifest.pool}
@@ -124,7 +124,7 @@ def _bytes(value: onnx.ValueInfoProto) -> int:
     return item * int(np.prod([dim.dim_value for dim in kind.shape.dim]))
 
 
-def test_kernels_are_there_for_every_named_gpu(emitted: Path) -> None:
+def test_kernels_are_emitted_for_every_named_gpu(emitted: Path) -> None:
     first, second = (KernelLibrary(emitted / "kernels", sm) for sm in (90, 120))
     assert first.index.kernels.keys() == second.index.kernels.keys()
     for sm, library in ((90, first), (120, second)):
@@ -134,7 +134,7 @@ def test_kernels_are_there_for_every_named_gpu(emitted: Path) -> None:
             assert f".target sm_{sm}" in ptx
 
 
-def test_tensorrts_own_parser_takes_the_graphs(emitted: Path) -> None:
+def test_tensorrts_parser_accepts_the_graphs(emitted: Path) -> None:
     """TensorRT-RTX has the same parser, without plugins: it expands the functions and rejects unknown nodes."""
     log, parse = _rtx_parser()
     for name in ("ar", "diffusion"):
@@ -144,7 +144,7 @@ def test_tensorrts_own_parser_takes_the_graphs(emitted: Path) -> None:
         assert (tensor.name, [tensor.get_dimension_name(axis) for axis in (0, 1)]) == ("input_ids", ["batch", "step"])
 
 
-def test_without_its_function_a_node_is_looked_up_as_a_plugin(emitted: Path) -> None:
+def test_the_parser_searches_a_plugin_for_a_node_without_a_function(emitted: Path) -> None:
     model = onnx.load(emitted / "ar" / GRAPH)
     del model.functions[:]
     _, parse = _rtx_parser()
@@ -197,7 +197,7 @@ def test_info_shows_an_engine_that_is_not_compiled_and_generate_refuses_it(emitt
         (("--emit-only", "--activations", "int8"), ("--activations is not an option of target tensorrt",)),
     ],
 )
-def test_what_cannot_be_built_is_one_line(
+def test_a_refused_build_prints_one_line(
     tiny_int4: Path, tmp_path: Path, arguments: tuple[str, ...], words: tuple[str, ...]
 ) -> None:
     found = trimode("build", tiny_int4, tmp_path / "out", "--target", "tensorrt", *arguments)
@@ -206,7 +206,7 @@ def test_what_cannot_be_built_is_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_groups_that_tensor_cores_cannot_take_are_refused(
+def test_groups_that_tensor_cores_cannot_process_are_refused(
     random_int4_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = Checkpoint(random_int4_checkpoint)
@@ -217,7 +217,7 @@ def test_groups_that_tensor_cores_cannot_take_are_refused(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_triton_the_remedy_is_named(
+def test_the_error_without_triton_names_the_remedy(
     random_int4_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("plugins.compilation", "build.kernel_emission", "build.tensorrt.emission"):
@@ -231,7 +231,9 @@ def test_without_triton_the_remedy_is_named(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_compile_says_what_is_missing_and_what_it_takes(emitted: Path, cpu_engine: Path, tmp_path: Path) -> None:
+def test_compile_names_what_is_missing_and_which_engines_it_accepts(
+    emitted: Path, cpu_engine: Path, tmp_path: Path
+) -> None:
     for folder, words in (
         (emitted, "needs the package tensorrt"),
         (cpu_engine, "is for target cpu, which has no second"),
@@ -244,7 +246,7 @@ def test_compile_says_what_is_missing_and_what_it_takes(emitted: Path, cpu_engin
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_compiles_needs_neither_torch_nor_triton_nor_onnx() -> None:
+def test_compilation_needs_neither_torch_nor_triton_nor_onnx() -> None:
     """All modules that `trimode compile` imports, except the two that import TensorRT."""
     modules = (
         *("cli.compile", "build.tensorrt.compiled_directory", "build.plan_builder"),

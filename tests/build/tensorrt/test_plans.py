@@ -43,9 +43,7 @@ def double(tensorrt: ModuleType, monkeypatch: pytest.MonkeyPatch) -> TensorrtDou
     return TensorrtDouble(tensorrt, monkeypatch)
 
 
-def test_tensorrt_asks_for_the_kernels_that_were_emitted_and_no_others(
-    emitted: Path, double: TensorrtDouble, tmp_path: Path
-) -> None:
+def test_tensorrt_requests_exactly_the_emitted_kernels(emitted: Path, double: TensorrtDouble, tmp_path: Path) -> None:
     tensorrt_compile.compile_engine(emitted, tmp_path / "out")
     index = LibraryIndex.model_validate_json((emitted / "kernels/sm_90/kernels.json").read_text())
     asked = {
@@ -62,7 +60,7 @@ def test_tensorrt_asks_for_the_kernels_that_were_emitted_and_no_others(
 
 
 @pytest.mark.usefixtures("double")
-def test_the_compiled_engine_is_whole_and_shares_its_files(emitted: Path, tmp_path: Path) -> None:
+def test_the_compiled_engine_is_complete_and_shares_files_with_the_emitted_one(emitted: Path, tmp_path: Path) -> None:
     manifest = tensorrt_compile.compile_engine(emitted, tmp_path / "out")
     verify_files(tmp_path / "out", manifest.files)
     plans = manifest.section(TensorrtSection).plans
@@ -159,8 +157,8 @@ def test_a_changed_kernel_is_refused(emitted: Path, tmp_path: Path) -> None:
         tensorrt_compile.compile_engine(copy, tmp_path / "out")
 
 
-def test_every_name_of_tensorrt_that_we_use_exists(tensorrt: ModuleType) -> None:
-    """Calls that no test can make: at least their names exist in TensorRT's bindings."""
+def test_every_tensorrt_name_in_use_exists(tensorrt: ModuleType) -> None:
+    """Some calls cannot be tested here. At least their names exist in TensorRT's bindings."""
     module = importlib.import_module("trimode.build.tensorrt.plan_compilation")
     owners = {
         "trt": tensorrt,
@@ -187,6 +185,6 @@ def test_every_name_of_tensorrt_that_we_use_exists(tensorrt: ModuleType) -> None
             found = getattr(found, name)
 
 
-def test_json_of_the_manifest_names_the_target(emitted: Path) -> None:
+def test_the_json_of_the_manifest_names_the_target(emitted: Path) -> None:
     written = json.loads((emitted / "manifest.json").read_text())
     assert (written["target"]["name"], written["target"]["plans"]) == ("tensorrt", None)

@@ -1,4 +1,4 @@
-"""One checkpoint built for both targets, and a machine whose GPU is a double."""
+"""One checkpoint built for targets rtx and cpu, and a machine whose GPU is a double."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CAPACITY, MAX_BATCH, MAX_STEP = 512, 4, 64
 
 
 class Engines(NamedTuple):
-    """One checkpoint built for both targets, and what the double needs to run the plans."""
+    """One checkpoint built for targets rtx and cpu, and what the double needs to run the plans."""
 
     rtx: Path
     cpu: Path
@@ -47,7 +47,7 @@ def rtn_checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="session")
 def fp16(rtn_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Engines:
-    """As it is built for users: the double runs the very graphs of the engine directory."""
+    """Built as for users. The double runs the graphs of the engine directory."""
     folder, checkpoint = tmp_path_factory.mktemp("fp16"), Checkpoint(rtn_checkpoint)
     options = RtxTarget(sms=(121, 89), dtype="fp16", max_batch=MAX_BATCH, max_step=MAX_STEP)
     build_engine(checkpoint, folder / "rtx", target=options, capacity=CAPACITY)
@@ -62,8 +62,8 @@ def fp16(rtn_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Engi
 def fp32(
     request: pytest.FixtureRequest, rtn_checkpoint: Path, fp16: Engines, tmp_path_factory: pytest.TempPathFactory
 ) -> Engines:
-    """The same plans, taken for fp32: the double runs the fp32 form of their graphs, so that figures compare closely.
-    TensorRT-RTX itself has no such attention. In both ways to read the pool: in place, and by a window.
+    """The same plans, but the double runs the fp32 form of their graphs, so that results can be compared closely.
+    TensorRT-RTX has no attention in fp32. Both ways to read the KV pool: in place, and by a window.
     """
     folder, checkpoint = tmp_path_factory.mktemp("fp32"), Checkpoint(rtn_checkpoint)
     rtx = Path(shutil.copytree(fp16.rtx, folder / "rtx"))
@@ -84,7 +84,7 @@ def fp32(
 
 
 class Machine(NamedTuple):
-    """A machine with one GPU that is none."""
+    """A machine whose one GPU is a double."""
 
     cuda: DriverDouble
     trt: TrtDouble

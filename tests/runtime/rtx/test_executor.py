@@ -1,4 +1,4 @@
-"""Target rtx without a GPU: the executor's binding on the double, with the ``cpu`` target's numbers as the measure."""
+"""Target rtx without a GPU: on a double of CUDA and TensorRT-RTX, the executor computes what target ``cpu`` does."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MASK = 100
 CLOSE, FAR = 1e-4, 1e-2
 
 
-def test_the_double_knows_the_calls_as_they_are() -> None:
+def test_the_double_has_the_signatures_of_the_real_calls() -> None:
     assert misremembered_calls(tensorrt_rtx) == []
 
 
@@ -54,8 +54,10 @@ def conversations(heldout: list[dict]) -> list[Any]:
 @pytest.mark.usefixtures("machine")
 @pytest.mark.parametrize("options", MODES, ids=str)
 @pytest.mark.parametrize("at_once", [1, MAX_BATCH])
-def test_tokens_are_the_cpu_targets(fp16: Engines, heldout: list[dict], options: dict[str, Any], at_once: int) -> None:
-    """Alone and in batches, with rows of earlier answers reused where texts begin alike."""
+def test_tokens_equal_those_of_target_cpu(
+    fp16: Engines, heldout: list[dict], options: dict[str, Any], at_once: int
+) -> None:
+    """Alone and in batches. Texts that begin alike reuse the KV rows of earlier answers."""
     answers = []
     for engine in (fp16.cpu, fp16.rtx):
         with LLM(engine, max_batch_size=at_once) as llm:
@@ -79,9 +81,9 @@ def test_modes_share_a_batch(
         assert llm._executor.pool.slots == MAX_BATCH
         calls = listen(llm._executor)
         waits, launches, captures = machine.cuda.synchronisations, machine.cuda.launches, machine.cuda.captures
-        with llm._thread._changed:  # none begins before all are there
-            asked = [llm.generate_async(*each) for each in zip(conversations(heldout)[:5], params, strict=True)]
-        found = [output.result().outputs[0].token_ids for output in asked]
+        with llm._thread._changed:  # none begins before all are submitted
+            outputs = [llm.generate_async(*each) for each in zip(conversations(heldout)[:5], params, strict=True)]
+        found = [output.result().outputs[0].token_ids for output in outputs]
     assert found == expected
     assert machine.cuda.synchronisations - waits == len(calls)
     assert machine.cuda.launches - launches + machine.cuda.captures - captures == len(calls)
@@ -105,7 +107,7 @@ def test_self_speculation_waits_once_a_cycle(fp16: Engines, machine: Machine, he
 
 
 def listen(executor: Any) -> list[tuple[str, Any]]:
-    """The calls to come: their name and their step."""
+    """A list that records the name and the step of each later call of ``executor``."""
     calls: list[tuple[str, Any]] = []
 
     def listening(name: str, call: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -121,7 +123,7 @@ def listen(executor: Any) -> list[tuple[str, Any]]:
 
 
 @pytest.mark.usefixtures("machine")
-def test_a_block_that_no_step_holds_is_refused_before_it_runs(fp16: Engines) -> None:
+def test_a_block_longer_than_a_step_is_refused_before_it_runs(fp16: Engines) -> None:
     with (
         LLM(fp16.rtx, verify=False) as llm,
         pytest.raises(TriModeError, match=r"block_length is 65.*steps of 64"),
@@ -136,13 +138,13 @@ Run = Callable[[Executor], list[NDArray[Any]]]
 
 
 def rows_of_logits(found: Candidates, lengths: tuple[int, ...]) -> list[NDArray[Any]]:
-    """Of real rows: logits and log-sum-exp, side by side."""
+    """Logits and log-sum-exp of the rows that are not padding, concatenated."""
     whole = np.concatenate([found.logits, found.log_sum_exp[..., None]], axis=-1)
     return [whole[sequence, :length] for sequence, length in enumerate(lengths)]
 
 
 def prefill(engine: Executor) -> list[NDArray[Any]]:
-    """Three sequences of other lengths in slots 0, 1, 2."""
+    """Three sequences of different lengths in slots 0, 1, 2."""
     rng, found = np.random.default_rng(0), []
     for length in LENGTHS:
         ids, slot = rng.integers(101, 768, (1, length)), engine.pool.acquire()
@@ -154,7 +156,7 @@ def prefill(engine: Executor) -> list[NDArray[Any]]:
 
 
 def draft_step(first_slot: int = 0, count: int = 3) -> BidirectionalStep:
-    """Blocks of other lengths behind the sequences, padded to the longest; one of them without the adapter."""
+    """A block after each sequence, of different lengths, padded to the longest; one of them without the adapter."""
     which = slice(first_slot, first_slot + count)
     longest = max(BLOCKS[which])
     ids = np.full((count, longest), MASK)
@@ -175,14 +177,14 @@ def draft_and_commit(engine: Executor) -> list[NDArray[Any]]:
 
 
 def some_of_the_slots(engine: Executor) -> list[NDArray[Any]]:
-    """Passes over slots 1 and 2 alone, then over all: none may touch another's rows."""
+    """Passes over slots 1 and 2, then over all slots. No pass may change rows of other slots."""
     found = prefill(engine)
     found += rows_of_logits(engine.run(draft_step(1, 2)), BLOCKS[1:])
     return found + rows_of_logits(engine.run(draft_step()), BLOCKS)
 
 
 def after_a_release(engine: Executor) -> list[NDArray[Any]]:
-    """Slot 0 is given back: the last sequence moves into it and goes on there."""
+    """Slot 0 is released: the last sequence moves into it and continues there."""
     found = prefill(engine)
     assert engine.pool.release(0) == 2
     ids = np.random.default_rng(1).integers(101, 768, (2, 9))
@@ -191,7 +193,7 @@ def after_a_release(engine: Executor) -> list[NDArray[Any]]:
 
 
 def a_tree(engine: Executor) -> list[NDArray[Any]]:
-    """A block mask that is no triangle, with positions by depth."""
+    """A tree of drafts: its block mask is not triangular, and positions are depths."""
     found = prefill(engine)
     mask = np.zeros((1, 5, 5), np.bool_)
     for node, parent in enumerate([None, 0, 0, 1, 2]):
@@ -204,7 +206,7 @@ def a_tree(engine: Executor) -> list[NDArray[Any]]:
 
 
 def up_to_the_capacity(engine: Executor) -> list[NDArray[Any]]:
-    """Steps that no longer length fits behind: 12, 5 and 1 tokens, to the last row."""
+    """Steps up to the last row. The last ones, of 12, 5 and 1 tokens, leave no room for longer padding."""
     rng, found, at = np.random.default_rng(2), prefill(engine), LENGTHS[2]
     for size in (64, 64, 64, 64, 64, 34, 12, 5, 1):
         rows = np.array([[size - 1]])
@@ -217,7 +219,7 @@ def up_to_the_capacity(engine: Executor) -> list[NDArray[Any]]:
 
 
 def prefix_reused(engine: Executor) -> list[NDArray[Any]]:
-    """A sequence's first rows, read and written into another slot, serve there."""
+    """The first rows of a sequence, copied into another slot, are used there."""
     found = prefill(engine)
     engine.pool.write_rows(1, 0, engine.pool.read_rows(2, 0, 100))
     rows = np.arange(40)[None]
@@ -226,7 +228,7 @@ def prefix_reused(engine: Executor) -> list[NDArray[Any]]:
 
 
 def again_and_again(engine: Executor) -> list[NDArray[Any]]:
-    """One shape over and over with other tokens: replays, not what was captured."""
+    """Steps of one shape with different tokens: each replay uses its own tokens, not the captured ones."""
     found = prefill(engine)
     for seed in range(4):
         ids = np.random.default_rng(seed).integers(101, 768, (3, 8))
@@ -236,7 +238,7 @@ def again_and_again(engine: Executor) -> list[NDArray[Any]]:
 
 
 def speculated(engine: Executor) -> list[NDArray[Any]]:
-    """In one launch where the executor can, in two passes where it cannot."""
+    """Draft and commit in one launch if the executor can do this, in two passes otherwise."""
     found = prefill(engine)
     for _ in range(2):
         draft = draft_step()
@@ -256,7 +258,7 @@ RUNS: list[Run] = [
 
 
 def distances(built: Engines, run: Run) -> list[float]:
-    """Relative distance of each result from the cpu target's."""
+    """Relative L2 distance of each result from that of target ``cpu``."""
     expected, found = (
         run(load_engine(built.cpu, verify=False).executor),
         run(load_engine(built.rtx, verify=False).executor),
@@ -267,7 +269,7 @@ def distances(built: Engines, run: Run) -> list[float]:
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_steps_compute_what_the_cpu_target_computes(exact: Engines, run: Run) -> None:
+def test_results_of_steps_equal_those_of_target_cpu(exact: Engines, run: Run) -> None:
     assert max(distances(exact, run)) < CLOSE
 
 
@@ -307,11 +309,11 @@ def test_a_pass_changes_the_rows_that_it_writes_and_no_others(fp16: Engines) -> 
         np.testing.assert_array_equal(changed, written)
 
 
-# Faults, each planted: the tests above would see them.
+# Planted faults that the tests above must detect.
 
 
 def wrong_alias(patch: pytest.MonkeyPatch) -> None:
-    """A layer's updated keys are bound to its values, and the other way round."""
+    """A layer's updated keys are bound to the memory of its values, and its values to that of its keys."""
     cache_outputs = execution_contexts.cache_outputs
 
     def crossed(layers: int) -> list[str]:
@@ -322,7 +324,7 @@ def wrong_alias(patch: pytest.MonkeyPatch) -> None:
 
 
 def keys_of_another_layer(patch: pytest.MonkeyPatch) -> None:
-    """One engine takes layer 0's keys for layer 1's, aliases and all."""
+    """One engine uses the keys of layer 0 as those of layer 1, aliases included."""
     address, bind = DeviceKvPool.address, RtxNetwork.bind
     crossed = {0: 2, 2: 0}
 
@@ -343,7 +345,7 @@ def window_too_short(patch: pytest.MonkeyPatch) -> None:
 
 
 def stale_graph(patch: pytest.MonkeyPatch) -> None:
-    """What was captured for other slots is replayed."""
+    """A graph captured for other slots is replayed."""
     admit, first = RtxExecutor._admit, {}
 
     def admitting(self: Any, step: Any) -> Any:
@@ -354,7 +356,7 @@ def stale_graph(patch: pytest.MonkeyPatch) -> None:
 
 
 def slot_off_by_one(patch: pytest.MonkeyPatch) -> None:
-    """The last sequence of a batch lies one slot further than the pool has it."""
+    """The last sequence of a batch is read from the next slot."""
     address = DeviceKvPool.address
     patch.setattr(
         DeviceKvPool,
@@ -363,8 +365,8 @@ def slot_off_by_one(patch: pytest.MonkeyPatch) -> None:
     )
 
 
-def padding_is_seen(patch: pytest.MonkeyPatch) -> None:
-    """Rows of padding count as tokens of the block."""
+def padding_is_attended_to(patch: pytest.MonkeyPatch) -> None:
+    """Padding counts as tokens of the block."""
     put = PassMemory.put
 
     def putting(self: Any, step: Any) -> None:
@@ -375,7 +377,7 @@ def padding_is_seen(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(PassMemory, "put", putting)
 
 
-def padding_sees_nothing(patch: pytest.MonkeyPatch) -> None:
+def padding_attends_to_nothing(patch: pytest.MonkeyPatch) -> None:
     put = PassMemory.put
 
     def putting(self: Any, step: Any) -> None:
@@ -386,7 +388,7 @@ def padding_sees_nothing(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(PassMemory, "put", putting)
 
 
-def draft_not_handed_over(patch: pytest.MonkeyPatch) -> None:
+def draft_not_copied(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(captured_passes.SpeculationCycle, "_copy_drafted", lambda _self: None)
 
 
@@ -403,8 +405,8 @@ def _padded(bucket: Bucket) -> Bucket:
     return bucket._replace(step=1 << (bucket.step - 1).bit_length())
 
 
-def test_a_window_that_is_too_short_is_seen(exact: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the engines attend to windows; in place there is none."""
+def test_a_window_that_is_too_short_is_detected(exact: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the engines attend to windows. Engines that read the pool in place have none."""
     windowed = "window_rows" in exact.plans[0].graph.read_bytes().decode(errors="replace")
     window_too_short(monkeypatch)
     found = max(distances(exact, draft_and_commit))
@@ -418,14 +420,14 @@ def test_a_window_that_is_too_short_is_seen(exact: Engines, monkeypatch: pytest.
         (keys_of_another_layer, draft_and_commit),
         (stale_graph, some_of_the_slots),
         (slot_off_by_one, draft_and_commit),
-        (padding_is_seen, draft_and_commit),
-        (padding_sees_nothing, draft_and_commit),
-        (draft_not_handed_over, speculated),
+        (padding_is_attended_to, draft_and_commit),
+        (padding_attends_to_nothing, draft_and_commit),
+        (draft_not_copied, speculated),
         (results_taken_early, draft_and_commit),
         (padded_past_the_capacity, up_to_the_capacity),
     ],
 )
-def test_a_planted_fault_is_seen(
+def test_a_planted_fault_is_detected(
     exact: Engines, monkeypatch: pytest.MonkeyPatch, plant: Callable[[pytest.MonkeyPatch], None], run: Run
 ) -> None:
     plant(monkeypatch)

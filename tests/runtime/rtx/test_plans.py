@@ -1,4 +1,4 @@
-"""Loading plans: one copy of what both engines share, and one clear line for what cannot be loaded."""
+"""Loading plans: weights that both engines share are in memory once, and each refusal is one clear line."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def executor_of(engine: Path) -> RtxExecutor:
 
 
 def answer(engine: Path) -> list[int]:
-    """Long enough for both engines to run."""
+    """Tokens of an answer for which both engines run."""
     prompt = [{"role": "user", "content": "What is 60% of 440?"}]
     with LLM(engine, verify=False) as llm:
         output = llm.generate(prompt, SamplingParams(mode="linear_spec", block_length=8, max_tokens=20))
@@ -47,17 +47,17 @@ def answer(engine: Path) -> list[int]:
 
 
 def weights_taken(machine: Machine, engine: Path) -> tuple[WeightPlacement, int]:
-    """Where the weights are, and the bytes of device memory that they take."""
+    """Where the weights are, and how many bytes of device memory they take."""
     before = machine.cuda.free
     loaded = executor_of(engine)
     others = sum(memory.nbytes for memory in machine.cuda.allocations.values())
     return loaded.weights, before - machine.cuda.free - others
 
 
-def test_identical_weights_lie_on_the_device_once(
+def test_identical_weights_are_on_the_device_once(
     fp16: Engines, machine: Machine, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As the real plans' are: one allocation holds both."""
+    """The weights of real plans are identical: one allocation holds both."""
     section = fp16.plans[0].section
     placement, taken = weights_taken(machine, fp16.rtx)
     assert placement == WeightPlacement(shared=section.nbytes, private=0, unmanaged_engines=0)
@@ -67,7 +67,7 @@ def test_identical_weights_lie_on_the_device_once(
 
 
 def with_private_bytes(plans: list[PlanDouble]) -> list[PlanDouble]:
-    """The same plans, but that the second one has 256 bytes more in the middle of its weights."""
+    """The same plans, but with 256 more bytes in the middle of the second one's weights."""
     first, second = plans
     place = len(second.section) // 2
     section = np.zeros(len(second.section) + GRANULARITY, np.uint8)
@@ -77,8 +77,10 @@ def with_private_bytes(plans: list[PlanDouble]) -> list[PlanDouble]:
     return [first, replace(second, section=section)]
 
 
-def test_what_differs_is_held_for_each(fp16: Engines, machine: Machine, caplog: pytest.LogCaptureFixture) -> None:
-    """Up to the private bytes the sections agree, then one is shifted."""
+def test_weights_that_differ_are_loaded_for_each_plan(
+    fp16: Engines, machine: Machine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The sections are equal up to the private bytes; after them, one is shifted."""
     machine.trt.plans = with_private_bytes(fp16.plans)
     placement, taken = weights_taken(machine, fp16.rtx)
     whole = [plan.section for plan in machine.trt.plans]
@@ -99,10 +101,8 @@ def test_weights_that_tensorrt_does_not_manage_stay_where_they_are(
     assert answer(fp16.rtx) == managed
 
 
-def test_a_piece_that_is_not_the_plans_is_seen(
-    fp16: Engines, machine: Machine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The double's guard can fail: one engine's weights mapped for both."""
+def test_weights_of_another_plan_are_detected(fp16: Engines, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The double's check can fail: here the weights of one engine are mapped for both."""
     machine.trt.plans = with_private_bytes(fp16.plans)
     monkeypatch.setattr(
         plan_loading, "_pieces", lambda sections, _granularity: ([plan_loading._Piece(0, len(sections[0]))], [[], []])
@@ -116,7 +116,7 @@ def test_a_piece_that_is_not_the_plans_is_seen(
     longer=st.integers(0, 2),
 )
 def test_pieces_cover_every_section_once(granules: list[tuple[int, int]], longer: int) -> None:
-    """Each granule is one number: common ones are those with the same number in both."""
+    """Each granule holds one number; granules with the same number in both sections are common."""
     size = 4
     first, second = (np.repeat(np.array(column, np.uint8), size) for column in zip(*granules, strict=True))
     second = np.concatenate([second, np.full(longer * size, 9, np.uint8)])
@@ -133,11 +133,11 @@ def test_pieces_cover_every_section_once(granules: list[tuple[int, int]], longer
     assert sum(piece.size for piece in common) == size * sum(one == other for one, other in granules)
 
 
-# What cannot be loaded.
+# Engines that cannot be loaded.
 
 
 def edit(**changes: Any) -> Callable[[Path], None]:
-    """A manifest that says otherwise of the target, sealed again."""
+    """Change the target section of the manifest and seal it again."""
 
     def apply(engine: Path) -> None:
         manifest = Manifest.read(engine)
@@ -178,7 +178,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
 
 @pytest.mark.usefixtures("machine")
 @pytest.mark.parametrize("case", BROKEN)
-def test_a_broken_engine_is_refused_by_name(fp16: Engines, tmp_path: Path, case: str) -> None:
+def test_a_broken_engine_is_refused_and_the_cause_named(fp16: Engines, tmp_path: Path, case: str) -> None:
     engine = Path(shutil.copytree(fp16.rtx, tmp_path / "engine"))
     damage, message = BROKEN[case]
     damage(engine)
@@ -196,7 +196,7 @@ def test_a_broken_engine_is_refused_by_name(fp16: Engines, tmp_path: Path, case:
         (flip("weights/pool.bin"), r"ar/engine\.plan: TensorRT-RTX cannot load it"),
     ],
 )
-def test_unverified_it_is_refused_when_it_is_loaded(
+def test_a_broken_engine_is_refused_on_loading_if_verification_is_off(
     fp16: Engines, tmp_path: Path, damage: Callable[[Path], None], message: str
 ) -> None:
     engine = Path(shutil.copytree(fp16.rtx, tmp_path / "engine"))
@@ -205,15 +205,15 @@ def test_unverified_it_is_refused_when_it_is_loaded(
         load_engine(engine, verify=False)
 
 
-def test_what_tensorrt_finds_wrong_with_a_plan_is_told(fp16: Engines, machine: Machine) -> None:
+def test_the_reasons_of_tensorrt_for_refusing_a_plan_are_named(fp16: Engines, machine: Machine) -> None:
     wrong = tensorrt_rtx.EngineInvalidityDiagnostics
     machine.trt.invalidity = int(wrong.OLD_CUDA_DRIVER) | int(wrong.UNSUPPORTED_CC)
     with pytest.raises(TriModeError, match=r"ar/engine\.plan: .*\(unsupported cc, old cuda driver\); build"):
         executor_of(fp16.rtx)
 
 
-def test_real_tensorrt_refuses_a_header_that_is_none() -> None:
-    """The double's answer to a malformed plan is the real one's: this much of it needs no GPU."""
+def test_real_tensorrt_refuses_a_malformed_header() -> None:
+    """The double refuses a malformed plan as the real library does; this part of the library needs no GPU."""
 
     class Quiet(tensorrt_rtx.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -237,7 +237,9 @@ def test_too_little_memory_is_one_line(fp16: Engines, machine: Machine) -> None:
 
 @pytest.mark.usefixtures("machine")
 @pytest.mark.parametrize("missing", ["tensorrt_rtx", "cuda.bindings"])
-def test_a_missing_package_comes_with_its_remedy(fp16: Engines, monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+def test_the_error_for_a_missing_package_names_the_remedy(
+    fp16: Engines, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
     for name in [
         name for name in sys.modules if name.startswith(("trimode.runtime.rtx.", "trimode.runtime.gpu.", missing))
     ]:
@@ -253,7 +255,7 @@ def trimode(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="this machine has a GPU")
-def test_without_a_gpu_the_command_says_so(fp16: Engines) -> None:
+def test_without_a_gpu_the_command_names_the_cause(fp16: Engines) -> None:
     found = trimode("generate", fp16.rtx, "--prompt", "hello")
     assert (found.returncode, found.stdout) == (2, "")
     assert "needs an NVIDIA GPU" in found.stderr
@@ -268,7 +270,7 @@ def test_without_a_gpu_the_command_says_so(fp16: Engines) -> None:
         (LibcudaDouble(100), "it finds no GPU"),
     ],
 )
-def test_a_driver_without_a_gpu(
+def test_the_error_for_a_driver_without_a_gpu(
     fp16: Engines, monkeypatch: pytest.MonkeyPatch, library: LibcudaDouble, words: str
 ) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda _name: library)
