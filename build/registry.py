@@ -1,16 +1,10 @@
-"""The targets that ``trimode build`` can build for. A new target registers here."""
+"""The targets that ``trimode build`` can build for, by the convention of :mod:`trimode.engine.targets`."""
 
 from __future__ import annotations
 
-from trimode.build.cpu.target import CpuTarget
-from trimode.build.cuda.target import CudaTarget
-from trimode.build.rtx.target import RtxTarget
-from trimode.build.target import BuildTarget
-from trimode.build.tensorrt.target import TensorrtTarget
+from importlib import import_module
 
-TARGETS: dict[str, type[BuildTarget]] = {
-    "cpu": CpuTarget,
-    "cuda": CudaTarget,
-    "rtx": RtxTarget,
-    "tensorrt": TensorrtTarget,
-}
+from trimode.build.target import BuildTarget
+from trimode.engine.targets import NAMES
+
+TARGETS: dict[str, type[BuildTarget]] = {name: import_module(f"trimode.build.{name}.target").TARGET for name in NAMES}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,18 +12,16 @@ from trimode.common.machine import available_memory
 from trimode.common.progress import Progress, no_progress
 from trimode.engine.files import TOKENIZER, verify_files
 from trimode.engine.manifest import Manifest
+from trimode.engine.targets import NAMES
 from trimode.model.tokenizer import Tokenizer
-from trimode.runtime.cpu.target import CpuRuntime
-from trimode.runtime.cuda.target import CudaRuntime
 from trimode.runtime.executor import Executor
-from trimode.runtime.rtx.target import RtxRuntime
 from trimode.runtime.target import HostLimits, RuntimeTarget
 
-# The targets that have an executor. A new target registers here.
+# Targets without a package in runtime/ can be built and not run.
 TARGETS: dict[str, RuntimeTarget] = {
-    "cpu": CpuRuntime(),
-    "cuda": CudaRuntime(),
-    "rtx": RtxRuntime(),
+    name: import_module(f"trimode.runtime.{name}.target").TARGET
+    for name in NAMES
+    if find_spec(f"trimode.runtime.{name}") is not None
 }
 
 # Of the available memory; the rest is for activations, the prefix cache and other processes.

@@ -1,7 +1,9 @@
-"""Targets are independent: a build for one imports no other, and a new one registers once in each layer."""
+"""Targets are independent: a build for one imports no other, and one line registers a new one."""
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -31,6 +33,7 @@ from trimode.runtime.executor import BidirectionalStep, Candidates, CausalStep, 
 from trimode.runtime.kv.host_kv_pool import KvPool
 from trimode.runtime.target import HostLimits
 
+ROOT = Path(__file__).resolve().parent.parent
 TOKEN = 300
 
 
@@ -99,7 +102,7 @@ class ToyRuntime:
 
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The target's three registrations: the manifest, the build and the runtime."""
+    """A target of the manifest, the build and the runtime."""
     monkeypatch.setitem(targets.SECTIONS, "toy", ToySection)
     monkeypatch.setitem(registry.TARGETS, "toy", ToyTarget)
     monkeypatch.setitem(loading.TARGETS, "toy", ToyRuntime())
@@ -132,10 +135,12 @@ def test_an_unregistered_target_is_refused(random_checkpoint: Path, tmp_path: Pa
     build_engine(Checkpoint(random_checkpoint), tmp_path / "engine", target=ToyTarget())
     with pytest.MonkeyPatch.context() as patch:
         patch.delitem(loading.TARGETS, "toy")
-        with pytest.raises(TriModeError, match=r"is for target toy, which this version builds .* --target cpu or rtx"):
+        with pytest.raises(
+            TriModeError, match=r"is for target toy, which this version builds .* --target cpu or cuda or rtx"
+        ):
             loading.load_engine(tmp_path / "engine")
         patch.delitem(targets.SECTIONS, "toy")
-        with pytest.raises(TriModeError, match=r"manifest\.json: target: name must be one of cpu, rtx, tensorrt"):
+        with pytest.raises(TriModeError, match=r"manifest\.json: target: name must be one of cpu, cuda, rtx, tensorrt"):
             loading.load_engine(tmp_path / "engine")
 
 
@@ -144,8 +149,9 @@ def test_the_options_of_a_target_are_listed() -> None:
     flags = {name: [found.flag for found in options_of(target)] for name, target in registry.TARGETS.items()}
     assert flags == {
         "cpu": ["--activations"],
-        "rtx": ["--dtype", "--max-batch", "--max-step", "--sm"],
-        "tensorrt": ["--dtype", "--max-batch", "--max-step", "--sm", "--emit-only"],
+        "cuda": ["--max-batch", "--max-step", "--dtype", "--sm"],
+        "rtx": ["--max-batch", "--max-step", "--dtype", "--sm"],
+        "tensorrt": ["--max-batch", "--max-step", "--dtype", "--sm", "--emit-only"],
     }
 
 
@@ -167,6 +173,68 @@ def test_every_target_has_a_section_of_its_name(side: dict[str, Any]) -> None:
     assert side.keys() <= targets.SECTIONS.keys()
     for name, target in registry.TARGETS.items():
         assert target.name == targets.SECTIONS[name].model_fields["name"].default == name
+
+
+SLICE = {
+    "engine/targets/toy.py": """
+from typing import Literal
+from trimode.engine.targets.cpu import CpuSection
+
+class ToySection(CpuSection):
+    name: Literal["toy"] = "toy"
+
+SECTION = ToySection
+""",
+    "build/toy/__init__.py": "",
+    "build/toy/target.py": """
+from typing import ClassVar
+from trimode.build.cpu.target import CpuTarget
+
+class ToyTarget(CpuTarget):
+    name: ClassVar[str] = "toy"
+
+TARGET = ToyTarget
+""",
+    "runtime/toy/__init__.py": "",
+    "runtime/toy/target.py": """
+from trimode.runtime.cpu.target import CpuRuntime
+
+TARGET = CpuRuntime()
+""",
+}
+PROGRAM = """
+from trimode.build.registry import TARGETS
+from trimode.engine.targets import SECTIONS
+from trimode.runtime import loading
+assert list(SECTIONS) == list(TARGETS) == ["toy", "cpu", "cuda", "rtx", "tensorrt"]
+assert list(loading.TARGETS) == ["toy", "cpu", "cuda", "rtx"]
+from trimode.cli.main import main
+main()
+"""
+
+
+def test_one_line_registers_a_target(tmp_path: Path) -> None:
+    """In a copy of the tree: besides the files of its own slice, only the list of names changes."""
+    folders = ("build", "cli", "common", "engine", "model", "plugins", "quantize", "runtime")
+    for folder in folders:
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "trimode", tmp_path / "trimode", symlinks=True)
+    for name, text in SLICE.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    names = tmp_path / "engine/targets/__init__.py"
+    changed = names.read_text().replace('NAMES = ("cpu"', 'NAMES = ("toy", "cpu"')
+    names.write_text(changed)
+    found = subprocess.run(
+        [sys.executable, "-c", PROGRAM, "build", "--help"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr
+    assert "[toy|cpu|cuda|rtx|tensorrt]" in found.stdout
 
 
 def test_a_cpu_build_imports_no_other_target(random_checkpoint: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from trimode.build.target import Built, RequestedLimits, option
+from trimode.build.target import BuildTarget, Built, RequestedLimits, option
 from trimode.common.extras import requires_extra
 from trimode.common.installation import Installation
 from trimode.common.progress import Progress
@@ -61,3 +61,6 @@ class CpuTarget:
     @classmethod
     def can_build(cls, installation: Installation) -> str:
         return "builds" if installation.has("onnx") else "does not build: pip install 'trimode[build]'"
+
+
+TARGET: type[BuildTarget] = CpuTarget

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from trimode.build.gpu_target import GpuTarget
-from trimode.build.target import Built, option
+from trimode.build.target import BuildTarget, Built, option
 from trimode.common.extras import requires_extra
 from trimode.common.gpus import find_gpus
 from trimode.common.installation import Installation
@@ -59,3 +59,6 @@ def _sms_of_this_machine() -> tuple[int, ...]:
     """Those of the GPUs here that kernels can be compiled for, and 8.0, whose kernels run on every later GPU."""
     found = {gpu.compute_capability for gpu in find_gpus().found} & {*COMPUTE_CAPABILITIES}
     return tuple(sorted({COMPUTE_CAPABILITIES[0], *found})) if found else COMPUTE_CAPABILITIES
+
+
+TARGET: type[BuildTarget] = CudaTarget

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from trimode.build.gpu_target import GpuTarget
-from trimode.build.target import Built, option
+from trimode.build.target import BuildTarget, Built, option
 from trimode.common.extras import requires_extra
 from trimode.common.installation import Installation
 from trimode.common.progress import Progress
@@ -41,3 +41,6 @@ class RtxTarget(GpuTarget):
         if not installation.has("onnx", "tensorrt-rtx-cu13"):
             return "does not build: pip install 'trimode[build,rtx]'"
         return "builds and audits, with or without a GPU"
+
+
+TARGET: type[BuildTarget] = RtxTarget

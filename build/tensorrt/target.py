@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from trimode.build.gpu_target import GpuTarget
-from trimode.build.target import Built, option
+from trimode.build.target import BuildTarget, Built, option
 from trimode.common.extras import requires_extra
 from trimode.common.installation import Installation
 from trimode.common.progress import Progress
@@ -67,3 +67,6 @@ class TensorrtTarget(GpuTarget):
         if not installation.gpus.found:
             return "builds with --emit-only; to compile it needs an NVIDIA GPU and its driver"
         return "builds"
+
+
+TARGET: type[BuildTarget] = TensorrtTarget

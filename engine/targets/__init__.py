@@ -1,16 +1,16 @@
-"""The targets' sections of the manifest. A new target registers its section here."""
+"""The targets, by name.
+
+A new target adds its name to :data:`NAMES`; no other shared code changes. By convention, ``engine/targets/<name>.py``
+has its ``SECTION`` of the manifest, ``build/<name>/target.py`` its ``TARGET`` for builds, and, if this version runs its
+engines, ``runtime/<name>/target.py`` its ``TARGET`` for the runtime.
+"""
 
 from __future__ import annotations
 
-from trimode.engine.targets.cpu import CpuSection
-from trimode.engine.targets.cuda import CudaSection
-from trimode.engine.targets.rtx import RtxSection
-from trimode.engine.targets.section import TargetSection
-from trimode.engine.targets.tensorrt import TensorrtSection
+from importlib import import_module
 
-SECTIONS: dict[str, type[TargetSection]] = {
-    "cpu": CpuSection,
-    "cuda": CudaSection,
-    "rtx": RtxSection,
-    "tensorrt": TensorrtSection,
-}
+from trimode.engine.targets.section import TargetSection
+
+NAMES = ("cpu", "cuda", "rtx", "tensorrt")
+
+SECTIONS: dict[str, type[TargetSection]] = {name: import_module(f"{__name__}.{name}").SECTION for name in NAMES}

@@ -34,3 +34,6 @@ class CpuSection(TargetSection):
         products = "int8 activations in int4 products (w4a8)" if self.activations == "int8" else "exact products"
         unpacked = ", int4 weights unpacked to fp32" if self.unpacked else ""
         return f"onnxruntime {self.onnxruntime} on {self.instruction_set}; {products}{unpacked}"
+
+
+SECTION = CpuSection

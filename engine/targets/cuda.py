@@ -28,3 +28,6 @@ class CudaSection(TargetSection):
     @property
     def summary(self) -> str:
         return f"launches of TriMode's kernels, for {compute_capabilities(self.sms)}"
+
+
+SECTION = CudaSection

@@ -33,3 +33,6 @@ class RtxSection(TargetSection):
     @property
     def summary(self) -> str:
         return f"TensorRT-RTX {self.tensorrt_rtx} on {compute_capabilities(self.sms)}"
+
+
+SECTION = RtxSection

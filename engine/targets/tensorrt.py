@@ -43,3 +43,6 @@ class TensorrtSection(TargetSection):
         plans = self.plans
         compiled = "TensorRT, not compiled yet" if plans is None else f"TensorRT {plans.tensorrt} on {plans.gpu}"
         return f"{compiled}; kernels for {compute_capabilities(self.sms)}"
+
+
+SECTION = TensorrtSection

@@ -7,7 +7,7 @@ from pathlib import Path
 from trimode.common.installation import Installation
 from trimode.engine.manifest import Manifest
 from trimode.runtime.cpu.cpu_executor import CpuExecutor
-from trimode.runtime.target import HostLimits
+from trimode.runtime.target import HostLimits, RuntimeTarget
 
 
 class CpuRuntime:
@@ -16,3 +16,6 @@ class CpuRuntime:
 
     def can_run(self, _installation: Installation) -> str:
         return "runs"
+
+
+TARGET: RuntimeTarget = CpuRuntime()

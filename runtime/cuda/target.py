@@ -11,7 +11,7 @@ from trimode.engine.kernel_library import COMPUTE_CAPABILITIES
 from trimode.engine.manifest import Manifest
 from trimode.engine.targets.cuda import CudaSection
 from trimode.runtime.gpu.gpu_choice import choose_gpu
-from trimode.runtime.target import HostLimits
+from trimode.runtime.target import HostLimits, RuntimeTarget
 
 if TYPE_CHECKING:
     from trimode.runtime.cuda.cuda_executor import CudaExecutor
@@ -38,3 +38,6 @@ class CudaRuntime:
         if not installation.has("cuda-bindings"):
             return "does not run: pip install 'trimode[cuda]'"
         return f"runs on {supported[0].name}, if built with --sm {supported[0].compute_capability} or --sm 80"
+
+
+TARGET: RuntimeTarget = CudaRuntime()

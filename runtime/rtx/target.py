@@ -10,7 +10,7 @@ from trimode.common.installation import Installation
 from trimode.engine.manifest import Manifest
 from trimode.engine.targets.rtx import COMPUTE_CAPABILITIES, RtxSection
 from trimode.runtime.gpu.gpu_choice import choose_gpu
-from trimode.runtime.target import HostLimits
+from trimode.runtime.target import HostLimits, RuntimeTarget
 
 if TYPE_CHECKING:
     from trimode.runtime.rtx.rtx_executor import RtxExecutor
@@ -38,3 +38,6 @@ class RtxRuntime:
         if not installation.has("tensorrt-rtx-cu13", "cuda-bindings"):
             return "does not run: pip install 'trimode[rtx]'"
         return f"runs on {supported[0].name}, if built with --sm {supported[0].compute_capability}"
+
+
+TARGET: RuntimeTarget = RtxRuntime()
