@@ -18,6 +18,7 @@ number of committed rows.
 | ``adapter_up.i`` (diffusion) | [rank, hidden] | the draft adapter's B, transposed and scaled |
 | ``k_cache.i``, ``v_cache.i`` | [B, KV heads, C, D] | the KV pool: C rows of D; the outputs ``*_out.i`` alias them |
 | ``k_view.i``, ``v_view.i`` (rtx, view) | [B, KV heads, C, D] | the same memory, bound again for attention to read |
+| ``counters`` (tensorrt, cuda) | [N] int32 | zeros before and after every pass; ``counters_out`` aliases it |
 | ``window_rows`` (rtx, window) | [W] | 0 .. W - 1: attend to the first W rows of the pool |
 
 ``block_mask``: a lower triangle is causal; a tree's ancestors verify a tree; a row of padding attends to itself.
@@ -44,6 +45,10 @@ ENGINES: tuple[tuple[str, AttentionPattern], ...] = (("ar", "causal"), ("diffusi
 def mask_words(vocab_size: int) -> int:
     """Words of a row of ``token_mask``."""
     return -(-vocab_size // 32)
+
+
+# An input of the graphs with kernels of our own that every pass shares.
+COUNTERS = "counters"
 
 
 def cache_inputs(layers: int) -> list[str]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -89,11 +88,13 @@ def compile_operator(
         **{tensor.name: f"*{_ELEMENTS.get(tensor.type, real)}" for tensor in (*operator.inputs, *operator.outputs)},
         **dict.fromkeys(operator.scalars, "i32"),
     }
-    fixed: Mapping[str, Any] = {
+    fixed: dict[str, Any] = {
         **{name: None for name in kernel.arg_names if name not in types},
         **constants,
         **tactic.constants,
     }
+    launched = {"CAPABILITY": compute_capability, "STAGES": tactic.stages}
+    fixed |= {name: value for name, value in launched.items() if name in kernel.arg_names}
     source = ASTSource(
         kernel,
         {name: types.get(name, "constexpr") for name in kernel.arg_names},

@@ -47,7 +47,9 @@ def build_cpu_engines(
     options = NetworkOptions(adapter=checkpoint.adapter is not None)
     with TemporaryDirectory(dir=folder) as temporary:
         scratch = Path(temporary)
-        raw = write_raw_pool(checkpoint, scratch / "raw.bin", progress, np.dtype(np.float32), unpack)
+        raw = write_raw_pool(
+            checkpoint, scratch / "raw.bin", progress, np.dtype(np.float32), "dense" if unpack else "onnx"
+        )
         models = []
         for index, (name, pattern) in enumerate(ENGINES):
             progress("graphs", index, len(ENGINES))

@@ -47,7 +47,7 @@ def write_cuda_engines(
     refuse_unknown_gpus(sms)
     refuse_odd_groups(checkpoint, "cuda")
     (folder / POOL).parent.mkdir()
-    pool = write_raw_pool(checkpoint, folder / POOL, progress, NUMPY_TYPES[real], for_kernels=True)
+    pool = write_raw_pool(checkpoint, folder / POOL, progress, NUMPY_TYPES[real], "tiles", for_kernels=True)
     rank = checkpoint.adapter.config.r if checkpoint.adapter else 0
     options = OperatorNetworkOptions(real, limits.capacity, limits.top_k, SPLITS, rank)
     needed: dict[str, NeededKernel] = {}

@@ -25,6 +25,7 @@ from trimode.build.graph.operator_functions import (
     merge_function,
 )
 from trimode.build.graph.raw_pool import PooledLayer, PooledLinear, PoolRange, RawPool
+from trimode.build.graph.split_products import SplitProducts
 from trimode.engine.precision import Real
 from trimode.model.config import ModelConfig
 from trimode.model.rope import query_scales, yarn_frequencies
@@ -119,6 +120,8 @@ class _NetworkGraph:
             else graph.input("step_lengths", INT64, ["batch"])
         )
         logit_rows = graph.input("logit_rows", INT64, ["batch", "rows"])
+        if self.options.plugins is not None:
+            self.split_products = SplitProducts(graph, self.pool)
         capacity = self.options.capacity or "capacity"
         cache_shape: Shape = ["batch", self.config.num_key_value_heads, capacity, self.config.head_dim]
         layers = self.config.num_hidden_layers
@@ -339,12 +342,20 @@ class _NetworkGraph:
         return y if residual is None else self.op("Add", residual, y)
 
     def _int4_product(self, x: str, linear: PooledLinear, residual: str | None, adapter: tuple[str, str] | None) -> str:
+        counters = self.split_products.counters(linear)
         operator = Int4Product(
-            input_scale=linear.input_scale is not None, adapter=adapter is not None, residual=residual is not None
+            split=counters is not None,
+            input_scale=linear.input_scale is not None,
+            adapter=adapter is not None,
+            residual=residual is not None,
         )
-        pooled = [self.graph.pooled(part) for part in (linear.weight, linear.scale, linear.input_scale) if part]
+        pooled = [self.graph.pooled(part) for part in linear.ranges()]
         inputs = [x, *pooled, *(adapter or ()), *([residual] if residual else [])]
-        return self._plugin(int4_product_function(operator), inputs, [f"{linear.weight.name}.y"])[0]
+        results, function = [f"{linear.weight.name}.y"], int4_product_function(operator)
+        if counters is None:
+            return self._plugin(function, inputs, results)[0]
+        results.append(f"{linear.weight.name}.partial")
+        return self._plugin(function, [*inputs, counters[0]], results, counters[1:])[0]
 
     def _cast(self, x: str, dtype: int) -> str:
         """Cast ``x``, whose type is ``dtype``, to the type of the activations."""

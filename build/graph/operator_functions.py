@@ -117,20 +117,29 @@ def merge_function() -> onnx.FunctionProto:
 
 
 def int4_product_function(operator: Int4Product) -> onnx.FunctionProto:
+    """K is summed in one part, so ``partial`` has one."""
     body, inputs = FunctionBuilder(operator, ATTRIBUTES), {operand.name for operand in operator.inputs}
     op = body.op
-    packed = op("Cast", "packed", to=_INT32)
+    powers = body.constant(np.array([16**j for j in range(8)], np.int32), "powers")
     eight, sixteen = (body.constant(np.array(value, np.int32), f"int32_{value}") for value in (8, 16))
-    # Mod in place of a shift: bytes are signed, and Mod's remainder is never negative.
-    even = op("Sub", op("Mod", op("Add", packed, eight), sixteen), eight)
-    odd = op("Div", op("Sub", packed, op("Mod", packed, sixteen)), sixteen)
-    pairs = op("Concat", op("Unsqueeze", even, [2]), op("Unsqueeze", odd, [2]), axis=2)
-    scale = op("Cast", "scale", to=_FLOAT)
+    # Mod in place of shifts: words are signed, and Mod's remainder is never negative.
+    words = op("Unsqueeze", "packed", [4])
+    nibbles = op("Mod", op("Div", op("Sub", words, op("Mod", words, powers)), powers), sixteen)
+    # [tiles, units, columns, words, j] to [K, tiles * columns]
+    rows = op("Transpose", op("Sub", nibbles, eight), perm=[1, 4, 3, 0, 2])
+    rows = op(
+        "Reshape", rows, op("Concat", [-1], op("Mul", body.dims("packed", 0, 1), body.dims("packed", 2, 3)), axis=0)
+    )
+    integers = op("Slice", rows, [0], body.dims("scale", 1, 2), [1])
     groups = op("Concat", body.dims("scale", 0, 1), [-1], body.dims("scale", 1, 2), axis=0)
-    weight = op("Mul", op("Reshape", op("Cast", pairs, to=_FLOAT), groups), op("Unsqueeze", scale, [1]))
+    weight = op("Mul", op("Reshape", op("Cast", integers, to=_FLOAT), groups), op("Unsqueeze", "scale", [1]))
     weight = op("Reshape", weight, op("Concat", [-1], body.dims("scale", 1, 2), axis=0))
     x = op("Mul", "x", "input_scale") if "input_scale" in inputs else "x"
     y = op("MatMul", op("Cast", x, to=_FLOAT), weight)
+    if operator.split:
+        part = op("Reshape", y, op("Concat", [-1], body.dims("scale", 1, 2), axis=0))
+        body.node("Unsqueeze", [part, [0]], ["partial"])
+        body.node("Identity", ["counters"], ["counters_out"])
     if "narrow" in inputs:
         y = op("Add", y, op("MatMul", op("Cast", "narrow", to=_FLOAT), op("Cast", "adapter_up", to=_FLOAT)))
     if "residual" in inputs:

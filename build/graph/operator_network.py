@@ -32,6 +32,7 @@ from trimode.build.graph.operator_functions import (
     top_candidates_function,
 )
 from trimode.build.graph.raw_pool import KernelConstants, PooledLayer, PooledLinear, RawPool
+from trimode.build.graph.split_products import SplitProducts
 from trimode.engine.precision import Real
 from trimode.model.config import ModelConfig
 from trimode.model.step import AttentionPattern, adapter_inputs, cache_inputs, cache_outputs
@@ -105,6 +106,7 @@ class _OperatorGraph:
         words = -(-config.vocab_size // _WORD)
         self.token_mask = graph.input("token_mask", INT32, ["batch", "rows", words])
         self.asked_ids = graph.input("asked_ids", INT64, ["batch", "rows", "asked"])
+        self.split_products = SplitProducts(graph, self.pool)
         cache_shape: Shape = ["batch", config.num_key_value_heads, self.options.capacity, config.head_dim]
         for name in cache_inputs(config.num_hidden_layers):
             graph.input(name, self.real, cache_shape)
@@ -231,14 +233,17 @@ class _OperatorGraph:
         adapter: tuple[str, str] | None = None,
     ) -> str:
         """x W + narrow up + residual. adapter: narrow [batch, step, rank] and up [rank, out]."""
-        operator: Operator
         terms = {"adapter": adapter is not None, "residual": residual is not None}
-        if linear.scale is None:
-            operator = DenseProduct(**terms)
-        else:
-            operator = Int4Product(input_scale=linear.input_scale is not None, **terms)
         given = [x, *(self.graph.pooled(part) for part in linear.ranges()), *(adapter or ())]
-        return self._run(operator, [*given, *([residual] if residual else [])], f"{result}_")[0]
+        given += [] if residual is None else [residual]
+        if linear.scale is None:
+            return self._run(DenseProduct(**terms), given, f"{result}_")[0]
+        counters = self.split_products.counters(linear)
+        operator = Int4Product(split=counters is not None, input_scale=linear.input_scale is not None, **terms)
+        results = [f"{self.graph.scope}{result}_{operand.name}" for operand in operator.outputs if not operand.aliases]
+        if counters is None:
+            return self._run_into(operator, given, results)[0]
+        return self._run_into(operator, [*given, counters[0]], results, counters[1:])[0]
 
     def _head(self, x: str) -> None:
         """Final norm, logits and candidates."""

@@ -9,25 +9,31 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto
 
+from trimode.build.graph.int4_tiles import pack_tiles
 from trimode.common.errors import TriModeError
 from trimode.common.progress import Progress
 from trimode.model.checkpoint import HEAD, Checkpoint, Int4Weight
 from trimode.model.config import ModelConfig
+from trimode.model.int4 import unpack
 from trimode.model.rope import query_scales, yarn_frequencies
 
+# How int4 matrices are stored: ONNX's INT4 with scales of the type of the activations; the tiles of our GPU kernels
+# with fp32 scales; or as products of integers, scales and input scales in the type of the activations.
+Int4Layout = Literal["onnx", "tiles", "dense"]
 ALIGNMENT = 4096  # a page: every tensor can be mapped separately
 
 ONNX_DTYPES = {
     np.dtype(np.float32): TensorProto.FLOAT,
     np.dtype(np.float16): TensorProto.FLOAT16,
     np.dtype(ml_dtypes.bfloat16): TensorProto.BFLOAT16,
+    np.dtype(np.int32): TensorProto.INT32,
 }
 
 
@@ -64,7 +70,7 @@ class PoolRange:
 
 @dataclass(frozen=True)
 class PooledLinear:
-    """y = (x * input_scale) W. With ``scale``, W is int4."""
+    """y = (x * input_scale) W. With ``scale``, W is int4, in the layout that the pool was written with."""
 
     weight: PoolRange
     scale: PoolRange | None = None
@@ -119,6 +125,11 @@ class RawPool:
     head: PooledLinear
     constants: KernelConstants | None = None
 
+    def linears(self) -> Iterator[PooledLinear]:
+        for layer in self.layers:
+            yield from (layer.qkv_proj, layer.o_proj, layer.gate_up_proj, layer.down_proj)
+        yield self.head
+
     def ranges(self) -> Iterator[PoolRange]:
         """Every tensor, in the order of the file."""
         yield self.embed_tokens
@@ -141,18 +152,17 @@ def write_raw_pool(
     path: Path,
     progress: Progress,
     real: np.dtype[np.generic],
-    unpack: bool = False,
+    layout: Int4Layout = "onnx",
     for_kernels: bool = False,
 ) -> RawPool:
     """Write the checkpoint's weights to ``path``. At most one matrix of one layer is in memory at a time.
 
-    real: type of scales, norms and matrices that are not int4. unpack: store int4 matrices in the type ``real``,
-    multiplied by their input scales. for_kernels: for targets with kernels of our own; the embedding has the type
-    ``real``, and the pool holds the kernels' constants.
+    real: type of norms, input scales and matrices that are not int4. layout: of int4 matrices. for_kernels: for
+    targets with kernels of our own; the embedding has the type ``real``, and the pool holds the kernels' constants.
     """
     layers = checkpoint.config.num_hidden_layers
     with path.open("wb") as file:
-        writer = _Writer(file, checkpoint, real, unpack)
+        writer = _Writer(file, checkpoint, real, layout)
         embed_tokens = writer.embedding(real if for_kernels else None)
         pooled = []
         for index in range(layers):
@@ -177,11 +187,11 @@ def write_raw_pool(
 
 
 class _Writer:
-    def __init__(self, file: BinaryIO, checkpoint: Checkpoint, real: np.dtype[np.generic], unpack: bool) -> None:
+    def __init__(self, file: BinaryIO, checkpoint: Checkpoint, real: np.dtype[np.generic], layout: Int4Layout) -> None:
         self._file = file
         self._checkpoint = checkpoint
         self._real = real
-        self._unpack = unpack
+        self._layout = layout
         self.stored = 0
 
     def embedding(self, dtype: np.dtype[np.generic] | None) -> PoolRange:
@@ -207,7 +217,7 @@ class _Writer:
         weights = [self._checkpoint.linear(module) for module in modules]
         name = modules[0] if len(modules) == 1 else _merged_name(modules)
         int4 = [weight for weight in weights if isinstance(weight, Int4Weight)]
-        if self._unpack or not int4:
+        if self._layout == "dense" or not int4:
             matrices = (weight.to_float32() if isinstance(weight, Int4Weight) else weight.array for weight in weights)
             dense = [matrix.astype(self._real, copy=False) for matrix in matrices]
             return PooledLinear(self._put(name, np.concatenate(dense).T))
@@ -216,17 +226,21 @@ class _Writer:
                 f"{self._checkpoint.folder}: {', '.join(modules)} read one input but are quantised differently; "
                 "quantise the checkpoint with `trimode quantize`"
             )
-        # ModelOpt packs pairs along `out`. Transposed, that is ONNX's packing along the last dimension.
-        packed = np.concatenate([weight.packed for weight in int4]).T
-        scale = np.concatenate([weight.scale for weight in int4]).T.astype(self._real)
-        input_scale = int4[0].input_scale
+        packed = np.concatenate([weight.packed for weight in int4])
+        scale = np.concatenate([weight.scale for weight in int4]).T
+        group, input_scale = packed.shape[1] // scale.shape[0], int4[0].input_scale
+        if self._layout == "tiles":
+            stored = self._put(name, pack_tiles(unpack(packed), group))
+        else:
+            # ModelOpt packs pairs along `out`. Transposed, that is ONNX's packing along the last dimension.
+            stored = self._put(name, packed.T, TensorProto.INT4, (packed.shape[1], packed.shape[0] * 2))
         return PooledLinear(
-            weight=self._put(name, packed, TensorProto.INT4, (packed.shape[0], packed.shape[1] * 2)),
-            scale=self._put(f"{name}.scale", scale),
+            weight=stored,
+            scale=self._put(f"{name}.scale", scale.astype(np.float32 if self._layout == "tiles" else self._real)),
             input_scale=(
                 None if input_scale is None else self._put(f"{name}.input_scale", input_scale.astype(self._real))
             ),
-            group=packed.shape[0] // scale.shape[0],
+            group=group,
         )
 
     def _put(

@@ -53,7 +53,7 @@ def write_graphs(
         plugins=PluginOptions(splits=SPLITS, rank=checkpoint.adapter.config.r if checkpoint.adapter else 0),
     )
     (folder / POOL).parent.mkdir()
-    pool = write_raw_pool(checkpoint, folder / POOL, progress, NUMPY_TYPES[dtype])
+    pool = write_raw_pool(checkpoint, folder / POOL, progress, NUMPY_TYPES[dtype], "tiles")
     graphs = {}
     for index, (name, pattern) in enumerate(ENGINES):
         progress("graphs", index, len(ENGINES))

@@ -1,13 +1,19 @@
-"""y = (x * input_scale) W + narrow up + residual. W is int4 as in the weight pool, with a scale for each group and
-column.
+"""y = (x * input_scale) W + narrow up + residual. W is int4 in tiles of words, with a scale for each group and column.
 
-A byte of the pool holds two neighbouring columns, so a tile of bytes gives two products, of the even and of the odd
-columns. Their sums are interleaved once at the end; weights are never rearranged. The integers themselves are
-multiplied, exact in every type, and the group's scale multiplies the group's sum in fp32: one multiplication for each
-group, not for each weight. Each byte of W is read once for BLOCK_M rows; longer steps (prefill) run more such tiles.
+A program computes a tile of y transposed: W^T is the tensor cores' first operand, and their second one is x^T. So the
+weights go from words to that operand inside the registers, and the tokens are the operand of any width. The integers
+themselves are multiplied, exact in every type, and the group's scale multiplies the sum over a unit in fp32.
 
 Integers are converted to floats by their bits: with n + 8 in the low bits of 2^m, the number is 2^m + n + 8, and one
-exact subtraction gives n. GPUs convert integers at a fraction of the rate of these operations.
+exact addition gives n. GPUs convert integers at a fraction of the rate of these operations.
+
+The order of a sum: units of K in order within each of SPLITS equal parts, then the parts in order, then the adapter,
+then the residual. It is the same in every tile size and whether the parts are separate programs or not, so a row's
+result depends neither on the number of rows nor on their positions.
+
+The parts' handshake: a program stores its sums, then one thread adds 1 to the tile's counter with the semantics
+``acq_rel``, after a barrier of the program. The program that finds SPLITS - 1 is the last: it sees all sums, sets the
+counter to 0 for the next launch, and adds the sums in order, its own among them.
 
 ``narrow`` = scale (x down) is an input: it has only R columns, and to compute it here each program would have to read
 all of x and ``down``.
@@ -17,6 +23,37 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+# As trimode.plugins.operators.int4_product defines them.
+_TILE = tl.constexpr(128)
+_SPLIT_ROWS = tl.constexpr(64)
+
+
+def _assembly(power: int, offset: int, subtract: str) -> tl.constexpr:
+    """Instructions that unpack two words into eight pairs of 16-bit floats, pair j from both words' nibbles j.
+
+    power: 2^m in both halves of a register. offset: -(2^m + 8), likewise. subtract: adds it to the register ``{0}``.
+    """
+    lines = [
+        "{ .reg .b32 low, high, shifted, offset, one;",
+        f"mov.b32 offset, {offset:#010x}; mov.b32 one, 0x3f803f80;",
+        "prmt.b32 low, $8, $9, 0x5410; prmt.b32 high, $8, $9, 0x7632;",
+    ]
+    for j in range(8):
+        source = "high" if j >= 4 else "low"
+        if j % 4:
+            lines.append(f"shr.u32 shifted, {source}, {4 * (j % 4)};")
+            source = "shifted"
+        lines.append(f"lop3.b32 ${j}, {source}, 0x000f000f, {power:#010x}, 0xea;")
+    lines += [subtract.format(f"${j}") for j in range(8)]
+    return tl.constexpr("\n".join([*lines, "}"]))
+
+
+_REGISTERS = tl.constexpr(",".join(["=&r"] * 8 + ["r"] * 2))
+_FP16 = _assembly(0x64006400, 0xE408E408, "add.rn.f16x2 {0}, {0}, offset;")
+_BF16 = _assembly(0x43004300, 0xC308C308, "add.rn.bf16x2 {0}, {0}, offset;")
+# Before compute capability 9.0, bf16 has no addition.
+_BF16_BY_FMA = _assembly(0x43004300, 0xC308C308, "fma.rn.bf16x2 {0}, {0}, one, offset;")
 
 
 @triton.jit
@@ -28,125 +65,195 @@ def int4_product_kernel(
     narrow,
     adapter_up,
     residual,
+    counters,
     rows,
     y,
+    partial,
+    counters_out,
     INNER: tl.constexpr,
     COLUMNS: tl.constexpr,
     GROUP: tl.constexpr,
+    UNIT: tl.constexpr,
     RANK: tl.constexpr,
+    SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    CAPABILITY: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """A program computes BLOCK_M rows and BLOCK_N columns; below 16 rows, without tensor cores."""
+    """CAPABILITY: compute capability, 90 for 9.0; None in the interpreter."""
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    pair = tl.program_id(1) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
-    if BLOCK_M < 16:
-        even, odd = _few_rows(x, packed, scale, input_scale, row, rows, pair, INNER, COLUMNS, GROUP, BLOCK_K)
-    else:
-        even, odd = _many_rows(x, packed, scale, input_scale, row, rows, pair, INNER, COLUMNS, GROUP, BLOCK_K)
-    result = tl.reshape(tl.join(even, odd), [BLOCK_M, BLOCK_N])
-
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    here = (row < rows)[:, None] & (column < COLUMNS)[None, :]
-    if narrow is not None:
-        result += _adapter(narrow, adapter_up, row, rows, column, COLUMNS, RANK, BLOCK_M)
-    at = row[:, None].to(tl.int64) * COLUMNS + column[None, :]
-    if residual is not None:
-        result += tl.load(residual + at, mask=here, other=0.0).to(tl.float32)
-    tl.store(y + at, result.to(y.dtype.element_ty), mask=here)
+    part = tl.program_id(2)
+    here = (column < COLUMNS)[:, None] & (row < rows)[None, :]
+    first, end = 0, SPLITS
+    # Whether the parts of this tile's sums are separate programs.
+    SEPARABLE: tl.constexpr = SPLITS > 1 and partial is not None and BLOCK_M <= _SPLIT_ROWS
+    separate = False
+    if SEPARABLE:
+        separate = (tl.program_id(0) + 1) * BLOCK_M <= _SPLIT_ROWS
+        if separate:
+            first, end = part, part + 1
+        elif part > 0:
+            return
 
-
-@triton.jit
-def _many_rows(
-    x,
-    packed,
-    scale,
-    input_scale,
-    row,
-    rows,
-    pair,
-    INNER: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """Sums of the even and of the odd columns, each [rows, columns / 2], on tensor cores."""
-    inner = tl.arange(0, BLOCK_K)
-    exists, inside = (row < rows)[:, None], (pair < COLUMNS // 2)[None, :]
-    even = tl.zeros([row.shape[0], pair.shape[0]], tl.float32)
-    odd = tl.zeros([row.shape[0], pair.shape[0]], tl.float32)
-    for first in tl.range(0, INNER, BLOCK_K):
-        a = tl.load(x + row[:, None].to(tl.int64) * INNER + first + inner[None, :], mask=exists, other=0.0)
-        if input_scale is not None:
-            a = (a.to(tl.float32) * tl.load(input_scale + first + inner)[None, :].to(tl.float32)).to(a.dtype)
-        pairs = tl.load(packed + (first + inner)[:, None] * (COLUMNS // 2) + pair[None, :], mask=inside, other=0)
-        at = scale + first // GROUP * COLUMNS + 2 * pair[None, :]
-        even += tl.dot(a, _to_float(pairs & 15, a.dtype), input_precision="ieee") * tl.load(at, mask=inside, other=0.0)
-        odd += tl.dot(a, _to_float((pairs >> 4) & 15, a.dtype), input_precision="ieee") * tl.load(
-            at + 1, mask=inside, other=0.0
-        )
-    return even, odd
-
-
-@triton.jit
-def _few_rows(
-    x,
-    packed,
-    scale,
-    input_scale,
-    row,
-    rows,
-    pair,
-    INNER: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """The same in fp32 arithmetic: [rows, inner, columns / 2] at a time; the inner dimension is summed at the end."""
-    inner = tl.arange(0, BLOCK_K)
-    exists, inside = (row < rows)[:, None], (pair < COLUMNS // 2)[None, :]
-    even = tl.zeros([row.shape[0], BLOCK_K, pair.shape[0]], tl.float32)
-    odd = tl.zeros([row.shape[0], BLOCK_K, pair.shape[0]], tl.float32)
-    for first in tl.range(0, INNER, BLOCK_K):
-        a = tl.load(x + row[:, None].to(tl.int64) * INNER + first + inner[None, :], mask=exists, other=0.0)
-        a = a.to(tl.float32)
-        if input_scale is not None:
-            a *= tl.load(input_scale + first + inner)[None, :].to(tl.float32)
-        pairs = tl.load(packed + (first + inner)[:, None] * (COLUMNS // 2) + pair[None, :], mask=inside, other=0)
-        at = scale + first // GROUP * COLUMNS + 2 * pair[None, :]
-        low = _to_float(pairs & 15, tl.float32) * tl.load(at, mask=inside, other=0.0).to(tl.float32)
-        high = _to_float((pairs >> 4) & 15, tl.float32) * tl.load(at + 1, mask=inside, other=0.0).to(tl.float32)
-        even += a[:, :, None] * low[None, :, :]
-        odd += a[:, :, None] * high[None, :, :]
-    return tl.sum(even, 1), tl.sum(odd, 1)
-
-
-@triton.jit
-def _to_float(nibble, dtype: tl.constexpr):
-    """Two's-complement nibbles as floats of the type."""
-    biased = nibble ^ 8  # n + 8
-    if dtype == tl.float16:
-        return (biased.to(tl.int16) | 0x6400).to(tl.float16, bitcast=True) - 1032.0  # 2^10 + 8
-    elif dtype == tl.bfloat16:
-        return (biased.to(tl.int16) | 0x4300).to(tl.bfloat16, bitcast=True) - 136.0  # 2^7 + 8
+    if SPLITS == 1:
+        result = _part(
+            x, packed, scale, input_scale, row, rows, column, 0,
+            INNER, COLUMNS, GROUP, UNIT, SPLITS, BLOCK_M, BLOCK_N, CAPABILITY, STAGES,
+        )  # fmt: skip
     else:
-        return ((biased.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - 8388616.0).to(dtype)  # 2^23 + 8
+        result = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+        for index in tl.range(first, end):
+            result += _part(
+                x, packed, scale, input_scale, row, rows, column, index,
+                INNER, COLUMNS, GROUP, UNIT, SPLITS, BLOCK_M, BLOCK_N, CAPABILITY, STAGES,
+            )  # fmt: skip
+    complete = True
+    if SEPARABLE:
+        sums = partial + row[None, :] * COLUMNS + column[:, None]
+        complete, result = _combined(result, separate, part, sums, here, counters_out, COLUMNS, SPLITS)
+    if complete:
+        if narrow is not None:
+            result = _adapter(result, narrow, adapter_up, row, rows, column, COLUMNS, RANK)
+        at = row[None, :].to(tl.int64) * COLUMNS + column[:, None]
+        if residual is not None:
+            result += tl.load(residual + at, mask=here, other=0.0).to(tl.float32)
+        tl.store(y + at, result.to(y.dtype.element_ty), mask=here)
 
 
 @triton.jit
-def _adapter(narrow, adapter_up, row, rows, column, COLUMNS: tl.constexpr, RANK: tl.constexpr, BLOCK_M: tl.constexpr):
-    """narrow up: [rows, columns]."""
+def _part(
+    x,
+    packed,
+    scale,
+    input_scale,
+    row,
+    rows,
+    column,
+    part,
+    INNER: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    GROUP: tl.constexpr,
+    UNIT: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CAPABILITY: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """The sum over one part of K, [columns, rows]."""
+    WORDS: tl.constexpr = UNIT // 8
+    UNITS: tl.constexpr = INNER // UNIT // SPLITS
+    exists, inside = (row < rows)[None, :], column < COLUMNS
+    inner = tl.arange(0, UNIT)
+    in_x = x + row[None, :].to(tl.int64) * INNER + inner[:, None]
+    # A run of BLOCK_N * WORDS words for each unit. Tiles have at most 2^31 words together.
+    in_tile = (column % _TILE)[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
+    in_packed = packed + (tl.program_id(1) * BLOCK_N // _TILE * (INNER // 8 * _TILE)).to(tl.int64) + in_tile
+    total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for unit in tl.range(part * UNITS, (part + 1) * UNITS, num_stages=STAGES):
+        words = tl.load(in_packed + unit * (_TILE * WORDS))
+        weights = _unpack(words, x.dtype.element_ty, CAPABILITY)
+        tokens = tl.load(in_x + unit * UNIT, mask=exists, other=0.0)
+        if input_scale is not None:
+            factor = tl.load(input_scale + unit * UNIT + inner).to(tl.float32)
+            tokens = (tokens.to(tl.float32) * factor[:, None]).to(tokens.dtype)
+        in_scale = scale + unit * UNIT // GROUP * COLUMNS + column
+        factors = tl.load(in_scale) if COLUMNS % BLOCK_N == 0 else tl.load(in_scale, mask=inside, other=0.0)
+        total += tl.dot(weights, tokens, input_precision="ieee") * factors[:, None]
+    return total
+
+
+@triton.jit
+def _combined(result, separate, part, sums, here, counters, COLUMNS: tl.constexpr, SPLITS: tl.constexpr):
+    """Whether this program has the sum over all of K, and that sum. sums: where the first part's is left."""
+    complete = True
+    if separate:
+        tl.store(sums + part * (_SPLIT_ROWS * COLUMNS), result, mask=here)
+        counter = counters + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+        tl.debug_barrier()
+        complete = tl.atomic_add(counter, 1, sem="acq_rel") == SPLITS - 1
+        if complete:
+            tl.store(counter, 0)
+            result = tl.zeros(result.shape, tl.float32)
+            for index in tl.range(SPLITS):
+                # From the L2 cache: other multiprocessors have written them.
+                at = sums + index * (_SPLIT_ROWS * COLUMNS)
+                result += tl.load(at, mask=here, other=0.0, cache_modifier=".cg")
+    return complete, result
+
+
+@triton.jit
+def _unpack(words, dtype: tl.constexpr, CAPABILITY: tl.constexpr):
+    """Weights [columns, 8 * words]: nibble j of word w is row ``words * j + w``."""
+    if CAPABILITY is None or dtype == tl.float32:
+        a, b, c, d = (
+            _nibble(words, 0, dtype),
+            _nibble(words, 1, dtype),
+            _nibble(words, 2, dtype),
+            _nibble(words, 3, dtype),
+        )
+        e, f, g, h = (
+            _nibble(words, 4, dtype),
+            _nibble(words, 5, dtype),
+            _nibble(words, 6, dtype),
+            _nibble(words, 7, dtype),
+        )
+    elif dtype == tl.float16:
+        a, b, c, d, e, f, g, h = _nibbles_fp16(words)
+    elif CAPABILITY >= 90:
+        a, b, c, d, e, f, g, h = _nibbles_bf16(words, _BF16)
+    else:
+        a, b, c, d, e, f, g, h = _nibbles_bf16(words, _BF16_BY_FMA)
+    joined = tl.join(tl.join(tl.join(a, b), tl.join(c, d)), tl.join(tl.join(e, f), tl.join(g, h)))
+    # [columns, words, j // 4, j // 2 % 2, j % 2] to [columns, j, words]
+    return tl.reshape(tl.permute(joined, (0, 4, 3, 2, 1)), [words.shape[0], 8 * words.shape[1]])
+
+
+@triton.jit
+def _nibble(words, j: tl.constexpr, dtype: tl.constexpr):
+    return (((words >> (4 * j)) & 15) - 8).to(tl.float32).to(dtype)
+
+
+@triton.jit
+def _nibbles_bf16(words, ASSEMBLY: tl.constexpr):
+    return tl.inline_asm_elementwise(
+        ASSEMBLY,
+        _REGISTERS,
+        [words],
+        dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+        is_pure=True,
+        pack=2,
+    )
+
+
+@triton.jit
+def _nibbles_fp16(words):
+    return tl.inline_asm_elementwise(
+        _FP16,
+        _REGISTERS,
+        [words],
+        dtype=(tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16),
+        is_pure=True,
+        pack=2,
+    )
+
+
+@triton.jit
+def _adapter(
+    result, narrow, adapter_up, row, rows, column, COLUMNS: tl.constexpr, RANK: tl.constexpr
+):  # fmt: skip
+    """result + narrow up, [columns, rows]."""
     BLOCK: tl.constexpr = 16
     inner = tl.arange(0, BLOCK)
-    result = tl.zeros([row.shape[0], column.shape[0]], tl.float32)
     for first in tl.range(0, RANK, BLOCK):
         at = first + inner
-        in_a, in_b = (row < rows)[:, None] & (at < RANK)[None, :], (at < RANK)[:, None] & (column < COLUMNS)[None, :]
-        a = tl.load(narrow + row[:, None] * RANK + at[None, :], mask=in_a, other=0.0)
-        b = tl.load(adapter_up + at[:, None] * COLUMNS + column[None, :], mask=in_b, other=0.0)
-        if BLOCK_M < 16:
-            result += tl.sum(a.to(tl.float32)[:, :, None] * b.to(tl.float32)[None, :, :], 1)
-        else:
-            result = tl.dot(a, b, result, input_precision="ieee")
+        in_up, in_narrow = (
+            (column < COLUMNS)[:, None] & (at < RANK)[None, :],
+            (at < RANK)[:, None] & (row < rows)[None, :],
+        )
+        up = tl.load(adapter_up + at[None, :] * COLUMNS + column[:, None], mask=in_up, other=0.0)
+        tokens = tl.load(narrow + row[None, :] * RANK + at[:, None], mask=in_narrow, other=0.0)
+        result = tl.dot(up, tokens, result, input_precision="ieee")
     return result

@@ -50,8 +50,8 @@ _ALL: tuple[Operator, ...] = (
     *(Attend(pattern) for pattern in get_args(Pattern)),
     MergeSplits(),
     *(
-        Int4Product(input_scale=input_scale, adapter=adapter, residual=residual)
-        for input_scale, adapter, residual in product((False, True), repeat=3)
+        Int4Product(split=split, input_scale=input_scale, adapter=adapter, residual=residual)
+        for split, input_scale, adapter, residual in product((False, True), repeat=4)
     ),
     Embed(),
     Rotations(),

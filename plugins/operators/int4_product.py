@@ -2,78 +2,162 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import replace
+from collections.abc import Collection
 from typing import ClassVar
 
 from trimode.plugins.operators.operator import Constants, Dim, Node, Operand, Operator, Tactic, ceil_div, numbered
 
-# The inner size of a tensor core's multiplication; a group of weights that share a scale is a multiple of it.
+# A group of weights that share a scale is a multiple of this, the inner size of a tensor core's multiplication.
 LEAST_GROUP = 16
+# Columns of one tile of the layout, weights of one word, and the longest run of K that one product of tiles covers.
+TILE_COLUMNS, WORD, LONGEST_UNIT = 128, 8, 128
+# Rows whose parts of K may be summed by several programs. They have room in ``partial``.
+SPLIT_ROWS = 64
+MAX_SPLITS = 8
+# A split has at least so many rows of the matrix, and all splits of a matrix at most so many tiles.
+_LEAST_SPLIT, _MOST_TILES = 1024, 256
+# Below so many tiles of 128 columns, tiles of 64 columns were faster on an H100 with 132 multiprocessors.
+_ENOUGH_TILES = 200
+# Most registers of a thread for sums.
+_SUM_REGISTERS = 128
+
+
+def unit_of(group: int) -> int:
+    """Rows of W that are multiplied at once: the largest power of two that divides the group, at most 128."""
+    return min(group & -group, LONGEST_UNIT)
+
+
+def split_count(inner: int, columns: int, group: int) -> int:
+    """Parts of K that are summed separately. It depends on the matrix alone, so that a row's sum never depends on the
+    other rows of a step.
+    """
+    tiles, units, splits = -(-columns // TILE_COLUMNS), inner // unit_of(group), 1
+    while (
+        2 * splits <= MAX_SPLITS
+        and units % (2 * splits) == 0
+        and inner // (2 * splits) >= _LEAST_SPLIT
+        and tiles * 2 * splits <= _MOST_TILES
+    ):
+        splits *= 2
+    return splits
 
 
 class Int4Product(Operator):
     """y = (x * input_scale) W + narrow up + residual, with the terms that the operator was made with.
 
-    ``packed`` holds the bytes of the pool's ONNX INT4 matrix [K, N]: the low nibble is the even column. N is even, K a
-    multiple of the group, and that of :data:`LEAST_GROUP`. ``narrow`` is x times the adapter's down matrix and its
-    scale. The rows of ``x``, ``narrow``, ``residual`` and ``y`` may be spread over several dimensions.
+    ``packed`` [tiles, units, TILE_COLUMNS, words] holds W [K, N] for tensor cores. A tile is TILE_COLUMNS columns; the
+    last one is padded. A unit is ``8 * words`` rows of W that share a scale (:func:`unit_of`). Nibble j of word w is
+    n + 8 of the unit's row ``words * j + w``. ``scale`` has one fp32 factor for each group and column. So K is
+    ``8 * units * words``, N is the scale's, and a group is a multiple of :data:`LEAST_GROUP`. ``narrow`` is x times
+    the adapter's down matrix and its scale. The rows of ``x``, ``narrow``, ``residual`` and ``y`` may be spread over
+    several dimensions.
+
+    K is summed in :func:`split_count` parts, whose sums are added in order. With ``split``, for up to
+    :data:`SPLIT_ROWS` rows, each part is a program of its own: programs leave their sums in ``partial``, and the last
+    one of a tile adds them. ``counters`` are zero before a launch and after it, so all products of an engine may share
+    them if their launches are ordered. All tactics give a row the same bits.
     """
 
     kernel = "int4_product.int4_product_kernel"
     scalars = ("rows",)
-    outputs = (Operand("y", "real", ("M", "N")),)
 
-    # Tiles of up to 4 rows multiply without tensor cores. In tiles of few rows, each warp has so many columns that no
-    # two warps unpack the same weights.
+    # For steps, by their rows; the last two for chunks of prompts.
     TACTICS: ClassVar[tuple[Tactic, ...]] = (
-        Tactic({"BLOCK_M": 1, "BLOCK_N": 128, "BLOCK_K": 32}, warps=4, stages=4),
-        Tactic({"BLOCK_M": 4, "BLOCK_N": 64, "BLOCK_K": 32}, warps=4, stages=4),
-        Tactic({"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64}, warps=2, stages=4),
-        Tactic({"BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_K": 64}, warps=4, stages=4),
-        Tactic({"BLOCK_M": 32, "BLOCK_N": 128, "BLOCK_K": 64}, warps=2, stages=4),
-        Tactic({"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64}, warps=4, stages=3),
-        Tactic({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}, warps=8, stages=3),
+        Tactic({"BLOCK_M": 16, "BLOCK_N": 64}, warps=4, stages=5),
+        Tactic({"BLOCK_M": 16, "BLOCK_N": 128}, warps=4, stages=5),
+        Tactic({"BLOCK_M": 32, "BLOCK_N": 64}, warps=4, stages=4),
+        Tactic({"BLOCK_M": 32, "BLOCK_N": 128}, warps=4, stages=5),
+        Tactic({"BLOCK_M": 64, "BLOCK_N": 64}, warps=4, stages=3),
+        Tactic({"BLOCK_M": 64, "BLOCK_N": 128}, warps=4, stages=3),
+        Tactic({"BLOCK_M": 64, "BLOCK_N": 128}, warps=8, stages=3),
+        Tactic({"BLOCK_M": 128, "BLOCK_N": 128}, warps=8, stages=3),
     )
 
-    def __init__(self, *, input_scale: bool = False, adapter: bool = False, residual: bool = False) -> None:
-        terms = (("Scaled", input_scale), ("Adapted", adapter), ("Residual", residual))
+    def __init__(
+        self, *, split: bool = False, input_scale: bool = False, adapter: bool = False, residual: bool = False
+    ) -> None:
+        terms = (("Split", split), ("Scaled", input_scale), ("Adapted", adapter), ("Residual", residual))
         self.name = "Int4Product" + "".join(term for term, present in terms if present)
+        self.split = split
         self.inputs = (
             Operand("x", "real", ("M", "K")),
-            Operand("packed", "int8", ("K", "N / 2")),
-            Operand("scale", "real", ("K / group", "N")),
+            Operand("packed", "int32", ("tiles", "units", "TILE_COLUMNS", "words")),
+            Operand("scale", "fp32", ("K / group", "N")),
             *((Operand("input_scale", "real", ("K",)),) if input_scale else ()),
             *((Operand("narrow", "real", ("M", "R")), Operand("adapter_up", "real", ("R", "N"))) if adapter else ()),
             *((Operand("residual", "real", ("M", "N")),) if residual else ()),
+            *((Operand("counters", "int32", ("tiles of y",)),) if split else ()),
+        )
+        self.outputs = (
+            Operand("y", "real", ("M", "N")),
+            *((Operand("partial", "fp32", ("MAX_SPLITS", "SPLIT_ROWS", "N")),) if split else ()),
+            *((Operand("counters_out", "int32", ("tiles of y",), aliases="counters"),) if split else ()),
         )
 
     def node(self, *, rows: int, inner: int, columns: int, group: int = 128, rank: int = 0) -> Node:
         """rank: of the adapter, 0 without one."""
+        unit = unit_of(group)
         shapes = {
             "x": (rows, inner),
-            "packed": (inner, columns // 2),
+            "packed": (ceil_div(columns, TILE_COLUMNS), inner // unit, TILE_COLUMNS, unit // WORD),
             "scale": (inner // group, columns),
             "input_scale": (inner,),
             "narrow": (rows, rank),
             "adapter_up": (rank, columns),
             "residual": (rows, columns),
+            "counters": (self.counters(columns),),
         }
         return Node.of({operand.name: shapes[operand.name] for operand in self.inputs})
 
+    @classmethod
+    def counters(cls, columns: int) -> int:
+        """The number of counters that a product with so many columns needs, in the tactic with most tiles."""
+        return max(SPLIT_ROWS // rows * -(-columns // width) for rows, width in map(_shape, cls.TACTICS))
+
     def constants(self, node: Node) -> Constants:
-        (inner, _), (groups, columns) = node.fixed["packed"], node.fixed["scale"]
-        rank = node.fixed["adapter_up"][0] if "adapter_up" in node.fixed else 0
-        return {"INNER": inner, "COLUMNS": columns, "GROUP": inner // groups, "RANK": rank}
+        (_, units, _, words), (groups, columns) = node.fixed["packed"], node.fixed["scale"]
+        inner = units * words * WORD
+        return {
+            "INNER": inner,
+            "COLUMNS": columns,
+            "GROUP": inner // groups,
+            "UNIT": words * WORD,
+            "RANK": node.fixed["adapter_up"][0] if "adapter_up" in node.fixed else 0,
+            "SPLITS": split_count(inner, columns, inner // groups),
+        }
 
     def tactics(self, node: Node) -> dict[int, Tactic]:
-        group = self.constants(node)["GROUP"]
-        return numbered([within_group(tactic, group) for tactic in self.TACTICS])
+        """Those that leave registers for weights. A thread holds sums of a unit, of a part, and of several parts."""
+        sums = 2 if self.constants(node)["SPLITS"] == 1 else 3
+        return {
+            number: tactic
+            for number, tactic in numbered(self.TACTICS).items()
+            if sums * tactic.constants["BLOCK_M"] * tactic.constants["BLOCK_N"] <= _SUM_REGISTERS * 32 * tactic.warps
+        }
+
+    def default_tactic(self, node: Node, emitted: Collection[int]) -> int:
+        """The tactic for a launch that was not timed. emitted: the tactics that the GPU has kernels of.
+
+        By measurements on an H100: the smallest tile that holds all rows; narrow tiles for narrow matrices; in chunks
+        of prompts, the largest tile of which there are enough for all multiprocessors.
+        """
+        constants, (rows,) = self.constants(node), self.scalar_values(node)
+        shapes = {_shape(tactic): n for n, tactic in reversed(self.tactics(node).items()) if n in emitted}
+        tiles = ceil_div(constants["COLUMNS"], TILE_COLUMNS)
+        block_n = 128 if rows > 32 or tiles * constants["SPLITS"] >= _ENOUGH_TILES else 64
+        block_m = 16 if rows <= 16 else 32 if rows <= 32 else 64
+        if rows > SPLIT_ROWS and ceil_div(rows, 128) * tiles >= _ENOUGH_TILES:
+            block_m = 128
+        # Without the wanted kernel, the one with the next smaller or else the next larger tile.
+        return shapes[min(shapes, key=lambda shape: (shape[0] > block_m, abs(shape[0] - block_m), shape[1] != block_n))]
 
     def grid(self, node: Node, tactic: Tactic) -> tuple[Dim, Dim, Dim]:
-        """A program for each tile of rows and columns; the tiles of rows that share weights are neighbours."""
-        (rows,), columns = self.scalar_values(node), self.constants(node)["COLUMNS"]
-        return ceil_div(rows, tactic.constants["BLOCK_M"]), ceil_div(columns, tactic.constants["BLOCK_N"]), 1
+        """A program for each tile of rows, tile of columns and, if they are separate, part of K; the tiles of rows that
+        share weights are neighbours.
+        """
+        (rows,), constants, (block_m, block_n) = self.scalar_values(node), self.constants(node), _shape(tactic)
+        parts = constants["SPLITS"] if self.split and block_m <= SPLIT_ROWS else 1
+        return ceil_div(rows, block_m), ceil_div(constants["COLUMNS"], block_n), parts
 
     def scalar_values(self, node: Node) -> tuple[Dim, ...]:
         rows, *others = list(node.shapes["x"])[:-1]
@@ -82,10 +166,12 @@ class Int4Product(Operator):
         return (rows,)
 
     def output_shapes(self, node: Node) -> list[tuple[Dim, ...]]:
-        return [(*list(node.shapes["x"])[:-1], node.shapes["scale"][1])]
+        columns = node.shapes["scale"][1]
+        y = (*list(node.shapes["x"])[:-1], columns)
+        if not self.split:
+            return [y]
+        return [y, (MAX_SPLITS, SPLIT_ROWS, columns), tuple(node.shapes["counters"])]
 
 
-def within_group(tactic: Tactic, group: int) -> Tactic:
-    """The tactic for groups of this size: a tile along the inner dimension may not cross a group's border."""
-    block = math.gcd(tactic.constants["BLOCK_K"], group)
-    return replace(tactic, constants={**tactic.constants, "BLOCK_K": block})
+def _shape(tactic: Tactic) -> tuple[int, int]:
+    return tactic.constants["BLOCK_M"], tactic.constants["BLOCK_N"]

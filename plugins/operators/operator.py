@@ -2,8 +2,9 @@
 
 An operator is one kernel. The kernel's parameters are, in this order: the operator's inputs, its scalars (32-bit
 integers computed from shapes), its outputs, then the compile-time constants by name. A parameter of the kernel that the
-operator does not have is compiled as None. Tensors are contiguous; pointers are aligned to 16 bytes. Grids depend on
-shapes only, never on lengths in device memory, so one CUDA graph serves all lengths.
+operator does not have is compiled as None. A kernel may also take CAPABILITY, the compute capability (90 for 9.0), and
+STAGES, the tactic's; the interpreter gives None. Tensors are contiguous; pointers are aligned to 16 bytes. Grids depend
+on shapes only, never on lengths in device memory, so one CUDA graph serves all lengths.
 
 Letters in shapes: B sequences, S tokens of the step, HQ query heads, HKV key-value heads, D head size, C rows of the KV
 pool, P splits of the KV rows, M rows of a product (B S), K its inner size, N its columns, R the adapter's rank, H the

@@ -7,10 +7,13 @@ from torch import Tensor
 
 
 def dequantize(packed: Tensor, scale: Tensor) -> Tensor:
-    """W [K, N] in fp32, from bytes [K, N / 2] whose low nibble is the even column, and scales [K / group, N]."""
-    nibbles = torch.stack((packed & 15, (packed >> 4) & 15), dim=-1).flatten(1)
-    integers = (nibbles ^ 8) - 8
-    return integers * scale.float().repeat_interleave(packed.shape[0] // scale.shape[0], 0)
+    """W [K, N] in fp32, from words [tiles, units, columns, words] and scales [K / group, N]: nibble j of word w is
+    n + 8 of the unit's row ``words * j + w``.
+    """
+    nibbles = torch.stack([packed >> 4 * j & 15 for j in range(8)], dim=-1)
+    columns = scale.shape[1]
+    integers = nibbles.permute(1, 4, 3, 0, 2).flatten(3).flatten(0, 2)[:, :columns] - 8
+    return integers * scale.float().repeat_interleave(integers.shape[0] // scale.shape[0], 0)
 
 
 def int4_product(

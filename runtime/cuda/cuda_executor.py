@@ -11,7 +11,7 @@ from trimode.engine.files import POOL
 from trimode.engine.kernel_library import KERNELS
 from trimode.engine.launch_list import LaunchList
 from trimode.engine.manifest import Manifest
-from trimode.model.step import ENGINES
+from trimode.model.step import COUNTERS, ENGINES
 from trimode.plugins.launches import PassShape
 from trimode.runtime.cuda.cuda_network import CudaNetwork, arena_of
 from trimode.runtime.cuda.kernels import Kernels
@@ -43,7 +43,13 @@ class CudaExecutor(GpuExecutor):
         self._weights = weights
         self._arena = device.allocate(max(plan.size for plan in plans), "activations")
         self.weight_bytes, self.arena_bytes = weights.size, self._arena.size
+        # Passes follow one another, and each leaves the counters zero, so both engines share them.
+        counters = [
+            tensor.shape[0] for listed in launches.values() for tensor in listed.inputs if tensor.name == COUNTERS
+        ]
+        self._counters = device.store(np.zeros(max(map(int, counters), default=1), np.int32), "counters")
         addresses = {entry.name: weights.address + entry.offset for entry in manifest.pool}
+        addresses[COUNTERS] = self._counters.address
         networks: dict[type[Step], CudaNetwork] = {
             kind: CudaNetwork(device, listed, kernels, pool, addresses, self._arena.address, plan)
             for (kind, listed), plan in zip(launches.items(), plans, strict=True)

@@ -11,7 +11,7 @@ A kernel takes at least the longest of four times:
 - tensor cores: the products of the programs on the busiest multiprocessor;
 - instructions: of the warps on its busiest scheduler, counted in the loop of the compiled kernel.
 
-TensorRT times the tactics of an int4 product, so the estimate uses the one with the lowest bound. TensorRT's own
+The int4 products have their default tactics. TensorRT's own
 kernels (norms, SwiGLU, the adapter's down product, the head) count with their bytes only. The gap before each launch is
 added.
 """
@@ -30,7 +30,7 @@ from typing import NamedTuple
 import triton
 from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 
-from scripts.gpu.kernel_table import smallest_fitting
+from scripts.gpu.kernel_table import default_product_tactic, smallest_fitting
 from scripts.gpu.kernels_8b import ATTENTION, PRODUCTS, SPLITS
 from scripts.gpu.traffic import (
     attend_traffic,
@@ -51,7 +51,7 @@ from trimode.build.roofline import (
 )
 from trimode.engine.precision import Real
 from trimode.plugins.compilation import compile_operator
-from trimode.plugins.operators import Attend, KvWrite, MergeSplits
+from trimode.plugins.operators import Attend, KvWrite, MergeSplits, Operator
 
 BLOCK = 32
 # Assumed: the gap between two dependent kernels of a CUDA graph. Not measured here.
@@ -162,31 +162,28 @@ def pass_work(gpu: GpuModel, step: int, window: int, adapter: bool, real: Real) 
 
 
 def _product(gpu: GpuModel, name: str, rows: int, adapter: bool, real: Real) -> Work:
-    """The product in its fastest tactic. Loops are counted in gate_up's binary: the others differ in constants."""
+    """The product in its default tactic."""
     product = PRODUCTS["o with adapter" if adapter else name]
     node = product.node(rows)
-    found = []
-    for number, tactic in product.operator.tactics(node).items():
-        constants = tactic.constants
-        block_m, block_n, block_k = (constants[key] for key in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
-        if block_m < 16 < rows:  # no tensor cores, and each tile of rows reads all weights
-            continue
-        binary = _binary("product", number, gpu.compute_capability, real)
-        tile = block_k * block_n // 2 + block_m * block_k * REAL_BYTES
-        ahead = tactic.stages - 1 if binary.async_bytes >= tile else 1
-        iterations = product.inner // block_k
-        grid = product.operator.grid(node, tactic)
-        launch = Launch(
-            programs=grid[0] * grid[1],
-            warps=tactic.warps,
-            resident=_resident(CHIPS[gpu.key], binary, tactic.warps),
-            waits=iterations / ahead,
-            instructions=iterations * binary.loop_instructions,
-        )
-        flops = 2 * rows * product.columns * (product.inner + product.rank)
-        moved = moved_bytes(int4_product_traffic(node, tactic, REAL_BYTES))
-        found.append(Work(f"{name} product", CONFIG_8B.num_hidden_layers, moved, flops, launch, f"{block_m}x{block_n}"))
-    return min(found, key=lambda work: seconds(gpu, work)[0])
+    tactic = default_product_tactic(product, node)
+    number = next(n for n, other in product.operator.tactics(node).items() if other == tactic)
+    constants, sizes = tactic.constants, product.operator.constants(node)
+    block_m, block_n, unit = constants["BLOCK_M"], constants["BLOCK_N"], sizes["UNIT"]
+    binary = _binary(f"product {name}", number, gpu.compute_capability, real)
+    ahead = tactic.stages - 1 if binary.async_bytes >= unit * block_n // 2 + block_m * unit * REAL_BYTES else 1
+    row_tiles, strips, parts = product.operator.grid(node, tactic)
+    iterations = product.inner // unit // parts
+    launch = Launch(
+        programs=row_tiles * strips * parts,
+        warps=tactic.warps,
+        resident=_resident(CHIPS[gpu.key], binary, tactic.warps),
+        # The parts' sums: a store, the counter, and the loads of the last program.
+        waits=iterations / ahead + (3 if parts > 1 else 0),
+        instructions=iterations * binary.loop_instructions,
+    )
+    flops = 2 * rows * product.columns * (product.inner + product.rank)
+    moved = moved_bytes(int4_product_traffic(product.operator, node, tactic, REAL_BYTES))
+    return Work(f"{name} product", CONFIG_8B.num_hidden_layers, moved, flops, launch, f"{block_m}x{block_n}")
 
 
 def _attention(gpu: GpuModel, step: int, window: int, adapter: bool, real: Real) -> Iterator[Work]:
@@ -227,12 +224,14 @@ def _attention(gpu: GpuModel, step: int, window: int, adapter: bool, real: Real)
 
 @cache
 def _binary(name: str, number: int, capability: int, real: Real) -> Binary:
-    """name: ``product`` for gate_up's, or an attention operator's."""
-    if name == "product":
-        operator, node = PRODUCTS["gate_up"].operator, PRODUCTS["gate_up"].node(1)
+    """name: ``product`` and its name, or an attention operator's."""
+    operator: Operator
+    if name.startswith("product "):
+        product = PRODUCTS[name.removeprefix("product ")]
+        operator, node = product.operator, product.node(1)
     else:
-        operator = Attend("bidirectional" if name == "AttendBidirectional" else "masked")
-        node = operator.node(batch=1, step=1, capacity=1, splits=SPLITS, **ATTENTION)
+        attend = operator = Attend("bidirectional" if name == "AttendBidirectional" else "masked")
+        node = attend.node(batch=1, step=1, capacity=1, splits=SPLITS, **ATTENTION)
     tactic = operator.tactics(node)[number]
     kernel = compile_operator(operator, operator.constants(node), tactic, real, capability)
     with tempfile.TemporaryDirectory() as folder:
@@ -242,7 +241,7 @@ def _binary(name: str, number: int, capability: int, real: Real) -> Binary:
         subprocess.run([get_ptxas(capability).path, target, source, "-o", binary], check=True)
         nvdisasm = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
         listing = subprocess.run([nvdisasm, "-c", binary], check=True, capture_output=True, text=True).stdout
-    loop = longest_loop(listing)
+    loop = main_loop(listing)
     return Binary(
         kernel.resources.registers,
         kernel.shared_bytes,
@@ -251,20 +250,27 @@ def _binary(name: str, number: int, capability: int, real: Real) -> Binary:
     )
 
 
-def longest_loop(listing: str) -> list[str]:
-    """The instructions between a label and the farthest branch back to it, in nvdisasm's listing of a kernel."""
+def main_loop(listing: str) -> list[str]:
+    """The instructions of the longest loop that contains no other one and multiplies on tensor cores, in nvdisasm's
+    listing of a kernel.
+    """
     labels: dict[str, int] = {}
     instructions: list[str] = []
-    longest: list[str] = []
+    loops: list[tuple[int, int]] = []
     for line in listing.splitlines():
         if label := re.match(r"(\.L_x_\d+):", line.strip()):
             labels[label[1]] = len(instructions)
         elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(.*?);", line):
             instructions.append(instruction[1])
-            if branch := re.search(r"BRA.*\((\.L_x_\d+)\)", instruction[1]):
-                loop = instructions[labels.get(branch[1], len(instructions)) :]
-                longest = max(longest, loop, key=len)
-    return longest
+            branch = re.search(r"BRA.*\((\.L_x_\d+)\)", instruction[1])
+            if branch and branch[1] in labels:
+                loops.append((labels[branch[1]], len(instructions)))
+    innermost = [
+        instructions[start:end]
+        for start, end in loops
+        if not any(start <= inner and last <= end and (inner, last) != (start, end) for inner, last in loops)
+    ]
+    return max((loop for loop in innermost if any("MMA" in line for line in loop)), key=len)
 
 
 def _async_bytes(instruction: str) -> int:

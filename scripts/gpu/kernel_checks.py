@@ -19,7 +19,7 @@ from torch import Tensor
 from scripts.gpu.kernel_launch import KernelLaunch, prepare
 from scripts.gpu.kernels_8b import ATTENTION, HIDDEN, PRODUCTS, SPLITS, VOCABULARY, Product
 from scripts.gpu.traffic import attend_traffic, int4_product_traffic, kv_write_traffic, merge_traffic, needed_bytes
-from trimode.plugins.operators import Attend, Int4Product, KvWrite, MergeSplits, Node, Operator, Pattern
+from trimode.plugins.operators import Attend, Int4Product, KvWrite, MergeSplits, Node, Operator, Pattern, Tactic
 from trimode.plugins.reference import attention, int4_product, kv_write
 
 REAL = torch.bfloat16
@@ -28,7 +28,7 @@ REAL_BYTES = 2
 TOLERANCE = 1e-2
 # More than the L2 cache of any GPU: inputs that are read repeatedly come from memory every time.
 CACHE_BYTES = 160 << 20
-Part = Literal["kv write", "attention", "products"]
+Part = Literal["kv write", "attention", "products", "same bits"]
 PARTS: tuple[Part, ...] = get_args(Part)
 
 
@@ -64,13 +64,16 @@ class Result:
 
 @dataclass(frozen=True)
 class CheckSizes:
-    """Sizes of a run. steps: batch, tokens, and committed rows of the longest sequence."""
+    """Sizes of a run. steps: batch, tokens, and committed rows of the longest sequence. rows: of timed
+    products. same_rows: of products that are compared bit for bit.
+    """
 
     attention: dict[str, int]
     splits: int
     steps: tuple[tuple[int, int, int], ...]
     products: dict[str, Product]
     rows: tuple[int, ...]
+    same_rows: tuple[int, ...]
 
 
 SIZES_8B = CheckSizes(
@@ -84,13 +87,18 @@ SIZES_8B = CheckSizes(
     ),
     {**PRODUCTS, "head": Product(Int4Product(), HIDDEN, VOCABULARY)},
     (1, 4, 16, 32, 64, 256, 512),
+    (1, 8, 32, 64, 100, 256),
 )
 SMALL_SIZES = CheckSizes(
     {"kv_heads": 2, "group": 2, "head_dim": 64},
     4,
     ((2, 5, 130), (1, 1, 0)),
-    {"fused": Product(Int4Product(input_scale=True, adapter=True, residual=True), 256, 130, 16)},
+    {
+        "fused": Product(Int4Product(input_scale=True, adapter=True, residual=True), 256, 130, 16),
+        "split": Product(Int4Product(split=True, adapter=True, residual=True), 2048, 130, 16),
+    },
     (1, 5),
+    (1, 8, 70),
 )
 
 
@@ -111,7 +119,8 @@ def used_nodes(sizes: CheckSizes) -> Iterator[tuple[Operator, Node]]:
 
 
 def run_part(part: Part, host: Host, sizes: CheckSizes) -> Iterator[Result]:
-    return {"kv write": _kv_writes, "attention": _attention, "products": _products}[part](host, sizes)
+    parts = {"kv write": _kv_writes, "attention": _attention, "products": _products, "same bits": _same_bits}
+    return parts[part](host, sizes)
 
 
 def _microseconds(host: Host, kernel: str, launches: list[KernelLaunch], runs: int) -> float | None:
@@ -222,40 +231,109 @@ def _attention_tactics(
 def _products(host: Host, sizes: CheckSizes) -> Iterator[Result]:
     """Runs cycle through copies of the weights that together exceed the L2 cache."""
     for label, product in sizes.products.items():
-        random = _generator(host, 1)
-        shapes = product.node(1).shapes
-        weight_bytes = product.inner * product.columns // 2
-        copies = 2 if host.device == "cpu" else max(2, min(16, CACHE_BYTES // weight_bytes + 1))
-        packed = [
-            torch.randint(-128, 128, shapes["packed"], generator=random, dtype=torch.int8, device=host.device)
-            for _ in range(copies)
-        ]
-        scale = (torch.rand(shapes["scale"], generator=random, device=host.device) + 0.5).div(64).to(REAL)
+        copies = (
+            2 if host.device == "cpu" else max(2, min(16, CACHE_BYTES // (product.inner * product.columns // 2) + 1))
+        )
         for rows in sizes.rows:
-            node = product.node(rows)
-            activations = {
-                name: _normal(host, random, *shape)
-                for name, shape in node.shapes.items()
-                if name not in ("packed", "scale")
-            }
-            expected = int4_product.int4_product(packed=packed[0], scale=scale, **activations)
-            for number, tactic in product.operator.tactics(node).items():
+            inputs = _product_inputs(host, product, rows)
+            expected = _expected_product(inputs)
+            packed = [inputs["packed"], *(inputs["packed"].clone() for _ in range(copies - 1))]
+            for number, tactic in product.operator.tactics(product.node(rows)).items():
                 block_m, block_n = tactic.constants["BLOCK_M"], tactic.constants["BLOCK_N"]
-                if block_m >= 4 * max(rows, 16) or rows > 64 * block_m:  # far from the fastest
+                if block_m >= 4 * max(rows, 16) or rows > 8 * block_m:  # far from the fastest
                     continue
-                launches = [
-                    prepare(product.operator, _ordered(node, {**activations, "packed": p, "scale": scale}), tactic)
-                    for p in packed
-                ]
-                name = product.operator.kernel_name(node, number)
+                launches = [prepare(product.operator, {**inputs, "packed": words}, tactic) for words in packed]
+                node, name = launches[0].node, product.operator.kernel_name(launches[0].node, number)
                 host.launch(name, launches[0])
                 error = distance(launches[0].outputs[0], expected)
                 took = _microseconds(host, name, launches, copies)
-                least = needed_bytes(int4_product_traffic(node, tactic, REAL_BYTES))
                 yield Result(
-                    product.operator.name, f"{label}, {rows} rows", f"{block_m} x {block_n}", error, took, least
+                    product.operator.name,
+                    f"{label}, {rows} rows",
+                    f"{block_m} x {block_n}, {tactic.warps} warps",
+                    error,
+                    took,
+                    _least_product_bytes(product, node, tactic),
+                )
+            if host.device != "cpu":
+                yield from _peers(host, label, product, inputs["x"], copies)
+
+
+def _same_bits(host: Host, sizes: CheckSizes) -> Iterator[Result]:
+    """The last row of a step of any length has the bits that it has in a step of one row, in every tactic. The error
+    is the number of its outputs that differ.
+    """
+    for label, product in sizes.products.items():
+        longest = _product_inputs(host, product, max(sizes.same_rows))
+        expected = None
+        for rows in sizes.same_rows:
+            inputs = {
+                name: tensor[-rows:].contiguous() if name in _ACTIVATIONS else tensor
+                for name, tensor in longest.items()
+            }
+            for number, tactic in product.operator.tactics(product.node(rows)).items():
+                launched = prepare(product.operator, inputs, tactic)
+                host.launch(product.operator.kernel_name(launched.node, number), launched)
+                last = launched.outputs[0][-1]
+                expected = last if expected is None else expected
+                differ = float((last != expected).sum())
+                yield Result(
+                    product.operator.name,
+                    f"{label}, last of {rows} rows",
+                    f"{tactic.constants['BLOCK_M']} x {tactic.constants['BLOCK_N']}, {tactic.warps} warps",
+                    differ,
+                    None,
+                    _least_product_bytes(product, launched.node, tactic),
                 )
 
 
-def _ordered(node: Node, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensors[name] for name in node.shapes}
+_ACTIVATIONS = ("x", "narrow", "residual")
+
+
+def _product_inputs(host: Host, product: Product, rows: int) -> dict[str, Tensor]:
+    random, inputs = _generator(host, 1), {}
+    for name, shape in product.node(rows).shapes.items():
+        if name == "packed":
+            inputs[name] = torch.randint(
+                -(2**31), 2**31, shape, generator=random, dtype=torch.int32, device=host.device
+            )
+        elif name == "scale":
+            inputs[name] = (torch.rand(shape, generator=random, device=host.device) + 0.5).div(64)
+        elif name == "counters":
+            inputs[name] = torch.zeros(shape, dtype=torch.int32, device=host.device)
+        else:
+            inputs[name] = _normal(host, random, *shape)
+    return inputs
+
+
+def _expected_product(inputs: dict[str, Tensor]) -> Tensor:
+    return int4_product.int4_product(**{name: tensor for name, tensor in inputs.items() if name != "counters"})
+
+
+def _least_product_bytes(product: Product, node: Node, tactic: Tactic) -> int:
+    """Without the parts' sums: another kernel might not need any."""
+    traffic = int4_product_traffic(product.operator, node, tactic, REAL_BYTES)
+    return needed_bytes({name: tensor for name, tensor in traffic.items() if name not in ("partial", "counters")})
+
+
+def _peers(host: Host, label: str, product: Product, x: Tensor, copies: int) -> Iterator[Result]:
+    """torch's own products of the same shape: bf16 by cuBLAS, and int4 with groups of 128. Only their time counts."""
+    inner, columns, case = product.inner, product.columns, f"{label}, {x.shape[0]} rows"
+    activations = 2 * x.shape[0] * (inner + columns)
+
+    def timed(name: str, weights: list[Tensor], multiply: Callable[[Tensor], object], moved: int) -> Result:
+        took = host.microseconds(lambda run: multiply(weights[run % len(weights)]), 2 * len(weights))
+        return Result(name, case, "-", 0.0, took, moved + activations)
+
+    dense = [_normal(host, _generator(host, 4), columns, inner) for _ in range(min(copies, 4))]
+    yield timed("cuBLAS bf16", dense, lambda weight: x @ weight.T, dense[0].nbytes)
+    dense.clear()
+    integers = torch.randint(0, 256, (columns, inner // 2), dtype=torch.uint8, device=host.device)
+    packed = [torch.ops.aten._convert_weight_to_int4pack(integers, 8) for _ in range(copies)]
+    factors = torch.rand(inner // 128, columns, 2, device=host.device).to(REAL)
+    yield timed(
+        "_weight_int4pack_mm",
+        packed,
+        lambda weight: torch.ops.aten._weight_int4pack_mm(x, weight, 128, factors),
+        packed[0].nbytes + factors.nbytes,
+    )

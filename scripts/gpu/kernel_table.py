@@ -4,8 +4,9 @@
     python -m scripts.gpu.kernel_table resources --real fp16 --head-dim 64  the same for another type and head size
     python -m scripts.gpu.kernel_table traffic  bytes that each kernel moves on the 8B checkpoint, and its least bytes
 
-The exit code is 1 if a kernel spills, needs more shared memory than its GPU has, or moves more than 1.1 times its least
-bytes in a step of up to 64 tokens.
+A kernel that spills or needs more shared memory than its GPU has is marked; a build omits it. The exit code is 1 if
+that leaves a GPU without a tactic of an operator, or if a kernel moves more than 1.1 times its least bytes in a step of
+up to 64 tokens.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import sys
 from collections.abc import Iterator
 from typing import NamedTuple, get_args
 
-from scripts.gpu.kernels_8b import ATTENTION, PRODUCTS, SPLITS
+from scripts.gpu.kernels_8b import ATTENTION, PRODUCTS, SPLITS, Product
 from scripts.gpu.traffic import (
     KernelTraffic,
     attend_traffic,
@@ -50,17 +51,19 @@ def all_kernels(head_dim: int) -> Iterator[Kernel]:
         nodes.append((attend, attend.node(batch=1, step=1, capacity=1, splits=SPLITS, **sizes)))
     nodes.append((merge := MergeSplits(), merge.node(batch=1, step=1, splits=SPLITS, **sizes)))
     if head_dim == ATTENTION["head_dim"]:  # products do not depend on it
-        nodes += [(PRODUCTS[name].operator, PRODUCTS[name].node(1)) for name in ("qkv", "o with adapter")]
+        nodes += [(PRODUCTS[name].operator, PRODUCTS[name].node(1)) for name in ("gate_up", "o with adapter")]
     for operator, node in nodes:
         for tactic in operator.tactics(node).values():
             yield Kernel(operator, node, tactic)
 
 
 def print_resources(real: Real, head_dim: int, capabilities: list[int]) -> bool:
-    """Registers of a thread and KiB of shared memory of a block, by GPU. Returns whether every kernel fits."""
+    """Registers of a thread and KiB of shared memory of a block, by GPU. Returns whether every GPU has a
+    tactic that fits.
+    """
     from trimode.plugins.compilation import SHARED_MEMORY, compile_operator
 
-    sound = True
+    needed, fitting = set(), set()
     print("| kernel | tactic | warps |", *(f"sm_{capability} |" for capability in capabilities))
     print("|---|---|---|" + "---|" * len(capabilities))
     for operator, node, tactic in all_kernels(head_dim):
@@ -73,17 +76,24 @@ def print_resources(real: Real, head_dim: int, capabilities: list[int]) -> bool:
                 cell += f" **spills {used.spilled_bytes} bytes**"
             if kernel.shared_bytes > SHARED_MEMORY[capability]:
                 cell += " **too much shared memory**"
-            sound &= "**" not in cell
+            needed.add((operator.name, capability))
+            if kernel.fits:
+                fitting.add((operator.name, capability))
             cells.append(cell)
         blocks = " ".join(f"{name[-1]}={value}" for name, value in tactic.constants.items() if name.startswith("BLOCK"))
         print(f"| {operator.name} | {blocks} | {tactic.warps} |", *(f"{cell} |" for cell in cells), flush=True)
-    return sound
+    return needed == fitting
 
 
 def smallest_fitting(tactics: dict[int, Tactic], rows: int) -> Tactic:
     """The smallest tile that holds all rows, so that weights or KV rows are read once; if none does, the largest."""
     ordered = list(tactics.values())
     return next((tactic for tactic in ordered if tactic.constants["BLOCK_M"] >= rows), ordered[-1])
+
+
+def default_product_tactic(product: Product, node: Node) -> Tactic:
+    tactics = product.operator.tactics(node)
+    return tactics[product.operator.default_tactic(node, tactics.keys())]
 
 
 def print_traffic() -> bool:
@@ -108,8 +118,8 @@ def print_traffic() -> bool:
         for name in ("qkv", "o with adapter", "gate_up", "down"):
             product = PRODUCTS[name]
             node = product.node(step)
-            tactic = smallest_fitting(product.operator.tactics(node), step)
-            kernel(f"Int4Product, {name}", "-", step, int4_product_traffic(node, tactic, REAL_BYTES))
+            tactic = default_product_tactic(product, node)
+            kernel(f"Int4Product, {name}", "-", step, int4_product_traffic(product.operator, node, tactic, REAL_BYTES))
         for window in WINDOWS:
             for pattern in ("bidirectional", "masked"):
                 attend = Attend(pattern)

@@ -31,11 +31,11 @@ class Product(NamedTuple):
 
 
 PRODUCTS = {
-    "qkv": Product(Int4Product(), HIDDEN, QUERY_WIDTH + 2 * KV_WIDTH),
-    "o": Product(Int4Product(input_scale=True, residual=True), QUERY_WIDTH, HIDDEN),
+    "qkv": Product(Int4Product(split=True), HIDDEN, QUERY_WIDTH + 2 * KV_WIDTH),
+    "o": Product(Int4Product(split=True, input_scale=True, residual=True), QUERY_WIDTH, HIDDEN),
     "o with adapter": Product(
-        Int4Product(input_scale=True, adapter=True, residual=True), QUERY_WIDTH, HIDDEN, ADAPTER_RANK
+        Int4Product(split=True, input_scale=True, adapter=True, residual=True), QUERY_WIDTH, HIDDEN, ADAPTER_RANK
     ),
     "gate_up": Product(Int4Product(), HIDDEN, 2 * INTERMEDIATE),
-    "down": Product(Int4Product(input_scale=True, residual=True), INTERMEDIATE, HIDDEN),
+    "down": Product(Int4Product(split=True, input_scale=True, residual=True), INTERMEDIATE, HIDDEN),
 }

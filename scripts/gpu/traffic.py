@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from trimode.plugins.operators import Attend, Node, Tactic
+from trimode.plugins.operators import Attend, Int4Product, Node, Tactic
 from trimode.plugins.operators.attention import split_count
+from trimode.plugins.operators.int4_product import SPLIT_ROWS
 from trimode.plugins.operators.operator import ceil_div
 
 # A third of the smallest L2 of the GPUs that kernels are compiled for (GeForce RTX 3090, 6 MB).
@@ -146,22 +147,29 @@ def merge_traffic(node: Node, attended: Mapping[str, TensorTraffic], real: int) 
     }
 
 
-def int4_product_traffic(node: Node, tactic: Tactic, real: int) -> KernelTraffic:
+def int4_product_traffic(operator: Int4Product, node: Node, tactic: Tactic, real: int) -> KernelTraffic:
     """real: bytes of an activation."""
-    block_m, block_n, block_k = (tactic.constants[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
-    (rows, inner), (groups, columns) = node.shapes["x"], node.shapes["scale"]
+    block_m, block_n = (tactic.constants[name] for name in ("BLOCK_M", "BLOCK_N"))
+    constants, (rows,) = operator.constants(node), operator.scalar_values(node)
+    inner, columns, unit, splits = (constants[name] for name in ("INNER", "COLUMNS", "UNIT", "SPLITS"))
     tiles, strips = ceil_div(rows, block_m), ceil_div(columns, block_n)
-    x, packed, scales = rows * inner * real, inner * columns // 2, groups * columns * real
+    x, packed, scales = rows * inner * real, inner * strips * block_n // 2, inner // unit * columns * FLOAT_BYTES
     traffic = {
         "x": _read(x * strips, x),
         "packed": _read(packed * tiles, packed),
-        "scale": _read(scales * tiles * (inner // groups // block_k), scales),
+        "scale": _read(scales * tiles, scales * unit // constants["GROUP"]),
         "y": _written(rows * columns * real),
     }
     # Tiles of rows run at the same time, one strip of columns after the other.
     if (packed + scales) * block_n // columns <= CACHED:
         for name in ("packed", "scale"):
             traffic[name].reloaded = traffic[name].loaded - traffic[name].needed
+    separate = min(tiles, SPLIT_ROWS // block_m) if operator.grid(node, tactic)[2] > 1 else 0
+    if separate:
+        parts = splits * min(separate * block_m, rows) * columns * FLOAT_BYTES
+        # The last program of a tile reads the parts just after they were written.
+        traffic["partial"] = TensorTraffic(loaded=parts, stored=parts, needed=parts, reloaded=parts)
+        traffic["counters"] = _written(separate * strips * FLOAT_BYTES)
     if "input_scale" in node.shapes:
         traffic["input_scale"] = _read(tiles * strips * inner * real, inner * real)
     if "narrow" in node.shapes:

@@ -11,16 +11,22 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+from triton.compiler import ASTSource
 
 from scripts.gpu.kernels_8b import ATTENTION, PRODUCTS, SPLITS
 from trimode.build.kernel_emission import kernels_of, write_kernels
 from trimode.common.errors import TriModeError
 from trimode.common.progress import no_progress
 from trimode.engine.kernel_library import KernelLibrary
+from trimode.plugins import compilation
 from trimode.plugins.compilation import SHARED_MEMORY, CompiledKernel, compile_operator, kernel_of
-from trimode.plugins.operators import Attend, Int4Product, KvWrite, MergeSplits, Node, Operator, Tactic
+from trimode.plugins.operators import Attend, KvWrite, MergeSplits, Node, Operator, Tactic
 
-ADAPTED = PRODUCTS["o with adapter"]
+ADAPTED, WIDE = PRODUCTS["o with adapter"], PRODUCTS["gate_up"]
+
+
+def shape(tactic: Tactic) -> str:
+    return f"{tactic.constants['BLOCK_M']} x {tactic.constants['BLOCK_N']}, {tactic.warps} warps"
 
 
 def attention_kernel(operator: Attend, tactic: Tactic) -> tuple[Operator, Node, Tactic]:
@@ -35,16 +41,36 @@ KERNELS: dict[str, tuple[Operator, Node, Tactic]] = {
     "attention, many rows": attention_kernel(Attend("masked"), Attend.TACTICS[-1]),
     "merge": (MergeSplits(), MERGE, MergeSplits.TACTICS[0]),
     **{
-        f"product, {tactic.constants['BLOCK_M']} rows": (ADAPTED.operator, ADAPTED.node(1), tactic)
-        for tactic in (Int4Product.TACTICS[1], *Int4Product.TACTICS[4:])
+        f"product in parts, {shape(tactic)}": (ADAPTED.operator, ADAPTED.node(1), tactic)
+        for tactic in ADAPTED.operator.tactics(ADAPTED.node(1)).values()
+    },
+    **{
+        f"product, {shape(tactic)}": (WIDE.operator, WIDE.node(1), tactic)
+        for tactic in WIDE.operator.tactics(WIDE.node(1)).values()
     },
 }
-HEAVIEST = ("attention, many rows", "product, 32 rows", "product, 128 rows")
+# Without wgmma or tcgen05, the largest tiles spill, and are not emitted.
+LARGEST = (
+    "product in parts, 64 x 64, 4 warps",
+    "product, 64 x 128, 4 warps",
+    "product, 128 x 128, 8 warps",
+)
+HEAVIEST = (
+    "attention, many rows",
+    "product in parts, 32 x 128, 4 warps",
+    "product in parts, 64 x 128, 8 warps",
+    "product, 64 x 128, 8 warps",
+)
 
 
 @pytest.fixture(
     scope="module",
-    params=[*product((90, 121), KERNELS), *product((80, 89, 100), HEAVIEST)],
+    params=[
+        *product((90,), KERNELS),
+        *product((121,), [name for name in KERNELS if name not in LARGEST]),
+        *product((100,), [*HEAVIEST, *LARGEST]),
+        *product((80, 86, 89, 120), HEAVIEST),
+    ],
     ids=lambda param: f"sm_{param[0]}, {param[1]}",
 )
 def compiled(request: pytest.FixtureRequest) -> tuple[Operator, CompiledKernel]:
@@ -87,12 +113,19 @@ def test_a_tactic_that_spills_is_not_emitted(tmp_path: Path, monkeypatch: pytest
         write_kernels(needed, "fp16", (90,), tmp_path / "one", no_progress)
 
 
-def test_a_kernel_that_would_spill_gets_more_registers() -> None:
-    """ptxas would stop at 168 registers."""
-    operator, node, tactic = KERNELS["product, 64 rows"]
-    kernel = compile_operator(operator, operator.constants(node), tactic, "bf16", 86)
-    assert ".maxnreg" in kernel.ptx
-    assert kernel.resources.registers > 168
+def test_a_kernel_that_would_spill_gets_more_registers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ptxas that stops at 64 registers unless the kernel asks for more."""
+    assemble, asked = compilation._compile, []
+
+    def sparing(source: ASTSource, tactic: Tactic, capability: int, most: int | None) -> CompiledKernel:
+        asked.append(most)
+        return assemble(source, tactic, capability, most or 64)
+
+    monkeypatch.setattr(compilation, "_compile", sparing)
+    operator, node, tactic = KERNELS["product in parts, 64 x 128, 8 warps"]
+    kernel = compile_operator(operator, operator.constants(node), tactic, "bf16", 90)
+    assert asked == [None, 255]
+    assert kernel.resources.registers > 64
     assert not kernel.resources.spills
 
 

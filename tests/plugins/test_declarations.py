@@ -33,6 +33,7 @@ from trimode.common.errors import TriModeError
 from trimode.engine.kernel_library import KernelLibrary
 from trimode.plugins.operators import OPERATORS, Attend, Int4Product
 from trimode.plugins.operators.attention import split_count
+from trimode.plugins.operators.int4_product import LONGEST_UNIT
 
 # Expected values were computed by hand.
 OUTPUTS = {
@@ -72,7 +73,7 @@ def built(tensorrt: ModuleType, declarations: ModuleType, library: Path) -> dict
 
 def test_every_operator_is_declared_in_our_namespace(tensorrt: ModuleType, built: dict[str, Built]) -> None:
     assert {name for space, name in tensorrt.get_plugin_registry().creators if space == "trimode"} == built.keys()
-    assert len(built) == 1 + 3 + 1 + 8 + 13
+    assert len(built) == 1 + 3 + 1 + 16 + 13
 
 
 @pytest.mark.parametrize("name", COMPILED)
@@ -96,10 +97,14 @@ def test_every_tactic_has_ptx_whose_parameters_are_the_operators(built: dict[str
     assert len(set(texts)) == len(texts)
 
 
-def test_the_pool_is_written_in_place(built: dict[str, Built]) -> None:
+def test_the_pool_and_the_counters_are_written_in_place(built: dict[str, Built]) -> None:
     inputs = [operand.name for operand in OPERATORS["KvWrite"].inputs]
     assert built["KvWrite"].aliases == (-1, inputs.index("k_cache"), inputs.index("v_cache"))
-    assert all(set(found.aliases) == {-1} for name, found in built.items() if name != "KvWrite")
+    for name, found in built.items():
+        if isinstance(product := OPERATORS[name], Int4Product) and product.split:
+            assert found.aliases == (-1, -1, [operand.name for operand in product.inputs].index("counters"))
+        elif name != "KvWrite":
+            assert set(found.aliases) == {-1}
 
 
 def test_output_shapes_and_types(built: dict[str, Built]) -> None:
@@ -113,7 +118,9 @@ def test_output_shapes_and_types(built: dict[str, Built]) -> None:
     assert built["MergeSplits"].output_shapes == ((BATCH, STEP, HEADS * SIZE),)
     for name, found in built.items():
         if name.startswith(("Int4Product", "DenseProduct")):
-            assert (found.output_types, found.output_shapes) == (("HALF",), ((BATCH, STEP, COLUMNS),))
+            y, *others = zip(found.output_types, found.output_shapes, strict=True)
+            assert y == ("HALF", (BATCH, STEP, COLUMNS))
+            assert others in ([], [("FLOAT", (8, 64, COLUMNS)), ("INT32", (12,))])
     assert {
         name: (found.output_types, found.output_shapes) for name, found in built.items() if name in OUTPUTS
     } == OUTPUTS
@@ -132,19 +139,15 @@ def test_launches_cover_the_work(built: dict[str, Built]) -> None:
     assert {kernel.scalars for kernel in built["MergeSplits"].kernels.values()} == {(STEP, 3)}
     for name, launches in LAUNCHES.items():
         assert {(kernel.grid, kernel.scalars) for kernel in built[name].kernels.values()} == launches
-    for number, kernel in built["Int4ProductScaledAdaptedResidual"].kernels.items():
-        tactic = dict(enumerate(_product_tactics(), 1))[number]
+    for number, kernel in built["Int4ProductSplitScaledAdaptedResidual"].kernels.items():
+        tactic = Int4Product.TACTICS[number - 1].constants
         expected = (-(-BATCH * STEP // tactic["BLOCK_M"]), -(-COLUMNS // tactic["BLOCK_N"]), 1)
         assert (kernel.grid, kernel.scalars) == (expected, (BATCH * STEP,))
 
 
-def _product_tactics() -> list[Any]:
-    return [tactic.constants for tactic in Int4Product.TACTICS]
-
-
 def test_a_small_groups_products_have_every_tactic(built: dict[str, Built]) -> None:
-    assert max(tactic["BLOCK_K"] for tactic in _product_tactics()) > GROUP
-    assert built["Int4Product"].kernels.keys() == set(range(1, len(_product_tactics()) + 1))
+    assert GROUP < LONGEST_UNIT
+    assert built["Int4Product"].kernels.keys() == set(range(1, len(Int4Product.TACTICS) + 1))
 
 
 def test_a_tactic_that_was_not_compiled_is_not_offered(built: dict[str, Built]) -> None:

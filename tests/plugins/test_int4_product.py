@@ -1,24 +1,37 @@
-"""The int4 product, interpreted, against the reference; the reference against the checkpoint's own dequantisation."""
+"""The int4 product, interpreted, against the reference; its bits; the layout against the checkpoint's."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
+from torch import Tensor
 
 from scripts.gpu.kernel_checks import distance
+from scripts.gpu.kernel_launch import prepare
+from scripts.gpu.kernels_8b import PRODUCTS
 from tests.support.kernel_cases import ProductCase, product_cases
-from tests.support.kernel_functions import TOLERANCES, int4_product
+from tests.support.kernel_functions import TOLERANCES, int4_product, launch
+from trimode.build.graph.int4_tiles import pack_tiles
 from trimode.model import int4
+from trimode.plugins.kernels import int4_product as kernels
 from trimode.plugins.operators import Int4Product, Tactic
-from trimode.plugins.operators.int4_product import LEAST_GROUP, within_group
+from trimode.plugins.operators.int4_product import LEAST_GROUP, LONGEST_UNIT, SPLIT_ROWS, split_count, unit_of
 from trimode.plugins.reference import int4_product as reference
+
+SPLIT = ProductCase(9, 16, 70, split=True, rank=24, residual=True, dtype=torch.bfloat16)
+by_shape = pytest.mark.parametrize(
+    "tactic", Int4Product.TACTICS, ids=lambda tactic: "x".join(map(str, (*tactic.constants.values(), tactic.warps)))
+)
 
 
 def check(case: ProductCase) -> None:
     inputs = case.inputs()
     found, _ = int4_product(**inputs, tactic=case.tactic)
+    inputs.pop("counters", None)
     assert distance(found, reference.int4_product(**inputs)) <= TOLERANCES[case.dtype]
 
 
@@ -29,25 +42,180 @@ def test_the_product_equals_the_reference(case: ProductCase) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
-@pytest.mark.parametrize("tactic", Int4Product.TACTICS, ids=lambda tactic: str(tactic.constants["BLOCK_M"]))
+@by_shape
 def test_every_tactic_with_more_rows_than_a_tile(tactic: Tactic, dtype: torch.dtype) -> None:
     rows = tactic.constants["BLOCK_M"] + 1
     check(ProductCase(rows, 2, 130, input_scale=True, rank=128, residual=True, tactic=tactic, dtype=dtype))
 
 
-@pytest.mark.parametrize("group", [16, 32, 48, 64])
-@pytest.mark.parametrize("tactic", Int4Product.TACTICS, ids=lambda tactic: str(tactic.constants["BLOCK_M"]))
-def test_every_tactic_with_small_groups(tactic: Tactic, group: int) -> None:
-    """The tile along the inner dimension shrinks to fit into one group."""
-    tactic = within_group(tactic, group)
-    assert group % tactic.constants["BLOCK_K"] == 0
-    assert tactic.constants["BLOCK_K"] >= LEAST_GROUP
-    check(ProductCase(3, 5, 130, group=group, input_scale=True, tactic=tactic, dtype=torch.bfloat16))
+@pytest.mark.parametrize("group", [16, 32, 48, 64, 256])
+def test_every_group(group: int) -> None:
+    unit = unit_of(group)
+    assert group % unit == 0
+    assert LEAST_GROUP <= unit <= LONGEST_UNIT
+    check(ProductCase(3, 5, 130, group=group, input_scale=True, dtype=torch.bfloat16))
 
 
-def test_dequantisation_equals_the_checkpoints() -> None:
-    """ModelOpt packs pairs of rows of [out, in]; transposed, these are the pool's pairs of columns."""
-    weight = np.random.default_rng(0).standard_normal((96, 256)).astype(np.float32)
-    integers, scale = int4.quantize(weight, 128)
-    packed, scales = torch.from_numpy(int4.pack(integers).T.copy()), torch.from_numpy(scale.T.copy())
-    assert np.array_equal(reference.dequantize(packed.view(torch.int8), scales), int4.dequantize(integers, scale).T)
+def rows_of(inputs: dict[str, Tensor], first: int, rows: int, tactic: Tactic) -> Tensor:
+    """The bits of these rows, computed in a step of their own."""
+    activations = ("x", "narrow", "residual")
+    given = {
+        name: tensor[first : first + rows].contiguous() if name in activations else tensor.clone()
+        for name, tensor in inputs.items()
+    }
+    found, _ = int4_product(**given, tactic=tactic)
+    return found.view(torch.int16)
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["one program", "separate programs"])
+@pytest.mark.parametrize("groups", [3, 16])
+def test_a_rows_bits_depend_neither_on_other_rows_nor_on_the_tile(groups: int, split: bool) -> None:
+    """Steps of 1, 8, 32 and 64 rows, and a chunk, in every tactic; the matrix of 16 groups is summed in two parts."""
+    case = replace(SPLIT, rows=70, groups=groups, split=split)
+    inputs = case.inputs()
+    tactics = list(case.operator.tactics(case.node).values())
+    expected = rows_of(inputs, 0, 70, tactics[-1])
+    for tactic in tactics:
+        for first, rows in ((69, 1), (3, 8), (30, 32), (5, 64)):
+            found = rows_of(inputs, first, rows, tactic)
+            assert torch.equal(found, expected[first : first + rows]), (tactic, first, rows)
+
+
+def test_separate_programs_give_the_bits_of_one_program() -> None:
+    case = replace(SPLIT, groups=32, rank=0, residual=False, dtype=torch.float32)
+    assert case.operator.constants(case.node)["SPLITS"] == 4
+    inputs = case.inputs()
+    separate, _ = int4_product(**inputs, tactic=SPLIT.tactic)
+    one, _ = int4_product(**{name: t for name, t in inputs.items() if name != "counters"}, tactic=SPLIT.tactic)
+    assert torch.equal(separate, one)
+
+
+def test_parts_and_their_order_depend_on_the_matrix_alone() -> None:
+    """The number of parts is a constant of the kernel that no number of rows and no tactic changes."""
+    for product in PRODUCTS.values():
+        constants = [product.operator.constants(product.node(rows)) for rows in (1, 16, 64, 65, 4096)]
+        assert all(found == constants[0] for found in constants)
+        splits = constants[0]["SPLITS"]
+        assert splits == split_count(product.inner, product.columns, 128)
+        assert product.operator.split == (splits > 1)
+        for tactic in product.operator.tactics(product.node(1)).values():
+            assert tactic.constants.keys() == {"BLOCK_M", "BLOCK_N"}
+            parts = {product.operator.grid(product.node(rows), tactic)[2] for rows in (1, 16, 64, 65, 4096)}
+            assert parts == {splits if tactic.constants["BLOCK_M"] <= SPLIT_ROWS else 1}
+    assert {name: split_count(p.inner, p.columns, 128) for name, p in PRODUCTS.items()} == {
+        "qkv": 4,
+        "o": 4,
+        "o with adapter": 4,
+        "gate_up": 1,
+        "down": 8,
+    }
+
+
+def test_the_counters_are_zero_after_each_launch() -> None:
+    """So the same buffer serves all products, and a graph can be replayed."""
+    inputs = SPLIT.inputs()
+    first, _ = int4_product(**inputs, tactic=SPLIT.tactic)
+    assert not inputs["counters"].any()
+    again, _ = int4_product(**inputs, tactic=Int4Product.TACTICS[1])
+    assert torch.equal(first, again)
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_only_the_last_program_of_a_tile_writes_it(missing: int) -> None:
+    """Without the programs of one part, a tile stays unwritten and its counter shows how many arrived."""
+    launched = prepare(SPLIT.operator, SPLIT.inputs(), SPLIT.tactic)
+    splits = launched.constants["SPLITS"]
+    assert launched.grid[2] == splits == 2
+    launch(launched._replace(grid=(*launched.grid[:2], splits - 1 + missing)))
+    y, _, counters = launched.outputs
+    assert y.isnan().all() == (missing == 0)
+    used = launched.grid[0] * launched.grid[1]
+    assert counters[:used].tolist() == [0 if missing else 1] * used
+    assert not counters[used:].any()
+
+
+def test_counters_suffice_for_every_tactic() -> None:
+    for product in PRODUCTS.values():
+        for tactic in product.operator.tactics(product.node(SPLIT_ROWS)).values():
+            row_tiles, strips, _ = product.operator.grid(product.node(SPLIT_ROWS), tactic)
+            assert row_tiles * strips <= Int4Product.counters(product.columns)
+
+
+def test_the_default_tactic_has_a_kernel_and_holds_all_rows_of_a_step() -> None:
+    for product in PRODUCTS.values():
+        for rows in (1, 16, 17, 32, 33, 64, 65, 256, 4096):
+            node = product.node(rows)
+            tactics = product.operator.tactics(node)
+            block_m = tactics[product.operator.default_tactic(node, tactics.keys())].constants["BLOCK_M"]
+            assert block_m >= min(rows, SPLIT_ROWS)
+            for only in tactics:
+                assert product.operator.default_tactic(node, {only}) == only
+    node = PRODUCTS["gate_up"].node(4096)
+    assert PRODUCTS["gate_up"].operator.tactics(node)[
+        PRODUCTS["gate_up"].operator.default_tactic(node, range(1, 9))
+    ].constants == {"BLOCK_M": 128, "BLOCK_N": 128}
+
+
+@pytest.mark.parametrize("group", [16, 48, 64, 128])
+@pytest.mark.parametrize("columns", [96, 128, 130])
+def test_the_layout_holds_the_checkpoints_weights(columns: int, group: int) -> None:
+    weight = np.random.default_rng(0).standard_normal((columns, 4 * group)).astype(np.float32)
+    integers, scale = int4.quantize(weight, group)
+    tiles = pack_tiles(integers, group)
+    node = Int4Product().node(rows=1, inner=4 * group, columns=columns, group=group)
+    assert tiles.shape == node.shapes["packed"]
+    found = reference.dequantize(torch.from_numpy(tiles), torch.from_numpy(scale.T.copy()))
+    assert np.array_equal(found, int4.dequantize(integers, scale).T)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "bf16 by fma"])
+def test_the_assembly_unpacks_exactly(dtype: str) -> None:
+    """Its instructions, executed one by one on random words, against the plain form."""
+    assembly = {"fp16": kernels._FP16, "bf16": kernels._BF16, "bf16 by fma": kernels._BF16_BY_FMA}[dtype].value
+    words = np.random.default_rng(0).integers(0, 2**32, (2, 1000), np.uint32)
+    found = execute(assembly, words, np.float16 if dtype == "fp16" else None)
+    for j in range(8):
+        assert np.array_equal(found[j], (words >> np.uint32(4 * j) & 15).astype(np.float32) - 8)
+
+
+def execute(assembly: str, words: np.ndarray, half: type | None) -> list[np.ndarray]:
+    """The pairs that these instructions make of two words, as fp32. half: fp16; None for bf16."""
+    registers: dict[str, np.ndarray] = {"$8": words[0], "$9": words[1]}
+
+    def value(name: str) -> np.ndarray:
+        return registers[name] if name in registers else np.full(words.shape[1], int(name, 0), np.uint32)
+
+    def floats(bits: np.ndarray) -> np.ndarray:
+        halves = np.stack([bits & 0xFFFF, bits >> 16]).astype(np.uint16)
+        if half:
+            return halves.view(half).astype(np.float32)
+        return (halves.astype(np.uint32) << 16).view(np.float32)
+
+    def bits(pair: np.ndarray) -> np.ndarray:
+        low, high = pair.astype(half).view(np.uint16) if half else (pair.view(np.uint32) >> 16)
+        return low.astype(np.uint32) | high.astype(np.uint32) << 16
+
+    for line in assembly.replace("{", "").replace("}", "").split(";"):
+        name, *rest = line.split(maxsplit=1)[:2] or [""]
+        operands = [operand.strip() for operand in "".join(rest).split(",")]
+        kind = name.split(".")[0]
+        if kind == "mov":
+            registers[operands[0]] = value(operands[1])
+        elif kind == "prmt":
+            joined = np.stack([value(operands[1]).view(np.uint8).reshape(-1, 4)[:, i] for i in range(4)])
+            joined = np.concatenate([joined, value(operands[2]).view(np.uint8).reshape(-1, 4).T])
+            chosen = [joined[int(operands[3], 16) >> (4 * i) & 15] for i in range(4)]
+            registers[operands[0]] = np.stack(chosen, axis=1).copy().view(np.uint32)[:, 0]
+        elif kind == "shr":
+            registers[operands[0]] = value(operands[1]) >> value(operands[2])
+        elif kind == "lop3":
+            assert operands[4] == "0xea"  # a & b | c
+            registers[operands[0]] = value(operands[1]) & value(operands[2]) | value(operands[3])
+        elif kind == "add":
+            registers[operands[0]] = bits(floats(value(operands[1])) + floats(value(operands[2])))
+        elif kind == "fma":
+            a, b, c = (floats(value(operand)) for operand in operands[1:])
+            registers[operands[0]] = bits(a * b + c)
+        else:
+            assert kind in ("", ".reg") or line.split()[:1] == [".reg"], line
+    return [floats(registers[f"${j}"]) for j in range(8)]

@@ -7,19 +7,19 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
 
 from scripts.gpu.kernel_checks import distance
+from tests.plugins import test_int4_product
 from tests.support.kernel_cases import AttentionCase, ProductCase
 from tests.support.kernel_functions import TOLERANCES, attend, int4_product, kv_write
 from trimode.common.errors import TriModeError
 from trimode.plugins.kernels import attention as attention_kernels
 from trimode.plugins.kernels import int4_product as product_kernels
 from trimode.plugins.kernels import kv_write as write_kernels
-from trimode.plugins.operators import Int4Product, KvWrite, Pattern
+from trimode.plugins.operators import KvWrite, Pattern
 from trimode.plugins.reference import attention
 from trimode.plugins.reference import int4_product as product
 from trimode.plugins.reference import kv_write as write
@@ -38,12 +38,20 @@ def attention_distance(pattern: Pattern, stale: int = 0) -> float:
     return distance(found, attention.attend(**inputs))
 
 
-def product_distance(few: bool = False, without: tuple[str, ...] = ()) -> float:
-    """few: rows, for the tactics without tensor cores. without: inputs that the kernel does not get."""
-    tactic = Int4Product.TACTICS[1 if few else 2]
-    case = ProductCase(4, 3, 70, input_scale=True, rank=24, residual=True, tactic=tactic)
+# One program for a tile, and two with a part of K each.
+PRODUCTS = {
+    split: ProductCase(4, 16 if split else 3, 70, split=split, input_scale=True, rank=24, residual=True)
+    for split in (False, True)
+}
+
+
+def product_distance(split: bool, without: tuple[str, ...] = ()) -> float:
+    """without: inputs that the kernel does not get."""
+    case = PRODUCTS[split]
     inputs = case.inputs()
-    found, _ = int4_product(**{name: tensor for name, tensor in inputs.items() if name not in without}, tactic=tactic)
+    given = {name: tensor for name, tensor in inputs.items() if name not in without}
+    found, _ = int4_product(**given, tactic=case.tactic)
+    inputs.pop("counters", None)
     return distance(found, product.int4_product(**inputs))
 
 
@@ -82,7 +90,7 @@ def mutant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Non
 def test_without_a_fault_all_are_within_the_tolerance() -> None:
     for pattern in ("causal", "bidirectional", "masked"):
         assert attention_distance(pattern) < TOLERANCE
-    assert max(product_distance(), product_distance(few=True), write_distance()) < TOLERANCE
+    assert max(product_distance(False), product_distance(True), write_distance()) < TOLERANCE
 
 
 ATTENTION_FAULTS: dict[str, tuple[Pattern, str, str]] = {
@@ -138,22 +146,66 @@ def test_a_fault_in_attention_is_detected(name: str, mutant: Callable[..., None]
     assert not attention_distance(pattern) < 10 * TOLERANCE
 
 
-PRODUCT_FAULTS: dict[str, tuple[Any, ...]] = {
-    "another group's scales": ("first // GROUP", "(first + GROUP) % INNER // GROUP", 2),
-    "the nibbles swapped": ("tl.join(even, odd)", "tl.join(odd, even)"),
-    "an offset one off": ("8388616.0", "8388615.0"),
+PRODUCT_FAULTS: dict[str, tuple[str, str]] = {
+    "another group's scales": ("unit * UNIT // GROUP", "(unit + 1) % (INNER // UNIT) * UNIT // GROUP"),
+    "two nibbles swapped": ("tl.join(a, b)", "tl.join(b, a)"),
+    "another order of nibbles": ("(0, 4, 3, 2, 1)", "(0, 4, 2, 3, 1)"),
+    "nibbles before words": ("(0, 4, 3, 2, 1)", "(0, 1, 4, 3, 2)"),
+    "an offset one off": ("& 15) - 8)", "& 15) - 7)"),
+    "another tile's columns": ("(column % _TILE)[:, None]", "((column + 1) % _TILE)[:, None]"),
     "the adapter left out": ("if narrow is not None:", "if RANK < 0:"),
     "the adapter's last columns left out": ("tl.range(0, RANK, BLOCK)", "tl.range(0, RANK - BLOCK, BLOCK)"),
-    "the residual left out": ("if residual is not None:\n        result +=", "if residual is None:\n        result +="),
+    "the residual left out": ("if residual is not None:", "if RANK < 0:"),
     "the wrong rows of the residual": ("residual + at", "residual + (at + COLUMNS) % (rows * COLUMNS)"),
+}
+SPLIT_FAULTS: dict[str, tuple[str, str]] = {
+    "a part not added": ("tl.range(SPLITS)", "tl.range(SPLITS - 1)"),
+    "one part added twice": ("sums + index *", "sums + 0 * index *"),
+    "the same part in every program": ("tl.range(part * UNITS, (part + 1) * UNITS", "tl.range(0 * part, UNITS"),
+    "the parts left in one place": ("tl.store(sums + part *", "tl.store(sums + 0 * part *"),
+    "no part is the last": ("== SPLITS - 1", "== SPLITS"),
 }
 
 
-@pytest.mark.parametrize("few", [False, True], ids=["many rows", "few rows"])
-@pytest.mark.parametrize("name", PRODUCT_FAULTS)
-def test_a_fault_in_the_product_is_detected(name: str, few: bool, mutant: Callable[..., None]) -> None:
-    mutant(product_kernels, "int4_product_kernel", *PRODUCT_FAULTS[name])
-    assert not product_distance(few) < 10 * TOLERANCE
+@pytest.mark.parametrize(
+    ("split", "name"),
+    [*((split, name) for split in PRODUCTS for name in PRODUCT_FAULTS), *((True, name) for name in SPLIT_FAULTS)],
+)
+def test_a_fault_in_the_product_is_detected(split: bool, name: str, mutant: Callable[..., None]) -> None:
+    mutant(product_kernels, "int4_product_kernel", *(PRODUCT_FAULTS | SPLIT_FAULTS)[name])
+    assert not product_distance(split) < 10 * TOLERANCE
+
+
+def test_a_counter_that_is_not_reset_is_detected(mutant: Callable[..., None]) -> None:
+    mutant(product_kernels, "int4_product_kernel", "            tl.store(counter, 0)\n", "")
+    with pytest.raises(AssertionError):
+        test_int4_product.test_the_counters_are_zero_after_each_launch()
+
+
+def test_parts_that_are_not_awaited_are_detected(mutant: Callable[..., None]) -> None:
+    mutant(product_kernels, "int4_product_kernel", "== SPLITS - 1", "== 0")
+    with pytest.raises(AssertionError):
+        test_int4_product.test_only_the_last_program_of_a_tile_writes_it(0)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("sums + index *", "sums + (SPLITS - 1 - index) *"),
+        ("tl.range(first, end)", "tl.range(end - 1, first - 1, -1)"),
+    ],
+    ids=["of separate programs", "of one program"],
+)
+def test_a_wrong_order_of_parts_is_detected(right: str, wrong: str, mutant: Callable[..., None]) -> None:
+    mutant(product_kernels, "int4_product_kernel", right, wrong)
+    with pytest.raises(AssertionError):
+        test_int4_product.test_separate_programs_give_the_bits_of_one_program()
+
+
+def test_a_sum_that_depends_on_the_tile_is_detected(mutant: Callable[..., None]) -> None:
+    mutant(product_kernels, "int4_product_kernel", "total += tl.dot", "total += (BLOCK_N / 64 + 1e-6) * tl.dot")
+    with pytest.raises(AssertionError):
+        test_int4_product.test_a_rows_bits_depend_neither_on_other_rows_nor_on_the_tile(3, split=False)
 
 
 WRITE_FAULTS = {
@@ -194,8 +246,8 @@ def test_a_stale_length_is_detected(pattern: Pattern) -> None:
     assert write_distance(shift=-1) > 10 * TOLERANCE
 
 
-@pytest.mark.parametrize("few", [False, True], ids=["many rows", "few rows"])
-def test_a_missing_input_is_detected(few: bool) -> None:
-    assert product_distance(few, without=("narrow", "adapter_up")) > 10 * TOLERANCE
-    assert product_distance(few, without=("input_scale",)) > 10 * TOLERANCE
-    assert product_distance(few, without=("residual",)) > 10 * TOLERANCE
+@pytest.mark.parametrize("split", [False, True])
+def test_a_missing_input_is_detected(split: bool) -> None:
+    assert product_distance(split, without=("narrow", "adapter_up")) > 10 * TOLERANCE
+    assert product_distance(split, without=("input_scale",)) > 10 * TOLERANCE
+    assert product_distance(split, without=("residual",)) > 10 * TOLERANCE

@@ -24,7 +24,7 @@ TYPES = {
     "tensor(float)": TensorProto.FLOAT,
     "tensor(float16)": TensorProto.FLOAT16,
     "tensor(bfloat16)": TensorProto.BFLOAT16,
-    "tensor(int8)": TensorProto.INT8,
+    "tensor(int32)": TensorProto.INT32,
 }
 
 

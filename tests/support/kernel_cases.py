@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trimode.plugins.operators import Attend, Int4Product, Pattern, Tactic
-from trimode.plugins.operators.int4_product import within_group
+from trimode.plugins.operators import Attend, Int4Product, Node, Pattern, Tactic
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 GROUPS = (1, 4, 8)
@@ -93,53 +92,65 @@ def attention_cases(draw: Any) -> AttentionCase:
 
 @dataclass(frozen=True)
 class ProductCase:
-    """x [rows, groups * group] times W [groups * group, columns]. rank: 0 without an adapter."""
+    """x [rows, groups * group] times W [groups * group, columns]. split: parts of K may be separate programs.
+    rank: 0 without an adapter.
+    """
 
     rows: int
     groups: int
     columns: int
     group: int = 128
+    split: bool = False
     input_scale: bool = False
     rank: int = 0
     residual: bool = False
-    tactic: Tactic = Int4Product.TACTICS[2]
+    tactic: Tactic = Int4Product.TACTICS[0]
     dtype: torch.dtype = torch.float32
     seed: int = 0
 
-    def inputs(self) -> dict[str, Tensor]:
-        """Of :func:`trimode.plugins.reference.int4_product.int4_product`."""
-        random = torch.Generator().manual_seed(self.seed)
+    @property
+    def operator(self) -> Int4Product:
+        return Int4Product(
+            split=self.split, input_scale=self.input_scale, adapter=self.rank > 0, residual=self.residual
+        )
 
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=random).to(self.dtype)
-
+    @property
+    def node(self) -> Node:
         inner = self.groups * self.group
-        packed = torch.randint(-128, 128, (inner, self.columns // 2), generator=random, dtype=torch.int8)
-        inputs = {"x": normal(self.rows, inner), "packed": packed, "scale": normal(self.groups, self.columns)}
-        if self.input_scale:
-            inputs["input_scale"] = normal(inner)
-        if self.rank:
-            # As large as the product itself, so that a missing adapter exceeds the tolerance.
-            inputs["narrow"] = normal(self.rows, self.rank) * inner**0.5
-            inputs["adapter_up"] = normal(self.rank, self.columns) * 4
-        if self.residual:
-            inputs["residual"] = normal(self.rows, self.columns) * inner**0.5 * 4
+        return self.operator.node(rows=self.rows, inner=inner, columns=self.columns, group=self.group, rank=self.rank)
+
+    def inputs(self) -> dict[str, Tensor]:
+        """Of :func:`trimode.plugins.reference.int4_product.int4_product`, and the counters of a split product."""
+        random, shapes = torch.Generator().manual_seed(self.seed), self.node.shapes
+        inner = self.groups * self.group
+        # Adapter and residual are as large as the product itself, so that a missing one exceeds the tolerance.
+        sizes = {"narrow": inner**0.5, "adapter_up": 4.0, "residual": inner**0.5 * 4}
+        inputs = {}
+        for name, shape in shapes.items():
+            if name == "packed":
+                inputs[name] = torch.randint(-(2**31), 2**31, shape, generator=random, dtype=torch.int32)
+            elif name == "counters":
+                inputs[name] = torch.zeros(shape, dtype=torch.int32)
+            else:
+                dtype = torch.float32 if name == "scale" else self.dtype
+                inputs[name] = torch.randn(shape, generator=random).to(dtype) * sizes.get(name, 1.0)
         return inputs
 
 
 @st.composite
 def product_cases(draw: Any) -> ProductCase:
-    tactic = draw(st.sampled_from(Int4Product.TACTICS))
-    group = draw(st.sampled_from([128, 128, 128, 64, 32, 16]))
-    return ProductCase(
-        rows=draw(st.integers(1, 64)) if tactic.constants["BLOCK_M"] >= 16 else draw(st.integers(1, 6)),
+    group = draw(st.sampled_from([128, 128, 128, 256, 96, 64, 32, 16]))
+    case = ProductCase(
+        rows=draw(st.integers(1, 70)),
         groups=draw(st.integers(1, 5)),
         columns=2 * draw(st.integers(1, 150)),
         group=group,
         input_scale=draw(st.booleans()),
         rank=draw(st.sampled_from([0, 8, 24, 64, 128])),
         residual=draw(st.booleans()),
-        tactic=within_group(tactic, group),
         dtype=draw(st.sampled_from(DTYPES)),
         seed=draw(st.integers(0, 2**16)),
     )
+    if group != 96 and draw(st.integers(0, 3)) == 0:
+        case = replace(case, groups=2048 // group, columns=2 * draw(st.integers(1, 70)), split=True)
+    return replace(case, tactic=draw(st.sampled_from(list(case.operator.tactics(case.node).values()))))

@@ -77,9 +77,12 @@ def attend(
 
 
 def int4_product(*, tactic: Tactic, **inputs: Tensor) -> tuple[Tensor, dict[str, Traffic]]:
-    """As the reference, and the kernel's traffic."""
+    """As the reference, and the kernel's traffic. counters: of an operator whose parts are separate programs."""
     operator = Int4Product(
-        input_scale="input_scale" in inputs, adapter="narrow" in inputs, residual="residual" in inputs
+        split="counters" in inputs,
+        input_scale="input_scale" in inputs,
+        adapter="narrow" in inputs,
+        residual="residual" in inputs,
     )
     launched = prepare(operator, inputs, tactic)
     traffic = launch(launched)

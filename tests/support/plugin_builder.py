@@ -37,8 +37,9 @@ INPUTS: dict[str, Input] = {
     "partial": ("HALF", (BATCH, 3, HEADS, STEP, SIZE), (0, 1, 3)),
     "log_sum_exp": ("FLOAT", (BATCH, 3, HEADS, STEP), (0, 1, 3)),
     "x": ("HALF", (BATCH, STEP, INNER), (0, 1)),
-    "packed": ("INT8", (INNER, COLUMNS // 2), ()),
-    "scale": ("HALF", (INNER // GROUP, COLUMNS), ()),
+    "packed": ("INT32", (2, INNER // GROUP, 128, GROUP // 8), ()),
+    "counters": ("INT32", (12,), ()),
+    "scale": ("FLOAT", (INNER // GROUP, COLUMNS), ()),
     "input_scale": ("HALF", (INNER,), ()),
     "narrow": ("HALF", (BATCH, STEP, RANK), (0, 1)),
     "adapter_up": ("HALF", (RANK, COLUMNS), ()),
@@ -68,7 +69,7 @@ OTHER_INPUTS: dict[str, dict[str, Input]] = {"RmsNorm": {"weight": ("HALF", (INN
 # Operators of which all tactics are compiled. The others have the same kernels with other terms.
 COMPILED = (
     *("KvWrite", "AttendMasked", "AttendBidirectional", "MergeSplits"),
-    *("Int4Product", "Int4ProductScaledAdaptedResidual"),
+    *("Int4Product", "Int4ProductSplitScaledAdaptedResidual"),
     *("Embed", "Rotations", "RmsNorm", "SwiGlu", "SelectRows", "AskedLogits"),
     *("DenseProductRowScaled", "DenseProductAdaptedResidual", "TopCandidatesMasked", "MergeCandidates"),
 )

@@ -12,6 +12,7 @@ import pytest
 
 from tests.support.plugin_builder import INPUTS, Built, Input, build
 from trimode.plugins.operators import DOMAIN, OPERATORS, Attend, Int4Product, KvWrite, MergeSplits
+from trimode.plugins.operators.int4_product import WORD
 
 BATCH, STEP = 2, 40
 SIZES = {"batch": BATCH, "step": STEP, "rows": 7}
@@ -114,7 +115,10 @@ class _Network:
             operand: made.get(name) or self._shape(name) for operand, name in zip(operands, node.input, strict=True)
         }
         # Rows of activations; the weights give their width.
-        for operand, weight, axis in (("x", "packed", 0), ("residual", "scale", 1), ("narrow", "adapter_up", 0)):
+        if "packed" in shapes:
+            _, units, _, words = shapes["packed"]
+            shapes["x"] = (BATCH, STEP, units * words * WORD)
+        for operand, weight, axis in (("residual", "scale", 1), ("narrow", "adapter_up", 0)):
             if operand in shapes:
                 shapes[operand] = (BATCH, STEP, shapes[weight][axis])
         return {operand: (INPUTS[operand][0], shape, INPUTS[operand][2]) for operand, shape in shapes.items()}

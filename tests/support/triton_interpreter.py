@@ -99,7 +99,7 @@ class _Memory:
 def _interpreter_of(memory: _Memory) -> Iterator[None]:
     builder = interpreter.interpreter_builder
     load, store = builder.create_masked_load, builder.create_masked_store
-    dot, subtract = builder.create_dot, builder.create_fsub
+    subtract = builder.create_fsub
     call = JITFunction.__call__
 
     def checked_load(pointers: Any, mask: Any, *rest: Any) -> Any:
@@ -110,9 +110,12 @@ def _interpreter_of(memory: _Memory) -> Iterator[None]:
         memory.access(pointers, mask.data, store=True)
         return store(pointers, value, mask, *rest)
 
-    def exact_dot(a: Any, b: Any, *rest: Any) -> Any:
-        """The interpreter stores bf16 as integers and would multiply these."""
-        return dot(_widened(a), _widened(b), *rest)
+    def exact_dot(a: Any, b: Any, total: Any, *_: Any) -> Any:
+        """In fp64 and rounded once, so that no other row of a product changes a row's sum, as on tensor cores. (The
+        interpreter would also multiply the integers that it stores bf16 as.)
+        """
+        found = _widened(a).data.astype(np.float64) @ _widened(b).data.astype(np.float64)
+        return interpreter.TensorHandle(found.astype(total.data.dtype) + total.data, total.dtype.scalar)
 
     def exact_subtract(a: Any, b: Any) -> Any:
         difference = subtract(_widened(a), _widened(b))

@@ -144,27 +144,25 @@ def test_merge_weights_splits_and_ignores_those_without_attended_rows() -> None:
     near(execute(merge_function(), {"partial": parts, "log_sum_exp": logs})[0], expected)
 
 
+@pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("rank", [0, 8])
 @pytest.mark.parametrize("residual", [False, True])
-def test_int4_product(scaled: bool, rank: int, residual: bool) -> None:
-    inner, columns, group, rows = 64, 10, 16, 6
-    operator = Int4Product(input_scale=scaled, adapter=rank > 0, residual=residual)
-    everything = np.arange(inner * columns // 2).reshape(inner, columns // 2) % 256  # every byte value
-    inputs: dict[str, NDArray[np.generic]] = {
-        "x": random(rows, inner),
-        "packed": everything.astype(np.uint8).view(np.int8),
-        "scale": random(inner // group, columns),
-    }
-    if scaled:
-        inputs["input_scale"] = random(inner)
-    if rank:
-        inputs |= {"narrow": random(rows, rank), "adapter_up": random(rank, columns)}
-    if residual:
-        inputs["residual"] = random(rows, columns)
-    expected = int4_product.int4_product(**{name: torch.from_numpy(array) for name, array in inputs.items()})
-    found = execute(int4_product_function(operator), inputs)[0]
-    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4, atol=1e-3)
+def test_int4_product(split: bool, scaled: bool, rank: int, residual: bool) -> None:
+    operator = Int4Product(split=split, input_scale=scaled, adapter=rank > 0, residual=residual)
+    node = operator.node(rows=6, inner=64, columns=10, group=16, rank=rank)
+    inputs: dict[str, NDArray[np.generic]] = {name: random(*shape) for name, shape in node.shapes.items()}
+    words = np.random.default_rng(0).integers(0, 2**32, node.shapes["packed"], np.uint32)
+    inputs["packed"] = words.view(np.int32)
+    given = {name: torch.from_numpy(array) for name, array in inputs.items() if name != "counters"}
+    if split:
+        inputs["counters"] = np.zeros(node.shapes["counters"], np.int32)
+    y, *others = execute(int4_product_function(operator), inputs, {"counters_out": onnx.TensorProto.INT32})
+    np.testing.assert_allclose(y, int4_product.int4_product(**given).numpy(), rtol=1e-4, atol=1e-3)
+    if split:
+        product = {name: given[name] for name in given.keys() & {"x", "packed", "scale", "input_scale"}}
+        np.testing.assert_allclose(others[0][0], int4_product.int4_product(**product).numpy(), rtol=1e-4, atol=1e-3)
+        assert not others[1].any()
 
 
 def tensors_of(inputs: Mapping[str, NDArray[np.generic]]) -> dict[str, torch.Tensor]:

@@ -37,7 +37,6 @@ from tests.support.triton_interpreter import Traffic
 from trimode.build import roofline
 from trimode.build.tensorrt import emission
 from trimode.plugins.operators import Attend, Int4Product, KvWrite, MergeSplits, Pattern, Tactic
-from trimode.plugins.operators.int4_product import within_group
 
 REAL = 2
 
@@ -87,14 +86,15 @@ def test_attention_traffic_equals_the_interpreters(pattern: Pattern, tactic: Tac
         assert_same(merge_traffic(MergeSplits.node(batch=case.batch, step=step, **sizes), counted, REAL), merged)
 
 
-@pytest.mark.parametrize("tactic", Int4Product.TACTICS, ids=lambda tactic: str(tactic.constants["BLOCK_M"]))
+@pytest.mark.parametrize("tactic", Int4Product.TACTICS, ids=lambda tactic: str(tuple(tactic.constants.values())))
 def test_product_traffic_equals_the_interpreters(tactic: Tactic) -> None:
     plain = ProductCase(tactic.constants["BLOCK_M"] + 3, 2, 2 * 97, tactic=tactic, dtype=torch.float16)
     fused = replace(plain, input_scale=True, rank=32, residual=True)
-    for case in (plain, fused, replace(plain, group=32, tactic=within_group(tactic, 32))):
+    split = replace(plain, rows=70, groups=16, split=True)
+    for case in (plain, fused, replace(plain, group=32), replace(plain, group=256), split):
         inputs = case.inputs()
         _, traffic = int4_product(**inputs, tactic=case.tactic)
-        assert_same(int4_product_traffic(node_of(inputs), case.tactic, REAL), traffic)
+        assert_same(int4_product_traffic(case.operator, node_of(inputs), case.tactic, REAL), traffic)
 
 
 @pytest.mark.parametrize("step", [1, 8, 32, 33, 48, 64])
@@ -118,7 +118,9 @@ def test_no_kernel_moves_more_than_a_tenth_above_its_least_bytes(group: int, bat
             assert least([merge_traffic(merge, traffic, REAL) for traffic in found]) <= LIMIT
     rows = batch * step
     for product in PRODUCTS.values() if rows <= LONGEST_BOUND_BY_BYTES else ():
-        assert least([int4_product_traffic(product.node(rows), t, REAL) for t in Int4Product.TACTICS]) <= LIMIT
+        node = product.node(rows)
+        found = [int4_product_traffic(product.operator, node, t, REAL) for t in product.operator.tactics(node).values()]
+        assert least(found) <= LIMIT
 
 
 def test_rows_shared_by_neighbours_count_once_if_the_cache_holds_them() -> None:
