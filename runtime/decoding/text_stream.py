@@ -62,7 +62,7 @@ class TextStream:
         if not self._stops:
             self._decoded += text
             return
-        searched = max(0, len(self._decoded) - max(map(len, self._stops), default=0) + 1)
+        searched = max(0, len(self._decoded) - max(map(len, self._stops)) + 1)
         self._decoded += text
         found = [(at + len(stop), stop) for stop in self._stops if (at := self._decoded.find(stop, searched)) >= 0]
         if found:

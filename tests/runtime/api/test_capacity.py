@@ -44,6 +44,7 @@ def test_memory_shortens_the_context() -> None:
         "KV cache 9.375 KiB at 16 bytes a token; prefix cache 256 MiB; 2 threads; mode auto, blocks of 32"
     )
     assert (capacity(rows=None).context, capacity(rows=None).slot_context) == (1000, 1000)
+    assert "KV cache 1 KiB at" in str(capacity(rows=64))
     limited = capacity(rows=None, max_seq_len=200)
     assert (limited.context, limited.slot_context) == (200, 200)
 

@@ -62,6 +62,14 @@ def test_no_other_cut_costs_less(lengths: list[int | None], per_token: float, da
         assert found <= total(cuts, committed, cost) * (1 + 1e-9)
 
 
+def test_neighbours_with_steps_of_one_length_share_a_pass_at_any_cost() -> None:
+    """So the plan does not depend on measured costs where no pass has padding."""
+    cost = machine(0.05)
+    cost.least_seconds = None  # type: ignore[assignment,method-assign]
+    members = [member(2, 3), member(3, 3), member(4, 3)]
+    assert plan_spans(members, [0] * 5, CAPACITY, "ar", cost) == [Span(2, 4, 3, members)]
+
+
 def test_steps_carry_each_member_and_leave_the_rest_as_padding() -> None:
     members = [member(1, 3), member(3, 2)]
     span = Span(1, 3, 3, members)

@@ -374,14 +374,17 @@ def test_answers_to_a_failed_prompt_fail_with_it() -> None:
 
 def test_stats_are_a_snapshot() -> None:
     bench = Recorder()
-    bench.submit((2, 3), SamplingParams(max_tokens=4, mode="ar"))
+    first = bench.submit((2, 3), SamplingParams(max_tokens=4, mode="ar"))
     bench.run()
     before = bench.scheduler.stats()
     kept = dataclasses.asdict(before)
     bench.submit((2, 3), SamplingParams(max_tokens=4, mode="ar"))
     bench.run()
     assert dataclasses.asdict(before) == kept
-    assert bench.scheduler.stats().counts.commit > before.counts.commit > 0
+    after = bench.scheduler.stats()
+    assert after.counts.commit > before.counts.commit > 0
+    assert (before.finished, after.finished) == (1, 2)
+    assert (before.emitted, after.emitted) == (len(bench.texts[first]), sum(map(len, bench.texts.values())))
 
 
 def test_an_engine_that_fails_fails_its_requests_and_serves_the_next() -> None:
