@@ -20,16 +20,11 @@ from __future__ import annotations
 
 import argparse
 import re
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
-import triton
-from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
-
+from scripts.gpu.disassembly import disassembled, main_loop
 from scripts.gpu.kernel_table import default_product_tactic, smallest_fitting
 from scripts.gpu.kernels_8b import ATTENTION, PRODUCTS, SPLITS
 from scripts.gpu.traffic import (
@@ -234,43 +229,13 @@ def _binary(name: str, number: int, capability: int, real: Real) -> Binary:
         node = attend.node(batch=1, step=1, capacity=1, splits=SPLITS, **ATTENTION)
     tactic = operator.tactics(node)[number]
     kernel = compile_operator(operator, operator.constants(node), tactic, real, capability)
-    with tempfile.TemporaryDirectory() as folder:
-        source, binary = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
-        source.write_text(kernel.ptx)
-        target = f"--gpu-name={sm_arch_from_capability(capability)}"
-        subprocess.run([get_ptxas(capability).path, target, source, "-o", binary], check=True)
-        nvdisasm = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
-        listing = subprocess.run([nvdisasm, "-c", binary], check=True, capture_output=True, text=True).stdout
-    loop = main_loop(listing)
+    loop = main_loop(disassembled(kernel))
     return Binary(
         kernel.resources.registers,
         kernel.shared_bytes,
         len(loop),
         sum(_async_bytes(instruction) for instruction in loop) * _WARP * tactic.warps,
     )
-
-
-def main_loop(listing: str) -> list[str]:
-    """The instructions of the longest loop that contains no other one and multiplies on tensor cores, in nvdisasm's
-    listing of a kernel.
-    """
-    labels: dict[str, int] = {}
-    instructions: list[str] = []
-    loops: list[tuple[int, int]] = []
-    for line in listing.splitlines():
-        if label := re.match(r"(\.L_x_\d+):", line.strip()):
-            labels[label[1]] = len(instructions)
-        elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(.*?);", line):
-            instructions.append(instruction[1])
-            branch = re.search(r"BRA.*\((\.L_x_\d+)\)", instruction[1])
-            if branch and branch[1] in labels:
-                loops.append((labels[branch[1]], len(instructions)))
-    innermost = [
-        instructions[start:end]
-        for start, end in loops
-        if not any(start <= inner and last <= end and (inner, last) != (start, end) for inner, last in loops)
-    ]
-    return max((loop for loop in innermost if any("MMA" in line for line in loop)), key=len)
 
 
 def _async_bytes(instruction: str) -> int:

@@ -2,6 +2,7 @@
 
     python -m scripts.gpu.kernel_table resources  registers and shared memory of every kernel
     python -m scripts.gpu.kernel_table resources --real fp16 --head-dim 64  the same for another type and head size
+    python -m scripts.gpu.kernel_table instructions  instructions a weight of the int4 products' loops, by GPU
     python -m scripts.gpu.kernel_table traffic  bytes that each kernel moves on the 8B checkpoint, and its least bytes
 
 A kernel that spills or needs more shared memory than its GPU has is marked; a build omits it. The exit code is 1 if
@@ -85,6 +86,26 @@ def print_resources(real: Real, head_dim: int, capabilities: list[int]) -> bool:
     return needed == fitting
 
 
+def print_instructions(capabilities: list[int]) -> None:
+    """Instructions of all threads for each weight, in the main loop of the products in bf16."""
+    from scripts.gpu.disassembly import instructions_per_weight
+    from trimode.plugins.compilation import compile_operator
+
+    print("| product | tile | warps |", *(f"sm_{capability} |" for capability in capabilities))
+    print("|---|---|---|" + "---|" * len(capabilities))
+    for name in ("qkv", "gate_up", "down"):
+        operator, node = PRODUCTS[name].operator, PRODUCTS[name].node(1)
+        constants = operator.constants(node)
+        for tactic in operator.tactics(node).values():
+            block_m, block_n = tactic.constants["BLOCK_M"], tactic.constants["BLOCK_N"]
+            cells = []
+            for capability in capabilities:
+                kernel = compile_operator(operator, constants, tactic, "bf16", capability)
+                count = instructions_per_weight(kernel, block_n * constants["UNIT"])
+                cells.append(f"{count:.2f}" if kernel.fits else "-")
+            print(f"| {name} | {block_m} x {block_n} | {tactic.warps} |", *(f"{cell} |" for cell in cells), flush=True)
+
+
 def smallest_fitting(tactics: dict[int, Tactic], rows: int) -> Tactic:
     """The smallest tile that holds all rows, so that weights or KV rows are read once; if none does, the largest."""
     ordered = list(tactics.values())
@@ -144,11 +165,16 @@ def main() -> int:
     of_resources.add_argument("--real", choices=["bf16", "fp16"], default="bf16")
     of_resources.add_argument("--head-dim", type=int, choices=[64, 128], default=ATTENTION["head_dim"])
     of_resources.add_argument("--sm", default="80,86,89,90,100,120,121")
+    of_instructions = commands.add_parser("instructions")
+    of_instructions.add_argument("--sm", default="80,86,89,90,100,120,121")
     commands.add_parser("traffic")
     options = parser.parse_args()
     if options.command == "resources":
         capabilities = [int(capability) for capability in options.sm.split(",")]
         return not print_resources(options.real, options.head_dim, capabilities)
+    if options.command == "instructions":
+        print_instructions([int(capability) for capability in options.sm.split(",")])
+        return 0
     return not print_traffic()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from scripts.gpu.cycle_estimate import CHIPS, MEMORY_LATENCY, SCHEDULERS, Launch, Work, main_loop, seconds
+from scripts.gpu.cycle_estimate import CHIPS, MEMORY_LATENCY, SCHEDULERS, Launch, Work, seconds
 from trimode.build.roofline import GPUS
 
 H100, CHIP = GPUS["h100"], CHIPS["h100"]
@@ -45,22 +45,3 @@ def test_programs_beyond_the_resident_ones_wait_for_another_wave() -> None:
     first, second = (seconds(H100, work(programs, waits=100)) for programs in (resident, resident + 1))
     assert first == (pytest.approx(100 * MEMORY_LATENCY / CHIP.clock), "latency")
     assert second[0] == pytest.approx(2 * first[0])
-
-
-def test_the_main_loop_is_found_in_a_listing() -> None:
-    """Neither the loop around it nor a loop without products."""
-    listing = """
-        /*0000*/                   MOV R1, c[0x0][0x28] ;
-.L_x_0:
-        /*0010*/                   IADD3 R2, R2, 0x1, RZ ;
-        /*0020*/              @P0  BRA `(.L_x_0) ;
-.L_x_1:
-        /*0030*/                   MOV R4, R5 ;
-.L_x_2:
-        /*0040*/                   LDGSTS.E.BYPASS.128 [R4], desc[UR4][R6.64] ;
-        /*0050*/                   HMMA.16816.F32.BF16 R8, R12, R16, R8 ;
-        /*0060*/              @P1  BRA `(.L_x_2) ;
-        /*0070*/              @P2  BRA `(.L_x_1) ;
-        /*0080*/                   EXIT ;
-"""
-    assert [line.split()[0] for line in main_loop(listing)] == ["LDGSTS.E.BYPASS.128", "HMMA.16816.F32.BF16", "@P1"]
