@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from trimode.common.errors import TriModeError
-from trimode.common.machine import available_memory
 from trimode.common.progress import Progress, no_progress
 from trimode.engine.files import TOKENIZER, verify_files
 from trimode.engine.manifest import Manifest
 from trimode.engine.targets import NAMES
 from trimode.model.tokenizer import Tokenizer
 from trimode.runtime.executor import Executor
+from trimode.runtime.kv.default_budget import default_kv_bytes
 from trimode.runtime.target import HostLimits, RuntimeTarget
 
 # Targets without a package in runtime/ can be built and not run.
@@ -23,9 +23,6 @@ TARGETS: dict[str, RuntimeTarget] = {
     for name in NAMES
     if find_spec(f"trimode.runtime.{name}") is not None
 }
-
-# Of the available memory; the rest is for activations, the prefix cache and other processes.
-KV_SHARE = 0.8
 
 
 class LoadedEngine(NamedTuple):
@@ -47,8 +44,8 @@ def load_engine(
     """Load the engine directory ``folder``. With ``verify``, first check every file against the manifest.
 
     threads: as in :class:`trimode.runtime.target.HostLimits`. kv_cache_bytes: the most memory of target cpu's KV pool;
-    by default, KV_SHARE of the available memory after the weights. Raises TriModeError if the directory is
-    damaged or cannot run on this machine.
+    by default, that of :func:`trimode.runtime.kv.default_budget.default_kv_bytes`. Raises TriModeError if the directory
+    is damaged or cannot run on this machine.
     """
     manifest = Manifest.read(folder)
     if verify:
@@ -61,8 +58,6 @@ def load_engine(
             f"trimode build CHECKPOINT OUT --target {' or '.join(TARGETS)}"
         )
     if kv_cache_bytes is None:
-        # Mapped weights count as available memory until they are read.
-        weights = sum(entry.bytes for entry in manifest.files)
-        kv_cache_bytes = max(1, int(KV_SHARE * (available_memory() - weights)))
+        kv_cache_bytes = default_kv_bytes(sum(entry.bytes for entry in manifest.files))
     executor = TARGETS[name].load_executor(folder, manifest, HostLimits(threads, kv_cache_bytes))
     return LoadedEngine(manifest, tokenizer, executor)

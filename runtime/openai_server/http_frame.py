@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import time
 import uuid
@@ -11,7 +10,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-log = logging.getLogger("trimode.request")
+from trimode.runtime.openai_server.server_log import log_request
 
 REQUEST_ID = "x-request-id"
 _VALID_ID = re.compile(rb"[\x21-\x7e]{1,128}")
@@ -57,6 +56,4 @@ class HttpFrame:
         try:
             await self._app(inner, receive, framed)
         finally:
-            if log.isEnabledFor(logging.INFO):
-                seconds = time.perf_counter() - begun
-                log.info("%s %s %d %.3f s, request %s", scope["method"], scope["path"], status, seconds, request_id)
+            log_request(scope["method"], scope["path"], status, time.perf_counter() - begun, request_id)

@@ -13,6 +13,7 @@ from trimode.common.errors import TriModeError
 from trimode.runtime import loading
 from trimode.runtime.api.capacity import Capacity, Defaults
 from trimode.runtime.cpu import cpu_executor
+from trimode.runtime.kv import default_budget
 from trimode.runtime.kv.host_kv_pool import KvPool
 from trimode.runtime.request.errors import ContextLengthError
 
@@ -111,9 +112,9 @@ def test_options_that_cannot_be(random_engine: Path, options: dict[str, Any], me
 
 def test_the_default_limit_is_a_share_of_available_memory(random_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = sum(entry.bytes for entry in loading.Manifest.read(random_engine).files)
-    monkeypatch.setattr(loading, "available_memory", lambda: weights + (1 << 20))
+    monkeypatch.setattr(default_budget, "available_memory", lambda: weights + (1 << 20))
     with LLM(random_engine, measure_passes=False) as llm:
-        assert llm.capacity.kv_cache_bytes == int(loading.KV_SHARE * (1 << 20))
+        assert llm.capacity.kv_cache_bytes == int(default_budget.KV_SHARE * (1 << 20))
 
 
 @pytest.mark.parametrize(("threads", "used"), [(None, 2), (1, 1), (2, 2), (64, 2)])
