@@ -4,7 +4,8 @@
 
 For each shape it writes random w4a16 weights with an int4 head, builds them for target ``cpu`` with int8 and with exact
 activations, and writes a GGUF file in Q4_0 of the same sizes. A pass has 1 to 32 tokens after 256 KV rows and returns
-the logits of every token. llama.cpp runs in a separate process and environment (``.peers``).
+the logits of every token. llama.cpp runs in a separate process and environment (``.peers``). A last line for each shape
+gives the resident memory of a process that runs the AR and the diffusion engine with int8 activations.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from rich.table import Table
 
 from scripts.bench.llama_worker import KV_ROWS, MOST_TOKENS
 from scripts.bench.random_engines import random_checkpoint, random_engine
+from scripts.bench.resident_memory import resident_mib
 from scripts.gpu.random_w4a16_checkpoint import SHAPES
 from trimode.engine.manifest import Manifest
 from trimode.runtime.cpu.cpu_executor import CpuExecutor
@@ -118,6 +120,12 @@ def print_table(shape: str, medians: dict[str, dict[int, float]], console: Conso
     console.print(table)
 
 
+def memory_line(shape: str, folder: Path) -> str:
+    weights = sum(file.stat().st_size for file in random_checkpoint(shape, folder).rglob("*.safetensors")) / 2**20
+    resident = resident_mib(random_engine(shape, folder, "int8"))
+    return f"resident: {resident:.0f} MiB; the checkpoint's weights: {weights:.0f} MiB; {resident / weights:.2f}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default="tiny,250m,3b", help=f"of {', '.join(SHAPES)}, with commas")
@@ -131,6 +139,7 @@ def main() -> None:
     for shape in arguments.shapes.split(","):
         results[shape] = compare(shape, arguments.folder, arguments.threads, arguments.rounds)
         print_table(shape, results[shape], console)
+        console.print(memory_line(shape, arguments.folder))
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 

@@ -23,8 +23,6 @@ from unittest import mock
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.table import Table
 
 from scripts.bench.random_engines import random_engine
 from trimode import LLM, SamplingParams
@@ -125,14 +123,14 @@ def measure(engine: Path, acceptance: float, tokens: int, rounds: int) -> Speeds
     return Speeds(medians, ratio)
 
 
-def print_table(shape: str, results: dict[float, Speeds], console: Console) -> None:
-    table = Table(
-        f"{shape}, tokens a cycle", *SETTINGS, "auto / best fixed", box=None, header_style="bold", pad_edge=False
-    )
-    for acceptance, speeds in results.items():
-        cells = (f"{speed:.3g}" for speed in speeds.by_setting.values())
-        table.add_row(f"{acceptance:g}", *cells, f"{speeds.ratio:.2f}")
-    console.print(table)
+def header(shape: str) -> str:
+    names = "".join(f"{name:>16}" for name in SETTINGS)
+    return f"{shape + ', tokens a cycle':<22}{names}{'auto / best':>14}"
+
+
+def line(acceptance: float, speeds: Speeds) -> str:
+    cells = "".join(f"{speed:16.3g}" for speed in speeds.by_setting.values())
+    return f"{acceptance:<22g}{cells}{speeds.ratio:14.2f}"
 
 
 def main() -> None:
@@ -144,14 +142,14 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=ROOT / "engines" / "peers", help="keeps models and engines")
     parser.add_argument("--json", type=Path, help="also write the medians to this file")
     arguments = parser.parse_args()
-    console, results = Console(highlight=False, width=140), {}
-    acceptances = [float(text) for text in arguments.acceptances.split(",")]
+    results: dict[str, dict[float, Speeds]] = {}
     for shape in arguments.shapes.split(","):
         engine = random_engine(shape, arguments.folder, "int8")
-        results[shape] = {
-            acceptance: measure(engine, acceptance, arguments.tokens, arguments.rounds) for acceptance in acceptances
-        }
-        print_table(shape, results[shape], console)
+        print(header(shape), flush=True)
+        results[shape] = {}
+        for acceptance in map(float, arguments.acceptances.split(",")):
+            results[shape][acceptance] = measure(engine, acceptance, arguments.tokens, arguments.rounds)
+            print(line(acceptance, results[shape][acceptance]), flush=True)
     if arguments.json:
         plain = {shape: {key: speeds._asdict() for key, speeds in by.items()} for shape, by in results.items()}
         arguments.json.write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")

@@ -10,8 +10,6 @@ import argparse
 import json
 import math
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -25,6 +23,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
+from scripts.bench.resident_memory import resident_mib
 from scripts.prove.proof_table import ProofRow, print_table
 from tests.support.random_checkpoint import write_random_checkpoint
 from trimode import LLM, CompletionOutput, SamplingParams
@@ -301,26 +300,6 @@ def w4a8_rows(exact: LLM, rounded: LLM, prompts: list[list[int]], answers: list[
     return rows
 
 
-MEMORY_PROGRAM = """
-import re, sys
-from pathlib import Path
-import numpy as np
-from trimode.engine.manifest import Manifest
-from trimode.runtime.cpu import cpu_executor
-from trimode.runtime.executor import BidirectionalStep, CausalStep
-
-engine = Path(sys.argv[1])
-if sys.argv[2] == "1":
-    cpu_executor._FOLDERS = {CausalStep: "ar"}
-executor = cpu_executor.CpuExecutor(engine, Manifest.read(engine))
-ids, at, rows = np.arange(16)[None], np.array([0]), np.arange(16)[None]
-executor.run(CausalStep.chain(0, ids, at, rows))
-if sys.argv[2] == "2":
-    executor.run(BidirectionalStep.block(0, ids, at, rows, np.array([16]), np.array([True])))
-print(re.search(r"^Pss:\\s+(\\d+)", Path("/proc/self/smaps_rollup").read_text(), re.M)[1])
-"""
-
-
 def memory_row(folder: Path) -> ProofRow:
     """Proportional set size of a process that ran both engines, divided by that of a process that ran only AR.
 
@@ -331,11 +310,7 @@ def memory_row(folder: Path) -> ProofRow:
     write_random_checkpoint(folder / "large", **shape, **heads)
     quantize_checkpoint(Checkpoint(folder / "large"), folder / "large-int4", method="rtn", head="int4")
     build_engine(Checkpoint(folder / "large-int4"), folder / "large-engine")
-    sizes = []
-    for engines in ("1", "2"):
-        command = [sys.executable, "-c", MEMORY_PROGRAM, str(folder / "large-engine"), engines]
-        runs = [int(subprocess.run(command, capture_output=True, check=True).stdout) for _ in range(3)]
-        sizes.append(statistics.median(runs) / 1024)
+    sizes = [statistics.median(resident_mib(folder / "large-engine", engines) for _ in range(3)) for engines in (1, 2)]
     ratio = sizes[1] / sizes[0]
     found = f"{ratio:.2f} ({sizes[0]:.0f} to {sizes[1]:.0f} MiB)"
     return ProofRow("memory (PSS) of both engines against one, 250 M parameters", "<= 1.15", found, ratio <= 1.15)
