@@ -69,6 +69,7 @@ def write_kernels(
             compiled = compile_operator(kernel.operator, kernel.constants, kernel.tactic, real, sm)
             if compiled.fits:
                 (target / f"{name}.ptx").write_text(compiled.ptx, encoding="ascii")
+                (target / f"{name}.cubin").write_bytes(compiled.cubin)
                 threads = compiled.warps * _WARP
                 index[name] = LibraryKernel(entry=compiled.name, threads=threads, shared_bytes=compiled.shared_bytes)
             done += 1

@@ -2,7 +2,8 @@
 
 ```
 kernels/sm_90/kernels.json     what a launch of each kernel needs
-kernels/sm_90/<kernel>.ptx     its PTX
+kernels/sm_90/<kernel>.ptx     its PTX, which the driver compiles for later GPUs
+kernels/sm_90/<kernel>.cubin   its binary for this GPU
 ```
 One folder for each compute capability. A kernel that does not fit a GPU is absent.
 """
@@ -72,6 +73,9 @@ class KernelLibrary:
 
     def ptx(self, name: str) -> bytes:
         return (self._folder / f"{name}.ptx").read_bytes()
+
+    def cubin(self, name: str) -> bytes:
+        return (self._folder / f"{name}.cubin").read_bytes()
 
 
 def library_folder(folder: Path, compute_capability: int) -> Path:

@@ -55,10 +55,13 @@ class Resources:
 
 @dataclass(frozen=True)
 class CompiledKernel:
-    """A launch needs ``warps`` of 32 threads and ``shared_bytes`` of dynamic shared memory."""
+    """cubin: the binary that ptxas made of the PTX. A launch needs ``warps`` of 32 threads and ``shared_bytes`` of
+    dynamic shared memory.
+    """
 
     name: str
     ptx: str
+    cubin: bytes
     compute_capability: int
     warps: int
     shared_bytes: int
@@ -125,27 +128,26 @@ def _compile(source: ASTSource, tactic: Tactic, compute_capability: int, most_re
         compiled = triton.compile(source, target=GPUTarget("cuda", compute_capability, _WARP), options=options)
     name, parameters = compiled.metadata.name, sum(kind != "constexpr" for kind in source.signature.values())
     ptx = _without_scratch(compiled.asm["ptx"], parameters)
-    return CompiledKernel(
-        name, ptx, compute_capability, tactic.warps, compiled.metadata.shared, _resources(name, ptx, compute_capability)
-    )
+    cubin, resources = _assembled(name, ptx, compute_capability)
+    return CompiledKernel(name, ptx, cubin, compute_capability, tactic.warps, compiled.metadata.shared, resources)
 
 
-def _resources(name: str, ptx: str, compute_capability: int) -> Resources:
-    """Assemble the PTX with Triton's ptxas and read its report."""
+def _assembled(name: str, ptx: str, compute_capability: int) -> tuple[bytes, Resources]:
+    """Assemble the PTX with Triton's ptxas. Returns the binary, and what ptxas reports of it."""
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "kernel.ptx")
+        source, binary = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
         source.write_text(ptx)
         architecture = sm_arch_from_capability(compute_capability)
         command = [get_ptxas(compute_capability).path, "-v", f"--gpu-name={architecture}", str(source)]
-        assembled = subprocess.run([*command, "-o", str(source.with_suffix(".cubin"))], capture_output=True, text=True)  # noqa: S603
-    if assembled.returncode:
-        raise TriModeError(f"ptxas refuses {name} for {architecture}: {assembled.stderr.strip()}")
-    return Resources(
-        registers=_number(r"Used (\d+) registers", assembled.stderr),
-        spilled_bytes=_number(r"(\d+) bytes spill stores", assembled.stderr)
-        + _number(r"(\d+) bytes spill loads", assembled.stderr),
-        stack_bytes=_number(r"(\d+) bytes stack frame", assembled.stderr),
-    )
+        assembled = subprocess.run([*command, "-o", str(binary)], capture_output=True, text=True)  # noqa: S603
+        if assembled.returncode:
+            raise TriModeError(f"ptxas refuses {name} for {architecture}: {assembled.stderr.strip()}")
+        return binary.read_bytes(), Resources(
+            registers=_number(r"Used (\d+) registers", assembled.stderr),
+            spilled_bytes=_number(r"(\d+) bytes spill stores", assembled.stderr)
+            + _number(r"(\d+) bytes spill loads", assembled.stderr),
+            stack_bytes=_number(r"(\d+) bytes stack frame", assembled.stderr),
+        )
 
 
 def _number(pattern: str, log: str) -> int:

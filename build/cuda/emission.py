@@ -25,6 +25,7 @@ from trimode.engine.manifest import Limits, PoolEntry
 from trimode.engine.precision import NUMPY_TYPES, Real
 from trimode.engine.targets.cuda import GRAPH
 from trimode.model.checkpoint import Checkpoint
+from trimode.model.config import ModelConfig
 from trimode.model.step import ENGINES
 from trimode.plugins.launches import PassShape, plan_pass
 
@@ -49,20 +50,37 @@ def write_cuda_engines(
     (folder / POOL).parent.mkdir()
     pool = write_raw_pool(checkpoint, folder / POOL, progress, NUMPY_TYPES[real], "tiles", for_kernels=True)
     rank = checkpoint.adapter.config.r if checkpoint.adapter else 0
-    options = OperatorNetworkOptions(real, limits.capacity, limits.top_k, SPLITS, rank)
+    write_launches_and_kernels(checkpoint.config, pool, rank, folder, real, sms, limits, progress)
+    return pool_entries(pool)
+
+
+def write_launches_and_kernels(
+    config: ModelConfig,
+    pool: RawPool,
+    rank: int,
+    folder: Path,
+    real: Real,
+    sms: tuple[int, ...],
+    limits: Limits,
+    progress: Progress,
+) -> None:
+    """Write both engines' graphs and launch lists, and the kernels. rank: of the draft adapter; 0 without one."""
+    options = OperatorNetworkOptions(real, limits.top_k, SPLITS, rank)
     needed: dict[str, NeededKernel] = {}
     for index, (name, pattern) in enumerate(ENGINES):
         progress("graphs", index, len(ENGINES))
-        graph = build_operator_network(checkpoint.config, pool, pattern, options)
+        graph = build_operator_network(config, pool, pattern, options)
         onnx.checker.check_model(graph)
         (folder / name).mkdir()
         onnx.save(graph, folder / name / GRAPH)
         launches = launch_list(graph, REAL_TYPES[real], {entry.name for entry in pool.ranges()})
         launches.write(folder / name)
         needed |= needed_kernels(launches, limits)
+    if real == "fp32":
+        # For proofs, at any speed: the compiler needs minutes for large tiles of fp32.
+        needed = {name: kernel for name, kernel in needed.items() if name.endswith(".tactic1")}
     progress("graphs", len(ENGINES), len(ENGINES))
     write_kernels(needed, real, sms, folder / KERNELS, progress)
-    return pool_entries(pool)
 
 
 def needed_kernels(launches: LaunchList, limits: Limits) -> dict[str, NeededKernel]:

@@ -59,13 +59,11 @@ _WORD = 32
 
 
 class OperatorNetworkOptions(NamedTuple):
-    """activations: type of activations, KV pool and adapter. capacity: KV rows of a sequence. top_k: candidates of a
-    row. splits: parts of a sequence's KV rows that attention computes in parallel. rank: of the draft adapter; 0
-    without one.
+    """activations: type of activations, KV pool and adapter. top_k: candidates of a row. splits: parts of a sequence's
+    KV rows that attention computes in parallel. rank: of the draft adapter; 0 without one.
     """
 
     activations: Real
-    capacity: int
     top_k: int
     splits: int
     rank: int
@@ -107,7 +105,7 @@ class _OperatorGraph:
         self.token_mask = graph.input("token_mask", INT32, ["batch", "rows", words])
         self.asked_ids = graph.input("asked_ids", INT64, ["batch", "rows", "asked"])
         self.split_products = SplitProducts(graph, self.pool)
-        cache_shape: Shape = ["batch", config.num_key_value_heads, self.options.capacity, config.head_dim]
+        cache_shape: Shape = ["batch", config.num_key_value_heads, "capacity", config.head_dim]
         for name in cache_inputs(config.num_hidden_layers):
             graph.input(name, self.real, cache_shape)
         if self.has_adapter:

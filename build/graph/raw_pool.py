@@ -215,7 +215,7 @@ class _Writer:
     def linear(self, *modules: str) -> PooledLinear:
         """One matrix, or several that read the same input, concatenated along ``out``."""
         weights = [self._checkpoint.linear(module) for module in modules]
-        name = modules[0] if len(modules) == 1 else _merged_name(modules)
+        name = modules[0] if len(modules) == 1 else merged_name(modules)
         int4 = [weight for weight in weights if isinstance(weight, Int4Weight)]
         if self._layout == "dense" or not int4:
             matrices = (weight.to_float32() if isinstance(weight, Int4Weight) else weight.array for weight in weights)
@@ -255,7 +255,7 @@ class _Writer:
         )
 
 
-def _merged_name(modules: tuple[str, ...]) -> str:
+def merged_name(modules: tuple[str, ...]) -> str:
     """E.g. ``encoder.layers.0.self_attn.q_k_v``."""
     parent = modules[0].rpartition(".")[0]
     return f"{parent}." + "_".join(module.rpartition(".")[2].removesuffix("_proj") for module in modules)

@@ -43,17 +43,24 @@ class CudaNetwork:
         self._fixed = {**addresses, **{name: arena + offset for name, offset in plan.offsets.items()}}
 
     def bind(self, bucket: Bucket, inputs: Mapping[str, DeviceTensor], results: Mapping[str, DeviceTensor]) -> Enqueue:
-        addresses = dict(self._fixed)
-        addresses |= {name: tensor.address for name, tensor in (*inputs.items(), *results.items())}
-        for cache, name in enumerate(cache_inputs(self._pool.layers)):
-            addresses[name] = self._pool.address(cache, bucket.first_slot)
-        prepared = [self._prepare(launch, addresses) for launch in plan_pass(self._launches, pass_shape(bucket))]
+        prepared = [launch for _, launch in self.prepare(bucket, inputs, results)]
 
         def enqueue() -> None:
             for launch in prepared:
                 self._device.launch_kernel(launch)
 
         return enqueue
+
+    def prepare(
+        self, bucket: Bucket, inputs: Mapping[str, DeviceTensor], results: Mapping[str, DeviceTensor]
+    ) -> list[tuple[PlannedLaunch, KernelLaunch]]:
+        """The launches of a pass, with their kernels and arguments."""
+        addresses = dict(self._fixed)
+        addresses |= {name: tensor.address for name, tensor in (*inputs.items(), *results.items())}
+        for cache, name in enumerate(cache_inputs(self._pool.layers)):
+            addresses[name] = self._pool.address(cache, bucket.first_slot)
+        planned = plan_pass(self._launches, pass_shape(bucket))
+        return [(launch, self._prepare(launch, addresses)) for launch in planned]
 
     def _prepare(self, launch: PlannedLaunch, addresses: dict[str, int]) -> KernelLaunch:
         """Adds the addresses of outputs that alias an input."""

@@ -28,6 +28,7 @@ class Kernels:
                 present,
             )
         self._library = KernelLibrary(folder, chosen)
+        self._is_native = chosen == present
         self._most_shared_bytes = device.most_shared_bytes
         self._loaded: dict[str, Kernel] = {}
 
@@ -46,7 +47,6 @@ class Kernels:
     def _load(self, name: str) -> Kernel:
         if name not in self._loaded:
             entry = self._library.find(name)
-            self._loaded[name] = self._device.load_kernel(
-                self._library.ptx(name), entry.entry, entry.threads, entry.shared_bytes
-            )
+            image = self._library.cubin(name) if self._is_native else self._library.ptx(name)
+            self._loaded[name] = self._device.load_kernel(image, entry.entry, entry.threads, entry.shared_bytes)
         return self._loaded[name]

@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from trimode.common.errors import TriModeError
 
 Bytes = NDArray[np.uint8]
+# How a cubin begins. PTX is text, which must end with a zero byte.
+_ELF = b"\x7fELF"
 # A kernel with more dynamic shared memory than this must request it by an attribute.
 _UNREQUESTED_SHARED_BYTES = 48 << 10
 
@@ -123,7 +125,7 @@ class Device:
 
     def load_kernel(self, image: bytes, entry: str, threads: int, shared_bytes: int) -> Kernel:
         """image: PTX, which the driver compiles, or a cubin. entry: the function's name in it."""
-        module = _checked(driver.cuModuleLoadData(image + b"\0"))
+        module = _checked(driver.cuModuleLoadData(image if image.startswith(_ELF) else image + b"\0"))
         function = _checked(driver.cuModuleGetFunction(module, entry.encode()))
         if shared_bytes > _UNREQUESTED_SHARED_BYTES:
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -193,8 +195,8 @@ class Device:
         """Copy within the device's memory."""
         _checked(driver.cuMemcpyDtoDAsync(to, source, size, self._stream))
 
-    def clear(self, address: int, size: int) -> None:
-        _checked(driver.cuMemsetD8Async(address, 0, size, self._stream))
+    def fill(self, address: int, byte: int, size: int) -> None:
+        _checked(driver.cuMemsetD8Async(address, byte, size, self._stream))
 
     def copy_rows(self, to: Runs, source: Runs, width: int, count: int) -> None:
         """Copy ``count`` runs of ``width`` bytes."""

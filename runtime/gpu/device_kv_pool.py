@@ -31,18 +31,18 @@ class DeviceKvPool:
         self._row = model.head_dim * self._dtype.itemsize
         self._head = capacity * self._row
         self._slot = model.num_key_value_heads * self._head
-        self._memory = device.allocate(self._caches * slots * self._slot, "the KV pool")
+        self.memory = device.allocate(self._caches * slots * self._slot, "the KV pool")
         # Rows past a sequence's end are masked, but uninitialised memory may hold a NaN, and 0 * NaN is NaN.
-        device.clear(self._memory.address, self._memory.size)
+        device.fill(self.memory.address, 0, self.memory.size)
         device.synchronize()
 
     def address(self, cache: int, slot: int) -> int:
         """The address of ``slot`` in a cache, numbered as in :func:`trimode.model.step.cache_inputs`."""
-        return self._memory.address + (cache * self.slots + slot) * self._slot
+        return self.memory.address + (cache * self.slots + slot) * self._slot
 
     @property
     def limit_bytes(self) -> int:
-        return self._memory.size
+        return self.memory.size
 
     @property
     def row_bytes(self) -> int:

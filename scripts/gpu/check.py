@@ -1,14 +1,17 @@
-"""Check the kernels of plugins/ on a GPU: compare each with its reference, and its time with its lower bound.
+"""Check TriMode on a GPU: the kernels one by one, and engines of target ``cuda``.
 
-    python -m scripts.gpu.check emit .gpu --sm 90         on any machine: compile the kernels; needs no GPU
-    python -m scripts.gpu.check run .gpu out/kernels      on the GPU's machine: writes kernels.json and kernels.md there
+Kernels are compared with their references, and their times with their lower bounds. Engines of the shipped checkpoint
+are compared with target cpu's tokens. An engine of the 8B checkpoint's sizes, with random weights, is timed.
+
+    python -m scripts.gpu.check emit .gpu --sm 90         on any machine: compile kernels, build engines; needs no GPU
+    python -m scripts.gpu.check run .gpu out/kernels      on the GPU's machine: writes check.json and check.md there
     python -m scripts.gpu.check run .gpu out/kernels --parts products --limit 60
     python -m scripts.gpu.check dry                       the same host code in the interpreter, with small sizes
 
-The GPU's machine needs a driver for CUDA 12.9 or later, Python 3.11 or later, torch, and cuda-bindings. It needs no
-network, no compiler, no pydantic, and no installation of TriMode: copy the working tree with ``.gpu``, which git
-ignores, and run the command in the tree's root with ``PYTHONPATH=.``. Kernels are loaded from the binaries that
-``emit`` assembled; two are also loaded from their PTX, as in an engine.
+The GPU's machine needs a driver for CUDA 12.9 or later, Python 3.12, torch, and cuda-bindings. It needs no network, no
+compiler and no installation of TriMode: copy the working tree with ``.gpu``, which git ignores, and run the command in
+the tree's root with ``PYTHONPATH=.:.gpu/site``. Kernels are loaded from the binaries that ``emit`` assembled; two are
+also loaded from their PTX.
 
 Each part runs in a separate process for at most ``--limit`` seconds, so a fault or a hang does not affect the others.
 The results of a stopped part are kept. The exit code is 1 if a kernel is wrong or a part fails.
@@ -26,33 +29,35 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from scripts.gpu.kernel_checks import PARTS, SIZES_8B, SMALL_SIZES, Result, run_part, used_nodes
+from scripts.gpu.kernel_checks import PARTS as KERNEL_PARTS
+from scripts.gpu.kernel_checks import SIZES_8B, SMALL_SIZES, Result, run_part, used_nodes
 
 DEVICE_PART = "device"
+# Parts that run engines: scripts/gpu/engine_check.py.
+ENGINE_PARTS = ("tiny-fp32", "tiny-bf16", "8b")
+PARTS = (*ENGINE_PARTS, *KERNEL_PARTS)
 # Also loaded from PTX, to check that the driver accepts it.
 PTX_OPERATORS = ("MergeSplits", "AttendCausal")
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def emit(folder: Path, sm: int) -> None:
-    """Write PTX and cubin of every kernel of the check into ``folder``/sm_90. sm: compute capability, 90 for 9.0."""
-    from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
-
+def emit(folder: Path, sm: int, prompts: int) -> None:
+    """Write all that ``run`` needs. sm: compute capability, 90 for 9.0. prompts: of the comparison with target cpu."""
+    from scripts.gpu.engine_emission import emit_engines, write_packages
     from trimode.build.kernel_emission import NeededKernel, kernels_of, write_kernels
     from trimode.common.progress import no_progress
     from trimode.engine.kernel_library import library_folder
 
     target = library_folder(folder, sm)
     if target.exists():
-        raise SystemExit(f"{target} exists; remove it to emit the kernels again")
+        raise SystemExit(f"{folder} exists; remove it to emit everything again")
     needed: dict[str, NeededKernel] = {}
     for operator, node in used_nodes(SIZES_8B):
         needed |= kernels_of(operator, node)
     write_kernels(needed, "bf16", (sm,), folder, no_progress)
-    for ptx in sorted(target.glob("*.ptx")):
-        architecture = f"--gpu-name={sm_arch_from_capability(sm)}"
-        subprocess.run([get_ptxas(sm).path, architecture, ptx, "-o", ptx.with_suffix(".cubin")], check=True)
-    print(f"{len(needed)} kernels in {target}")
+    print(f"{len(needed)} kernels in {target}", flush=True)
+    emit_engines(folder, sm, prompts)
+    write_packages(folder / "site")
 
 
 def run(folder: Path, out: Path, parts: list[str], limit: float) -> bool:
@@ -71,18 +76,21 @@ def run(folder: Path, out: Path, parts: list[str], limit: float) -> bool:
         states[part] = f"{state}, {time.monotonic() - started:.0f} s"
         print(f"{part}: {states[part]}", flush=True)
     device = next(iter(_read_lines(_lines(out, DEVICE_PART))), {})
-    results = [result for part in parts for result in _read_lines(_lines(out, part))]
+    kernel_parts = [part for part in parts if part not in ENGINE_PARTS]
+    results = [result for part in kernel_parts for result in _read_lines(_lines(out, part))]
+    engines = [record for part in parts if part in ENGINE_PARTS for record in _read_lines(_lines(out, part))]
     report = {
         "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         "command": " ".join(["python -m scripts.gpu.check", *sys.argv[1:]]),
         "device": device,
         "parts": states,
+        "engines": engines,
         "results": results,
     }
-    (out / "kernels.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    (out / "kernels.md").write_text(markdown(report), encoding="utf-8")
+    (out / "check.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (out / "check.md").write_text(markdown(report), encoding="utf-8")
     wrong = [result for result in results if not result["right"]]
-    print(f"{len(results)} results, {len(wrong)} wrong; see {out / 'kernels.md'}")
+    print(f"{len(results)} results, {len(wrong)} wrong; see {out / 'check.md'}")
     return not wrong and all(state.startswith("ended") for state in states.values())
 
 
@@ -92,6 +100,9 @@ def run_in_this_process(part: str, folder: Path, lines: Path) -> None:
 
     from scripts.gpu.cuda_host import CudaHost
 
+    if part in ENGINE_PARTS:
+        _run_engine_part(part, folder, lines)
+        return
     torch.backends.cuda.matmul.allow_tf32 = False
     major, minor = torch.cuda.get_device_capability()
     kernels = folder / f"sm_{10 * major + minor}"
@@ -110,12 +121,22 @@ def run_in_this_process(part: str, folder: Path, lines: Path) -> None:
             _show(result)
 
 
+def _run_engine_part(part: str, folder: Path, lines: Path) -> None:
+    from scripts.gpu.engine_check import times_of_engine, tokens_of_tiny
+
+    with lines.open("w", encoding="utf-8") as file:
+        tiny = part.startswith("tiny-")
+        for record in tokens_of_tiny(folder, part.removeprefix("tiny-")) if tiny else times_of_engine(folder, part):
+            print(json.dumps(record), file=file, flush=True)
+            print(json.dumps(record), flush=True)
+
+
 def dry() -> bool:
     """Run every part in the interpreter. Returns whether every result is right."""
     from tests.support.interpreter_host import InterpreterHost
 
     results = []
-    for part in PARTS:
+    for part in KERNEL_PARTS:
         for result in run_part(part, InterpreterHost(), SMALL_SIZES):
             _show(result)
             results.append(result)
@@ -132,6 +153,7 @@ def markdown(report: dict[str, Any]) -> str:
     if bandwidth:
         lines.append(f"- bandwidth of a copy: {bandwidth / 1e12:.2f} TB/s")
     lines += [f"- part {part}: {state}" for part, state in report["parts"].items()]
+    lines += _engine_tables(report["engines"], bandwidth)
     lines += ["", "`bound / us`: time of the kernel's least bytes at the copy's bandwidth, divided by its time.", ""]
     lines += ["| kernel | case | tactic | error | us | bound / us |", "|---|---|---|---|---|---|"]
     for result in report["results"]:
@@ -142,6 +164,31 @@ def markdown(report: dict[str, Any]) -> str:
         cells = (result["kernel"], result["case"], result["tactic"], error, time_cell, share)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _engine_tables(records: list[dict[str, Any]], bandwidth: float | None) -> list[str]:
+    lines = ["", "| tokens | equal |", "|---|---|"]
+    lines += [f"| {record['what']} | {record['equal']} of {record['of']} |" for record in records if "equal" in record]
+    lines += ["", "| pass | rows | batch | ms | floor / ms |", "|---|---|---|---|---|"]
+    for record in records:
+        if "least_bytes" in record:
+            share = f"{record['least_bytes'] / bandwidth * 1e3 / record['ms']:.0%}" if bandwidth else "-"
+            cells = (record["what"], record["rows"], record["batch"], f"{record['ms']:.2f}", share)
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+        elif "prefill" in record["what"]:
+            lines.append(f"| {record['what']} | - | 1 | {record['ms']:.1f} | - |")
+    lines += ["", "| kernels of a pass | rows | tokens | launches | us |", "|---|---|---|---|---|"]
+    for record in records:
+        if "launches" in record:
+            cells = (
+                record["what"],
+                record["rows"],
+                record["step"],
+                record["launches"],
+                f"{record['microseconds']:.0f}",
+            )
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return lines
 
 
 def _known(part: str) -> Any:
@@ -174,9 +221,10 @@ def _show(result: Result) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    of_emit = commands.add_parser("emit", help="compile the kernels; needs no GPU")
+    of_emit = commands.add_parser("emit", help="compile kernels and build engines; needs no GPU")
     of_emit.add_argument("folder", type=Path)
     of_emit.add_argument("--sm", type=int, default=90, help="compute capability, 90 for 9.0")
+    of_emit.add_argument("--prompts", type=int, default=200, help="prompts of the comparison with target cpu")
     of_run = commands.add_parser("run", help="check and time the kernels on this machine's GPU")
     of_run.add_argument("folder", type=Path, help="what emit wrote")
     of_run.add_argument("out", type=Path, help="folder of the report")
@@ -189,7 +237,7 @@ def main() -> int:
     commands.add_parser("dry", help="small sizes in the interpreter; needs no GPU")
     options = parser.parse_args()
     if options.command == "emit":
-        emit(options.folder, options.sm)
+        emit(options.folder, options.sm, options.prompts)
         return 0
     if options.command == "run":
         return not run(options.folder, options.out, options.parts, options.limit)
