@@ -18,18 +18,19 @@ import numpy as np
 import torch
 from safetensors.numpy import save_file
 
-from trimode import LLM, SamplingParams
 from trimode.engine.files import ADAPTER
 from trimode.engine.launch_list import LaunchList, LaunchTensor
 from trimode.engine.manifest import Manifest
 from trimode.model.step import adapter_inputs
 from trimode.plugins.launches import PlannedLaunch
+from trimode.runtime.api.llm import EngineLLM
 from trimode.runtime.cuda.cuda_executor import CudaExecutor
 from trimode.runtime.cuda.cuda_network import CudaNetwork
 from trimode.runtime.executor import BidirectionalStep, CausalStep
 from trimode.runtime.gpu.buckets import Bucket
 from trimode.runtime.gpu.device import Buffer, Device, KernelLaunch
 from trimode.runtime.gpu.device_kv_pool import DeviceKvPool
+from trimode.runtime.request.sampling_params import SamplingParams
 
 MASK = 100
 BLOCK = 32
@@ -44,7 +45,7 @@ def tokens_of_tiny(folder: Path, real: str) -> Iterator[Record]:
     """Tokens of every mode against those of target cpu. Unused rows of the KV pool hold NaN."""
     expected = json.loads((folder / "expected.json").read_text())
     found: dict[str, list[list[int]]] = {}
-    with patch.object(DeviceKvPool, "__init__", _poisoned), LLM(folder / "engines" / f"tiny-{real}") as llm:
+    with patch.object(DeviceKvPool, "__init__", _poisoned), EngineLLM(folder / "engines" / f"tiny-{real}") as llm:
         for options in expected["modes"]:
             params, mode = SamplingParams(max_tokens=expected["max_tokens"], **options), str(options["mode"])
             outputs = llm.generate(expected["messages"], params)
