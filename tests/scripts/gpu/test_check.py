@@ -86,10 +86,10 @@ def test_a_part_that_fails_is_reported(tmp_path: Path) -> None:
     ]
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 1
-    report = json.loads((tmp_path / "out/kernels.json").read_text())
+    report = json.loads((tmp_path / "out/check.json").read_text())
     assert report["results"] == []
     assert [state.partition(" with")[0] for state in report["parts"].values()] == ["failed"] * 2
-    assert "part kv write: failed" in (tmp_path / "out/kernels.md").read_text()
+    assert "part kv write: failed" in (tmp_path / "out/check.md").read_text()
 
 
 def test_a_part_is_stopped_at_its_limit_and_keeps_its_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,10 +104,10 @@ def test_a_part_is_stopped_at_its_limit_and_keeps_its_results(tmp_path: Path, mo
 
     monkeypatch.setattr(check.subprocess, "run", hanging)
     assert not check.run(tmp_path, tmp_path / "out", ["kv write"], limit=1)
-    report = json.loads((tmp_path / "out/kernels.json").read_text())
+    report = json.loads((tmp_path / "out/check.json").read_text())
     assert report["parts"]["kv write"].startswith("stopped after 1 s")
     assert [found["error"] for found in report["results"]] == [0.5]
-    assert "5.0e-01 **wrong**" in (tmp_path / "out/kernels.md").read_text()
+    assert "5.0e-01 **wrong**" in (tmp_path / "out/check.md").read_text()
 
 
 def test_the_report_compares_with_the_measured_bandwidth() -> None:
@@ -117,8 +117,16 @@ def test_the_report_compares_with_the_measured_bandwidth() -> None:
         "command": "x",
         "device": {"card": "A", "copy_bandwidth": 3e12},
         "parts": {"kv write": "ended, 1 s"},
+        "engines": [
+            {"what": "tiny, ar: tokens", "equal": 199, "of": 200, "different": []},
+            {"what": "8b: ar pass", "rows": 512, "batch": 1, "ms": 4.0, "least_bytes": 6 * 10**9},
+            {"what": "RmsNorm", "rows": 512, "step": 32, "launches": 69, "microseconds": 130.2},
+        ],
         "results": [{**result, "right": True}],
     }
     page = check.markdown(report)
     assert "| K | c | t | 1.0e-03 | 2.0 | 50% |" in page
     assert "bandwidth of a copy: 3.00 TB/s" in page
+    assert "| tiny, ar: tokens | 199 of 200 |" in page
+    assert "| 8b: ar pass | 512 | 1 | 4.00 | 50% |" in page
+    assert "| RmsNorm | 512 | 32 | 69 | 130 |" in page
