@@ -110,7 +110,7 @@ clean: ## Remove environments, engines and caches
 $(VENV)/.package: pyproject.toml trimode/__init__.py common/version.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[build,rtx,tensorrt,serve,dev,docs]'
+	$(BIN)/python -m pip install --quiet --editable '.[build,cuda,rtx,tensorrt,serve,dev,docs]'
 	@touch $@
 
 # An environment of its own: the Python backend needs numpy 1.

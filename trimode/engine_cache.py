@@ -46,7 +46,7 @@ ENGINE, RECORD, HASHES = "engine", "entry.json", "hashes.json"
 # Top-level files of a checkpoint that quantisation or the build reads; and every file of the adapter's folder.
 _READ = ("*.json", "*.jinja", "*.safetensors")
 # The packages whose version is part of an engine.
-_PACKAGES = ("onnxruntime", "onnx", "tensorrt-rtx-cu13", "nvidia-modelopt")
+_PACKAGES = ("onnxruntime", "onnx", "tensorrt-rtx-cu13", "triton", "nvidia-modelopt")
 # A file that was modified this recently may change again without a new modification time, so its hash is not kept.
 _SETTLED_SECONDS = 2.0
 

@@ -41,7 +41,7 @@ class TensorrtTarget(GpuTarget):
     )
 
     def import_packages(self) -> None:
-        with requires_extra("build,tensorrt"):
+        with requires_extra("build"):
             import_module("trimode.build.tensorrt.emission")
 
     def build(self, checkpoint: Checkpoint, folder: Path, limits: Limits, progress: Progress) -> Built:
@@ -61,7 +61,7 @@ class TensorrtTarget(GpuTarget):
     @classmethod
     def can_build(cls, installation: Installation) -> str:
         if not installation.has("onnx", "triton"):
-            return "does not build: pip install 'trimode[build,tensorrt]'"
+            return "does not build: pip install 'trimode[build]'"
         if not installation.has("tensorrt"):
             return "builds with --emit-only; to compile: pip install 'tensorrt>=11.4,<12' on a machine with a GPU"
         if not installation.gpus.found:

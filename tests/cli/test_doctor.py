@@ -44,6 +44,8 @@ def test_a_machine_without_a_gpu(monkeypatch: pytest.MonkeyPatch, library: Any, 
         ("onnx", "cpu", "trimode[build]"),
         ("onnx", "rtx", "trimode[build,rtx]"),
         ("tensorrt-rtx-cu13", "rtx", "trimode[build,rtx]"),
+        ("triton", "cuda", "trimode[build]"),
+        ("triton", "tensorrt", "trimode[build]"),
     ],
 )
 def test_a_missing_package_comes_with_its_remedy(
@@ -80,7 +82,7 @@ def test_the_command_prints_it() -> None:
 @pytest.mark.parametrize(
     ("installed", "library", "words"),
     [
-        ({"onnx"}, absent, "does not build: pip install 'trimode[build,tensorrt]'"),
+        ({"onnx"}, absent, "does not build: pip install 'trimode[build]'"),
         ({"onnx", "triton"}, absent, "builds with --emit-only; to compile: pip install 'tensorrt>=11.4,<12'"),
         ({"onnx", "triton", "tensorrt"}, absent, "builds with --emit-only; to compile it needs an NVIDIA GPU"),
         ({"onnx", "triton", "tensorrt"}, lambda _name: LibcudaDouble(), "no executor for it; builds"),

@@ -95,7 +95,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         r"has format 1, this version reads \d+; build the engine again: trimode build",
     ),
     "another target's section": (edit(target={"name": "rtx"}), r"target\..*tensorrt_rtx"),
-    "an unknown target": (edit(target={"name": "abacus"}), "target: name must be one of cpu, rtx, tensorrt"),
+    "an unknown target": (edit(target={"name": "abacus"}), "target: name must be one of cpu, cuda, rtx, tensorrt"),
     "a former section": (edit(target="cpu"), "target: name must be one of cpu"),
     "changed token id": (
         swap("manifest.json", '"mask_token_id": 100', '"mask_token_id": 101'),
