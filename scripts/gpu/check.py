@@ -33,8 +33,8 @@ from scripts.gpu.kernel_checks import PARTS as KERNEL_PARTS
 from scripts.gpu.kernel_checks import SIZES_8B, SMALL_SIZES, Result, run_part, used_nodes
 
 DEVICE_PART = "device"
-# Parts that run engines: scripts/gpu/engine_check.py.
-ENGINE_PARTS = ("tiny-fp32", "tiny-bf16", "8b")
+# Parts that run engines (scripts/gpu/engine_check.py), and the PyTorch reference of the same size.
+ENGINE_PARTS = ("tiny-fp32", "tiny-bf16", "memcheck", "8b", "8b-reference")
 PARTS = (*ENGINE_PARTS, *KERNEL_PARTS)
 # Also loaded from PTX, to check that the driver accepts it.
 PTX_OPERATORS = ("MergeSplits", "AttendCausal")
@@ -114,7 +114,12 @@ def run_in_this_process(part: str, folder: Path, lines: Path) -> None:
             for operator, node in used_nodes(SIZES_8B):
                 if operator.name in PTX_OPERATORS:
                     host.function(operator.kernel_name(node, 1), "ptx")
-            print(json.dumps({**host.description(), "copy_bandwidth": host.copy_bandwidth()}), file=file)
+            described = {
+                **host.description(),
+                "copy_bandwidth": host.copy_bandwidth(),
+                "read_bandwidth": host.read_bandwidth(),
+            }
+            print(json.dumps(described), file=file)
             return
         for result in run_part(_known(part), host, SIZES_8B):
             print(json.dumps(result.record()), file=file, flush=True)
@@ -122,13 +127,26 @@ def run_in_this_process(part: str, folder: Path, lines: Path) -> None:
 
 
 def _run_engine_part(part: str, folder: Path, lines: Path) -> None:
-    from scripts.gpu.engine_check import times_of_engine, tokens_of_tiny
-
     with lines.open("w", encoding="utf-8") as file:
-        tiny = part.startswith("tiny-")
-        for record in tokens_of_tiny(folder, part.removeprefix("tiny-")) if tiny else times_of_engine(folder, part):
+        for record in _engine_records(part, folder):
             print(json.dumps(record), file=file, flush=True)
             print(json.dumps(record), flush=True)
+
+
+def _engine_records(part: str, folder: Path) -> Iterable[dict[str, Any]]:
+    if part == "memcheck":
+        from scripts.gpu.memcheck import checked_memory
+
+        return checked_memory(folder)
+    if part.endswith("-reference"):
+        from scripts.gpu.reference_times import times_of_reference
+
+        return times_of_reference(folder, part.removesuffix("-reference"))
+    from scripts.gpu.engine_check import times_of_engine, tokens_of_tiny
+
+    if part.startswith("tiny-"):
+        return tokens_of_tiny(folder, part.removeprefix("tiny-"))
+    return times_of_engine(folder, part)
 
 
 def dry() -> bool:
@@ -147,14 +165,15 @@ def dry() -> bool:
 
 def markdown(report: dict[str, Any]) -> str:
     """The report as Markdown: the device, the parts, and a table of results."""
-    device, bandwidth = report["device"], report["device"].get("copy_bandwidth")
+    device, bandwidth = report["device"], report["device"].get("read_bandwidth")
     lines = ["# Kernels on a GPU", "", f"{report['date']}: `{report['command']}`", ""]
-    lines += [f"- {name}: {value}" for name, value in device.items() if name != "copy_bandwidth"]
+    lines += [f"- {name}: {value}" for name, value in device.items() if not name.endswith("_bandwidth")]
     if bandwidth:
-        lines.append(f"- bandwidth of a copy: {bandwidth / 1e12:.2f} TB/s")
+        lines.append(f"- bandwidth of a read: {bandwidth / 1e12:.2f} TB/s")
+        lines.append(f"- bandwidth of a copy, read and written: {device['copy_bandwidth'] / 1e12:.2f} TB/s")
     lines += [f"- part {part}: {state}" for part, state in report["parts"].items()]
     lines += _engine_tables(report["engines"], bandwidth)
-    lines += ["", "`bound / us`: time of the kernel's least bytes at the copy's bandwidth, divided by its time.", ""]
+    lines += ["", "`bound / us`: time of the kernel's least bytes at the bandwidth of a read, divided by its time.", ""]
     lines += ["| kernel | case | tactic | error | us | bound / us |", "|---|---|---|---|---|---|"]
     for result in report["results"]:
         took = result["microseconds"]
@@ -177,6 +196,13 @@ def _engine_tables(records: list[dict[str, Any]], bandwidth: float | None) -> li
             lines.append("| " + " | ".join(map(str, cells)) + " |")
         elif "prefill" in record["what"]:
             lines.append(f"| {record['what']} | - | 1 | {record['ms']:.1f} | - |")
+    lines += ["", "| PyTorch reference in bf16 | rows | tokens | eager, ms | CUDA graph, ms |", "|---|---|---|---|---|"]
+    for record in records:
+        if "eager_ms" in record:
+            graph = f"{record['graph_ms']:.2f}" if "graph_ms" in record else record["graph_failed"]
+            cells = (record["what"], record["rows"], record["step"], f"{record['eager_ms']:.2f}", graph)
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    lines += [f"\n- {record['what']}: {record['memcheck']}" for record in records if "memcheck" in record]
     lines += ["", "| kernels of a pass | rows | tokens | launches | us |", "|---|---|---|---|---|"]
     for record in records:
         if "launches" in record:

@@ -89,6 +89,13 @@ class CudaHost:
         assert took is not None
         return 2 * source.nbytes / took * 1e6
 
+    def read_bandwidth(self) -> float:
+        """Bytes/s of a sum over 1 GiB in device memory."""
+        source = torch.ones(1 << 28, device=self.device)
+        took = self.microseconds(lambda _run: source.sum(), 4)
+        assert took is not None
+        return source.nbytes / took * 1e6
+
     def description(self) -> dict[str, str]:
         version = self._call("cuDriverGetVersion")
         return {

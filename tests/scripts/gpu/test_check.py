@@ -115,7 +115,7 @@ def test_the_report_compares_with_the_measured_bandwidth() -> None:
     report = {
         "date": "d",
         "command": "x",
-        "device": {"card": "A", "copy_bandwidth": 3e12},
+        "device": {"card": "A", "copy_bandwidth": 2.5e12, "read_bandwidth": 3e12},
         "parts": {"kv write": "ended, 1 s"},
         "engines": [
             {"what": "tiny, ar: tokens", "equal": 199, "of": 200, "different": []},
@@ -126,7 +126,7 @@ def test_the_report_compares_with_the_measured_bandwidth() -> None:
     }
     page = check.markdown(report)
     assert "| K | c | t | 1.0e-03 | 2.0 | 50% |" in page
-    assert "bandwidth of a copy: 3.00 TB/s" in page
+    assert "bandwidth of a read: 3.00 TB/s" in page
     assert "| tiny, ar: tokens | 199 of 200 |" in page
     assert "| 8b: ar pass | 512 | 1 | 4.00 | 50% |" in page
     assert "| RmsNorm | 512 | 32 | 69 | 130 |" in page

@@ -1,0 +1,48 @@
+"""Passes of every kind of the shipped checkpoint under compute-sanitizer's memcheck.
+
+    compute-sanitizer --error-exitcode 9 python -m scripts.gpu.memcheck .gpu
+
+The tool sees accesses outside an allocation. Weights, KV pool and activations are one allocation each, so it does not
+see an access from one tensor of an allocation to another.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ERROR = 9
+PROMPTS, MAX_TOKENS = 3, 12
+
+
+def checked_memory(folder: Path) -> Iterator[dict[str, Any]]:
+    """The tool's last line, or that it is not installed."""
+    what = "memcheck of tiny-bf16"
+    if shutil.which("compute-sanitizer") is None:
+        yield {"what": what, "memcheck": "not run: compute-sanitizer is not installed"}
+        return
+    command = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", str(ERROR)]
+    program = [sys.executable, "-m", "scripts.gpu.memcheck", str(folder)]
+    ended = subprocess.run([*command, *program], capture_output=True, text=True, check=False)
+    lines = [line for line in (ended.stdout + ended.stderr).splitlines() if "ERROR SUMMARY" in line]
+    found = lines[-1] if lines else f"no summary, exit code {ended.returncode}"
+    yield {"what": what, "memcheck": found, "code": ended.returncode}
+
+
+def run_every_mode(folder: Path) -> None:
+    from trimode.runtime.api.llm import EngineLLM
+    from trimode.runtime.request.sampling_params import SamplingParams
+
+    expected = json.loads((folder / "expected.json").read_text())
+    with EngineLLM(folder / "engines" / "tiny-bf16", measure_passes=False) as llm:
+        for options in expected["modes"]:
+            llm.generate(expected["messages"][:PROMPTS], SamplingParams(max_tokens=MAX_TOKENS, **options))
+
+
+if __name__ == "__main__":
+    run_every_mode(Path(sys.argv[1]))
