@@ -1,10 +1,11 @@
 """Masked attention over the KV pool: split over its rows, then merged.
 
-The queries that share a key-value head form the rows of one tile, so K and V are never replicated. The KV rows of a
-sequence are divided among splits; each split attends to its own rows, and :func:`merge_kernel` weights the results by
-their log-sum-exps. The number of launched splits depends on shapes only. Each program computes from the sequence's
-length, in device memory, how many splits have work and which rows are its own. The step's own rows are read from the
-pool, where :mod:`trimode.plugins.kernels.kv_write` has stored them: a second source would double the inner loop.
+The queries that share a key-value head form the rows of one tile, so K and V are never replicated. Tiles of KV rows
+begin at fixed rows of a sequence and are dealt to the splits in turn; each split attends to its own tiles in order, and
+:func:`merge_kernel` weights the results by their log-sum-exps. So neither the sequence's length nor the step's changes
+the order in which a query's logits are summed: a token gets the same bits alone, in a block and in a batch. The number
+of launched splits depends on shapes only. The step's own rows are read from the pool, where
+:mod:`trimode.plugins.kernels.kv_write` has stored them: a second source would double the inner loop.
 
 The queries come multiplied by the softmax's scale. Logits, softmax and sums are fp32.
 
@@ -37,13 +38,11 @@ def attend_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    MIN_ROWS: tl.constexpr,
 ):
     """A program computes BLOCK_M rows of one key-value head's queries for one split of one sequence.
 
-    With ``step_lengths`` the pattern is bidirectional, with ``block_mask`` masked, with neither causal. A split has at
-    least MIN_ROWS rows, unless it is the only one with work.
+    With ``step_lengths`` the pattern is bidirectional, with ``block_mask`` masked, with neither causal. BLOCK_N: KV
+    rows of a tile. Results have the same bits only for the same BLOCK_N.
     """
     splits = tl.num_programs(1) // KV_HEADS
     # Neighbouring programs read the same data: tiles the same KV rows, splits of a head the same queries.
@@ -64,12 +63,9 @@ def attend_kernel(
         plain = committed + tl.min(tl.where(exists, token, step), 0) + 1
     length = tl.minimum(length, capacity)
 
-    busy = tl.minimum(tl.maximum(length // MIN_ROWS, 1), splits)
-    share = tl.cdiv(tl.cdiv(length, busy), BLOCK_N) * BLOCK_N
-    start = split * share
-    end = tl.minimum(start + share, length)
+    tiles, whole = tl.cdiv(length, BLOCK_N), tl.minimum(plain, length) // BLOCK_N
     result = ((batch * splits + split) * KV_HEADS + head) * GROUP * step + row
-    if start >= end:
+    if split >= tiles:
         tl.store(log_sum_exp + result, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=exists)
         return
 
@@ -81,20 +77,20 @@ def attend_kernel(
     best = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     sums = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
-    masked = start + tl.maximum(tl.minimum(plain, end) - start, 0) // BLOCK_N * BLOCK_N
-    for first in tl.range(start, masked, BLOCK_N):
-        at = first + tl.arange(0, BLOCK_N)[:, None]
+    for tile in tl.range(split, whole, splits):
+        at = tile * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
         key = tl.load(keys + at * HEAD_DIM)
         logits = tl.dot(query, tl.trans(key), input_precision="ieee") * LOG2_E
         value = tl.load(values + at * HEAD_DIM)
         best, total, sums = _accumulate(logits, value, best, total, sums)
-    # The step's own rows, with masks. Larger tiles, or prefetching, would need more registers than there are.
-    for first in tl.range(masked, end, BLOCK_S, num_stages=1):
-        at = first + tl.arange(0, BLOCK_S)
-        key = tl.load(keys + at[:, None] * HEAD_DIM, mask=at[:, None] < end, other=0.0)
+    # Tiles with rows that some query does not attend to. Prefetching would need more registers than there are.
+    first = split + tl.cdiv(tl.maximum(whole - split, 0), splits) * splits
+    for tile in tl.range(first, tiles, splits, num_stages=1):
+        at = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        key = tl.load(keys + at[:, None] * HEAD_DIM, mask=at[:, None] < length, other=0.0)
         logits = tl.dot(query, tl.trans(key), input_precision="ieee") * LOG2_E
         other = (at - committed)[None, :]  # token of the step; negative for committed rows
-        seen = (at < end)[None, :]
+        seen = (at < length)[None, :]
         if block_mask is not None:
             named = seen & exists[:, None] & (other >= 0)
             mask = block_mask + batch * step * step
@@ -102,7 +98,7 @@ def attend_kernel(
         elif step_lengths is None:
             seen = seen & (other <= token[:, None])
         logits = tl.where(seen, logits, float("-inf"))
-        value = tl.load(values + at[:, None] * HEAD_DIM, mask=at[:, None] < end, other=0.0)
+        value = tl.load(values + at[:, None] * HEAD_DIM, mask=at[:, None] < length, other=0.0)
         best, total, sums = _accumulate(logits, value, best, total, sums)
 
     saw = total > 0

@@ -14,6 +14,8 @@ Pattern = Literal["causal", "bidirectional", "masked"]
 
 # Steps up to this length are launched with all splits. Longer ones have enough rows to fill the GPU with fewer.
 SPLIT_STEP = 64
+# KV rows of a tile. Tiles are dealt to the splits in turn, so short contexts also have work for several splits.
+KV_TILE = 32
 
 _CACHE = ("B", "HKV", "C", "D")
 _PARTIAL = Operand("partial", "real", ("B", "P", "HQ", "S", "D"))
@@ -42,11 +44,11 @@ class Attend(Operator):
     attributes = ("splits",)
 
     # BLOCK_M: queries of a tile; 128 hold a step of 32 tokens with groups of 4, so that K and V are read once for them.
-    # BLOCK_N: KV rows of a tile, BLOCK_S: of a masked tile. MIN_ROWS: KV rows of a split at least.
+    # BLOCK_N: KV rows of a tile. A tile of fewer queries uses other instructions of the tensor cores, which may round
+    # differently.
     TACTICS: ClassVar[tuple[Tactic, ...]] = (
-        Tactic({"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_S": 16, "MIN_ROWS": 128}, warps=4, stages=2),
-        Tactic({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_S": 16, "MIN_ROWS": 256}, warps=4, stages=2),
-        Tactic({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_S": 16, "MIN_ROWS": 256}, warps=8, stages=2),
+        Tactic({"BLOCK_M": 64, "BLOCK_N": KV_TILE}, warps=4, stages=4),
+        Tactic({"BLOCK_M": 128, "BLOCK_N": KV_TILE}, warps=8, stages=4),
     )
 
     def __init__(self, pattern: Pattern) -> None:
@@ -82,12 +84,10 @@ class Attend(Operator):
         return numbered(self.TACTICS)
 
     def default_tactic(self, node: Node, emitted: Collection[int]) -> int:
-        """By measurements on an H100: the smallest tile that holds the queries of a key-value head, but no more than
-        64 in batches and in long steps.
-        """
+        """By measurements on an H100: 128 queries if that holds those of one sequence, else 64."""
         batch, _, step, _ = node.shapes["q"]
         queries = step * self.constants(node)["GROUP"]
-        wanted = 1 if queries <= 16 else 3 if batch == 1 and 64 < queries <= 128 else 2
+        wanted = 2 if batch == 1 and 64 < queries <= 128 else 1
         return wanted if wanted in emitted else min(emitted)
 
     def grid(self, node: Node, tactic: Tactic) -> tuple[Dim, Dim, Dim]:

@@ -47,6 +47,7 @@ from trimode.build.roofline import (
 from trimode.engine.precision import Real
 from trimode.plugins.compilation import compile_operator
 from trimode.plugins.operators import Attend, KvWrite, MergeSplits, Operator
+from trimode.plugins.operators.operator import ceil_div
 
 BLOCK = 32
 # Assumed: the gap between two dependent kernels of a CUDA graph. Not measured here.
@@ -191,16 +192,14 @@ def _attention(gpu: GpuModel, step: int, window: int, adapter: bool, real: Real)
     constants = tactic.constants
     tiles, heads, _ = attend.grid(node, tactic)
     splits = heads // sizes["kv_heads"]
-    spans = [
-        split_rows(window + step, split, splits, constants["BLOCK_N"], constants["MIN_ROWS"]) for split in range(splits)
-    ]
-    busy = [(start, end) for start, end in spans if start < end]
-    # Tiles of committed rows are prefetched one ahead; the step's masked rows are not.
-    plain = window + step if adapter else window
+    block = constants["BLOCK_N"]
+    busy = [rows for split in range(splits) if (rows := split_rows(window + step, split, splits, block))]
+    # Tiles that every query attends to are prefetched; the others are not.
+    whole = (window + step if adapter else window) // block * block
     waits = max(
-        (min(end, plain) - start) / constants["BLOCK_N"] / (tactic.stages - 1)
-        + max(end - max(start, plain), 0) / constants["BLOCK_S"]
-        for start, end in busy
+        sum(row < whole for row in rows) / block / (tactic.stages - 1)
+        + ceil_div(sum(row >= whole for row in rows), block)
+        for rows in busy
     )
     binary = _binary(attend.name, number, gpu.compute_capability, real)
     launch = Launch(

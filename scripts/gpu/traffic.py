@@ -78,7 +78,7 @@ def attend_traffic(operator: Attend, node: Node, tactic: Tactic, committed: Sequ
 
     committed: rows of each sequence before the step. real: bytes of an activation.
     """
-    block_m, block_n, min_rows = (tactic.constants[name] for name in ("BLOCK_M", "BLOCK_N", "MIN_ROWS"))
+    block_m, block_n = tactic.constants["BLOCK_M"], tactic.constants["BLOCK_N"]
     (_, heads, step, head_dim), kv_heads = node.shapes["q"], node.shapes["k_cache"][1]
     row_bytes, rows = head_dim * real, heads // kv_heads * step
     tiles, splits = ceil_div(rows, block_m), split_count(node.attributes["splits"], step)
@@ -92,17 +92,16 @@ def attend_traffic(operator: Attend, node: Node, tactic: Tactic, committed: Sequ
             traffic["write_indices"].loaded += INDEX_BYTES
             traffic["log_sum_exp"].stored += FLOAT_BYTES * len(tokens)
             length = length_before + (max(tokens) + 1 if operator.pattern == "causal" else step)
-            start, end = split_rows(length, split, splits, block_n, min_rows)
-            if start >= end:
+            own = split_rows(length, split, splits, block_n)
+            if not own:
                 continue
-            walked.append(range(start, end))
+            walked.append(own)
             queries += len(tokens)
-            sees = [t for t in tokens if operator.pattern == "bidirectional" or start - length_before <= t]
+            sees = [t for t in tokens if operator.pattern == "bidirectional" or own[0] - length_before <= t]
             traffic["partial"].stored += len(sees) * row_bytes
             if operator.pattern == "masked":
-                first = start + max(min(length_before, end) - start, 0) // block_n * block_n
                 mask = traffic.setdefault("block_mask", TensorTraffic())
-                mask.loaded += len(tokens) * max(end - max(first, length_before), 0)
+                mask.loaded += len(tokens) * sum(row >= length_before for row in own)
         loaded, distinct = sum(map(len, walked)), len(set().union(*walked))
         traffic["q"].loaded += queries * row_bytes
         traffic["k_cache"].loaded += loaded * row_bytes
@@ -129,11 +128,10 @@ def attend_traffic(operator: Attend, node: Node, tactic: Tactic, committed: Sequ
     return traffic
 
 
-def split_rows(length: int, split: int, splits: int, block_n: int, min_rows: int) -> tuple[int, int]:
-    """The first KV row of a split and the row after its last one. Without work, the first is not below the second."""
-    busy = min(max(length // min_rows, 1), splits)
-    share = ceil_div(ceil_div(length, busy), block_n) * block_n
-    return split * share, min((split + 1) * share, length)
+def split_rows(length: int, split: int, splits: int, block_n: int) -> list[int]:
+    """The KV rows of a split, in order: those of every ``splits``-th tile."""
+    tiles = range(split, ceil_div(length, block_n), splits)
+    return [row for tile in tiles for row in range(tile * block_n, min((tile + 1) * block_n, length))]
 
 
 def merge_traffic(node: Node, attended: Mapping[str, TensorTraffic], real: int) -> KernelTraffic:

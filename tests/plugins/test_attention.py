@@ -51,7 +51,7 @@ def test_every_tactic_with_a_long_sequence_among_short_ones(tactic: Tactic, patt
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_a_prefill_chunk_has_fewer_splits(pattern: Pattern) -> None:
-    case = AttentionCase((70, 0), 2 * SPLIT_STEP + 5, pattern, group=2, splits=4, tactic=Attend.TACTICS[1])
+    case = AttentionCase((70, 0), 2 * SPLIT_STEP + 5, pattern, group=2, splits=4, tactic=Attend.TACTICS[0])
     assert split_count(case.splits, case.step) == 2
     check(case)
 
@@ -70,6 +70,26 @@ def test_a_sequence_without_visible_rows_gives_zeros(pattern: Pattern) -> None:
         found, *_ = attend(**inputs)
         assert not found[0].any()
     check(case)
+
+
+@pytest.mark.parametrize("tactic", Attend.TACTICS, ids=lambda tactic: str(tactic.constants["BLOCK_M"]))
+def test_a_token_has_the_same_bits_in_every_step(tactic: Tactic) -> None:
+    """In a verification of 17 tokens beside another sequence, and in a step of one token alone."""
+    case = AttentionCase((75, 0), 17, "masked", group=4, splits=4, tactic=tactic)
+    inputs = case.inputs()
+    inputs["block_mask"] = torch.ones(2, 17, 17, dtype=torch.bool).tril()
+    whole, *_ = attend(**inputs, splits=case.splits, tactic=tactic)
+    for token in (0, 5, 16):
+        alone = {
+            "q": inputs["q"][:1, :, token : token + 1].contiguous(),
+            **{name: inputs[name][:1].clone() for name in ("k_cache", "v_cache")},
+            "write_indices": inputs["write_indices"][:1] + token,
+            "block_mask": torch.ones(1, 1, 1, dtype=torch.bool),
+        }
+        for name in ("k_cache", "v_cache"):
+            alone[name][:, :, 75 + token + 1 :] = float("nan")
+        found, *_ = attend(**alone, splits=case.splits, tactic=Attend.TACTICS[0])
+        assert torch.equal(found[0, 0], whole[0, token])
 
 
 def test_the_result_does_not_depend_on_the_number_of_splits() -> None:
