@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.exact_law import Bench
 from trimode import SamplingParams
-from trimode.runtime.executor import CausalStep
+from trimode.runtime.executor import BidirectionalStep, CausalStep
 from trimode.runtime.scheduling.running_request import Request
 
 PREFILL_STEP = 4  # of the bench's sequences
@@ -182,3 +182,18 @@ def test_siblings_wait_for_the_prefill_and_then_come_first() -> None:
     bench.step()  # the prompt is prefilled
     assert list(bench.scheduler.waiting) == [sibling, other]
     assert first.siblings == []
+
+
+def test_a_trial_pass_has_the_batch_and_the_step_that_it_measures() -> None:
+    bench = Watched(max_batch=4)
+    bench.passes.append([])
+
+    def measure(run: Any, *_: Any) -> None:
+        run("ar", 3, 4)
+        run("diffusion", 1, 8)
+
+    bench.cost.measure = measure  # type: ignore[method-assign, assignment]
+    bench.scheduler.measure_passes()
+    assert [type(step) for step in bench.passes[-1]] == [CausalStep, BidirectionalStep]
+    assert [step.input_ids.shape for step in bench.passes[-1]] == [(3, 4), (1, 8)]
+    assert bench.executor.pool.active == 0
