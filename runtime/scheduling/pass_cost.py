@@ -4,6 +4,9 @@ The table has a cell for each power of two of batch and step; between cells, the
 interpolated in the logarithms of batch and step. A pass costs its cells' seconds times the *pace*, which is common to
 all passes: other work on the machine and longer contexts slow all of them down alike.
 
+Other work delays single passes at random. So a pass that is slower than expected counts in full only if the cell was in
+doubt, or if the pass before it was slow too.
+
 Every cell has a *doubt*, its expected error as a logarithm; so has the pace. An observed pass moves the cells and the
 pace in proportion to the squares of their doubts (a Kalman filter without correlations), and the remaining error is the
 new doubt. The doubt of a cell grows with every pass that does not meet it. :meth:`PassCost.least_seconds`, the cost
@@ -25,6 +28,7 @@ EngineName = Literal["ar", "diffusion"]
 _TRIALS = 3  # of a measured pass; the fastest counts
 _TOKENS_OF_AN_EMPTY_PASS = 64  # first guess: a pass costs as much as this many of its tokens
 _OUTLIER = math.log(4)  # a larger error of one pass counts as this
+_CREDIBLE_DELAY = 0.3  # error that a single slow pass counts as, if its cell was not in doubt
 
 _NOISE = 0.4  # expected error of one observation
 _FIRST_PACE_DOUBT = math.log(4)
@@ -42,12 +46,15 @@ _SURPRISE = math.log(2)  # least error after which a cell's doubt grows fast aga
 
 @dataclass(slots=True)
 class _Cell:
-    """log_seconds: at pace 1. doubt: when last met. growth: of the doubt for each pass since. met_at: pass number."""
+    """log_seconds: at pace 1. doubt: when last met. growth: of the doubt for each pass since. met_at: pass number.
+    error: of the last pass.
+    """
 
     log_seconds: float
     doubt: float = _GUESSED_DOUBT
     growth: float = _GROWTH
     met_at: int = 0
+    error: float = 0.0
 
 
 class _Place(NamedTuple):
@@ -95,11 +102,15 @@ class PassCost:
     def observe(self, engine: EngineName, batch: int, step: int, seconds: float) -> None:
         """A pass took so many seconds."""
         place = self._place(batch, step)
-        error = math.log(seconds) - self._log_seconds(engine, place)
+        expected = self._log_seconds(engine, place)
+        error = math.log(seconds) - expected
         met = [(self._cells[engine][row][column], weight) for row, column, weight in place.cells]
         doubts = [self._doubt(cell) for cell, _ in met]
         credible = max(_OUTLIER, *doubts)  # one pass may have been disturbed
-        counted = min(max(error, -credible), credible)
+        nearest = max(met, key=lambda cell: cell[1])[0]
+        credible_delay = min(credible, max(nearest.error, *doubts, _CREDIBLE_DELAY))
+        counted = max(min(error, credible_delay), -credible)
+        nearest.error = error
         variances = [
             (weight * max(doubt, _LEAST_CELL_DOUBT)) ** 2 for (_, weight), doubt in zip(met, doubts, strict=True)
         ]
@@ -107,15 +118,15 @@ class PassCost:
         self._log_pace += counted * self._pace_doubt**2 / total
         for (cell, weight), variance in zip(met, variances, strict=True):
             cell.log_seconds += counted * variance / total / weight
-        remaining = abs(math.log(seconds) - self._log_seconds(engine, place))
+        remaining = abs(expected + counted - self._log_seconds(engine, place))
         self._pace_doubt = max(_LEAST_PACE_DOUBT, (self._pace_doubt + min(2 * remaining, _FIRST_PACE_DOUBT)) / 2)
         self._passes += 1
-        if abs(error) > _SURPRISE + max(doubts):
+        if abs(counted) > _SURPRISE + max(doubts):
             self._doubt_all()
         for (cell, weight), doubt in zip(met, doubts, strict=True):
-            if weight >= 0.5 and abs(error) < _CONFIRMED:
+            if weight >= 0.5 and abs(counted) < _CONFIRMED:
                 cell.growth = max(_LEAST_GROWTH, cell.growth * _SLOWER_GROWTH)
-            elif abs(error) > _SURPRISE:
+            elif abs(counted) > _SURPRISE:
                 cell.growth = _GROWTH
             cell.doubt = (1 - weight) * doubt + weight * remaining
             cell.met_at = self._passes

@@ -158,7 +158,7 @@ def test_doubt_grows_until_the_pass_runs_again() -> None:
         assert cost.doubt(16) < grown / 3  # it proved right: more slowly from now on
         grown = cost.doubt(16)
     assert grown < 0.05
-    cost.met(step=16, passes=1, factor=100)
+    cost.met(step=16, passes=2, factor=100)
     before = cost.doubt(16)
     cost.met(step=1, passes=1)
     assert cost.doubt(16) > before + 0.03  # it proved wrong: fast again
@@ -176,6 +176,15 @@ def test_a_stale_cell_is_corrected_at_once() -> None:
     cost.met(step=1, passes=200)
     cost.met(step=16, passes=1, factor=50)
     assert cost.seconds("ar", 1, 16) == pytest.approx(50e-3, rel=0.1)
+
+
+def test_a_single_delay_counts_little_and_a_second_one_in_full() -> None:
+    cost = Doubting()
+    cost.met(step=1, passes=20)
+    cost.met(step=1, passes=1, factor=50)
+    assert cost.seconds("ar", 1, 1) < 1.2e-5
+    cost.met(step=1, passes=1, factor=50)
+    assert cost.seconds("ar", 1, 1) > 1.5e-5
 
 
 def test_doubt_is_bounded() -> None:
