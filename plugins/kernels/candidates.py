@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from trimode.plugins.kernels.dependent_launch import wait_for_previous
 from trimode.plugins.operators import candidates
 
 TILE = tl.constexpr(candidates.TILE)
@@ -28,8 +29,10 @@ def top_candidates_kernel(
     VOCABULARY: tl.constexpr,
     TOP_K: tl.constexpr,
     MASK_TOKEN: tl.constexpr,
+    CAPABILITY: tl.constexpr,
 ):
     """A program handles one tile of one row, as 32 tokens, a word of the mask, in a row of its registers."""
+    wait_for_previous(CAPABILITY)
     tile, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     word = tile * (TILE // 32) + tl.arange(0, TILE // 32)[:, None]
     bit = tl.arange(0, 32)[None, :]
@@ -65,8 +68,10 @@ def merge_candidates_kernel(
     log_sum_exp,
     TILES: tl.constexpr,
     TOP_K: tl.constexpr,
+    CAPABILITY: tl.constexpr,
 ):
     """A program handles one row."""
+    wait_for_previous(CAPABILITY)
     row = tl.program_id(0).to(tl.int64)
     tile = tl.arange(0, triton.next_power_of_2(TILES))
     sums = tl.load(tile_sums + row * TILES + tile, mask=tile < TILES, other=float("-inf"))
@@ -107,8 +112,18 @@ def _take_best(keys):
 
 
 @triton.jit
-def asked_logits_kernel(logits, asked_ids, rows, asked, asked_logits, VOCABULARY: tl.constexpr, BLOCK: tl.constexpr):
+def asked_logits_kernel(
+    logits,
+    asked_ids,
+    rows,
+    asked,
+    asked_logits,
+    VOCABULARY: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CAPABILITY: tl.constexpr,
+):
     """A program handles BLOCK ids of all rows together."""
+    wait_for_previous(CAPABILITY)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     exists = at < rows.to(tl.int64) * asked
     token = tl.load(asked_ids + at, mask=exists, other=0)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from trimode.plugins.kernels.dependent_launch import wait_for_previous
+
 
 @triton.jit
 def dense_product_kernel(
@@ -26,8 +28,10 @@ def dense_product_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    CAPABILITY: tl.constexpr,
 ):
     """A program computes BLOCK_M rows and BLOCK_N columns."""
+    wait_for_previous(CAPABILITY)
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     result = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)

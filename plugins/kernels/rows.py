@@ -5,17 +5,30 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from trimode.plugins.kernels.dependent_launch import wait_for_previous
+
 
 @triton.jit
-def embed_kernel(input_ids, table, embedded, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def embed_kernel(input_ids, table, embedded, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CAPABILITY: tl.constexpr):
     """A program copies BLOCK columns of one token's row."""
+    wait_for_previous(CAPABILITY)
     token = tl.program_id(0).to(tl.int64)
     _copy(table + tl.load(input_ids + token) * WIDTH, embedded + token * WIDTH, WIDTH, BLOCK)
 
 
 @triton.jit
-def select_rows_kernel(x, logit_rows, step, selected_rows, selected, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def select_rows_kernel(
+    x,
+    logit_rows,
+    step,
+    selected_rows,
+    selected,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CAPABILITY: tl.constexpr,
+):
     """A program copies BLOCK columns of one selected row."""
+    wait_for_previous(CAPABILITY)
     row = tl.program_id(0).to(tl.int64)
     source = row // selected_rows * step + tl.load(logit_rows + row)
     _copy(x + source * WIDTH, selected + row * WIDTH, WIDTH, BLOCK)

@@ -25,6 +25,8 @@ class CudaNetwork:
 
     windowed = False
     returns_one = True
+    # Programmatic dependent launch; measurements turn it off.
+    launches_early = True
 
     def __init__(
         self,
@@ -60,9 +62,13 @@ class CudaNetwork:
         for cache, name in enumerate(cache_inputs(self._pool.layers)):
             addresses[name] = self._pool.address(cache, bucket.first_slot)
         planned = plan_pass(self._launches, pass_shape(bucket))
-        return [(launch, self._prepare(launch, addresses)) for launch in planned]
+        # The first kernel follows a copy, which it has to wait for.
+        return [
+            (launch, self._prepare(launch, addresses, self.launches_early and self._kernels.wait and index > 0))
+            for index, launch in enumerate(planned)
+        ]
 
-    def _prepare(self, launch: PlannedLaunch, addresses: dict[str, int]) -> KernelLaunch:
+    def _prepare(self, launch: PlannedLaunch, addresses: dict[str, int], early: bool) -> KernelLaunch:
         """Adds the addresses of outputs that alias an input."""
         operator, node = launch.operator, launch.node
         by_operand = dict(zip((operand.name for operand in operator.inputs), launch.inputs, strict=True))
@@ -76,6 +82,7 @@ class CudaNetwork:
             [addresses[name] for name in launch.inputs],
             [int(value) for value in operator.scalar_values(node)],
             [addresses[name] for name in launch.outputs],
+            early,
         )
 
 

@@ -50,6 +50,9 @@ class Kernel(NamedTuple):
 class KernelLaunch:
     """One launch of a kernel with its arguments. grid: blocks. The kernel's parameters are the addresses ``inputs``,
     32-bit ``scalars``, and the addresses ``outputs``, in this order.
+
+    early: the kernel may begin before the one before it on the stream has ended, and waits for its end itself
+    (programmatic dependent launch, compute capability 9.0 and later).
     """
 
     def __init__(
@@ -59,7 +62,9 @@ class KernelLaunch:
         inputs: Sequence[int],
         scalars: Sequence[int],
         outputs: Sequence[int],
+        early: bool = False,
     ) -> None:
+        self.early = early
         self.kernel = kernel
         self.grid = grid
         self._values = [
@@ -134,18 +139,16 @@ class Device:
 
     def launch_kernel(self, launch: KernelLaunch) -> None:
         """Put a launch on the stream. ``launch`` must exist until the work is done or captured."""
-        kernel = launch.kernel
-        _checked(
-            driver.cuLaunchKernel(
-                kernel.function,
-                *launch.grid,
-                *(kernel.threads, 1, 1),
-                kernel.shared_bytes,
-                self._stream,
-                launch.parameters,
-                0,
-            )
-        )
+        kernel, config = launch.kernel, driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = launch.grid
+        config.blockDimX, config.blockDimY, config.blockDimZ = kernel.threads, 1, 1
+        config.sharedMemBytes, config.hStream = kernel.shared_bytes, self._stream
+        if launch.early:
+            early = driver.CUlaunchAttribute()
+            early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            early.value.programmaticStreamSerializationAllowed = 1
+            config.attrs, config.numAttrs = [early], 1
+        _checked(driver.cuLaunchKernelEx(config, kernel.function, launch.parameters, 0))
 
     # Memory.
 

@@ -16,6 +16,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from trimode.engine.files import ADAPTER
@@ -35,6 +36,8 @@ from trimode.runtime.request.sampling_params import SamplingParams
 MASK = 100
 BLOCK = 32
 PREFILL = 2048
+# Tokens of the text whose logits are compared bit for bit.
+BITS = 1024
 REPEATS = 20
 # KV rows and batches of the timed passes; for each number of rows, the engine has slots for the largest batch.
 TIMED = {512: (1, 4, 16), 4096: (1, 4, 16), 32768: (1,)}
@@ -98,7 +101,8 @@ def times_of_engine(folder: Path, shape: str) -> Iterator[Record]:
                 memory = {"weights": weights.size, "kv": executor.pool.limit_bytes, "activations": executor.arena_bytes}
                 yield {"what": f"{shape}: loaded", "seconds": time.perf_counter() - started, "bytes": memory}
                 for batch in batches:
-                    yield from _passes(shape, executor, rows, batch, read_bytes, manifest.model.vocab_size)
+                    passes = _passes(shape, executor, rows, batch, read_bytes, manifest.model.vocab_size)
+                    yield from ({**record, "early": True} for record in passes)
                     if batch == 1:
                         for bucket, launches in list(prepared.items()):
                             if bucket.batch == 1:
@@ -106,8 +110,16 @@ def times_of_engine(folder: Path, shape: str) -> Iterator[Record]:
                         prepared.clear()
                 if rows == min(TIMED):
                     yield _prefill(shape, executor, sized)
+                    yield from _bits_of_steps(shape, executor, manifest.model.vocab_size)
             del executor
             gc.collect()
+            if rows < max(TIMED):
+                with patch.object(CudaNetwork, "launches_early", False):
+                    executor = CudaExecutor(engine, sized, device, weights)
+                    passes = _passes(shape, executor, rows, 1, read_bytes, manifest.model.vocab_size)
+                    yield from ({**record, "early": False} for record in passes)
+                del executor
+                gc.collect()
 
 
 def _recording(prepared: dict[Bucket, list[tuple[PlannedLaunch, KernelLaunch]]]) -> Callable[..., Any]:
@@ -214,6 +226,31 @@ def _prefill(shape: str, executor: CudaExecutor, manifest: Manifest) -> Record:
         run()
         times.append(1e3 * (time.perf_counter() - started))
     return {"what": f"{shape}: prefill of {PREFILL} tokens", "step": size, "ms": statistics.median(times)}
+
+
+def _bits_of_steps(shape: str, executor: CudaExecutor, vocabulary: int) -> Iterator[Record]:
+    """Logits of a text that is read in steps of other lengths and in a batch, against steps of one token."""
+    text = np.random.default_rng(2).integers(101, vocabulary, BITS)
+    alone = _logits(executor, text, 1, 1)
+    for batch, step in ((1, 8), (1, 32), (1, 64), (4, 8), (16, 4)):
+        equal = (_logits(executor, text, batch, step) == alone).all(axis=-1)
+        yield {
+            "what": f"{shape}: logits in steps of {step}, batch {batch}, with the bits of steps of 1",
+            "equal": int(equal.sum()),
+            "of": BITS,
+            "different": np.flatnonzero(~equal)[:5].tolist(),
+        }
+
+
+def _logits(executor: CudaExecutor, text: NDArray[np.int64], batch: int, step: int) -> NDArray[np.uint32]:
+    """Of the last sequence of the batch, which all have this text: candidates and log-sum-exp, as bits."""
+    found = []
+    for start in range(0, len(text), step):
+        ids = np.tile(text[start : start + step], (batch, 1))
+        rows = np.tile(np.arange(step), (batch, 1))
+        candidates = executor.run(CausalStep.chain(0, ids, np.full(batch, start), rows))
+        found.append(np.concatenate([candidates.logits[-1], candidates.log_sum_exp[-1][:, None]], axis=-1))
+    return np.concatenate(found).view(np.uint32)
 
 
 # Random weights.

@@ -82,8 +82,8 @@ from trimode.plugins.operators import OPERATORS, Attend, Int4Product
 
 attend = Attend("masked")
 node = attend.node(batch=1, step=32, capacity=4096, kv_heads=8, group=4, head_dim=128, splits=16)
-print(attend.output_shapes(node), attend.grid(node, attend.tactics(node)[3]), attend.scalar_values(node))
-print(attend.kernel_name(node, 3), OPERATORS["AttendMasked"].constants(node))
+print(attend.output_shapes(node), attend.grid(node, attend.tactics(node)[2]), attend.scalar_values(node))
+print(attend.kernel_name(node, 2), OPERATORS["AttendMasked"].constants(node))
 product = Int4Product(residual=True)
 node = product.node(rows=32, inner=4096, columns=6144)
 tactic = product.tactics(node)[product.default_tactic(node, product.tactics(node).keys())]
@@ -93,7 +93,7 @@ print(product.output_shapes(node), product.grid(node, tactic), product.scalar_va
     assert found.returncode == 0, found.stderr
     assert found.stdout.splitlines() == [
         "[(1, 16, 32, 32, 128), (1, 16, 32, 32)] (1, 128, 1) (32, 4096)",
-        "AttendMasked.KV_HEADS8.GROUP4.HEAD_DIM128.tactic3 {'KV_HEADS': 8, 'GROUP': 4, 'HEAD_DIM': 128}",
+        "AttendMasked.KV_HEADS8.GROUP4.HEAD_DIM128.tactic2 {'KV_HEADS': 8, 'GROUP': 4, 'HEAD_DIM': 128}",
         "[(32, 6144)] (1, 96, 1) (32,)",
     ]
 

@@ -138,6 +138,7 @@ class DriverDouble:
         self.synchronisations = self.launches = self.captures = 0
         self.crossed = 0  # bytes copied to the host
         self.kernel_launches: list[str] = []  # launched or captured operators
+        self.early_launches = 0
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("cu"):
@@ -303,26 +304,18 @@ class DriverDouble:
         hfunc.shared_bytes = value
         return (SUCCESS,)
 
-    def cuLaunchKernel(
-        self,
-        f,
-        gridDimX,
-        gridDimY,
-        gridDimZ,
-        blockDimX,
-        blockDimY,
-        blockDimZ,
-        sharedMemBytes,
-        hStream,
-        kernelParams,
-        extra,
-    ):
-        if sharedMemBytes > f.shared_bytes:
-            raise FaultError(f"{sharedMemBytes} bytes of shared memory were not requested")
+    def cuLaunchKernelEx(self, config, f, kernelParams, extra):
+        if config.sharedMemBytes > f.shared_bytes:
+            raise FaultError(f"{config.sharedMemBytes} bytes of shared memory were not requested")
         operator, tactic = f.kernel.operator, f.kernel.tactic
-        if (blockDimX, blockDimY, blockDimZ) != (32 * tactic.warps, 1, 1):
+        if (config.blockDimX, config.blockDimY, config.blockDimZ) != (32 * tactic.warps, 1, 1):
             raise FaultError(f"{operator.name} has blocks of {32 * tactic.warps} threads")
-        kernel, grid = kernel_of(operator), (gridDimX, gridDimY, gridDimZ)
+        attributes = [(attribute.id, attribute.value) for attribute in config.attrs[: config.numAttrs]]
+        early = real_driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        if any(kind != early for kind, _ in attributes):
+            raise FaultError("an unknown attribute of a launch")
+        self.early_launches += bool(attributes)
+        kernel, grid = kernel_of(operator), (config.gridDimX, config.gridDimY, config.gridDimZ)
         # Like the driver, read the arguments now.
         arguments = self._arguments(operator, kernelParams)
         absent = {name: None for name in kernel.arg_names if name not in arguments and name not in f.constants}
@@ -331,7 +324,7 @@ class DriverDouble:
         def run() -> None:
             interpret(kernel, grid, {**arguments, **absent}, f.constants)
 
-        self._submit(hStream, run)
+        self._submit(int(config.hStream), run)
         return (SUCCESS,)
 
     def _arguments(self, operator: Operator, parameters: int) -> dict[str, Any]:
