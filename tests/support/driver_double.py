@@ -110,9 +110,10 @@ _TORCH_TYPES = {
 
 
 class DriverDouble:
-    """The driver calls of the executor. Enumerations and records are the real module's."""
+    """The driver calls of the executor. Enumerations and records are the real module's.
 
-    """kernels: by their PTX; they are interpreted. real: their type."""
+    kernels: by their cubin or PTX; they are interpreted. real: their type.
+    """
 
     def __init__(
         self,
@@ -287,9 +288,11 @@ class DriverDouble:
         }[attrib]
 
     def cuModuleLoadData(self, image):
-        if not image.endswith(b"\0"):
-            raise FaultError("PTX must end with a zero byte")
-        self.modules.append(KernelDouble(self.kernels[image[:-1]]))
+        if not image.startswith(b"\x7fELF"):
+            if not image.endswith(b"\0"):
+                raise FaultError("PTX must end with a zero byte")
+            image = image[:-1]
+        self.modules.append(KernelDouble(self.kernels[image]))
         return SUCCESS, len(self.modules)
 
     def cuModuleGetFunction(self, hmod, name):

@@ -1,5 +1,5 @@
-"""Run target tensorrt's graphs in ONNX Runtime, with the plugins' operators as ONNX functions. Weights, KV pool and
-adapter are bound as inputs, as by a runtime of the target.
+"""Run the graphs of targets tensorrt and cuda in ONNX Runtime, with our own operators as ONNX functions. Weights, KV
+pool and adapter are bound as inputs, as by a runtime of the target.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 from trimode.engine.manifest import PoolEntry
 from trimode.engine.targets.tensorrt import GRAPH
 from trimode.model.config import ModelConfig
-from trimode.model.step import cache_inputs, cache_outputs
+from trimode.model.step import cache_inputs, cache_outputs, mask_words
 from trimode.runtime.executor import BidirectionalStep, Candidates, CausalStep, Step
 
 TYPES = {
@@ -66,6 +66,7 @@ class GraphExecutor:
         self._weights = {entry.name: data[entry.offset : entry.offset + entry.bytes] for entry in pool}
         self._adapter = {name: array.astype(real) for name, array in load_file(adapter).items()}
         self._layers = config.num_hidden_layers
+        self._mask_words = mask_words(config.vocab_size)
         self._sessions = {
             CausalStep: open_session(folder / "ar" / GRAPH),
             BidirectionalStep: open_session(folder / "diffusion" / GRAPH),
@@ -97,6 +98,9 @@ class GraphExecutor:
             "position_ids": step.position_ids,
             "write_indices": step.write_indices,
             "logit_rows": step.logit_rows,
+            # Of target cuda: every token is legal, and one is asked for.
+            "token_mask": np.full((*step.logit_rows.shape, self._mask_words), -1, np.int32),
+            "asked_ids": np.zeros((*step.logit_rows.shape, 1), np.int64),
         }
         if isinstance(step, CausalStep):
             return feeds | {"block_mask": step.block_mask}

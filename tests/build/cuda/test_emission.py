@@ -1,0 +1,177 @@
+"""What a build for target cuda writes: graphs of our own operators, launch lists, the pool and the kernels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.support.graph_executor import GraphExecutor
+from tests.support.uncompiled_kernels import UncompiledKernels
+from trimode.build.cpu.target import CpuTarget
+from trimode.build.cuda.emission import write_cuda_engines
+from trimode.build.cuda.lowering import launch_list
+from trimode.build.cuda.target import CudaTarget
+from trimode.build.engine_builder import build_engine
+from trimode.common.errors import TriModeError
+from trimode.common.progress import no_progress
+from trimode.engine.files import ADAPTER, POOL, verify_files
+from trimode.engine.kernel_library import KERNELS, KernelLibrary
+from trimode.engine.launch_list import LAUNCHES, LaunchList
+from trimode.engine.manifest import Limits, Manifest
+from trimode.engine.targets.cuda import GRAPH, CudaSection
+from trimode.model.checkpoint import Checkpoint
+from trimode.model.step import ENGINES
+from trimode.plugins.launches import PassShape, plan_pass
+from trimode.plugins.operators import DOMAIN
+from trimode.runtime.executor import BidirectionalStep, Candidates, CausalStep
+from trimode.runtime.loading import load_engine
+
+CAPACITY, TOP_K = 64, 4
+
+
+@pytest.fixture(scope="module")
+def engine(random_int4_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("cuda") / "engine"
+    with pytest.MonkeyPatch.context() as patch:
+        UncompiledKernels(patch)
+        build_engine(
+            Checkpoint(random_int4_checkpoint),
+            out,
+            target=CudaTarget(sms=(80, 90), dtype="fp16", max_batch=4, max_step=16),
+            capacity=CAPACITY,
+            top_k=TOP_K,
+        )
+    return out
+
+
+def test_the_directory_is_complete(engine: Path) -> None:
+    manifest = Manifest.read(engine)
+    verify_files(engine, manifest.files)
+    assert manifest.section(CudaSection).sms == (80, 90)
+    assert manifest.precision.kv_cache == "fp16"
+    assert {f"{name}/{file}" for name, _ in ENGINES for file in (LAUNCHES, GRAPH)} <= {
+        entry.path for entry in manifest.files
+    }
+
+
+@pytest.mark.parametrize("name", [name for name, _ in ENGINES])
+def test_every_node_is_a_launch_in_the_order_of_the_graph(engine: Path, name: str) -> None:
+    """Candidates are two launches, of which a pass makes one."""
+    graph, launches = onnx.load(engine / name / GRAPH).graph, LaunchList.read(engine / name)
+    assert {node.domain for node in graph.node} == {DOMAIN}
+    made = [launch for launch in launches.launches if launch.when != "unmasked"]
+    assert [(launch.operator, launch.inputs, launch.outputs) for launch in made] == [
+        (node.op_type, tuple(node.input), tuple(node.output)) for node in graph.node
+    ]
+    unmasked = [launch for launch in launches.launches if launch.when == "unmasked"]
+    assert [launch.operator for launch in unmasked] == ["TopCandidates"]
+    assert set(unmasked[0].outputs) in [set(launch.outputs) for launch in made]
+    assert [tensor.name for tensor in launches.weights] == [
+        value.name for value in graph.input if value.name in {entry.name for entry in Manifest.read(engine).pool}
+    ]
+
+
+def test_a_standard_operator_is_refused(engine: Path) -> None:
+    graph = onnx.load(engine / "ar" / GRAPH)
+    graph.graph.node.append(onnx.helper.make_node("Add", ["a", "b"], ["c"], name="layers.0/Add_1"))
+    with pytest.raises(ValueError, match=r"layers\.0/Add_1 is a node of operator Add, which has no kernel"):
+        launch_list(graph, onnx.TensorProto.FLOAT16, set())
+
+
+def test_a_launch_list_is_read_as_it_was_written_and_other_versions_are_refused(engine: Path, tmp_path: Path) -> None:
+    launches = LaunchList.read(engine / "ar")
+    launches.write(tmp_path)
+    assert LaunchList.read(tmp_path) == launches
+    text = (tmp_path / LAUNCHES).read_text()
+    (tmp_path / LAUNCHES).write_text(text.replace("{", '{"format_version": 2,', 1))
+    with pytest.raises(TriModeError, match=r"launches\.json: format_version"):
+        LaunchList.read(tmp_path)
+    (tmp_path / LAUNCHES).unlink()
+    with pytest.raises(TriModeError, match=r"launches\.json"):
+        LaunchList.read(tmp_path)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    batch=st.integers(1, 4),
+    step=st.integers(1, 16),
+    one_row=st.booleans(),
+    top_k=st.sampled_from([1, TOP_K]),
+    masked=st.booleans(),
+    asked=st.integers(0, 8),
+)
+def test_the_kernels_of_every_pass_are_in_the_library(
+    engine: Path, batch: int, step: int, one_row: bool, top_k: int, masked: bool, asked: int
+) -> None:
+    shape = PassShape(batch, step, 1 if one_row else step, CAPACITY, top_k, masked, asked)
+    library = KernelLibrary(engine / KERNELS, 90)
+    for name, _ in ENGINES:
+        launches = LaunchList.read(engine / name)
+        planned = plan_pass(launches, shape)
+        for operator, node, *_ in planned:
+            names = {number: operator.kernel_name(node, number) for number in operator.tactics(node)}
+            assert library.available(names) == list(names)
+        results = {name: sizes for launch in planned for name, sizes in zip(launch.outputs, launch.shapes, strict=True)}
+        assert results["top_tokens"] == (batch, shape.rows, top_k)
+        assert results["log_sum_exp"] == (batch, shape.rows)
+        assert results.get("asked_logits") == ((batch, shape.rows, asked) if asked else None)
+
+
+def test_the_graphs_executed_through_their_functions_equal_target_cpu(
+    random_int4_checkpoint: Path, tmp_path: Path
+) -> None:
+    """A prompt, a draft with the adapter, and its verification, in fp32."""
+    checkpoint = Checkpoint(random_int4_checkpoint)
+    cpu = CpuTarget(activations="fp32")
+    build_engine(checkpoint, tmp_path / "cpu", target=cpu, capacity=CAPACITY, top_k=TOP_K)
+    executor = load_engine(tmp_path / "cpu", verify=False).executor
+    executor.pool.acquire()
+    (tmp_path / "cuda").mkdir()
+    limits = Limits(capacity=CAPACITY, prefill_step=16, top_k=TOP_K, max_batch=1, max_step=16)
+    pool = write_cuda_engines(checkpoint, tmp_path / "cuda", "fp32", (), limits, no_progress)
+    graphs = GraphExecutor(
+        tmp_path / "cuda",
+        pool,
+        tmp_path / "cuda" / POOL,
+        tmp_path / "cpu" / ADAPTER,
+        checkpoint.config,
+        CAPACITY,
+        np.float32,
+    )
+    rng = np.random.default_rng(0)
+    prompt = CausalStep.chain(0, rng.integers(101, 768, (1, 13)), np.array([0]), np.array([[12]]))
+    block = np.full((1, 6), 100)
+    block[0, 0] = 300
+    draft = BidirectionalStep.block(0, block, np.array([13]), np.arange(6)[None], np.array([6]), np.array([True]))
+    for step in (prompt, draft, draft.verification(rng.integers(101, 768, (1, 6)))):
+        assert_close(graphs.run(step), executor.run(step))
+
+
+def assert_close(found: Candidates, expected: Candidates) -> None:
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    np.testing.assert_allclose(found.logits, expected.logits, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found.log_sum_exp, expected.log_sum_exp, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        (CudaTarget(sms=(75,)), "--sm 75: kernels are compiled for 80, 86, 89, 90, 100, 120, 121"),
+        (CudaTarget(sms=(90,)), "int4 in groups of 24; target cuda takes multiples of 16"),
+    ],
+)
+def test_a_refused_build_leaves_nothing(
+    random_int4_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: CudaTarget, words: str
+) -> None:
+    checkpoint = Checkpoint(random_int4_checkpoint)
+    assert checkpoint.quantization is not None
+    odd = checkpoint.quantization.model_copy(update={"group_size": 24})
+    monkeypatch.setattr(checkpoint, "quantization", odd)
+    with pytest.raises(TriModeError, match=words):
+        build_engine(checkpoint, tmp_path / "out", target=target)
+    assert list(tmp_path.iterdir()) == []

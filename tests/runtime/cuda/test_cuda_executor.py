@@ -1,0 +1,163 @@
+"""Target cuda without a GPU: on a double of the CUDA driver, the executor computes what target ``cpu`` does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.runtime.cuda.conftest import CAPACITY, CASES, TOP_K, VOCABULARY, Engines
+from tests.support.driver_double import DriverDouble, FaultError
+from tests.support.executor_cases import CLOSE, FAR, MASK, RUNS, Run, StepCases, distance
+from tests.support.gpu_faults import (
+    draft_not_copied,
+    padding_is_attended_to,
+    results_taken_early,
+    slot_off_by_one,
+    stale_graph,
+)
+from trimode.build.cpu.target import CpuTarget
+from trimode.build.engine_builder import build_engine
+from trimode.common.errors import TriModeError
+from trimode.model.checkpoint import Checkpoint
+from trimode.model.step import cache_inputs
+from trimode.runtime.cuda import arena, cuda_network
+from trimode.runtime.executor import BidirectionalStep, CausalStep, SpeculatingExecutor
+from trimode.runtime.loading import load_engine
+
+Gpu = Callable[[Engines], DriverDouble]
+Plant = Callable[[pytest.MonkeyPatch], None]
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_results_of_steps_equal_those_of_target_cpu(small: Engines, gpu: Gpu, run: Run) -> None:
+    gpu(small)
+    assert distance(CASES, run, small.cpu, small.cuda) < CLOSE
+
+
+def test_a_warm_cycle_is_one_launch_and_one_wait(small: Engines, gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No kernel is launched outside a graph, and nothing is allocated."""
+    driver = gpu(small)
+    engine = load_engine(small.cuda, verify=False).executor
+    assert isinstance(engine, SpeculatingExecutor)
+    CASES.prefill(engine)
+    draft = CASES.draft_step()
+    first = engine.speculate(draft)
+
+    def refuse(*_arguments: object) -> None:
+        raise AssertionError("a warm cycle allocates")
+
+    for call in ("cuMemAlloc", "cuMemHostAlloc", "cuMemCreate"):
+        monkeypatch.setattr(driver, call, refuse)
+    waits, graphs, kernels = driver.synchronisations, driver.launches, len(driver.kernel_launches)
+    again = engine.speculate(draft)
+    assert driver.synchronisations - waits == driver.launches - graphs == 1
+    assert len(driver.kernel_launches) == kernels
+    np.testing.assert_array_equal(again.drafted.tokens, first.drafted.tokens)
+
+
+def test_token_masks_asked_ids_and_single_candidates_follow_from_all_logits(
+    small: Engines, gpu: Gpu, tmp_path: Path
+) -> None:
+    """All logits are those of target cpu. In the second row, fewer tokens are legal than the engine returns."""
+    build_engine(
+        Checkpoint(small.checkpoint),
+        tmp_path / "all",
+        target=CpuTarget(activations="fp32"),
+        capacity=CAPACITY,
+        top_k=VOCABULARY,
+    )
+    gpu(small)
+    rng, length = np.random.default_rng(0), 4
+    legal = rng.random((length, VOCABULARY)) < 0.5
+    legal[1] = False
+    legal[1, [7, 300]] = True
+    legal[:, MASK] = False  # it never is
+    rows = np.arange(length)
+    step = CausalStep.chain(0, rng.integers(MASK + 1, VOCABULARY, (1, length)), np.array([0]), rows[None])
+    executors = [load_engine(engine, verify=False).executor for engine in (tmp_path / "all", small.cuda)]
+    for executor in executors:
+        executor.pool.acquire()
+    everything = executors[0].run(step)
+    logits = np.empty((length, VOCABULARY), np.float32)
+    np.put_along_axis(logits, everything.tokens[0], everything.logits[0], axis=-1)
+
+    asked = rng.integers(MASK + 1, VOCABULARY, (1, length, 3))
+    words = np.packbits(legal, axis=-1, bitorder="little").view(np.uint32)
+    found = executors[1].run(replace(step, token_mask=words[None], asked_ids=asked))
+    masked = np.where(legal, logits, -np.inf)
+    best = np.argsort(-masked, axis=-1, kind="stable")[:, :TOP_K]
+    for row in rows:
+        count = min(TOP_K, int(legal[row].sum()))
+        assert found.tokens[0, row, :count].tolist() == best[row, :count].tolist()
+        np.testing.assert_allclose(found.logits[0, row, :count], masked[row, best[row, :count]], rtol=CLOSE, atol=CLOSE)
+        assert (found.logits[0, row, count:] < -1e29).all()
+    sums = np.log(np.exp(masked).sum(-1))
+    np.testing.assert_allclose(found.log_sum_exp[0], sums, rtol=CLOSE, atol=CLOSE)
+    assert found.asked_logits is not None
+    wanted = np.take_along_axis(logits, asked[0], axis=-1)
+    np.testing.assert_allclose(found.asked_logits[0], wanted, rtol=CLOSE, atol=CLOSE)
+
+    single = executors[1].run(replace(step, top_k=1))
+    assert single.tokens.shape == (1, length, 1)
+    np.testing.assert_array_equal(single.tokens[..., 0], everything.tokens[..., 0])
+
+
+# Planted faults that the tests above must detect.
+
+
+def activations_overlap(patch: pytest.MonkeyPatch) -> None:
+    """Each temporary tensor is taken to be read by the launch that writes it only."""
+    placed = arena._placed
+    patch.setattr(
+        arena,
+        "_placed",
+        lambda sizes, lifetimes: placed(
+            sizes, {name: lifetime._replace(last=lifetime.first) for name, lifetime in lifetimes.items()}
+        ),
+    )
+
+
+def wrong_alias(patch: pytest.MonkeyPatch) -> None:
+    """Values are bound to the memory of keys and keys to that of values, in the diffusion engine only."""
+    bind = cuda_network.CudaNetwork.bind
+
+    def crossed(layers: int) -> list[str]:
+        first, second, *rest = cache_inputs(layers)
+        return [second, first, *rest]
+
+    def binding(self: Any, bucket: Any, inputs: Any, results: Any) -> Any:
+        with pytest.MonkeyPatch.context() as inner:
+            if bucket.kind is BidirectionalStep:
+                inner.setattr(cuda_network, "cache_inputs", crossed)
+            return bind(self, bucket, inputs, results)
+
+    patch.setattr(cuda_network.CudaNetwork, "bind", binding)
+
+
+@pytest.mark.parametrize(
+    ("plant", "run"),
+    [
+        (activations_overlap, StepCases.prefill),
+        (wrong_alias, StepCases.draft_and_commit),
+        (stale_graph, StepCases.some_of_the_slots),
+        (slot_off_by_one, StepCases.draft_and_commit),
+        (padding_is_attended_to, StepCases.draft_and_commit),
+        (draft_not_copied, StepCases.speculated),
+        (results_taken_early, StepCases.prefill),
+    ],
+)
+def test_a_planted_fault_is_detected(
+    small: Engines, gpu: Gpu, monkeypatch: pytest.MonkeyPatch, plant: Plant, run: Run
+) -> None:
+    gpu(small)
+    plant(monkeypatch)
+    try:
+        found = distance(CASES, run, small.cpu, small.cuda)
+    except (FaultError, TriModeError):
+        return
+    assert not found < FAR

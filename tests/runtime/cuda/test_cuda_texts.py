@@ -1,0 +1,62 @@
+"""Target cuda on a double that interprets the kernels: the shipped checkpoint's tokens equal those of target cpu."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.runtime.cuda.conftest import Engines, build_engines
+from tests.support.driver_double import DriverDouble
+from trimode import LLM, SamplingParams
+from trimode.build.cuda.target import CudaTarget
+from trimode.model.checkpoint import Checkpoint
+from trimode.quantize import quantize_checkpoint
+from trimode.runtime.scheduling.pass_cost import PassCost
+
+MODES: list[dict[str, Any]] = [
+    {"mode": "ar", "max_tokens": 2},
+    {"mode": "linear_spec", "block_length": 8, "max_tokens": 8},
+    {"mode": "diffusion", "block_length": 4, "max_tokens": 4},
+    {"mode": "auto", "block_length": 8, "max_tokens": 4},
+]
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Engines:
+    folder = tmp_path_factory.mktemp("tiny")
+    quantize_checkpoint(Checkpoint(tiny_checkpoint), folder / "int4", method="rtn", group=64)
+    target = CudaTarget(sms=(121,), dtype="fp32", max_batch=3, max_step=32)
+    return build_engines(folder / "int4", folder, target, 96)
+
+
+@pytest.fixture(autouse=True)
+def equal_pass_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All passes have the same cost, so that measured costs, which depend on the machine's load, change nothing."""
+    monkeypatch.setattr(PassCost, "least_seconds", lambda *_: 1e-3)
+
+
+def tokens(engine: Path, prompts: list[Any], params: list[SamplingParams], at_once: int) -> list[list[int]]:
+    with LLM(engine, max_batch_size=at_once, verify=False) as llm:
+        return [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
+
+
+PROMPT = [{"role": "user", "content": "What is 60% of 440?"}]
+OTHER = [{"role": "user", "content": "What is 7 + 8?"}]
+
+
+def test_tokens_of_requests_one_after_another(tiny: Engines, gpu: Callable[[Engines], DriverDouble]) -> None:
+    """Each mode, alone, on the same prompt, whose KV rows the later requests reuse."""
+    gpu(tiny)
+    params = [SamplingParams(**options) for options in MODES]
+    prompts = [PROMPT] * len(params)
+    assert tokens(tiny.cuda, prompts, params, 1) == tokens(tiny.cpu, prompts, params, 1)
+
+
+def test_tokens_of_a_batch_of_modes(tiny: Engines, gpu: Callable[[Engines], DriverDouble]) -> None:
+    gpu(tiny)
+    params = [SamplingParams(**options) for options in MODES[:3]]
+    prompts = [PROMPT, OTHER, PROMPT]
+    assert tokens(tiny.cuda, prompts, params, 3) == tokens(tiny.cpu, prompts, params, 3)
