@@ -77,10 +77,17 @@ def write_launches_and_kernels(
         launches.write(folder / name)
         needed |= needed_kernels(launches, limits)
     if real == "fp32":
-        # For proofs, at any speed: the compiler needs minutes for large tiles of fp32.
-        needed = {name: kernel for name, kernel in needed.items() if name.endswith(".tactic1")}
+        needed = _smallest_tiles(needed)
     progress("graphs", len(ENGINES), len(ENGINES))
     write_kernels(needed, real, sms, folder / KERNELS, progress)
+
+
+def _smallest_tiles(needed: dict[str, NeededKernel]) -> dict[str, NeededKernel]:
+    """One tactic of each kernel: fp32 is for proofs, and the compiler needs minutes for its large tiles."""
+    smallest: dict[str, str] = {}
+    for name in sorted(needed, key=lambda name: needed[name].tactic.constants.get("BLOCK_M", 0)):
+        smallest.setdefault(name.rpartition(".")[0], name)
+    return {name: needed[name] for name in smallest.values()}
 
 
 def needed_kernels(launches: LaunchList, limits: Limits) -> dict[str, NeededKernel]:

@@ -44,11 +44,12 @@ class Attend(Operator):
     attributes = ("splits",)
 
     # BLOCK_M: queries of a tile; 128 hold a step of 32 tokens with groups of 4, so that K and V are read once for them.
-    # BLOCK_N: KV rows of a tile. A tile of fewer queries uses other instructions of the tensor cores, which may round
-    # differently.
+    # BLOCK_N: KV rows of a tile. The tile of 16 queries is for types and GPUs that the others do not fit; it uses other
+    # instructions of the tensor cores, which may round differently.
     TACTICS: ClassVar[tuple[Tactic, ...]] = (
         Tactic({"BLOCK_M": 64, "BLOCK_N": KV_TILE}, warps=4, stages=4),
         Tactic({"BLOCK_M": 128, "BLOCK_N": KV_TILE}, warps=8, stages=4),
+        Tactic({"BLOCK_M": 16, "BLOCK_N": KV_TILE}, warps=4, stages=2),
     )
 
     def __init__(self, pattern: Pattern) -> None:
