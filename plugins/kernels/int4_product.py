@@ -24,13 +24,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from trimode.plugins.kernels.dependent_launch import prefetch, wait_for_previous
+from trimode.plugins.kernels.dependent_launch import wait_for_previous
 
 # As trimode.plugins.operators.int4_product defines them.
 _TILE = tl.constexpr(128)
 _SPLIT_ROWS = tl.constexpr(64)
-# Units of weights that a program fetches before the previous kernel ends.
-_PREFETCHED = tl.constexpr(4)
 
 
 def _assembly(power: int, offset: int, subtract: str) -> tl.constexpr:
@@ -86,8 +84,6 @@ def int4_product_kernel(
     STAGES: tl.constexpr,
 ):
     """CAPABILITY: compute capability, 90 for 9.0; None in the interpreter."""
-    # Tiles of weights are constants: they are on their way before the previous kernel ends.
-    _prefetch_first(packed, INNER, UNIT, SPLITS, BLOCK_N, CAPABILITY)
     wait_for_previous(CAPABILITY)
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -127,27 +123,6 @@ def int4_product_kernel(
         if residual is not None:
             result += tl.load(residual + at, mask=here, other=0.0).to(tl.float32)
         tl.store(y + at, result.to(y.dtype.element_ty), mask=here)
-
-
-@triton.jit
-def _prefetch_first(
-    packed,
-    INNER: tl.constexpr,
-    UNIT: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    CAPABILITY: tl.constexpr,
-):
-    """Fetch the program's first units of weights into the L2 cache."""
-    WORDS: tl.constexpr = UNIT // 8
-    UNITS: tl.constexpr = INNER // UNIT // SPLITS
-    BYTES: tl.constexpr = BLOCK_N * WORDS * 4
-    if BYTES >= 128:
-        column = tl.program_id(1) * BLOCK_N
-        tile = packed + (column // _TILE * (INNER // 8 * _TILE)).to(tl.int64) + column % _TILE * WORDS
-        part = tl.program_id(2) if SPLITS > 1 else 0
-        for unit in tl.static_range(_PREFETCHED if UNITS > _PREFETCHED else UNITS):
-            prefetch(tile + (part * UNITS + unit) * (_TILE * WORDS), BYTES, CAPABILITY)
 
 
 @triton.jit
