@@ -28,7 +28,7 @@ MODES: list[dict[str, Any]] = [
 def tiny(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Engines:
     folder = tmp_path_factory.mktemp("tiny")
     quantize_checkpoint(Checkpoint(tiny_checkpoint), folder / "int4", method="rtn", group=64)
-    target = CudaTarget(sms=(121,), dtype="fp32", max_batch=3, max_step=32)
+    target = CudaTarget(sms=(121,), dtype="fp32", max_batch=2, max_step=32)
     return build_engines(folder / "int4", folder, target, 96)
 
 
@@ -55,8 +55,8 @@ def test_tokens_of_requests_one_after_another(tiny: Engines, gpu: Callable[[Engi
     assert tokens(tiny.cuda, prompts, params, 1) == tokens(tiny.cpu, prompts, params, 1)
 
 
-def test_tokens_of_a_batch_of_modes(tiny: Engines, gpu: Callable[[Engines], DriverDouble]) -> None:
+def test_tokens_of_two_modes_in_one_batch(tiny: Engines, gpu: Callable[[Engines], DriverDouble]) -> None:
     gpu(tiny)
-    params = [SamplingParams(**options) for options in MODES[:3]]
-    prompts = [PROMPT, OTHER, PROMPT]
-    assert tokens(tiny.cuda, prompts, params, 3) == tokens(tiny.cpu, prompts, params, 3)
+    params = [SamplingParams(**options) for options in MODES[1:3]]
+    prompts = [PROMPT, OTHER]
+    assert tokens(tiny.cuda, prompts, params, 2) == tokens(tiny.cpu, prompts, params, 2)
