@@ -1,0 +1,81 @@
+"""Kernels that may start before the previous one has ended: until they wait for it, they touch constants only."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from trimode.plugins.compilation import compile_operator, kernel_of
+from trimode.plugins.operators import OPERATORS
+
+HEADS = {"KV_HEADS": 2, "GROUP": 2, "HEAD_DIM": 64}
+PRODUCT = {"INNER": 1024, "COLUMNS": 256, "GROUP": 128, "UNIT": 128, "RANK": 0, "SPLITS": 1}
+DENSE = {"INNER": 256, "COLUMNS": 256, "RANK": 0}
+# Operators whose kernels together have every input that a kernel can have.
+CONSTANTS: dict[str, dict[str, int]] = {
+    "KvWrite": HEADS,
+    "AttendCausal": HEADS,
+    "AttendBidirectional": HEADS,
+    "AttendMasked": HEADS,
+    "MergeSplits": {**HEADS, "SPLITS": 16},
+    "Int4Product": PRODUCT,
+    "Int4ProductSplitScaledAdaptedResidual": {**PRODUCT, "RANK": 64, "SPLITS": 4},
+    "Embed": {"WIDTH": 256},
+    "Rotations": {"HALF": 32, "SCALES": 16, "LENGTH": 128},
+    "RmsNorm": {"WIDTH": 256},
+    "SwiGlu": {"WIDTH": 256},
+    "DenseProductRowScaled": DENSE,
+    "DenseProductAdaptedResidual": {**DENSE, "RANK": 64},
+    "SelectRows": {"WIDTH": 256},
+    "TopCandidatesMasked": {"VOCABULARY": 768, "TOP_K": 4, "MASK_TOKEN": 100},
+    "MergeCandidates": {"TILES": 3, "TOP_K": 4},
+    "AskedLogits": {"VOCABULARY": 768},
+}
+WAIT, ALLOW = "griddepcontrol.wait", "griddepcontrol.launch_dependents"
+# Instructions that read or write memory, branch or end. Parameters of the kernel are no memory that a kernel writes.
+_EFFECT = re.compile(r"\b(?:ld|st|atom|red|cp|bra|ret|exit|mbarrier)\b[.\w:]*")
+
+
+def ptx_of(name: str, capability: int) -> str:
+    operator = OPERATORS[name]
+    return compile_operator(operator, CONSTANTS[name], operator.TACTICS[0], "bf16", capability).ptx  # type: ignore[attr-defined]
+
+
+def effects_before_the_wait(ptx: str) -> list[str]:
+    before, waits, _ = ptx[ptx.index("{") :].partition(WAIT)
+    assert waits, "the kernel does not wait"
+    return [found for found in _EFFECT.findall(before) if not found.startswith("ld.param")]
+
+
+def test_every_kernel_is_among_these() -> None:
+    assert {kernel_of(OPERATORS[name]) for name in CONSTANTS} == set(map(kernel_of, OPERATORS.values()))
+
+
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_a_kernel_waits_before_it_reads_or_writes_memory(name: str) -> None:
+    """Every program waits, since nothing branches or ends before. The next kernel may then begin."""
+    ptx = ptx_of(name, 90)
+    assert effects_before_the_wait(ptx) == []
+    assert ptx.count(WAIT) == ptx.count(ALLOW) == 1
+    assert ptx.index(WAIT) < ptx.index(ALLOW)
+
+
+def test_int4_weights_are_fetched_before_the_wait() -> None:
+    ptx = ptx_of("Int4Product", 90)
+    fetches = [at.start() for at in re.finditer(r"prefetch\.global\.L2", ptx)]
+    assert 0 < len(fetches) <= 8
+    assert max(fetches) < ptx.index(WAIT)
+
+
+@pytest.mark.parametrize("name", ["Int4Product", "RmsNorm", "AttendMasked"])
+def test_kernels_for_older_gpus_neither_wait_nor_fetch(name: str) -> None:
+    assert not re.search(r"griddepcontrol|prefetch", ptx_of(name, 80))
+
+
+@pytest.mark.parametrize(
+    "early", ["ld.global.b32 {%r1}, [%rd1];", "@%p1 st.global.b32 [%rd1], {%r1};", "@%p1 bra $L1;", "ret;"]
+)
+def test_an_effect_before_the_wait_is_found(early: str) -> None:
+    ptx = f"{{ ld.param.b64 %rd1, [p_0]; {early} {WAIT}; {ALLOW}; ret; }}"
+    assert len(effects_before_the_wait(ptx)) == 1
