@@ -33,7 +33,7 @@ CONSTANTS: dict[str, dict[str, int]] = {
     "AskedLogits": {"VOCABULARY": 768},
 }
 WAIT, ALLOW = "griddepcontrol.wait", "griddepcontrol.launch_dependents"
-# Instructions that read, write or fetch memory, branch or end. Parameters of the kernel are no memory that a kernel writes.
+# Instructions that read, write or fetch memory, branch or end. No kernel writes the memory of parameters.
 _EFFECT = re.compile(r"\b(?:ld|st|atom|red|cp|prefetch|bra|ret|exit|mbarrier)\b[.\w:]*")
 
 
