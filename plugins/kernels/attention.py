@@ -84,7 +84,7 @@ def attend_kernel(
     for tile in tl.range(split, whole, splits):
         at = tile * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
         key = tl.load(keys + at * HEAD_DIM)
-        logits = tl.dot(query, tl.trans(key), input_precision="ieee") * LOG2_E
+        logits = tl.dot(query, tl.trans(key), input_precision="ieee")
         value = tl.load(values + at * HEAD_DIM)
         best, total, sums = _accumulate(logits, value, best, total, sums)
     # Tiles with rows that some query does not attend to. Prefetching would need more registers than there are.
@@ -92,7 +92,7 @@ def attend_kernel(
     for tile in tl.range(first, tiles, splits, num_stages=1):
         at = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         key = tl.load(keys + at[:, None] * HEAD_DIM, mask=at[:, None] < length, other=0.0)
-        logits = tl.dot(query, tl.trans(key), input_precision="ieee") * LOG2_E
+        logits = tl.dot(query, tl.trans(key), input_precision="ieee")
         other = (at - committed)[None, :]  # token of the step; negative for committed rows
         seen = (at < length)[None, :]
         if block_mask is not None:
@@ -107,7 +107,7 @@ def attend_kernel(
 
     saw = total > 0
     total = tl.where(saw, total, 1.0)
-    tl.store(log_sum_exp + result, tl.where(saw, best + tl.log2(total), float("-inf")) / LOG2_E, mask=exists)
+    tl.store(log_sum_exp + result, tl.where(saw, best + tl.log2(total) / LOG2_E, float("-inf")), mask=exists)
     sums = sums / total[:, None]
     target = partial + result[:, None] * HEAD_DIM + column[None, :]
     tl.store(target, sums.to(partial.dtype.element_ty), mask=(exists & saw)[:, None])
@@ -115,12 +115,16 @@ def attend_kernel(
 
 @triton.jit
 def _accumulate(logits, value, best, total, sums):
-    """Update the online softmax with one tile. A query that has attended to no row yet keeps -inf, 0 and 0."""
+    """Update the online softmax with one tile. A query that has attended to no row yet keeps -inf, 0 and 0.
+
+    Multiplications and additions are fused explicitly. If the compiler chose, tiles with masks and tiles without could
+    round differently.
+    """
     higher = tl.maximum(best, tl.max(logits, 1))
-    shift = tl.where(higher == float("-inf"), 0.0, higher)
-    weights = tl.exp2(logits - shift[:, None])
-    fade = tl.exp2(best - shift)
-    total = total * fade + tl.sum(weights, 1)
+    shift = tl.where(higher == float("-inf"), 0.0, higher) * -LOG2_E
+    weights = tl.exp2(tl.fma(logits, LOG2_E, shift[:, None]))
+    fade = tl.exp2(tl.fma(best, LOG2_E, shift))
+    total = tl.fma(total, fade, tl.sum(weights, 1))
     sums = tl.dot(weights.to(value.dtype), value, sums * fade[:, None], input_precision="ieee")
     return higher, total, sums
 

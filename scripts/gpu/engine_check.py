@@ -101,8 +101,7 @@ def times_of_engine(folder: Path, shape: str) -> Iterator[Record]:
                 memory = {"weights": weights.size, "kv": executor.pool.limit_bytes, "activations": executor.arena_bytes}
                 yield {"what": f"{shape}: loaded", "seconds": time.perf_counter() - started, "bytes": memory}
                 for batch in batches:
-                    passes = _passes(shape, executor, rows, batch, read_bytes, manifest.model.vocab_size)
-                    yield from ({**record, "early": True} for record in passes)
+                    yield from _passes(shape, executor, rows, batch, read_bytes, manifest.model.vocab_size)
                     if batch == 1:
                         for bucket, launches in list(prepared.items()):
                             if bucket.batch == 1:
@@ -114,12 +113,12 @@ def times_of_engine(folder: Path, shape: str) -> Iterator[Record]:
             del executor
             gc.collect()
             if rows < max(TIMED):
-                with patch.object(CudaNetwork, "launches_early", False):
-                    executor = CudaExecutor(engine, sized, device, weights)
-                    passes = _passes(shape, executor, rows, 1, read_bytes, manifest.model.vocab_size)
-                    yield from ({**record, "early": False} for record in passes)
-                del executor
-                gc.collect()
+                for early_rows in (0, BLOCK):
+                    with patch.object(CudaNetwork, "early_rows", early_rows):
+                        executor = CudaExecutor(engine, sized, device, weights)
+                        yield from _passes(shape, executor, rows, 1, read_bytes, manifest.model.vocab_size)
+                    del executor
+                    gc.collect()
 
 
 def _recording(prepared: dict[Bucket, list[tuple[PlannedLaunch, KernelLaunch]]]) -> Callable[..., Any]:
@@ -159,6 +158,7 @@ def _passes(shape: str, executor: CudaExecutor, rows: int, batch: int, read: int
             "ms": statistics.median(times),
             "fastest_ms": min(times),
             "least_bytes": passes * (read + kv),
+            "early_rows": CudaNetwork.early_rows,
         }
 
 

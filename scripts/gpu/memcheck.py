@@ -1,6 +1,6 @@
 """Passes of every kind of the shipped checkpoint under compute-sanitizer's memcheck.
 
-    compute-sanitizer --error-exitcode 9 python -m scripts.gpu.memcheck .gpu
+    compute-sanitizer --report-api-errors no --error-exitcode 9 python -m scripts.gpu.memcheck .gpu
 
 The tool sees accesses outside an allocation. Weights, KV pool and activations are one allocation each, so it does not
 see an access from one tensor of an allocation to another.
@@ -26,7 +26,8 @@ def checked_memory(folder: Path) -> Iterator[dict[str, Any]]:
     if shutil.which("compute-sanitizer") is None:
         yield {"what": what, "memcheck": "not run: compute-sanitizer is not installed"}
         return
-    command = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", str(ERROR)]
+    # cuda-bindings looks for functions that an older driver lacks, and the tool would count each as an error.
+    command = ["compute-sanitizer", "--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", str(ERROR)]
     program = [sys.executable, "-m", "scripts.gpu.memcheck", str(folder)]
     ended = subprocess.run([*command, *program], capture_output=True, text=True, check=False)
     lines = [line for line in (ended.stdout + ended.stderr).splitlines() if "ERROR SUMMARY" in line]

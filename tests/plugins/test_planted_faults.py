@@ -132,7 +132,7 @@ ATTENTION_FAULTS: dict[str, tuple[Pattern, str, str]] = {
     "a split left out": ("causal", "split >= tiles:", "(split >= tiles) | (split == 1):"),
     "splits that overlap": ("causal", "tl.range(split, whole, splits)", "tl.range(split, whole, splits - 1)"),
     "a tile with masks left out": ("masked", "first = split + tl.cdiv(", "first = split + splits + tl.cdiv("),
-    "a sum that is not rescaled": ("causal", "total * fade", "total"),
+    "a sum that is not rescaled": ("causal", "tl.fma(total, fade, ", "tl.fma(total, 1.0, "),
     "splits of equal weight": ("causal", "parts * weight[:, :, None]", "parts * saw.to(tl.float32)[:, :, None]"),
     "a head's splits of another": ("causal", "* step + token\n", "* step + (token + 1) % step\n"),
 }
