@@ -69,7 +69,7 @@ def test_kv_write_traffic_equals_the_interpreters() -> None:
     assert_same(kv_write_traffic(node, REAL), traffic)
 
 
-@pytest.mark.parametrize("tactic", Attend.TACTICS, ids=["64", "128"])
+@pytest.mark.parametrize("tactic", Attend.TACTICS, ids=lambda tactic: str(tactic.constants["BLOCK_M"]))
 @pytest.mark.parametrize("pattern", ["causal", "bidirectional", "masked"])
 def test_attention_traffic_equals_the_interpreters(pattern: Pattern, tactic: Tactic) -> None:
     for committed, step in (((700, 0), 1), ((130, 517), 7), ((300,), 70)):
