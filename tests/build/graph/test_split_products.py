@@ -32,7 +32,7 @@ def test_every_split_product_passes_the_counters_on(
     monkeypatch.setattr(split_products, "split_count", lambda *_: 2 if split else 1)
     checkpoint = Checkpoint(random_int4_checkpoint)
     pool = write_raw_pool(checkpoint, tmp_path / "pool", no_progress, np.dtype(np.float32), "tiles", for_kernels=True)
-    options = OperatorNetworkOptions("fp32", capacity=64, top_k=4, splits=4, rank=8)
+    options = OperatorNetworkOptions("fp32", top_k=4, splits=4, rank=8)
     graph = build_operator_network(checkpoint.config, pool, pattern, options)
     onnx.checker.check_model(graph)
     launches = launch_list(graph, onnx.TensorProto.FLOAT, {entry.name for entry in pool.ranges()})
