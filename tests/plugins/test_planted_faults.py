@@ -160,7 +160,7 @@ PRODUCT_FAULTS: dict[str, tuple[str, str]] = {
     "the wrong rows of the residual": ("residual + at", "residual + (at + COLUMNS) % (rows * COLUMNS)"),
 }
 SPLIT_FAULTS: dict[str, tuple[str, str]] = {
-    "a part not added": ("tl.range(SPLITS)", "tl.range(SPLITS - 1)"),
+    "a part not added": ("tl.static_range(SPLITS)", "tl.static_range(SPLITS - 1)"),
     "one part added twice": ("sums + index *", "sums + 0 * index *"),
     "the same part in every program": ("tl.range(part * UNITS, (part + 1) * UNITS", "tl.range(0 * part, UNITS"),
     "the parts left in one place": ("tl.store(sums + part *", "tl.store(sums + 0 * part *"),
@@ -226,7 +226,7 @@ def test_a_fault_in_the_write_is_detected(name: str, mutant: Callable[..., None]
 
 
 def test_a_load_outside_the_pool_is_detected(mutant: Callable[..., None]) -> None:
-    rows = "keys + at[:, None] * HEAD_DIM, mask=at[:, None] < end"
+    rows = "keys + at[:, None] * HEAD_DIM, mask=at[:, None] < length"
     mutant(attention_kernels, "attend_kernel", rows, f"{rows} + 64")
     case = AttentionCase((9, 316), 6, "causal", group=4, slack=0)
     with pytest.raises(TriModeError, match="attend_kernel loads outside its tensors, near k_cache"):
