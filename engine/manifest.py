@@ -33,7 +33,7 @@ from trimode.engine.targets.section import TargetSection
 from trimode.model.config import ModelConfig
 from trimode.model.step import ENGINES
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 Section = TypeVar("Section", bound=TargetSection)
 
@@ -90,7 +90,7 @@ class Manifest(Record):
     weight.
     """
 
-    format_version: Literal[3]
+    format_version: Literal[4]
     target: Annotated[SerializeAsAny[TargetSection], BeforeValidator(_section)]
     source: str
     quantization: str

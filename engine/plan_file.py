@@ -13,6 +13,10 @@ from trimode.engine.record import Record
 
 _CHUNK = 1 << 24
 
+# What the optimisation profiles of plans allow in a pass: rows of a sequence with a token mask, and asked ids of a row.
+# The memory of masked logits is that of the largest pass: 6 bytes a row and token of the vocabulary.
+MOST_MASKED_ROWS, MOST_ASKED = 16, 512
+
 
 class Splice(Record):
     """A range of the pool that belongs before byte ``plan_offset`` of the plan file."""

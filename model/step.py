@@ -27,6 +27,12 @@ number of committed rows.
 ``token_mask``: token i is legal if bit i % 32 of word i // 32 is set. Without it, every token is legal. The mask token
 is never legal. Illegal tokens have probability 0.
 
+Graphs have no optional inputs, so their forms of these two depend on the target. On cpu, rtx and tensorrt, masks are
+bytes, [B, 0 or R, 4 ceil(V / 32)] uint8, of the same memory, and M may be 0. There is no mask if it has 0 rows. On rtx
+and tensorrt the results of masked rows are outputs of their own, ``masked_top_logits``, ``masked_top_tokens`` and
+``masked_log_sum_exp``: they are empty without a mask, so an ordinary pass runs no kernel for them. On cuda, launches
+depend on whether a pass has them.
+
 Outputs: ``top_logits`` and ``top_tokens`` [B, R, k], the k best legal tokens, best first; of equal ones the lowest id
 comes first. Behind the last legal token, and in rows without one, logits are -1e30. ``log_sum_exp`` [B, R] is over all
 legal tokens, and -1e30 in a row without one. ``asked_logits`` [B, R, M] are the logits of ``asked_ids``, legal or not.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -130,6 +131,26 @@ class Candidates(NamedTuple):
     def _each(self, part: Callable[[NDArray[Any]], NDArray[Any]]) -> Candidates:
         asked = None if self.asked_logits is None else part(self.asked_logits)
         return Candidates(part(self.logits), part(self.tokens), part(self.log_sum_exp), asked)
+
+
+AnyStep = TypeVar("AnyStep", bound=Step)
+
+
+def some_rows(step: AnyStep, rows: slice) -> AnyStep:
+    """The step with a part of its logit rows."""
+    return dataclasses.replace(
+        step,
+        logit_rows=step.logit_rows[:, rows],
+        token_mask=None if step.token_mask is None else step.token_mask[:, rows],
+        asked_ids=None if step.asked_ids is None else step.asked_ids[:, rows],
+    )
+
+
+def joined_rows(parts: Sequence[Candidates]) -> Candidates:
+    """The candidates of all rows, from those of consecutive parts of them."""
+    logits, tokens, log_sum_exp = (np.concatenate([part[at] for part in parts], axis=1) for at in range(3))
+    asked = [part.asked_logits for part in parts if part.asked_logits is not None]
+    return Candidates(logits, tokens, log_sum_exp, np.concatenate(asked, axis=1) if asked else None)
 
 
 class Executor(Protocol):

@@ -23,7 +23,7 @@ from trimode.model.attention import attend, attends
 from trimode.model.checkpoint import Checkpoint
 from trimode.model.reference.loading import load_reference
 from trimode.model.reference.patterns import bidirectional, causal
-from trimode.model.step import AttentionPattern
+from trimode.model.step import AttentionPattern, mask_words
 from trimode.plugins.operators import DOMAIN, Pattern
 from trimode.plugins.reference import attention
 
@@ -151,6 +151,8 @@ def test_the_graph_of_standard_operators(
         "position_ids": COMMITTED[:, None] + np.arange(STEP),
         "write_indices": COMMITTED,
         "logit_rows": np.zeros((BATCH, 1), np.int64),
+        "token_mask": np.empty((BATCH, 0, 4 * mask_words(config.vocab_size)), np.uint8),
+        "asked_ids": np.empty((BATCH, 1, 0), np.int64),
     }
     inputs |= {"block_mask": MASKS} if pattern == "causal" else {"step_lengths": LENGTHS}
     for value in session.get_inputs():

@@ -26,10 +26,10 @@ from trimode.build.graph.operator_functions import (
 )
 from trimode.build.graph.raw_pool import PooledLayer, PooledLinear, PoolRange, RawPool
 from trimode.build.graph.split_products import SplitProducts
-from trimode.engine.precision import Real
+from trimode.engine.precision import NUMPY_TYPES, Real
 from trimode.model.config import ModelConfig
 from trimode.model.rope import query_scales, yarn_frequencies
-from trimode.model.step import AttentionPattern, adapter_inputs, cache_inputs, cache_outputs, cache_views
+from trimode.model.step import AttentionPattern, adapter_inputs, cache_inputs, cache_outputs, cache_views, mask_words
 from trimode.plugins.operators import Int4Product
 
 REAL_TYPES: dict[Real, int] = {
@@ -38,7 +38,16 @@ REAL_TYPES: dict[Real, int] = {
     "bf16": TensorProto.BFLOAT16,
 }
 KvRead = Literal["cache", "window", "view"]
-FLOAT, INT64, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL
+FLOAT, INT64, INT32, BOOL, UINT8 = (
+    TensorProto.FLOAT,
+    TensorProto.INT64,
+    TensorProto.INT32,
+    TensorProto.BOOL,
+    TensorProto.UINT8,
+)
+# Names and element types of a graph's results, or a branch's.
+Results = Sequence[tuple[str, int]]
+RESULTS: Results = (("top_logits", FLOAT), ("top_tokens", INT64), ("log_sum_exp", FLOAT))
 # Far below any logit, so that its exponential is 0, and finite, so that no operation on it gives NaN.
 NEVER = np.float32(-1e30)
 
@@ -75,6 +84,8 @@ class NetworkOptions:
     both and also write the step's rows. If False, the cos and sin of the queries include the scale.
     select_by_product: gather rows by a one-hot MatMul. Like the adapter's product, it multiplies two activations, so
     both plans contain the constants by which TensorRT scales such products.
+    masks: how rows with a token mask are computed. ``branch``: a node chooses between two branches. ``apart``: such
+    rows have results of their own, ``masked_*``, which are empty without a mask. A CUDA graph cannot hold a branch.
     plugins: use nodes of the domain ``trimode`` for attention, KV writes and int4 products
     (:mod:`trimode.build.graph.operator_functions`), and make every weight an input of the graph.
     """
@@ -86,6 +97,7 @@ class NetworkOptions:
     kv_read: KvRead = "cache"
     rotate_together: bool = False
     select_by_product: bool = False
+    masks: Literal["branch", "apart"] = "branch"
     plugins: PluginOptions | None = None
 
 
@@ -368,33 +380,75 @@ class _NetworkGraph:
         return self.op("RMSNormalization", x, self.graph.pooled(weight), axis=-1, epsilon=self.config.rms_norm_eps)
 
     def _head(self, x: str) -> None:
-        """Final norm and logits. Outputs for the host: the ``top_k`` best logits of each row, and its log-sum-exp."""
+        """Final norm and logits. Outputs for the host: the ``top_k`` best logits of each row, its log-sum-exp, and the
+        logits of the asked ids.
+        """
+        config, top_k = self.config, self.options.top_k
         logits = self._linear(self._rms_norm(x, self.pool.norm), self.pool.head)
+        wanted = self.graph.input("top_k", INT64, [1]) if top_k is None else [top_k]
+        token_mask = self.graph.input("token_mask", UINT8, ["batch", "masked_rows", 4 * mask_words(config.vocab_size)])
+        masked_rows = self.graph.dims(token_mask, 1, 2)
+        if self.options.masks == "branch":
+            self.graph.choose(
+                self.op("Greater", self.op("Squeeze", masked_rows, [0]), 0),
+                [name for name, _ in RESULTS],
+                lambda: self._best(logits, wanted, "legal/", token_mask),
+                lambda: self._best(logits, wanted, "any/"),
+            )
+        else:
+            self._best(logits, wanted, "")
+            first_rows = self.op("Slice", logits, [0], masked_rows, [1])
+            self._declare_results(self._best(first_rows, wanted, "masked_", token_mask), "masked_rows")
+        self._declare_results(RESULTS, "rows")
+        asked_ids = self.graph.input("asked_ids", INT64, ["batch", "rows", "asked"])
+        asked_logits = self._as_float(self.op("GatherElements", logits, asked_ids, axis=2))
+        self.graph.node("Identity", [asked_logits], ["asked_logits"])
+        self.graph.output("asked_logits", FLOAT, ["batch", "rows", "asked"])
+
+    def _declare_results(self, results: Results, rows: str) -> None:
+        top_k = self.options.top_k or "top_k"
+        for name, dtype in results:
+            self.graph.output(name, dtype, ["batch", rows] if name.endswith("log_sum_exp") else ["batch", rows, top_k])
+
+    def _best(self, logits: str, wanted: Input, prefix: str, token_mask: str | None = None) -> Results:
+        """The results of rows with these logits; the names of the results begin with ``prefix``."""
+        if token_mask is not None:
+            logits = self._legal(logits, token_mask)
         # The mask token is never a candidate.
         bias = np.zeros(self.config.vocab_size, np.float32)
         bias[self.config.mask_token_id] = NEVER
         possible = self.op("Add", self._as_float(logits), self.graph.constant(bias, "mask_token_bias"))
-        top_k = self.options.top_k
-        wanted = self.graph.input("top_k", INT64, [1]) if top_k is None else [top_k]
+        if token_mask is not None:
+            possible = self.op("Max", possible, float(NEVER))
         if self.real == FLOAT:
-            self.graph.node("TopK", [possible, wanted], ["top_logits", "top_tokens"], axis=-1)
+            self.graph.node("TopK", [possible, wanted], [f"{prefix}top_logits", f"{prefix}top_tokens"], axis=-1)
         else:
-            self._top_of_narrow(logits, wanted)
+            self._top_of_narrow(logits, wanted, prefix)
         # The maximum is known already. ReduceLogSumExp would read the row once more to find it.
-        best = self.op("Slice", "top_logits", [0], [1], [2])
+        best = self.op("Slice", f"{prefix}top_logits", [0], [1], [2])
         total = self.op("ReduceSum", self.op("Exp", self.op("Sub", possible, best)), [-1], keepdims=0)
-        self.graph.node("Add", [self.op("Log", total), self.op("Squeeze", best, [2])], ["log_sum_exp"])
-        self.graph.output("top_logits", FLOAT, ["batch", "rows", top_k or "top_k"])
-        self.graph.output("top_tokens", INT64, ["batch", "rows", top_k or "top_k"])
-        self.graph.output("log_sum_exp", FLOAT, ["batch", "rows"])
+        self.graph.node("Add", [self.op("Log", total), self.op("Squeeze", best, [2])], [f"{prefix}log_sum_exp"])
+        return [(prefix + name, dtype) for name, dtype in RESULTS]
 
-    def _top_of_narrow(self, logits: str, wanted: Input) -> None:
+    def _legal(self, logits: str, token_mask: str) -> str:
+        """``logits`` [batch, rows, vocabulary], -inf for illegal tokens. token_mask: bits, [batch, rows, bytes]."""
+        bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little").astype(np.bool_)
+        legal = self.op("Gather", self.graph.constant(bits, "bits_of_bytes"), self.op("Cast", token_mask, to=INT32))
+        # Rows may be 0, so the number of bits cannot be inferred.
+        count = 32 * mask_words(self.config.vocab_size)
+        legal = self.op("Reshape", legal, self.op("Concat", self.graph.dims(token_mask, 0, 2), [count], axis=0))
+        if count > self.config.vocab_size:
+            legal = self.op("Slice", legal, [0], [self.config.vocab_size], [2])
+        lowest = self.graph.constant(np.array(-np.inf, NUMPY_TYPES[self.options.activations]), "lowest_logit")
+        return self.op("Where", legal, logits, lowest)
+
+    def _top_of_narrow(self, logits: str, wanted: Input, prefix: str) -> None:
         """TopK of 16-bit logits without a copy of the row in fp32, which has twice the bytes. The mask token may be
         among the best, so take one candidate more, give the mask token the lowest logit, and sort again.
         """
         more = self.op("Min", self.op("Add", wanted, [1]), [self.config.vocab_size])
-        self.graph.node("TopK", [logits, more], ["found", "tokens"], axis=-1)
-        is_mask = self.op("Equal", "tokens", self.config.mask_token_id)
-        found = self.op("Where", is_mask, float(NEVER), self._as_float("found"))
-        self.graph.node("TopK", [found, wanted], ["top_logits", "order"], axis=-1)
-        self.graph.node("GatherElements", ["tokens", "order"], ["top_tokens"], axis=2)
+        self.graph.node("TopK", [logits, more], [f"{prefix}found", f"{prefix}tokens"], axis=-1)
+        is_mask = self.op("Equal", f"{prefix}tokens", self.config.mask_token_id)
+        found = self.op("Where", is_mask, float(NEVER), self.op("Max", self._as_float(f"{prefix}found"), float(NEVER)))
+        self.graph.node("TopK", [found, wanted], [f"{prefix}top_logits", f"{prefix}order"], axis=-1)
+        self.graph.node("GatherElements", [f"{prefix}tokens", f"{prefix}order"], [f"{prefix}top_tokens"], axis=2)

@@ -7,7 +7,7 @@ a list of ints an int64 vector, a float an fp32 scalar.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx
@@ -22,6 +22,7 @@ IR_VERSION = 11
 
 Shape = Sequence[int | str]
 Input = str | int | float | list[int]
+Branch = Callable[[], Sequence[tuple[str, int]]]
 
 
 class NodeBuilder(ABC):
@@ -30,17 +31,31 @@ class NodeBuilder(ABC):
     def __init__(self) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self.scope = ""
+        self._made = 0  # nodes, branches included
 
     def op(self, kind: str, *inputs: Input, **attributes: object) -> str:
         """Add a node with one result."""
         names = self._names(inputs)
-        result = f"{kind}_{len(self.nodes)}"
+        result = f"{kind}_{self._made}"
         self._add(kind, names, [result], **attributes)
         return result
 
     def node(self, kind: str, inputs: Sequence[Input], results: Sequence[str], **attributes: object) -> None:
         """Add a node whose results are named by the caller."""
         self._add(kind, self._names(inputs), results, **attributes)
+
+    def choose(self, condition: str, results: Sequence[str], then: Branch, otherwise: Branch) -> None:
+        """Add a node that computes one of two branches. A branch adds nodes, and returns its results: names and
+        element types.
+        """
+        branches = {"then_branch": self._branch(then), "else_branch": self._branch(otherwise)}
+        self.node("If", [condition], results, **branches)
+
+    def _branch(self, branch: Branch) -> onnx.GraphProto:
+        outside, self.nodes = self.nodes, []
+        results = [helper.make_tensor_value_info(name, dtype, None) for name, dtype in branch()]
+        inside, self.nodes = self.nodes, outside
+        return helper.make_graph(inside, f"branch_{self._made}", [], results)
 
     def dims(self, x: str, start: int, end: int) -> str:
         """A part of the shape of ``x``."""
@@ -60,7 +75,8 @@ class NodeBuilder(ABC):
         return self.constant(np.array(value, dtype), f"{'int' if isinstance(value, int) else 'float'}_{value}")
 
     def _add(self, kind: str, inputs: list[str], results: Sequence[str], **attributes: object) -> None:
-        name = f"{self.scope}{kind}_{len(self.nodes)}"
+        name = f"{self.scope}{kind}_{self._made}"
+        self._made += 1
         self.nodes.append(helper.make_node(kind, inputs, list(results), name=name, **attributes))
 
 

@@ -29,8 +29,15 @@ from trimode.common.errors import TriModeError
 from trimode.common.progress import Progress
 from trimode.engine.files import POOL
 from trimode.engine.manifest import Limits, PoolEntry
+from trimode.engine.plan_file import MOST_ASKED, MOST_MASKED_ROWS
 from trimode.engine.precision import NUMPY_TYPES
-from trimode.engine.targets.rtx import COMPUTE_CAPABILITIES, GRAPH, KERNELS, PLAN, RtxSection
+from trimode.engine.targets.rtx import (
+    COMPUTE_CAPABILITIES,
+    GRAPH,
+    KERNELS,
+    PLAN,
+    RtxSection,
+)
 from trimode.model.checkpoint import Checkpoint
 from trimode.model.step import ENGINES
 
@@ -86,6 +93,7 @@ def build_plans(checkpoint: Checkpoint, folder: Path, target: RtxTarget, limits:
         kv_read="view" if min(target.sms) >= _FIRST_SM_IN_PLACE else "window",
         rotate_together=True,
         select_by_product=True,
+        masks="apart",
     )
     sizes = _profile_sizes(checkpoint, target, limits)
     plans, constants = [], []
@@ -134,8 +142,12 @@ def build_plans(checkpoint: Checkpoint, folder: Path, target: RtxTarget, limits:
 def _profile_sizes(checkpoint: Checkpoint, target: RtxTarget, limits: Limits) -> ProfileSizes:
     rank = checkpoint.adapter.config.r if checkpoint.adapter else 0
     kv_heads, capacity = checkpoint.config.num_key_value_heads, limits.capacity
+    most_masked = min(MOST_MASKED_ROWS, target.max_step)
     others = {
         "window": (1, min(512, capacity), capacity),
+        # Most passes have neither token masks nor asked ids.
+        "masked_rows": (0, 0, most_masked),
+        "asked": (0, 0, MOST_ASKED),
         "rank": (rank, rank, rank),
         KEY_HEADS: (kv_heads, kv_heads, kv_heads * target.max_batch),
     }

@@ -50,6 +50,7 @@ def write_graphs(
         adapter=checkpoint.adapter is not None,
         activations=dtype,
         capacity=limits.capacity,
+        masks="apart",
         plugins=PluginOptions(splits=SPLITS, rank=checkpoint.adapter.config.r if checkpoint.adapter else 0),
     )
     (folder / POOL).parent.mkdir()

@@ -21,7 +21,7 @@ from trimode.common.machine import instruction_set, usable_cpus
 from trimode.engine.files import ADAPTER, POOL
 from trimode.engine.manifest import Manifest
 from trimode.engine.targets.cpu import MODEL, CpuSection
-from trimode.model.step import cache_inputs, cache_outputs
+from trimode.model.step import cache_inputs, cache_outputs, mask_words
 from trimode.runtime.cpu.even_rows import with_even_rows
 from trimode.runtime.executor import BidirectionalStep, Candidates, CausalStep, Step
 from trimode.runtime.kv.host_kv_pool import KvPool
@@ -35,11 +35,18 @@ _MOST_SHAPES = 256
 _Arrays = dict[str, NDArray[Any]]
 
 
+class _Results(NamedTuple):
+    top_logits: NDArray[np.float32]
+    top_tokens: NDArray[np.int64]
+    log_sum_exp: NDArray[np.float32]
+    asked_logits: NDArray[np.float32]
+
+
 class _ShapeMemory(NamedTuple):
     """Inputs and results of passes of one shape, as arrays and as ONNX Runtime's values of the same memory."""
 
     inputs: _Arrays
-    results: Candidates
+    results: _Results
     input_values: dict[str, ort.OrtValue]
     result_values: dict[str, ort.OrtValue]
 
@@ -79,6 +86,7 @@ class CpuExecutor:
             spare_rows=1 if self._pads_rows else 0,
         )
         self._top_k = manifest.limits.top_k
+        self._mask_bytes = 4 * mask_words(model.vocab_size)
         self._caches = list(
             zip(cache_inputs(model.num_hidden_layers), cache_outputs(model.num_hidden_layers), strict=True)
         )
@@ -106,8 +114,10 @@ class CpuExecutor:
             memory.inputs[name][...] = array
         binding.bind(memory)
         self._sessions[type(step)].run_with_iobinding(binding.session_binding)
-        logits, tokens, log_sum_exp, _ = memory.results
-        return Candidates(logits.copy(), tokens.copy(), log_sum_exp.copy())
+        logits, tokens, log_sum_exp, asked = memory.results
+        return Candidates(
+            logits.copy(), tokens.copy(), log_sum_exp.copy(), None if step.asked_ids is None else asked.copy()
+        )
 
     def _inputs(self, step: CausalStep | BidirectionalStep) -> _Arrays:
         inputs: _Arrays = {
@@ -122,12 +132,18 @@ class CpuExecutor:
             inputs["step_lengths"] = step.step_lengths
             if self._adapter:
                 inputs["adapter_scale"] = step.adapter
+        if step.token_mask is not None:
+            # The graph takes words as bytes, the lowest first.
+            inputs["token_mask"] = np.ascontiguousarray(step.token_mask, "<u4").view(np.uint8)
+        if step.asked_ids is not None:
+            inputs["asked_ids"] = step.asked_ids
         return inputs
 
     def _memory(self, step: CausalStep | BidirectionalStep) -> _ShapeMemory:
         top_k = min(step.top_k or self._top_k, self._top_k)
         batch_and_rows = step.logit_rows.shape
-        key = (isinstance(step, CausalStep), *step.input_ids.shape, *batch_and_rows, top_k)
+        masked = step.token_mask is not None
+        key = (isinstance(step, CausalStep), *step.input_ids.shape, *batch_and_rows, top_k, masked, step.asked)
         if key not in self._memories:
             if len(self._memories) == _MOST_SHAPES:
                 self._memories.clear()
@@ -135,12 +151,16 @@ class CpuExecutor:
             if "adapter_scale" in inputs:
                 inputs["adapter_scale"] = np.empty(step.batch, np.float32)
             inputs["top_k"] = np.array([top_k])
-            results: _Arrays = {
-                "top_logits": np.empty((*batch_and_rows, top_k), np.float32),
-                "top_tokens": np.empty((*batch_and_rows, top_k), np.int64),
-                "log_sum_exp": np.empty(batch_and_rows, np.float32),
-            }
-            self._memories[key] = _ShapeMemory(inputs, Candidates(*results.values()), _values(inputs), _values(results))
+            # Without a token mask or asked ids, these inputs are empty.
+            inputs.setdefault("token_mask", np.empty((step.batch, 0, self._mask_bytes), np.uint8))
+            inputs.setdefault("asked_ids", np.empty((*batch_and_rows, 0), np.int64))
+            results = _Results(
+                np.empty((*batch_and_rows, top_k), np.float32),
+                np.empty((*batch_and_rows, top_k), np.int64),
+                np.empty(batch_and_rows, np.float32),
+                np.empty((*batch_and_rows, step.asked), np.float32),
+            )
+            self._memories[key] = _ShapeMemory(inputs, results, _values(inputs), _values(results._asdict()))
         return self._memories[key]
 
     def _binding(self, step: Step) -> _Binding:

@@ -45,10 +45,14 @@ def bucket_of(step: Step, max_step: int, capacity: int, windowed: bool, top_k: i
     padded = _rounded(length, 1, max_step)
     if committed + padded > capacity:
         padded = length
-    rows = 1 if step.logit_rows.shape[1] == 1 else padded
+    masked, rows = step.token_mask is not None, step.logit_rows.shape[1]
+    if masked or step.asked:  # these inputs are large, and rows with them few
+        rows = _rounded(rows, 1, max_step)
+    elif rows > 1:
+        rows = padded
     window = _rounded(committed + padded, SMALLEST_WINDOW, capacity) if windowed else capacity
     asked = _power_of_two(step.asked) if step.asked else 0
-    return Bucket(type(step), step.first_slot, batch, padded, rows, window, top_k, step.token_mask is not None, asked)
+    return Bucket(type(step), step.first_slot, batch, padded, rows, window, top_k, masked, asked)
 
 
 def _rounded(number: int, smallest: int, largest: int) -> int:

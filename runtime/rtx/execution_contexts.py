@@ -6,7 +6,7 @@ all contexts use the same scratch memory.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import tensorrt_rtx as trt
@@ -19,20 +19,35 @@ from trimode.runtime.gpu.gpu_network import DeviceTensor, Enqueue
 from trimode.runtime.rtx.plan_loading import expect
 
 WINDOW_ROWS = "window_rows"
+# Of a pass without token mask and asked ids: both inputs, the results of masked rows, and the asked logits.
+MOST_UNUSED = 6
 
 
 class RtxNetwork:
     """One engine (``ICudaEngine``).
 
-    scratch: memory for its activations. row_numbers: 0, 1, ... up to the capacity, int64, on the device; a plan that
-    attends to a window of n rows takes the first n of them as its input ``window_rows``.
+    mask_bytes: size of a row of ``token_mask``. scratch: memory for activations. unused: memory for
+    :data:`MOST_UNUSED` tensors that a pass does not use, but that TensorRT needs addresses for. row_numbers: 0, 1, ...
+    up to the capacity, int64, on the device; a plan that attends to a window of n rows takes the first n of them as its
+    input ``window_rows``.
     """
 
-    def __init__(self, device: Device, engine: Any, pool: DeviceKvPool, scratch: Buffer, row_numbers: Buffer) -> None:
+    def __init__(
+        self,
+        device: Device,
+        engine: Any,
+        pool: DeviceKvPool,
+        mask_bytes: int,
+        scratch: Buffer,
+        unused: Buffer,
+        row_numbers: Buffer,
+    ) -> None:
         self._device = device
         self._engine = engine
         self._pool = pool
+        self._mask_bytes = mask_bytes
         self._scratch = scratch
+        self._unused = unused
         self._row_numbers = row_numbers
         self._tensors = frozenset(engine.get_tensor_name(index) for index in range(engine.num_io_tensors))
         self._config = _runtime_config(engine)
@@ -48,11 +63,20 @@ class RtxNetwork:
     def bind(self, bucket: Bucket, inputs: Mapping[str, DeviceTensor], results: Mapping[str, DeviceTensor]) -> Enqueue:
         context = expect(self._engine.create_execution_context(runtime_config=self._config), "making a context")
         context.set_device_memory(self._scratch.address, self._scratch.size)
-        for name, tensor in inputs.items():
+        unused = iter(
+            range(self._unused.address, self._unused.address + self._unused.size, self._unused.size // MOST_UNUSED)
+        )
+        optional = self._optional_inputs(bucket, inputs, unused)
+        for name, tensor in {**inputs, **optional}.items():
             _bind_input(context, name, tensor)
         self._bind_pool(context, bucket)
-        for name, tensor in results.items():
-            expect(context.set_tensor_address(name, tensor.address), name)
+        # Rows with a token mask have results of their own; the others' are computed as well.
+        wanted, other = ("masked_", "") if bucket.masked else ("", "masked_")
+        for name in ("top_logits", "top_tokens", "log_sum_exp"):
+            expect(context.set_tensor_address(wanted + name, results[name].address), name)
+            expect(context.set_tensor_address(other + name, next(unused)), name)
+        asked_logits = results["asked_logits"].address if bucket.asked else next(unused)
+        expect(context.set_tensor_address("asked_logits", asked_logits), "asked_logits")
         if missing := context.infer_shapes():
             raise RuntimeError(f"TensorRT-RTX: a pass lacks {', '.join(missing)}")
 
@@ -60,6 +84,19 @@ class RtxNetwork:
             expect(context.execute_async_v3(self._device.stream), "running a pass")
 
         return enqueue
+
+    def _optional_inputs(
+        self, bucket: Bucket, inputs: Mapping[str, DeviceTensor], unused: Iterator[int]
+    ) -> dict[str, DeviceTensor]:
+        """``token_mask`` and ``asked_ids``, empty for passes without them. The plan takes the mask's words as bytes."""
+        if bucket.masked:
+            address, (batch, rows, _) = inputs["token_mask"]
+            mask = DeviceTensor(address, (batch, rows, self._mask_bytes))
+        else:
+            mask = DeviceTensor(next(unused), (bucket.batch, 0, self._mask_bytes))
+        if bucket.asked:
+            return {"token_mask": mask}
+        return {"token_mask": mask, "asked_ids": DeviceTensor(next(unused), (bucket.batch, bucket.rows, 0))}
 
     def _bind_pool(self, context: Any, bucket: Bucket) -> None:
         """Bind the batch's slots as caches to write and, for a plan that attends to them in place, as views to read."""

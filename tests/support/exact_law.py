@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from tests.support.token_masks import best_legal
 from trimode import SamplingParams
 from trimode.runtime.decoding.acceptance import Acceptance
 from trimode.runtime.decoding.ending import Ending
@@ -71,7 +72,11 @@ class ExactLawExecutor:
                     # Rows of padding are computed as well; their logits do not matter.
                     row = min(row, len(block) - 1)
                     logits[index, place] = draft(committed, block, row, self._agreement, self._end)
-        return candidates(logits)
+        legal = None
+        if step.token_mask is not None:  # one word a row
+            legal = (step.token_mask >> np.arange(VOCABULARY, dtype=np.uint32) & 1).astype(np.bool_)
+        asked = None if step.asked_ids is None else np.take_along_axis(logits, step.asked_ids, axis=-1)
+        return candidates(logits, legal)._replace(asked_logits=asked)
 
 
 class SpeculatingExactLawExecutor(ExactLawExecutor):
@@ -153,12 +158,9 @@ class Bench:
         raise AssertionError("the scheduler does not come to an end")
 
 
-def candidates(logits: NDArray[np.float32]) -> Candidates:
-    logits[..., MASK] = -1e30
-    order = np.argsort(-logits, axis=-1, kind="stable")
-    ranked = np.take_along_axis(logits, order, axis=-1)
-    log_sum_exp = ranked[..., 0] + np.log(np.exp(ranked - ranked[..., :1]).sum(-1))
-    return Candidates(ranked, order, log_sum_exp.astype(np.float32))
+def candidates(logits: NDArray[np.float32], legal: NDArray[np.bool_] | None = None) -> Candidates:
+    """The legal tokens of each row, best first; None: every token is legal."""
+    return best_legal(logits, np.ones(logits.shape, np.bool_) if legal is None else legal, MASK, VOCABULARY)
 
 
 @cache

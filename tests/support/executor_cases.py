@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from tests.support.token_masks import packed
 from trimode.runtime.executor import BidirectionalStep, Candidates, CausalStep, Executor, SpeculatingExecutor
 from trimode.runtime.loading import load_engine
 
@@ -129,6 +131,30 @@ class StepCases(NamedTuple):
             found += rows_of_logits(drafted, self.blocks) + rows_of_logits(verified, self.blocks)
         return found
 
+    def masked(self, engine: Executor) -> Results:
+        """Passes with token masks and asked ids take turns with passes without them. Each kind runs twice."""
+        found, rng = self.prefill(engine), np.random.default_rng(4)
+        draft = dataclasses.replace(self.draft_step(), logit_rows=np.array([[0, 1, 2], [2, 2, 0], [1, 0, 2]]))
+        for step in (draft, dataclasses.replace(draft.verification(), logit_rows=draft.logit_rows)):
+            for turn in range(8):
+                legal = rng.random((3, 3, self.vocabulary)) < rng.choice([0.05, 0.5, 1.0], (3, 3, 1))
+                legal[2, 0] = False
+                legal[2, 1] = np.arange(self.vocabulary) == MASK + 5
+                asked = rng.integers(0, self.vocabulary, (3, 3, 3)) if turn // 2 in (2, 3) else None
+                mask = packed(legal) if turn // 2 in (1, 2) else None
+                found += all_results(engine.run(dataclasses.replace(step, token_mask=mask, asked_ids=asked)), (3, 3, 3))
+        return found
+
+    def masked_rows_of_a_long_step(self, engine: Executor) -> Results:
+        """A mask and an asked id for every row."""
+        found, rng, length = self.prefill(engine), np.random.default_rng(5), self.max_step - 3
+        at, rows = np.array([self.lengths[1]]), np.arange(length)[None]
+        step = CausalStep.chain(1, self._tokens(rng, 1, length), at, rows)
+        legal = rng.random((1, length, self.vocabulary)) < 0.1
+        asked = rng.integers(0, self.vocabulary, (1, length, 1))
+        found_rows = engine.run(dataclasses.replace(step, token_mask=packed(legal), asked_ids=asked))
+        return found + all_results(found_rows, (length,))
+
     def _tokens(self, rng: np.random.Generator, sequences: int, length: int) -> NDArray[np.int64]:
         """Ids above the special tokens."""
         return rng.integers(MASK + 1, self.vocabulary, (sequences, length))
@@ -138,13 +164,23 @@ Run = Callable[[StepCases, Executor], Results]
 RUNS: list[Run] = [
     *(StepCases.draft_and_commit, StepCases.some_of_the_slots, StepCases.after_a_release, StepCases.a_tree),
     *(StepCases.up_to_the_capacity, StepCases.prefix_reused, StepCases.again_and_again, StepCases.speculated),
+    *(StepCases.masked, StepCases.masked_rows_of_a_long_step),
 ]
 
 
 def rows_of_logits(found: Candidates, lengths: tuple[int, ...]) -> Results:
-    """Logits and log-sum-exp of the rows that are not padding, concatenated."""
-    whole = np.concatenate([found.logits, found.log_sum_exp[..., None]], axis=-1)
+    """Logits and log-sum-exp of the rows that are not padding, concatenated. Illegal tokens' are limited to -1000, so
+    that the others matter.
+    """
+    whole = np.maximum(np.concatenate([found.logits, found.log_sum_exp[..., None]], axis=-1), -1000)
     return [whole[sequence, :length] for sequence, length in enumerate(lengths)]
+
+
+def all_results(found: Candidates, lengths: tuple[int, ...]) -> Results:
+    """:func:`rows_of_logits`, and the asked logits of the same rows."""
+    asked = found.asked_logits
+    rows = [] if asked is None else [asked[sequence, :length] for sequence, length in enumerate(lengths)]
+    return rows_of_logits(found, lengths) + rows
 
 
 def distance(cases: StepCases, run: Run, expected: Path, engine: Path) -> float:

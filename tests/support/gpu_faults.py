@@ -57,6 +57,35 @@ def padding_attends_to_nothing(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(PassMemory, "put", putting)
 
 
+def masks_not_uploaded(patch: pytest.MonkeyPatch) -> None:
+    """Every token is legal."""
+    put = PassMemory.put
+
+    def putting(self: Any, step: Any) -> None:
+        put(self, step)
+        if "token_mask" in self._views:
+            self._views["token_mask"][...] = 2**32 - 1
+
+    patch.setattr(PassMemory, "put", putting)
+
+
+def asked_ids_in_another_order(patch: pytest.MonkeyPatch) -> None:
+    put = PassMemory.put
+
+    def putting(self: Any, step: Any) -> None:
+        put(self, step)
+        if "asked_ids" in self._views:
+            self._views["asked_ids"][...] = self._views["asked_ids"][:, ::-1].copy()
+
+    patch.setattr(PassMemory, "put", putting)
+
+
+def masked_buckets_are_ordinary(patch: pytest.MonkeyPatch) -> None:
+    """A pass with a mask replays the pass without."""
+    bucket_of = gpu_executor.bucket_of
+    patch.setattr(gpu_executor, "bucket_of", lambda *given: bucket_of(*given)._replace(masked=False))
+
+
 def draft_not_copied(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(captured_passes.SpeculationCycle, "_copy_drafted", lambda _self: None)
 

@@ -72,6 +72,12 @@ class GraphExecutor:
             BidirectionalStep: open_session(folder / "diffusion" / GRAPH),
         }
 
+    @property
+    def _words(self) -> bool:
+        """Whether the graphs take a token mask as words."""
+        session = self._sessions[CausalStep]
+        return next(value.type for value in session.get_inputs() if value.name == "token_mask") == "tensor(int32)"
+
     def run(self, step: CausalStep | BidirectionalStep) -> Candidates:
         self.seen.append(step)
         session = self._sessions[type(step)]
@@ -87,10 +93,15 @@ class GraphExecutor:
                 bind_pooled(binding, value, self._weights[value.name])
             elif value.name in feeds:
                 binding.bind_cpu_input(value.name, np.ascontiguousarray(feeds[value.name]))
-        for name in ("top_logits", "top_tokens", "log_sum_exp"):
+        names = ["top_logits", "top_tokens", "log_sum_exp"]
+        if step.token_mask is not None and not self._words:
+            names = [f"masked_{name}" for name in names]
+        outputs = [value.name for value in session.get_outputs() if not value.name.startswith(("k_", "v_"))]
+        for name in outputs:
             binding.bind_output(name)
         session.run_with_iobinding(binding)
-        return Candidates(*binding.copy_outputs_to_cpu()[-3:])  # in the order they were bound
+        found = dict(zip(outputs, binding.copy_outputs_to_cpu()[-len(outputs) :], strict=True))  # in binding order
+        return Candidates(*(found[name] for name in names), found["asked_logits"] if step.asked else None)
 
     def _feeds(self, step: Step) -> Mapping[str, NDArray[np.generic]]:
         feeds: dict[str, NDArray[np.generic]] = {
@@ -98,12 +109,23 @@ class GraphExecutor:
             "position_ids": step.position_ids,
             "write_indices": step.write_indices,
             "logit_rows": step.logit_rows,
-            # Of target cuda: every token is legal, and one is asked for.
-            "token_mask": np.full((*step.logit_rows.shape, self._mask_words), -1, np.int32),
-            "asked_ids": np.zeros((*step.logit_rows.shape, 1), np.int64),
-        }
+        } | self._optional_feeds(step)
         if isinstance(step, CausalStep):
             return feeds | {"block_mask": step.block_mask}
         assert isinstance(step, BidirectionalStep)
         scale = step.adapter.astype(self._real)
         return feeds | {"step_lengths": step.step_lengths, "adapter_scale": scale, **self._adapter}
+
+    def _optional_feeds(self, step: Step) -> dict[str, NDArray[np.generic]]:
+        """Graphs of target cuda take a mask of words for all rows, those of target tensorrt one of bytes for 0 rows."""
+        rows = step.logit_rows.shape
+        if self._words:
+            mask = (
+                np.full((*rows, self._mask_words), 2**32 - 1, np.uint32) if step.token_mask is None else step.token_mask
+            )
+            asked = np.zeros((*rows, 1), np.int64) if step.asked_ids is None else step.asked_ids
+            return {"token_mask": mask.view(np.int32), "asked_ids": asked}
+        no_mask = np.empty((step.batch, 0, self._mask_words), np.uint32)
+        mask = no_mask if step.token_mask is None else step.token_mask
+        asked = np.empty((*rows, 0), np.int64) if step.asked_ids is None else step.asked_ids
+        return {"token_mask": mask.view(np.uint8), "asked_ids": asked}

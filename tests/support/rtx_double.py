@@ -28,7 +28,7 @@ import onnxruntime as ort
 from tests.support.driver_double import GRANULARITY, DriverDouble, FaultError, map_memory, unknown_driver_calls
 from trimode.engine.files import POOL
 from trimode.engine.manifest import Manifest
-from trimode.engine.plan_file import whole_plan
+from trimode.engine.plan_file import MOST_ASKED, MOST_MASKED_ROWS, whole_plan
 from trimode.engine.targets.rtx import PLAN, RtxSection
 
 
@@ -226,6 +226,9 @@ class ContextDouble:
             isinstance(one, str) or one == other for one, other in zip(declared, shape, strict=True)
         )
         self.shapes[name] = tuple(shape)
+        axis, most = _LIMITS.get(name, (0, shape[0]))
+        if shape[axis] > most:
+            raise FaultError(f"{name}: {shape[axis]} exceeds the profile's {most}")
         return fits
 
     def set_tensor_address(self, name: str, memory: int) -> bool:
@@ -295,9 +298,12 @@ class ContextDouble:
         return run
 
 
+# Axes that the plans' profiles limit to less than a pass may have.
+_LIMITS = {"token_mask": (1, MOST_MASKED_ROWS), "asked_ids": (2, MOST_ASKED)}
 _DTYPES = {
     "tensor(int64)": np.dtype(np.int64),
     "tensor(bool)": np.dtype(np.bool_),
+    "tensor(uint8)": np.dtype(np.uint8),
     "tensor(float)": np.dtype(np.float32),
     "tensor(float16)": np.dtype(np.float16),
 }

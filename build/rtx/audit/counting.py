@@ -128,7 +128,7 @@ def audit_pass(plan: Plan, batch: int, step: int, window: int, cache_bytes: int 
     by_kind: Counter[Kind] = Counter()
     kinds: Counter[Kind] = Counter()
     layers: defaultdict[int, int] = defaultdict(int)
-    for kernel in plan.kernels:
+    for kernel in sizes.kernels:
         kind = kind_of(kernel)
         kinds[kind] += 1
         by_kind[kind] += sizes.bytes_of(kernel)
@@ -150,9 +150,9 @@ def audit_pass(plan: Plan, batch: int, step: int, window: int, cache_bytes: int 
         batch=batch,
         step=step,
         window=window,
-        kernels=len(plan.kernels),
+        kernels=len(sizes.kernels),
         kernels_a_layer=mode(layers.values()),
-        int4_products=sum(_reads_int4(kernel) and "MatMul" in _operators(kernel) for kernel in plan.kernels),
+        int4_products=sum(_reads_int4(kernel) and "MatMul" in _operators(kernel) for kernel in sizes.kernels),
         int4_matrices=sum(precision.all_int4(modules) for modules in merged_matrices(config)),
         lone_dequantisations=kinds["dequantisation"],
         kv_copies=kinds["KV copy"],
@@ -208,12 +208,23 @@ def _refuse_impossible(plan: Plan, batch: int, step: int, window: int) -> None:
 
 
 class _Sizes:
-    """The bytes of a plan's tensors for one shape of pass."""
+    """The bytes of a plan's tensors for one shape of pass, without token masks and asked ids.
+
+    kernels: those that run; kernels of empty tensors do not.
+    """
 
     def __init__(self, plan: Plan, batch: int, step: int, window: int) -> None:
         config = plan.manifest.model
         rank = plan.manifest.adapter.rank if plan.manifest.adapter else 0
-        dims = {"batch": batch, "step": step, "rows": step, "window": window, "rank": rank}
+        dims = {
+            "batch": batch,
+            "step": step,
+            "rows": step,
+            "window": window,
+            "rank": rank,
+            "masked_rows": 0,
+            "asked": 0,
+        }
         self._tokens = batch * step
         self._vocab_size = config.vocab_size
         self._kv_row = config.kv_width  # elements of one token's keys; its values have as many
@@ -222,7 +233,8 @@ class _Sizes:
         self._listed_rows = min(-(-window // _TILE) * _TILE, self._capacity)
         layers = config.num_hidden_layers
         self._shapes = _shapes(plan.graph, dims)
-        self._kernels = plan.kernels
+        idle = _optional_nodes(plan.graph)
+        self.kernels = tuple(kernel for kernel in plan.kernels if not idle & set(kernel.sources))
         self._produces = {node.name: list(node.output) for node in plan.graph.graph.node}
         self._made = {name for names in self._produces.values() for name in names} - set(cache_outputs(layers))
         self._reads = {node.name: list(node.input) for node in plan.graph.graph.node}
@@ -273,7 +285,7 @@ class _Sizes:
         """Bytes that a cache saves if each kernel reads from it what the previous kernel wrote. largest: bytes of the
         largest tensor that the cache keeps."""
         saved = 0
-        for kernel, following in pairwise(self._kernels):
+        for kernel, following in pairwise(self.kernels):
             read = {tensor.name for tensor in following.inputs}
             for tensor in _distinct(kernel.outputs):
                 count = 0 if _is_pool(tensor) else self._tensor_bytes(tensor)
@@ -316,6 +328,16 @@ def _broadcast_volume(shape: tuple[int, ...], dims: tuple[int, ...]) -> int:
     if len(shape) != len(dims) or any(dim not in (-1, 1, size) for size, dim in zip(shape, dims, strict=True)):
         return 0
     return prod(size for size, dim in zip(shape, dims, strict=True) if dim != 1)
+
+
+def _optional_nodes(graph: onnx.ModelProto) -> set[str]:
+    """Nodes that depend on the token mask or the asked ids. Their tensors are empty in a pass without them."""
+    optional, names = {"token_mask", "asked_ids"}, set()
+    for node in graph.graph.node:
+        if optional & set(node.input):
+            optional |= set(node.output)
+            names.add(node.name)
+    return names
 
 
 def _shapes(graph: onnx.ModelProto, dims: dict[str, int]) -> dict[str, tuple[int, ...]]:

@@ -5,6 +5,7 @@ logits and the rows written to the pool are the same.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx
@@ -12,7 +13,9 @@ import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
 
+from tests.support.token_masks import best_legal, packed, random_legal
 from trimode.build.graph.network import KvRead, NetworkOptions, build_network
 from trimode.build.graph.raw_pool import RawPool, write_raw_pool
 from trimode.build.rtx.graph_form import tensorrt_form
@@ -52,6 +55,8 @@ def inputs_of(checkpoint: Checkpoint) -> Arrays:
         "step_lengths": np.array([STEP, STEP - 5]),
         "adapter_scale": np.array([1, 0], np.float32),
         "window_rows": np.arange(WINDOW),
+        "token_mask": np.empty((BATCH, 0, config.vocab_size // 8), np.uint8),
+        "asked_ids": rng.integers(0, config.vocab_size, (BATCH, 4, 3)),
     }
     cache = (BATCH, config.num_key_value_heads, CAPACITY, config.head_dim)
     for name in cache_inputs(config.num_hidden_layers):
@@ -182,10 +187,19 @@ def test_the_graph_form_for_tensorrt_computes_the_same(
     assert len(spread) == (pattern == "causal")  # a bidirectional mask is not expanded
 
 
+class GatherElements(OpRun):  # type: ignore[misc]
+    """The evaluator's own takes at most 64 columns."""
+
+    op_domain = ""
+
+    def _run(self, data: NDArray[np.generic], indices: NDArray[np.int64], axis: int = 0) -> tuple[NDArray[np.generic]]:
+        return (np.take_along_axis(data, indices, axis),)
+
+
 def refer(graph: onnx.ModelProto, pool: RawPool, feeds: Arrays) -> Arrays:
     """One pass in ONNX's reference evaluator."""
     onnx.save(graph, source := pool.path.with_name("referred.onnx"))
-    reference = ReferenceEvaluator(str(source))
+    reference = ReferenceEvaluator(str(source), new_ops=[GatherElements])
     results = reference.run(None, {name: feeds[name] for name in reference.input_names})
     return dict(zip(reference.output_names, results, strict=True))
 
@@ -193,27 +207,68 @@ def refer(graph: onnx.ModelProto, pool: RawPool, feeds: Arrays) -> Arrays:
 def test_16_bit_logits_have_the_order_of_fp32_ones_and_omit_the_mask_token(
     checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
-    """In fp16, TopK includes the mask token, which is then dropped. Here it is the best token of some rows."""
+    """In fp16, TopK includes the mask token, which is then dropped. Here it is the best token of some rows. So do rows
+    with a token mask.
+    """
     pool = write_raw_pool(checkpoint, tmp_path / "raw.bin", no_progress, np.dtype(np.float16))
-    options = NetworkOptions(top_k=5, adapter=False, activations="fp16")
+    options = NetworkOptions(top_k=5, adapter=False, activations="fp16", masks="apart")
     feeds = {
         name: array.astype(np.float16) if array.dtype == np.float32 else array
         for name, array in inputs_of(checkpoint).items()
     }
+    legal = random_legal(np.random.default_rng(5), BATCH, 4, checkpoint.config.vocab_size)
+    feeds["token_mask"] = packed(legal).view(np.uint8)
 
     def run(mask_token: int) -> tuple[NDArray[np.float32], Arrays]:
         config = checkpoint.config.model_copy(update={"mask_token_id": mask_token})
         graph = build_network(config, pool, "causal", options)
-        logits = next(node for node in graph.graph.node if node.op_type == "TopK").input[0]
+        logits = next(
+            node for node in graph.graph.node if node.op_type == "GatherElements" and "asked_ids" in node.input
+        ).input[0]
         graph.graph.output.append(onnx.helper.make_tensor_value_info(logits, onnx.TensorProto.FLOAT16, None))
         found = refer(graph, pool, feeds)
         return found.pop(logits).astype(np.float32), found
 
     logits, _ = run(checkpoint.config.mask_token_id)
     mask_token = int(logits[1, 1].argmax())
-    logits, found = run(mask_token)
+    found_logits, found = run(mask_token)
+    logits = found_logits.copy()
     logits[..., mask_token] = -np.inf
     best = np.argsort(-logits, axis=-1, kind="stable")[..., :5]
     np.testing.assert_array_equal(found["top_tokens"], best)
     np.testing.assert_array_equal(found["top_logits"], np.take_along_axis(logits, best, -1))
     np.testing.assert_allclose(found["log_sum_exp"], np.log(np.exp(logits).sum(-1)), rtol=1e-5)
+    masked = best_legal(found_logits, legal, mask_token, 5)
+    np.testing.assert_array_equal(found["masked_top_tokens"], masked.tokens)
+    np.testing.assert_array_equal(found["masked_top_logits"], masked.logits)
+    np.testing.assert_allclose(found["masked_log_sum_exp"], masked.log_sum_exp, rtol=1e-5)
+    asked = np.take_along_axis(found_logits, feeds["asked_ids"], -1)
+    np.testing.assert_array_equal(found["asked_logits"], asked)
+
+
+@PATTERNS
+@pytest.mark.parametrize("masks", ["branch", "apart"])
+def test_rows_with_a_token_mask_have_the_best_legal_tokens(
+    checkpoint: Checkpoint,
+    pool: RawPool,
+    pattern: AttentionPattern,
+    masks: Literal["branch", "apart"],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Both forms, from the logits of the same pass without a mask. The form with results apart has those as well."""
+    options = NetworkOptions(top_k=768, adapter=True, masks=masks)
+    inputs, prefix = inputs_of(checkpoint), "" if masks == "branch" else "masked_"
+    unmasked = execute(checkpoint, pool, pattern, options)
+    logits = np.empty_like(unmasked["top_logits"])
+    np.put_along_axis(logits, unmasked["top_tokens"], unmasked["top_logits"], axis=-1)
+    legal = random_legal(np.random.default_rng(6), BATCH, 4, 768)
+    mask = {"token_mask": packed(legal).view(np.uint8)}
+    monkeypatch.setattr(f"{__name__}.inputs_of", lambda _checkpoint: inputs | mask)
+    found = execute(checkpoint, pool, pattern, options)
+    expected = best_legal(logits, legal, checkpoint.config.mask_token_id, 768)
+    np.testing.assert_array_equal(found[f"{prefix}top_tokens"], expected.tokens)
+    np.testing.assert_array_equal(found[f"{prefix}top_logits"], expected.logits)
+    np.testing.assert_allclose(found[f"{prefix}log_sum_exp"], expected.log_sum_exp, rtol=1e-5)
+    if masks == "apart":
+        assert all(np.array_equal(found[name], unmasked[name]) for name in ("top_tokens", "top_logits", "log_sum_exp"))
+        assert all(unmasked[f"masked_{name}"].size == 0 for name in ("top_tokens", "top_logits", "log_sum_exp"))

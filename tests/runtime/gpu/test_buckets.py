@@ -72,12 +72,12 @@ def test_by_hand(length: int, committed: int, expected: tuple[int, int]) -> None
 
 
 def test_a_bucket_has_a_token_mask_and_asked_ids_only_for_passes_that_have_them() -> None:
-    """The number of asked ids is rounded up to a power of two."""
+    """The numbers of asked ids and of their rows are rounded up to powers of two."""
     ordinary = step(5, [0, 7], 3)
     bucket = bucket_of(ordinary, MAX_STEP, CAPACITY, True, TOP_K)
     assert (bucket.top_k, bucket.masked, bucket.asked) == (TOP_K, False, 0)
     masked = replace(ordinary, token_mask=np.zeros((2, 3, 9), np.uint32))
-    assert bucket_of(masked, MAX_STEP, CAPACITY, True, TOP_K) == bucket._replace(masked=True)
+    assert bucket_of(masked, MAX_STEP, CAPACITY, True, TOP_K) == bucket._replace(masked=True, rows=4)
     for asked, padded in ((1, 1), (2, 2), (3, 4), (5, 8), (300, 512)):
         asking = replace(ordinary, asked_ids=np.zeros((2, 3, asked), np.int64))
-        assert bucket_of(asking, MAX_STEP, CAPACITY, True, 1) == bucket._replace(top_k=1, asked=padded)
+        assert bucket_of(asking, MAX_STEP, CAPACITY, True, 1) == bucket._replace(top_k=1, rows=4, asked=padded)

@@ -77,6 +77,7 @@ def fp32(
         kv_read=request.param,
         rotate_together=True,
         select_by_product=True,
+        masks="apart",
     )
     for name, pattern in ENGINES:
         onnx.save(build_network(checkpoint.config, pool, pattern, options), folder / f"{name}.onnx")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,12 @@ from tests.support.executor_cases import CLOSE, FAR, MASK, RUNS, Run, StepCases
 from tests.support.rtx_double import misremembered_calls
 from trimode import LLM, SamplingParams
 from trimode.common.errors import TriModeError
+from trimode.engine.plan_file import MOST_ASKED
 from trimode.runtime.executor import BidirectionalStep, CausalStep
 from trimode.runtime.gpu import gpu_executor
 from trimode.runtime.gpu.device_kv_pool import DeviceKvPool
 from trimode.runtime.loading import load_engine
-from trimode.runtime.rtx import execution_contexts
+from trimode.runtime.rtx import execution_contexts, rtx_executor
 from trimode.runtime.rtx.execution_contexts import RtxNetwork
 from trimode.runtime.scheduling.pass_cost import PassCost
 
@@ -176,6 +178,21 @@ def test_a_pass_changes_the_rows_that_it_writes_and_no_others(fp16: Engines) -> 
         np.testing.assert_array_equal(changed, written)
 
 
+@pytest.mark.usefixtures("machine")
+def test_more_asked_ids_than_a_plan_takes_are_refused(fp16: Engines) -> None:
+    engine = load_engine(fp16.rtx, verify=False).executor
+    step = CausalStep.chain(engine.pool.acquire(), np.array([[300]]), np.array([0]), np.array([[0]]))
+    for asked in (MOST_ASKED, MOST_ASKED + 1):
+        asking = replace(step, asked_ids=np.zeros((1, 1, asked), np.int64))
+        if asked > MOST_ASKED:
+            with pytest.raises(TriModeError, match="513 asked ids of a row; plans of target rtx take 512"):
+                engine.run(asking)
+        else:
+            found = engine.run(asking).asked_logits
+            assert found is not None
+            assert found.shape == (1, 1, MOST_ASKED)
+
+
 # Planted faults that the tests above must detect.
 
 
@@ -211,6 +228,11 @@ def window_too_short(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(gpu_executor, "bucket_of", lambda *given: bucket_of(*given)._replace(window=128))
 
 
+def rows_of_masks_not_split(patch: pytest.MonkeyPatch) -> None:
+    """A pass has more rows with a mask than the plans take."""
+    patch.setattr(rtx_executor, "MOST_MASKED_ROWS", MAX_STEP)
+
+
 def test_a_window_that_is_too_short_is_detected(exact: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
     """If the engines attend to windows. Engines that read the pool in place have none."""
     windowed = "window_rows" in exact.plans[0].graph.read_bytes().decode(errors="replace")
@@ -228,6 +250,10 @@ def test_a_window_that_is_too_short_is_detected(exact: Engines, monkeypatch: pyt
         (gpu_faults.slot_off_by_one, StepCases.draft_and_commit),
         (gpu_faults.padding_is_attended_to, StepCases.draft_and_commit),
         (gpu_faults.padding_attends_to_nothing, StepCases.draft_and_commit),
+        (gpu_faults.masks_not_uploaded, StepCases.masked),
+        (gpu_faults.masked_buckets_are_ordinary, StepCases.masked),
+        (gpu_faults.asked_ids_in_another_order, StepCases.masked),
+        (rows_of_masks_not_split, StepCases.masked_rows_of_a_long_step),
         (gpu_faults.draft_not_copied, StepCases.speculated),
         (gpu_faults.results_taken_early, StepCases.draft_and_commit),
         (gpu_faults.padded_past_the_capacity, StepCases.up_to_the_capacity),
