@@ -140,6 +140,7 @@ class DriverDouble:
         self.crossed = 0  # bytes copied to the host
         self.kernel_launches: list[str] = []  # launched or captured operators
         self.early_launches = 0
+        self.after_kernel = False  # whether the last work on the stream is a kernel
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("cu"):
@@ -252,12 +253,12 @@ class DriverDouble:
 
     def cuStreamBeginCapture(self, hStream, mode):
         self._known(hStream)
-        self.capturing = []
+        self.capturing, self.after_kernel = [], False
         return (SUCCESS,)
 
     def cuStreamEndCapture(self, hStream):
         self._known(hStream)
-        captured, self.capturing = self.capturing, None
+        captured, self.capturing, self.after_kernel = self.capturing, None, False
         self.captures += 1
         self.graphs[len(self.graphs) + 1] = captured or []
         return SUCCESS, len(self.graphs)
@@ -313,11 +314,7 @@ class DriverDouble:
         operator, tactic = f.kernel.operator, f.kernel.tactic
         if (config.blockDimX, config.blockDimY, config.blockDimZ) != (32 * tactic.warps, 1, 1):
             raise FaultError(f"{operator.name} has blocks of {32 * tactic.warps} threads")
-        attributes = [(attribute.id, attribute.value) for attribute in config.attrs[: config.numAttrs]]
-        early = real_driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-        if any(kind != early for kind, _ in attributes):
-            raise FaultError("an unknown attribute of a launch")
-        self.early_launches += bool(attributes)
+        self.early_launches += self._is_early(config)
         kernel, grid = kernel_of(operator), (config.gridDimX, config.gridDimY, config.gridDimZ)
         # Like the driver, read the arguments now.
         arguments = self._arguments(operator, kernelParams)
@@ -328,7 +325,24 @@ class DriverDouble:
             interpret(kernel, grid, {**arguments, **absent}, f.constants)
 
         self._submit(int(config.hStream), run)
+        self.after_kernel = True
         return (SUCCESS,)
+
+    def _is_early(self, config: Any) -> bool:
+        """Whether a launch may begin before the work before it has ended, which only kernels of 9.0 and later may."""
+        early = real_driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attributes = config.attrs[: config.numAttrs]
+        if not attributes:
+            return False
+        if len(attributes) > 1 or attributes[0].id != early:
+            raise FaultError("an unknown attribute of a launch")
+        if attributes[0].value.programmaticStreamSerializationAllowed != 1:
+            raise FaultError("the attribute of an early launch is not set")
+        if self.capability < 90:
+            raise FaultError(f"no kernel waits on compute capability {self.capability}")
+        if not self.after_kernel:
+            raise FaultError("an early launch does not follow a kernel")
+        return True
 
     def _arguments(self, operator: Operator, parameters: int) -> dict[str, Any]:
         """Integers, and tensors from their address to the end of their allocation."""
@@ -414,6 +428,7 @@ class DriverDouble:
         if not self.current:
             raise FaultError("no context is current")
         (self.queue if self.capturing is None else self.capturing).append(work)
+        self.after_kernel = False
 
     def _submit(self, stream: Any, work: Callable[[], Any]) -> None:
         self._known(stream)
