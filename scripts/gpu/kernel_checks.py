@@ -123,7 +123,7 @@ def run_part(part: Part, host: Host, sizes: CheckSizes) -> Iterator[Result]:
     return parts[part](host, sizes)
 
 
-def _microseconds(host: Host, kernel: str, launches: list[KernelLaunch], runs: int) -> float | None:
+def median_microseconds(host: Host, kernel: str, launches: list[KernelLaunch], runs: int) -> float | None:
     """Median time of one launch over ``runs``, which cycle through ``launches``."""
     return host.microseconds(lambda run: host.launch(kernel, launches[run % len(launches)]), runs)
 
@@ -163,7 +163,7 @@ def _kv_writes(host: Host, sizes: CheckSizes) -> Iterator[Result]:
                 f"batch {batch}, step {step}, {committed} rows",
                 f"{tactic.warps} warps",
                 error,
-                _microseconds(host, name, [launched], 20),
+                median_microseconds(host, name, [launched], 20),
                 needed_bytes(kv_write_traffic(launched.node, REAL_BYTES)),
             )
 
@@ -219,11 +219,11 @@ def _attention_tactics(
             host.launch(merge_name, merged)
             error = distance(merged.outputs[0], expected)
             if merge_number == 1:
-                took = _microseconds(host, name, [over_splits], 10)
+                took = median_microseconds(host, name, [over_splits], 10)
                 block = f"{tactic.constants['BLOCK_M']} queries"
                 yield Result(operator.name, case, block, error, took, needed_bytes(traffic))
             if number == 1 and operator.pattern == "bidirectional":
-                took = _microseconds(host, merge_name, [merged], 10)
+                took = median_microseconds(host, merge_name, [merged], 10)
                 least = needed_bytes(merge_traffic(merged.node, traffic, REAL_BYTES))
                 yield Result(merge.name, case, f"{merge_tactic.warps} warps", error, took, least)
 
@@ -235,8 +235,8 @@ def _products(host: Host, sizes: CheckSizes) -> Iterator[Result]:
             2 if host.device == "cpu" else max(2, min(16, CACHE_BYTES // (product.inner * product.columns // 2) + 1))
         )
         for rows in sizes.rows:
-            inputs = _product_inputs(host, product, rows)
-            expected = _expected_product(inputs)
+            inputs = product_inputs(host, product, rows)
+            expected = expected_product(inputs)
             packed = [inputs["packed"], *(inputs["packed"].clone() for _ in range(copies - 1))]
             for number, tactic in product.operator.tactics(product.node(rows)).items():
                 block_m, block_n = tactic.constants["BLOCK_M"], tactic.constants["BLOCK_N"]
@@ -246,7 +246,7 @@ def _products(host: Host, sizes: CheckSizes) -> Iterator[Result]:
                 node, name = launches[0].node, product.operator.kernel_name(launches[0].node, number)
                 host.launch(name, launches[0])
                 error = distance(launches[0].outputs[0], expected)
-                took = _microseconds(host, name, launches, copies)
+                took = median_microseconds(host, name, launches, copies)
                 yield Result(
                     product.operator.name,
                     f"{label}, {rows} rows",
@@ -264,7 +264,7 @@ def _same_bits(host: Host, sizes: CheckSizes) -> Iterator[Result]:
     is the number of its outputs that differ.
     """
     for label, product in sizes.products.items():
-        longest = _product_inputs(host, product, max(sizes.same_rows))
+        longest = product_inputs(host, product, max(sizes.same_rows))
         expected = None
         for rows in sizes.same_rows:
             inputs = {
@@ -290,7 +290,7 @@ def _same_bits(host: Host, sizes: CheckSizes) -> Iterator[Result]:
 _ACTIVATIONS = ("x", "narrow", "residual")
 
 
-def _product_inputs(host: Host, product: Product, rows: int) -> dict[str, Tensor]:
+def product_inputs(host: Host, product: Product, rows: int) -> dict[str, Tensor]:
     random, inputs = _generator(host, 1), {}
     for name, shape in product.node(rows).shapes.items():
         if name == "packed":
@@ -306,7 +306,7 @@ def _product_inputs(host: Host, product: Product, rows: int) -> dict[str, Tensor
     return inputs
 
 
-def _expected_product(inputs: dict[str, Tensor]) -> Tensor:
+def expected_product(inputs: dict[str, Tensor]) -> Tensor:
     return int4_product.int4_product(**{name: tensor for name, tensor in inputs.items() if name != "counters"})
 
 

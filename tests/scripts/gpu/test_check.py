@@ -66,6 +66,7 @@ class Absent:
 sys.meta_path.insert(0, Absent())
 import scripts.gpu.check
 import scripts.gpu.cuda_host
+import scripts.gpu.product_sweep
 """
     found = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
