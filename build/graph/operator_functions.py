@@ -230,10 +230,7 @@ def top_candidates_function(operator: TopCandidates, top_k: int, mask_token: int
     first = op("Mul", op("Range", 0, op("Squeeze", body.dims(tiles, 2, 3)), 1), TILE)
     found = op("Add", "places", op("Unsqueeze", first, [1]))
     body.node("Cast", [found], ["tile_tokens"], to=_INT32)
-    best = op("ReduceMax", tiles, [-1], keepdims=1)
-    weights = op("Where", op("Greater", tiles, NEVER), op("Exp", op("Sub", tiles, best)), 0.0)
-    total = op("Max", op("ReduceSum", weights, [-1], keepdims=0), 1.0)
-    body.node("Add", [op("Log", total), op("Squeeze", best, [-1])], ["tile_sums"])
+    _log_sum_exp(body, tiles, "tile_sums")
     return body.function()
 
 
@@ -244,10 +241,16 @@ def merge_candidates_function(top_k: int) -> onnx.FunctionProto:
     body.node("TopK", [op("Reshape", "tile_logits", [0, 0, -1]), [top_k]], ["top_logits", "places"], axis=-1)
     tokens = op("GatherElements", op("Reshape", "tile_tokens", [0, 0, -1]), "places", axis=2)
     body.node("Cast", [tokens], ["top_tokens"], to=_INT64)
-    best = op("ReduceMax", "tile_sums", [-1], keepdims=1)
-    total = op("ReduceSum", op("Exp", op("Sub", "tile_sums", best)), [-1], keepdims=0)
-    body.node("Add", [op("Log", total), op("Squeeze", best, [-1])], ["log_sum_exp"])
+    _log_sum_exp(body, "tile_sums", "log_sum_exp")
     return body.function()
+
+
+def _log_sum_exp(body: FunctionBuilder, values: str, result: str) -> None:
+    """Of the last dimension. Of values that are all NEVER it is NEVER, since the logarithm is lost in rounding."""
+    op = body.op
+    best = op("ReduceMax", values, [-1], keepdims=1)
+    total = op("ReduceSum", op("Exp", op("Sub", values, best)), [-1], keepdims=0)
+    body.node("Add", [op("Log", total), op("Squeeze", best, [-1])], [result])
 
 
 def asked_logits_function() -> onnx.FunctionProto:

@@ -47,10 +47,9 @@ def top_candidates_kernel(
     logit = tl.load(logits + row * VOCABULARY + token, mask=exists, other=0.0).to(tl.float32)
     logit = tl.where(legal, logit, NEVER)
     best = tl.max(logit)
-    total = tl.sum(tl.where(legal, tl.exp(logit - best), 0.0))
     result = row * tl.num_programs(0) + tile
-    # The best token alone contributes 1, so a smaller sum is that of no token.
-    tl.store(tile_sums + result, best + tl.log(tl.maximum(total, 1.0)))
+    # Without a legal token, the sum is NEVER + log(TILE), which is NEVER in fp32.
+    tl.store(tile_sums + result, best + tl.log(tl.sum(tl.exp(logit - best))))
     keys = _keys(logit, token)
     for place in tl.range(0, TOP_K):
         best_logit, best_token, keys = _take_best(keys)

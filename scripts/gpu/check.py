@@ -24,14 +24,16 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from scripts.gpu.kernel_checks import PARTS as KERNEL_PARTS
-from scripts.gpu.kernel_checks import SIZES_8B, SMALL_SIZES, Result, run_part, used_nodes
+from scripts.gpu import graph_checks, kernel_checks
+from scripts.gpu.kernel_checks import Host, Result
+from trimode.plugins.operators import Node, Operator
 
+KERNEL_PARTS: tuple[str, ...] = (*kernel_checks.PARTS, graph_checks.PART)
 DEVICE_PART = "device"
 # Parts that run engines (scripts/gpu/engine_check.py), and the PyTorch reference of the same size.
 ENGINE_PARTS = ("tiny-fp32", "tiny-bf16", "memcheck", "8b", "8b-reference")
@@ -39,6 +41,20 @@ PARTS = (*ENGINE_PARTS, *KERNEL_PARTS)
 # Also loaded from PTX, to check that the driver accepts it.
 PTX_OPERATORS = ("MergeSplits", "AttendCausal")
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_part(part: str, host: Host, *, small: bool) -> Iterator[Result]:
+    """Check the kernels of one part. small: with sizes for the interpreter, in place of the 8B checkpoint's."""
+    if part == graph_checks.PART:
+        return graph_checks.run_part(host, graph_checks.SMALL_SIZES if small else graph_checks.SIZES_8B)
+    sizes = kernel_checks.SMALL_SIZES if small else kernel_checks.SIZES_8B
+    return kernel_checks.run_part(cast(kernel_checks.Part, part), host, sizes)
+
+
+def used_nodes(*, small: bool) -> Iterator[tuple[Operator, Node]]:
+    """Every operator of a run, with the sizes that its kernel is compiled for."""
+    yield from kernel_checks.used_nodes(kernel_checks.SMALL_SIZES if small else kernel_checks.SIZES_8B)
+    yield from graph_checks.used_nodes(graph_checks.SMALL_SIZES if small else graph_checks.SIZES_8B)
 
 
 def emit(folder: Path, sm: int, prompts: int) -> None:
@@ -52,7 +68,7 @@ def emit(folder: Path, sm: int, prompts: int) -> None:
     if target.exists():
         raise SystemExit(f"{folder} exists; remove it to emit everything again")
     needed: dict[str, NeededKernel] = {}
-    for operator, node in used_nodes(SIZES_8B):
+    for operator, node in used_nodes(small=False):
         needed |= kernels_of(operator, node)
     write_kernels(needed, "bf16", (sm,), folder, no_progress)
     print(f"{len(needed)} kernels in {target}", flush=True)
@@ -111,7 +127,7 @@ def run_in_this_process(part: str, folder: Path, lines: Path) -> None:
     host = CudaHost(kernels)
     with lines.open("w", encoding="utf-8") as file:
         if part == DEVICE_PART:
-            for operator, node in used_nodes(SIZES_8B):
+            for operator, node in used_nodes(small=False):
                 if operator.name in PTX_OPERATORS:
                     host.function(operator.kernel_name(node, 1), "ptx")
             described = {
@@ -121,7 +137,7 @@ def run_in_this_process(part: str, folder: Path, lines: Path) -> None:
             }
             print(json.dumps(described), file=file)
             return
-        for result in run_part(_known(part), host, SIZES_8B):
+        for result in run_part(_known(part), host, small=False):
             print(json.dumps(result.record()), file=file, flush=True)
             _show(result)
 
@@ -155,7 +171,7 @@ def dry() -> bool:
 
     results = []
     for part in KERNEL_PARTS:
-        for result in run_part(part, InterpreterHost(), SMALL_SIZES):
+        for result in run_part(part, InterpreterHost(), small=True):
             _show(result)
             results.append(result)
     wrong = sum(not result.right for result in results)
@@ -218,7 +234,7 @@ def _engine_tables(records: list[dict[str, Any]], bandwidth: float | None) -> li
     return lines
 
 
-def _known(part: str) -> Any:
+def _known(part: str) -> str:
     if part not in PARTS:
         raise SystemExit(f"no part {part}; there are {', '.join(PARTS)}")
     return part

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterator
 from typing import NamedTuple, get_args
 
+from scripts.gpu import graph_checks
 from scripts.gpu.kernels_8b import ATTENTION, PRODUCTS, SPLITS, Product
 from scripts.gpu.traffic import (
     KernelTraffic,
@@ -53,6 +54,7 @@ def all_kernels(head_dim: int) -> Iterator[Kernel]:
     nodes.append((merge := MergeSplits(), merge.node(batch=1, step=1, splits=SPLITS, **sizes)))
     if head_dim == ATTENTION["head_dim"]:  # products do not depend on it
         nodes += [(PRODUCTS[name].operator, PRODUCTS[name].node(1)) for name in ("gate_up", "o with adapter")]
+        nodes += graph_checks.used_nodes(graph_checks.SIZES_8B)
     for operator, node in nodes:
         for tactic in operator.tactics(node).values():
             yield Kernel(operator, node, tactic)

@@ -7,18 +7,31 @@ Every other load comes from memory.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from trimode.plugins.operators import Attend, Int4Product, Node, Tactic
+from trimode.plugins.operators import (
+    AskedLogits,
+    Attend,
+    DenseProduct,
+    Embed,
+    Int4Product,
+    Node,
+    Operator,
+    RmsNorm,
+    Rotations,
+    SelectRows,
+    Tactic,
+)
 from trimode.plugins.operators.attention import split_count
 from trimode.plugins.operators.int4_product import SPLIT_ROWS
-from trimode.plugins.operators.operator import ceil_div
+from trimode.plugins.operators.operator import ceil_div, row_count
 
 # A third of the smallest L2 of the GPUs that kernels are compiled for (GeForce RTX 3090, 6 MB).
 CACHED = 2 << 20
-INDEX_BYTES, FLOAT_BYTES = 8, 4
+INDEX_BYTES, WORD_BYTES, FLOAT_BYTES = 8, 4, 4
 
 
 @dataclass
@@ -177,6 +190,65 @@ def int4_product_traffic(operator: Int4Product, node: Node, tactic: Tactic, real
     if "residual" in node.shapes:
         traffic["residual"] = _read(rows * columns * real, rows * columns * real)
     return traffic
+
+
+def dense_product_traffic(node: Node, tactic: Tactic, real: int) -> KernelTraffic:
+    """real: bytes of an activation."""
+    block_m, block_n = tactic.constants["BLOCK_M"], tactic.constants["BLOCK_N"]
+    (inner, columns), rows = node.shapes["weight"], row_count(node.shapes["x"])
+    tiles, strips = ceil_div(rows, block_m), ceil_div(columns, block_n)
+    weight, y = inner * columns * real, rows * columns * real
+    traffic = {
+        "x": _read(rows * inner * real * strips, rows * inner * real),
+        "weight": _read(weight * tiles, weight),
+        "y": _written(y),
+    }
+    # Tiles of rows run at the same time, one strip of columns after the other.
+    if weight * block_n // columns <= CACHED:
+        traffic["weight"].reloaded = weight * (tiles - 1)
+    if "row_scale" in node.shapes:
+        traffic["row_scale"] = _read(rows * strips * real, node.shapes["x"][0] * real)
+    if "narrow" in node.shapes:
+        rank = node.shapes["adapter_up"][0]
+        traffic["narrow"] = _read(rows * rank * real * strips, rows * rank * real)
+        traffic["adapter_up"] = _read(tiles * rank * columns * real, rank * columns * real)
+    if "residual" in node.shapes:
+        traffic["residual"] = _read(y, y)
+    return traffic
+
+
+def operator_traffic(operator: Operator, node: Node, tactic: Tactic, real: int) -> KernelTraffic:
+    """Of every operator but attention, KV write and int4 products.
+
+    All tokens of an embedding differ, as do the selected rows and the asked ids of a sequence; all positions are in the
+    original context. real: bytes of an activation.
+    """
+    if isinstance(operator, DenseProduct):
+        return dense_product_traffic(node, tactic, real)
+    sizes = {"real": real, "fp32": FLOAT_BYTES, "int64": INDEX_BYTES, "int32": WORD_BYTES}
+    columns, rows, _ = operator.grid(node, tactic)
+    programs = columns * rows
+    shapes = {**node.shapes, **dict(zip((o.name for o in operator.outputs), operator.output_shapes(node), strict=True))}
+    size = {o.name: math.prod(shapes[o.name]) * sizes[o.type] for o in (*operator.inputs, *operator.outputs)}
+    traffic = {o.name: _written(size[o.name]) for o in operator.outputs}
+    # Every tensor that is not named here is read once.
+    read = {o.name: (size[o.name], size[o.name]) for o in operator.inputs}
+    if isinstance(operator, Embed):
+        read["input_ids"] = (programs * INDEX_BYTES, size["input_ids"])
+        read["table"] = (size["embedded"], size["embedded"])
+    elif isinstance(operator, SelectRows):
+        read["logit_rows"] = (programs * INDEX_BYTES, size["logit_rows"])
+        read["x"] = (size["selected"], size["selected"])
+    elif isinstance(operator, Rotations):
+        read["frequencies"] = (programs * size["frequencies"], size["frequencies"])
+        read["key_scale"] = read["query_scales"] = (programs * FLOAT_BYTES, FLOAT_BYTES)
+    elif isinstance(operator, RmsNorm):
+        read["weight"] = (programs * size["weight"], size["weight"])
+        read["epsilon"] = (programs * FLOAT_BYTES, FLOAT_BYTES)
+    elif isinstance(operator, AskedLogits):
+        asked = math.prod(shapes["asked_ids"]) * real
+        read["logits"] = (asked, asked)
+    return {**{name: _read(*bytes_) for name, bytes_ in read.items()}, **traffic}
 
 
 def _read(loaded: int, needed: int) -> TensorTraffic:

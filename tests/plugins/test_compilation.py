@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from triton.compiler import ASTSource
 
+from scripts.gpu import graph_checks
 from scripts.gpu.kernels_8b import ATTENTION, PRODUCTS, SPLITS
 from trimode.build.kernel_emission import kernels_of, write_kernels
 from trimode.common.errors import TriModeError
@@ -35,6 +36,8 @@ def attention_kernel(operator: Attend, tactic: Tactic) -> tuple[Operator, Node, 
 
 WRITE = KvWrite.node(batch=1, step=1, capacity=1, **ATTENTION)
 MERGE = MergeSplits.node(batch=1, step=1, splits=SPLITS, **ATTENTION)
+# Of several nodes of one operator, the last one: the most candidates.
+AROUND = {o.name: (o, node) for o, node in graph_checks.used_nodes(graph_checks.SIZES_8B)}
 KERNELS: dict[str, tuple[Operator, Node, Tactic]] = {
     "write": (KvWrite(), WRITE, KvWrite.TACTICS[0]),
     "attention, few rows": attention_kernel(Attend("bidirectional"), Attend.TACTICS[0]),
@@ -48,6 +51,7 @@ KERNELS: dict[str, tuple[Operator, Node, Tactic]] = {
         f"product, {shape(tactic)}": (WIDE.operator, WIDE.node(1), tactic)
         for tactic in WIDE.operator.tactics(WIDE.node(1)).values()
     },
+    **{name: (o, node, list(o.tactics(node).values())[-1]) for name, (o, node) in AROUND.items()},
 }
 # Without wgmma or tcgen05, the largest tiles spill, and are not emitted.
 LARGEST = (
@@ -60,6 +64,8 @@ HEAVIEST = (
     "product in parts, 32 x 128, 4 warps",
     "product in parts, 64 x 128, 8 warps",
     "product, 64 x 128, 8 warps",
+    "MergeCandidates",
+    "Rotations",
 )
 
 

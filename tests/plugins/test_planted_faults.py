@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -13,13 +14,14 @@ import torch
 
 from scripts.gpu.kernel_checks import distance
 from tests.plugins import test_int4_product
-from tests.support.kernel_cases import AttentionCase, ProductCase
-from tests.support.kernel_functions import TOLERANCES, attend, int4_product, kv_write
+from tests.support.kernel_cases import AttentionCase, ProductCase, operator_inputs
+from tests.support.kernel_functions import TOLERANCES, attend, int4_product, kv_write, reference_of, run
 from trimode.common.errors import TriModeError
 from trimode.plugins.kernels import attention as attention_kernels
 from trimode.plugins.kernels import int4_product as product_kernels
 from trimode.plugins.kernels import kv_write as write_kernels
-from trimode.plugins.operators import KvWrite, Pattern
+from trimode.plugins.operators import OPERATORS, KvWrite, Pattern
+from trimode.plugins.operators.candidates import TILE
 from trimode.plugins.reference import attention
 from trimode.plugins.reference import int4_product as product
 from trimode.plugins.reference import kv_write as write
@@ -223,6 +225,102 @@ WRITE_FAULTS = {
 def test_a_fault_in_the_write_is_detected(name: str, mutant: Callable[..., None]) -> None:
     mutant(write_kernels, "kv_write_kernel", *WRITE_FAULTS[name])
     assert not write_distance() < 10 * TOLERANCE
+
+
+def operator_distance(name: str) -> float:
+    """Largest error of any output. Wrong integers are an error of 1."""
+    inputs, attributes = operator_inputs(name, torch.float32, width=300, vocabulary=TILE + 40)
+    if "logits" in inputs:
+        inputs["logits"] = (inputs["logits"] * 2).round() - 20  # negative, with many equal ones
+    if name == "Rotations":
+        inputs["position_ids"] += 40_000  # the last scale of the queries is that of position 49,152
+        inputs["position_ids"][0, 0] = 262_143
+    found, _ = run(OPERATORS[name], inputs, **attributes)
+    expected = reference_of(name, torch.float32)(**inputs, **attributes)
+    wanted = (expected,) if isinstance(expected, torch.Tensor) else expected
+    errors = [
+        distance(result, right) if result.dtype.is_floating_point else 1 - float(torch.equal(result, right))
+        for result, right in zip(found, wanted, strict=True)
+    ]
+    return float(torch.tensor(errors).max())
+
+
+# By operator: what is wrong, the right source, and the wrong one.
+OPERATOR_FAULTS: dict[str, tuple[tuple[str, str, str], ...]] = {
+    "Embed": (
+        ("another token's row", "input_ids + token", "input_ids + token // 2"),
+        ("the last columns left out", "mask=column < WIDTH)\n", "mask=column < 64)\n"),
+    ),
+    "SelectRows": (
+        ("another sequence's rows", "// selected_rows * step", "* 0"),
+        ("another selected row", "logit_rows + row", "logit_rows + row // 2"),
+    ),
+    "Rotations": (
+        ("the keys' scale for queries", "query_cos + at, (cos * of_queries)", "query_cos + at, (cos * of_keys)"),
+        ("the first scale for all queries", "tl.minimum(position // LENGTH, SCALES - 1)", "position * 0"),
+        ("the scale of another context", "// LENGTH", "// (LENGTH + LENGTH)"),
+        ("an angle reduced in fp32", "tl.float64", "tl.float32"),
+        ("an imprecise quarter turn", "turns * 1.5707963267948966", "turns * 1.570796"),
+        ("a cos of the wrong sign", "((quarter + 1) & 2)", "(quarter & 2)"),
+        ("sin and cos not exchanged", "(quarter & 1) != 0", "quarter < 0"),
+    ),
+    "RmsNorm": (
+        ("a mean over the block", "0) / WIDTH", "0) / triton.next_power_of_2(WIDTH)"),
+        ("no epsilon", "mean + tl.load(epsilon)", "mean"),
+        ("no weight", " * scale.to(tl.float32)", ""),
+    ),
+    "SwiGlu": (
+        ("gate and up exchanged", "gate / (1.0 + tl.exp(-gate)) * up", "up / (1.0 + tl.exp(-up)) * gate"),
+        ("no sigmoid", "gate / (1.0 + tl.exp(-gate)) * up", "gate * up"),
+    ),
+    "DenseProduct": (
+        ("the last inner columns left out", "tl.range(0, INNER, BLOCK_K)", "tl.range(0, INNER - BLOCK_K, BLOCK_K)"),
+    ),
+    "DenseProductRowScaled": (
+        ("another sequence's scale", "row // step", "row % 2"),
+        ("no scale", "if row_scale is not None", "if INNER < 0"),
+    ),
+    "DenseProductAdaptedResidual": (("no adapter", "if narrow is not None", "if RANK < 0"),),
+    "DenseProductResidual": (
+        ("no residual", "is not None:\n        result += tl.load(r", "is None:\n        result += tl.load(r"),
+        ("other rows of the residual", "residual + at", "residual + (at + COLUMNS) % (rows * COLUMNS)"),
+    ),
+    "TopCandidates": (
+        ("the mask token as a candidate", "exists & (token != MASK_TOKEN)", "exists"),
+        ("equal logits by the highest token", "(token ^ LAST_TOKEN)", "token"),
+        ("negative logits in the wrong order", "return bits ^ ((bits >> 31) & 0x7FFFFFFF)", "return bits"),
+        ("a candidate taken twice", "tl.where(keys == best, LOWEST, keys)", "keys"),
+        ("a sum that is not shifted back", "best + tl.log(tl.sum(tl.exp(logit", "tl.log(tl.sum(tl.exp(logit"),
+    ),
+    "TopCandidatesMasked": (
+        ("the bits of a word reversed", "words >> bit", "words >> (31 - bit)"),
+        ("another row's mask", "row * WORDS + word", "(row ^ 1) * WORDS + word"),
+    ),
+    "MergeCandidates": (
+        ("the first tile left out", "candidate < CANDIDATES\n", "(candidate < CANDIDATES) & (candidate >= TOP_K)\n"),
+        ("a tile left out of the sum", "tile < TILES, other", "tile < TILES - 1, other"),
+    ),
+    "AskedLogits": (("another row's logits", "at // asked", "at // (asked + 1)"),),
+}
+
+
+@pytest.mark.parametrize("name", OPERATOR_FAULTS)
+def test_an_operator_without_a_fault_is_within_the_tolerance(name: str) -> None:
+    assert operator_distance(name) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("name", "right", "wrong"),
+    [
+        pytest.param(name, right, wrong, id=f"{name}, {fault}")
+        for name, faults in OPERATOR_FAULTS.items()
+        for fault, right, wrong in faults
+    ],
+)
+def test_a_fault_in_an_operator_is_detected(name: str, right: str, wrong: str, mutant: Callable[..., None]) -> None:
+    module, kernel = OPERATORS[name].kernel.split(".")
+    mutant(importlib.import_module(f"trimode.plugins.kernels.{module}"), kernel, right, wrong)
+    assert not operator_distance(name) < 10 * TOLERANCE
 
 
 def test_a_load_outside_the_pool_is_detected(mutant: Callable[..., None]) -> None:

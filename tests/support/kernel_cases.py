@@ -9,7 +9,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trimode.plugins.operators import Attend, Int4Product, Node, Pattern, Tactic
+from trimode.plugins.operators import OPERATORS, Attend, DenseProduct, Int4Product, Node, Pattern, Tactic
+from trimode.plugins.operators.candidates import TILE
+from trimode.plugins.reference.candidates import top_candidates
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 GROUPS = (1, 4, 8)
@@ -154,3 +156,78 @@ def product_cases(draw: Any) -> ProductCase:
     if group != 96 and draw(st.integers(0, 3)) == 0:
         case = replace(case, groups=2048 // group, columns=2 * draw(st.integers(1, 70)), split=True)
     return replace(case, tactic=draw(st.sampled_from(list(case.operator.tactics(case.node).values()))))
+
+
+def operator_inputs(
+    name: str,
+    dtype: torch.dtype,
+    *,
+    batch: int = 2,
+    step: int = 5,
+    width: int = 70,
+    vocabulary: int = 4100,
+    top_k: int = 5,
+    seed: int = 0,
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Random inputs and the attributes of an operator that has no case of its own.
+
+    Memory that the kernel must not use is NaN: rows of the table and of ``x`` that no index names, and logits of tokens
+    that are not legal.
+    """
+    random = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random).to(dtype)
+
+    def different(limit: int, *shape: int) -> Tensor:
+        """Integers below ``limit``; those of the last dimension differ."""
+        return torch.rand(*shape[:-1], limit, generator=random).argsort(-1)[..., : shape[-1]].contiguous()
+
+    nan, mask_token, rows = float("nan"), 9, max(1, step - 2)
+    logits = normal(batch, rows, vocabulary)
+    if name == "Embed":
+        ids = different(vocabulary, batch * step).reshape(batch, step)
+        unused = torch.ones(vocabulary, dtype=torch.bool).index_fill(0, ids.flatten(), False)
+        return {"input_ids": ids, "table": normal(vocabulary, width).masked_fill(unused[:, None], nan)}, {}
+    if name == "SelectRows":
+        chosen = different(step, batch, rows)
+        unused = torch.ones(batch, step, dtype=torch.bool).scatter(1, chosen, False)
+        return {"x": normal(batch, step, width).masked_fill(unused[..., None], nan), "logit_rows": chosen}, {}
+    if name == "Rotations":
+        return {
+            "position_ids": different(1000, batch, step),
+            "frequencies": torch.rand(width // 2, generator=random),
+            "key_scale": torch.tensor([1.25]),
+            "query_scales": torch.rand(4, generator=random) + 0.5,
+        }, {"length": 16384}
+    if name == "RmsNorm":
+        return {"x": normal(batch, step, width), "weight": normal(width), "epsilon": torch.tensor([0.1])}, {}
+    if name == "SwiGlu":
+        return {"gate_up": normal(batch, step, 2 * width) * 3}, {}
+    if name.startswith("DenseProduct"):
+        operator = OPERATORS[name]
+        assert isinstance(operator, DenseProduct)
+        node = operator.node(batch=batch, step=step, inner=width, columns=width + 7, rank=24)
+        # As large as the product itself, so that a missing term exceeds the tolerance.
+        scales = {"narrow": (width / 24) ** 0.5, "residual": width**0.5}
+        return {operand: normal(*shape) * scales.get(operand, 1) for operand, shape in node.shapes.items()}, {}
+    if name == "AskedLogits":
+        return {"logits": logits, "asked_ids": different(vocabulary, batch, rows, 7)}, {}
+    attributes = {"top_k": top_k, "mask_token": mask_token}
+    logits[..., mask_token] = nan
+    if name == "TopCandidates":
+        return {"logits": logits}, attributes
+    words = torch.randint(-(2**31), 2**31, (batch, rows, -(-vocabulary // 32)), generator=random, dtype=torch.int32)
+    tokens = torch.arange(vocabulary)
+    if name == "TopCandidatesMasked":
+        # One tile without a legal token, one row without any, and one with as many as one candidate.
+        words[0, 0, : TILE // 32] = 0
+        words[-1, -1] = 0
+        words[0, -1] = 0
+        words[0, -1, 1] = 1
+        legal = ((words[..., tokens // 32] >> (tokens % 32)) & 1).bool()
+        return {"logits": logits.masked_fill(~legal, nan), "token_mask": words}, attributes
+    assert name == "MergeCandidates"
+    tiles = top_candidates(logits, words, top_k=top_k, mask_token=mask_token)
+    found = zip(("tile_logits", "tile_tokens", "tile_sums"), tiles, strict=True)
+    return {name: tensor.contiguous() for name, tensor in found}, {"top_k": top_k}

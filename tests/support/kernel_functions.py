@@ -5,7 +5,9 @@ Outputs are filled with NaN before a launch, and inputs are compared with a copy
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +16,28 @@ from scripts.gpu.kernel_launch import KernelLaunch, node_of, prepare
 from tests.support.triton_interpreter import Traffic, interpret
 from trimode.plugins.compilation import kernel_of
 from trimode.plugins.operators import Attend, Int4Product, KvWrite, MergeSplits, Operator, Tactic
+from trimode.plugins.reference import candidates, dense_product, rms_norm, rotations, rows, swiglu
 
 # Largest relative error of a kernel. bf16 has three bits fewer than fp16, and the interpreter rounds it towards zero.
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+
+def reference_of(name: str, real: torch.dtype) -> Callable[..., Any]:
+    """The reference of an operator that has no function of its own below."""
+    if name == "Rotations":
+        return partial(rotations.rotations, real=real)
+    if name.startswith("DenseProduct"):
+        return dense_product.dense_product
+    return {
+        "Embed": rows.embed,
+        "SelectRows": rows.select_rows,
+        "RmsNorm": rms_norm.rms_norm,
+        "SwiGlu": swiglu.swiglu,
+        "TopCandidates": candidates.top_candidates,
+        "TopCandidatesMasked": candidates.top_candidates,
+        "MergeCandidates": candidates.merge_candidates,
+        "AskedLogits": candidates.asked_logits,
+    }[name]
 
 
 def launch(launched: KernelLaunch) -> dict[str, Traffic]:

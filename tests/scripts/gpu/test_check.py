@@ -12,29 +12,29 @@ from typing import Any
 import pytest
 
 from scripts.gpu import check
-from scripts.gpu.kernel_checks import PARTS, SMALL_SIZES, Part, run_part, used_nodes
+from scripts.gpu.check import KERNEL_PARTS, run_part, used_nodes
 from scripts.gpu.kernel_launch import KernelLaunch
 from tests.support.interpreter_host import InterpreterHost
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
-@pytest.mark.parametrize("part", PARTS)
-def test_every_part_finds_the_kernels_right(part: Part) -> None:
-    results = list(run_part(part, InterpreterHost(), SMALL_SIZES))
+@pytest.mark.parametrize("part", KERNEL_PARTS)
+def test_every_part_finds_the_kernels_right(part: str) -> None:
+    results = list(run_part(part, InterpreterHost(), small=True))
     assert results
     assert all(result.right and result.least_bytes > 0 for result in results)
 
 
-@pytest.mark.parametrize("part", PARTS)
-def test_an_output_that_is_not_written_is_wrong(part: Part) -> None:
+@pytest.mark.parametrize("part", KERNEL_PARTS)
+def test_an_output_that_is_not_written_is_wrong(part: str) -> None:
     """Outputs are NaN before a launch."""
 
     class Idle(InterpreterHost):
         def launch(self, kernel: str, launched: KernelLaunch) -> None:
             pass
 
-    assert not any(result.right for result in run_part(part, Idle(), SMALL_SIZES))
+    assert not any(result.right for result in run_part(part, Idle(), small=True))
 
 
 def test_every_launched_kernel_is_emitted() -> None:
@@ -46,9 +46,9 @@ def test_every_launched_kernel_is_emitted() -> None:
             self.names.add(kernel)
 
     host = Recording()
-    for part in PARTS:
-        list(run_part(part, host, SMALL_SIZES))
-    nodes = used_nodes(SMALL_SIZES)
+    for part in KERNEL_PARTS:
+        list(run_part(part, host, small=True))
+    nodes = used_nodes(small=True)
     emitted = {operator.kernel_name(node, number) for operator, node in nodes for number in operator.tactics(node)}
     assert host.names <= emitted
 
@@ -83,7 +83,7 @@ def test_a_part_that_fails_is_reported(tmp_path: Path) -> None:
         str(tmp_path),
         str(tmp_path / "out"),
         "--parts",
-        PARTS[0],
+        KERNEL_PARTS[0],
     ]
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 1

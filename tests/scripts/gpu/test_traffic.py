@@ -30,15 +30,18 @@ from scripts.gpu.traffic import (
     merge_traffic,
     moved_bytes,
     needed_bytes,
+    operator_traffic,
 )
-from tests.support.kernel_cases import AttentionCase, ProductCase
-from tests.support.kernel_functions import attend, int4_product, kv_write
+from tests.support.kernel_cases import AttentionCase, ProductCase, operator_inputs
+from tests.support.kernel_functions import attend, int4_product, kv_write, run
 from tests.support.triton_interpreter import Traffic
 from trimode.build import roofline
 from trimode.build.tensorrt import emission
-from trimode.plugins.operators import Attend, Int4Product, KvWrite, MergeSplits, Pattern, Tactic
+from trimode.plugins.operators import OPERATORS, Attend, Int4Product, KvWrite, MergeSplits, Pattern, Tactic
 
 REAL = 2
+# Operators with traffic functions, and tests, of their own.
+MEASURED_ALONE = [name for name in OPERATORS if name.startswith(("KvWrite", "Attend", "MergeSplits", "Int4Product"))]
 
 
 def assert_same(counted: KernelTraffic, interpreted: dict[str, Traffic]) -> None:
@@ -95,6 +98,16 @@ def test_product_traffic_equals_the_interpreters(tactic: Tactic) -> None:
         inputs = case.inputs()
         _, traffic = int4_product(**inputs, tactic=case.tactic)
         assert_same(int4_product_traffic(case.operator, node_of(inputs), case.tactic, REAL), traffic)
+
+
+@pytest.mark.parametrize("name", [name for name in OPERATORS if name not in MEASURED_ALONE])
+def test_the_other_operators_traffic_equals_the_interpreters(name: str) -> None:
+    """Every tactic. Indices differ and positions are small, as the counts assume."""
+    operator = OPERATORS[name]
+    inputs, attributes = operator_inputs(name, torch.float16)
+    for tactic in operator.tactics(node_of(inputs, attributes)).values():
+        _, traffic = run(operator, inputs, tactic=tactic, real=torch.float16, **attributes)
+        assert_same(operator_traffic(operator, node_of(inputs, attributes), tactic, REAL), traffic)
 
 
 @pytest.mark.parametrize("step", [1, 8, 32, 33, 48, 64])

@@ -1,0 +1,217 @@
+"""The part of the GPU check for the operators around the layers' int4 products and attention: embedding, rotations,
+norms, activation, 16-bit products, candidates.
+
+Each kernel is compared with its reference and timed. The weights of the products do not fit into the L2 cache. All
+other inputs are the same in every run, so small ones come from the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from scripts.gpu.kernel_checks import CACHE_BYTES, REAL, REAL_BYTES, Host, Result, distance
+from scripts.gpu.kernel_launch import node_of, prepare
+from scripts.gpu.kernels_8b import ADAPTER_RANK, ATTENTION, HIDDEN, INTERMEDIATE, KV_WIDTH, QUERY_WIDTH, VOCABULARY
+from scripts.gpu.traffic import needed_bytes, operator_traffic
+from trimode.plugins.operators import (
+    AskedLogits,
+    DenseProduct,
+    Embed,
+    MergeCandidates,
+    Node,
+    Operator,
+    RmsNorm,
+    Rotations,
+    SelectRows,
+    SwiGlu,
+    TopCandidates,
+)
+from trimode.plugins.reference import candidates, dense_product, rms_norm, rotations, rows, swiglu
+
+PART = "graph operators"
+MASK_TOKEN, LENGTH, SCALES, ASKED = 100, 16384, 16, 8
+_RUNS = 20
+
+
+class DenseSizes(NamedTuple):
+    """A product x [rows, inner] W [inner, columns]. rank: of the adapter, 0 without one."""
+
+    operator: DenseProduct
+    inner: int
+    columns: int
+    rank: int = 0
+
+
+@dataclass(frozen=True)
+class GraphSizes:
+    """steps: batch and tokens. top_k: candidates of a row."""
+
+    steps: tuple[tuple[int, int], ...]
+    hidden: int
+    intermediate: int
+    vocabulary: int
+    head_dim: int
+    top_k: tuple[int, ...]
+    products: dict[str, DenseSizes]
+
+
+SIZES_8B = GraphSizes(
+    ((1, 1), (1, 32), (4, 16), (1, 256)),
+    HIDDEN,
+    INTERMEDIATE,
+    VOCABULARY,
+    ATTENTION["head_dim"],
+    (1, 4, 20, 64),
+    {
+        "head": DenseSizes(DenseProduct(), HIDDEN, VOCABULARY),
+        "qkv": DenseSizes(DenseProduct(), HIDDEN, QUERY_WIDTH + 2 * KV_WIDTH),
+        "adapter down": DenseSizes(DenseProduct(row_scale=True), QUERY_WIDTH, ADAPTER_RANK),
+        "o": DenseSizes(DenseProduct(residual=True), QUERY_WIDTH, HIDDEN),
+        "o with adapter": DenseSizes(DenseProduct(adapter=True, residual=True), QUERY_WIDTH, HIDDEN, ADAPTER_RANK),
+        "down": DenseSizes(DenseProduct(residual=True), INTERMEDIATE, HIDDEN),
+    },
+)
+SMALL_SIZES = GraphSizes(
+    ((2, 3),),
+    72,
+    40,
+    2500,
+    32,
+    (1, 5),
+    {
+        "adapter down": DenseSizes(DenseProduct(row_scale=True), 72, 24),
+        "o with adapter": DenseSizes(DenseProduct(adapter=True, residual=True), 72, 40, 24),
+    },
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison. weight: the input of which there are several copies, so that it comes from memory."""
+
+    operator: Operator
+    inputs: dict[str, Tensor]
+    reference: Callable[..., Any]
+    attributes: Mapping[str, int] = field(default_factory=dict)
+    label: str = ""
+    weight: str | None = None
+
+
+def used_nodes(sizes: GraphSizes) -> Iterator[tuple[Operator, Node]]:
+    """Every operator of a run, with the sizes that its kernel is compiled for."""
+    yield Embed(), Embed.node(batch=1, step=1, vocabulary=sizes.vocabulary, width=sizes.hidden)
+    yield Rotations(), Rotations.node(batch=1, step=1, head_dim=sizes.head_dim, scales=SCALES, length=LENGTH)
+    yield RmsNorm(), RmsNorm.node(rows=1, width=sizes.hidden)
+    yield SwiGlu(), SwiGlu.node(rows=1, width=sizes.intermediate)
+    yield SelectRows(), SelectRows.node(batch=1, step=1, rows=1, width=sizes.hidden)
+    for product in sizes.products.values():
+        size = {"inner": product.inner, "columns": product.columns, "rank": product.rank}
+        yield product.operator, product.operator.node(step=1, **size)
+    logits = {"batch": 1, "rows": 1, "vocabulary": sizes.vocabulary}
+    for top_k in sizes.top_k:
+        for masked in (False, True):
+            top = TopCandidates(masked=masked)
+            yield top, top.node(**logits, top_k=top_k, mask_token=MASK_TOKEN)
+        yield MergeCandidates(), MergeCandidates.node(**logits, top_k=top_k)
+    yield AskedLogits(), AskedLogits.node(**logits, asked=ASKED)
+
+
+def run_part(host: Host, sizes: GraphSizes) -> Iterator[Result]:
+    for batch, step in sizes.steps:
+        for case in _cases(host, sizes, batch, step):
+            yield from _results(host, case, f"{case.label}batch {batch}, step {step}")
+
+
+def _cases(host: Host, sizes: GraphSizes, batch: int, step: int) -> Iterator[Case]:
+    random = torch.Generator(host.device).manual_seed(4)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random, device=host.device).to(REAL)
+
+    def below(limit: int, *shape: int) -> Tensor:
+        return torch.randint(limit, shape, generator=random, device=host.device)
+
+    x, epsilon = normal(batch, step, sizes.hidden), torch.tensor([1e-5], device=host.device)
+    table = normal(sizes.vocabulary, sizes.hidden)
+    yield Case(Embed(), {"input_ids": below(sizes.vocabulary, batch, step), "table": table}, rows.embed)
+    del table
+    angles = {
+        "position_ids": below(262144, batch, step),
+        "frequencies": torch.rand(sizes.head_dim // 2, generator=random, device=host.device),
+        "key_scale": torch.tensor([1.25], device=host.device),
+        "query_scales": torch.rand(SCALES, generator=random, device=host.device),
+    }
+    yield Case(Rotations(), angles, _rotations, {"length": LENGTH})
+    yield Case(RmsNorm(), {"x": x, "weight": normal(sizes.hidden), "epsilon": epsilon}, rms_norm.rms_norm)
+    yield Case(SwiGlu(), {"gate_up": normal(batch, step, 2 * sizes.intermediate)}, swiglu.swiglu)
+    yield Case(SelectRows(), {"x": x, "logit_rows": below(step, batch, step)}, rows.select_rows)
+    for label, product in sizes.products.items():
+        operator = product.operator
+        size = {"inner": product.inner, "columns": product.columns, "rank": product.rank}
+        shapes = operator.node(batch=batch, step=step, **size).shapes
+        inputs = {name: normal(*shape) for name, shape in shapes.items()}
+        yield Case(operator, inputs, dense_product.dense_product, label=f"{label}, ", weight="weight")
+    logits = normal(batch, step, sizes.vocabulary)
+    words = below(2**32, batch, step, -(-sizes.vocabulary // 32)).sub(2**31).int()
+    for top_k in sizes.top_k:
+        attributes = {"top_k": top_k, "mask_token": MASK_TOKEN}
+        for extra in ({}, {"token_mask": words}):
+            top = TopCandidates(masked=bool(extra))
+            label = f"top {top_k}, "
+            yield Case(top, {"logits": logits, **extra}, candidates.top_candidates, attributes, label)
+        tiles = candidates.top_candidates(logits, top_k=top_k, mask_token=MASK_TOKEN)
+        inputs = dict(zip(("tile_logits", "tile_tokens", "tile_sums"), tiles, strict=True))
+        contiguous = {name: tensor.contiguous() for name, tensor in inputs.items()}
+        yield Case(MergeCandidates(), contiguous, candidates.merge_candidates, {"top_k": top_k}, label)
+    asked = {"logits": logits, "asked_ids": below(sizes.vocabulary, batch, step, ASKED)}
+    yield Case(AskedLogits(), asked, candidates.asked_logits)
+
+
+def _rotations(**inputs: Any) -> tuple[Tensor, ...]:
+    return rotations.rotations(**inputs, real=REAL)
+
+
+def _results(host: Host, case: Case, label: str) -> Iterator[Result]:
+    operator, node = case.operator, node_of(case.inputs, case.attributes)
+    expected = case.reference(**case.inputs, **case.attributes)
+    wanted = (expected,) if isinstance(expected, Tensor) else expected
+    many = [case.inputs]
+    if case.weight is not None and host.device != "cpu":
+        weight = case.inputs[case.weight]
+        copies = CACHE_BYTES // weight.nbytes
+        many += [{**case.inputs, case.weight: weight.clone()} for _ in range(copies)]
+    for number, tactic in operator.tactics(node).items():
+        if tactic.constants.get("BLOCK_M", 0) >= 4 * max(_rows(node), 16):  # far from the fastest
+            continue
+        name = operator.kernel_name(node, number)
+        launches = [prepare(operator, inputs, tactic, case.attributes, REAL) for inputs in many]
+        host.launch(name, launches[0])
+        pairs = zip(launches[0].outputs, wanted, strict=True)
+        error = float(torch.tensor([_error(found, right) for found, right in pairs]).max())
+        took = host.microseconds(
+            lambda run, name=name, launches=launches: host.launch(name, launches[run % len(launches)]),  # type: ignore[misc]
+            max(_RUNS, len(launches)),
+        )
+        blocks = [f"{key[-1]}={value}" for key, value in tactic.constants.items() if key.startswith("BLOCK_")]
+        shown = " ".join(blocks) or f"{tactic.warps} warps"
+        least = needed_bytes(operator_traffic(operator, node, tactic, REAL_BYTES))
+        yield Result(operator.name, label, shown, error, took, least)
+
+
+def _rows(node: Node) -> int:
+    found = 1
+    for size in next(iter(node.shapes.values()))[:-1]:
+        found *= size
+    return found
+
+
+def _error(found: Tensor, expected: Tensor) -> float:
+    """Integers must be equal."""
+    if expected.dtype.is_floating_point:
+        return distance(found, expected)
+    return 0.0 if torch.equal(found, expected) else float("inf")
