@@ -113,9 +113,7 @@ def test_a_node_has_every_input_and_gives_every_output(name: str) -> None:
 def test_parameters_and_constants_are_the_kernels(name: str) -> None:
     """Every parameter of the kernel is the operator's, a constant, or an input that this operator lacks."""
     operator, node = OPERATORS[name], NODES[name]
-    lacking = {
-        name for name in OPERATORS if name.startswith(("Attend", "Int4Product", "DenseProduct", "TopCandidates"))
-    }
+    lacking = name.startswith(("Attend", "Int4Product", "DenseProduct", "TopCandidates"))
     known = kernel_of(operator).arg_names
     for tactic in operator.tactics(node).values():
         constants = {**operator.constants(node), **tactic.constants}
