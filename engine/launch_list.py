@@ -27,6 +27,7 @@ from trimode.common.records import read_json_record
 from trimode.engine.record import Record
 
 LAUNCHES = "launches.json"
+FORMAT_VERSION: Literal[1] = 1
 TensorType = Literal["real", "fp32", "int64", "int32", "bool", "int8"]
 # When a pass makes a launch: always; with or without a token mask; with asked ids.
 Condition = Literal["always", "masked", "unmasked", "asked"]
@@ -63,7 +64,7 @@ class LaunchList(Record):
     that the runtime reads.
     """
 
-    format_version: Literal[1] = 1
+    format_version: Literal[1]
     inputs: tuple[LaunchTensor, ...]
     weights: tuple[LaunchTensor, ...]
     launches: tuple[Launch, ...]

@@ -11,7 +11,7 @@ from collections.abc import Collection
 import onnx
 from onnx import TensorProto
 
-from trimode.engine.launch_list import Launch, LaunchList, LaunchTensor, TensorType
+from trimode.engine.launch_list import FORMAT_VERSION, Launch, LaunchList, LaunchTensor, TensorType
 from trimode.plugins.operators import DOMAIN, OPERATORS, AskedLogits, TopCandidates
 
 _TYPES: dict[int, TensorType] = {
@@ -31,6 +31,7 @@ def launch_list(graph: onnx.ModelProto, real: int, weights: Collection[str]) -> 
     tensors = [_tensor(value, real) for value in graph.graph.input]
     aliased = {node.output[at] for node in graph.graph.node for at in _aliases(node)}
     return LaunchList(
+        format_version=FORMAT_VERSION,
         inputs=tuple(tensor for tensor in tensors if tensor.name not in weights),
         weights=tuple(tensor for tensor in tensors if tensor.name in weights),
         launches=tuple(launch for node in graph.graph.node for launch in _launches(node)),

@@ -88,7 +88,7 @@ def test_a_launch_list_is_read_as_it_was_written_and_other_versions_are_refused(
     launches.write(tmp_path)
     assert LaunchList.read(tmp_path) == launches
     text = (tmp_path / LAUNCHES).read_text()
-    (tmp_path / LAUNCHES).write_text(text.replace("{", '{"format_version": 2,', 1))
+    (tmp_path / LAUNCHES).write_text(text.replace('"format_version": 1', '"format_version": 2'))
     with pytest.raises(TriModeError, match=r"launches\.json: format_version"):
         LaunchList.read(tmp_path)
     (tmp_path / LAUNCHES).unlink()
