@@ -7,6 +7,7 @@ import threading
 from collections.abc import Mapping
 
 from trimode.common.progress import Progress
+from trimode.engine.plan_file import MOST_ASKED, MOST_MASKED_ROWS
 
 
 class HeldSignals:
@@ -61,6 +62,11 @@ class BuilderProgress:
 
 # Minimum, optimum and maximum.
 SizeRange = tuple[int, int, int]
+
+
+def optional_inputs(max_step: int) -> dict[str, SizeRange]:
+    """The dimensions of token masks and asked ids, which most passes lack."""
+    return {"masked_rows": (0, 0, min(MOST_MASKED_ROWS, max_step)), "asked": (0, 0, MOST_ASKED)}
 
 
 class ProfileSizes:

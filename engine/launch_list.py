@@ -25,19 +25,19 @@ from pydantic import Field
 
 from trimode.common.records import read_json_record
 from trimode.engine.record import Record
+from trimode.model.step import ElementType
 
 LAUNCHES = "launches.json"
 FORMAT_VERSION: Literal[1] = 1
-TensorType = Literal["real", "fp32", "int64", "int32", "bool", "int8"]
 # When a pass makes a launch: always; with or without a token mask; with asked ids.
 Condition = Literal["always", "masked", "unmasked", "asked"]
 
 
 class LaunchTensor(Record):
-    """``real`` is the type of the engine's activations."""
+    """A tensor with the symbols of its shape."""
 
     name: str
-    type: TensorType
+    type: ElementType
     shape: tuple[int | str, ...]
 
     def sizes(self, symbols: Mapping[str, int]) -> tuple[int, ...]:

@@ -45,6 +45,8 @@ from __future__ import annotations
 from typing import Literal
 
 AttentionPattern = Literal["causal", "bidirectional"]
+# Of a tensor; ``real`` is the type of the activations.
+ElementType = Literal["real", "fp32", "int64", "int32", "bool", "int8"]
 ENGINES: tuple[tuple[str, AttentionPattern], ...] = (("ar", "causal"), ("diffusion", "bidirectional"))
 
 

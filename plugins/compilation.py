@@ -26,8 +26,8 @@ from triton.runtime.jit import JITFunction
 
 from trimode.common.errors import TriModeError
 from trimode.engine.precision import Real
+from trimode.model.step import ElementType
 from trimode.plugins.operators import Constants, Operator, Tactic
-from trimode.plugins.operators.operator import ElementType
 
 # PTX of CUDA 12.9: the first version that has every GPU below. All later drivers read it.
 PTX_VERSION = 88

@@ -15,8 +15,8 @@ import tensorrt as trt
 import tensorrt.plugin as trtp
 
 from trimode.engine.kernel_library import KernelLibrary
+from trimode.model.step import ElementType
 from trimode.plugins.operators import DOMAIN, OPERATORS, Node, Operand, Operator
-from trimode.plugins.operators.operator import ElementType
 
 # typing.Union, not `|`: TensorRT's validator compares their origins.
 _AotResult = tuple[Union[str, bytes], Union[str, bytes], trtp.KernelLaunchParams, trtp.SymExprs]  # noqa: UP007

@@ -7,6 +7,7 @@ from pathlib import Path
 import onnx
 
 from trimode.build.cuda.lowering import launch_list
+from trimode.build.gpu_target import SPLITS
 from trimode.build.graph.network import REAL_TYPES
 from trimode.build.graph.operator_network import OperatorNetworkOptions, build_operator_network
 from trimode.build.graph.raw_pool import RawPool, write_raw_pool
@@ -29,9 +30,6 @@ from trimode.model.config import ModelConfig
 from trimode.model.step import ENGINES
 from trimode.plugins.launches import PassShape, plan_pass
 
-# With 8 KV heads, the attention of one request has about as many programs as a large GPU has multiprocessors.
-SPLITS = 16
-
 
 def write_cuda_engines(
     checkpoint: Checkpoint,
@@ -51,7 +49,7 @@ def write_cuda_engines(
     pool = write_raw_pool(checkpoint, folder / POOL, progress, NUMPY_TYPES[real], "tiles", for_kernels=True)
     rank = checkpoint.adapter.config.r if checkpoint.adapter else 0
     write_launches_and_kernels(checkpoint.config, pool, rank, folder, real, sms, limits, progress)
-    return pool_entries(pool)
+    return pool.entries()
 
 
 def write_launches_and_kernels(
@@ -100,8 +98,3 @@ def needed_kernels(launches: LaunchList, limits: Limits) -> dict[str, NeededKern
             for launch in plan_pass(launches, shape):
                 needed |= kernels_of(launch.operator, launch.node)
     return needed
-
-
-def pool_entries(pool: RawPool) -> tuple[PoolEntry, ...]:
-    """The ranges of the pool, as the manifest lists them."""
-    return tuple(PoolEntry(name=entry.name, offset=entry.offset, bytes=entry.length) for entry in pool.ranges())

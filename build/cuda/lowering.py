@@ -11,10 +11,11 @@ from collections.abc import Collection
 import onnx
 from onnx import TensorProto
 
-from trimode.engine.launch_list import FORMAT_VERSION, Launch, LaunchList, LaunchTensor, TensorType
+from trimode.engine.launch_list import FORMAT_VERSION, Launch, LaunchList, LaunchTensor
+from trimode.model.step import ElementType
 from trimode.plugins.operators import DOMAIN, OPERATORS, AskedLogits, TopCandidates
 
-_TYPES: dict[int, TensorType] = {
+_TYPES: dict[int, ElementType] = {
     TensorProto.INT64: "int64",
     TensorProto.INT32: "int32",
     TensorProto.INT8: "int8",
@@ -67,7 +68,7 @@ def _aliases(node: onnx.NodeProto) -> list[int]:
 def _tensor(value: onnx.ValueInfoProto, real: int) -> LaunchTensor:
     """A tensor of the activations' type is ``real``, also where that is fp32."""
     tensor = value.type.tensor_type
-    fixed: TensorType = "fp32" if tensor.elem_type == TensorProto.FLOAT else _TYPES.get(tensor.elem_type, "real")
+    fixed: ElementType = "fp32" if tensor.elem_type == TensorProto.FLOAT else _TYPES.get(tensor.elem_type, "real")
     return LaunchTensor(
         name=value.name,
         type="real" if tensor.elem_type == real else fixed,

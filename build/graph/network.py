@@ -26,11 +26,13 @@ from trimode.build.graph.operator_functions import (
 )
 from trimode.build.graph.raw_pool import PooledLayer, PooledLinear, PoolRange, RawPool
 from trimode.build.graph.split_products import SplitProducts
+from trimode.build.graph.step_inputs import declare_adapter, declare_step
 from trimode.engine.precision import NUMPY_TYPES, Real
 from trimode.model.config import ModelConfig
 from trimode.model.rope import query_scales, yarn_frequencies
 from trimode.model.step import AttentionPattern, adapter_inputs, cache_inputs, cache_outputs, cache_views, mask_words
 from trimode.plugins.operators import Int4Product
+from trimode.plugins.operators.candidates import NEVER
 
 REAL_TYPES: dict[Real, int] = {
     "fp32": TensorProto.FLOAT,
@@ -48,8 +50,6 @@ FLOAT, INT64, INT32, BOOL, UINT8 = (
 # Names and element types of a graph's results, or a branch's.
 Results = Sequence[tuple[str, int]]
 RESULTS: Results = (("top_logits", FLOAT), ("top_tokens", INT64), ("log_sum_exp", FLOAT))
-# Far below any logit, so that its exponential is 0, and finite, so that no operation on it gives NaN.
-NEVER = np.float32(-1e30)
 
 
 class Rotation(NamedTuple):
@@ -123,15 +123,7 @@ class _NetworkGraph:
 
     def build(self) -> onnx.ModelProto:
         graph = self.graph
-        input_ids = graph.input("input_ids", INT64, ["batch", "step"])
-        position_ids = graph.input("position_ids", INT64, ["batch", "step"])
-        self.write_indices = graph.input("write_indices", INT64, ["batch"])
-        self.visibility = (
-            graph.input("block_mask", BOOL, ["batch", "step", "step"])
-            if self.pattern == "causal"
-            else graph.input("step_lengths", INT64, ["batch"])
-        )
-        logit_rows = graph.input("logit_rows", INT64, ["batch", "rows"])
+        input_ids, position_ids, self.write_indices, self.visibility, logit_rows = declare_step(graph, self.pattern)
         if self.options.plugins is not None:
             self.split_products = SplitProducts(graph, self.pool)
         capacity = self.options.capacity or "capacity"
@@ -143,7 +135,9 @@ class _NetworkGraph:
             self.kv_rows = self._kv_rows()
         self.has_adapter = self.options.adapter and self.pattern == "bidirectional"
         if self.has_adapter:
-            self._declare_adapter()
+            rank = self.options.plugins.rank if self.options.plugins else "rank"
+            scale = declare_adapter(graph, self.config, self.real, rank)
+            self.adapter_scale = self.op("Unsqueeze", scale, [1, 2])
 
         self.query_scale = self._query_scale(position_ids)
         self.query_rotation, self.key_rotation = self._rotations(position_ids)
@@ -166,15 +160,6 @@ class _NetworkGraph:
         for name in cache_outputs(layers):
             graph.output(name, self.real, cache_shape)
         return graph.model()
-
-    def _declare_adapter(self) -> None:
-        scale = self.graph.input("adapter_scale", self.real, ["batch"])
-        self.adapter_scale = self.op("Unsqueeze", scale, [1, 2])
-        rank = self.options.plugins.rank if self.options.plugins else "rank"
-        for index in range(self.config.num_hidden_layers):
-            down, up = adapter_inputs(index)
-            self.graph.input(down, self.real, [self.config.query_width, rank])
-            self.graph.input(up, self.real, [rank, self.config.hidden_size])
 
     def _rotations(self, position_ids: str) -> tuple[Rotation, Rotation]:
         """YaRN's cos and sin for queries and for keys. Angles are always fp32: bf16 cannot represent every position
@@ -419,7 +404,7 @@ class _NetworkGraph:
         bias[self.config.mask_token_id] = NEVER
         possible = self.op("Add", self._as_float(logits), self.graph.constant(bias, "mask_token_bias"))
         if token_mask is not None:
-            possible = self.op("Max", possible, float(NEVER))
+            possible = self.op("Max", possible, NEVER)
         if self.real == FLOAT:
             self.graph.node("TopK", [possible, wanted], [f"{prefix}top_logits", f"{prefix}top_tokens"], axis=-1)
         else:
@@ -449,6 +434,6 @@ class _NetworkGraph:
         more = self.op("Min", self.op("Add", wanted, [1]), [self.config.vocab_size])
         self.graph.node("TopK", [logits, more], [f"{prefix}found", f"{prefix}tokens"], axis=-1)
         is_mask = self.op("Equal", f"{prefix}tokens", self.config.mask_token_id)
-        found = self.op("Where", is_mask, float(NEVER), self.op("Max", self._as_float(f"{prefix}found"), float(NEVER)))
+        found = self.op("Where", is_mask, NEVER, self.op("Max", self._as_float(f"{prefix}found"), NEVER))
         self.graph.node("TopK", [found, wanted], [f"{prefix}top_logits", f"{prefix}order"], axis=-1)
         self.graph.node("GatherElements", [f"{prefix}tokens", f"{prefix}order"], [f"{prefix}top_tokens"], axis=2)

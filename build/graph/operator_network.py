@@ -31,11 +31,12 @@ from trimode.build.graph.operator_functions import (
     swiglu_function,
     top_candidates_function,
 )
-from trimode.build.graph.raw_pool import KernelConstants, PooledLayer, PooledLinear, RawPool
+from trimode.build.graph.raw_pool import KernelConstants, PooledLayer, PooledLinear, PoolRange, RawPool
 from trimode.build.graph.split_products import SplitProducts
+from trimode.build.graph.step_inputs import declare_adapter, declare_step
 from trimode.engine.precision import Real
 from trimode.model.config import ModelConfig
-from trimode.model.step import AttentionPattern, adapter_inputs, cache_inputs, cache_outputs
+from trimode.model.step import AttentionPattern, adapter_inputs, cache_inputs, cache_outputs, mask_words
 from trimode.plugins.operators import (
     AskedLogits,
     Attend,
@@ -54,8 +55,6 @@ from trimode.plugins.operators import (
 )
 
 FLOAT, INT32, INT64, BOOL = TensorProto.FLOAT, TensorProto.INT32, TensorProto.INT64, TensorProto.BOOL
-# Token ids of one word of a token mask.
-_WORD = 32
 
 
 class OperatorNetworkOptions(NamedTuple):
@@ -92,24 +91,15 @@ class _OperatorGraph:
 
     def build(self) -> onnx.ModelProto:
         graph, config = self.graph, self.config
-        input_ids = graph.input("input_ids", INT64, ["batch", "step"])
-        position_ids = graph.input("position_ids", INT64, ["batch", "step"])
-        self.write_indices = graph.input("write_indices", INT64, ["batch"])
-        self.visibility = (
-            graph.input("block_mask", BOOL, ["batch", "step", "step"])
-            if self.pattern == "causal"
-            else graph.input("step_lengths", INT64, ["batch"])
-        )
-        logit_rows = graph.input("logit_rows", INT64, ["batch", "rows"])
-        words = -(-config.vocab_size // _WORD)
-        self.token_mask = graph.input("token_mask", INT32, ["batch", "rows", words])
+        input_ids, position_ids, self.write_indices, self.visibility, logit_rows = declare_step(graph, self.pattern)
+        self.token_mask = graph.input("token_mask", INT32, ["batch", "rows", mask_words(config.vocab_size)])
         self.asked_ids = graph.input("asked_ids", INT64, ["batch", "rows", "asked"])
         self.split_products = SplitProducts(graph, self.pool)
         cache_shape: Shape = ["batch", config.num_key_value_heads, "capacity", config.head_dim]
         for name in cache_inputs(config.num_hidden_layers):
             graph.input(name, self.real, cache_shape)
         if self.has_adapter:
-            self._declare_adapter()
+            self.adapter_scale = declare_adapter(graph, config, self.real, self.options.rank)
 
         (x,) = self._run(Embed(), [input_ids, graph.pooled(self.pool.embed_tokens)])
         constants = [graph.pooled(entry) for entry in self.constants.rotations]
@@ -117,7 +107,7 @@ class _OperatorGraph:
         self.rotations = self._run(Rotations(), [position_ids, *constants], length=length)
         for index, layer in enumerate(self.pool.layers):
             graph.scope = f"layers.{index}/"
-            attended = self._attention(self._norm(x, layer.input_layernorm.name), layer, index)
+            attended = self._attention(self._norm(x, layer.input_layernorm), layer, index)
             if layer is self.pool.layers[-1]:
                 # From here on, the last layer needs only the rows with logits.
                 x, attended = (
@@ -125,7 +115,7 @@ class _OperatorGraph:
                     for name, value in (("x", x), ("attended", attended))
                 )
             x = self._o_proj(attended, x, layer, index)
-            normed = self._norm(x, layer.post_attention_layernorm.name, "mlp_")
+            normed = self._norm(x, layer.post_attention_layernorm, "mlp_")
             (activated,) = self._run(SwiGlu(), [self._linear(normed, layer.gate_up_proj, "gate_up")])
             x = self._linear(activated, layer.down_proj, "x", residual=x)
         graph.scope = "head/"
@@ -137,13 +127,6 @@ class _OperatorGraph:
     @property
     def has_adapter(self) -> bool:
         return self.options.rank > 0 and self.pattern == "bidirectional"
-
-    def _declare_adapter(self) -> None:
-        self.graph.input("adapter_scale", self.real, ["batch"])
-        for index in range(self.config.num_hidden_layers):
-            down, up = adapter_inputs(index)
-            self.graph.input(down, self.real, [self.config.query_width, self.options.rank])
-            self.graph.input(up, self.real, [self.options.rank, self.config.hidden_size])
 
     def _run(self, operator: Operator, inputs: Sequence[str], prefix: str = "", **attributes: int) -> list[str]:
         """Add a node. Returns its outputs, without those that alias an input."""
@@ -196,9 +179,9 @@ class _OperatorGraph:
                 return asked_logits_function()
         raise ValueError(f"operator {operator.name} has no function")
 
-    def _norm(self, x: str, weight: str, prefix: str = "") -> str:
-        entry = next(entry for entry in self.pool.ranges() if entry.name == weight)
-        return self._run(RmsNorm(), [x, self.graph.pooled(entry), self.graph.pooled(self.constants.epsilon)], prefix)[0]
+    def _norm(self, x: str, weight: PoolRange, prefix: str = "") -> str:
+        inputs = [x, self.graph.pooled(weight), self.graph.pooled(self.constants.epsilon)]
+        return self._run(RmsNorm(), inputs, prefix)[0]
 
     def _attention(self, x: str, layer: PooledLayer, index: int) -> str:
         """Write the step's keys and values, and attend: [batch, step, query width]."""
@@ -219,7 +202,7 @@ class _OperatorGraph:
             return self._linear(attended, layer.o_proj, "attention_x", residual)
         # The adapter reads the attention's output itself; AWQ's input scale applies to the base matrix only.
         down, up = adapter_inputs(index)
-        (narrow,) = self._run(DenseProduct(row_scale=True), [attended, down, "adapter_scale"], "narrow_")
+        (narrow,) = self._run(DenseProduct(row_scale=True), [attended, down, self.adapter_scale], "narrow_")
         return self._linear(attended, layer.o_proj, "attention_x", residual, (narrow, up))
 
     def _linear(
@@ -245,7 +228,7 @@ class _OperatorGraph:
 
     def _head(self, x: str) -> None:
         """Final norm, logits and candidates."""
-        logits = self._linear(self._norm(x, self.pool.norm.name), self.pool.head, "logits")
+        logits = self._linear(self._norm(x, self.pool.norm), self.pool.head, "logits")
         top_k, mask_token = self.options.top_k, self.config.mask_token_id
         tiles = self._run(TopCandidates(masked=True), [logits, self.token_mask], top_k=top_k, mask_token=mask_token)
         results = ["top_logits", "top_tokens", "log_sum_exp"]

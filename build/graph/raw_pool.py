@@ -19,6 +19,7 @@ from onnx import TensorProto
 from trimode.build.graph.int4_tiles import pack_tiles
 from trimode.common.errors import TriModeError
 from trimode.common.progress import Progress
+from trimode.engine.manifest import PoolEntry
 from trimode.model.checkpoint import HEAD, Checkpoint, Int4Weight
 from trimode.model.config import ModelConfig
 from trimode.model.int4 import unpack
@@ -129,6 +130,10 @@ class RawPool:
         for layer in self.layers:
             yield from (layer.qkv_proj, layer.o_proj, layer.gate_up_proj, layer.down_proj)
         yield self.head
+
+    def entries(self) -> tuple[PoolEntry, ...]:
+        """The ranges, as the manifest lists them."""
+        return tuple(PoolEntry(name=entry.name, offset=entry.offset, bytes=entry.length) for entry in self.ranges())
 
     def ranges(self) -> Iterator[PoolRange]:
         """Every tensor, in the order of the file."""

@@ -19,7 +19,7 @@ import tensorrt_rtx as trt
 
 from trimode.build.graph.network import NetworkOptions, build_network
 from trimode.build.graph.raw_pool import RawPool, write_raw_pool
-from trimode.build.plan_builder import BuilderProgress, HeldSignals, ProfileSizes
+from trimode.build.plan_builder import BuilderProgress, HeldSignals, ProfileSizes, optional_inputs
 from trimode.build.rtx.graph_form import KEY_HEADS, refuse_disorder, tensorrt_form
 from trimode.build.rtx.kernel_list import KernelList, parse_kernels
 from trimode.build.rtx.target import RtxTarget
@@ -29,15 +29,8 @@ from trimode.common.errors import TriModeError
 from trimode.common.progress import Progress
 from trimode.engine.files import POOL
 from trimode.engine.manifest import Limits, PoolEntry
-from trimode.engine.plan_file import MOST_ASKED, MOST_MASKED_ROWS
 from trimode.engine.precision import NUMPY_TYPES
-from trimode.engine.targets.rtx import (
-    COMPUTE_CAPABILITIES,
-    GRAPH,
-    KERNELS,
-    PLAN,
-    RtxSection,
-)
+from trimode.engine.targets.rtx import COMPUTE_CAPABILITIES, GRAPH, KERNELS, PLAN, RtxSection
 from trimode.model.checkpoint import Checkpoint
 from trimode.model.step import ENGINES
 
@@ -142,12 +135,9 @@ def build_plans(checkpoint: Checkpoint, folder: Path, target: RtxTarget, limits:
 def _profile_sizes(checkpoint: Checkpoint, target: RtxTarget, limits: Limits) -> ProfileSizes:
     rank = checkpoint.adapter.config.r if checkpoint.adapter else 0
     kv_heads, capacity = checkpoint.config.num_key_value_heads, limits.capacity
-    most_masked = min(MOST_MASKED_ROWS, target.max_step)
     others = {
         "window": (1, min(512, capacity), capacity),
-        # Most passes have neither token masks nor asked ids.
-        "masked_rows": (0, 0, most_masked),
-        "asked": (0, 0, MOST_ASKED),
+        **optional_inputs(target.max_step),
         "rank": (rank, rank, rank),
         KEY_HEADS: (kv_heads, kv_heads, kv_heads * target.max_batch),
     }

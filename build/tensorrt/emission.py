@@ -8,6 +8,7 @@ from pathlib import Path
 
 import onnx
 
+from trimode.build.gpu_target import SPLITS
 from trimode.build.graph.network import NetworkOptions, PluginOptions, build_network
 from trimode.build.graph.raw_pool import write_raw_pool
 from trimode.build.kernel_emission import (
@@ -25,9 +26,6 @@ from trimode.engine.precision import NUMPY_TYPES, Real
 from trimode.engine.targets.tensorrt import GRAPH
 from trimode.model.checkpoint import Checkpoint
 from trimode.model.step import ENGINES
-
-# With 8 KV heads, the attention of one request has about as many programs as a large GPU has multiprocessors.
-SPLITS = 16
 
 
 def write_graphs(
@@ -67,5 +65,4 @@ def write_graphs(
     needed = needed_kernels(list(graphs.values()), checkpoint.config)
     write_kernels(needed, dtype, sms, folder / KERNELS, progress)
     plugins = {name: len(plugin_nodes(graph)) for name, graph in graphs.items()}
-    entries = (PoolEntry(name=entry.name, offset=entry.offset, bytes=entry.length) for entry in pool.ranges())
-    return plugins, tuple(entries)
+    return plugins, pool.entries()

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import tensorrt as trt
 
-from trimode.build.plan_builder import BuilderProgress, HeldSignals, ProfileSizes
+from trimode.build.plan_builder import BuilderProgress, HeldSignals, ProfileSizes, optional_inputs
 from trimode.common.gpus import Gpu
 from trimode.common.progress import Progress
 from trimode.engine.kernel_library import KERNELS, KernelLibrary
 from trimode.engine.manifest import Limits
-from trimode.engine.plan_file import MOST_ASKED, MOST_MASKED_ROWS
 from trimode.engine.targets.tensorrt import BUILDER_LOG, GRAPH, PLAN, TensorrtPlans, TensorrtSection
 from trimode.model.step import ENGINES
 from trimode.plugins.declarations import declare_plugins
@@ -62,13 +61,11 @@ def _profiles(max_batch: int, max_step: int) -> list[ProfileSizes]:
     TensorRT times tactics only at the optimal sizes of a profile. Every step length fits exactly one profile.
     """
     profiles = []
-    # Most passes have neither token masks nor asked ids.
-    optional = {"masked_rows": (0, 0, min(MOST_MASKED_ROWS, max_step)), "asked": (0, 0, MOST_ASKED)}
     for least, usual, most, usual_rows in ((1, 1, 1, 1), (2, 32, 64, 32), (65, max_step, max_step, 1)):
         if least <= max_step:
             step = (least, min(usual, max_step), min(most, max_step))
             rows = (1, min(usual_rows, max_step), min(most, max_step))
-            profiles.append(ProfileSizes(max_batch, step, rows, optional))
+            profiles.append(ProfileSizes(max_batch, step, rows, optional_inputs(max_step)))
     return profiles
 
 

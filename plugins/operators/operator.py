@@ -18,9 +18,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-ElementType = Literal["real", "fp32", "int64", "int32", "bool", "int8"]
+from trimode.model.step import ElementType
+
 Constants = dict[str, int]
 
 # A dimension: an integer, or a compiler's symbol, which takes the operators + - * // with a symbol on the left.

@@ -13,7 +13,7 @@ from trimode.plugins.operators.attention import SPLIT_STEP
 from trimode.runtime.cuda.arena import ArenaPlan, plan_arena
 from trimode.runtime.cuda.kernels import Kernels
 from trimode.runtime.gpu.buckets import Bucket
-from trimode.runtime.gpu.device import Device, KernelLaunch
+from trimode.runtime.gpu.device import BoundLaunch, Device
 from trimode.runtime.gpu.device_kv_pool import DeviceKvPool
 from trimode.runtime.gpu.gpu_network import DeviceTensor, Enqueue
 
@@ -56,7 +56,7 @@ class CudaNetwork:
 
     def prepare(
         self, bucket: Bucket, inputs: Mapping[str, DeviceTensor], results: Mapping[str, DeviceTensor]
-    ) -> list[tuple[PlannedLaunch, KernelLaunch]]:
+    ) -> list[tuple[PlannedLaunch, BoundLaunch]]:
         """The launches of a pass, with their kernels and arguments."""
         addresses = dict(self._fixed)
         addresses |= {name: tensor.address for name, tensor in (*inputs.items(), *results.items())}
@@ -67,7 +67,7 @@ class CudaNetwork:
         # The first kernel follows a copy, which it has to wait for.
         return [(launch, self._prepare(launch, addresses, early and index > 0)) for index, launch in enumerate(planned)]
 
-    def _prepare(self, launch: PlannedLaunch, addresses: dict[str, int], early: bool) -> KernelLaunch:
+    def _prepare(self, launch: PlannedLaunch, addresses: dict[str, int], early: bool) -> BoundLaunch:
         """Adds the addresses of outputs that alias an input."""
         operator, node = launch.operator, launch.node
         by_operand = dict(zip((operand.name for operand in operator.inputs), launch.inputs, strict=True))
@@ -75,7 +75,7 @@ class CudaNetwork:
             if operand.aliases is not None:
                 addresses[name] = addresses[by_operand[operand.aliases]]
         kernel, tactic = self._kernels.choose(operator, node)
-        return KernelLaunch(
+        return BoundLaunch(
             kernel,
             operator.grid(node, tactic),
             [addresses[name] for name in launch.inputs],

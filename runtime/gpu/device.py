@@ -47,7 +47,7 @@ class Kernel(NamedTuple):
     shared_bytes: int
 
 
-class KernelLaunch:
+class BoundLaunch:
     """One launch of a kernel with its arguments. grid: blocks. The kernel's parameters are the addresses ``inputs``,
     32-bit ``scalars``, and the addresses ``outputs``, in this order.
 
@@ -137,7 +137,7 @@ class Device:
             _checked(driver.cuFuncSetAttribute(function, attribute, shared_bytes))
         return Kernel(function, threads, shared_bytes)
 
-    def launch_kernel(self, launch: KernelLaunch) -> None:
+    def launch_kernel(self, launch: BoundLaunch) -> None:
         """Put a launch on the stream. ``launch`` must exist until the work is done or captured."""
         kernel, config = launch.kernel, driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = launch.grid

@@ -29,7 +29,7 @@ from trimode.runtime.cuda.cuda_executor import CudaExecutor
 from trimode.runtime.cuda.cuda_network import CudaNetwork
 from trimode.runtime.executor import BidirectionalStep, CausalStep
 from trimode.runtime.gpu.buckets import Bucket
-from trimode.runtime.gpu.device import Buffer, Device, KernelLaunch
+from trimode.runtime.gpu.device import BoundLaunch, Buffer, Device
 from trimode.runtime.gpu.device_kv_pool import DeviceKvPool
 from trimode.runtime.request.sampling_params import SamplingParams
 
@@ -93,7 +93,7 @@ def times_of_engine(folder: Path, shape: str) -> Iterator[Record]:
             if rows <= PREFILL < max(TIMED):
                 limits = limits.model_copy(update={"capacity": PREFILL + 4 * BLOCK})
             sized = manifest.model_copy(update={"limits": limits})
-            prepared: dict[Bucket, list[tuple[PlannedLaunch, KernelLaunch]]] = {}
+            prepared: dict[Bucket, list[tuple[PlannedLaunch, BoundLaunch]]] = {}
             with patch.object(CudaNetwork, "prepare", _recording(prepared)):
                 started = time.perf_counter()
                 executor = CudaExecutor(engine, sized, device, weights)
@@ -121,10 +121,10 @@ def times_of_engine(folder: Path, shape: str) -> Iterator[Record]:
                     gc.collect()
 
 
-def _recording(prepared: dict[Bucket, list[tuple[PlannedLaunch, KernelLaunch]]]) -> Callable[..., Any]:
+def _recording(prepared: dict[Bucket, list[tuple[PlannedLaunch, BoundLaunch]]]) -> Callable[..., Any]:
     original = CudaNetwork.prepare
 
-    def prepare(network: CudaNetwork, bucket: Bucket, *tensors: Any) -> list[tuple[PlannedLaunch, KernelLaunch]]:
+    def prepare(network: CudaNetwork, bucket: Bucket, *tensors: Any) -> list[tuple[PlannedLaunch, BoundLaunch]]:
         prepared[bucket] = original(network, bucket, *tensors)
         return prepared[bucket]
 
@@ -174,13 +174,13 @@ def _wall_times(run: Callable[[], object]) -> list[float]:
 
 
 def _kernels(
-    shape: str, device: Device, bucket: Bucket, launches: list[tuple[PlannedLaunch, KernelLaunch]], rows: int
+    shape: str, device: Device, bucket: Bucket, launches: list[tuple[PlannedLaunch, BoundLaunch]], rows: int
 ) -> Iterator[Record]:
     """Microseconds of the launches of each kernel in a pass, as a CUDA graph of these launches alone.
 
     Launches over several layers read other weights each time, as in a pass.
     """
-    groups: dict[str, list[KernelLaunch]] = defaultdict(list)
+    groups: dict[str, list[BoundLaunch]] = defaultdict(list)
     for planned, launch in launches:
         sizes = planned.operator.constants(planned.node)
         name = ".".join((planned.operator.name, *(f"{key}{value}" for key, value in sizes.items())))
@@ -194,7 +194,7 @@ def _kernels(
         yield {"what": name, **record, "launches": len(members), "microseconds": took, "grid": grid}
 
 
-def _graph_microseconds(device: Device, launches: list[KernelLaunch]) -> float:
+def _graph_microseconds(device: Device, launches: list[BoundLaunch]) -> float:
     def enqueue() -> None:
         for launch in launches:
             device.launch_kernel(launch)

@@ -26,7 +26,7 @@ from scripts.gpu.pool_layout import pool_layout
 from scripts.gpu.random_w4a16_checkpoint import GROUP, RANK, config_fields
 from trimode import LLM, SamplingParams
 from trimode.build.cpu.target import CpuTarget
-from trimode.build.cuda.emission import pool_entries, write_launches_and_kernels
+from trimode.build.cuda.emission import write_launches_and_kernels
 from trimode.build.cuda.target import CudaTarget
 from trimode.build.engine_builder import build_engine
 from trimode.common.progress import no_progress
@@ -120,7 +120,7 @@ def write_engine_without_weights(shape: str, folder: Path, real: Real, sms: tupl
         adapter=AdapterEntry(rank=RANK, scale=1.0),
         parameters=1,
         tools={"trimode": __version__, "python": platform.python_version()},
-        pool=pool_entries(pool),
+        pool=pool.entries(),
         files=tuple(EngineFile(path=path, bytes=0, sha256="0" * 64) for path in files if path != MANIFEST),
     ).write(folder)
 

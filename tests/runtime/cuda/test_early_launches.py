@@ -15,7 +15,7 @@ from tests.support.driver_double import DriverDouble, FaultError, LibcudaDouble
 from trimode.runtime.cuda.cuda_network import CudaNetwork
 from trimode.runtime.cuda.kernels import Kernels
 from trimode.runtime.executor import CausalStep, SpeculatingExecutor
-from trimode.runtime.gpu.device import Device, KernelLaunch
+from trimode.runtime.gpu.device import BoundLaunch, Device
 from trimode.runtime.loading import load_engine
 
 Gpu = Callable[[Engines], DriverDouble]
@@ -87,12 +87,12 @@ def test_kernels_that_do_not_wait_are_launched_in_turn(
 
 
 def first_of_a_pass_is_early(patch: pytest.MonkeyPatch) -> None:
-    init = KernelLaunch.__init__
+    init = BoundLaunch.__init__
 
-    def early(self: KernelLaunch, *arguments: object) -> None:
+    def early(self: BoundLaunch, *arguments: object) -> None:
         init(self, *arguments[:-1], True)  # type: ignore[arg-type]
 
-    patch.setattr(KernelLaunch, "__init__", early)
+    patch.setattr(BoundLaunch, "__init__", early)
 
 
 @pytest.mark.usefixtures("every_pass")
