@@ -260,18 +260,37 @@ def test_a_long_conversation_scrolls_in_its_own_box(page: Chrome) -> None:
     assert page.execute_script(PAGE_FITS)
 
 
+# A long answer that arrives in full only when the test calls goOn, however late the test is.
+PAUSED = r"""
+const ask = window.fetch;
+window.fetch = async (url, { body, ...options }) => {
+  const response = await ask(url, { ...options, body: body.replace("{", '{"ignore_eos":true,') });
+  const [decoder, encoder] = [new TextDecoder(), new TextEncoder()];
+  let shown = 0;
+  const paused = { transform: async (part, stream) => {
+    for (const event of decoder.decode(part, { stream: true }).split(/(?<=\n\n)/)) {
+      if (shown++ === 5) await new Promise((goOn) => { window.goOn = goOn; });
+      stream.enqueue(encoder.encode(event));
+    }
+  } };
+  return new Response(response.body.pipeThrough(new TransformStream(paused)));
+};
+"""
+
+
 def test_reading_back_while_text_arrives(page: Chrome) -> None:
     fill(page)
-    page.execute_script(ENDLESS.replace("64", "1").replace("shown++ < 3", "true"))
+    page.execute_script(PAUSED)
     choose(page, 0, mode="ar", temperature="1")
     page.find_element(By.ID, "prompt").send_keys("y", Keys.ENTER)
 
     def tokens() -> int:
         return int(page.execute_script("return document.querySelectorAll('.turn:last-child .token').length"))
 
-    WebDriverWait(page, SECONDS, 0.02).until(lambda _: tokens() > 0)
+    WebDriverWait(page, SECONDS, 0.02).until(lambda _: tokens() > 0 and page.execute_script("return !!window.goOn"))
     page.execute_script(SCROLL + "talk.scrollTop = 10")
     before = tokens()
+    page.execute_script("window.goOn()")
     WebDriverWait(page, SECONDS, 0.02).until(lambda _: tokens() > before + 20)
     assert page.execute_script(SCROLL + "return talk.scrollTop") == 10
     press(page, Keys.ESCAPE)
