@@ -109,6 +109,15 @@ class Tokenizer:
         """The text that ``token`` completes in an incremental decoding, if it completes any."""
         return stream.step(self._backend, token)
 
+    @property
+    def size(self) -> int:
+        """Tokens of the vocabulary, added ones included."""
+        return self._backend.get_vocab_size()
+
+    def serialized(self) -> str:
+        """The content of an equivalent ``tokenizer.json``, special tokens included."""
+        return self._backend.to_str()
+
     @cached_property
     def longest_token(self) -> int:
         """Bytes of the longest text of a token."""

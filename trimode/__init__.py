@@ -8,15 +8,17 @@ from trimode.common.version import __version__
 if TYPE_CHECKING:
     from trimode.llm import LLM
     from trimode.runtime.api.request_output import RequestOutput
+    from trimode.runtime.request.guided_decoding import GuidedDecodingParams
     from trimode.runtime.request.outputs import CompletionOutput
     from trimode.runtime.request.sampling_params import SamplingParams
 
-__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = ["LLM", "CompletionOutput", "GuidedDecodingParams", "RequestOutput", "SamplingParams", "__version__"]
 
 _MODULES = {
     "LLM": "trimode.llm",
     "RequestOutput": "trimode.runtime.api.request_output",
     "CompletionOutput": "trimode.runtime.request.outputs",
+    "GuidedDecodingParams": "trimode.runtime.request.guided_decoding",
     "SamplingParams": "trimode.runtime.request.sampling_params",
 }
 

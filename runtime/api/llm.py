@@ -21,8 +21,10 @@ from trimode.runtime.api.request_factory import RequestFactory
 from trimode.runtime.api.request_output import RequestOutput
 from trimode.runtime.api.scheduler_thread import SchedulerThread
 from trimode.runtime.decoding.acceptance import LONGEST_BLOCK
+from trimode.runtime.grammar.compiler import GrammarCompiler
 from trimode.runtime.kv.prefix_cache import BlockListener, PrefixCache
 from trimode.runtime.loading import load_engine
+from trimode.runtime.request.guided_decoding import GuidedDecodingParams
 from trimode.runtime.request.outputs import Update
 from trimode.runtime.request.sampling_params import Mode, SamplingParams
 from trimode.runtime.scheduling.pass_cost import PassCost
@@ -120,6 +122,9 @@ class EngineLLM:
             defaults=Defaults(mode, block_length, enable_thinking),
         )
         self._encoder = InputEncoder(self.tokenizer, self.manifest.model.vocab_size)
+        self._grammars = GrammarCompiler(
+            self.tokenizer, self.manifest.model.vocab_size, self.manifest.model.eos_token_id
+        )
         self._factory = RequestFactory(
             self.manifest,
             self.tokenizer,
@@ -217,6 +222,12 @@ class EngineLLM:
         output, request = self._prepare(inputs, sampling_params, enable_thinking, streaming)
         self._thread.submit(request, wait=False)
         return output
+
+    def compile_grammar(self, params: GuidedDecodingParams) -> None:
+        """Compile a grammar now, on this thread, so that a request with it begins at once. Compiled grammars are kept
+        for later requests, the latest 128. Raises GrammarError with the reason if it cannot be used.
+        """
+        self._grammars.compile(params)
 
     @property
     def failure(self) -> str | None:

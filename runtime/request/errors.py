@@ -26,6 +26,10 @@ class ContextLengthError(TriModeError):
         self.fits = None if prompt_tokens is None else max(0, context - prompt_tokens)
 
 
+class GrammarError(TriModeError):
+    """A grammar, a schema or another constraint of an answer cannot be used; the request is wrong."""
+
+
 class ShutDownError(TriModeError):
     """The engine was shut down before the request was finished."""
 
