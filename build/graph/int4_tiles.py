@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import numpy as np
 from numpy.typing import NDArray
 
-from trimode.plugins.operators.int4_product import TILE_COLUMNS, WORD, unit_of
+from trimode.plugins.operators.int4_product import PAIRED, TILE_COLUMNS, WORD, unit_of
+
+Number = TypeVar("Number", bound=np.generic)
+
+
+def pair_rows(array: NDArray[Number], half: int) -> NDArray[Number]:
+    """Rows of ``array``, which are columns of W, in the order of pairs: row i of the first ``half`` rows and row i of
+    the next ones are a pair; likewise in each further ``2 * half`` rows. half: a multiple of :data:`PAIRED`.
+    """
+    blocks = array.reshape(-1, 2, half // PAIRED, PAIRED, *array.shape[1:])
+    return blocks.swapaxes(1, 2).reshape(array.shape)
 
 
 def pack_tiles(integers: NDArray[np.int8], group: int) -> NDArray[np.int32]:

@@ -23,6 +23,7 @@ from trimode.plugins.operators import (
     MergeCandidates,
     MergeSplits,
     Pattern,
+    QkvProduct,
     RmsNorm,
     Rotations,
     SelectRows,
@@ -30,6 +31,7 @@ from trimode.plugins.operators import (
     TopCandidates,
 )
 from trimode.plugins.operators.candidates import NEVER, TILE
+from trimode.plugins.operators.int4_product import PAIRED
 
 # TensorRT's parser maps a node to the plugin of the node's name in `plugin_namespace`, and prefers it to a function.
 PARSER_ATTRIBUTES = {"plugin_namespace": DOMAIN, "plugin_version": "1", "aot": 1}
@@ -41,7 +43,13 @@ def kv_write_function(head_dim: int) -> onnx.FunctionProto:
     body = FunctionBuilder(KvWrite(), ATTRIBUTES)
     op = body.op
     heads = op("Reshape", "qkv", [0, 0, -1, head_dim])
-    heads = op("Transpose", heads, perm=[0, 2, 1, 3])
+    _write_heads(body, op("Transpose", heads, perm=[0, 2, 1, 3]))
+    return body.function()
+
+
+def _write_heads(body: FunctionBuilder, heads: str) -> None:
+    """Rotate queries and keys, and write the keys and values. heads: [B, HQ + 2 HKV, S, D]."""
+    op = body.op
     kv_heads = body.dims("k_cache", 1, 2)
     query_heads = op("Sub", body.dims(heads, 1, 2), op("Mul", kv_heads, [2]))
     sizes = op("Concat", query_heads, kv_heads, kv_heads, axis=0)
@@ -50,7 +58,6 @@ def kv_write_function(head_dim: int) -> onnx.FunctionProto:
     body.node("RotaryEmbedding", ["key", "key_cos", "key_sin"], ["rotated_key"])
     for cache, rows in (("k_cache", "rotated_key"), ("v_cache", "value")):
         body.node("TensorScatter", [cache, rows, "write_indices"], [f"{cache}_out"], axis=2, mode="linear")
-    return body.function()
 
 
 def attend_function(pattern: Pattern) -> onnx.FunctionProto:
@@ -117,9 +124,23 @@ def merge_function() -> onnx.FunctionProto:
 
 
 def int4_product_function(operator: Int4Product) -> onnx.FunctionProto:
-    """K is summed in one part, so ``partial`` has one."""
     body, inputs = FunctionBuilder(operator, ATTRIBUTES), {operand.name for operand in operator.inputs}
     op = body.op
+    y = _product(body, operator)
+    if "narrow" in inputs:
+        y = op("Add", y, op("MatMul", op("Cast", "narrow", to=_FLOAT), op("Cast", "adapter_up", to=_FLOAT)))
+    if "residual" in inputs:
+        y = op("Add", y, op("Cast", "residual", to=_FLOAT))
+    if operator.gated:
+        gate, up = _halves(body, y)
+        y = op("Mul", op("Mul", gate, op("Sigmoid", gate)), up)
+    body.node("CastLike", [y, "x"], ["y"])
+    return body.function()
+
+
+def _product(body: FunctionBuilder, operator: Int4Product) -> str:
+    """(x * input_scale) W in fp32. K is summed in one part, so ``partial`` has one."""
+    op, inputs = body.op, {operand.name for operand in operator.inputs}
     powers = body.constant(np.array([16**j for j in range(8)], np.int32), "powers")
     eight, sixteen = (body.constant(np.array(value, np.int32), f"int32_{value}") for value in (8, 16))
     # Mod in place of shifts: words are signed, and Mod's remainder is never negative.
@@ -140,11 +161,24 @@ def int4_product_function(operator: Int4Product) -> onnx.FunctionProto:
         part = op("Reshape", y, op("Concat", [-1], body.dims("scale", 1, 2), axis=0))
         body.node("Unsqueeze", [part, [0]], ["partial"])
         body.node("Identity", ["counters"], ["counters_out"])
-    if "narrow" in inputs:
-        y = op("Add", y, op("MatMul", op("Cast", "narrow", to=_FLOAT), op("Cast", "adapter_up", to=_FLOAT)))
-    if "residual" in inputs:
-        y = op("Add", y, op("Cast", "residual", to=_FLOAT))
-    body.node("CastLike", [y, "x"], ["y"])
+    return y
+
+
+def _halves(body: FunctionBuilder, y: str) -> tuple[str, str]:
+    """The first and the second columns of the pairs of ``y``, [.., N] each made [.., N / 2]."""
+    op = body.op
+    pairs = op("Reshape", y, op("Concat", body.dims(y, 0, -1), [-1, 2, PAIRED], axis=0))
+    shape = op("Concat", body.dims(y, 0, -1), [-1], axis=0)
+    first, second = (op("Reshape", op("Gather", pairs, half, axis=-2), shape) for half in (0, 1))
+    return first, second
+
+
+def qkv_product_function(operator: QkvProduct, head_dim: int) -> onnx.FunctionProto:
+    body = FunctionBuilder(operator, ATTRIBUTES)
+    op = body.op
+    halves = [op("Reshape", half, [0, 0, -1, head_dim // 2]) for half in _halves(body, _product(body, operator))]
+    heads = op("CastLike", op("Concat", *halves, axis=-1), "x")
+    _write_heads(body, op("Transpose", heads, perm=[0, 2, 1, 3]))
     return body.function()
 
 

@@ -25,6 +25,7 @@ from trimode.build.graph.operator_functions import (
     kv_write_function,
     merge_candidates_function,
     merge_function,
+    qkv_product_function,
     rms_norm_function,
     rotations_function,
     select_rows_function,
@@ -47,6 +48,7 @@ from trimode.plugins.operators import (
     MergeCandidates,
     MergeSplits,
     Operator,
+    QkvProduct,
     RmsNorm,
     Rotations,
     SelectRows,
@@ -116,8 +118,7 @@ class _OperatorGraph:
                 )
             x = self._o_proj(attended, x, layer, index)
             normed = self._norm(x, layer.post_attention_layernorm, "mlp_")
-            (activated,) = self._run(SwiGlu(), [self._linear(normed, layer.gate_up_proj, "gate_up")])
-            x = self._linear(activated, layer.down_proj, "x", residual=x)
+            x = self._linear(self._activated(normed, layer.gate_up_proj), layer.down_proj, "x", residual=x)
         graph.scope = "head/"
         self._head(x)
         for name in cache_outputs(config.num_hidden_layers):
@@ -157,6 +158,8 @@ class _OperatorGraph:
                 return rotations_function(attributes["length"], self.real)
             case RmsNorm():
                 return rms_norm_function()
+            case QkvProduct():
+                return qkv_product_function(operator, self.config.head_dim)
             case Int4Product():
                 return int4_product_function(operator)
             case DenseProduct():
@@ -188,14 +191,30 @@ class _OperatorGraph:
         config, splits = self.config, self.options.splits
         caches = cache_inputs(config.num_hidden_layers)[2 * index : 2 * index + 2]
         updated = cache_outputs(config.num_hidden_layers)[2 * index : 2 * index + 2]
-        qkv = self._linear(x, layer.qkv_proj, "qkv")
-        (q,) = self._run_into(
-            KvWrite(), [qkv, *self.rotations, self.write_indices, *caches], [f"{self.graph.scope}q"], updated
-        )
+        q = self._queries(x, layer.qkv_proj, caches, updated)
         attend = Attend("masked" if self.pattern == "causal" else "bidirectional")
         parts = self._run(attend, [q, *updated, self.write_indices, self.visibility], splits=splits)
         group = config.num_attention_heads // config.num_key_value_heads
         return self._run(MergeSplits(), parts, splits=splits, group=group)[0]
+
+    def _queries(self, x: str, linear: PooledLinear, caches: list[str], updated: list[str]) -> str:
+        """Rotated queries; keys and values are written. With int4 weights, the product does both."""
+        results, written = [f"{self.graph.scope}q"], [*self.rotations, self.write_indices, *caches]
+        if not linear.paired:
+            qkv = self._linear(x, linear, "qkv")
+            return self._run_into(KvWrite(), [qkv, *written], results, updated)[0]
+        counters = self.split_products.counters(linear)
+        operator = QkvProduct(split=counters is not None, input_scale=linear.input_scale is not None)
+        given = [x, *(self.graph.pooled(part) for part in linear.ranges()), *written]
+        if counters is None:
+            return self._run_into(operator, given, results, updated)[0]
+        results.append(f"{self.graph.scope}qkv_partial")
+        return self._run_into(operator, [*given, counters[0]], results, [*updated, *counters[1:]])[0]
+
+    def _activated(self, x: str, gate_up: PooledLinear) -> str:
+        """The gated activation. With int4 weights, the product computes it."""
+        found = self._linear(x, gate_up, "gate_up")
+        return found if gate_up.paired else self._run(SwiGlu(), [found])[0]
 
     def _o_proj(self, attended: str, residual: str, layer: PooledLayer, index: int) -> str:
         if not self.has_adapter:
@@ -220,7 +239,8 @@ class _OperatorGraph:
         if linear.scale is None:
             return self._run(DenseProduct(**terms), given, f"{result}_")[0]
         counters = self.split_products.counters(linear)
-        operator = Int4Product(split=counters is not None, input_scale=linear.input_scale is not None, **terms)
+        terms |= {"split": counters is not None, "input_scale": linear.input_scale is not None, "gated": linear.paired}
+        operator = Int4Product(**terms)
         results = [f"{self.graph.scope}{result}_{operand.name}" for operand in operator.outputs if not operand.aliases]
         if counters is None:
             return self._run_into(operator, given, results)[0]

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from trimode.build.graph.int4_tiles import pack_tiles
+from trimode.build.graph.int4_tiles import pack_tiles, pair_rows
 from trimode.common.errors import TriModeError
 from trimode.common.progress import Progress
 from trimode.engine.manifest import PoolEntry
@@ -71,12 +71,16 @@ class PoolRange:
 
 @dataclass(frozen=True)
 class PooledLinear:
-    """y = (x * input_scale) W. With ``scale``, W is int4, in the layout that the pool was written with."""
+    """y = (x * input_scale) W. With ``scale``, W is int4, in the layout that the pool was written with.
+
+    paired: the columns are in the order of pairs (:mod:`trimode.build.graph.int4_tiles`).
+    """
 
     weight: PoolRange
     scale: PoolRange | None = None
     input_scale: PoolRange | None = None
     group: int = 0
+    paired: bool = False
 
     def ranges(self) -> Iterator[PoolRange]:
         yield from (part for part in (self.weight, self.scale, self.input_scale) if part is not None)
@@ -163,12 +167,14 @@ def write_raw_pool(
     """Write the checkpoint's weights to ``path``. At most one matrix of one layer is in memory at a time.
 
     real: type of norms, input scales and matrices that are not int4. layout: of int4 matrices. for_kernels: for
-    targets with kernels of our own; the embedding has the type ``real``, and the pool holds the kernels' constants.
+    targets with kernels of our own; the embedding has the type ``real``, int4 matrices of q, k and v and of gate and
+    up have pairs of columns, and the pool holds the kernels' constants.
     """
     layers = checkpoint.config.num_hidden_layers
     with path.open("wb") as file:
         writer = _Writer(file, checkpoint, real, layout)
         embed_tokens = writer.embedding(real if for_kernels else None)
+        halves = (checkpoint.config.head_dim // 2, checkpoint.config.intermediate_size) if for_kernels else (0, 0)
         pooled = []
         for index in range(layers):
             progress("weights", index, layers + 1)
@@ -176,10 +182,10 @@ def write_raw_pool(
             pooled.append(
                 PooledLayer(
                     input_layernorm=writer.norm(f"{prefix}.input_layernorm"),
-                    qkv_proj=writer.linear(*_of_layer(index, _QKV)),
+                    qkv_proj=writer.linear(*_of_layer(index, _QKV), half=halves[0]),
                     o_proj=writer.linear(*_of_layer(index, _O)),
                     post_attention_layernorm=writer.norm(f"{prefix}.post_attention_layernorm"),
-                    gate_up_proj=writer.linear(*_of_layer(index, _GATE_UP)),
+                    gate_up_proj=writer.linear(*_of_layer(index, _GATE_UP), half=halves[1]),
                     down_proj=writer.linear(*_of_layer(index, _DOWN)),
                 )
             )
@@ -217,8 +223,11 @@ class _Writer:
     def norm(self, module: str) -> PoolRange:
         return self._put(module, self._checkpoint.vector(f"{module}.weight").astype(self._real))
 
-    def linear(self, *modules: str) -> PooledLinear:
-        """One matrix, or several that read the same input, concatenated along ``out``."""
+    def linear(self, *modules: str, half: int = 0) -> PooledLinear:
+        """One matrix, or several that read the same input, concatenated along ``out``.
+
+        half: columns of an int4 matrix from the first of a pair to the second; 0 to keep the order of the columns.
+        """
         weights = [self._checkpoint.linear(module) for module in modules]
         name = modules[0] if len(modules) == 1 else merged_name(modules)
         int4 = [weight for weight in weights if isinstance(weight, Int4Weight)]
@@ -232,20 +241,24 @@ class _Writer:
                 "quantise the checkpoint with `trimode quantize`"
             )
         packed = np.concatenate([weight.packed for weight in int4])
-        scale = np.concatenate([weight.scale for weight in int4]).T
-        group, input_scale = packed.shape[1] // scale.shape[0], int4[0].input_scale
+        scale = np.concatenate([weight.scale for weight in int4])
+        group, input_scale = packed.shape[1] // scale.shape[1], int4[0].input_scale
         if self._layout == "tiles":
-            stored = self._put(name, pack_tiles(unpack(packed), group))
+            integers = unpack(packed)
+            if half:
+                integers, scale = pair_rows(integers, half), pair_rows(scale, half)
+            stored = self._put(name, pack_tiles(integers, group))
         else:
             # ModelOpt packs pairs along `out`. Transposed, that is ONNX's packing along the last dimension.
             stored = self._put(name, packed.T, TensorProto.INT4, (packed.shape[1], packed.shape[0] * 2))
         return PooledLinear(
             weight=stored,
-            scale=self._put(f"{name}.scale", scale.astype(np.float32 if self._layout == "tiles" else self._real)),
+            scale=self._put(f"{name}.scale", scale.T.astype(np.float32 if self._layout == "tiles" else self._real)),
             input_scale=(
                 None if input_scale is None else self._put(f"{name}.input_scale", input_scale.astype(self._real))
             ),
             group=group,
+            paired=half > 0,
         )
 
     def _put(

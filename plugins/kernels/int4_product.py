@@ -11,6 +11,9 @@ The order of a sum: units of K in order within each of SPLITS equal parts, then 
 then the residual. It is the same in every tile size and whether the parts are separate programs or not, so a row's
 result depends neither on the number of rows nor on their positions.
 
+A matrix of pairs of columns holds both columns of a pair in the same thread of a tensor core's result,
+so that a function of both costs no exchange between threads. The gated activation is such a function.
+
 The parts' handshake: a program stores its sums, then one thread adds 1 to the tile's counter with the semantics
 ``acq_rel``, after a barrier of the program. The program that finds SPLITS - 1 is the last: it sees all sums, sets the
 counter to 0 for the next launch, and adds the sums in order, its own among them.
@@ -29,6 +32,7 @@ from trimode.plugins.kernels.dependent_launch import wait_for_previous
 # As trimode.plugins.operators.int4_product defines them.
 _TILE = tl.constexpr(128)
 _SPLIT_ROWS = tl.constexpr(64)
+_PAIRED = tl.constexpr(8)
 
 
 def _assembly(power: int, offset: int, subtract: str) -> tl.constexpr:
@@ -78,18 +82,64 @@ def int4_product_kernel(
     UNIT: tl.constexpr,
     RANK: tl.constexpr,
     SPLITS: tl.constexpr,
+    GATED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CAPABILITY: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """CAPABILITY: compute capability, 90 for 9.0; None in the interpreter."""
+    """GATED: y is the gated activation of the pairs of columns. CAPABILITY: compute capability, 90 for 9.0; None in the
+    interpreter.
+    """
     wait_for_previous(CAPABILITY)
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    complete, result = product_sum(
+        x, packed, scale, input_scale, partial, counters_out, row, rows, column,
+        INNER, COLUMNS, GROUP, UNIT, SPLITS, BLOCK_M, BLOCK_N, CAPABILITY, STAGES,
+    )  # fmt: skip
+    if complete:
+        if GATED:
+            gate, up = halves_of(result)
+            activated = gate / (1.0 + tl.exp(-gate)) * up
+            pair = tl.program_id(1) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+            exists = (pair < COLUMNS // 2)[:, None] & (row < rows)[None, :]
+            in_y = row[None, :].to(tl.int64) * (COLUMNS // 2) + pair[:, None]
+            tl.store(y + in_y, activated.to(y.dtype.element_ty), mask=exists)
+        else:
+            if narrow is not None:
+                result = _adapter(result, narrow, adapter_up, row, rows, column, COLUMNS, RANK)
+            here = (column < COLUMNS)[:, None] & (row < rows)[None, :]
+            at = row[None, :].to(tl.int64) * COLUMNS + column[:, None]
+            if residual is not None:
+                result += tl.load(residual + at, mask=here, other=0.0).to(tl.float32)
+            tl.store(y + at, result.to(y.dtype.element_ty), mask=here)
+
+
+@triton.jit
+def product_sum(
+    x,
+    packed,
+    scale,
+    input_scale,
+    partial,
+    counters,
+    row,
+    rows,
+    column,
+    INNER: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    GROUP: tl.constexpr,
+    UNIT: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CAPABILITY: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Whether this program has the sum over all of K of its tile, and that sum, [columns, rows]."""
     part = tl.program_id(2)
-    here = (column < COLUMNS)[:, None] & (row < rows)[None, :]
-    first, end = 0, SPLITS
+    first, end, complete = 0, SPLITS, True
     # Whether the parts of this tile's sums are separate programs.
     SEPARABLE: tl.constexpr = SPLITS > 1 and partial is not None and BLOCK_M <= _SPLIT_ROWS
     separate = False
@@ -97,8 +147,9 @@ def int4_product_kernel(
         separate = (tl.program_id(0) + 1) * BLOCK_M <= _SPLIT_ROWS
         if separate:
             first, end = part, part + 1
-        elif part > 0:
-            return
+        else:
+            complete = part == 0
+            end = SPLITS * complete.to(tl.int32)
 
     if SPLITS == 1:
         result = _part(
@@ -112,17 +163,24 @@ def int4_product_kernel(
                 x, packed, scale, input_scale, row, rows, column, index,
                 INNER, COLUMNS, GROUP, UNIT, SPLITS, BLOCK_M, BLOCK_N, CAPABILITY, STAGES,
             )  # fmt: skip
-    complete = True
     if SEPARABLE:
+        here = (column < COLUMNS)[:, None] & (row < rows)[None, :]
         sums = partial + row[None, :] * COLUMNS + column[:, None]
-        complete, result = _combined(result, separate, part, sums, here, counters_out, COLUMNS, SPLITS)
-    if complete:
-        if narrow is not None:
-            result = _adapter(result, narrow, adapter_up, row, rows, column, COLUMNS, RANK)
-        at = row[None, :].to(tl.int64) * COLUMNS + column[:, None]
-        if residual is not None:
-            result += tl.load(residual + at, mask=here, other=0.0).to(tl.float32)
-        tl.store(y + at, result.to(y.dtype.element_ty), mask=here)
+        if separate:
+            complete, result = _combined(result, part, sums, here, counters, COLUMNS, SPLITS)
+    return complete, result
+
+
+@triton.jit
+def halves_of(result):
+    """The first and the second columns of the pairs, each [columns / 2, rows]."""
+    BLOCKS: tl.constexpr = result.shape[0] // (2 * _PAIRED)
+    blocks = tl.reshape(result, [BLOCKS, 2, _PAIRED, result.shape[1]])
+    first, second = tl.split(tl.permute(blocks, (0, 2, 3, 1)))
+    return (
+        tl.reshape(first, [BLOCKS * _PAIRED, result.shape[1]]),
+        tl.reshape(second, [BLOCKS * _PAIRED, result.shape[1]]),
+    )
 
 
 @triton.jit
@@ -169,21 +227,21 @@ def _part(
 
 
 @triton.jit
-def _combined(result, separate, part, sums, here, counters, COLUMNS: tl.constexpr, SPLITS: tl.constexpr):
-    """Whether this program has the sum over all of K, and that sum. sums: where the first part's is left."""
-    complete = True
-    if separate:
-        tl.store(sums + part * (_SPLIT_ROWS * COLUMNS), result, mask=here)
-        counter = counters + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-        tl.debug_barrier()
-        complete = tl.atomic_add(counter, 1, sem="acq_rel") == SPLITS - 1
-        if complete:
-            tl.store(counter, 0)
-            result = tl.zeros(result.shape, tl.float32)
-            for index in tl.static_range(SPLITS):
-                # From the L2 cache: other multiprocessors have written them.
-                at = sums + index * (_SPLIT_ROWS * COLUMNS)
-                result += tl.load(at, mask=here, other=0.0, cache_modifier=".cg")
+def _combined(result, part, sums, here, counters, COLUMNS: tl.constexpr, SPLITS: tl.constexpr):
+    """Whether this program is the last of its tile, and then the sum over all parts. sums: where the first part's is
+    left.
+    """
+    tl.store(sums + part * (_SPLIT_ROWS * COLUMNS), result, mask=here)
+    counter = counters + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    tl.debug_barrier()
+    complete = tl.atomic_add(counter, 1, sem="acq_rel") == SPLITS - 1
+    if complete:
+        tl.store(counter, 0)
+        result = tl.zeros(result.shape, tl.float32)
+        for index in tl.static_range(SPLITS):
+            # From the L2 cache: other multiprocessors have written them.
+            at = sums + index * (_SPLIT_ROWS * COLUMNS)
+            result += tl.load(at, mask=here, other=0.0, cache_modifier=".cg")
     return complete, result
 
 

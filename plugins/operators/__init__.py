@@ -14,6 +14,7 @@ from trimode.plugins.operators.dense_product import DenseProduct
 from trimode.plugins.operators.int4_product import Int4Product
 from trimode.plugins.operators.kv_write import KvWrite
 from trimode.plugins.operators.operator import DOMAIN, Constants, Dim, Node, Operand, Operator, Shapes, Tactic
+from trimode.plugins.operators.qkv_product import QkvProduct
 from trimode.plugins.operators.rms_norm import RmsNorm
 from trimode.plugins.operators.rotations import Rotations
 from trimode.plugins.operators.rows import Embed, SelectRows
@@ -36,6 +37,7 @@ __all__ = [
     "Operand",
     "Operator",
     "Pattern",
+    "QkvProduct",
     "RmsNorm",
     "Rotations",
     "SelectRows",
@@ -53,6 +55,11 @@ _ALL: tuple[Operator, ...] = (
         Int4Product(split=split, input_scale=input_scale, adapter=adapter, residual=residual)
         for split, input_scale, adapter, residual in product((False, True), repeat=4)
     ),
+    *(
+        Int4Product(split=split, input_scale=input_scale, gated=True)
+        for split, input_scale in product((False, True), repeat=2)
+    ),
+    *(QkvProduct(split=split, input_scale=input_scale) for split, input_scale in product((False, True), repeat=2)),
     Embed(),
     Rotations(),
     RmsNorm(),

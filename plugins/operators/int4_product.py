@@ -5,12 +5,24 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import ClassVar
 
-from trimode.plugins.operators.operator import Constants, Dim, Node, Operand, Operator, Tactic, ceil_div, numbered
+from trimode.plugins.operators.operator import (
+    Constants,
+    Dim,
+    Node,
+    Operand,
+    Operator,
+    Tactic,
+    ceil_div,
+    numbered,
+    row_count,
+)
 
 # A group of weights that share a scale is a multiple of this, the inner size of a tensor core's multiplication.
 LEAST_GROUP = 16
 # Columns of one tile of the layout, weights of one word, and the longest run of K that one product of tiles covers.
 TILE_COLUMNS, WORD, LONGEST_UNIT = 128, 8, 128
+# Columns of a matrix of pairs: so many first ones, their second ones, the next first ones, and so on.
+PAIRED = 8
 # Rows whose parts of K may be summed by several programs. They have room in ``partial``.
 SPLIT_ROWS = 64
 MAX_SPLITS = 8
@@ -45,6 +57,9 @@ def split_count(inner: int, columns: int, group: int) -> int:
 class Int4Product(Operator):
     """y = (x * input_scale) W + narrow up + residual, with the terms that the operator was made with.
 
+    With ``gated``, the columns of W are pairs in the order of :data:`PAIRED`, a gate and an up in each, and y
+    [M, N / 2] is gate * sigmoid(gate) * up.
+
     ``packed`` [tiles, units, TILE_COLUMNS, words] holds W [K, N] for tensor cores. A tile is TILE_COLUMNS columns; the
     last one is padded. A unit is ``8 * words`` rows of W that share a scale (:func:`unit_of`). Nibble j of word w is
     n + 8 of the unit's row ``words * j + w``. ``scale`` has one fp32 factor for each group and column. So K is
@@ -59,7 +74,7 @@ class Int4Product(Operator):
     """
 
     kernel = "int4_product.int4_product_kernel"
-    scalars = ("rows",)
+    scalars: tuple[str, ...] = ("rows",)
 
     # For steps, by their rows; the last two for chunks of prompts.
     TACTICS: ClassVar[tuple[Tactic, ...]] = (
@@ -74,11 +89,18 @@ class Int4Product(Operator):
     )
 
     def __init__(
-        self, *, split: bool = False, input_scale: bool = False, adapter: bool = False, residual: bool = False
+        self,
+        *,
+        split: bool = False,
+        input_scale: bool = False,
+        adapter: bool = False,
+        residual: bool = False,
+        gated: bool = False,
     ) -> None:
-        terms = (("Split", split), ("Scaled", input_scale), ("Adapted", adapter), ("Residual", residual))
-        self.name = "Int4Product" + "".join(term for term, present in terms if present)
+        terms = {"Split": split, "Scaled": input_scale, "Adapted": adapter, "Residual": residual, "Gated": gated}
+        self.name = "Int4Product" + "".join(term for term, present in terms.items() if present)
         self.split = split
+        self.gated = gated
         self.inputs = (
             Operand("x", "real", ("M", "K")),
             Operand("packed", "int32", ("tiles", "units", "TILE_COLUMNS", "words")),
@@ -89,15 +111,22 @@ class Int4Product(Operator):
             *((Operand("counters", "int32", ("tiles of y",)),) if split else ()),
         )
         self.outputs = (
-            Operand("y", "real", ("M", "N")),
+            Operand("y", "real", ("M", "N / 2" if gated else "N")),
             *((Operand("partial", "fp32", ("MAX_SPLITS", "SPLIT_ROWS", "N")),) if split else ()),
             *((Operand("counters_out", "int32", ("tiles of y",), aliases="counters"),) if split else ()),
         )
 
     def node(self, *, rows: int, inner: int, columns: int, group: int = 128, rank: int = 0) -> Node:
         """rank: of the adapter, 0 without one."""
+        shapes = self.product_shapes(rows=rows, inner=inner, columns=columns, group=group, rank=rank)
+        return Node.of({operand.name: shapes[operand.name] for operand in self.inputs})
+
+    def product_shapes(
+        self, *, rows: int, inner: int, columns: int, group: int, rank: int = 0
+    ) -> dict[str, tuple[int, ...]]:
+        """Of all inputs that such a product may have."""
         unit = unit_of(group)
-        shapes = {
+        return {
             "x": (rows, inner),
             "packed": (ceil_div(columns, TILE_COLUMNS), inner // unit, TILE_COLUMNS, unit // WORD),
             "scale": (inner // group, columns),
@@ -107,7 +136,6 @@ class Int4Product(Operator):
             "residual": (rows, columns),
             "counters": (self.counters(columns),),
         }
-        return Node.of({operand.name: shapes[operand.name] for operand in self.inputs})
 
     @classmethod
     def counters(cls, columns: int) -> int:
@@ -124,6 +152,7 @@ class Int4Product(Operator):
             "UNIT": words * WORD,
             "RANK": node.fixed["adapter_up"][0] if "adapter_up" in node.fixed else 0,
             "SPLITS": split_count(inner, columns, inner // groups),
+            "GATED": int(self.gated),
         }
 
     def tactics(self, node: Node) -> dict[int, Tactic]:
@@ -141,7 +170,7 @@ class Int4Product(Operator):
         By measurements on an H100: the smallest tile that holds all rows; narrow tiles for narrow matrices; in chunks
         of prompts, the largest tile of which there are enough for all multiprocessors.
         """
-        constants, (rows,) = self.constants(node), self.scalar_values(node)
+        constants, rows = self.constants(node), self.rows(node)
         shapes = {_shape(tactic): n for n, tactic in reversed(self.tactics(node).items()) if n in emitted}
         tiles = ceil_div(constants["COLUMNS"], TILE_COLUMNS)
         block_n = 128 if rows > 32 or tiles * constants["SPLITS"] >= _ENOUGH_TILES else 64
@@ -155,19 +184,20 @@ class Int4Product(Operator):
         """A program for each tile of rows, tile of columns and, if they are separate, part of K; the tiles of rows that
         share weights are neighbours.
         """
-        (rows,), constants, (block_m, block_n) = self.scalar_values(node), self.constants(node), _shape(tactic)
+        rows, constants, (block_m, block_n) = self.rows(node), self.constants(node), _shape(tactic)
         parts = constants["SPLITS"] if self.split and block_m <= SPLIT_ROWS else 1
         return ceil_div(rows, block_m), ceil_div(constants["COLUMNS"], block_n), parts
 
     def scalar_values(self, node: Node) -> tuple[Dim, ...]:
-        rows, *others = list(node.shapes["x"])[:-1]
-        for dimension in others:
-            rows = rows * dimension
-        return (rows,)
+        return (self.rows(node),)
+
+    @staticmethod
+    def rows(node: Node) -> Dim:
+        return row_count(node.shapes["x"])
 
     def output_shapes(self, node: Node) -> list[tuple[Dim, ...]]:
         columns = node.shapes["scale"][1]
-        y = (*list(node.shapes["x"])[:-1], columns)
+        y = (*list(node.shapes["x"])[:-1], columns // 2 if self.gated else columns)
         if not self.split:
             return [y]
         return [y, (MAX_SPLITS, SPLIT_ROWS, columns), tuple(node.shapes["counters"])]

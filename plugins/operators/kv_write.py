@@ -6,8 +6,8 @@ from typing import ClassVar
 
 from trimode.plugins.operators.operator import Constants, Dim, Node, Operand, Operator, Tactic, numbered
 
-_ROTATION = ("B", "S", "D / 2")
-_CACHE = ("B", "HKV", "C", "D")
+ROTATION = ("B", "S", "D / 2")
+CACHE = ("B", "HKV", "C", "D")
 
 
 class KvWrite(Operator):
@@ -20,19 +20,19 @@ class KvWrite(Operator):
     kernel = "kv_write.kv_write_kernel"
     inputs = (
         Operand("qkv", "real", ("B", "S", "(HQ + 2 HKV) D")),
-        Operand("query_cos", "real", _ROTATION),
-        Operand("query_sin", "real", _ROTATION),
-        Operand("key_cos", "real", _ROTATION),
-        Operand("key_sin", "real", _ROTATION),
+        Operand("query_cos", "real", ROTATION),
+        Operand("query_sin", "real", ROTATION),
+        Operand("key_cos", "real", ROTATION),
+        Operand("key_sin", "real", ROTATION),
         Operand("write_indices", "int64", ("B",)),
-        Operand("k_cache", "real", _CACHE),
-        Operand("v_cache", "real", _CACHE),
+        Operand("k_cache", "real", CACHE),
+        Operand("v_cache", "real", CACHE),
     )
     scalars = ("step", "capacity")
     outputs = (
         Operand("q", "real", ("B", "HQ", "S", "D")),
-        Operand("k_cache_out", "real", _CACHE, aliases="k_cache"),
-        Operand("v_cache_out", "real", _CACHE, aliases="v_cache"),
+        Operand("k_cache_out", "real", CACHE, aliases="k_cache"),
+        Operand("v_cache_out", "real", CACHE, aliases="v_cache"),
     )
 
     TACTICS: ClassVar[tuple[Tactic, ...]] = (Tactic({}, warps=4, stages=1), Tactic({}, warps=8, stages=1))

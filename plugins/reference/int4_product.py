@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from trimode.plugins.operators.int4_product import PAIRED
+
 
 def dequantize(packed: Tensor, scale: Tensor) -> Tensor:
     """W [K, N] in fp32, from words [tiles, units, columns, words] and scales [K / group, N]: nibble j of word w is
@@ -16,6 +18,12 @@ def dequantize(packed: Tensor, scale: Tensor) -> Tensor:
     return integers * scale.float().repeat_interleave(integers.shape[0] // scale.shape[0], 0)
 
 
+def halves(y: Tensor) -> tuple[Tensor, Tensor]:
+    """The first and the second columns of y's pairs, each [.., N / 2]."""
+    first, second = y.reshape(*y.shape[:-1], -1, 2, PAIRED).unbind(-2)
+    return first.flatten(-2), second.flatten(-2)
+
+
 def int4_product(
     x: Tensor,
     packed: Tensor,
@@ -24,12 +32,20 @@ def int4_product(
     narrow: Tensor | None = None,
     adapter_up: Tensor | None = None,
     residual: Tensor | None = None,
+    *,
+    gated: bool = False,
 ) -> Tensor:
-    """y [M, N] from x [M, K]. input_scale: [K]. narrow: [M, R]. adapter_up: [R, N]. residual: [M, N]."""
+    """y [M, N] from x [M, K]. input_scale: [K]. narrow: [M, R]. adapter_up: [R, N]. residual: [M, N].
+
+    gated: y [M, N / 2] is the gated activation of the pairs of columns.
+    """
     scaled = x if input_scale is None else (x.float() * input_scale.float()).to(x.dtype)
     y = scaled.float() @ dequantize(packed, scale)
     if narrow is not None and adapter_up is not None:
         y = y + narrow.float() @ adapter_up.float()
     if residual is not None:
         y = y + residual.float()
+    if gated:
+        gate, up = halves(y)
+        y = gate * gate.sigmoid() * up
     return y.to(x.dtype)

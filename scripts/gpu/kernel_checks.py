@@ -18,9 +18,26 @@ from torch import Tensor
 
 from scripts.gpu.kernel_launch import KernelLaunch, prepare
 from scripts.gpu.kernels_8b import ATTENTION, HIDDEN, PRODUCTS, SPLITS, VOCABULARY, Product
-from scripts.gpu.traffic import attend_traffic, int4_product_traffic, kv_write_traffic, merge_traffic, needed_bytes
-from trimode.plugins.operators import Attend, Int4Product, KvWrite, MergeSplits, Node, Operator, Pattern, Tactic
-from trimode.plugins.reference import attention, int4_product, kv_write
+from scripts.gpu.traffic import (
+    attend_traffic,
+    int4_product_traffic,
+    kv_write_traffic,
+    merge_traffic,
+    needed_bytes,
+    qkv_product_traffic,
+)
+from trimode.plugins.operators import (
+    Attend,
+    Int4Product,
+    KvWrite,
+    MergeSplits,
+    Node,
+    Operator,
+    Pattern,
+    QkvProduct,
+    Tactic,
+)
+from trimode.plugins.reference import attention, int4_product, kv_write, qkv_product
 
 REAL = torch.bfloat16
 REAL_BYTES = 2
@@ -28,7 +45,7 @@ REAL_BYTES = 2
 TOLERANCE = 1e-2
 # More than the L2 cache of any GPU: inputs that are read repeatedly come from memory every time.
 CACHE_BYTES = 160 << 20
-Part = Literal["kv write", "attention", "products", "same bits"]
+Part = Literal["kv write", "attention", "products", "qkv products", "same bits"]
 PARTS: tuple[Part, ...] = get_args(Part)
 
 
@@ -65,7 +82,7 @@ class Result:
 @dataclass(frozen=True)
 class CheckSizes:
     """Sizes of a run. steps: batch, tokens, and committed rows of the longest sequence. rows: of timed
-    products. same_rows: of products that are compared bit for bit.
+    products. same_rows: of products that are compared bit for bit. hidden: the inner size of ``qkv``.
     """
 
     attention: dict[str, int]
@@ -74,6 +91,8 @@ class CheckSizes:
     products: dict[str, Product]
     rows: tuple[int, ...]
     same_rows: tuple[int, ...]
+    qkv: QkvProduct
+    hidden: int
 
 
 SIZES_8B = CheckSizes(
@@ -88,6 +107,8 @@ SIZES_8B = CheckSizes(
     {**PRODUCTS, "head": Product(Int4Product(), HIDDEN, VOCABULARY)},
     (1, 4, 16, 32, 64, 256, 512),
     (1, 8, 32, 64, 100, 256),
+    QkvProduct(split=True),
+    HIDDEN,
 )
 SMALL_SIZES = CheckSizes(
     {"kv_heads": 2, "group": 2, "head_dim": 64},
@@ -99,6 +120,8 @@ SMALL_SIZES = CheckSizes(
     },
     (1, 5),
     (1, 8, 70),
+    QkvProduct(split=True, input_scale=True),
+    2048,
 )
 
 
@@ -116,10 +139,17 @@ def used_nodes(sizes: CheckSizes) -> Iterator[tuple[Operator, Node]]:
     yield MergeSplits(), MergeSplits.node(splits=sizes.splits, **fixed)
     for product in sizes.products.values():
         yield product.operator, product.node(1)
+    yield sizes.qkv, sizes.qkv.qkv_node(capacity=1, inner=sizes.hidden, **fixed)
 
 
 def run_part(part: Part, host: Host, sizes: CheckSizes) -> Iterator[Result]:
-    parts = {"kv write": _kv_writes, "attention": _attention, "products": _products, "same bits": _same_bits}
+    parts = {
+        "kv write": _kv_writes,
+        "attention": _attention,
+        "products": _products,
+        "qkv products": _qkv_products,
+        "same bits": _same_bits,
+    }
     return parts[part](host, sizes)
 
 
@@ -235,8 +265,8 @@ def _products(host: Host, sizes: CheckSizes) -> Iterator[Result]:
             2 if host.device == "cpu" else max(2, min(16, CACHE_BYTES // (product.inner * product.columns // 2) + 1))
         )
         for rows in sizes.rows:
-            inputs = product_inputs(host, product, rows)
-            expected = expected_product(inputs)
+            inputs = product_inputs(host, product, product.node(rows))
+            expected = expected_product(product, inputs)
             packed = [inputs["packed"], *(inputs["packed"].clone() for _ in range(copies - 1))]
             for number, tactic in product.operator.tactics(product.node(rows)).items():
                 block_m, block_n = tactic.constants["BLOCK_M"], tactic.constants["BLOCK_N"]
@@ -259,12 +289,46 @@ def _products(host: Host, sizes: CheckSizes) -> Iterator[Result]:
                 yield from _peers(host, label, product, inputs["x"], copies)
 
 
+def _qkv_products(host: Host, sizes: CheckSizes) -> Iterator[Result]:
+    """Runs cycle through copies of the weights that together exceed the L2 cache."""
+    operator = sizes.qkv
+    for batch, step, committed in sizes.steps:
+        written = _write_inputs(host, sizes, batch, step, committed)
+        capacity = written["k_cache"].shape[2]
+        node = operator.qkv_node(batch=batch, step=step, capacity=capacity, inner=sizes.hidden, **sizes.attention)
+        columns = node.shapes["scale"][1]
+        inputs = product_inputs(host, Product(operator, sizes.hidden, columns), node)
+        inputs |= {name: tensor for name, tensor in written.items() if name in inputs}
+        wanted = {name: tensor.clone() for name, tensor in inputs.items() if name != "counters"}
+        expected = (qkv_product.qkv_product(**wanted), wanted["k_cache"], wanted["v_cache"])
+        copies = 2 if host.device == "cpu" else max(2, CACHE_BYTES // inputs["packed"].nbytes + 1)
+        packed = [inputs["packed"], *(inputs["packed"].clone() for _ in range(copies - 1))]
+        for number, tactic in operator.tactics(node).items():
+            block_m, block_n = tactic.constants["BLOCK_M"], tactic.constants["BLOCK_N"]
+            if block_m >= 4 * max(batch * step, 16) or batch * step > 8 * block_m:  # far from the fastest
+                continue
+            caches = {name: inputs[name].clone() for name in ("k_cache", "v_cache")}
+            launches = [prepare(operator, {**inputs, **caches, "packed": words}, tactic) for words in packed]
+            name = operator.kernel_name(node, number)
+            host.launch(name, launches[0])
+            found = (launches[0].outputs[0], caches["k_cache"], caches["v_cache"])
+            traffic = qkv_product_traffic(operator, node, tactic, REAL_BYTES)
+            yield Result(
+                operator.name,
+                f"batch {batch}, step {step}, {committed} rows",
+                f"{block_m} x {block_n}, {tactic.warps} warps",
+                max(distance(*pair) for pair in zip(found, expected, strict=True)),
+                median_microseconds(host, name, launches, copies),
+                needed_bytes({name: tensor for name, tensor in traffic.items() if name not in ("partial", "counters")}),
+            )
+
+
 def _same_bits(host: Host, sizes: CheckSizes) -> Iterator[Result]:
     """The last row of a step of any length has the bits that it has in a step of one row, in every tactic. The error
     is the number of its outputs that differ.
     """
     for label, product in sizes.products.items():
-        longest = product_inputs(host, product, max(sizes.same_rows))
+        longest = product_inputs(host, product, product.node(max(sizes.same_rows)))
         expected = None
         for rows in sizes.same_rows:
             inputs = {
@@ -290,15 +354,17 @@ def _same_bits(host: Host, sizes: CheckSizes) -> Iterator[Result]:
 _ACTIVATIONS = ("x", "narrow", "residual")
 
 
-def product_inputs(host: Host, product: Product, rows: int) -> dict[str, Tensor]:
+def product_inputs(host: Host, product: Product, node: Node) -> dict[str, Tensor]:
     random, inputs = _generator(host, 1), {}
-    for name, shape in product.node(rows).shapes.items():
+    for name, shape in node.shapes.items():
         if name == "packed":
             inputs[name] = torch.randint(
                 -(2**31), 2**31, shape, generator=random, dtype=torch.int32, device=host.device
             )
         elif name == "scale":
-            inputs[name] = (torch.rand(shape, generator=random, device=host.device) + 0.5).div(64)
+            # Products of a few units, as activations are.
+            size = 0.2 / product.inner**0.5
+            inputs[name] = (torch.rand(shape, generator=random, device=host.device) + 0.5) * size
         elif name == "counters":
             inputs[name] = torch.zeros(shape, dtype=torch.int32, device=host.device)
         else:
@@ -306,8 +372,9 @@ def product_inputs(host: Host, product: Product, rows: int) -> dict[str, Tensor]
     return inputs
 
 
-def expected_product(inputs: dict[str, Tensor]) -> Tensor:
-    return int4_product.int4_product(**{name: tensor for name, tensor in inputs.items() if name != "counters"})
+def expected_product(product: Product, inputs: dict[str, Tensor]) -> Tensor:
+    given = {name: tensor for name, tensor in inputs.items() if name != "counters"}
+    return int4_product.int4_product(**given, gated=product.operator.gated)
 
 
 def _least_product_bytes(product: Product, node: Node, tactic: Tactic) -> int:

@@ -36,6 +36,6 @@ PRODUCTS = {
     "o with adapter": Product(
         Int4Product(split=True, input_scale=True, adapter=True, residual=True), QUERY_WIDTH, HIDDEN, ADAPTER_RANK
     ),
-    "gate_up": Product(Int4Product(), HIDDEN, 2 * INTERMEDIATE),
+    "gate_up": Product(Int4Product(gated=True), HIDDEN, 2 * INTERMEDIATE),
     "down": Product(Int4Product(split=True, input_scale=True, residual=True), INTERMEDIATE, HIDDEN),
 }

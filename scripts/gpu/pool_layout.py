@@ -45,14 +45,14 @@ class _Layout:
     def fp32(self, name: str, *shape: int) -> PoolRange:
         return self._put(name, TensorProto.FLOAT, 4, shape)
 
-    def int4(self, modules: tuple[str, ...]) -> PooledLinear:
+    def int4(self, modules: tuple[str, ...], *, paired: bool = False) -> PooledLinear:
         """Matrices that read the same input, as one int4 matrix with scales and no input scales."""
         name = modules[0] if len(modules) == 1 else merged_name(modules)
         columns, inner = sum(self._shapes[module][0] for module in modules), self._shapes[modules[0]][1]
         node = Int4Product().node(rows=1, inner=inner, columns=columns, group=self._group)
         packed = self._put(name, TensorProto.INT32, 4, tuple(node.shapes["packed"]))
         scale = self.fp32(f"{name}.scale", *node.shapes["scale"])
-        return PooledLinear(packed, scale, None, self._group)
+        return PooledLinear(packed, scale, None, self._group, paired)
 
     def _put(self, name: str, dtype: int, item: int, shape: tuple[int, ...]) -> PoolRange:
         offset, length = -(-self._end // ALIGNMENT) * ALIGNMENT, math.prod(shape) * item
@@ -73,10 +73,10 @@ def pool_layout(config: ModelConfig, real: Real, group: int) -> RawPool:
         layers.append(
             PooledLayer(
                 input_layernorm=layout.real(f"{prefix}.input_layernorm", hidden),
-                qkv_proj=layout.int4(qkv),
+                qkv_proj=layout.int4(qkv, paired=True),
                 o_proj=layout.int4(o),
                 post_attention_layernorm=layout.real(f"{prefix}.post_attention_layernorm", hidden),
-                gate_up_proj=layout.int4(gate_up),
+                gate_up_proj=layout.int4(gate_up, paired=True),
                 down_proj=layout.int4(down),
             )
         )

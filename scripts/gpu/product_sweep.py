@@ -129,8 +129,8 @@ def results(host: Host, sizes: SweepSizes, kernels: Collection[str] | None = Non
         copies = 2 if host.device == "cpu" else max(2, min(16, CACHE_BYTES // (matrix.inner * matrix.columns // 2) + 1))
         product = matrix.product
         for rows in sizes.rows:
-            node, inputs = product.node(rows), product_inputs(host, product, rows)
-            expected = expected_product(inputs)
+            node, inputs = product.node(rows), product_inputs(host, product, product.node(rows))
+            expected = expected_product(product, inputs)
             packed = [inputs["packed"], *(inputs["packed"].clone() for _ in range(copies - 1))]
             tactics = product.operator.tactics(node)
             default = tactics[product.operator.default_tactic(node, tactics)]

@@ -20,6 +20,7 @@ from trimode.plugins.operators import (
     Int4Product,
     Node,
     Operator,
+    QkvProduct,
     RmsNorm,
     Rotations,
     SelectRows,
@@ -161,7 +162,7 @@ def merge_traffic(node: Node, attended: Mapping[str, TensorTraffic], real: int) 
 def int4_product_traffic(operator: Int4Product, node: Node, tactic: Tactic, real: int) -> KernelTraffic:
     """real: bytes of an activation."""
     block_m, block_n = (tactic.constants[name] for name in ("BLOCK_M", "BLOCK_N"))
-    constants, (rows,) = operator.constants(node), operator.scalar_values(node)
+    constants, rows = operator.constants(node), operator.rows(node)
     inner, columns, unit, splits = (constants[name] for name in ("INNER", "COLUMNS", "UNIT", "SPLITS"))
     tiles, strips = ceil_div(rows, block_m), ceil_div(columns, block_n)
     x, packed, scales = rows * inner * real, inner * strips * block_n // 2, inner // unit * columns * FLOAT_BYTES
@@ -169,7 +170,7 @@ def int4_product_traffic(operator: Int4Product, node: Node, tactic: Tactic, real
         "x": _read(x * strips, x),
         "packed": _read(packed * tiles, packed),
         "scale": _read(scales * tiles, scales * unit // constants["GROUP"]),
-        "y": _written(rows * columns * real),
+        "y": _written(rows * columns * real // (2 if operator.gated else 1)),
     }
     # Tiles of rows run at the same time, one strip of columns after the other.
     if (packed + scales) * block_n // columns <= CACHED:
@@ -190,6 +191,24 @@ def int4_product_traffic(operator: Int4Product, node: Node, tactic: Tactic, real
     if "residual" in node.shapes:
         traffic["residual"] = _read(rows * columns * real, rows * columns * real)
     return traffic
+
+
+def qkv_product_traffic(operator: QkvProduct, node: Node, tactic: Tactic, real: int) -> KernelTraffic:
+    """All rows are inside the pool. real: bytes of an activation."""
+    traffic = int4_product_traffic(operator, node, tactic, real)
+    del traffic["y"]
+    constants, rows = operator.constants(node), operator.rows(node)
+    heads, kv_heads, head_dim = (constants[name] for name in ("HEADS", "KV_HEADS", "HEAD_DIM"))
+    rotation, kv = rows * head_dim // 2 * real, rows * kv_heads * head_dim * real
+    strips = ceil_div(constants["COLUMNS"], tactic.constants["BLOCK_N"])
+    return traffic | {
+        **{name: _read(rotation * heads, rotation) for name in ("query_cos", "query_sin")},
+        **{name: _read(rotation * kv_heads, rotation) for name in ("key_cos", "key_sin")},
+        "write_indices": _read(rows * strips * INDEX_BYTES, node.shapes["x"][0] * INDEX_BYTES),
+        "q": _written(rows * heads * head_dim * real),
+        "k_cache": _written(kv),
+        "v_cache": _written(kv),
+    }
 
 
 def dense_product_traffic(node: Node, tactic: Tactic, real: int) -> KernelTraffic:

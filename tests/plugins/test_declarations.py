@@ -26,6 +26,7 @@ from tests.support.plugin_builder import (
     STEP,
     TILES,
     TOP_K,
+    WIDTH,
     Built,
     build,
 )
@@ -73,7 +74,7 @@ def built(tensorrt: ModuleType, declarations: ModuleType, library: Path) -> dict
 
 def test_every_operator_is_declared_in_our_namespace(tensorrt: ModuleType, built: dict[str, Built]) -> None:
     assert {name for space, name in tensorrt.get_plugin_registry().creators if space == "trimode"} == built.keys()
-    assert len(built) == 1 + 3 + 1 + 16 + 13
+    assert len(built) == 1 + 3 + 1 + 16 + 4 + 4 + 13
 
 
 @pytest.mark.parametrize("name", COMPILED)
@@ -98,13 +99,14 @@ def test_every_tactic_has_ptx_whose_parameters_are_the_operators(built: dict[str
 
 
 def test_the_pool_and_the_counters_are_written_in_place(built: dict[str, Built]) -> None:
-    inputs = [operand.name for operand in OPERATORS["KvWrite"].inputs]
-    assert built["KvWrite"].aliases == (-1, inputs.index("k_cache"), inputs.index("v_cache"))
     for name, found in built.items():
-        if isinstance(product := OPERATORS[name], Int4Product) and product.split:
-            assert found.aliases == (-1, -1, [operand.name for operand in product.inputs].index("counters"))
-        elif name != "KvWrite":
-            assert set(found.aliases) == {-1}
+        inputs, product = [operand.name for operand in OPERATORS[name].inputs], OPERATORS[name]
+        caches = (inputs.index("k_cache"), inputs.index("v_cache")) if name.startswith(("KvWrite", "Qkv")) else ()
+        split = isinstance(product, Int4Product) and product.split
+        counters = (inputs.index("counters"),) if split else ()
+        plain = len(found.aliases) - len(caches) - len(counters)
+        assert found.aliases == (*[-1] * plain, *caches, *counters)
+        assert plain == sum(operand.aliases is None for operand in product.outputs)
 
 
 def test_output_shapes_and_types(built: dict[str, Built]) -> None:
@@ -119,7 +121,7 @@ def test_output_shapes_and_types(built: dict[str, Built]) -> None:
     for name, found in built.items():
         if name.startswith(("Int4Product", "DenseProduct")):
             y, *others = zip(found.output_types, found.output_shapes, strict=True)
-            assert y == ("HALF", (BATCH, STEP, COLUMNS))
+            assert y == ("HALF", (BATCH, STEP, COLUMNS // 2 if "Gated" in name else COLUMNS))
             assert others in ([], [("FLOAT", (8, 64, COLUMNS)), ("INT32", (12,))])
     assert {
         name: (found.output_types, found.output_shapes) for name, found in built.items() if name in OUTPUTS
@@ -137,6 +139,17 @@ def test_launches_cover_the_work(built: dict[str, Built]) -> None:
         assert kernel.scalars == (STEP, CAPACITY)
     assert {kernel.grid for kernel in built["MergeSplits"].kernels.values()} == {(STEP, KV_HEADS, BATCH)}
     assert {kernel.scalars for kernel in built["MergeSplits"].kernels.values()} == {(STEP, 3)}
+    assert built["QkvProductSplitScaled"].output_shapes == (
+        (BATCH, HEADS, STEP, SIZE),
+        (8, 64, WIDTH),
+        CACHE,
+        CACHE,
+        (16,),
+    )
+    for number, kernel in built["QkvProductSplitScaled"].kernels.items():
+        tactic = Int4Product.TACTICS[number - 1].constants
+        expected = (-(-BATCH * STEP // tactic["BLOCK_M"]), -(-WIDTH // tactic["BLOCK_N"]), 1)
+        assert (kernel.grid, kernel.scalars) == (expected, (BATCH * STEP, STEP, CAPACITY))
     for name, launches in LAUNCHES.items():
         assert {(kernel.grid, kernel.scalars) for kernel in built[name].kernels.values()} == launches
     for number, kernel in built["Int4ProductSplitScaledAdaptedResidual"].kernels.items():

@@ -10,7 +10,7 @@ from trimode.plugins.compilation import compile_operator, kernel_of
 from trimode.plugins.operators import OPERATORS
 
 HEADS = {"KV_HEADS": 2, "GROUP": 2, "HEAD_DIM": 64}
-PRODUCT = {"INNER": 1024, "COLUMNS": 256, "GROUP": 128, "UNIT": 128, "RANK": 0, "SPLITS": 1}
+PRODUCT = {"INNER": 1024, "COLUMNS": 256, "GROUP": 128, "UNIT": 128, "RANK": 0, "SPLITS": 1, "GATED": 0}
 DENSE = {"INNER": 256, "COLUMNS": 256, "RANK": 0}
 # Operators whose kernels together have every input that a kernel can have.
 CONSTANTS: dict[str, dict[str, int]] = {
@@ -21,6 +21,14 @@ CONSTANTS: dict[str, dict[str, int]] = {
     "MergeSplits": {**HEADS, "SPLITS": 16},
     "Int4Product": PRODUCT,
     "Int4ProductSplitScaledAdaptedResidual": {**PRODUCT, "RANK": 64, "SPLITS": 4},
+    "QkvProductSplitScaled": {
+        **{name: PRODUCT[name] for name in ("INNER", "GROUP", "UNIT")},
+        "COLUMNS": 512,
+        "SPLITS": 4,
+        "HEADS": 4,
+        "KV_HEADS": 2,
+        "HEAD_DIM": 64,
+    },
     "Embed": {"WIDTH": 256},
     "Rotations": {"HALF": 32, "SCALES": 16, "LENGTH": 128},
     "RmsNorm": {"WIDTH": 256},

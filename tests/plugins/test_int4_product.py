@@ -15,7 +15,7 @@ from scripts.gpu.kernel_launch import prepare
 from scripts.gpu.kernels_8b import PRODUCTS
 from tests.support.kernel_cases import ProductCase, product_cases
 from tests.support.kernel_functions import TOLERANCES, int4_product, launch
-from trimode.build.graph.int4_tiles import pack_tiles
+from trimode.build.graph.int4_tiles import pack_tiles, pair_rows
 from trimode.model import int4
 from trimode.plugins.kernels import int4_product as kernels
 from trimode.plugins.operators import Int4Product, Tactic
@@ -30,9 +30,9 @@ by_shape = pytest.mark.parametrize(
 
 def check(case: ProductCase) -> None:
     inputs = case.inputs()
-    found, _ = int4_product(**inputs, tactic=case.tactic)
+    found, _ = int4_product(**inputs, tactic=case.tactic, gated=case.gated)
     inputs.pop("counters", None)
-    assert distance(found, reference.int4_product(**inputs)) <= TOLERANCES[case.dtype]
+    assert distance(found, reference.int4_product(**inputs, gated=case.gated)) <= TOLERANCES[case.dtype]
 
 
 @given(product_cases())
@@ -48,6 +48,30 @@ def test_every_tactic_with_more_rows_than_a_tile(tactic: Tactic, dtype: torch.dt
     check(ProductCase(rows, 2, 130, input_scale=True, rank=128, residual=True, tactic=tactic, dtype=dtype))
 
 
+@by_shape
+def test_the_gated_activation_in_every_tactic(tactic: Tactic) -> None:
+    """With one row more than a tile, and in the last program of a tile that has two parts."""
+    rows = tactic.constants["BLOCK_M"] + 1
+    check(ProductCase(rows, 2, 272, gated=True, tactic=tactic, dtype=torch.bfloat16))
+    if tactic.constants["BLOCK_M"] <= 32:
+        check(ProductCase(rows, 16, 144, split=True, gated=True, tactic=tactic, dtype=torch.float16))
+
+
+def test_pairs_are_the_columns_of_two_matrices() -> None:
+    """From the checkpoint's gate and up to the activation: the layout, the scales and the order of the pairs."""
+    generator = np.random.default_rng(0)
+    half, inner = 40, 64
+    integers = generator.integers(-8, 8, (2 * half, inner)).astype(np.int8)
+    scale = generator.uniform(0.01, 0.02, (2 * half, inner // 32)).astype(np.float32)
+    x = torch.from_numpy(generator.standard_normal((3, inner), np.float32))
+    gate, up = (x @ torch.from_numpy(integers * scale.repeat(32, 1)).T.float()).chunk(2, -1)
+    packed, factors = pack_tiles(pair_rows(integers, half), 32), pair_rows(scale, half).T.copy()
+    found, _ = int4_product(
+        x=x, packed=torch.from_numpy(packed), scale=torch.from_numpy(factors), tactic=Int4Product.TACTICS[0], gated=True
+    )
+    assert distance(found, gate * gate.sigmoid() * up) < TOLERANCES[torch.float32]
+
+
 @pytest.mark.parametrize("group", [16, 32, 48, 64, 256])
 def test_every_group(group: int) -> None:
     unit = unit_of(group)
@@ -56,28 +80,30 @@ def test_every_group(group: int) -> None:
     check(ProductCase(3, 5, 130, group=group, input_scale=True, dtype=torch.bfloat16))
 
 
-def rows_of(inputs: dict[str, Tensor], first: int, rows: int, tactic: Tactic) -> Tensor:
+def rows_of(inputs: dict[str, Tensor], first: int, rows: int, tactic: Tactic, *, gated: bool = False) -> Tensor:
     """The bits of these rows, computed in a step of their own."""
     activations = ("x", "narrow", "residual")
     given = {
         name: tensor[first : first + rows].contiguous() if name in activations else tensor.clone()
         for name, tensor in inputs.items()
     }
-    found, _ = int4_product(**given, tactic=tactic)
+    found, _ = int4_product(**given, tactic=tactic, gated=gated)
     return found.view(torch.int16)
 
 
 @pytest.mark.parametrize("split", [False, True], ids=["one program", "separate programs"])
-@pytest.mark.parametrize("groups", [3, 16])
-def test_a_rows_bits_depend_neither_on_other_rows_nor_on_the_tile(groups: int, split: bool) -> None:
+@pytest.mark.parametrize(("groups", "gated"), [(3, False), (16, False), (16, True)])
+def test_a_rows_bits_depend_neither_on_other_rows_nor_on_the_tile(groups: int, gated: bool, split: bool) -> None:
     """Steps of 1, 8, 32 and 64 rows, and a chunk, in every tactic; the matrix of 16 groups is summed in two parts."""
     case = replace(SPLIT, rows=70, groups=groups, split=split)
+    if gated:
+        case = replace(case, columns=80, rank=0, residual=False, gated=True)
     inputs = case.inputs()
     tactics = list(case.operator.tactics(case.node).values())
-    expected = rows_of(inputs, 0, 70, tactics[-1])
+    expected = rows_of(inputs, 0, 70, tactics[-1], gated=gated)
     for tactic in tactics:
         for first, rows in ((69, 1), (3, 8), (30, 32), (5, 64)):
-            found = rows_of(inputs, first, rows, tactic)
+            found = rows_of(inputs, first, rows, tactic, gated=gated)
             assert torch.equal(found, expected[first : first + rows]), (tactic, first, rows)
 
 

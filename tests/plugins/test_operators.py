@@ -20,6 +20,7 @@ from trimode.plugins.operators import (
     MergeCandidates,
     MergeSplits,
     Node,
+    QkvProduct,
     RmsNorm,
     Rotations,
     SelectRows,
@@ -44,7 +45,12 @@ NODES: dict[str, Node] = {
     **{
         name: operator.node(rows=10, inner=512, columns=384, rank=16)
         for name, operator in OPERATORS.items()
-        if isinstance(operator, Int4Product)
+        if isinstance(operator, Int4Product) and not isinstance(operator, QkvProduct)
+    },
+    **{
+        name: operator.qkv_node(batch=2, step=5, capacity=64, inner=512, **SIZES)
+        for name, operator in OPERATORS.items()
+        if isinstance(operator, QkvProduct)
     },
     "Embed": Embed.node(batch=2, step=5, vocabulary=1000, width=512),
     "Rotations": Rotations.node(batch=2, step=5, head_dim=128, scales=16, length=16384),
@@ -113,7 +119,7 @@ def test_a_node_has_every_input_and_gives_every_output(name: str) -> None:
 def test_parameters_and_constants_are_the_kernels(name: str) -> None:
     """Every parameter of the kernel is the operator's, a constant, or an input that this operator lacks."""
     operator, node = OPERATORS[name], NODES[name]
-    lacking = name.startswith(("Attend", "Int4Product", "DenseProduct", "TopCandidates"))
+    lacking = name.startswith(("Attend", "Int4Product", "QkvProduct", "DenseProduct", "TopCandidates"))
     known = kernel_of(operator).arg_names
     for tactic in operator.tactics(node).values():
         constants = {**operator.constants(node), **tactic.constants}

@@ -13,13 +13,14 @@ import pytest
 import torch
 
 from scripts.gpu.kernel_checks import distance
-from tests.plugins import test_int4_product
+from tests.plugins import test_int4_product, test_qkv_product
 from tests.support.kernel_cases import AttentionCase, ProductCase, operator_inputs
 from tests.support.kernel_functions import TOLERANCES, attend, int4_product, kv_write, reference_of, run
 from trimode.common.errors import TriModeError
 from trimode.plugins.kernels import attention as attention_kernels
 from trimode.plugins.kernels import int4_product as product_kernels
 from trimode.plugins.kernels import kv_write as write_kernels
+from trimode.plugins.kernels import qkv_product as qkv_kernels
 from trimode.plugins.operators import OPERATORS, KvWrite, Pattern
 from trimode.plugins.operators.candidates import TILE
 from trimode.plugins.reference import attention
@@ -45,6 +46,13 @@ PRODUCTS = {
     split: ProductCase(4, 16 if split else 3, 70, split=split, input_scale=True, rank=24, residual=True)
     for split in (False, True)
 }
+
+
+def gated_distance() -> float:
+    case = ProductCase(4, 3, 144, gated=True)
+    inputs = case.inputs()
+    found, _ = int4_product(**inputs, tactic=case.tactic, gated=True)
+    return distance(found, product.int4_product(**inputs, gated=True))
 
 
 def product_distance(split: bool, without: tuple[str, ...] = ()) -> float:
@@ -92,7 +100,7 @@ def mutant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Non
 def test_without_a_fault_all_are_within_the_tolerance() -> None:
     for pattern in ("causal", "bidirectional", "masked"):
         assert attention_distance(pattern) < TOLERANCE
-    assert max(product_distance(False), product_distance(True), write_distance()) < TOLERANCE
+    assert max(product_distance(False), product_distance(True), gated_distance(), write_distance()) < TOLERANCE
 
 
 ATTENTION_FAULTS: dict[str, tuple[Pattern, str, str]] = {
@@ -179,8 +187,22 @@ def test_a_fault_in_the_product_is_detected(split: bool, name: str, mutant: Call
     assert not product_distance(split) < 10 * TOLERANCE
 
 
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("gate, up = halves_of", "up, gate = halves_of"),
+        ("gate / (1.0 + tl.exp(-gate)) * up", "gate * up"),
+        ("[BLOCKS, 2, _PAIRED, result.shape[1]]", "[BLOCKS * _PAIRED // 4, 2, 4, result.shape[1]]"),
+    ],
+    ids=["gate and up exchanged", "no sigmoid", "blocks of another size"],
+)
+def test_a_fault_in_the_gated_activation_is_detected(right: str, wrong: str, mutant: Callable[..., None]) -> None:
+    mutant(product_kernels, "int4_product_kernel", right, wrong)
+    assert not gated_distance() < 10 * TOLERANCE
+
+
 def test_a_counter_that_is_not_reset_is_detected(mutant: Callable[..., None]) -> None:
-    mutant(product_kernels, "int4_product_kernel", "            tl.store(counter, 0)\n", "")
+    mutant(product_kernels, "int4_product_kernel", "        tl.store(counter, 0)\n", "")
     with pytest.raises(AssertionError):
         test_int4_product.test_the_counters_are_zero_after_each_launch()
 
@@ -208,7 +230,29 @@ def test_a_wrong_order_of_parts_is_detected(right: str, wrong: str, mutant: Call
 def test_a_sum_that_depends_on_the_tile_is_detected(mutant: Callable[..., None]) -> None:
     mutant(product_kernels, "int4_product_kernel", "total += tl.dot", "total += (BLOCK_N / 64 + 1e-6) * tl.dot")
     with pytest.raises(AssertionError):
-        test_int4_product.test_a_rows_bits_depend_neither_on_other_rows_nor_on_the_tile(3, split=False)
+        test_int4_product.test_a_rows_bits_depend_neither_on_other_rows_nor_on_the_tile(3, False, split=False)
+
+
+QKV = test_qkv_product.QkvCase((4, 9), 5, kv_heads=2, group=2, input_scale=True)
+QKV_FAULTS = {
+    "a rotation the other way": ("first * sin).to", "-first * sin).to"),
+    "the halves exchanged": ("first, second = halves_of", "second, first = halves_of"),
+    "the keys by the queries' angles": ("tl.load(key_cos + angle", "tl.load(query_cos + angle"),
+    "keys that are not rotated": ("tl.where(is_key, tl.load(key_cos", "tl.where(is_value, tl.load(key_cos"),
+    "another token's angle": ("angle = row[None, :] * HALF", "angle = (row // 2)[None, :] * HALF"),
+    "another head": ("pair // HALF, pair % HALF", "pair // HALF ^ 1, pair % HALF"),
+    "another sequence's first row": ("tl.load(write_indices + batch,", "tl.load(write_indices + 1 - batch,"),
+    "one row off": ("other=0) + token", "other=0) + token + 1"),
+    "another sequence's queries": ("batch * (HEADS * step)", "0 * (HEADS * step)"),
+    "the values of the keys": ("tl.store(v_cache_out + in_cache, first", "tl.store(k_cache_out + in_cache, first"),
+}
+
+
+@pytest.mark.parametrize("name", QKV_FAULTS)
+def test_a_fault_in_the_product_of_queries_and_keys_is_detected(name: str, mutant: Callable[..., None]) -> None:
+    assert test_qkv_product.qkv_distance(QKV) < TOLERANCE
+    mutant(qkv_kernels, "qkv_product_kernel", *QKV_FAULTS[name])
+    assert not test_qkv_product.qkv_distance(QKV) < 10 * TOLERANCE
 
 
 WRITE_FAULTS = {

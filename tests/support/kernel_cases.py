@@ -106,6 +106,7 @@ class ProductCase:
     input_scale: bool = False
     rank: int = 0
     residual: bool = False
+    gated: bool = False
     tactic: Tactic = Int4Product.TACTICS[0]
     dtype: torch.dtype = torch.float32
     seed: int = 0
@@ -113,7 +114,11 @@ class ProductCase:
     @property
     def operator(self) -> Int4Product:
         return Int4Product(
-            split=self.split, input_scale=self.input_scale, adapter=self.rank > 0, residual=self.residual
+            split=self.split,
+            input_scale=self.input_scale,
+            adapter=self.rank > 0,
+            residual=self.residual,
+            gated=self.gated,
         )
 
     @property
@@ -125,8 +130,10 @@ class ProductCase:
         """Of :func:`trimode.plugins.reference.int4_product.int4_product`, and the counters of a split product."""
         random, shapes = torch.Generator().manual_seed(self.seed), self.node.shapes
         inner = self.groups * self.group
+        # Products of a few units, as activations are.
+        weight = 0.3 / inner**0.5 if self.gated else 1.0
         # Adapter and residual are as large as the product itself, so that a missing one exceeds the tolerance.
-        sizes = {"narrow": inner**0.5, "adapter_up": 4.0, "residual": inner**0.5 * 4}
+        sizes = {"narrow": inner**0.5, "adapter_up": 4.0, "residual": inner**0.5 * 4, "scale": weight}
         inputs = {}
         for name, shape in shapes.items():
             if name == "packed":
@@ -155,6 +162,8 @@ def product_cases(draw: Any) -> ProductCase:
     )
     if group != 96 and draw(st.integers(0, 3)) == 0:
         case = replace(case, groups=2048 // group, columns=2 * draw(st.integers(1, 70)), split=True)
+    if draw(st.integers(0, 3)) == 0:
+        case = replace(case, columns=16 * draw(st.integers(1, 18)), rank=0, residual=False, gated=True)
     return replace(case, tactic=draw(st.sampled_from(list(case.operator.tactics(case.node).values()))))
 
 

@@ -97,13 +97,14 @@ def attend(
     return merged.outputs[0], attend_traffic, merge_traffic
 
 
-def int4_product(*, tactic: Tactic, **inputs: Tensor) -> tuple[Tensor, dict[str, Traffic]]:
+def int4_product(*, tactic: Tactic, gated: bool = False, **inputs: Tensor) -> tuple[Tensor, dict[str, Traffic]]:
     """As the reference, and the kernel's traffic. counters: of an operator whose parts are separate programs."""
     operator = Int4Product(
         split="counters" in inputs,
         input_scale="input_scale" in inputs,
         adapter="narrow" in inputs,
         residual="residual" in inputs,
+        gated=gated,
     )
     launched = prepare(operator, inputs, tactic)
     traffic = launch(launched)

@@ -63,13 +63,20 @@ INPUTS: dict[str, Input] = {
     "asked_ids": ("INT64", (BATCH, ROWS, ASKED), (0, 1, 2)),
 }
 # Operands that have the name of another operator's operand, but not its shape.
-OTHER_INPUTS: dict[str, dict[str, Input]] = {"RmsNorm": {"weight": ("HALF", (INNER,), ())}}
+OTHER_INPUTS: dict[str, dict[str, Input]] = {
+    "RmsNorm": {"weight": ("HALF", (INNER,), ())},
+    **{
+        name: {"scale": ("FLOAT", (INNER // GROUP, WIDTH), ()), "counters": ("INT32", (16,), ())}
+        for name in OPERATORS
+        if name.startswith("QkvProduct")
+    },
+}
 
 
 # Operators of which all tactics are compiled. The others have the same kernels with other terms.
 COMPILED = (
     *("KvWrite", "AttendMasked", "AttendBidirectional", "MergeSplits"),
-    *("Int4Product", "Int4ProductSplitScaledAdaptedResidual"),
+    *("Int4Product", "Int4ProductSplitScaledAdaptedResidual", "Int4ProductSplitScaledGated", "QkvProductSplitScaled"),
     *("Embed", "Rotations", "RmsNorm", "SwiGlu", "SelectRows", "AskedLogits"),
     *("DenseProductRowScaled", "DenseProductAdaptedResidual", "TopCandidatesMasked", "MergeCandidates"),
 )

@@ -76,6 +76,15 @@ def test_every_node_is_a_launch_in_the_order_of_the_graph(engine: Path, name: st
     ]
 
 
+@pytest.mark.parametrize(("name", "count"), [("ar", 8), ("diffusion", 9)])
+def test_the_launches_of_a_layer(engine: Path, name: str, count: int) -> None:
+    """With int4 weights. The last layer selects the rows with logits in two launches more."""
+    launches = LaunchList.read(engine / name).launches
+    layers = Manifest.read(engine).model.num_hidden_layers
+    counts = [sum(launch.outputs[0].startswith(f"layers.{layer}/") for launch in launches) for layer in range(layers)]
+    assert counts == [*[count] * (layers - 1), count + 2]
+
+
 def test_a_standard_operator_is_refused(engine: Path) -> None:
     graph = onnx.load(engine / "ar" / GRAPH)
     graph.graph.node.append(onnx.helper.make_node("Add", ["a", "b"], ["c"], name="layers.0/Add_1"))

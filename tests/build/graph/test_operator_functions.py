@@ -23,13 +23,14 @@ from trimode.build.graph.operator_functions import (
     kv_write_function,
     merge_candidates_function,
     merge_function,
+    qkv_product_function,
     rms_norm_function,
     rotations_function,
     select_rows_function,
     swiglu_function,
     top_candidates_function,
 )
-from trimode.plugins.operators import DOMAIN, DenseProduct, Int4Product, Pattern, TopCandidates
+from trimode.plugins.operators import DOMAIN, DenseProduct, Int4Product, Pattern, QkvProduct, TopCandidates
 from trimode.plugins.operators.candidates import NEVER, TILE
 from trimode.plugins.reference import (
     attention,
@@ -37,6 +38,7 @@ from trimode.plugins.reference import (
     dense_product,
     int4_product,
     kv_write,
+    qkv_product,
     rms_norm,
     rotations,
     rows,
@@ -163,6 +165,40 @@ def test_int4_product(split: bool, scaled: bool, rank: int, residual: bool) -> N
         product = {name: given[name] for name in given.keys() & {"x", "packed", "scale", "input_scale"}}
         np.testing.assert_allclose(others[0][0], int4_product.int4_product(**product).numpy(), rtol=1e-4, atol=1e-3)
         assert not others[1].any()
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_gated_int4_product(split: bool) -> None:
+    operator = Int4Product(split=split, gated=True)
+    node = operator.node(rows=6, inner=64, columns=48, group=16)
+    inputs: dict[str, NDArray[np.generic]] = {name: random(*shape) / 4 for name, shape in node.shapes.items()}
+    inputs["packed"] = np.random.default_rng(0).integers(0, 2**32, node.shapes["packed"], np.uint32).view(np.int32)
+    given = {name: torch.from_numpy(array) for name, array in inputs.items() if name != "counters"}
+    if split:
+        inputs["counters"] = np.zeros(node.shapes["counters"], np.int32)
+    y, *_ = execute(int4_product_function(operator), inputs, {"counters_out": onnx.TensorProto.INT32})
+    np.testing.assert_allclose(y, int4_product.int4_product(**given, gated=True).numpy(), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_qkv_product(split: bool) -> None:
+    operator = QkvProduct(split=split, input_scale=True)
+    node = operator.qkv_node(
+        batch=BATCH, step=STEP, capacity=CAPACITY, inner=64, kv_heads=KV_HEADS, group=GROUP, head_dim=SIZE,
+        weight_group=16,
+    )  # fmt: skip
+    inputs: dict[str, NDArray[np.generic]] = {name: random(*shape) / 4 for name, shape in node.shapes.items()}
+    inputs["packed"] = np.random.default_rng(0).integers(0, 2**32, node.shapes["packed"], np.uint32).view(np.int32)
+    inputs["write_indices"] = COMMITTED
+    given = {name: torch.from_numpy(array.copy()) for name, array in inputs.items() if name != "counters"}
+    if split:
+        inputs["counters"] = np.zeros(node.shapes["counters"], np.int32)
+    function = qkv_product_function(operator, SIZE)
+    outputs = execute(function, inputs, {"counters_out": onnx.TensorProto.INT32})
+    found = dict(zip(function.output, outputs, strict=True))
+    q = qkv_product.qkv_product(**given)
+    for name, wanted in (("q", q), ("k_cache_out", given["k_cache"]), ("v_cache_out", given["v_cache"])):
+        np.testing.assert_allclose(found[name], wanted.numpy(), rtol=1e-4, atol=1e-3)
 
 
 def tensors_of(inputs: Mapping[str, NDArray[np.generic]]) -> dict[str, torch.Tensor]:

@@ -31,17 +31,18 @@ from scripts.gpu.traffic import (
     moved_bytes,
     needed_bytes,
     operator_traffic,
+    qkv_product_traffic,
 )
 from tests.support.kernel_cases import AttentionCase, ProductCase, operator_inputs
 from tests.support.kernel_functions import attend, int4_product, kv_write, run
 from tests.support.triton_interpreter import Traffic
 from trimode.build import roofline
 from trimode.build.tensorrt import emission
-from trimode.plugins.operators import OPERATORS, Attend, Int4Product, KvWrite, MergeSplits, Pattern, Tactic
+from trimode.plugins.operators import OPERATORS, Attend, Int4Product, KvWrite, MergeSplits, Pattern, QkvProduct, Tactic
 
 REAL = 2
 # Operators with traffic functions, and tests, of their own.
-MEASURED_ALONE = [name for name in OPERATORS if name.startswith(("KvWrite", "Attend", "MergeSplits", "Int4Product"))]
+MEASURED_ALONE = [name for name in OPERATORS if name.startswith(("KvWrite", "Attend", "MergeSplits", "Int4", "Qkv"))]
 
 
 def assert_same(counted: KernelTraffic, interpreted: dict[str, Traffic]) -> None:
@@ -94,10 +95,27 @@ def test_product_traffic_equals_the_interpreters(tactic: Tactic) -> None:
     plain = ProductCase(tactic.constants["BLOCK_M"] + 3, 2, 2 * 97, tactic=tactic, dtype=torch.float16)
     fused = replace(plain, input_scale=True, rank=32, residual=True)
     split = replace(plain, rows=70, groups=16, split=True)
-    for case in (plain, fused, replace(plain, group=32), replace(plain, group=256), split):
+    gated = replace(split, columns=144, rank=0, residual=False, gated=True)
+    for case in (plain, fused, replace(plain, group=32), replace(plain, group=256), split, gated):
         inputs = case.inputs()
-        _, traffic = int4_product(**inputs, tactic=case.tactic)
+        _, traffic = int4_product(**inputs, tactic=case.tactic, gated=case.gated)
         assert_same(int4_product_traffic(case.operator, node_of(inputs), case.tactic, REAL), traffic)
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("tactic", QkvProduct.TACTICS, ids=lambda tactic: str(tuple(tactic.constants.values())))
+def test_qkv_traffic_equals_the_interpreters(tactic: Tactic, split: bool) -> None:
+    operator = QkvProduct(split=split, input_scale=True)
+    sizes = {"kv_heads": 1, "group": 2, "head_dim": 64}
+    node = operator.qkv_node(batch=2, step=9, capacity=12, inner=2048 if split else 256, **sizes)
+    inputs = {name: torch.zeros(*shape, dtype=torch.float16) for name, shape in node.shapes.items()}
+    for name, dtype in (("packed", torch.int32), ("counters", torch.int32), ("write_indices", torch.int64)):
+        if name in inputs:
+            inputs[name] = inputs[name].to(dtype)
+    inputs["scale"] = inputs["scale"].float()
+    inputs["write_indices"] += torch.tensor([3, 0])
+    _, traffic = run(operator, inputs, tactic=tactic)
+    assert_same(qkv_product_traffic(operator, node, tactic, REAL), traffic)
 
 
 @pytest.mark.parametrize("name", [name for name in OPERATORS if name not in MEASURED_ALONE])
