@@ -31,7 +31,7 @@ _REASONS = {
         (_SCHEDULING, ("scheduler_config", "enable_chunked_prefill", "batching_type")),
         (_LORA, ("lora_config", "enable_lora", "max_loras", "max_lora_rank", "peft_cache_config")),
         ("beam search is not supported", ("max_beam_width",)),
-        ("guided decoding is not supported", ("guided_decoding_backend",)),
+        ("llguidance compiles all grammars", ("guided_decoding_backend",)),
     )
     for name in names
 }

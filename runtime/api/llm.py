@@ -130,6 +130,7 @@ class EngineLLM:
             self.tokenizer,
             self._encoder,
             self.capacity,
+            self._grammars,
             max_answers=max_batch_size + max_queue_size,
             update_seconds=update_seconds,
         )

@@ -10,10 +10,14 @@ from trimode.model.tokenizer import Tokenizer
 from trimode.runtime.api.capacity import Capacity
 from trimode.runtime.api.inputs import InputEncoder, Prompt
 from trimode.runtime.decoding.acceptance import Acceptance
+from trimode.runtime.decoding.bad_words import BadWords
 from trimode.runtime.decoding.ending import Ending
+from trimode.runtime.decoding.ruled_rows import Biases
 from trimode.runtime.decoding.sequence import Sequence
 from trimode.runtime.decoding.text_stream import TextStream
 from trimode.runtime.decoding.thinking_budget import ThinkingBudget, ThinkingIds
+from trimode.runtime.decoding.token_rules import TokenRules
+from trimode.runtime.grammar.compiler import GrammarCompiler
 from trimode.runtime.request.errors import ContextLengthError
 from trimode.runtime.request.sampling_params import SamplingParams
 from trimode.runtime.scheduling.running_request import Listener, Request
@@ -28,6 +32,7 @@ class RequestFactory:
         tokenizer: Tokenizer,
         encoder: InputEncoder,
         capacity: Capacity,
+        grammars: GrammarCompiler,
         *,
         max_answers: int,
         update_seconds: float,
@@ -36,6 +41,7 @@ class RequestFactory:
         self._tokenizer = tokenizer
         self._encoder = encoder
         self._capacity = capacity
+        self._grammars = grammars
         self._max_answers = max_answers
         self._update_seconds = update_seconds
         self._shared_acceptance = Acceptance()
@@ -51,7 +57,7 @@ class RequestFactory:
         )
         self._require_context(len(prompt), params)
         self._require_engine(params)
-        self._require_stops(params)
+        self._require_tokens(params)
         return params
 
     def requests(
@@ -107,9 +113,10 @@ class RequestFactory:
                     "lower it, or build with a larger --top-k"
                 )
 
-    def _require_stops(self, params: SamplingParams) -> None:
-        for token in params.stop_token_ids or ():
-            self._encoder.require_token("stop token", token)
+    def _require_tokens(self, params: SamplingParams) -> None:
+        for field in ("stop_token_ids", "allowed_token_ids", "bad_token_ids", "logit_bias"):
+            for token in getattr(params, field) or ():
+                self._encoder.require_token(f"{field}: token", token)
         for stop in params.stop_strings if params.skip_special_tokens else ():
             for special in self._tokenizer.special_tokens:
                 if special in stop and special != stop:
@@ -146,6 +153,28 @@ class RequestFactory:
             prefill_step=self.manifest.limits.prefill_step,
             seed=seed % 2**64,
             context=self._capacity.context,
+            rules=self._rules(prompt, params),
+            biases=Biases(params.logit_bias, model.vocab_size) if params.logit_bias else None,
+            most_step=self.manifest.limits.max_step,
+        )
+
+    def _rules(self, prompt: Prompt, params: SamplingParams) -> TokenRules | None:
+        """Raises GrammarError if the grammar cannot be compiled."""
+        if not params.ruled:
+            return None
+        model, guided = self.manifest.model, params.guided_decoding
+        thought_end = None
+        if guided is not None and (ids := ThinkingIds.find(self._tokenizer)) is not None:
+            thought_end = ids.end if ids.leave_open(prompt.token_ids, prompt.thinking) else None
+        return TokenRules(
+            model.vocab_size,
+            {*model.eos_token_id, *(params.stop_token_ids or ())},
+            grammar=None if guided is None else self._grammars.compile(guided).matcher(),
+            thought_end=thought_end,
+            allowed=params.allowed_token_ids,
+            banned=params.bad_token_ids or (),
+            min_tokens=params.min_tokens,
+            bad_words=BadWords(params.bad_words, self._grammars.token_texts) if params.bad_words else None,
         )
 
     def _special(self, params: SamplingParams) -> dict[str, int]:

@@ -13,8 +13,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from trimode.common.errors import TriModeError
 from trimode.runtime.executor import Ints
-from trimode.runtime.request.sampling_params import SamplingParams
+from trimode.runtime.request.sampling_params import LogitsProcessor, SamplingParams
 
 Reals = NDArray[np.float32]
 
@@ -51,13 +52,17 @@ class Sampler:
         self._params = params
         self._numbers = UniformNumbers(seed)
         self._penalised = params.penalised
+        self._processor = params.logits_processor
         self._in_prompt = frozenset(prompt.tolist()) if self._penalised else frozenset[int]()
         self._emitted: Counter[int] = Counter()
+        self._tokens: list[int] = []  # emitted, for the processor
 
     def note(self, token: int) -> None:
         """Record an emitted token."""
         if self._penalised:
             self._emitted[token] += 1
+        if self._processor is not None:
+            self._tokens.append(token)
 
     def rows(self, logits: Reals, tokens: Ints, positions: Sequence[int], draw: int = 0) -> Ints:
         """One token for each row, [R]; rows are independent. logits, tokens: [R, k], best first."""
@@ -71,13 +76,29 @@ class Sampler:
 
     def run(self, logits: Reals, tokens: Ints, positions: Sequence[int]) -> Iterator[int]:
         """One token for each row of a causal run, in order. With penalties, it depends on the tokens noted before."""
-        if not self._penalised:
+        if not self._penalised and self._processor is None:
             yield from self.rows(logits, tokens, positions).tolist()
             return
         for row, position in enumerate(positions):
-            penalised = self._after_penalties(logits[row], tokens[row])
-            order = np.argsort(-penalised, kind="stable")
-            yield int(self.rows(penalised[order][None], tokens[row][order][None], [position])[0])
+            yield self.choose(logits[row], tokens[row], position)
+
+    def choose(self, logits: Reals, tokens: Ints, position: int) -> int:
+        """One token from a row's candidates, [k], best first. It may depend on the tokens noted before."""
+        if self._penalised or self._processor is not None:
+            if self._penalised:
+                logits = self._after_penalties(logits, tokens)
+            if self._processor is not None:
+                logits = self._processed(self._processor, logits, tokens)
+            order = np.argsort(-logits, kind="stable")
+            logits, tokens = logits[order], tokens[order]
+        return int(self.rows(logits[None], tokens[None], [position])[0])
+
+    def _processed(self, processor: LogitsProcessor, logits: Reals, tokens: Ints) -> Reals:
+        """Raises TriModeError if the processor does not return a number for each candidate."""
+        processed = np.asarray(processor(tuple(self._tokens), tokens, logits.copy()), np.float32)
+        if processed.shape != logits.shape or np.isnan(processed).any():
+            raise TriModeError(f"logits_processor must return {len(logits)} numbers, one for each candidate")
+        return processed
 
     def _after_penalties(self, logits: Reals, tokens: Ints) -> Reals:
         params = self._params

@@ -15,6 +15,7 @@ absorbs the result, so sequences of all modes can share a batch.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Many
 from typing import Literal, NamedTuple
 
@@ -24,8 +25,10 @@ from numpy.typing import NDArray
 from trimode.runtime.decoding.acceptance import Acceptance
 from trimode.runtime.decoding.denoising import settled
 from trimode.runtime.decoding.ending import Ending
+from trimode.runtime.decoding.ruled_rows import Biases, RuledRows
 from trimode.runtime.decoding.sampling import Sampler
-from trimode.runtime.executor import Candidates, Ints
+from trimode.runtime.decoding.token_rules import TokenRules
+from trimode.runtime.executor import Candidates, Ints, Words
 from trimode.runtime.request.outputs import Counts, Logprob, Origin
 from trimode.runtime.request.sampling_params import SamplingParams
 
@@ -34,11 +37,16 @@ NO_BLOCK = np.empty(0, np.int64)
 
 
 class Pass(NamedTuple):
-    """A pass that a sequence needs: its input tokens, and the rows of them that need logits."""
+    """A pass that a sequence needs: its input tokens, and the rows of them that need logits.
+
+    masks: legal tokens of these rows, None for all. asked: tokens of these rows whose logits are needed as well.
+    """
 
     kind: PassKind
     tokens: Ints  # [S]
     rows: Ints  # [R]
+    masks: Words | None = None  # [R, ceil(V / 32)]
+    asked: Ints | None = None  # [R, M]
 
 
 class Sequence:
@@ -48,7 +56,13 @@ class Sequence:
     block.
 
     context: KV rows that the engine's context has. mask_id: the model's mask token. prefill_step: most tokens of a
-    prefill pass. seed: of the random generator. acceptance: running estimate of this sequence's acceptance rate.
+    prefill pass. seed: of the random generator. acceptance: running estimate of this sequence's acceptance rate. rules:
+    which tokens are legal, None if all are. biases: added to logits; they need rules. most_step: most tokens of a pass,
+    None for any number.
+
+    With rules, tokens that the grammar forces enter a block without a draft, illegal drafts are replaced by the draft's
+    own next best, and every emitted token is chosen among its row's legal candidates
+    (:mod:`trimode.runtime.decoding.ruled_rows`).
     """
 
     def __init__(
@@ -62,6 +76,9 @@ class Sequence:
         mask_id: int,
         prefill_step: int,
         seed: int,
+        rules: TokenRules | None = None,
+        biases: Biases | None = None,
+        most_step: int | None = None,
     ) -> None:
         self.prompt = np.array(prompt, np.int64)
         self.params = params
@@ -79,10 +96,16 @@ class Sequence:
         self._prefill_step = prefill_step
         self._block = NO_BLOCK
         self._masks = 0  # places of the block that are not settled
+        self._forced_places: set[int] = set()
+        self._rules = rules
+        self._biases = biases
+        self._most_step = most_step
+        self._ruled_rows: RuledRows | None = None  # of the causal pass in progress
+        self._again: tuple[Ints, Words] | None = None  # its rows to run again, with their masks
+        self._drafted: dict[int, Ints] = {}  # the draft's candidates [k], by place
         # Of the block, in diffusion:
         self._masks_at_first = 0
         self._denoise_passes = 0
-        self._forced_places: set[int] = set()
         self._block_logprobs: dict[int, dict[int, Logprob]] = {}  # by place
 
     @property
@@ -108,9 +131,24 @@ class Sequence:
         return not self.prefilling and not len(self._block)
 
     @property
-    def drafts_in_passes(self) -> bool:
-        """Whether filling a block may take more than one bidirectional pass."""
-        return self.params.mode == "diffusion" or bool(self.params.draft_threshold)
+    def drafts_on_host(self) -> bool:
+        """Whether the host has work between a draft and its verification: further passes, or rules."""
+        return self.params.mode == "diffusion" or bool(self.params.draft_threshold) or self._rules is not None
+
+    @property
+    def runs_again(self) -> bool:
+        """Whether the next pass repeats the last one, with masks for some of its rows."""
+        return self._again is not None
+
+    @property
+    def draft_candidates(self) -> int | None:
+        """Candidates needed of each row of a draft; None for all that the engine returns."""
+        return 1 if self._rules is None else None
+
+    @property
+    def candidates(self) -> int | None:
+        """Candidates needed of each row of any other pass; None for all that the engine returns."""
+        return self.params.candidates if self._rules is None else None
 
     @property
     def longest_block(self) -> int:
@@ -129,13 +167,22 @@ class Sequence:
         return min(self.params.kv_rows(len(self.prompt)), self._context)
 
     def open_block(self, length: int) -> None:
-        """Start the next block: the pending token and ``length`` - 1 masks; ``length`` is at most ``longest_block``."""
+        """Start the next block: the pending token and ``length`` - 1 masks; ``length`` is at most ``longest_block``.
+
+        Tokens that the grammar forces come first, in addition, as far as a pass has room; AR's block stays one token.
+        """
+        forced: list[int] = []
+        if self._rules is not None and self.params.mode != "ar":
+            most = self.ending.remaining if self._most_step is None else min(self.ending.remaining, self._most_step)
+            forced = self._rules.forced_run(most - 1)
+            length = min(length + len(forced), most)
         self._block = np.full(length, self._mask_id, np.int64)
-        self._block[0] = self.pending_token
-        self._masks = length - 1
+        self._block[: 1 + len(forced)] = [self.pending_token, *forced]
+        self._masks = length - 1 - len(forced)
+        self._forced_places = set(range(1, 1 + len(forced)))
+        self._drafted = {}
         self.rejected = []
         if self.params.mode == "diffusion":
-            self._forced_places = set()
             self._place_end_of_thinking()
             self._masks_at_first = self._masks
             self._denoise_passes = 0
@@ -145,17 +192,35 @@ class Sequence:
         """The next pass of a sequence that is in its prefill or has a block."""
         if self.prefilling:
             chunk = self.prompt[self.committed : self.committed + self._prefill_step]
-            return Pass("prefill", chunk, np.array([len(chunk) - 1]))
+            whole = self.committed + len(chunk) == len(self.prompt)
+            return self._with_rules(Pass("prefill", chunk, np.array([len(chunk) - 1])), whole)
         diffusion = self.params.mode == "diffusion"
         if self._masks:
             masked = np.flatnonzero(self._block == self._mask_id)
             return Pass("denoise" if diffusion else "draft", self._block, masked)
         rows = np.array([len(self._block) - 1]) if diffusion else np.arange(len(self._block))
-        return Pass("commit", self._block, rows)
+        return self._with_rules(Pass("commit", self._block, rows), True)
+
+    def _with_rules(self, needed: Pass, chooses: bool) -> Pass:
+        """A causal pass, with the masks and asked ids of its rows. chooses: whether its rows become tokens."""
+        if self._rules is None or not chooses:
+            return needed
+        if self._again is not None:
+            return needed._replace(rows=needed.rows[self._again[0]], masks=self._again[1])
+        drafts = self._block[1:].tolist()
+        needs = self.params.needed_candidates
+        self._ruled_rows = RuledRows(self._rules, self._biases, drafts, needs, self.params.logprobs is not None)
+        # Repeating a prefill costs more than its mask. Where many candidates are needed, some are hardly ever legal.
+        masks, asked = self._ruled_rows.inputs(masked=needed.kind == "prefill" or needs != 1)
+        return needed._replace(masks=masks, asked=asked)
 
     def absorb(self, done: Pass, found: Candidates) -> None:
         """Process a pass's candidates: logits, tokens [R, k] and log_sum_exp [R] of its rows."""
         setattr(self.counts, done.kind, getattr(self.counts, done.kind) + 1)
+        if done.kind in ("prefill", "commit") and self._ruled_rows is not None:
+            if not self._complete(self._ruled_rows, found):
+                return
+            found = self._ruled_rows.reported
         if done.kind == "prefill":
             self.committed += len(done.tokens)
             if not self.prefilling:
@@ -168,17 +233,50 @@ class Sequence:
             self._commit_diffusion(found)
         else:
             self._commit(found)
+        self._ruled_rows = None
+
+    def _complete(self, rows: RuledRows, found: Candidates) -> bool:
+        """Take the candidates of a causal pass; returns whether every row has enough legal ones."""
+        if self._again is None:
+            self._again = rows.absorb(found)
+        else:
+            rows.absorb_again(self._again[0], found)
+            self._again = None
+        return self._again is None
 
     def _draft(self, done: Pass, found: Candidates) -> None:
         """Fill masks with the most likely tokens, at any temperature: they are the most likely to be accepted."""
         threshold = self.params.draft_threshold
+        if self._rules is not None:
+            self._drafted |= dict(zip(done.rows.tolist(), found.tokens, strict=True))
         if not threshold:
             self._settle(done.rows, found.tokens[:, 0])
-            return
-        confidence = np.exp(found.logits[:, 0] - found.log_sum_exp)
-        sure = confidence >= threshold
-        sure[confidence.argmax()] = True
-        self._settle(done.rows[sure], found.tokens[sure, 0])
+        else:
+            confidence = np.exp(found.logits[:, 0] - found.log_sum_exp)
+            sure = confidence >= threshold
+            sure[confidence.argmax()] = True
+            self._settle(done.rows[sure], found.tokens[sure, 0])
+        if self._rules is not None and not self._masks:
+            self._repair_drafts(self._rules)
+
+    def _repair_drafts(self, rules: TokenRules) -> None:
+        """Replace illegal drafts by the best legal candidate of their place, and places that the grammar forces by what
+        it forces. The block ends before a place without a legal candidate.
+        """
+        place = 1
+        while place < len(self._block):
+            forced = rules.forced
+            candidates = forced[:1] or self._drafted.get(place, self._block[place : place + 1]).tolist()
+            token = next((token for token in candidates if rules.allows(token)), None)
+            if token is None:
+                break
+            if forced:
+                self._forced_places.add(place)
+            self._block[place] = token
+            rules.take(token)
+            place += 1
+        rules.undo(place - 1)
+        self._block = self._block[:place]
 
     def _denoise(self, done: Pass, found: Candidates) -> None:
         """Settle masked positions of the block by confidence, the probability of the token chosen for them."""
@@ -215,17 +313,21 @@ class Sequence:
 
     def _commit(self, found: Candidates) -> None:
         """Accept the longest run of drafts that equal the causal rows' tokens, and one more token."""
-        drafts, before = self._block[1:].tolist(), len(self.emitted)
+        drafts = self._block[1:].tolist()
         positions = range(self.committed + 1, self.committed + 1 + len(self._block))
-        agreed = self._emit_run(found, positions, "bonus", drafts)
-        self.committed += len(self.emitted) - before
+        emitted, agreed = self._emit_run(found, positions, "bonus", drafts)
+        self.committed += emitted
         tested = len(drafts) if agreed == len(drafts) else agreed + (self.ending.finish_reason is None)
-        if drafts:
-            self.acceptance.observe(agreed, tested, ended=self.ending.finish_reason == "stop")
+        # What the grammar forces says nothing about the draft.
+        forced = len([place for place in self._forced_places if place <= agreed])
+        drafted = len(drafts) - len(self._forced_places)
+        if drafted > 0:
+            untested = len([place for place in self._forced_places if place <= tested])
+            self.acceptance.observe(agreed - forced, tested - untested, ended=self.ending.finish_reason == "stop")
         self.rejected = drafts[agreed:] if tested > agreed else []
         self.counts.cycles += 1
-        self.counts.drafted += len(drafts)
-        self.counts.accepted += agreed
+        self.counts.drafted += drafted
+        self.counts.accepted += agreed - forced
         self._block = NO_BLOCK
 
     def _commit_diffusion(self, found: Candidates) -> None:
@@ -238,22 +340,38 @@ class Sequence:
         self.counts.cycles += 1
         self._block = NO_BLOCK
 
-    def _emit_run(self, found: Candidates, positions: Many[int], origin: Origin, drafts: Many[int] = ()) -> int:
+    def _emit_run(
+        self, found: Candidates, positions: Many[int], origin: Origin, drafts: Many[int] = ()
+    ) -> tuple[int, int]:
         """Emit the tokens of causal rows, for these absolute positions, as long as each equals its draft; returns the
-        number of equal ones.
+        number of rows emitted, and the number of equal ones.
         """
-        agreed = 0
-        for row, drawn in enumerate(self._sampler.run(found.logits, found.tokens, positions)):
+        choices = [] if self._ruled_rows is None else self._ruled_rows.choices
+        emitted = agreed = 0
+        for row, drawn in enumerate(self._drawn(found, positions)):
             forced = self.ending.forced
             token = drawn if forced is None else forced
             if self.params.logprobs is not None:
                 self.logprobs.append(self._logprobs(found, row, token))
             agrees = row < len(drafts) and token == drafts[row]
-            agreed += agrees
-            goes_on = self._emit(token, "forced" if forced is not None else "accepted" if agrees else origin)
+            emitted, agreed = emitted + 1, agreed + agrees
+            is_forced = forced is not None or (bool(choices) and choices[row].forced)
+            goes_on = self._emit(token, "forced" if is_forced else "accepted" if agrees else origin)
             if not (agrees and goes_on):
                 break
-        return agreed
+        if self._rules is not None and self.ending.finish_reason is None and self.params.logprobs is None:
+            # The end of a complete grammar needs no pass.
+            for token in self._rules.forced[:1] if self._rules.complete else ():
+                self._emit(token, "forced")
+        return emitted, agreed
+
+    def _drawn(self, found: Candidates, positions: Many[int]) -> Iterator[int]:
+        """The tokens of causal rows, in order. A token may depend on those emitted before."""
+        if self._ruled_rows is None:
+            yield from self._sampler.run(found.logits, found.tokens, positions)
+            return
+        for choice, position in zip(self._ruled_rows.choices, positions, strict=False):
+            yield self._sampler.choose(choice.logits, choice.tokens, position)
 
     def _emit_denoised(self) -> None:
         """Emit the block behind its pending token, up to the end of the text."""
@@ -268,6 +386,8 @@ class Sequence:
         self.emitted.append(token)
         self.origins.append(origin)
         self._sampler.note(token)
+        if self._rules is not None:
+            self._rules.take(token)
         self.ending.take(token)
         return self.ending.finish_reason is None
 
@@ -285,5 +405,12 @@ class Sequence:
         """The token's own log-probability, then those of the requested number of most likely tokens."""
         tokens = found.tokens[row].tolist()
         values: NDArray[np.float32] = found.logits[row] - found.log_sum_exp[row]
-        ranks = [tokens.index(token), *range(self.params.logprobs or 0)]
-        return {tokens[rank]: Logprob(float(values[rank]), rank + 1) for rank in ranks}
+        if token in tokens:
+            rank = tokens.index(token)
+            chosen = Logprob(float(values[rank]), rank + 1)
+        elif self._ruled_rows is None:
+            raise ValueError(f"token {token} is not among the candidates of its row")
+        else:
+            chosen = Logprob(self._ruled_rows.logit(int(row), token) - float(found.log_sum_exp[row]), None)
+        likeliest = {tokens[rank]: Logprob(float(values[rank]), rank + 1) for rank in range(self.params.logprobs or 0)}
+        return {token: chosen} | likeliest

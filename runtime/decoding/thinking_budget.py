@@ -16,29 +16,40 @@ class ThinkingIds(NamedTuple):
     end: int
 
     @classmethod
+    def find(cls, tokenizer: Tokenizer) -> ThinkingIds | None:
+        """None if the vocabulary has none."""
+        begin, end = tokenizer.token_id("<think>"), tokenizer.token_id("</think>")
+        return None if begin is None or end is None else cls(begin, end)
+
+    @classmethod
     def of(cls, tokenizer: Tokenizer) -> ThinkingIds:
         """Raises TriModeError if the vocabulary has none."""
-        begin, end = tokenizer.token_id("<think>"), tokenizer.token_id("</think>")
-        if begin is None or end is None:
+        ids = cls.find(tokenizer)
+        if ids is None:
             raise TriModeError(
                 "max_thinking_tokens cannot be honoured: the model's vocabulary has no <think> and </think>"
             )
-        return cls(begin, end)
+        return ids
+
+    def leave_open(self, prompt: list[int], thinking: bool | None) -> bool:
+        """Whether a prompt ends inside a thought. thinking: whether it does, if that is known; otherwise its last mark
+        decides.
+        """
+        marks = [token for token in prompt if token in self] if thinking is None else []
+        return bool(marks) and marks[-1] == self.begin if thinking is None else thinking
 
 
 class ThinkingBudget:
     """Counts the tokens behind an open ``<think>``, whether the prompt or the answer opened it.
 
-    tokens: how many may come before thinking is closed. thinking: whether the prompt leaves it open; None: it does if
-    the last mark among the prompt's tokens is ``<think>``.
+    tokens: how many may come before thinking is closed. thinking: as in :meth:`ThinkingIds.leave_open`.
     """
 
     def __init__(self, tokens: int, ids: ThinkingIds, prompt: list[int], thinking: bool | None = None) -> None:
         self.ids = ids
         self._tokens = tokens
         self._thought = 0
-        marks = [token for token in prompt if token in ids]
-        self._open = bool(marks) and marks[-1] == ids.begin if thinking is None else thinking
+        self._open = ids.leave_open(prompt, thinking)
 
     @property
     def spent(self) -> bool:

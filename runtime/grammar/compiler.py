@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Iterable
+from functools import cached_property
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from trimode.model.tokenizer import Tokenizer
 from trimode.runtime.grammar.definition import definition
 from trimode.runtime.grammar.matcher import GrammarMatcher, Vocabulary
+from trimode.runtime.grammar.token_texts import TokenTexts
 from trimode.runtime.request.errors import GrammarError
 from trimode.runtime.request.guided_decoding import GrammarSource, GuidedDecodingParams
 
@@ -50,10 +52,10 @@ class GrammarCompiler:
     tokens. Usable from many threads.
     """
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int, end_ids: Collection[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, end_ids: Iterable[int]) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
-        self._end_ids = tuple(sorted(end_ids))
+        self._end_ids = tuple(dict.fromkeys(end_ids))
         self._vocabulary: Vocabulary | None = None
         self._first_use = threading.Lock()
         self._compiling = threading.BoundedSemaphore(_AT_ONCE)
@@ -78,6 +80,13 @@ class GrammarCompiler:
             while len(self._kept) > MAX_KEPT or sum(len(key.text) for key in self._kept) > MAX_KEPT_CHARACTERS:
                 self._kept.popitem(last=False)
         return compiled
+
+    @cached_property
+    def token_texts(self) -> TokenTexts:
+        """Of the model's tokens; built with the first use."""
+        vocabulary = self._loaded_vocabulary()
+        hidden = set(self._tokenizer.special_tokens.values())
+        return TokenTexts(vocabulary.tokenizer, vocabulary.size, hidden)
 
     def _compile(self, source: GrammarSource) -> CompiledGrammar:
         vocabulary = self._loaded_vocabulary()
@@ -108,7 +117,7 @@ class GrammarCompiler:
 
 def _refusal(source: GrammarSource, reason: str) -> GrammarError:
     """One line. A panic of the library means that one of its sizes was exceeded."""
-    line = next((line for line in reason.splitlines() if line.strip()), "it is not valid")
+    line = " ".join(reason.split()) or "it is not valid"
     if line.startswith("panic"):
         line = "it is too large"
     if line.startswith("NoExtension"):

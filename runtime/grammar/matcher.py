@@ -17,7 +17,7 @@ Words = NDArray[np.uint32]
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The model's tokens as llguidance needs them. size: of the model's vocabulary. end_ids: the end tokens."""
+    """The model's tokens as llguidance needs them. size: of the model's vocabulary. end_ids: its end tokens."""
 
     tokenizer: LLTokenizer
     size: int
@@ -28,30 +28,29 @@ class GrammarMatcher:
     """Where one answer is in its grammar. Tokens are taken one after the other, and the latest can be undone.
 
     Where the grammar forces the text, the one legal token is the first of its usual spelling: the one that the
-    tokenizer would give. End tokens are legal where the grammar may end, and nothing is legal behind them. Every method
-    raises GrammarError if the grammar exceeds a limit of time or memory here.
+    tokenizer would give. End tokens are legal where the grammar may end, and nothing is legal behind them. Behind a
+    complete text, the model's first end token is the one legal token. Every method raises GrammarError if the grammar
+    exceeds a limit of time or memory here.
     """
 
     def __init__(self, matcher: LLMatcher, vocabulary: Vocabulary) -> None:
         self._matcher = matcher
         self._vocabulary = vocabulary
-        self._ended = False  # an end token was taken
+        self.ended = False  # by an end token
         self._forced: list[int] | None = None  # in this state, once it is known
 
     @property
     def complete(self) -> bool:
         """Whether only end tokens may come next."""
-        if self._ended or not self._matcher.is_stopped():
+        if self.ended or not self._matcher.is_stopped():
             return False
         self._require_intact()
         return True
 
     def allows(self, token: int) -> bool:
-        if self.complete:
-            return token in self._vocabulary.end_ids
         if forced := self.forced():
             return token == forced[0]
-        if self._ended or token >= self._vocabulary.size:
+        if self.ended or token >= self._vocabulary.size:
             return False
         legal = self._matcher.validate_tokens([token]) == 1
         self._require_intact()
@@ -59,8 +58,13 @@ class GrammarMatcher:
 
     def mask(self) -> Words:
         """The legal tokens, as :mod:`trimode.model.step` defines ``token_mask``: [ceil(V / 32)] uint32."""
-        if self._ended:
+        if self.ended:
             return np.zeros(mask_words(self._vocabulary.size), np.uint32)
+        if self.complete:
+            end = self._vocabulary.end_ids[0]
+            words = np.zeros(mask_words(self._vocabulary.size), np.uint32)
+            words[end // 32] = 1 << end % 32
+            return words
         words = np.frombuffer(self._matcher.compute_bitmask(), "<u4")[: mask_words(self._vocabulary.size)].copy()
         self._require_intact()
         if self._vocabulary.size % 32:
@@ -73,7 +77,7 @@ class GrammarMatcher:
             return False
         self._forced = None
         if token in self._vocabulary.end_ids:
-            self._ended = True
+            self.ended = True
         else:
             self._matcher.consume_token(token)
             self._require_intact()
@@ -83,8 +87,8 @@ class GrammarMatcher:
         """Undo the latest tokens taken, which were these."""
         self._forced = None
         consumed = len(tokens)
-        if tokens and self._ended:
-            self._ended = False
+        if tokens and self.ended:
+            self.ended = False
             consumed -= 1
         if consumed:
             self._matcher.rollback(consumed)
@@ -97,7 +101,7 @@ class GrammarMatcher:
         return self._forced
 
     def _forced_here(self) -> list[int]:
-        if self._ended:
+        if self.ended:
             return []
         if self.complete:
             return list(self._vocabulary.end_ids[:1])

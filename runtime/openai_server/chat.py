@@ -59,6 +59,7 @@ async def complete_chat(service: Service, body: ChatCompletionRequest, http: Req
     )
     head = service.head("chatcmpl", model)
     inputs = {"prompt_token_ids": prompt.token_ids, "thinking": prompt.thinking}
+    await service.compile_grammar(body)
     run = service.running.start([inputs], [params], streaming=bool(body.stream))
     builders = [_ChatChoiceBuilder(service, body, prompt.thinking) for _ in range(params.n)]
     if body.stream:

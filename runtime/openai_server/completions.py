@@ -35,6 +35,7 @@ async def complete(service: Service, body: CompletionRequest, http: Request) -> 
     of_prompts = [dataclasses.replace(params, max_tokens=length) for length in lengths]
     texts = [_prompt_text(service, body, index) for index in range(len(prompts))] if body.echo else [""] * len(prompts)
     head = service.head("cmpl", model)
+    await service.compile_grammar(body)
     run = service.running.start(prompts, of_prompts, streaming=bool(body.stream))
     answers = body.n or 1
     builders = [

@@ -22,7 +22,6 @@ class Neutral(NamedTuple):
         )
 
 
-_NO_FORMATS = "constrained output formats are not supported; responses are plain text"
 _NO_BEAMS = "beam search is not supported"
 _TEXT_ONLY = "this server reads and writes text only"
 
@@ -30,27 +29,14 @@ STREAM_OPTIONS: Mapping[str, Neutral] = {
     "include_obfuscation": Neutral("padding of stream events is not supported", (False,)),
 }
 DECODING: Mapping[str, Neutral] = {
-    "allowed_token_ids": Neutral("a restriction to given tokens is not supported", ([],)),
-    "bad_words": Neutral("banned words are not supported", ([], "")),
     "cache_salt": Neutral("salts of the prefix cache are not supported", ("",)),
     "early_stopping": Neutral(_NO_BEAMS, (False,)),
-    "ebnf": Neutral(_NO_FORMATS, ("",)),
-    "grammar": Neutral(_NO_FORMATS, ("", {})),
-    "guided_choice": Neutral(_NO_FORMATS, ([],)),
-    "guided_grammar": Neutral(_NO_FORMATS, ("",)),
-    "guided_json": Neutral(_NO_FORMATS, ("", {})),
-    "guided_json_object": Neutral(_NO_FORMATS, (False,)),
-    "guided_regex": Neutral(_NO_FORMATS, ("",)),
-    "json_schema": Neutral(_NO_FORMATS, ("", {})),
     "logits_processors": Neutral("logits processors are not supported", ([],)),
     "prompt_logprobs": Neutral("log-probabilities of the prompt are not supported", (False,)),
-    "regex": Neutral(_NO_FORMATS, ("",)),
-    "response_format": Neutral(_NO_FORMATS, ({"type": "text"}, {})),
     "return_token_ids": Neutral("token ids are not returned", (False,)),
     "return_tokens_as_token_ids": Neutral("token ids are not returned", (False,)),
     "service_tier": Neutral("there is one service tier", ("auto", "default")),
     "store": Neutral("responses are not stored", (False,)),
-    "structured_outputs": Neutral(_NO_FORMATS, ({},)),
     "truncate_prompt_tokens": Neutral("prompts are not truncated"),
     "use_beam_search": Neutral(_NO_BEAMS, (False,)),
 }

@@ -28,9 +28,10 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from trimode.runtime.openai_server import neutral_fields
+from trimode.runtime.openai_server import neutral_fields, output_formats
 from trimode.runtime.openai_server.neutral_fields import Neutral
-from trimode.runtime.request.sampling_params import Denoising, Mode, SamplingParams
+from trimode.runtime.openai_server.output_formats import FormatError, OutputFormat, requested_format
+from trimode.runtime.request.sampling_params import MOST_BIASES, Denoising, Mode, SamplingParams
 
 SAMPLING_FIELDS = frozenset(field.name for field in dataclasses.fields(SamplingParams))
 MAX_CHOICES = 128
@@ -40,8 +41,10 @@ MAX_PROMPTS = 64
 MAX_PROMPT_TOKENS = 1 << 20
 MAX_STOPS = 16
 MAX_STOP_TOKENS = 64
+MAX_ALLOWED_TOKENS = 1024
 MAX_STOP_CHARACTERS = 1000
 MAX_LOGPROBS = 20
+MAX_TOKEN_DIGITS = 10
 # Fields of one JSON object.
 MAX_FIELDS = 100
 TOO_MANY_FIELDS = "too_many_fields"
@@ -79,10 +82,20 @@ def _at_most(limit: int, things: str) -> BeforeValidator:
     return BeforeValidator(check)
 
 
-def _no_bias(value: Any) -> Any:
-    if value is not None and (not isinstance(value, dict) or any(bias != 0 for bias in value.values())):
-        raise PydanticCustomError("unsupported", "logit biases are not supported")
-    return value
+def _token_biases(value: Any) -> Any:
+    """JSON's keys are text. A bias of zero changes nothing."""
+    if not isinstance(value, dict):
+        return value
+    biases: dict[int, Any] = {}
+    for key, bias in value.items():
+        if not isinstance(key, str) or not key.isdecimal() or len(key) > MAX_TOKEN_DIGITS:
+            raise PydanticCustomError("token", "Keys should be token ids")
+        if bias != 0:
+            biases[int(key)] = bias
+    if len(biases) > MOST_BIASES:
+        bounds = {"count": len(biases), "limit": MOST_BIASES}
+        raise PydanticCustomError("too_many", "{count} biases were sent; the limit is {limit}", bounds)
+    return biases
 
 
 def _stop_list(value: Any) -> Any:
@@ -104,6 +117,7 @@ Natural = Annotated[Integer, Field(ge=0, lt=2**31)]
 # -1: all that fits.
 Length = Annotated[Integer, Field(ge=-1, lt=2**31)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 StopString = Annotated[Text, Field(max_length=MAX_STOP_CHARACTERS)]
 # fail_fast: a list ends at its first wrong element. A finding costs far more memory than the element it is about.
@@ -114,6 +128,7 @@ StopStrings = Annotated[
     BeforeValidator(_stop_list, json_schema_input_type=str | list[str | None]),
 ]
 StopTokenIds = Annotated[list[TokenId], Field(fail_fast=True), _at_most(MAX_STOP_TOKENS, "stop tokens")]
+AllowedTokenIds = Annotated[list[TokenId], Field(fail_fast=True), _at_most(MAX_ALLOWED_TOKENS, "allowed tokens")]
 Texts = Annotated[list[Text], Field(fail_fast=True, min_length=1), _at_most(MAX_PROMPTS, "prompts")]
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True, min_length=1), _at_most(MAX_PROMPT_TOKENS, "prompt tokens")]
 TokenIdLists = Annotated[list[TokenIds], Field(fail_fast=True, min_length=1), _at_most(MAX_PROMPTS, "prompts")]
@@ -254,15 +269,33 @@ class DecodingBody(PromptBody):
     denoising_top_n: Positive | None = None
     max_thinking_tokens: Natural | None = None
     return_token_origins: bool | None = None
-    logit_bias: Annotated[dict[str, Any] | None, AfterValidator(_no_bias)] = None
+    logit_bias: Annotated[dict[int, Bias] | None, BeforeValidator(_token_biases, dict[str, float])] = None
+    allowed_token_ids: AllowedTokenIds | None = None
+    bad_words: StopStrings | None = None
+    # The form of the response: output_formats.py.
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: str | dict[str, Any] | None = None
+    guided_json_object: bool | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    json_schema: str | dict[str, Any] | None = None
+    regex: str | None = None
+    ebnf: str | None = None
+    grammar: str | dict[str, Any] | None = None
 
     @model_validator(mode="after")
-    def _min_tokens_change_nothing(self) -> DecodingBody:
-        """``min_tokens`` delays end tokens and stop tokens; without any of them it is met by ``max_tokens``."""
-        if self.min_tokens and not (self.ignore_eos and not self.stop_token_ids and not self.stop):
-            reason = "a least number of tokens is supported only with ignore_eos and without stops"
-            raise _unsupported("min_tokens", reason)
+    def _has_valid_format(self) -> DecodingBody:
+        try:
+            self.output_format()
+        except FormatError as error:
+            raise _unsupported(error.field, str(error)) from None
         return self
+
+    def output_format(self) -> OutputFormat | None:
+        """The form that the response must have; None for free text."""
+        return requested_format({name: getattr(self, name) for name in output_formats.FIELDS})
 
     def sampling_params(self, **resolved: Any) -> SamplingParams:
         """``resolved``: fields that the server decides, None for their defaults.
@@ -271,6 +304,12 @@ class DecodingBody(PromptBody):
         """
         given = self.model_dump(include=set(SAMPLING_FIELDS) - resolved.keys(), exclude_none=True)
         given |= {name: value for name, value in resolved.items() if value is not None}
+        if self.bad_words:
+            given["bad"] = self.bad_words
+        if not given.get("allowed_token_ids"):
+            given.pop("allowed_token_ids", None)
+        if requested := self.output_format():
+            given["guided_decoding"] = requested.guided
         if given.get("seed") == -1:
             del given["seed"]
         elif "seed" in given:

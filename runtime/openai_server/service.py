@@ -7,6 +7,7 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from fastapi import Request
@@ -30,6 +31,7 @@ from trimode.runtime.openai_server.response_bodies import (
 )
 from trimode.runtime.openai_server.running import ClientLeftError, Run, Running
 from trimode.runtime.openai_server.server_metrics import ServerMetrics
+from trimode.runtime.request.errors import GrammarError
 from trimode.runtime.request.outputs import CompletionOutput
 from trimode.runtime.request.sampling_params import SamplingParams
 
@@ -64,6 +66,8 @@ class Service:
         self.running = Running(llm, request_seconds)
         self.metrics = ServerMetrics(llm)
         self._strict_fields = strict_fields
+        # Threads of their own: many large grammars must not delay what else runs in threads.
+        self._compiling = ThreadPoolExecutor(2, "trimode-grammars")
         self._open, self._close = (llm.tokenizer.token_id(mark) for mark in (OPEN, CLOSE))
 
     @property
@@ -101,6 +105,18 @@ class Service:
         if top_k is not None and not 0 <= top_k <= self.llm.manifest.limits.top_k:
             top_k = 0
         return body.sampling_params(max_tokens=max_tokens, mode=body.mode or model.mode, top_k=top_k, **resolved)
+
+    async def compile_grammar(self, body: DecodingBody) -> None:
+        """Compile the body's format in a thread, so that streams do not wait for it. Raises ApiError with its field."""
+        requested = body.output_format()
+        if requested is None:
+            return
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.run_in_executor(self._compiling, self.llm.compile_grammar, requested.guided)
+        except GrammarError as error:
+            reason = str(error).removeprefix("guided_decoding: ")
+            raise ApiError(BAD_REQUEST, f"{requested.field}: {reason}", requested.field) from None
 
     async def encode(self, text: str, body: PromptBody, add_special_tokens: bool) -> list[int]:
         """``add_special_tokens``: those that the tokenizer adds around plain text; a rendered chat has them already.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import deque
 from collections.abc import Iterable, Sequence
 
@@ -85,7 +86,7 @@ class ChatLogprobsBuilder:
 
     def _token_logprob(self, row: dict[int, Logprob]) -> TokenLogprob:
         entries = {token: _entry(self._tokenizer, token, found) for token, found in row.items()}
-        likeliest = sorted(row, key=lambda token: row[token].rank)[: self._top]
+        likeliest = sorted(row, key=lambda token: row[token].rank or math.inf)[: self._top]
         chosen = entries[next(iter(row))]
         return TokenLogprob(**chosen.model_dump(), top_logprobs=[entries[token] for token in likeliest])
 

@@ -54,6 +54,14 @@ class GuidedDecodingParams:
             raise GrammarError(f"guided_decoding needs exactly one of {_KINDS}; given: {found}")
         object.__setattr__(self, "_source", self._as_source(given[0]))
 
+    @classmethod
+    def of(cls, params: Any) -> GuidedDecodingParams:
+        """``params`` itself, or the equivalent of TensorRT-LLM's."""
+        if isinstance(params, cls):
+            return params
+        given = {name: getattr(params, name, None) for name in get_args(GrammarKind)}
+        return cls(**{name: value for name, value in given.items() if value is not None})
+
     @property
     def source(self) -> GrammarSource:
         source: GrammarSource = self._source  # type: ignore[attr-defined]  # set by __post_init__

@@ -7,15 +7,17 @@ from typing import Literal, NamedTuple
 
 FinishReason = Literal["stop", "length", "cancelled"]
 # The source of a token: the prefill's last row; an accepted draft; the causal row's own token after the drafts; a
-# denoise pass of a diffusion block; the thinking budget.
+# denoise pass of a diffusion block; the thinking budget, or a grammar that allows no other token.
 Origin = Literal["prefill", "accepted", "bonus", "denoised", "forced"]
 
 
 class Logprob(NamedTuple):
-    """logprob: natural log of the model's probability. rank: 1 for the likeliest token of the row."""
+    """logprob: natural log of the model's probability. rank: 1 for the likeliest token of the row; None for a token
+    that is not among the candidates that the engine returns.
+    """
 
     logprob: float
-    rank: int
+    rank: int | None
 
 
 @dataclass

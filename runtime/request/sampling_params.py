@@ -7,12 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from trimode.common.errors import TriModeError
+import numpy as np
+from numpy.typing import NDArray
 
+from trimode.common.errors import TriModeError
+from trimode.runtime.request.guided_decoding import GuidedDecodingParams
+
+# From the answer's tokens so far, a row's candidates [k] and their logits [k] to new logits [k].
+LogitsProcessor = Callable[[Sequence[int], NDArray[np.int64], NDArray[np.float32]], NDArray[np.float32]]
 Mode = Literal["auto", "ar", "diffusion", "linear_spec"]
 Denoising = Literal["threshold", "quota", "top_n", "factor", "product"]
 
@@ -28,8 +34,19 @@ _MODES_OF_FIELD: dict[str, tuple[Mode, ...]] = {
     "draft_threshold": ("linear_spec",),
     "adapter": ("auto", "linear_spec"),
 }
-# Not available in diffusion: a block's tokens are chosen together, so none of them is in the text before another.
 _PENALTIES = {"presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0}
+# Fields that decide which tokens are legal or how likely they are, with the values that do nothing.
+_RULES: dict[str, Any] = {
+    "guided_decoding": None,
+    "logit_bias": None,
+    "allowed_token_ids": None,
+    "bad_token_ids": None,
+    "bad": None,
+    "min_tokens": 0,
+}
+# Not available in diffusion: a block's tokens are chosen together, so none of them is in the text before another.
+_NOT_IN_DIFFUSION = _PENALTIES | _RULES | {"logits_processor": None}
+MOST_BIASES = 300
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +60,14 @@ class SamplingParams:
     frequency_penalty: subtracted from the logit of an emitted token, once or for each occurrence. repetition_penalty:
     divides a positive logit and multiplies a negative one, for tokens emitted or in the prompt. n: answers to one
     prompt, with seeds ``seed``, ``seed + 1``, ...
+
+    Rules. guided_decoding: the form of the answer, which begins after the thought if the prompt opens one. logit_bias:
+    added to the logits of these tokens. allowed_token_ids: the only tokens; bad_token_ids: tokens that never come. bad:
+    strings that never appear in the text. min_tokens: end tokens and stop tokens do not come before so many tokens.
+    All of them hold over the whole vocabulary: a token outside the engine's top k is found as well. logits_processor:
+    called for each token, one after the other, as ``processor(token_ids, candidates, logits)`` with the answer's tokens
+    so far and the engine's candidates [k] with their logits [k], best first; returns new logits [k]. It runs on the
+    scheduler's thread, so every running request waits for it.
 
     Ends. max_tokens: of the answer; None for as many as the KV memory allows. ignore_eos: do not stop at the model's
     end tokens. stop: strings, and stop_token_ids: tokens, that end the text; neither is part of it unless
@@ -73,6 +98,13 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     n: int = 1
+    guided_decoding: GuidedDecodingParams | None = None
+    logit_bias: Mapping[int, float] | None = None
+    allowed_token_ids: Sequence[int] | None = None
+    bad_token_ids: Sequence[int] | None = None
+    bad: str | Sequence[str] | None = None
+    min_tokens: int = 0
+    logits_processor: LogitsProcessor | None = None
     stop: str | Sequence[str] | None = None
     stop_token_ids: Sequence[int] | None = None
     ignore_eos: bool = False
@@ -101,6 +133,12 @@ class SamplingParams:
         self._require("min_p", 0 <= (self.min_p or 0) <= 1, "between 0 and 1")
         self._require("seed", 0 <= (self.seed or 0) < 2**64, "between 0 and 2**64 - 1")
         self._require("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "between 0.01 and 100")
+        self._require("min_tokens", self.min_tokens >= 0, "at least 0")
+        self._require("bad", all(self.bad_words), "without empty strings")
+        self._require(
+            "allowed_token_ids", self.allowed_token_ids is None or len(self.allowed_token_ids) > 0, "not empty"
+        )
+        self._require("logit_bias", len(self.logit_bias or {}) <= MOST_BIASES, f"of at most {MOST_BIASES} tokens")
         self._require("n", self.n >= 1, "at least 1")
         self._require("stop", all(self.stop_strings), "without empty strings")
         self._require("max_thinking_tokens", (self.max_thinking_tokens or 0) >= 0, "at least 0")
@@ -126,13 +164,17 @@ class SamplingParams:
         if type(params).__module__.partition(".")[0] != "tensorrt_llm":
             raise TriModeError(f"sampling_params is a {type(params).__name__}; give trimode.runtime.SamplingParams")
         ours = {field.name for field in dataclasses.fields(cls)}
-        given = {}
+        given: dict[str, Any] = {}
         for field in dataclasses.fields(params):
             value = getattr(params, field.name)
             if field.name.startswith("_") or value is None or value == field.default:
                 continue
+            if field.name == "logits_processor":
+                raise TriModeError(
+                    f"sampling_params: logits_processor is {value!r}, but its calls differ from TriMode's"
+                )
             if field.name in ours:
-                given[field.name] = value
+                given[field.name] = GuidedDecodingParams.of(value) if field.name == "guided_decoding" else value
             elif (field.name == "best_of" and value == params.n) or field.name in ("end_id", "pad_id"):
                 continue  # tensorrt_llm sets them itself
             else:
@@ -159,15 +201,33 @@ class SamplingParams:
         return any(getattr(self, field) != neutral for field, neutral in _PENALTIES.items())
 
     @property
+    def ruled(self) -> bool:
+        """Whether some tokens are illegal or biased."""
+        return any(getattr(self, field) not in (neutral, [], (), {}) for field, neutral in _RULES.items())
+
+    @property
+    def bad_words(self) -> tuple[str, ...]:
+        if self.bad is None:
+            return ()
+        return (self.bad,) if isinstance(self.bad, str) else tuple(self.bad)
+
+    @property
     def stop_strings(self) -> tuple[str, ...]:
         if self.stop is None:
             return ()
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
     @property
+    def needed_candidates(self) -> int | None:
+        """Legal candidates of a row that the choice of its token may need; None for all that the engine returns."""
+        if self.penalised or self.logits_processor is not None:
+            return None
+        return 1 if self.greedy else self.top_k or None
+
+    @property
     def candidates(self) -> int | None:
-        """Candidates of a row that the choice of its token may need; None for all that the engine returns."""
-        return None if self.penalised or not self.greedy else max(1, self.logprobs or 0)
+        """Candidates of a row that the choice of its token and its log-probabilities may need; None for all."""
+        return max(1, self.logprobs or 0) if self.needed_candidates == 1 else None
 
     @property
     def longest_block(self) -> int:
@@ -189,30 +249,47 @@ class SamplingParams:
     def uses_adapter(self) -> bool:
         return self.mode in ("auto", "linear_spec") and self.adapter is not False
 
+    def _is_empty(self, field: str) -> bool:
+        value = getattr(self, field)
+        return value is not None and len(value) == 0
+
     def _require(self, field: str, holds: bool, rule: str) -> None:
         if not holds:
             raise TriModeError(f"{field} is {getattr(self, field)!r}; it must be {rule}")
 
     def _require_types(self) -> None:
         """Requests come from JSON too, so types are checked at run time."""
-        for field in dataclasses.fields(self):
-            value, kind = getattr(self, field.name), str(field.type)
+        for declared in dataclasses.fields(self):
+            name, kind = declared.name, str(declared.type)
+            value = getattr(self, name)
             if value is None and "None" in kind:
                 continue
             whole = isinstance(value, int) and not isinstance(value, bool)
             if kind.startswith("int"):
-                self._require(field.name, whole, "a whole number")
+                self._require(name, whole, "a whole number")
             elif kind.startswith("float"):
-                self._require(field.name, whole or isinstance(value, float), "a number")
+                self._require(name, whole or isinstance(value, float), "a number")
             elif kind.startswith("bool"):
-                self._require(field.name, isinstance(value, bool), "true or false")
-        if self.stop is not None and not isinstance(self.stop, str):
-            listed = isinstance(self.stop, Sequence) and all(isinstance(text, str) for text in self.stop)
-            self._require("stop", listed, "a string or a list of strings")
-        if self.stop_token_ids is not None:
-            ids = self.stop_token_ids
-            listed = isinstance(ids, Sequence) and all(type(token) is int for token in ids)
-            self._require("stop_token_ids", listed, "a list of token ids")
+                self._require(name, isinstance(value, bool), "true or false")
+        for field in ("stop", "bad"):
+            texts = getattr(self, field)
+            if texts is not None and not isinstance(texts, str):
+                listed = isinstance(texts, Sequence) and all(isinstance(text, str) for text in texts)
+                self._require(field, listed, "a string or a list of strings")
+        for field in ("stop_token_ids", "allowed_token_ids", "bad_token_ids"):
+            ids = getattr(self, field)
+            listed = ids is None or (isinstance(ids, Sequence) and all(type(token) is int for token in ids))
+            self._require(field, listed, "a list of token ids")
+        biases = {} if self.logit_bias is None else self.logit_bias
+        mapped = isinstance(biases, Mapping) and all(
+            type(token) is int and type(bias) in (int, float) and math.isfinite(bias) for token, bias in biases.items()
+        )
+        self._require("logit_bias", mapped, "numbers by token id")
+        guided = isinstance(self.guided_decoding, GuidedDecodingParams | None)
+        self._require("guided_decoding", guided, "a trimode.GuidedDecodingParams")
+        self._require(
+            "logits_processor", self.logits_processor is None or callable(self.logits_processor), "a function"
+        )
 
     def _refuse_what_cannot_be_honoured(self) -> None:
         for field, modes in _MODES_OF_FIELD.items():
@@ -230,12 +307,17 @@ class SamplingParams:
                 )
         if policy == "top_n" and self.denoising_top_n is None:
             raise TriModeError("denoising top_n needs denoising_top_n, the number of tokens to settle a pass")
-        if self.mode == "diffusion" and self.penalised:
-            name = next(field for field, neutral in _PENALTIES.items() if getattr(self, field) != neutral)
-            raise TriModeError(
-                f"{name} cannot be honoured in mode diffusion: a block's tokens are chosen together, not one after "
-                "another; use mode auto, ar or linear_spec"
-            )
+        if self.mode == "diffusion":
+            for field, neutral in _NOT_IN_DIFFUSION.items():
+                if getattr(self, field) not in (neutral, [], (), {}):
+                    raise TriModeError(
+                        f"{field} cannot be honoured in mode diffusion: a block's tokens are chosen together, not one "
+                        "after another; use mode linear_spec, auto or ar"
+                    )
+        if self.guided_decoding is not None and self.ignore_eos:
+            raise TriModeError("ignore_eos cannot be given with guided_decoding: the text ends where the grammar ends")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise TriModeError(f"min_tokens is {self.min_tokens}, more than max_tokens, {self.max_tokens}")
         if self.n > 1 and self.greedy:
             raise TriModeError(f"n is {self.n}, but greedy answers are all equal; give a temperature, or n 1")
         if self.min_p and self.greedy:

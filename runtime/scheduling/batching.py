@@ -7,6 +7,7 @@ steps from long prefill chunks where padding would cost more than another pass.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence as Many
 from functools import cache
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from trimode.runtime.decoding.sequence import Pass
-from trimode.runtime.executor import BidirectionalStep, CausalStep, Ints
+from trimode.runtime.executor import BidirectionalStep, CausalStep, Ints, Words
 from trimode.runtime.scheduling.pass_cost import EngineName, PassCost
 
 
@@ -80,7 +81,9 @@ def plan_spans(
 def causal_step(span: Span, committed: Many[int]) -> CausalStep:
     """The span as a pass of the AR engine. Padding writes past the committed rows, where the next pass writes again."""
     ids, rows, write = _arrays(span, committed)
-    return CausalStep.chain(span.first, ids, write, rows, _candidates(span))
+    step = CausalStep.chain(span.first, ids, write, rows, _candidates(span))
+    masks, asked = _masks(span, rows.shape), _asked(span, rows.shape)
+    return step if masks is None and asked is None else dataclasses.replace(step, token_mask=masks, asked_ids=asked)
 
 
 def bidirectional_step(span: Span, committed: Many[int]) -> BidirectionalStep:
@@ -97,10 +100,33 @@ def _arrays(span: Span, committed: Many[int]) -> tuple[Ints, Ints, Ints]:
     """input_ids [B, S], logit_rows [B, R], write_indices [B]."""
     ids = np.zeros((span.batch, span.step), np.int64)
     rows = np.zeros((span.batch, max(len(member.needed.rows) for member in span.members)), np.int64)
-    for slot, needed, _, _ in span.members:
-        ids[slot - span.first, : len(needed.tokens)] = needed.tokens
-        rows[slot - span.first, : len(needed.rows)] = needed.rows
+    for member in span.members:
+        needed, index = member.needed, member.slot - span.first
+        ids[index, : len(needed.tokens)] = needed.tokens
+        rows[index, : len(needed.rows)] = needed.rows
     return ids, rows, np.array(committed[span.first : span.last + 1], np.int64)
+
+
+def _masks(span: Span, shape: tuple[int, ...]) -> Words | None:
+    """[B, R, ceil(V / 32)], ones where every token is legal; None if that is so in every row."""
+    given = [(member.slot - span.first, masks) for member in span.members if (masks := member.needed.masks) is not None]
+    if not given:
+        return None
+    all_masks = np.full((*shape, given[0][1].shape[-1]), ~np.uint32(0))
+    for index, masks in given:
+        all_masks[index, : len(masks)] = masks
+    return all_masks
+
+
+def _asked(span: Span, shape: tuple[int, ...]) -> Ints | None:
+    """[B, R, M], padded with token 0; None if no row asks."""
+    given = [(member.slot - span.first, asked) for member in span.members if (asked := member.needed.asked) is not None]
+    if not given:
+        return None
+    all_asked = np.zeros((*shape, max(asked.shape[-1] for _, asked in given)), np.int64)
+    for index, asked in given:
+        all_asked[index, : len(asked), : asked.shape[-1]] = asked
+    return all_asked
 
 
 def _candidates(span: Span) -> int | None:

@@ -21,7 +21,7 @@ from typing import Self, TypeVar
 
 import numpy as np
 
-from trimode.runtime.decoding.sequence import Pass
+from trimode.runtime.decoding.sequence import Pass, Sequence
 from trimode.runtime.executor import Candidates, Executor, Ints
 from trimode.runtime.kv.prefix_cache import PrefixCache
 from trimode.runtime.request.outputs import Counts
@@ -123,6 +123,8 @@ class Scheduler:
         if not self._speculate():
             self._run_passes("diffusion")
             self._run_passes("ar")
+            if any(request.sequence.runs_again for request in self._active()):
+                self._run_passes("ar", again=True)
         self._deliver()
 
     def measure_passes(self) -> None:
@@ -199,8 +201,9 @@ class Scheduler:
                 longest = sequence.longest_block
                 sequence.open_block(min(chosen, longest) if sequence.params.mode == "auto" else longest)
 
-    def _run_passes(self, engine: EngineName) -> None:
-        members = self._members(engine)
+    def _run_passes(self, engine: EngineName, again: bool = False) -> None:
+        """again: only for the sequences that must repeat their pass, which are then complete."""
+        members = [member for member in self._members(engine) if not again or self._sequence(member).runs_again]
         if not members:
             return
         for member, found in self._passes.run(engine, members, self._committed(), self._most_rows()):
@@ -215,7 +218,7 @@ class Scheduler:
         members = self._members("diffusion")
         if not members or len(members) < len(self._running):
             return False
-        if any(self._running[member.slot].sequence.drafts_in_passes for member in members):
+        if any(self._sequence(member).drafts_on_host for member in members):
             return False
         for member, found in self._passes.speculate(members, self._committed(), self._most_rows()):
             request = self._running[member.slot]
@@ -224,6 +227,9 @@ class Scheduler:
                 self._absorb(member.slot, member.needed, drafted)
                 self._absorb(member.slot, request.sequence.next_pass(), verified)
         return True
+
+    def _sequence(self, member: Member) -> Sequence:
+        return self._running[member.slot].sequence
 
     def _active(self) -> list[Request]:
         return [request for request in self._running if request.failure is None]
@@ -252,7 +258,7 @@ class Scheduler:
                     if prefill and prefill + len(needed.tokens) > self._prefill_tokens:
                         continue
                     prefill += len(needed.tokens)
-                candidates = 1 if needed.kind == "draft" else sequence.params.candidates
+                candidates = sequence.draft_candidates if needed.kind == "draft" else sequence.candidates
                 members.append(Member(slot, needed, sequence.params.uses_adapter, candidates))
         return members
 

@@ -17,7 +17,6 @@ ANSWER = "10% of 440 is 44. Ones: 4x6=24, carry 2. Tens: 4x6=24, 24+2=26. So 60%
 BEGINNING = "10% of"  # four tokens
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
 CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
-JSON_SCHEMA = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object"}}}
 
 NULLABLE = (
     "audio best_of chat_template chat_template_kwargs continue_final_message documents echo frequency_penalty "
@@ -146,21 +145,18 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "tool_choice": ("tool_choice", {"tools": [TOOL], "tool_choice": "required"}),
     "a named tool": ("tool_choice", {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "f"}}}),
     "functions": ("functions", {"functions": [TOOL["function"]]}),
-    "logit_bias": ("logit_bias", {"logit_bias": {"300": -100}}),
-    "min_tokens": ("min_tokens", {"min_tokens": 4}),
-    "min_tokens with a stop": ("min_tokens", {"min_tokens": 4, "ignore_eos": True, "stop": "x"}),
-    "min_tokens above max_tokens": ("min_tokens", {"min_tokens": 5, "ignore_eos": True}),
-    "json_object": ("response_format", {"response_format": {"type": "json_object"}}),
-    "json_schema": ("response_format", {"response_format": JSON_SCHEMA}),
-    "guided_json": ("guided_json", {"guided_json": {"type": "object"}}),
-    "guided_regex": ("guided_regex", {"guided_regex": "a+"}),
-    "guided_choice": ("guided_choice", {"guided_choice": ["a", "b"]}),
-    "structured_outputs": ("structured_outputs", {"structured_outputs": {"json": {}}}),
-    "SGLang's regex": ("regex", {"regex": "a+"}),
-    "llama.cpp's grammar": ("grammar", {"grammar": 'root ::= "a"'}),
-    "bad_words": ("bad_words", {"bad_words": ["a"]}),
-    "allowed_token_ids": ("allowed_token_ids", {"allowed_token_ids": [5]}),
     "prompt_logprobs": ("prompt_logprobs", {"prompt_logprobs": 1}),
+    "min_tokens above max_tokens": ("min_tokens", {"min_tokens": 5}),
+    "a bias of no token": ("logit_bias", {"logit_bias": {"x": 1}}),
+    "a bias that is too large": ("logit_bias.300", {"logit_bias": {"300": 101}}),
+    "too many biases": ("logit_bias", {"logit_bias": {str(token): 1 for token in range(301)}}),
+    "an unknown format": ("response_format", {"response_format": {"type": "xml"}}),
+    "a format without its schema": ("response_format", {"response_format": {"type": "json_schema"}}),
+    "a schema that is wrong": ("guided_json", {"guided_json": {"type": "foo"}}),
+    "a regex that is wrong": ("guided_regex", {"guided_regex": "a{"}),
+    "a grammar that is an object": ("grammar", {"grammar": {"root": "a"}}),
+    "an unknown part of a format": ("structured_outputs", {"structured_outputs": {"json": {}, "xml": True}}),
+    "two formats": ("guided_regex", {"guided_regex": "a+", "response_format": {"type": "json_object"}}),
     "beam search": ("use_beam_search", {"use_beam_search": True}),
     "audio": ("audio", {"audio": {"voice": "alloy", "format": "wav"}}),
     "verbosity": ("verbosity", {"verbosity": "low"}),

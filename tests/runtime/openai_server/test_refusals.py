@@ -36,14 +36,6 @@ BAD_BODIES: dict[str, tuple[str, object, int, str | None, str]] = {
     "tools": (CHAT, {"messages": HELLO, "tools": [{"type": "function"}]}, 400, "tools", "tool calls are not"),
     "tool_choice": (CHAT, {"messages": HELLO, "tool_choice": "required"}, 400, "tool_choice", "tool calls are not"),
     "store": (CHAT, {"messages": HELLO, "store": True}, 400, "store", "not stored"),
-    "logit_bias": (COMPLETIONS, {"prompt": "a", "logit_bias": {"1": 2}}, 400, "logit_bias", "logit biases are not"),
-    "JSON": (
-        CHAT,
-        {"messages": HELLO, "response_format": {"type": "json_object"}},
-        400,
-        "response_format",
-        "formats are not supported",
-    ),
     "obfuscation": (
         CHAT,
         {"messages": HELLO, "stream": True, "stream_options": {"include_obfuscation": True}},

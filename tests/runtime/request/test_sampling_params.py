@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from trimode import SamplingParams
+from trimode import GuidedDecodingParams, SamplingParams
 from trimode.common.errors import TriModeError
 
 
@@ -95,6 +95,7 @@ def theirs() -> type:
 
     fields = {"end_id": None, "pad_id": None, "max_tokens": 32, "bad": None, "stop": None, "n": 1, "best_of": None}
     fields |= {"use_beam_search": False, "top_k": None, "top_p": None, "seed": None, "temperature": None}
+    fields |= {"guided_decoding": None, "logits_processor": None}
     fields |= {"repetition_penalty": None, "ignore_eos": False, "detokenize": True, "_stop_word_ids": None}
     made = dataclasses.make_dataclass(
         "SamplingParams",
@@ -109,9 +110,21 @@ def theirs() -> type:
 def test_tensorrt_llms_are_accepted_as_they_are(theirs: Any) -> None:
     ours = SamplingParams.of(theirs(max_tokens=7, temperature=0.5, top_p=0.9, n=2, stop=["x"], end_id=11))
     assert ours == SamplingParams(max_tokens=7, temperature=0.5, top_p=0.9, n=2, stop=["x"])
+    assert SamplingParams.of(theirs(bad="word")) == SamplingParams(bad="word")
 
 
-@pytest.mark.parametrize("options", [{"bad": "word"}, {"use_beam_search": True}, {"best_of": 4, "n": 2}])
+def test_tensorrt_llms_guided_decoding_is_accepted(theirs: Any) -> None:
+    guided = dataclasses.make_dataclass(
+        "GuidedDecodingParams", [(name, Any, None) for name in ("json", "regex", "grammar", "structural_tag")]
+    )
+    guided.__module__ = "tensorrt_llm.sampling_params"
+    ours = SamplingParams.of(theirs(guided_decoding=guided(regex="a+")))
+    assert ours.guided_decoding == GuidedDecodingParams(regex="a+")
+    with pytest.raises(TriModeError, match="its calls differ"):
+        SamplingParams.of(theirs(logits_processor=print))
+
+
+@pytest.mark.parametrize("options", [{"detokenize": False}, {"use_beam_search": True}, {"best_of": 4, "n": 2}])
 def test_fields_of_theirs_that_we_have_not_are_refused_when_set(theirs: Any, options: Any) -> None:
     with pytest.raises(TriModeError, match=f"{next(iter(options))} is .*does not support"):
         SamplingParams.of(theirs(**options))

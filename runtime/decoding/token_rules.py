@@ -1,0 +1,157 @@
+"""Which tokens may come next in one answer: its grammar, and the tokens and words that the request allows or bans.
+
+A grammar begins after the thought. In a thought, every token is legal but the end tokens, since the answer is yet to
+come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trimode.model.step import mask_words
+from trimode.runtime.decoding.bad_words import BadWords
+from trimode.runtime.executor import Ints, Words
+from trimode.runtime.grammar.matcher import GrammarMatcher
+from trimode.runtime.request.errors import GrammarError
+
+
+class TokenRules:
+    """The rules of one answer. Tokens are taken as they are emitted; drafts are taken and undone.
+
+    vocab_size: of the model. ends: tokens that end the text. grammar: None for free text. thought_end: the token behind
+    which the grammar begins; None if it begins at once. allowed: the only legal tokens, None for all. banned: tokens
+    that are never legal. min_tokens: tokens before which no token of ``ends`` is legal, unless the grammar is complete
+    before. bad_words: None if there are
+    none.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        ends: Collection[int],
+        *,
+        grammar: GrammarMatcher | None = None,
+        thought_end: int | None = None,
+        allowed: Collection[int] | None = None,
+        banned: Collection[int] = (),
+        min_tokens: int = 0,
+        bad_words: BadWords | None = None,
+    ) -> None:
+        self._vocab_size = vocab_size
+        self._grammar = grammar
+        self._thought_end = thought_end
+        self._min_tokens = min_tokens
+        self._bad_words = bad_words
+        self._taken: list[int] = []
+        self._grammar_from: int | None = 0 if thought_end is None else None  # in taken tokens; None in the thought
+        always = ~np.zeros(mask_words(vocab_size), np.uint32) if allowed is None else token_bits(vocab_size, allowed)
+        always &= token_bits(vocab_size, range(vocab_size)) & ~token_bits(vocab_size, banned)
+        self._always = always
+        self._always_without_ends = always & ~token_bits(vocab_size, ends)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the grammar is complete, so that only an end token may come next."""
+        return self._matcher is not None and self._matcher.complete
+
+    @property
+    def ended(self) -> bool:
+        """Whether an end token of the grammar was taken, behind which nothing is legal."""
+        return self._matcher is not None and self._matcher.ended
+
+    @property
+    def forced(self) -> list[int]:
+        """The next tokens, if the grammar forces their text. May be empty. The first one is the only legal token."""
+        return [] if self._matcher is None else self._matcher.forced()
+
+    @property
+    def words(self) -> int:
+        """Words of a mask."""
+        return len(self._always)
+
+    def dead_end(self) -> GrammarError:
+        return GrammarError(
+            f"no token is legal after {len(self._taken)} tokens of the answer: its grammar, allowed and banned tokens, "
+            "bad words and min_tokens contradict each other there"
+        )
+
+    def allows(self, token: int) -> bool:
+        if not bool(self._static_words()[token >> 5] >> np.uint32(token & 31) & 1):
+            return False
+        if self._bad_words is not None and self._bad_words.completed_by(self._taken, token):
+            return False
+        return self._matcher is None or self._matcher.allows(token)
+
+    def mask(self) -> Words:
+        """The legal tokens, [ceil(V / 32)], as :mod:`trimode.model.step` defines ``token_mask``.
+
+        Raises GrammarError if there is none.
+        """
+        words = self._static_words().copy()
+        if self._matcher is not None:
+            words &= self._matcher.mask()
+        if self._bad_words is not None:
+            words &= ~token_bits(self._vocab_size, self._bad_words.completing(self._taken))
+        if not words.any():
+            raise self.dead_end()
+        return words
+
+    def take(self, token: int) -> None:
+        """A token that was emitted or drafted. Raises ValueError if the grammar does not allow it."""
+        matcher = self._matcher
+        if matcher is not None and not matcher.take(token):
+            raise ValueError(f"token {token} is not legal here")
+        self._taken.append(token)
+        if self._grammar_from is None and token == self._thought_end:
+            self._grammar_from = len(self._taken)
+
+    def undo(self, count: int) -> None:
+        """Undo the latest tokens taken."""
+        if not count:
+            return
+        kept = len(self._taken) - count
+        if self._grammar is not None and self._grammar_from is not None:
+            self._grammar.undo(self._taken[max(kept, self._grammar_from) :])
+            if self._thought_end is not None and kept < self._grammar_from:
+                self._grammar_from = None
+        del self._taken[kept:]
+
+    def forced_run(self, most: int) -> list[int]:
+        """The next tokens that have no alternative, at most ``most``; the end token too."""
+        run: list[int] = []
+        while len(run) < most and self.forced and self.allows(self.forced[0]):
+            run.append(self.forced[0])
+            self.take(run[-1])
+        self.undo(len(run))
+        return run
+
+    @property
+    def _matcher(self) -> GrammarMatcher | None:
+        """The grammar's, where it has begun."""
+        return None if self._grammar_from is None else self._grammar
+
+    def _static_words(self) -> Words:
+        """The tokens that neither the grammar nor the bad words decide."""
+        too_short = len(self._taken) < self._min_tokens and not self.complete
+        thinking = self._grammar is not None and self._grammar_from is None
+        return self._always_without_ends if too_short or thinking else self._always
+
+
+def token_bits(vocab_size: int, tokens: Collection[int]) -> Words:
+    """A mask of these tokens: [ceil(V / 32)] uint32. Tokens that the model does not have are left out."""
+    bits = np.zeros(32 * mask_words(vocab_size), np.bool_)
+    bits[[token for token in tokens if token < vocab_size]] = True
+    return np.packbits(bits, bitorder="little").view("<u4").astype(np.uint32)
+
+
+def are_legal(mask: Words, tokens: Ints) -> NDArray[np.bool_]:
+    """Which of these tokens the mask has, as an array of their shape."""
+    legal: NDArray[np.bool_] = (mask[tokens >> 5] >> (tokens & 31).astype(np.uint32) & 1).astype(np.bool_)
+    return legal
+
+
+def count_legal(mask: Words) -> int:
+    return int(np.unpackbits(mask.view(np.uint8)).sum())

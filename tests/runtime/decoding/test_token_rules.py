@@ -1,0 +1,300 @@
+"""Constrained decoding equals masked autoregression over the whole vocabulary, in every causal mode.
+
+Two engines: the shipped checkpoint with 64 candidates a row, and a random network with 4 candidates, of which hardly
+ever one is legal, so that nearly every row is run again with its mask.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jsonschema
+import numpy as np
+import pytest
+
+from tests.support.drawn_schemas import drawn_schema
+from tests.support.masked_ar import masked_ar
+from trimode import LLM, GuidedDecodingParams, SamplingParams
+from trimode.build.engine_builder import build_engine
+from trimode.common.errors import TriModeError
+from trimode.model.checkpoint import Checkpoint
+from trimode.model.reference.loading import load_reference
+from trimode.model.reference.network import NemotronLabsDiffusionModel
+from trimode.runtime.grammar.compiler import CompiledGrammar
+from trimode.runtime.request.errors import GrammarError
+
+MODES: tuple[dict[str, Any], ...] = (
+    {"mode": "ar"},
+    {"mode": "linear_spec", "block_length": 8},
+    {"mode": "linear_spec", "block_length": 16, "draft_threshold": 0.5},
+    {"mode": "auto"},
+)
+CHAT = [{"role": "user", "content": "Describe a user as JSON."}]
+GRAMMARS: tuple[dict[str, Any], ...] = (
+    {"json_object": True},
+    {"regex": r"(the answer is (yes|no)[.!] ?){1,3}"},
+    {"choice": ["Paris", "Łódź", "São Paulo", "Parma"]},
+    {"grammar": 'start: item ("," item)~1..4\nitem: /[a-z]{1,6}/ "=" /[0-9]{1,3}/'},
+    {
+        "structural_tag": {
+            "triggers": ["<call>"],
+            "structures": [{"begin": "<call>", "schema": drawn_schema(3), "end": "</call>"}],
+        }
+    },
+)
+
+
+class Case(NamedTuple):
+    llm: LLM
+    reference: NemotronLabsDiffusionModel
+
+    @property
+    def prompt(self) -> list[int]:
+        return self.llm.tokenizer.encode(self.llm.tokenizer.apply_chat_template(CHAT))
+
+    def compiled(self, guided: GuidedDecodingParams) -> CompiledGrammar:
+        return self.llm._grammars.compile(guided)
+
+    def expected(self, max_tokens: int, guided: GuidedDecodingParams | None = None, **rules: Any) -> list[int]:
+        model = self.llm.manifest.model
+        grammar = None if guided is None else self.compiled(guided)
+        return masked_ar(
+            self.reference, self.prompt, grammar, max_tokens, model.eos_token_id, mask_id=model.mask_token_id, **rules
+        )
+
+
+@pytest.fixture(scope="module", params=["tiny", "random"])
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
+    if request.param == "tiny":
+        engine = request.getfixturevalue("tiny_engine")
+        checkpoint = engine.parent / "w4a16"
+    else:
+        checkpoint = request.getfixturevalue("random_checkpoint")
+        engine = tmp_path_factory.mktemp("engine") / "four"
+        build_engine(Checkpoint(checkpoint), engine, top_k=4)
+    with LLM(engine, max_batch_size=8) as llm:
+        yield Case(llm, load_reference(Checkpoint(checkpoint)))
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_engine: Path) -> Iterator[LLM]:
+    with LLM(tiny_engine, max_batch_size=8) as llm:
+        yield llm
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_greedy_answers_under_drawn_schemas_are_those_of_masked_ar(case: Case, seed: int) -> None:
+    """All modes in one batch, beside an answer without rules."""
+    schema = drawn_schema(seed)
+    guided = GuidedDecodingParams(json=schema)
+    expected = case.expected(100, guided)
+    params = [SamplingParams(max_tokens=100, guided_decoding=guided, **mode) for mode in MODES]
+    free = SamplingParams(max_tokens=30, mode="linear_spec")
+    answers = case.llm.generate([case.prompt] * (len(params) + 1), [*params, free], use_tqdm=False)
+    for mode, answer in zip(MODES, answers, strict=False):
+        output = answer.outputs[0]
+        assert output.token_ids == expected, mode
+        if output.finish_reason == "stop":
+            jsonschema.validate(json.loads(output.text), schema)
+    assert answers[-1].outputs[0].token_ids == case.llm.generate(case.prompt, free).outputs[0].token_ids
+
+
+@pytest.mark.parametrize("fields", GRAMMARS, ids=lambda fields: next(iter(fields)))
+def test_greedy_answers_under_each_kind_of_grammar_are_those_of_masked_ar(case: Case, fields: dict[str, Any]) -> None:
+    guided = GuidedDecodingParams(**fields)
+    expected = case.expected(60, guided)
+    for mode in MODES:
+        output = case.llm.generate(case.prompt, SamplingParams(max_tokens=60, guided_decoding=guided, **mode)).outputs[
+            0
+        ]
+        assert output.token_ids == expected, mode
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_biases_banned_tokens_and_least_lengths_are_exact(case: Case, mode: dict[str, Any]) -> None:
+    """Also for tokens outside the candidates: a bias that lifts the least likely token is honoured."""
+    free = case.expected(40)
+    model = case.llm.manifest.model
+    frequent = max(set(free), key=free.count)
+    rules: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
+        ({"logit_bias": {200: 8.0, frequent: -5.0, 300: 7.5}}, {"biases": {200: 8.0, frequent: -5.0, 300: 7.5}}),
+        ({"logit_bias": dict.fromkeys(range(101, 300), 3.0)}, {"biases": dict.fromkeys(range(101, 300), 3.0)}),
+        ({"logit_bias": dict.fromkeys(free, -100)}, {"biases": dict.fromkeys(free, -100.0)}),
+        ({"bad_token_ids": free}, {"banned": free}),
+        ({"allowed_token_ids": [200, 201, 202]}, {"banned": sorted({*range(768)} - {200, 201, 202})}),
+        ({"min_tokens": 30}, {"min_tokens": 30}),
+    )
+    for options, of_reference in rules:
+        output = case.llm.generate(case.prompt, SamplingParams(max_tokens=40, **options, **mode)).outputs[0]
+        assert output.token_ids == case.expected(40, **of_reference), options
+    guided = GuidedDecodingParams(json=drawn_schema(7))
+    biases = dict.fromkeys(case.llm.tokenizer.encode('0123456789"'), 5.0) | {model.eos_token_id[0]: 1.0}
+    params = SamplingParams(max_tokens=60, guided_decoding=guided, logit_bias=biases, **mode)
+    assert case.llm.generate(case.prompt, params).outputs[0].token_ids == case.expected(60, guided, biases=biases)
+
+
+@pytest.mark.parametrize("options", [{"temperature": 1.0}, {"temperature": 0.8, "top_k": 3}, {"top_p": 0.9}], ids=str)
+@pytest.mark.parametrize("seed", range(4))
+def test_draws_are_those_of_ar_with_the_same_seed(case: Case, options: dict[str, Any], seed: int) -> None:
+    guided = GuidedDecodingParams(json=drawn_schema(20 + seed))
+    common: dict[str, Any] = {"max_tokens": 60, "seed": seed, "guided_decoding": guided} | options
+    expected = case.llm.generate(case.prompt, SamplingParams(mode="ar", **common)).outputs[0]
+    for mode in MODES[1:]:
+        output = case.llm.generate(case.prompt, SamplingParams(**common, **mode)).outputs[0]
+        assert output.token_ids == expected.token_ids, mode
+    for extra in ({"logprobs": 2}, {"repetition_penalty": 1.2, "presence_penalty": 0.5}):
+        of_ar = case.llm.generate(case.prompt, SamplingParams(mode="ar", **common, **extra)).outputs[0]
+        of_spec = case.llm.generate(case.prompt, SamplingParams(mode="linear_spec", **common, **extra)).outputs[0]
+        assert of_spec.token_ids == of_ar.token_ids
+        if "logprobs" in extra:
+            assert of_ar.token_ids == expected.token_ids
+
+
+def test_log_probabilities_are_over_the_whole_vocabulary(case: Case) -> None:
+    """Of forced tokens, and of tokens outside the candidates, too."""
+    guided = GuidedDecodingParams(json=drawn_schema(5))
+    params = SamplingParams(max_tokens=30, guided_decoding=guided, logprobs=2, mode="linear_spec", block_length=8)
+    output = case.llm.generate(case.prompt, params).outputs[0]
+    assert output.token_ids == case.expected(30, guided)
+    import torch
+
+    with torch.no_grad():
+        logits, _ = case.reference._causal_pass(torch.tensor([*case.prompt, *output.token_ids[:-1]]), [])
+    rows = logits[len(case.prompt) - 1 :].float()
+    rows[:, case.llm.manifest.model.mask_token_id] = -np.inf
+    expected = torch.log_softmax(rows, dim=-1).numpy()
+    assert output.logprobs is not None
+    for row, found in enumerate(output.logprobs):
+        token = output.token_ids[row]
+        assert next(iter(found)) == token
+        assert found[token].logprob == pytest.approx(expected[row, token], abs=2e-4)
+        assert len(found) in (2, 3)
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_bad_words_never_appear_however_they_are_spelled(tiny: LLM, mode: dict[str, Any]) -> None:
+    chat = [{"role": "user", "content": "What is 60% of 440?"}]
+    free = tiny.generate(chat, SamplingParams(max_tokens=60, **mode)).outputs[0].text
+    words = [free[at : at + 3] for at in (2, 9, 15)]
+    text = tiny.generate(chat, SamplingParams(max_tokens=60, bad=words, **mode)).outputs[0].text
+    assert text
+    assert not any(word in text for word in words)
+    alone = tiny.generate(chat, SamplingParams(max_tokens=60, bad=words, mode="ar")).outputs[0].text
+    assert text == alone
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_a_grammar_begins_after_the_thought(tiny: LLM, mode: dict[str, Any]) -> None:
+    schema = {"type": "object", "properties": {"answer": {"type": "integer"}}, "required": ["answer"]}
+    params = SamplingParams(
+        max_tokens=120, max_thinking_tokens=20, guided_decoding=GuidedDecodingParams(json=schema), **mode
+    )
+    output = tiny.generate([{"role": "user", "content": "What is 60% of 440?"}], params, enable_thinking=True).outputs[
+        0
+    ]
+    end = tiny.tokenizer.token_id("</think>")
+    at = output.token_ids.index(end)
+    assert 0 < at <= 20
+    matcher = tiny._grammars.compile(GuidedDecodingParams(json=schema)).matcher()
+    assert all(matcher.take(token) for token in output.token_ids[at + 1 :])
+    ar = tiny.generate(
+        [{"role": "user", "content": "What is 60% of 440?"}],
+        SamplingParams(
+            max_tokens=120, max_thinking_tokens=20, guided_decoding=GuidedDecodingParams(json=schema), mode="ar"
+        ),
+        enable_thinking=True,
+    ).outputs[0]
+    assert output.token_ids == ar.token_ids
+
+
+def test_several_draws_stop_strings_and_reused_prefixes(tiny: LLM) -> None:
+    schema = drawn_schema(5)
+    common: dict[str, Any] = {
+        "max_tokens": 60,
+        "temperature": 1.0,
+        "seed": 3,
+        "guided_decoding": GuidedDecodingParams(json=schema),
+    }
+    spec = tiny.generate(CHAT, SamplingParams(n=4, mode="linear_spec", **common))
+    ar = tiny.generate(CHAT, SamplingParams(n=4, mode="ar", **common))
+    assert [each.token_ids for each in spec.outputs] == [each.token_ids for each in ar.outputs]
+    assert len({each.text for each in ar.outputs}) > 1
+    assert spec.outputs[1].counts.cached_tokens > 0
+    stopped = tiny.generate(CHAT, SamplingParams(stop='"', mode="linear_spec", **common)).outputs[0]
+    assert stopped.stop_reason == '"'
+    assert ar.outputs[0].text.startswith(stopped.text)
+
+
+def test_forced_text_costs_no_drafts(tiny: LLM) -> None:
+    """A constant of many tokens comes in one cycle behind its first token, and its end in no pass at all."""
+    guided = GuidedDecodingParams(regex="the quick brown fox jumps over the lazy dog (again|twice)[.]")
+    output = tiny.generate(CHAT, SamplingParams(max_tokens=80, guided_decoding=guided, mode="auto")).outputs[0]
+    assert output.finish_reason == "stop"
+    assert output.counts.commit <= 4
+    assert output.origins.count("forced") > 15
+    assert output.counts.drafted < 60
+
+
+def test_a_logits_processor_sees_the_candidates_and_decides(tiny: LLM) -> None:
+    seen: list[int] = []
+
+    def prefer_even(tokens: Any, candidates: np.ndarray, logits: np.ndarray) -> np.ndarray:
+        seen.append(len(tokens))
+        return np.where(candidates % 2 == 0, logits + 50, logits)
+
+    for mode in MODES:
+        seen.clear()
+        params = SamplingParams(max_tokens=20, logits_processor=prefer_even, **mode)
+        output = tiny.generate(CHAT, params).outputs[0]
+        assert all(token % 2 == 0 for token in output.token_ids)
+        assert seen == list(range(output.length))
+    with pytest.raises(TriModeError, match="must return 64 numbers"):
+        tiny.generate(CHAT, SamplingParams(logits_processor=lambda *_: np.zeros(3), mode="ar"))
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"mode": "diffusion", "guided_decoding": GuidedDecodingParams(json_object=True)}, "use mode linear_spec"),
+        ({"mode": "diffusion", "logit_bias": {200: 1.0}}, "use mode linear_spec"),
+        ({"mode": "diffusion", "min_tokens": 3}, "use mode linear_spec"),
+        ({"ignore_eos": True, "guided_decoding": GuidedDecodingParams(json_object=True)}, "ignore_eos"),
+        ({"guided_decoding": {"json_object": True}}, "GuidedDecodingParams"),
+        ({"logit_bias": {"200": 1.0}}, "numbers by token id"),
+        ({"logit_bias": {200: float("inf")}}, "numbers by token id"),
+        ({"logit_bias": {768: 1.0}}, "outside the model's vocabulary"),
+        ({"logit_bias": dict.fromkeys(range(301), 1.0)}, "at most 300"),
+        ({"allowed_token_ids": []}, "not empty"),
+        ({"bad": [""]}, "without empty strings"),
+        ({"bad_token_ids": ["a"]}, "a list of token ids"),
+        ({"min_tokens": 50, "max_tokens": 40}, "more than max_tokens"),
+        ({"logits_processor": 3}, "a function"),
+        ({"guided_decoding": GuidedDecodingParams(regex="a{")}, "regex cannot be compiled"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused(tiny: LLM, options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(TriModeError, match=reason):
+        tiny.generate(CHAT, SamplingParams(**options))
+
+
+def test_rules_that_contradict_each_other_end_one_answer_and_harm_no_other(tiny: LLM) -> None:
+    impossible = SamplingParams(
+        guided_decoding=GuidedDecodingParams(regex="[0-9]{3}"), allowed_token_ids=[200], mode="linear_spec"
+    )
+    free = SamplingParams(max_tokens=40, mode="linear_spec")
+    alone = tiny.generate(CHAT, free).outputs[0]
+    beside = tiny.generate_async(CHAT, free)
+    with pytest.raises(GrammarError, match="no token is legal after 0 tokens"):
+        tiny.generate_async(CHAT, impossible).result()
+    assert beside.result().outputs[0].token_ids == alone.token_ids
+
+
+def test_a_diffusion_default_is_refused_with_a_grammar(tiny_engine: Path) -> None:
+    with (
+        LLM(tiny_engine, mode="diffusion", measure_passes=False) as llm,
+        pytest.raises(TriModeError, match="linear_spec"),
+    ):
+        llm.generate(CHAT, SamplingParams(guided_decoding=GuidedDecodingParams(json_object=True)))
