@@ -106,11 +106,12 @@ clean: ## Remove environments, engines and caches
 	rm -rf $(VENV) $(TRITON) $(PEERS) .clients engines site dist .gpu .setuptools .mypy_cache .ruff_cache .pytest_cache \
 		.hypothesis .import_linter_cache
 
-# Installed in place: every tool sees each change of the working tree.
+# Installed in place: every tool sees each change of the working tree. Without [tensorrt], gigabytes that only a
+# machine with a GPU can use: the tests need only its bindings, which [dev] has.
 $(VENV)/.package: pyproject.toml trimode/__init__.py common/version.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[build,cuda,rtx,tensorrt,serve,dev,docs]'
+	$(BIN)/python -m pip install --quiet --editable '.[build,cuda,rtx,serve,dev,docs]'
 	@touch $@
 
 # An environment of its own: the Python backend needs numpy 1.

@@ -15,7 +15,7 @@ from trimode.runtime import loading
 
 _PACKAGES = (
     *("onnxruntime", "onnx", "torch", "nvidia-modelopt", "tensorrt-rtx-cu13", "cuda-bindings"),
-    *("triton", "tensorrt"),
+    *("triton", "tensorrt-cu13", "tensorrt"),
 )
 
 
@@ -54,14 +54,9 @@ def examine() -> Findings:
 
 def _targets(installation: Installation) -> dict[str, str]:
     return {
-        name: f"{_runs(name, installation)}; {target.can_build(installation)}"
+        name: f"{loading.TARGETS[name].can_run(installation)}; {target.can_build(installation)}"
         for name, target in registry.TARGETS.items()
     }
-
-
-def _runs(name: str, installation: Installation) -> str:
-    target = loading.TARGETS.get(name)
-    return "does not run: this version has no executor for it" if target is None else target.can_run(installation)
 
 
 def _version(package: str) -> str | None:

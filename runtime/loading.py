@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-from trimode.common.errors import TriModeError
 from trimode.common.progress import Progress, no_progress
 from trimode.engine.files import TOKENIZER, verify_files
 from trimode.engine.manifest import Manifest
@@ -17,12 +15,7 @@ from trimode.runtime.executor import Executor
 from trimode.runtime.kv.default_budget import default_kv_bytes
 from trimode.runtime.target import HostLimits, RuntimeTarget
 
-# Targets without a package in runtime/ can be built and not run.
-TARGETS: dict[str, RuntimeTarget] = {
-    name: import_module(f"trimode.runtime.{name}.target").TARGET
-    for name in NAMES
-    if find_spec(f"trimode.runtime.{name}") is not None
-}
+TARGETS: dict[str, RuntimeTarget] = {name: import_module(f"trimode.runtime.{name}.target").TARGET for name in NAMES}
 
 
 class LoadedEngine(NamedTuple):
@@ -51,13 +44,7 @@ def load_engine(
     if verify:
         verify_files(folder, manifest.files, progress)
     tokenizer = Tokenizer.from_folder(folder / TOKENIZER)
-    name = manifest.target.name
-    if name not in TARGETS:
-        raise TriModeError(
-            f"{folder} is for target {name}, which this version builds and does not run; build for another one: "
-            f"trimode build CHECKPOINT OUT --target {' or '.join(TARGETS)}"
-        )
     if kv_cache_bytes is None:
         kv_cache_bytes = default_kv_bytes(sum(entry.bytes for entry in manifest.files))
-    executor = TARGETS[name].load_executor(folder, manifest, HostLimits(threads, kv_cache_bytes))
+    executor = TARGETS[manifest.target.name].load_executor(folder, manifest, HostLimits(threads, kv_cache_bytes))
     return LoadedEngine(manifest, tokenizer, executor)

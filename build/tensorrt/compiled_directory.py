@@ -50,7 +50,7 @@ def require_tensorrt(remedy: str) -> Gpu:
     try:
         import tensorrt  # noqa: F401
     except (ImportError, OSError) as error:
-        missing.append(f"the package tensorrt ({str(error).splitlines()[0]}; pip install 'tensorrt>=11.4,<12')")
+        missing.append(f"the package tensorrt ({str(error).splitlines()[0]}; pip install 'trimode[tensorrt]')")
     gpus = find_gpus()
     if not gpus.found:
         missing.append(f"an NVIDIA GPU (driver: {gpus.driver})")

@@ -14,7 +14,7 @@ from trimode.common.installation import Installation
 from trimode.common.progress import Progress
 from trimode.engine.kernel_library import COMPUTE_CAPABILITIES
 from trimode.engine.manifest import Limits
-from trimode.engine.targets.tensorrt import TensorrtSection
+from trimode.engine.targets.tensorrt import TensorrtSection, has_tensorrt
 from trimode.model.checkpoint import Checkpoint
 
 
@@ -62,8 +62,8 @@ class TensorrtTarget(GpuTarget):
     def can_build(cls, installation: Installation) -> str:
         if not installation.has("onnx", "triton"):
             return "does not build: pip install 'trimode[build]'"
-        if not installation.has("tensorrt"):
-            return "builds with --emit-only; to compile: pip install 'tensorrt>=11.4,<12' on a machine with a GPU"
+        if not has_tensorrt(installation):
+            return "builds with --emit-only; to compile: pip install 'trimode[tensorrt]' on a machine with a GPU"
         if not installation.gpus.found:
             return "builds with --emit-only; to compile it needs an NVIDIA GPU and its driver"
         return "builds"

@@ -1,8 +1,8 @@
 """The targets, by name.
 
 A new target adds its name to :data:`NAMES`; no other shared code changes. By convention, ``engine/targets/<name>.py``
-has its ``SECTION`` of the manifest, ``build/<name>/target.py`` its ``TARGET`` for builds, and, if this version runs its
-engines, ``runtime/<name>/target.py`` its ``TARGET`` for the runtime.
+has its ``SECTION`` of the manifest, ``build/<name>/target.py`` its ``TARGET`` for builds, and
+``runtime/<name>/target.py`` its ``TARGET`` for the runtime.
 """
 
 from __future__ import annotations

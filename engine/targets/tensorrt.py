@@ -10,6 +10,7 @@ from typing import Literal
 
 from pydantic import PositiveInt
 
+from trimode.common.installation import Installation
 from trimode.engine.record import Record
 from trimode.engine.targets.section import TargetSection, compute_capabilities
 
@@ -43,6 +44,11 @@ class TensorrtSection(TargetSection):
         plans = self.plans
         compiled = "TensorRT, not compiled yet" if plans is None else f"TensorRT {plans.tensorrt} on {plans.gpu}"
         return f"{compiled}; kernels for {compute_capabilities(self.sms)}"
+
+
+def has_tensorrt(installation: Installation) -> bool:
+    """Whether TensorRT is installed, as the package of the extra ``[tensorrt]`` or as NVIDIA's containers have it."""
+    return installation.has("tensorrt-cu13") or installation.has("tensorrt")
 
 
 SECTION = TensorrtSection

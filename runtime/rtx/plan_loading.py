@@ -22,6 +22,7 @@ from trimode.engine.files import POOL
 from trimode.engine.plan_file import PlanEntry, whole_plan
 from trimode.engine.targets.rtx import PLAN, RtxSection
 from trimode.runtime.gpu.device import Bytes, Device
+from trimode.runtime.gpu.plan_log import LastErrorLog
 
 logger = logging.getLogger(__name__)
 
@@ -45,28 +46,17 @@ class Plans:
     weights: WeightPlacement
 
 
-class _LastErrorLog(trt.ILogger):  # type: ignore[misc]
-    """Keeps the last error message. TensorRT's functions return None on failure and log the reason."""
-
+class _RtxLog(LastErrorLog, trt.ILogger):  # type: ignore[misc]
     def __init__(self) -> None:
-        super().__init__()
-        self.complaint = ""
+        trt.ILogger.__init__(self)
+        LastErrorLog.__init__(self, "TensorRT-RTX")
 
     def log(self, severity: trt.ILogger.Severity, message: str) -> None:
-        if severity <= trt.ILogger.Severity.ERROR:
-            self.complaint = message.splitlines()[0] if message else ""
-        logger.debug("TensorRT-RTX: %s", message)
+        self.keep(message, severity <= trt.ILogger.Severity.ERROR)
 
 
 # TensorRT-RTX uses the first logger of a process for all runtimes.
-_LOG = _LastErrorLog()
-
-
-def expect(result: Any, what: str) -> Any:
-    """The result of a TensorRT call. Raises RuntimeError with TensorRT's message if it is None or False."""
-    if result is None or result is False:
-        raise RuntimeError(f"TensorRT-RTX: {what}: {_LOG.complaint or 'no reason given'}")
-    return result
+LOG = _RtxLog()
 
 
 class _Managed(NamedTuple):
@@ -86,7 +76,7 @@ def load_plans(device: Device, engine: Path, entry: RtxSection) -> Plans:
             f"{engine} was built with TensorRT-RTX {entry.tensorrt_rtx}, this is {trt.__version__}; "
             f"pip install tensorrt-rtx-cu13=={entry.tensorrt_rtx}, or build it again"
         )
-    runtime = trt.Runtime(_LOG)
+    runtime = trt.Runtime(LOG)
     engines, managed = [], []
     for name, plan in (("ar", entry.ar), ("diffusion", entry.diffusion)):
         loaded = _deserialise(runtime, engine, name, plan)
@@ -128,19 +118,19 @@ def _deserialise(runtime: Any, engine: Path, name: str, entry: PlanEntry) -> Any
             for name, bit in trt.EngineInvalidityDiagnostics.__members__.items()
             if diagnostics & int(bit)
         ]
-        raise TriModeError(f"{path}: TensorRT-RTX refuses it ({', '.join(found) or _LOG.complaint}); {remedy}")
+        raise TriModeError(f"{path}: TensorRT-RTX refuses it ({', '.join(found) or LOG.complaint}); {remedy}")
     loaded = runtime.deserialize_cuda_engine(content)
     if loaded is None:
-        raise TriModeError(f"{path}: TensorRT-RTX cannot load it ({_LOG.complaint}); {remedy}")
+        raise TriModeError(f"{path}: TensorRT-RTX cannot load it ({LOG.complaint}); {remedy}")
     return loaded
 
 
 def _unload(device: Device, manager: Any) -> _Managed:
     section = np.empty(manager.get_size(), np.uint8)
     saved = manager.save_to_buffer(section.ctypes.data, section.nbytes, trt.TensorLocation.HOST, device.stream)
-    expect(saved, "saving the weights")
+    LOG.expect(saved, "saving the weights")
     device.synchronize()
-    expect(manager.unload(device.stream), "unloading the weights")
+    LOG.expect(manager.unload(device.stream), "unloading the weights")
     return _Managed(manager, section)
 
 
@@ -170,7 +160,7 @@ def _map(device: Device, engines: list[_Managed], piece: _Piece) -> None:
     memory = device.create_physical(content)
     for engine in engines:
         mapped = engine.manager.restore_from_vmm_allocation(int(memory), piece.offset, piece.size, device.stream)
-        expect(mapped, "mapping the weights")
+        LOG.expect(mapped, "mapping the weights")
     device.synchronize()
     device.release_physical(memory)
 

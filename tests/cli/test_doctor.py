@@ -83,14 +83,27 @@ def test_the_command_prints_it() -> None:
     ("installed", "library", "words"),
     [
         ({"onnx"}, absent, "does not build: pip install 'trimode[build]'"),
-        ({"onnx", "triton"}, absent, "builds with --emit-only; to compile: pip install 'tensorrt>=11.4,<12'"),
-        ({"onnx", "triton", "tensorrt"}, absent, "builds with --emit-only; to compile it needs an NVIDIA GPU"),
-        ({"onnx", "triton", "tensorrt"}, lambda _name: LibcudaDouble(), "no executor for it; builds"),
+        ({"onnx", "triton"}, absent, "builds with --emit-only; to compile: pip install 'trimode[tensorrt]'"),
+        ({"onnx", "triton", "tensorrt-cu13"}, absent, "builds with --emit-only; to compile it needs an NVIDIA GPU"),
+        ({"tensorrt-cu13"}, absent, "does not run: it needs an NVIDIA GPU and its driver; does not build"),
+        ({"tensorrt-cu13"}, LibcudaDouble(), "does not run: pip install 'trimode[tensorrt]'; does not build"),
+        ({"cuda-bindings"}, LibcudaDouble(), "does not run: pip install 'trimode[tensorrt]'; does not build"),
+        (
+            {"tensorrt", "cuda-bindings"},
+            LibcudaDouble(capability=(7, 5)),
+            "it needs a GPU of compute capability 80, 86",
+        ),
+        (
+            {"tensorrt", "cuda-bindings"},
+            LibcudaDouble(),
+            "runs on GB10, if compiled there (no plan was ever run); does",
+        ),
+        ({"onnx", "triton", "tensorrt-cu13", "cuda-bindings"}, LibcudaDouble(), "(no plan was ever run); builds"),
     ],
 )
 def test_what_target_tensorrt_lacks(
     monkeypatch: pytest.MonkeyPatch, installed: set[str], library: Any, words: str
 ) -> None:
-    monkeypatch.setattr(ctypes, "CDLL", library)
+    monkeypatch.setattr(ctypes, "CDLL", library if callable(library) else lambda _name: library)
     monkeypatch.setattr(doctor, "_version", lambda package: "1" if package in installed else None)
     assert words in doctor.examine().targets["tensorrt"]

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from trimode.runtime.gpu import captured_passes, gpu_executor
+from trimode.runtime.executor import BidirectionalStep
+from trimode.runtime.gpu import captured_passes, gpu_executor, plan_context, plan_executor
 from trimode.runtime.gpu.buckets import Bucket
 from trimode.runtime.gpu.device_kv_pool import DeviceKvPool
 from trimode.runtime.gpu.gpu_executor import GpuExecutor
@@ -101,3 +102,38 @@ def padded_past_the_capacity(patch: pytest.MonkeyPatch) -> None:
 
 def _padded(bucket: Bucket) -> Bucket:
     return bucket._replace(step=1 << (bucket.step - 1).bit_length())
+
+
+# Of targets whose engines are plans.
+
+
+def wrong_alias(patch: pytest.MonkeyPatch) -> None:
+    """A layer's updated keys are bound to the memory of its values, and its values to that of its keys."""
+    cache_outputs = plan_context.cache_outputs
+
+    def crossed(layers: int) -> list[str]:
+        first, second, *rest = cache_outputs(layers)
+        return [second, first, *rest]
+
+    patch.setattr(plan_context, "cache_outputs", crossed)
+
+
+def keys_of_another_layer(patch: pytest.MonkeyPatch) -> None:
+    """One engine uses the keys of layer 0 as those of layer 1, aliases included."""
+    address, bind = DeviceKvPool.address, GpuExecutor._bind
+    crossed = {0: 2, 2: 0}
+
+    def binding(self: Any, bucket: Bucket) -> Any:
+        with pytest.MonkeyPatch.context() as inner:
+            if bucket.kind is BidirectionalStep:
+                inner.setattr(
+                    DeviceKvPool, "address", lambda self, cache, slot: address(self, crossed.get(cache, cache), slot)
+                )
+            return bind(self, bucket)
+
+    patch.setattr(GpuExecutor, "_bind", binding)
+
+
+def rows_of_masks_not_split(patch: pytest.MonkeyPatch) -> None:
+    """A pass has more rows with a mask than the plans take."""
+    patch.setattr(plan_executor, "MOST_MASKED_ROWS", 1 << 20)

@@ -1,9 +1,12 @@
 """A double of TensorRT's parser and builder. It reads the emitted graph and queries each plugin, through the classes of
-the real bindings, for its shapes and a kernel for every tactic.
+the real bindings, for its shapes and a kernel for every tactic. Its plan is the hash of the graph and the profiles, for
+:mod:`tests.support.tensorrt_runtime_double`.
 """
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -11,6 +14,7 @@ import onnx
 import pytest
 
 from tests.support.plugin_builder import INPUTS, Built, Input, build
+from trimode.engine.files import hash_file
 from trimode.plugins.operators import DOMAIN, OPERATORS, Attend, Int4Product, KvWrite, MergeSplits
 from trimode.plugins.operators.int4_product import WORD
 
@@ -67,7 +71,7 @@ class TensorrtDouble:
             if not config.progress_monitor.step_complete("plugins", step):
                 return None
         config.progress_monitor.phase_finish("plugins")
-        return f"a plan of {len(network.plugins)} plugins".encode()
+        return json.dumps({"graph": network.graph, "profiles": self.profiles[-1]}).encode()
 
 
 class _Network:
@@ -78,7 +82,7 @@ class _Network:
 
     def parse(self, path: str) -> bool:
         """Like TensorRT's parser: a node becomes the plugin of its name, namespace and version."""
-        model = onnx.load(path)
+        model, self.graph = onnx.load(path), hash_file(Path(path))
         shaped = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
         self._values = {value.name: value for value in (*shaped.input, *shaped.value_info, *shaped.output)}
         self._inputs = list(model.graph.input)

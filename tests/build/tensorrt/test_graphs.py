@@ -186,7 +186,7 @@ def test_info_shows_an_engine_that_is_not_compiled_and_generate_refuses_it(emitt
     assert "top 4 logits, batch up to 4, step up to 256" in shown
     declined = trimode("generate", emitted, "--prompt", "hello")
     assert (declined.returncode, declined.stderr.count("\n")) == (2, 1)
-    assert "does not run" in declined.stderr
+    assert f"has no plans yet; on the machine with the GPU, run: trimode compile {emitted}" in declined.stderr
 
 
 @pytest.mark.parametrize(

@@ -14,16 +14,14 @@ from tests.runtime.rtx.conftest import CAPACITY, MAX_BATCH, MAX_STEP, Engines, M
 from tests.support import executor_cases, gpu_faults
 from tests.support.driver_double import FaultError
 from tests.support.executor_cases import CLOSE, FAR, MASK, RUNS, Run, StepCases
+from tests.support.executor_texts import MODES, answers, conversations, listen
 from tests.support.rtx_double import misremembered_calls
 from trimode import LLM, SamplingParams
 from trimode.common.errors import TriModeError
 from trimode.engine.plan_file import MOST_ASKED
 from trimode.runtime.executor import BidirectionalStep, CausalStep
 from trimode.runtime.gpu import gpu_executor
-from trimode.runtime.gpu.device_kv_pool import DeviceKvPool
 from trimode.runtime.loading import load_engine
-from trimode.runtime.rtx import execution_contexts, rtx_executor
-from trimode.runtime.rtx.execution_contexts import RtxNetwork
 from trimode.runtime.scheduling.pass_cost import PassCost
 
 
@@ -34,19 +32,6 @@ def test_the_double_has_the_signatures_of_the_real_calls() -> None:
 # Whole texts.
 
 
-MODES: list[dict[str, Any]] = [
-    {"mode": "ar"},
-    {"mode": "linear_spec", "block_length": 16},
-    {"mode": "linear_spec", "block_length": 7, "draft_threshold": 0.5, "adapter": False},
-    {"mode": "auto", "block_length": 8},
-    {"mode": "diffusion", "block_length": 8},
-]
-
-
-def conversations(heldout: list[dict]) -> list[Any]:
-    return [record["messages"] for record in heldout[::29][:6]]
-
-
 @pytest.mark.usefixtures("machine")
 @pytest.mark.parametrize("options", MODES, ids=str)
 @pytest.mark.parametrize("at_once", [1, MAX_BATCH])
@@ -54,12 +39,8 @@ def test_tokens_equal_those_of_target_cpu(
     fp16: Engines, heldout: list[dict], options: dict[str, Any], at_once: int
 ) -> None:
     """Alone and in batches. Texts that begin alike reuse the KV rows of earlier answers."""
-    answers = []
-    for engine in (fp16.cpu, fp16.rtx):
-        with LLM(engine, max_batch_size=at_once) as llm:
-            outputs = llm.generate(conversations(heldout), SamplingParams(max_tokens=60, **options))
-            answers.append([output.outputs[0].token_ids for output in outputs])
-    assert answers[0] == answers[1]
+    expected, found = (answers(engine, heldout, options, at_once) for engine in (fp16.cpu, fp16.rtx))
+    assert found == expected
 
 
 def test_modes_share_a_batch(
@@ -100,22 +81,6 @@ def test_self_speculation_waits_once_a_cycle(fp16: Engines, machine: Machine, he
     assert output.counts.draft == output.counts.commit == output.counts.cycles > 1
     assert output.counts == expected.counts  # the same drafts were accepted
     assert machine.cuda.launches > 0
-
-
-def listen(executor: Any) -> list[tuple[str, Any]]:
-    """A list that records the name and the step of each later call of ``executor``."""
-    calls: list[tuple[str, Any]] = []
-
-    def listening(name: str, call: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        def called(step: Any) -> Any:
-            calls.append((name, step))
-            return call(step)
-
-        return called
-
-    for name in ("run", "speculate"):
-        setattr(executor, name, listening(name, getattr(executor, name)))
-    return calls
 
 
 @pytest.mark.usefixtures("machine")
@@ -185,7 +150,7 @@ def test_more_asked_ids_than_a_plan_takes_are_refused(fp16: Engines) -> None:
     for asked in (MOST_ASKED, MOST_ASKED + 1):
         asking = replace(step, asked_ids=np.zeros((1, 1, asked), np.int64))
         if asked > MOST_ASKED:
-            with pytest.raises(TriModeError, match="513 asked ids of a row; plans of target rtx take 512"):
+            with pytest.raises(TriModeError, match="513 asked ids of a row; plans take 512"):
                 engine.run(asking)
         else:
             found = engine.run(asking).asked_logits
@@ -196,41 +161,9 @@ def test_more_asked_ids_than_a_plan_takes_are_refused(fp16: Engines) -> None:
 # Planted faults that the tests above must detect.
 
 
-def wrong_alias(patch: pytest.MonkeyPatch) -> None:
-    """A layer's updated keys are bound to the memory of its values, and its values to that of its keys."""
-    cache_outputs = execution_contexts.cache_outputs
-
-    def crossed(layers: int) -> list[str]:
-        first, second, *rest = cache_outputs(layers)
-        return [second, first, *rest]
-
-    patch.setattr(execution_contexts, "cache_outputs", crossed)
-
-
-def keys_of_another_layer(patch: pytest.MonkeyPatch) -> None:
-    """One engine uses the keys of layer 0 as those of layer 1, aliases included."""
-    address, bind = DeviceKvPool.address, RtxNetwork.bind
-    crossed = {0: 2, 2: 0}
-
-    def binding(self: Any, bucket: Any, inputs: Any, results: Any) -> Any:
-        with pytest.MonkeyPatch.context() as inner:
-            if bucket.kind is BidirectionalStep:
-                inner.setattr(
-                    DeviceKvPool, "address", lambda self, cache, slot: address(self, crossed.get(cache, cache), slot)
-                )
-            return bind(self, bucket, inputs, results)
-
-    patch.setattr(RtxNetwork, "bind", binding)
-
-
 def window_too_short(patch: pytest.MonkeyPatch) -> None:
     bucket_of = gpu_executor.bucket_of
     patch.setattr(gpu_executor, "bucket_of", lambda *given: bucket_of(*given)._replace(window=128))
-
-
-def rows_of_masks_not_split(patch: pytest.MonkeyPatch) -> None:
-    """A pass has more rows with a mask than the plans take."""
-    patch.setattr(rtx_executor, "MOST_MASKED_ROWS", MAX_STEP)
 
 
 def test_a_window_that_is_too_short_is_detected(exact: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,8 +177,8 @@ def test_a_window_that_is_too_short_is_detected(exact: Engines, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("plant", "run"),
     [
-        (wrong_alias, StepCases.draft_and_commit),
-        (keys_of_another_layer, StepCases.draft_and_commit),
+        (gpu_faults.wrong_alias, StepCases.draft_and_commit),
+        (gpu_faults.keys_of_another_layer, StepCases.draft_and_commit),
         (gpu_faults.stale_graph, StepCases.some_of_the_slots),
         (gpu_faults.slot_off_by_one, StepCases.draft_and_commit),
         (gpu_faults.padding_is_attended_to, StepCases.draft_and_commit),
@@ -253,7 +186,7 @@ def test_a_window_that_is_too_short_is_detected(exact: Engines, monkeypatch: pyt
         (gpu_faults.masks_not_uploaded, StepCases.masked),
         (gpu_faults.masked_buckets_are_ordinary, StepCases.masked),
         (gpu_faults.asked_ids_in_another_order, StepCases.masked),
-        (rows_of_masks_not_split, StepCases.masked_rows_of_a_long_step),
+        (gpu_faults.rows_of_masks_not_split, StepCases.masked_rows_of_a_long_step),
         (gpu_faults.draft_not_copied, StepCases.speculated),
         (gpu_faults.results_taken_early, StepCases.draft_and_commit),
         (gpu_faults.padded_past_the_capacity, StepCases.up_to_the_capacity),
