@@ -98,10 +98,12 @@ class BidirectionalStep(Step):
         positions = write_indices[:, None] + _places(input_ids.shape[1])
         return cls(first_slot, input_ids, positions, write_indices, logit_rows, step_lengths, adapter, top_k=top_k)
 
-    def verification(self, drafted: Ints | None = None) -> CausalStep:
-        """The causal pass over the same rows. ``drafted`` [B, S] replaces the tokens behind the pending token."""
+    def verification(self, drafted: Ints | None = None, top_k: int | None = None) -> CausalStep:
+        """The causal pass over the same rows. ``drafted`` [B, S] replaces the tokens behind the pending token. top_k:
+        candidates needed of each of its rows; a draft's tokens may be greedy where the text's are drawn.
+        """
         ids = self.input_ids if drafted is None else np.concatenate([self.input_ids[:, :1], drafted[:, 1:]], axis=1)
-        return CausalStep.chain(self.first_slot, ids, self.write_indices, self.logit_rows)
+        return CausalStep.chain(self.first_slot, ids, self.write_indices, self.logit_rows, top_k)
 
 
 class Candidates(NamedTuple):
@@ -170,7 +172,7 @@ class Executor(Protocol):
 
 
 class Speculated(NamedTuple):
-    """Candidates of all rows, [B, S, k], of a draft and of the causal pass that verifies it."""
+    """Candidates of all rows, [B, S, k], of a draft and of the causal pass that verifies it. k may differ."""
 
     drafted: Candidates
     verified: Candidates
@@ -180,10 +182,11 @@ class Speculated(NamedTuple):
 class SpeculatingExecutor(Executor, Protocol):
     """An executor that runs a draft and its verification without the host in between."""
 
-    def speculate(self, draft: BidirectionalStep) -> Speculated:
+    def speculate(self, draft: BidirectionalStep, top_k: int | None = None) -> Speculated:
         """Run a draft of whole blocks, and the causal pass over the drafted blocks.
 
         ``draft`` has all its rows as logit rows, no token mask and no asked ids. The best token of each row is the
-        causal pass's input of that row; the first row keeps the pending token.
+        causal pass's input of that row; the first row keeps the pending token. top_k: candidates needed of each row of
+        the causal pass, as in :class:`Step`.
         """
         ...

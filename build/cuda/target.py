@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from trimode.build.gpu_target import GpuTarget
-from trimode.build.target import BuildTarget, Built, option
+from trimode.build.target import BuildTarget, Built, RequestedLimits, option
+from trimode.common.errors import TriModeError
 from trimode.common.extras import requires_extra
 from trimode.common.gpus import find_gpus
 from trimode.common.installation import Installation
@@ -17,6 +18,8 @@ from trimode.engine.kernel_library import COMPUTE_CAPABILITIES
 from trimode.engine.manifest import Limits
 from trimode.engine.targets.cuda import CudaSection
 from trimode.model.checkpoint import Checkpoint
+from trimode.model.config import ModelConfig
+from trimode.plugins.operators.candidates import MOST_CANDIDATES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +41,15 @@ class CudaTarget(GpuTarget):
             "GPUs by compute capability, 121 for 12.1 [default: this machine's, or all known ones].", "--sm"
         ),
     )
+
+    def limits(self, config: ModelConfig, requested: RequestedLimits) -> Limits:
+        """Raises TriModeError for more candidates than the kernels return."""
+        limits = super().limits(config, requested)
+        if limits.top_k > MOST_CANDIDATES:
+            raise TriModeError(
+                f"--top-k is {limits.top_k}; kernels of target cuda return at most {MOST_CANDIDATES} candidates"
+            )
+        return limits
 
     def import_packages(self) -> None:
         with requires_extra("build"):

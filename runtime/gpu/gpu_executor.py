@@ -43,7 +43,7 @@ class GpuExecutor:
         self._staging = {kind: self._allocate_staging(self._largest_ordinary_pass(kind)) for kind in networks}
         self._bound: dict[Bucket, BoundPass] = {}
         self._passes: dict[Bucket, SinglePass] = {}
-        self._cycles: dict[Bucket, SpeculationCycle] = {}
+        self._cycles: dict[tuple[Bucket, Bucket], SpeculationCycle] = {}
 
     def run(self, step: CausalStep | BidirectionalStep) -> Candidates:
         bucket = self._admit(step)
@@ -51,14 +51,14 @@ class GpuExecutor:
             self._passes[bucket] = SinglePass(self._device, self._bind(bucket))
         return self._passes[bucket].run(step)
 
-    def speculate(self, draft: BidirectionalStep) -> Speculated:
+    def speculate(self, draft: BidirectionalStep, top_k: int | None = None) -> Speculated:
         if draft.token_mask is not None or draft.asked:
             raise ValueError("a speculation has no token masks and no asked ids")
-        commit, bucket = draft.verification(), self._admit(draft)
-        if bucket not in self._cycles:
-            bound = self._bind(bucket), self._bind(self._admit(commit))
-            self._cycles[bucket] = SpeculationCycle(self._device, bucket, *bound)
-        return self._cycles[bucket].run(draft, commit)
+        commit = draft.verification(top_k=top_k)
+        buckets = self._admit(draft), self._admit(commit)
+        if buckets not in self._cycles:
+            self._cycles[buckets] = SpeculationCycle(self._device, buckets[0], *map(self._bind, buckets))
+        return self._cycles[buckets].run(draft, commit)
 
     def _admit(self, step: Step) -> Bucket:
         self._refuse(step)

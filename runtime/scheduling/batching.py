@@ -20,14 +20,16 @@ from trimode.runtime.scheduling.pass_cost import EngineName, PassCost
 
 
 class Member(NamedTuple):
-    """A sequence that needs a pass. adapter: whether its drafts use the draft adapter. candidates: the number that each
-    row needs, None for all.
+    """A sequence that needs a pass. adapter: whether its drafts use the draft adapter.
+
+    candidates, draft_candidates: the numbers that the choice of a text's token and of a draft's need, None for all.
     """
 
     slot: int
     needed: Pass
     adapter: bool
     candidates: int | None
+    draft_candidates: int | None = 1
 
 
 class Span(NamedTuple):
@@ -81,7 +83,7 @@ def plan_spans(
 def causal_step(span: Span, committed: Many[int]) -> CausalStep:
     """The span as a pass of the AR engine. Padding writes past the committed rows, where the next pass writes again."""
     ids, rows, write = _arrays(span, committed)
-    step = CausalStep.chain(span.first, ids, write, rows, _candidates(span))
+    step = CausalStep.chain(span.first, ids, write, rows, chosen_among(span))
     masks, asked = _masks(span, rows.shape), _asked(span, rows.shape)
     return step if masks is None and asked is None else dataclasses.replace(step, token_mask=masks, asked_ids=asked)
 
@@ -93,7 +95,20 @@ def bidirectional_step(span: Span, committed: Many[int]) -> BidirectionalStep:
     for member in span.members:
         lengths[member.slot - span.first] = len(member.needed.tokens)
         adapter[member.slot - span.first] = member.adapter
-    return BidirectionalStep.block(span.first, ids, write, rows, lengths, adapter, _candidates(span))
+    wanted = [
+        member.draft_candidates if member.needed.kind == "draft" else member.candidates for member in span.members
+    ]
+    return BidirectionalStep.block(span.first, ids, write, rows, lengths, adapter, _most(wanted))
+
+
+def chosen_among(span: Span) -> int | None:
+    """Candidates that a row needs in the pass that chooses the texts' tokens; None for all."""
+    return _most([member.candidates for member in span.members])
+
+
+def _most(wanted: list[int | None]) -> int | None:
+    """The largest number; None, for all, is larger than any."""
+    return None if None in wanted else max(number for number in wanted if number is not None)
 
 
 def _arrays(span: Span, committed: Many[int]) -> tuple[Ints, Ints, Ints]:
@@ -127,11 +142,6 @@ def _asked(span: Span, shape: tuple[int, ...]) -> Ints | None:
     for index, asked in given:
         all_asked[index, : len(asked), : asked.shape[-1]] = asked
     return all_asked
-
-
-def _candidates(span: Span) -> int | None:
-    wanted = [member.candidates for member in span.members]
-    return None if None in wanted else max(each for each in wanted if each is not None)
 
 
 def _alike(members: list[Member]) -> bool:

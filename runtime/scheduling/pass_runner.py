@@ -19,7 +19,15 @@ import numpy as np
 from trimode.runtime.decoding.acceptance import LONGEST_BLOCK
 from trimode.runtime.decoding.sequence import Pass
 from trimode.runtime.executor import Candidates, Executor, Speculated, SpeculatingExecutor
-from trimode.runtime.scheduling.batching import Member, Span, bidirectional_step, causal_step, plan_spans, span_of
+from trimode.runtime.scheduling.batching import (
+    Member,
+    Span,
+    bidirectional_step,
+    causal_step,
+    chosen_among,
+    plan_spans,
+    span_of,
+)
 from trimode.runtime.scheduling.pass_cost import EngineName, PassCost
 
 log = logging.getLogger(__name__)
@@ -80,7 +88,7 @@ class PassRunner:
             rows = np.tile(np.arange(span.step), (span.batch, 1))
             draft = dataclasses.replace(bidirectional_step(span, committed), logit_rows=rows)
             begun = self._clock()
-            found = speculating.speculate(draft)
+            found = speculating.speculate(draft, chosen_among(span))
             self._observe_both(span, self._clock() - begun)
             return found
 

@@ -258,8 +258,9 @@ class Scheduler:
                     if prefill and prefill + len(needed.tokens) > self._prefill_tokens:
                         continue
                     prefill += len(needed.tokens)
-                candidates = sequence.draft_candidates if needed.kind == "draft" else sequence.candidates
-                members.append(Member(slot, needed, sequence.params.uses_adapter, candidates))
+                members.append(
+                    Member(slot, needed, sequence.params.uses_adapter, sequence.candidates, sequence.draft_candidates)
+                )
         return members
 
     def _absorb(self, slot: int, needed: Pass, found: Candidates) -> None:

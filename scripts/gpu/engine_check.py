@@ -142,13 +142,13 @@ def _passes(shape: str, executor: CudaExecutor, rows: int, batch: int, read: int
     draft = BidirectionalStep.block(
         0, ids, committed, all_rows, np.full(batch, BLOCK), np.ones(batch, np.bool_), top_k=1
     )
-    verify = draft.verification()
+    verify = draft.verification(top_k=1)
     kv = batch * rows * executor.pool.row_bytes
     for what, run, passes in (
         ("ar pass", lambda: executor.run(one), 1),
         ("draft", lambda: executor.run(draft), 1),
         ("verify", lambda: executor.run(verify), 1),
-        ("cycle", lambda: executor.speculate(draft), 2),
+        ("cycle", lambda: executor.speculate(draft, 1), 2),
     ):
         times = _wall_times(run)
         yield {

@@ -76,7 +76,9 @@ class ExactLawExecutor:
         if step.token_mask is not None:  # one word a row
             legal = (step.token_mask >> np.arange(VOCABULARY, dtype=np.uint32) & 1).astype(np.bool_)
         asked = None if step.asked_ids is None else np.take_along_axis(logits, step.asked_ids, axis=-1)
-        return candidates(logits, legal)._replace(asked_logits=asked)
+        found = candidates(logits, legal)
+        # No more than the step needs: a greedy row that is drawn from would give its best token.
+        return Candidates(found.logits[..., : step.top_k], found.tokens[..., : step.top_k], found.log_sum_exp, asked)
 
 
 class SpeculatingExactLawExecutor(ExactLawExecutor):
@@ -84,10 +86,10 @@ class SpeculatingExactLawExecutor(ExactLawExecutor):
 
     speculations = 0
 
-    def speculate(self, draft: BidirectionalStep) -> Speculated:
+    def speculate(self, draft: BidirectionalStep, top_k: int | None = None) -> Speculated:
         self.speculations += 1
         drafted = self.run(draft)
-        return Speculated(drafted, self.run(draft.verification(drafted.tokens[..., 0])))
+        return Speculated(drafted, self.run(draft.verification(drafted.tokens[..., 0], top_k)))
 
 
 class NoText:

@@ -33,10 +33,10 @@ def listen(executor: Any) -> list[tuple[str, Any]]:
     """A list that records the name and the step of each later call of ``executor``."""
     calls: list[tuple[str, Any]] = []
 
-    def listening(name: str, call: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        def called(step: Any) -> Any:
+    def listening(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def called(step: Any, *arguments: Any) -> Any:
             calls.append((name, step))
-            return call(step)
+            return call(step, *arguments)
 
         return called
 

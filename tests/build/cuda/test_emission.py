@@ -184,3 +184,9 @@ def test_a_refused_build_leaves_nothing(
     with pytest.raises(TriModeError, match=words):
         build_engine(checkpoint, tmp_path / "out", target=target)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_more_candidates_than_the_kernels_return_are_refused(random_int4_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(TriModeError, match="--top-k is 65; kernels of target cuda return at most 64 candidates"):
+        build_engine(Checkpoint(random_int4_checkpoint), tmp_path / "out", target=CudaTarget(sms=(90,)), top_k=65)
+    assert list(tmp_path.iterdir()) == []

@@ -107,6 +107,23 @@ def test_token_masks_asked_ids_and_single_candidates_follow_from_all_logits(
     np.testing.assert_array_equal(single.tokens[..., 0], everything.tokens[..., 0])
 
 
+def test_a_cycle_returns_the_candidates_that_each_of_its_passes_needs(small: Engines, gpu: Gpu) -> None:
+    """A greedy cycle sends one candidate of each row; a drawn one sends the engine's number of those it draws from."""
+    driver = gpu(small)
+    engine = load_engine(small.cuda, verify=False).executor
+    assert isinstance(engine, SpeculatingExecutor)
+    CASES.prefill(engine)
+    draft, sent, found = replace(CASES.draft_step(), top_k=1), [], []
+    for top_k in (1, None):
+        before = driver.crossed
+        found.append(engine.speculate(draft, top_k))
+        sent.append(driver.crossed - before)
+    (one, greedy), (again, drawn) = found
+    assert [each.tokens.shape[2] for each in (one, greedy, again, drawn)] == [1, 1, 1, TOP_K]
+    np.testing.assert_array_equal(greedy.tokens[..., 0], drawn.tokens[..., 0])
+    assert sent[0] < sent[1]
+
+
 # Planted faults that the tests above must detect.
 
 

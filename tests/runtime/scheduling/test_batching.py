@@ -9,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trimode.runtime.decoding.sequence import Pass
-from trimode.runtime.scheduling.batching import Member, Span, bidirectional_step, causal_step, plan_spans
+from trimode.runtime.scheduling.batching import (
+    Member,
+    Span,
+    bidirectional_step,
+    causal_step,
+    chosen_among,
+    plan_spans,
+    span_of,
+)
 from trimode.runtime.scheduling.pass_cost import EngineName, PassCost
 
 CAPACITY = 40
@@ -70,6 +78,23 @@ def test_neighbours_with_steps_of_one_length_share_a_pass_at_any_cost() -> None:
     assert plan_spans(members, [0] * 5, CAPACITY, "ar", cost) == [Span(2, 4, 3, members)]
 
 
+def test_a_pass_returns_the_candidates_of_the_member_that_needs_most() -> None:
+    """A draft needs one, whatever its text needs."""
+    one, three, every = (member(slot, 2)._replace(candidates=number) for slot, number in enumerate((1, 3, None)))
+    draft = every._replace(needed=every.needed._replace(kind="draft"))
+    committed = [0, 0, 0]
+    for members, chosen, drafted in (
+        ([one], 1, 1),
+        ([one, three], 3, 3),
+        ([one, three, every], None, None),
+        ([draft], None, 1),
+        ([three, draft], None, 3),
+    ):
+        span = span_of(members)
+        assert chosen_among(span) == causal_step(span, committed).top_k == chosen
+        assert bidirectional_step(span, committed).top_k == drafted
+
+
 def test_steps_carry_each_member_and_leave_the_rest_as_padding() -> None:
     members = [member(1, 3), member(3, 2)]
     span = Span(1, 3, 3, members)
@@ -81,6 +106,7 @@ def test_steps_carry_each_member_and_leave_the_rest_as_padding() -> None:
         assert step.position_ids.tolist() == [[5, 6, 7], [7, 8, 9], [2, 3, 4]]
         assert step.logit_rows.tolist() == [[0, 1, 2], [0, 0, 0], [0, 1, 0]]
         assert step.top_k == 1
+    assert chosen_among(span) == 1
     drafted = bidirectional_step(span, committed)
     assert drafted.step_lengths.tolist() == [3, 1, 2]
     assert drafted.adapter.tolist() == [False, False, False]

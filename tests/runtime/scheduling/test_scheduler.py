@@ -291,6 +291,35 @@ def test_an_executor_that_speculates_gives_the_same_texts(batch: int) -> None:
     assert 0 < bench.executor.speculations < bench.executor.passes / 2
 
 
+@pytest.mark.parametrize(
+    ("how", "needed"),
+    [({}, 1), ({"logprobs": 3}, 3), ({"temperature": 1.0, "seed": 5}, None), ({"repetition_penalty": 1.2}, None)],
+    ids=str,
+)
+def test_a_speculation_returns_no_more_candidates_than_the_texts_need(how: dict[str, Any], needed: int | None) -> None:
+    """A draft returns one. Where two requests share a cycle, the one that needs more decides."""
+    params = SamplingParams(max_tokens=20, mode="linear_spec", block_length=4, ignore_eos=True, **how)
+    greedy = SamplingParams(max_tokens=20, mode="linear_spec", block_length=4, ignore_eos=True)
+    bench = Recorder(max_batch=2, executor=SpeculatingExactLawExecutor)
+    asked: list[tuple[int | None, int | None]] = []
+    speculate = bench.executor.speculate
+
+    def record(step: Any, top_k: int | None) -> Any:
+        asked.append((step.top_k, top_k))
+        return speculate(step, top_k)
+
+    bench.executor.speculate = record  # type: ignore[method-assign]
+    numbers = [bench.submit((2, 3), each, seed=5) for each in (params, greedy)]
+    bench.run()
+    assert asked[0] == (1, needed)
+    assert set(asked) <= {(1, needed), (1, 1)}  # the greedy request may be the last one
+    plain = Recorder(max_batch=2)
+    for each in (params, greedy):
+        plain.submit((2, 3), each, seed=5)
+    plain.run()
+    assert [bench.texts[number] for number in numbers] == list(plain.texts.values())
+
+
 def test_a_speculation_that_fails_ends_the_requests_that_fail_alone() -> None:
     bench, expected = Recorder(max_batch=8, prefill_tokens=100, executor=SpeculatingExactLawExecutor), {}
     params = SamplingParams(max_tokens=20, mode="linear_spec", block_length=4)
@@ -299,8 +328,8 @@ def test_a_speculation_that_fails_ends_the_requests_that_fail_alone() -> None:
     bad = max(expected, key=lambda number: len(expected[number]))
     speculate = bench.executor.speculate
 
-    def fail(step: Any) -> Any:
-        found = speculate(step)
+    def fail(step: Any, top_k: int | None) -> Any:
+        found = speculate(step, top_k)
         slots = range(step.first_slot, step.first_slot + step.batch)
         if any(bench.scheduler._running[slot] is bench.requests[bad] for slot in slots):
             raise RuntimeError("a speculation")
