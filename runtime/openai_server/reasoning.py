@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from trimode.model.chat_template import END_THINK, THINK
+from trimode.runtime.openai_server.partial_marks import partial_mark
 
 OPEN, CLOSE = THINK, END_THINK
 
@@ -39,7 +40,7 @@ class ReasoningSplitter:
             if closed:
                 self._mark, self._held = None, rest
             else:
-                kept = _possible_mark(reasoning)
+                kept = partial_mark(reasoning, CLOSE)
                 self._held = reasoning[len(reasoning) - kept :]
                 reasoning = reasoning[: len(reasoning) - kept]
         content = ""
@@ -50,8 +51,3 @@ class ReasoningSplitter:
     def finish(self) -> Split:
         held, self._held = self._held, ""
         return Split(held, "") if self._mark == CLOSE else Split("", held)
-
-
-def _possible_mark(text: str) -> int:
-    """Length of the longest end of ``text`` with which ``CLOSE`` begins."""
-    return next(length for length in range(len(CLOSE) - 1, -1, -1) if text.endswith(CLOSE[:length]))
