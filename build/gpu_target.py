@@ -12,9 +12,6 @@ from trimode.model.config import ModelConfig
 DEFAULT_CAPACITY = 4096
 # Candidates cross from the GPU to the host in every pass.
 DEFAULT_TOP_K = 4
-# Parts of a sequence's KV rows that attention computes in parallel. With 8 KV heads, the attention of one request then
-# has about as many programs as a large GPU has multiprocessors.
-SPLITS = 16
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,14 +12,11 @@ from trimode.common.progress import Progress
 from trimode.engine.kernel_library import COMPUTE_CAPABILITIES, LibraryIndex, LibraryKernel, library_folder
 from trimode.engine.precision import Real
 from trimode.model.checkpoint import Checkpoint
-from trimode.model.config import ModelConfig
 from trimode.plugins.compilation import compile_operator
-from trimode.plugins.operators import DOMAIN, OPERATORS, Constants, Node, Operator, Shapes, Tactic
+from trimode.plugins.operators import DOMAIN, Constants, Node, Operator, Tactic
 from trimode.plugins.operators.int4_product import LEAST_GROUP
 
 _WARP = 32
-# A dimension that is known at run time only.
-_DYNAMIC = -1
 
 
 class NeededKernel(NamedTuple):
@@ -30,18 +27,6 @@ class NeededKernel(NamedTuple):
 
 def plugin_nodes(graph: onnx.ModelProto) -> list[onnx.NodeProto]:
     return [node for node in graph.graph.node if node.domain == DOMAIN]
-
-
-def needed_kernels(graphs: list[onnx.ModelProto], config: ModelConfig) -> dict[str, NeededKernel]:
-    """Every tactic of every plugin in the graphs, by the name of its kernel."""
-    needed: dict[str, NeededKernel] = {}
-    for graph in graphs:
-        weights = {value.name: _fixed(value) for value in graph.graph.input}
-        for node in plugin_nodes(graph):
-            operator = OPERATORS[node.op_type]
-            attributes = {attribute.name: attribute.i for attribute in node.attribute}
-            needed |= kernels_of(operator, Node.of(_fixed_shapes(node, operator, weights, config), attributes))
-    return needed
 
 
 def kernels_of(operator: Operator, node: Node) -> dict[str, NeededKernel]:
@@ -84,28 +69,6 @@ def write_kernels(
 def _untuned(name: str) -> str:
     """The name of a kernel without its tactic."""
     return name.rpartition(".")[0]
-
-
-def _fixed_shapes(
-    node: onnx.NodeProto, operator: Operator, weights: dict[str, tuple[int, ...]], config: ModelConfig
-) -> Shapes:
-    """The fixed dimensions of a node's inputs. The graph gives those of weights, the config the others."""
-    heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    activations = {
-        "qkv": (_DYNAMIC, _DYNAMIC, config.query_width + 2 * config.kv_width),
-        "q": (_DYNAMIC, heads, _DYNAMIC, size),
-        "k_cache": (_DYNAMIC, kv_heads, _DYNAMIC, size),
-        "partial": (_DYNAMIC, _DYNAMIC, heads, _DYNAMIC, size),
-    }
-    return {
-        operand.name: activations.get(operand.name) or weights.get(name, ())
-        for operand, name in zip(operator.inputs, node.input, strict=True)
-    }
-
-
-def _fixed(value: onnx.ValueInfoProto) -> tuple[int, ...]:
-    dims = value.type.tensor_type.shape.dim
-    return tuple(dim.dim_value if dim.HasField("dim_value") else _DYNAMIC for dim in dims)
 
 
 def refuse_unknown_gpus(sms: tuple[int, ...]) -> None:

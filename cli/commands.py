@@ -15,6 +15,7 @@ SUMMARIES = {
     "quantize": "Quantise a checkpoint to w4a16.",
     "build": "Build the engine directory of a checkpoint.",
     "compile": "Compile the plans of an engine that was built with --emit-only.",
+    "convert": "Convert an engine between targets cuda and tensorrt.",
     "export": "Export a checkpoint's AR half for another program.",
     "info": "Describe an engine directory.",
     "doctor": "Show what this machine can build and run.",

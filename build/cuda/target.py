@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from trimode.build.gpu_target import GpuTarget
-from trimode.build.target import BuildTarget, Built, RequestedLimits, option
-from trimode.common.errors import TriModeError
-from trimode.common.extras import requires_extra
+from trimode.build.kernel_target import KernelTarget
+from trimode.build.target import BuildTarget, Built, option
 from trimode.common.gpus import find_gpus
 from trimode.common.installation import Installation
 from trimode.common.progress import Progress
@@ -18,12 +15,13 @@ from trimode.engine.kernel_library import COMPUTE_CAPABILITIES
 from trimode.engine.manifest import Limits
 from trimode.engine.targets.cuda import CudaSection
 from trimode.model.checkpoint import Checkpoint
-from trimode.model.config import ModelConfig
-from trimode.plugins.operators.candidates import MOST_CANDIDATES
+
+if TYPE_CHECKING:
+    from trimode.build.kernel_network import KernelNetwork
 
 
 @dataclass(frozen=True, kw_only=True)
-class CudaTarget(GpuTarget):
+class CudaTarget(KernelTarget):
     """dtype: fp32 is for proofs; its products run without tensor cores.
 
     sms: compute capabilities that kernels are compiled for, 121 for 12.1. None: that of this machine's GPU and 8.0, or
@@ -42,25 +40,20 @@ class CudaTarget(GpuTarget):
         ),
     )
 
-    def limits(self, config: ModelConfig, requested: RequestedLimits) -> Limits:
-        """Raises TriModeError for more candidates than the kernels return."""
-        limits = super().limits(config, requested)
-        if limits.top_k > MOST_CANDIDATES:
-            raise TriModeError(
-                f"--top-k is {limits.top_k}; kernels of target cuda return at most {MOST_CANDIDATES} candidates"
-            )
-        return limits
-
-    def import_packages(self) -> None:
-        with requires_extra("build"):
-            import_module("trimode.build.cuda.emission")
-
     def build(self, checkpoint: Checkpoint, folder: Path, limits: Limits, progress: Progress) -> Built:
-        from trimode.build.cuda.emission import write_cuda_engines
+        from trimode.build.kernel_network import write_pool_and_kernels
 
         sms = self.sms or _sms_of_this_machine()
-        pool = write_cuda_engines(checkpoint, folder, self.dtype, sms, limits, progress)
-        return Built(CudaSection(sms=sms), pool)
+        network = write_pool_and_kernels(checkpoint, folder, self.name, self.dtype, sms, limits, progress)
+        return Built(self.write_engines(network, folder, sms, progress), network.pool.entries())
+
+    def write_engines(
+        self, network: KernelNetwork, folder: Path, sms: tuple[int, ...], progress: Progress
+    ) -> CudaSection:
+        from trimode.build.cuda.emission import write_launches
+
+        write_launches(network, folder, progress)
+        return CudaSection(sms=sms)
 
     @classmethod
     def can_build(cls, installation: Installation) -> str:

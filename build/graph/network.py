@@ -23,6 +23,7 @@ from trimode.build.graph.operator_functions import (
     int4_product_function,
     kv_write_function,
     merge_function,
+    qkv_product_function,
 )
 from trimode.build.graph.raw_pool import PooledLayer, PooledLinear, PoolRange, RawPool
 from trimode.build.graph.split_products import SplitProducts
@@ -31,7 +32,7 @@ from trimode.engine.precision import NUMPY_TYPES, Real
 from trimode.model.config import ModelConfig
 from trimode.model.rope import query_scales, yarn_frequencies
 from trimode.model.step import AttentionPattern, adapter_inputs, cache_inputs, cache_outputs, cache_views, mask_words
-from trimode.plugins.operators import Int4Product
+from trimode.plugins.operators import Int4Product, QkvProduct
 from trimode.plugins.operators.candidates import NEVER
 
 REAL_TYPES: dict[Real, int] = {
@@ -225,8 +226,9 @@ class _NetworkGraph:
 
     def _attention(self, x: str, layer: PooledLayer, index: int) -> str:
         """Write the step's keys and values, and attend: [batch, step, query width]."""
-        qkv, plugins = self._linear(x, layer.qkv_proj), self.options.plugins
-        return self._attend(qkv, index) if plugins is None else self._attend_by_plugins(qkv, index, plugins.splits)
+        if self.options.plugins is None:
+            return self._attend(self._linear(x, layer.qkv_proj), index)
+        return self._attend_by_plugins(x, layer.qkv_proj, index, self.options.plugins.splits)
 
     def _attend(self, qkv: str, index: int) -> str:
         config = self.config
@@ -249,14 +251,15 @@ class _NetworkGraph:
         attended = self.op("Transpose", attended, perm=[0, 2, 1, 3])
         return self.op("Reshape", attended, [0, 0, config.query_width])
 
-    def _attend_by_plugins(self, qkv: str, index: int, splits: int) -> str:
+    def _attend_by_plugins(self, x: str, linear: PooledLinear, index: int, splits: int) -> str:
         config = self.config
         caches = cache_inputs(config.num_hidden_layers)[2 * index : 2 * index + 2]
         updated = cache_outputs(config.num_hidden_layers)[2 * index : 2 * index + 2]
-        rotations = (*self.query_rotation, *self.key_rotation)
-        (q,) = self._plugin(
-            kv_write_function(config.head_dim), [qkv, *rotations, self.write_indices, *caches], [f"q.{index}"], updated
-        )
+        written, q = [*self.query_rotation, *self.key_rotation, self.write_indices, *caches], f"q.{index}"
+        if linear.paired:
+            self._qkv_product(x, linear, written, q, updated)
+        else:
+            self._plugin(kv_write_function(config.head_dim), [self._linear(x, linear), *written], [q], updated)
         attend = attend_function("masked" if self.pattern == "causal" else "bidirectional")
         seen = [q, *updated, self.write_indices, self.visibility]
         parts = self._plugin(attend, seen, [f"partial.{index}", f"log_sum_exp.{index}"], splits=splits)
@@ -315,11 +318,17 @@ class _NetworkGraph:
         return self.op("MatMul", self.op("Cast", self.op("Equal", logit_rows, rows), to=self.real), x)
 
     def _mlp(self, x: str, residual: str, layer: PooledLayer) -> str:
-        gate, up = f"{layer.gate_up_proj.weight.name}.gate", f"{layer.gate_up_proj.weight.name}.up"
+        return self._linear(self._activated(x, layer.gate_up_proj), layer.down_proj, residual)
+
+    def _activated(self, x: str, linear: PooledLinear) -> str:
+        """gate sigmoid(gate) up. A product of pairs of columns computes it."""
+        gate_up = self._linear(x, linear)
+        if linear.paired:
+            return gate_up
+        gate, up = f"{linear.weight.name}.gate", f"{linear.weight.name}.up"
         widths = [self.config.intermediate_size, self.config.intermediate_size]
-        self.graph.node("Split", [self._linear(x, layer.gate_up_proj), widths], [gate, up], axis=-1)
-        activated = self.op("Mul", gate, self.op("Sigmoid", gate))
-        return self._linear(self.op("Mul", activated, up), layer.down_proj, residual)
+        self.graph.node("Split", [gate_up, widths], [gate, up], axis=-1)
+        return self.op("Mul", self.op("Mul", gate, self.op("Sigmoid", gate)), up)
 
     def _linear(
         self, x: str, linear: PooledLinear, residual: str | None = None, adapter: tuple[str, str] | None = None
@@ -345,6 +354,7 @@ class _NetworkGraph:
             input_scale=linear.input_scale is not None,
             adapter=adapter is not None,
             residual=residual is not None,
+            gated=linear.paired,
         )
         pooled = [self.graph.pooled(part) for part in linear.ranges()]
         inputs = [x, *pooled, *(adapter or ()), *([residual] if residual else [])]
@@ -353,6 +363,18 @@ class _NetworkGraph:
             return self._plugin(function, inputs, results)[0]
         results.append(f"{linear.weight.name}.partial")
         return self._plugin(function, [*inputs, counters[0]], results, counters[1:])[0]
+
+    def _qkv_product(self, x: str, linear: PooledLinear, written: list[str], q: str, updated: list[str]) -> None:
+        """Queries ``q``, rotated; keys and values are written."""
+        counters = self.split_products.counters(linear)
+        operator = QkvProduct(split=counters is not None, input_scale=linear.input_scale is not None)
+        inputs = [x, *(self.graph.pooled(part) for part in linear.ranges()), *written]
+        function = qkv_product_function(operator, self.config.head_dim)
+        if counters is None:
+            self._plugin(function, inputs, [q], updated)
+        else:
+            partial = f"{linear.weight.name}.partial"
+            self._plugin(function, [*inputs, counters[0]], [q, partial], [*updated, *counters[1:]])
 
     def _cast(self, x: str, dtype: int) -> str:
         """Cast ``x``, whose type is ``dtype``, to the type of the activations."""

@@ -6,7 +6,7 @@ Both graphs refer to ranges of this file, so their constants are identical. Matr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -43,6 +43,9 @@ _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _O = ("self_attn.o_proj",)
 _GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 _DOWN = ("mlp.down_proj",)
+_EMBEDDING, _NORM = "encoder.embed_tokens", "encoder.norm"
+# Vectors of fp32, in the order of KernelConstants.
+CONSTANTS = ("rotary_frequencies", "key_scale", "query_scales", "rms_norm_epsilon")
 
 
 def merged_matrices(config: ModelConfig) -> list[tuple[str, ...]]:
@@ -190,11 +193,39 @@ def write_raw_pool(
                 )
             )
         progress("weights", layers, layers + 1)
-        norm = writer.norm("encoder.norm")
+        norm = writer.norm(_NORM)
         head = writer.linear(HEAD)
         constants = writer.kernel_constants() if for_kernels else None
         progress("weights", layers + 1, layers + 1)
     return RawPool(path, writer.stored, embed_tokens, tuple(pooled), norm, head, constants)
+
+
+def find_raw_pool(path: Path, config: ModelConfig, ranges: Mapping[str, PoolRange], group: int | None) -> RawPool:
+    """The pool for kernels in the file ``path``, which :func:`write_raw_pool` wrote. ranges: all of it, by name. group:
+    of the int4 matrices.
+    """
+
+    def linear(*modules: str) -> PooledLinear:
+        name = modules[0] if len(modules) == 1 else merged_name(modules)
+        scale = ranges.get(f"{name}.scale")
+        if scale is None:
+            return PooledLinear(ranges[name])
+        return PooledLinear(ranges[name], scale, ranges.get(f"{name}.input_scale"), group or 0, len(modules) > 1)
+
+    layers = tuple(
+        PooledLayer(
+            input_layernorm=ranges[f"encoder.layers.{index}.input_layernorm"],
+            qkv_proj=linear(*_of_layer(index, _QKV)),
+            o_proj=linear(*_of_layer(index, _O)),
+            post_attention_layernorm=ranges[f"encoder.layers.{index}.post_attention_layernorm"],
+            gate_up_proj=linear(*_of_layer(index, _GATE_UP)),
+            down_proj=linear(*_of_layer(index, _DOWN)),
+        )
+        for index in range(config.num_hidden_layers)
+    )
+    constants = KernelConstants(*(ranges[name] for name in CONSTANTS))
+    stored = sum(entry.length for entry in ranges.values())
+    return RawPool(path, stored, ranges[_EMBEDDING], layers, ranges[_NORM], linear(HEAD), constants)
 
 
 class _Writer:
@@ -208,16 +239,20 @@ class _Writer:
     def embedding(self, dtype: np.dtype[np.generic] | None) -> PoolRange:
         """dtype: None for the checkpoint's type, since a lookup needs no wider one."""
         table = self._checkpoint.vector("encoder.embed_tokens.weight")
-        return self._put("encoder.embed_tokens", table if dtype is None else table.astype(dtype, copy=False))
+        return self._put(_EMBEDDING, table if dtype is None else table.astype(dtype, copy=False))
 
     def kernel_constants(self) -> KernelConstants:
         config = self._checkpoint.config
         frequencies, factor = yarn_frequencies(config)
         return KernelConstants(
-            frequencies=self._put("rotary_frequencies", frequencies.astype(np.float32)),
-            key_scale=self._put("key_scale", np.array([factor], np.float32)),
-            query_scales=self._put("query_scales", (query_scales(config) * factor).astype(np.float32)),
-            epsilon=self._put("rms_norm_epsilon", np.array([config.rms_norm_eps], np.float32)),
+            *(
+                self._put(name, np.asarray(values).astype(np.float32))
+                for name, values in zip(
+                    CONSTANTS,
+                    (frequencies, [factor], query_scales(config) * factor, [config.rms_norm_eps]),
+                    strict=True,
+                )
+            )
         )
 
     def norm(self, module: str) -> PoolRange:

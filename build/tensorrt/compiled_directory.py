@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 
 from trimode.common.atomic_folder import atomic_folder
 from trimode.common.errors import TriModeError
 from trimode.common.gpus import Gpu, find_gpus
+from trimode.common.linked_file import link_file
 from trimode.common.progress import Progress, no_progress
 from trimode.engine.files import hash_files, verify_files
 from trimode.engine.manifest import Manifest
@@ -35,7 +34,7 @@ def compile_engine(emitted: Path, out: Path, progress: Progress = no_progress) -
     verify_files(emitted, manifest.files, progress)
     with atomic_folder(out) as folder:
         for entry in manifest.files:
-            _link(emitted / entry.path, folder / entry.path)
+            link_file(emitted / entry.path, folder / entry.path)
         from trimode.build.tensorrt.plan_compilation import compile_plans
 
         plans = compile_plans(folder, section, manifest.limits, gpu, progress)
@@ -57,12 +56,3 @@ def require_tensorrt(remedy: str) -> Gpu:
     if missing:
         raise TriModeError(f"compiling for target tensorrt needs {' and '.join(missing)}; {remedy}")
     return gpus.found[0]
-
-
-def _link(source: Path, target: Path) -> None:
-    """Make ``target`` the same file, or a copy. A symlink, as in a hub cache, is resolved."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source.resolve(), target)
-    except OSError:
-        shutil.copyfile(source, target)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from trimode.build.gpu_target import GpuTarget
+from trimode.build.kernel_target import KernelTarget
 from trimode.build.target import BuildTarget, Built, option
-from trimode.common.extras import requires_extra
+from trimode.common.errors import TriModeError
 from trimode.common.installation import Installation
 from trimode.common.progress import Progress
 from trimode.engine.kernel_library import COMPUTE_CAPABILITIES
@@ -17,9 +16,12 @@ from trimode.engine.manifest import Limits
 from trimode.engine.targets.tensorrt import TensorrtSection, has_tensorrt
 from trimode.model.checkpoint import Checkpoint
 
+if TYPE_CHECKING:
+    from trimode.build.kernel_network import KernelNetwork
+
 
 @dataclass(frozen=True, kw_only=True)
-class TensorrtTarget(GpuTarget):
+class TensorrtTarget(KernelTarget):
     """sms: compute capabilities that the plugins' kernels are compiled for, 121 for 12.1. None: that of this machine's
     GPU, or all known ones with ``emit_only``.
 
@@ -40,23 +42,28 @@ class TensorrtTarget(GpuTarget):
         default=False, metadata=option("Write everything but the plans; `trimode compile` adds them.")
     )
 
-    def import_packages(self) -> None:
-        with requires_extra("build"):
-            import_module("trimode.build.tensorrt.emission")
-
     def build(self, checkpoint: Checkpoint, folder: Path, limits: Limits, progress: Progress) -> Built:
+        from trimode.build.kernel_network import write_pool_and_kernels
         from trimode.build.tensorrt.compiled_directory import require_tensorrt
-        from trimode.build.tensorrt.emission import write_graphs
 
         gpu = None if self.emit_only else require_tensorrt("or give --emit-only here and run `trimode compile` there")
         sms = self.sms or ((gpu.compute_capability,) if gpu else COMPUTE_CAPABILITIES)
-        plugins, pool = write_graphs(checkpoint, folder, self.dtype, sms, limits, progress)
-        section = TensorrtSection(sms=sms, plugins=plugins, plans=None)
+        network = write_pool_and_kernels(checkpoint, folder, self.name, self.dtype, sms, limits, progress)
+        section = self.write_engines(network, folder, sms, progress)
         if gpu is not None:
             from trimode.build.tensorrt.plan_compilation import compile_plans
 
             section = section.model_copy(update={"plans": compile_plans(folder, section, limits, gpu, progress)})
-        return Built(section, pool)
+        return Built(section, network.pool.entries())
+
+    def write_engines(
+        self, network: KernelNetwork, folder: Path, sms: tuple[int, ...], progress: Progress
+    ) -> TensorrtSection:
+        from trimode.build.tensorrt.emission import write_graphs
+
+        if network.real == "fp32":
+            raise TriModeError("target tensorrt takes bf16 and fp16, and the engine is fp32; build it again")
+        return TensorrtSection(sms=sms, plugins=write_graphs(network, folder, progress), plans=None)
 
     @classmethod
     def can_build(cls, installation: Installation) -> str:

@@ -7,19 +7,14 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import PositiveInt
-
 from trimode.engine.launch_list import LAUNCHES
-from trimode.engine.targets.section import TargetSection, compute_capabilities
+from trimode.engine.targets.section import KernelSection, compute_capabilities
 
 GRAPH = "graph.onnx"
 
 
-class CudaSection(TargetSection):
-    """sms: compute capabilities that the kernels were compiled for, 121 for 12.1."""
-
+class CudaSection(KernelSection):
     name: Literal["cuda"] = "cuda"
-    sms: tuple[PositiveInt, ...]
 
     @property
     def engine_files(self) -> tuple[str, ...]:

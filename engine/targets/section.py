@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+from pydantic import PositiveInt
+
 from trimode.engine.record import Record
 
 
@@ -21,6 +23,15 @@ class TargetSection(Record, ABC):
     @abstractmethod
     def summary(self) -> str:
         """What the engine was built for, in one line."""
+
+
+class KernelSection(TargetSection):
+    """Of targets with kernels of our own, whose directories have the same pool and the same kernels.
+
+    sms: compute capabilities that the kernels were compiled for, 121 for 12.1.
+    """
+
+    sms: tuple[PositiveInt, ...]
 
 
 def compute_capabilities(sms: tuple[int, ...]) -> str:

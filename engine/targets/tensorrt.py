@@ -12,7 +12,7 @@ from pydantic import PositiveInt
 
 from trimode.common.installation import Installation
 from trimode.engine.record import Record
-from trimode.engine.targets.section import TargetSection, compute_capabilities
+from trimode.engine.targets.section import KernelSection, compute_capabilities
 
 GRAPH, PLAN, BUILDER_LOG = "graph.onnx", "engine.plan", "builder.log"
 
@@ -25,13 +25,10 @@ class TensorrtPlans(Record):
     compute_capability: PositiveInt
 
 
-class TensorrtSection(TargetSection):
-    """sms: compute capabilities that the plugins' kernels were compiled for, 121 for 12.1.
-    plugins: the number of plugin nodes in each engine's graph. plans: None until ``trimode compile``.
-    """
+class TensorrtSection(KernelSection):
+    """plugins: the number of plugin nodes in each engine's graph. plans: None until ``trimode compile``."""
 
     name: Literal["tensorrt"] = "tensorrt"
-    sms: tuple[PositiveInt, ...]
     plugins: dict[str, PositiveInt]
     plans: TensorrtPlans | None
 

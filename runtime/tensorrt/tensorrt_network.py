@@ -20,7 +20,7 @@ from trimode.runtime.tensorrt.plan_loading import LOG
 
 
 class TensorrtNetwork:
-    """One engine (``ICudaEngine``). fixed: addresses of its weights and counters, by the names of its tensors."""
+    """One engine (``ICudaEngine``). fixed: addresses of the weights and of the counters, by name."""
 
     windowed = False
     returns_one = False  # the number is a constant of the plan
@@ -32,7 +32,8 @@ class TensorrtNetwork:
         self._engine = engine
         self._pool = pool
         self._memory = memory
-        self._fixed = fixed
+        names = (engine.get_tensor_name(index) for index in range(engine.num_io_tensors))
+        self._fixed = {name: fixed[name] for name in names if name in fixed}
 
     def bind(self, bucket: Bucket, inputs: Mapping[str, DeviceTensor], results: Mapping[str, DeviceTensor]) -> Enqueue:
         outside = trt.ExecutionContextAllocationStrategy.USER_MANAGED

@@ -26,9 +26,10 @@ from scripts.gpu.pool_layout import pool_layout
 from scripts.gpu.random_w4a16_checkpoint import GROUP, RANK, config_fields
 from trimode import LLM, SamplingParams
 from trimode.build.cpu.target import CpuTarget
-from trimode.build.cuda.emission import write_launches_and_kernels
+from trimode.build.cuda.emission import write_launches
 from trimode.build.cuda.target import CudaTarget
 from trimode.build.engine_builder import build_engine
+from trimode.build.kernel_network import KernelNetwork, write_network_kernels
 from trimode.common.progress import no_progress
 from trimode.common.version import __version__
 from trimode.engine.files import ADAPTER, MANIFEST, POOL, TOKENIZER, EngineFile
@@ -92,7 +93,9 @@ def write_engine_without_weights(shape: str, folder: Path, real: Real, sms: tupl
     config = ModelConfig.model_validate(config_fields(shape, None, None))
     pool = pool_layout(config, real, GROUP)
     folder.mkdir(parents=True)
-    write_launches_and_kernels(config, pool, RANK, folder, real, sms, limits, no_progress)
+    network = KernelNetwork(config, pool, RANK, real, limits)
+    write_network_kernels(network, folder, sms, no_progress)
+    write_launches(network, folder, no_progress)
     frequencies, factor = yarn_frequencies(config)
     np.savez(
         folder / "constants.npz",

@@ -189,7 +189,7 @@ def attributes_of(name: str) -> dict[str, int]:
 
 
 def build(
-    trt: Any, name: str, inputs: Mapping[str, Input] = INPUTS, attributes: Mapping[str, int] | None = None
+    trt: Any, name: str, inputs: Mapping[str, Input] | None = None, attributes: Mapping[str, int] | None = None
 ) -> Built:
     """Query types, shapes, formats and tactics, then a kernel for each tactic, in the order of TensorRT's builder."""
     fields = [
@@ -200,7 +200,7 @@ def build(
     request = trt.QuickPluginCreationRequest.STRICT_AOT
     phase = trt.TensorRTPhase.BUILD
     plugin = creator.create_plugin(name, "trimode", trt.PluginFieldCollection(fields), phase, request)
-    inputs = {**inputs, **OTHER_INPUTS.get(name, {})}
+    inputs = {**INPUTS, **OTHER_INPUTS.get(name, {})} if inputs is None else inputs
     given = [inputs[operand.name] for operand in OPERATORS[name].inputs]
     ranks = [len(shape) for _, shape, _ in given]
     types = plugin.get_output_data_types([getattr(trt.DataType, dtype) for dtype, _, _ in given], ranks)

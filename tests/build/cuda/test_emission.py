@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from tests.support.graph_executor import GraphExecutor
 from tests.support.uncompiled_kernels import UncompiledKernels
 from trimode.build.cpu.target import CpuTarget
-from trimode.build.cuda.emission import write_cuda_engines
-from trimode.build.cuda.lowering import launch_list
+from trimode.build.cuda.emission import write_launches
 from trimode.build.cuda.target import CudaTarget
 from trimode.build.engine_builder import build_engine
+from trimode.build.graph.lowering import launch_list
+from trimode.build.kernel_network import write_pool_and_kernels
 from trimode.common.errors import TriModeError
 from trimode.common.progress import no_progress
 from trimode.engine.files import ADAPTER, POOL, verify_files
@@ -142,10 +143,11 @@ def test_the_graphs_executed_through_their_functions_equal_target_cpu(
     executor.pool.acquire()
     (tmp_path / "cuda").mkdir()
     limits = Limits(capacity=CAPACITY, prefill_step=16, top_k=TOP_K, max_batch=1, max_step=16)
-    pool = write_cuda_engines(checkpoint, tmp_path / "cuda", "fp32", (), limits, no_progress)
+    network = write_pool_and_kernels(checkpoint, tmp_path / "cuda", "cuda", "fp32", (), limits, no_progress)
+    write_launches(network, tmp_path / "cuda", no_progress)
     graphs = GraphExecutor(
         tmp_path / "cuda",
-        pool,
+        network.pool.entries(),
         tmp_path / "cuda" / POOL,
         tmp_path / "cpu" / ADAPTER,
         checkpoint.config,

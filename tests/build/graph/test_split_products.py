@@ -8,8 +8,8 @@ import numpy as np
 import onnx
 import pytest
 
-from trimode.build.cuda.lowering import launch_list
 from trimode.build.graph import split_products
+from trimode.build.graph.lowering import launch_list
 from trimode.build.graph.operator_network import OperatorNetworkOptions, build_operator_network
 from trimode.build.graph.raw_pool import write_raw_pool
 from trimode.common.progress import no_progress

@@ -16,6 +16,8 @@ from tests.support.graph_executor import GraphExecutor
 from tests.support.tensorrt_double import one_tactic_each
 from trimode import LLM, SamplingParams
 from trimode.build.engine_builder import build_engine
+from trimode.build.graph.raw_pool import CONSTANTS
+from trimode.build.kernel_network import write_pool_and_kernels
 from trimode.build.tensorrt.emission import write_graphs
 from trimode.build.tensorrt.target import TensorrtTarget
 from trimode.common.errors import TriModeError
@@ -76,7 +78,9 @@ def test_greedy_decoding_by_the_operator_functions_gives_the_tokens_of_target_cp
     expected = [decode(llm, records, mode=mode) for mode in modes]
     assert checkpoint.adapter is not None
     limits = Limits(capacity=ROWS, prefill_step=256, top_k=64, max_batch=1, max_step=256)
-    _, pool = write_graphs(checkpoint, tmp_path, "fp32", (), limits, no_progress)
+    network = write_pool_and_kernels(checkpoint, tmp_path, "tensorrt", "fp32", (), limits, no_progress)
+    write_graphs(network, tmp_path, no_progress)
+    pool = network.pool.entries()
     graphs = GraphExecutor(tmp_path, pool, tmp_path / POOL, cpu_engine / ADAPTER, checkpoint.config, ROWS, np.float32)
     monkeypatch.setattr(llm._executor, "run", graphs.run)
     assert [decode(llm, records, mode=mode) for mode in modes] == expected
@@ -101,7 +105,7 @@ def test_the_emitted_16_bit_graphs_decode(
 def test_both_graphs_read_weights_from_the_one_pool_and_contain_none(emitted: Path) -> None:
     manifest = Manifest.read(emitted)
     verify_files(emitted, manifest.files)
-    pooled = {entry.name: entry.bytes for entry in manifest.pool}
+    pooled = {entry.name: entry.bytes for entry in manifest.pool if entry.name not in CONSTANTS}
     taken = []
     for name in ("ar", "diffusion"):
         graph = onnx.load(emitted / name / GRAPH).graph
@@ -111,7 +115,7 @@ def test_both_graphs_read_weights_from_the_one_pool_and_contain_none(emitted: Pa
         # The largest constant left is the mask token's row of the logits.
         assert max(len(tensor.SerializeToString()) for tensor in graph.initializer) < 4 * 768 + 64
         domains = [node.op_type for node in graph.node if node.domain == DOMAIN]
-        assert domains.count("KvWrite") == domains.count("MergeSplits") == manifest.model.num_hidden_layers
+        assert domains.count("QkvProduct") == domains.count("MergeSplits") == manifest.model.num_hidden_layers
         # The 16-bit head, and in drafts the adapter's first half.
         products = [node.op_type for node in graph.node].count("MatMul")
         assert products == 1 + (manifest.model.num_hidden_layers if name == "diffusion" else 0)
@@ -220,7 +224,7 @@ def test_groups_that_tensor_cores_cannot_process_are_refused(
 def test_the_error_without_triton_names_the_remedy(
     random_int4_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("plugins.compilation", "build.kernel_emission", "build.tensorrt.emission"):
+    for name in ("plugins.compilation", "build.kernel_emission", "build.kernel_network"):
         monkeypatch.delitem(sys.modules, f"trimode.{name}", raising=False)
     monkeypatch.setitem(sys.modules, "triton", None)
     options = TensorrtTarget(sms=(90,), emit_only=True)

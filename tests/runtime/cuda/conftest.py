@@ -16,8 +16,8 @@ from tests.support.driver_double import DriverDouble, LibcudaDouble
 from tests.support.executor_cases import StepCases
 from tests.support.random_checkpoint import write_random_checkpoint
 from tests.support.uncompiled_kernels import UncompiledKernels
+from trimode.build import kernel_network
 from trimode.build.cpu.target import CpuTarget
-from trimode.build.cuda import emission
 from trimode.build.cuda.target import CudaTarget
 from trimode.build.engine_builder import build_engine
 from trimode.build.kernel_emission import NeededKernel
@@ -43,7 +43,7 @@ def build_engines(checkpoint: Path, folder: Path, target: CudaTarget, capacity: 
     """Both engines. The one for cuda has few splits, so that few programs are interpreted."""
     with pytest.MonkeyPatch.context() as patch:
         compiler = UncompiledKernels(patch)
-        patch.setattr(emission, "SPLITS", 2)
+        patch.setattr(kernel_network, "SPLITS", 2)
         build_engine(Checkpoint(checkpoint), folder / "cuda", target=target, capacity=capacity, top_k=TOP_K)
     exact = CpuTarget(activations="fp32")
     build_engine(

@@ -16,6 +16,7 @@ from tests.support.tensorrt_double import TensorrtDouble
 from tests.support.tensorrt_runtime_double import TrtRuntimeDouble
 from tests.support.uncompiled_kernels import UncompiledKernels
 from trimode.build.engine_builder import build_engine
+from trimode.build.kernel_network import write_pool_and_kernels
 from trimode.build.tensorrt import compiled_directory
 from trimode.build.tensorrt.emission import write_graphs
 from trimode.build.tensorrt.target import TensorrtTarget
@@ -71,10 +72,12 @@ def fp32(fp16: Engines, tmp_path_factory: pytest.TempPathFactory) -> Engines:
     compiled = Path(shutil.copytree(fp16.tensorrt, folder / "tensorrt"))
     manifest = Manifest.read(compiled)
     (folder / "graphs").mkdir()
-    _, pool = write_graphs(checkpoint, folder / "graphs", "fp32", (), manifest.limits, no_progress)
+    limits = manifest.limits
+    network = write_pool_and_kernels(checkpoint, folder / "graphs", "tensorrt", "fp32", (), limits, no_progress)
+    write_graphs(network, folder / "graphs", no_progress)
     shutil.copyfile(folder / "graphs" / POOL, compiled / POOL)
     precision = manifest.precision.model_copy(update={"kv_cache": "fp32"})
-    manifest.model_copy(update={"precision": precision, "pool": pool}).write(compiled)
+    manifest.model_copy(update={"precision": precision, "pool": network.pool.entries()}).write(compiled)
     graphs = {hash_file(compiled / name / GRAPH): folder / "graphs" / name / GRAPH for name, _ in ENGINES}
     return Engines(fp16.emitted, compiled, fp16.cpu, graphs)
 

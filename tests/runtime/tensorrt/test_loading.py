@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.runtime.tensorrt.conftest import Engines, Machine
+from trimode.build.conversion import convert_engine
+from trimode.build.cuda.target import CudaTarget
 from trimode.common.errors import TriModeError
 from trimode.engine.manifest import Manifest
 from trimode.runtime.loading import load_engine
@@ -29,6 +31,13 @@ def test_the_log_says_that_no_plan_was_run(fp16: Engines, caplog: pytest.LogCapt
 def test_an_engine_without_plans_is_refused_with_the_command(fp16: Engines) -> None:
     with pytest.raises(TriModeError, match=r"has no plans yet; on the machine .* run: trimode compile .*emitted OUT$"):
         load_engine(fp16.emitted)
+
+
+def test_a_compiled_engine_is_converted_without_its_plans(fp16: Engines, tmp_path: Path) -> None:
+    for name, source in (("first", fp16.emitted), ("second", fp16.tensorrt)):
+        convert_engine(source, tmp_path / name, CudaTarget())
+    assert Manifest.read(tmp_path / "second") == Manifest.read(tmp_path / "first")
+    assert not list((tmp_path / "second").rglob("*.plan"))
 
 
 def compiled_by(**plans: object) -> Callable[[Path], None]:

@@ -1,0 +1,121 @@
+"""What the directories of targets with kernels of our own have in common, byte for byte: the weight pool and the
+kernels. So one is made from the other without the checkpoint.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import onnx
+
+from trimode.build.graph.lowering import launch_list
+from trimode.build.graph.network import REAL_TYPES
+from trimode.build.graph.operator_network import OperatorNetworkOptions, build_operator_network
+from trimode.build.graph.raw_pool import RawPool, write_raw_pool
+from trimode.build.kernel_emission import (
+    NeededKernel,
+    kernels_of,
+    refuse_odd_groups,
+    refuse_unknown_gpus,
+    write_kernels,
+)
+from trimode.common.progress import Progress
+from trimode.engine.files import POOL
+from trimode.engine.kernel_library import KERNELS
+from trimode.engine.launch_list import LaunchList
+from trimode.engine.manifest import Limits
+from trimode.engine.precision import NUMPY_TYPES, Real
+from trimode.model.checkpoint import Checkpoint
+from trimode.model.config import ModelConfig
+from trimode.model.step import ENGINES
+from trimode.plugins.launches import PassShape, plan_pass
+
+# Parts of a sequence's KV rows that attention computes in parallel. With 8 KV heads, the attention of one request then
+# has about as many programs as a large GPU has multiprocessors.
+SPLITS = 16
+
+
+class KernelNetwork(NamedTuple):
+    """A network over a weight pool for our kernels. rank: of the draft adapter; 0 without one. real: type of the
+    activations, and of the matrices that are not int4.
+    """
+
+    config: ModelConfig
+    pool: RawPool
+    rank: int
+    real: Real
+    limits: Limits
+
+
+class LoweredGraph(NamedTuple):
+    """A graph of our own operators only, and the same as a list of launches."""
+
+    graph: onnx.ModelProto
+    launches: LaunchList
+
+
+def write_pool_and_kernels(
+    checkpoint: Checkpoint,
+    folder: Path,
+    target: str,
+    real: Real,
+    sms: tuple[int, ...],
+    limits: Limits,
+    progress: Progress,
+) -> KernelNetwork:
+    """Write the weight pool and the kernels of both engines into the engine directory ``folder``.
+
+    target: its name, for errors. sms: compute capabilities, 121 for 12.1. Raises TriModeError if our kernels are not
+    for one of them, or cannot multiply the checkpoint's int4 weights.
+    """
+    refuse_unknown_gpus(sms)
+    refuse_odd_groups(checkpoint, target)
+    (folder / POOL).parent.mkdir()
+    pool = write_raw_pool(checkpoint, folder / POOL, progress, NUMPY_TYPES[real], "tiles", for_kernels=True)
+    rank = checkpoint.adapter.config.r if checkpoint.adapter else 0
+    network = KernelNetwork(checkpoint.config, pool, rank, real, limits)
+    write_network_kernels(network, folder, sms, progress)
+    return network
+
+
+def lower(network: KernelNetwork) -> dict[str, LoweredGraph]:
+    """Both engines, by name."""
+    options = OperatorNetworkOptions(network.real, network.limits.top_k, SPLITS, network.rank)
+    weights = {entry.name for entry in network.pool.ranges()}
+    lowered = {}
+    for name, pattern in ENGINES:
+        graph = build_operator_network(network.config, network.pool, pattern, options)
+        onnx.checker.check_model(graph)
+        lowered[name] = LoweredGraph(graph, launch_list(graph, REAL_TYPES[network.real], weights))
+    return lowered
+
+
+def write_network_kernels(network: KernelNetwork, folder: Path, sms: tuple[int, ...], progress: Progress) -> None:
+    """Compile every kernel of both engines into the engine directory ``folder``."""
+    needed: dict[str, NeededKernel] = {}
+    for lowered in lower(network).values():
+        needed |= needed_kernels(lowered.launches, network.limits)
+    if network.real == "fp32":
+        needed = _smallest_tiles(needed)
+    write_kernels(needed, network.real, sms, folder / KERNELS, progress)
+
+
+def needed_kernels(launches: LaunchList, limits: Limits) -> dict[str, NeededKernel]:
+    """Every tactic of every launch of any pass, by the name of its kernel."""
+    needed: dict[str, NeededKernel] = {}
+    for top_k in (1, limits.top_k):
+        for masked in (False, True):
+            # Kernels depend on the fixed sizes only, so the sizes of a pass are arbitrary.
+            shape = PassShape(1, 1, 1, limits.capacity, top_k, masked, asked=1)
+            for launch in plan_pass(launches, shape):
+                needed |= kernels_of(launch.operator, launch.node)
+    return needed
+
+
+def _smallest_tiles(needed: dict[str, NeededKernel]) -> dict[str, NeededKernel]:
+    """One tactic of each kernel: fp32 is for proofs, and the compiler needs minutes for its large tiles."""
+    smallest: dict[str, str] = {}
+    for name in sorted(needed, key=lambda name: needed[name].tactic.constants.get("BLOCK_M", 0)):
+        smallest.setdefault(name.rpartition(".")[0], name)
+    return {name: needed[name] for name in smallest.values()}

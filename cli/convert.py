@@ -1,0 +1,35 @@
+"""``trimode convert``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from trimode.build.kernel_target import KernelTarget
+from trimode.build.registry import TARGETS
+from trimode.cli.extras import requires_extra
+from trimode.cli.manifest_table import print_manifest
+from trimode.cli.parameters import PATH, json_option
+from trimode.common.progress_bars import progress_bars
+
+_TARGETS = {name: target for name, target in TARGETS.items() if issubclass(target, KernelTarget)}
+
+
+@click.command()
+@click.argument("engine", type=PATH)
+@click.argument("out", type=PATH)
+@click.option("--target", type=click.Choice(list(_TARGETS)), required=True)
+@json_option
+def command(engine: Path, out: Path, target: str, as_json: bool) -> None:
+    """Write ENGINE for another target into the new folder OUT, without its checkpoint.
+
+    ENGINE is what `trimode build` wrote for one of the targets of --target. They share weights and kernels, which are
+    not copied where the file system has hard links.
+    """
+    with requires_extra("build"):
+        from trimode.build.conversion import convert_engine
+
+    with progress_bars() as progress:
+        manifest = convert_engine(engine, out, _TARGETS[target](), progress)
+    print_manifest(out, manifest, as_json)
