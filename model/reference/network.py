@@ -123,6 +123,7 @@ class Encoder(nn.Module):
         self.embed_tokens: nn.Embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self._frequencies: dict[torch.device, tuple[Tensor, float]] = {}
 
     def forward(
         self, input_ids: Tensor, position_ids: Tensor, visible: Tensor, past: list[KeyValue] | None = None
@@ -145,8 +146,16 @@ class Encoder(nn.Module):
         return self.norm(x), present
 
     def _rotary_table(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin of YaRN's angles (transformers' own frequencies), [batch, 1, step, head_dim]."""
-        frequencies, attention_factor = ROPE_INIT_FUNCTIONS["yarn"](self.config, position_ids.device)
+        """cos and sin of YaRN's angles (transformers' own frequencies), [batch, 1, step, head_dim].
+
+        The frequencies are computed once for each device: transformers makes them from tensors of the CPU, which a
+        CUDA graph cannot capture. They are no buffer of the module, which a change of its type would round.
+        """
+        device = position_ids.device
+        if device not in self._frequencies:
+            with torch.inference_mode(False):
+                self._frequencies[device] = ROPE_INIT_FUNCTIONS["yarn"](self.config, device)
+        frequencies, attention_factor = self._frequencies[device]
         angles = position_ids[:, None, :, None].float() * frequencies
         angles = torch.cat((angles, angles), dim=-1)
         return angles.cos() * attention_factor, angles.sin() * attention_factor

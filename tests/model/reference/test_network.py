@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationMixin, PreTrainedModel, pipeline
 
 from trimode.model.checkpoint import Checkpoint
+from trimode.model.reference import network
 from trimode.model.reference.decoding import TriModeGeneration
 from trimode.model.reference.loading import load_reference
 from trimode.model.reference.network import NemotronLabsDiffusionForCausalLM, NemotronLabsDiffusionModel
@@ -203,3 +204,13 @@ def test_transformers_generate_never_draws_the_mask_token(
     monkeypatch.setattr(causal_lm.config, "mask_token_id", best)
     found = causal_lm.generate(ids[:1], max_new_tokens=4, do_sample=False, eos_token_id=None)
     assert best not in found[0, 24:].tolist()
+
+
+def test_frequencies_are_computed_once(
+    reference: NemotronLabsDiffusionModel, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So a CUDA graph can capture a later pass: transformers computes them from tensors of the CPU."""
+    with torch.inference_mode():
+        first = reference(ids).logits
+        monkeypatch.delitem(network.ROPE_INIT_FUNCTIONS, "yarn")
+        assert torch.equal(reference(ids).logits, first)
