@@ -118,12 +118,13 @@ def _accumulate(logits, value, best, total, sums):
     """Update the online softmax with one tile. A query that has attended to no row yet keeps -inf, 0 and 0.
 
     Multiplications and additions are fused explicitly. If the compiler chose, tiles with masks and tiles without could
-    round differently.
+    round differently. A tile without an attended row changes no bit: its weights are 0, and ``fade`` is exactly 1.
     """
     higher = tl.maximum(best, tl.max(logits, 1))
-    shift = tl.where(higher == float("-inf"), 0.0, higher) * -LOG2_E
-    weights = tl.exp2(tl.fma(logits, LOG2_E, shift[:, None]))
-    fade = tl.exp2(tl.fma(best, LOG2_E, shift))
+    finite = tl.where(higher == float("-inf"), 0.0, higher)
+    weights = tl.exp2(tl.fma(logits, LOG2_E, (finite * -LOG2_E)[:, None]))
+    # As one fused operation, the rounding of the shift would remain, where ``best`` stays: then 1 + 1e-7, not 1.
+    fade = tl.exp2((best - finite) * LOG2_E)
     total = tl.fma(total, fade, tl.sum(weights, 1))
     sums = tl.dot(weights.to(value.dtype), value, sums * fade[:, None], input_precision="ieee")
     return higher, total, sums

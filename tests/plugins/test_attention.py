@@ -8,10 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
+from torch import Tensor
 
 from scripts.gpu.kernel_checks import distance
+from scripts.gpu.kernel_launch import prepare
 from tests.support.kernel_cases import DTYPES, GROUPS, AttentionCase, attention_cases
-from tests.support.kernel_functions import TOLERANCES, attend
+from tests.support.kernel_functions import TOLERANCES, attend, launch
 from trimode.plugins.operators import Attend, Pattern, Tactic
 from trimode.plugins.operators.attention import SPLIT_STEP, split_count
 from trimode.plugins.reference import attention
@@ -90,6 +92,33 @@ def test_a_token_has_the_same_bits_in_every_step(tactic: Tactic) -> None:
             alone[name][:, :, 75 + token + 1 :] = float("nan")
         found, *_ = attend(**alone, splits=case.splits, tactic=Attend.TACTICS[0])
         assert torch.equal(found[0, 0], whole[0, token])
+
+
+def test_a_tile_that_a_token_does_not_see_changes_no_bit() -> None:
+    """In a step of 64, a token has tiles of KV rows after it, also in splits that hold earlier rows of it. Each
+    split's result is compared, since its bits are lost in the rounding of the merged one.
+    """
+    case = AttentionCase((192,), 64, "masked", group=1, head_dim=64, splits=2)
+    inputs = case.inputs()
+    inputs["k_cache"] *= 4  # logits whose products with log2(e) are not exact
+    inputs["block_mask"] = torch.ones(1, 64, 64, dtype=torch.bool).tril()
+    whole = split_results(inputs)
+    for token in range(0, 64, 3):
+        alone = {
+            **inputs,
+            "q": inputs["q"][:, :, token : token + 1].contiguous(),
+            "write_indices": inputs["write_indices"] + token,
+            "block_mask": torch.ones(1, 1, 1, dtype=torch.bool),
+        }
+        for found, expected in zip(split_results(alone), whole, strict=True):
+            assert torch.equal(found[:, :, :, 0], expected[:, :, :, token])
+
+
+def split_results(inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    """The partial results and their log-sum-exps."""
+    launched = prepare(Attend("masked"), inputs, Attend.TACTICS[0], {"splits": 2})
+    launch(launched)
+    return launched.outputs
 
 
 def test_the_result_does_not_depend_on_the_number_of_splits() -> None:

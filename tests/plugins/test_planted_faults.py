@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from scripts.gpu.kernel_checks import distance
-from tests.plugins import test_int4_product, test_qkv_product
+from tests.plugins import test_attention, test_int4_product, test_qkv_product
 from tests.support.kernel_cases import AttentionCase, ProductCase, operator_inputs
 from tests.support.kernel_functions import TOLERANCES, attend, int4_product, kv_write, reference_of, run
 from trimode.common.errors import TriModeError
@@ -146,6 +146,13 @@ ATTENTION_FAULTS: dict[str, tuple[Pattern, str, str]] = {
     "splits of equal weight": ("causal", "parts * weight[:, :, None]", "parts * saw.to(tl.float32)[:, :, None]"),
     "a head's splits of another": ("causal", "* step + token\n", "* step + (token + 1) % step\n"),
 }
+
+
+def test_a_tile_whose_rounding_remains_is_detected(mutant: Callable[..., None]) -> None:
+    right = "fade = tl.exp2((best - finite) * LOG2_E)"
+    mutant(attention_kernels, "attend_kernel", right, "fade = tl.exp2(tl.fma(best, LOG2_E, finite * -LOG2_E))")
+    with pytest.raises(AssertionError):
+        test_attention.test_a_tile_that_a_token_does_not_see_changes_no_bit()
 
 
 @pytest.mark.parametrize("name", ATTENTION_FAULTS)
