@@ -1,9 +1,10 @@
 """Effect of quantisation on exact match and acceptance, in every mode, on the held-out problems.
 
-    python -m scripts.prove.quantization checkpoints/tiny awq:128 awq:64 rtn:128
+    python -m scripts.prove.quantization checkpoints/tiny awq:128 awq:64 rtn:128 awq:64:int4-head
 
-Quantises the checkpoint by each METHOD:GROUP, builds the engines, and decodes greedily. The first row is the checkpoint
-without quantisation. A cycle is one block: in self-speculation its draft and the pass that verifies it.
+Quantises the checkpoint by each METHOD:GROUP, with ``:int4-head`` its head too, builds the engines, and decodes
+greedily. The first row is the checkpoint without quantisation. A cycle is one block: in self-speculation its draft and
+the pass that verifies it.
 """
 
 from __future__ import annotations
@@ -59,7 +60,9 @@ class Report:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("quantisation", nargs="*", metavar="METHOD:GROUP", default=["rtn:128", "awq:128", "awq:64"])
+    parser.add_argument(
+        "quantisation", nargs="*", metavar="METHOD:GROUP[:int4-head]", default=["rtn:128", "awq:128", "awq:64"]
+    )
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     records = [json.loads(line) for line in HELD_OUT.read_text(encoding="utf-8").splitlines()]
@@ -69,12 +72,13 @@ def main() -> None:
             folder, error = arguments.checkpoint, 0.0
             if name != "not quantised":
                 folder = Path(scratch) / name
-                method, _, group = name.partition(":")
+                method, group, *head = name.split(":")
                 report = quantize_checkpoint(
                     Checkpoint(arguments.checkpoint),
                     folder,
                     method=method,  # type: ignore[arg-type]
                     group=int(group),
+                    head="int4" if head == ["int4-head"] else "16bit",
                 )
                 error = statistics.fmean(report.weight_error.values())
             build_engine(Checkpoint(folder), Path(scratch) / f"{name} engine")
