@@ -282,7 +282,12 @@ def test_an_adapter_that_is_not_there_is_refused(llm: LLM, monkeypatch: pytest.M
         ),
         ([300], {"top_k": 769}, TriModeError, "top_k is 769, but the engine reports 768 candidates a row"),
         ([300], {"logprobs": 800}, TriModeError, "logprobs is 800, but the engine reports 768"),
-        ([300], {"stop_token_ids": [768]}, TriModeError, "stop token 768 is outside the model's vocabulary of 768"),
+        (
+            [300],
+            {"stop_token_ids": [768]},
+            TriModeError,
+            "stop_token_ids: token 768 is outside the model's vocabulary of 768",
+        ),
         ([300], {"stop": "a<|im_end|>"}, TriModeError, r"contains the special token <\|im_end\|>, which"),
         ({"text": "Hi"}, {}, TriModeError, "an input has 'text'; give 'prompt', 'prompt_token_ids' or 'messages'"),
         ({"prompt": "Hi", "tools": []}, {}, TriModeError, "an input has 'prompt', 'tools'; give"),
