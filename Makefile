@@ -48,7 +48,7 @@ browser: ## Install Debian's Chromium for the playground's tests (as root)
 
 test: lint types docs $(TRITON)/.package ## Set-up, lint, types, the documentation site and all tests
 	@$(MAKE) --no-print-directory browser 2>/dev/null || echo "no browser could be installed: its tests are skipped"
-	TRIMODE_NEED_TRITON=1 $(BIN)/python -m pytest
+	TRIMODE_NEED_TRITON=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(VENV)/.package ## Ruff, import rules, Dockerfile, compose file, GitHub's files
 	$(BIN)/ruff check .

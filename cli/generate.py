@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import click
 
@@ -15,6 +15,7 @@ from trimode.common.errors import TriModeError
 from trimode.common.progress_bars import progress_bars
 from trimode.llm import LLM
 from trimode.model.chat_template import Message
+from trimode.model.quantization import Method
 from trimode.runtime.api.request_output import RequestOutput
 from trimode.runtime.request.sampling_params import (
     DEFAULT_BLOCK_LENGTH,
@@ -59,7 +60,7 @@ def command(
     no_adapter: bool,
     no_chat_template: bool,
     target: str | None,
-    method: Literal["awq", "rtn"] | None,
+    method: Method | None,
     group: int | None,
     as_json: bool,
 ) -> None:

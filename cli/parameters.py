@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
 from trimode.engine.targets import SECTIONS
+from trimode.model.quantization import Method
 
 PATH = click.Path(path_type=Path)
 
@@ -39,7 +40,7 @@ def build_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--method",
-            type=click.Choice(["awq", "rtn"]),
+            type=click.Choice(get_args(Method)),
             help="Of a checkpoint: quantisation [default: awq where it has a calibration.jsonl, else rtn].",
         ),
         click.option("--target", type=click.Choice(list(SECTIONS)), help="Of a checkpoint [default: cpu]."),

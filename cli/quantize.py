@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from pathlib import Path
 from statistics import fmean
-from typing import Literal
+from typing import get_args
 
 import click
 
 from trimode.cli.parameters import PATH, json_option
 from trimode.common.progress_bars import progress_bars
 from trimode.model.checkpoint import open_checkpoint
+from trimode.model.quantization import HeadFormat, Method
 from trimode.quantize import quantize_checkpoint
 
 
 @click.command()
 @click.argument("checkpoint")
 @click.argument("out", type=PATH)
-@click.option("--method", type=click.Choice(["awq", "rtn"]), default="awq", show_default=True)
+@click.option("--method", type=click.Choice(get_args(Method)), default="awq", show_default=True)
 @click.option("--group", type=int, default=128, show_default=True, help="Input channels that share a scale.")
-@click.option("--head", type=click.Choice(["int4", "16bit"]), default="16bit", show_default=True)
+@click.option("--head", type=click.Choice(get_args(HeadFormat)), default="16bit", show_default=True)
 @click.option(
     "--calibration",
     type=PATH,
@@ -29,9 +30,9 @@ from trimode.quantize import quantize_checkpoint
 def command(
     checkpoint: str,
     out: Path,
-    method: Literal["awq", "rtn"],
+    method: Method,
     group: int,
-    head: Literal["int4", "16bit"],
+    head: HeadFormat,
     calibration: Path | None,
     as_json: bool,
 ) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import get_args
 
 import click
 
@@ -10,6 +10,7 @@ from trimode.cli.extras import requires_extra
 from trimode.cli.parameters import build_options
 from trimode.common.progress_bars import progress_bars
 from trimode.llm import LLM
+from trimode.model.quantization import Method
 from trimode.runtime.api.llm import DEFAULT_PREFIX_CACHE_BYTES
 from trimode.runtime.openai_server.server_log import LogLevel
 from trimode.runtime.request.sampling_params import Mode
@@ -118,7 +119,7 @@ def command(
     drain_seconds: float,
     update_seconds: float,
     target: str | None,
-    method: Literal["awq", "rtn"] | None,
+    method: Method | None,
     group: int | None,
 ) -> None:
     """Serve MODEL over the OpenAI API, with a playground at /.

@@ -11,9 +11,9 @@ in row ``committed`` + i. Query head h attends with KV head h // (query heads / 
 - A token that attends to no row gets zeros. Otherwise the result is softmax(q k) v over the rows that it attends to,
   with the softmax's scale already part of q.
 
-Implementations: the network in PyTorch (:mod:`trimode.model.reference`), the kernels' reference
-(:mod:`trimode.plugins.reference.attention`, against which the kernels are checked), the plugins' ONNX functions
-(:mod:`trimode.build.graph.operator_functions`), and the graph of standard operators
+Implementations: the network in PyTorch (:mod:`trimode.model.reference`, which calibration uses as well), the kernels'
+reference (:mod:`trimode.plugins.reference.attention`, against which the kernels are checked), the plugins' ONNX
+functions (:mod:`trimode.build.graph.operator_functions`), and the graph of standard operators
 (:mod:`trimode.build.graph.network`).
 """
 

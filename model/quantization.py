@@ -1,4 +1,4 @@
-"""ModelOpt's statement of how a checkpoint is quantised: which matrices are int4, and the group size.
+"""How a checkpoint is quantised: the methods, and ModelOpt's statement of which matrices are int4.
 
 ModelOpt writes it to ``hf_quant_config.json`` and, with other names, to ``quantization_config`` of ``config.json``.
 Newer releases write only the latter.
@@ -20,6 +20,8 @@ QUANT_CONFIG_FILE = "hf_quant_config.json"
 _SECTION = "quantization_config"
 _MIXED = "MIXED_PRECISION"
 Algorithm = Literal["W4A16_AWQ", "W4A16"]
+Method = Literal["awq", "rtn"]  # activation-aware; round to nearest
+HeadFormat = Literal["int4", "16bit"]
 
 
 class Quantization(BaseModel):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from trimode.model.reference.network import NemotronLabsDiffusionModel
-from trimode.model.reference.patterns import causal
+from trimode.model.reference.patterns import blocks_of_text, causal
 
 
 class PatternLogits(NamedTuple):
@@ -37,9 +37,8 @@ def both_patterns(model: NemotronLabsDiffusionModel, tokens: list[int]) -> Patte
     block_positions = starts[:, None] + torch.arange(size, device=model.device)
     blocks = ids[0, block_positions]
     blocks[masked_positions(len(blocks), size).to(model.device)] = model.config.mask_token_id
-    # All blocks in one batch: the past of each is the KV of the complete text, masked to the rows before the block.
-    visible = torch.ones(len(blocks), size, length + size, dtype=torch.bool, device=model.device)
-    visible[:, :, :length] = (positions < starts[:, None])[:, None]
+    # All blocks in one batch: the past of each is the KV of the complete text.
+    visible = blocks_of_text(starts, size, length)
     past = [(k.expand(len(blocks), -1, -1, -1), v.expand(len(blocks), -1, -1, -1)) for k, v in cache]
     hidden, _ = model.encoder(blocks, block_positions, visible, past)
     return PatternLogits(causal_logits, model.diffusion_head(hidden).flatten(0, 1))

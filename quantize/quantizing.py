@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 from trimode.common.atomic_folder import atomic_folder
 from trimode.common.errors import TriModeError
 from trimode.common.progress import Progress, no_progress
 from trimode.common.records import read_json
 from trimode.model.checkpoint import ADAPTER_FOLDER, HEAD, SOURCE_NAME, Checkpoint, linear_shapes
+from trimode.model.quantization import HeadFormat, Method
 from trimode.model.tokenizer import Tokenizer
 from trimode.quantize.calibration import calibration_tokens
 from trimode.quantize.companions import copy_companions, write_json
@@ -25,8 +26,6 @@ from trimode.quantize.quiet import quiet
 from trimode.quantize.report import REPORT_FILE, CalibrationReport, QuantizationReport, weight_errors
 from trimode.quantize.round_to_nearest import write_rounded
 
-METHODS = ("awq", "rtn")
-HEADS = ("int4", "16bit")
 DEFAULT_GROUP, MIN_GROUP = 128, 16
 
 
@@ -34,9 +33,9 @@ def quantize_checkpoint(
     checkpoint: Checkpoint,
     out: Path,
     *,
-    method: Literal["awq", "rtn"],
+    method: Method,
     group: int = DEFAULT_GROUP,
-    head: Literal["int4", "16bit"] = "16bit",
+    head: HeadFormat = "16bit",
     calibration: Path | None = None,
     progress: Progress = no_progress,
 ) -> QuantizationReport:
@@ -94,7 +93,7 @@ def _awq(
 
 
 def _check_options(checkpoint: Checkpoint, method: str, group: int, head: str, calibration: Path | None) -> None:
-    for option, value, allowed in (("--method", method, METHODS), ("--head", head, HEADS)):
+    for option, value, allowed in (("--method", method, get_args(Method)), ("--head", head, get_args(HeadFormat))):
         if value not in allowed:
             raise TriModeError(f"{option} {value} is unknown; give one of {', '.join(allowed)}")
     if group < MIN_GROUP or group & (group - 1):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveInt
 
 from trimode.common.progress import Progress
 from trimode.model.checkpoint import Checkpoint, Int4Weight
+from trimode.model.quantization import HeadFormat, Method
 from trimode.quantize.row_slices import row_slices
 
 REPORT_FILE = "quantization_report.json"
@@ -34,9 +35,9 @@ class QuantizationReport(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    method: Literal["awq", "rtn"]
+    method: Method
     group: PositiveInt
-    head: Literal["int4", "16bit"]
+    head: HeadFormat
     weight_error: dict[str, NonNegativeFloat]
     calibration: CalibrationReport | None = None
 

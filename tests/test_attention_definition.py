@@ -22,7 +22,7 @@ from trimode.common.progress import no_progress
 from trimode.model.attention import attend, attends
 from trimode.model.checkpoint import Checkpoint
 from trimode.model.reference.loading import load_reference
-from trimode.model.reference.patterns import bidirectional, causal
+from trimode.model.reference.patterns import bidirectional, blocks_of_text, causal
 from trimode.model.step import AttentionPattern, mask_words
 from trimode.plugins.operators import DOMAIN, Pattern
 from trimode.plugins.reference import attention
@@ -207,3 +207,16 @@ def test_the_pytorch_reference(
             np.testing.assert_allclose(
                 found[index], attend(queries, keys[index], values[index], past, **arguments), atol=1e-5
             )
+
+
+def test_the_blocks_of_a_calibration_text() -> None:
+    """The text's rows from the block's start on are not attended to: the block's own rows take their place."""
+    starts, step, past = [1, 4, 5], 3, 8
+    found = blocks_of_text(torch.tensor(starts), step, past).numpy()
+    for block, start in enumerate(starts):
+        expected = [
+            [attends(token, row, start, step, step_length=step) for row in range(start + step)] for token in range(step)
+        ]
+        rows = [*range(start), *range(past, past + step)]
+        np.testing.assert_array_equal(found[block][:, rows], expected)
+        assert not found[block][:, start:past].any()

@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
 
@@ -39,8 +39,7 @@ from trimode.common.version import __version__
 from trimode.engine.files import MANIFEST, hash_file
 from trimode.engine.manifest import FORMAT_VERSION
 from trimode.model.checkpoint import ADAPTER_FOLDER, Checkpoint, is_hub_id, open_checkpoint
-
-Method = Literal["awq", "rtn"]
+from trimode.model.quantization import Method
 
 ENGINE, RECORD, HASHES = "engine", "entry.json", "hashes.json"
 # Top-level files of a checkpoint that quantisation or the build reads; and every file of the adapter's folder.

@@ -9,7 +9,8 @@ from typing import Any
 
 from trimode.common.progress import Progress
 from trimode.common.progress_bars import progress_bars
-from trimode.engine_cache import BuildOptions, Method, engine_of
+from trimode.engine_cache import BuildOptions, engine_of
+from trimode.model.quantization import Method
 from trimode.runtime.api.llm import EngineLLM
 
 

@@ -24,6 +24,17 @@ def bidirectional(batch: int, step: int, past: int, device: torch.device | None 
     return torch.ones(batch, step, past + step, dtype=torch.bool, device=device)
 
 
+def blocks_of_text(starts: Tensor, step: int, past: int) -> Tensor:
+    """One block of a text in each row of the batch; the past is the whole text: [blocks, step, past + step] bool.
+
+    starts: [blocks] int64, the position of each block's first token. Every token attends to the text before its block
+    and to its whole block.
+    """
+    visible = torch.ones(len(starts), step, past + step, dtype=torch.bool, device=starts.device)
+    visible[:, :, :past] = (torch.arange(past, device=starts.device) < starts[:, None])[:, None]
+    return visible
+
+
 def crop(cache: list[KeyValue], length: int) -> list[KeyValue]:
     """The first ``length`` rows of every layer's keys and values."""
     return [(k[:, :, :length], v[:, :, :length]) for k, v in cache]

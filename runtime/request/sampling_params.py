@@ -53,8 +53,9 @@ MOST_BIASES = 300
 class SamplingParams:
     """How one request is decoded and where it ends. Immutable; one record may serve many requests.
 
-    Sampling. temperature, top_k, top_p, min_p: greedy if none of them is set, and whenever temperature is 0, top_k is 1
-    or top_p is 0; otherwise tokens are sampled, at temperature 1 if none is given. The engine returns only the top k
+    Sampling. temperature, top_k, top_p: greedy if none of them is set, and whenever temperature is 0, top_k is 1 or
+    top_p is 0; otherwise tokens are sampled, at temperature 1 if none is given. min_p: least probability of a sampled
+    token, as a share of the most probable one's; refused in greedy decoding. The engine returns only the top k
     logits of each position (``--top-k`` of the build). Sampling is restricted to them, in every mode alike. seed: of
     the random generator; the same seed and parameters give the same tokens, whatever else runs. presence_penalty,
     frequency_penalty: subtracted from the logit of an emitted token, once or for each occurrence. repetition_penalty:

@@ -33,7 +33,9 @@ Command = Callable[[Path, str], list[str]]
 
 
 class Client(NamedTuple):
-    """``command``: from the client's environment and the server's URL. ``uses``: what it does, for the table."""
+    """``command``: from the client's environment and the server's URL. ``uses``: what it does, for the table.
+    ``requirements``: installed in place of the package's own.
+    """
 
     name: str
     package: str
@@ -41,6 +43,7 @@ class Client(NamedTuple):
     command: Command
     registry: str = "PyPI"
     variables: Mapping[str, str] = HUB_OFFLINE
+    requirements: tuple[str, ...] = ()
 
 
 def _script(name: str) -> Command:
@@ -77,6 +80,26 @@ def _aiperf(environment: Path, url: str) -> list[str]:
     return [str(environment / "bin" / "aiperf"), "profile", *arguments, "--artifact-dir", str(environment / "results")]
 
 
+def _vllm_bench(environment: Path, url: str) -> list[str]:
+    """Chats, then completions. The program exits with 0 although requests have failed, so the count is checked."""
+    vllm = f"'{environment}/bin/python' -m vllm.entrypoints.cli.main bench serve --base-url {url} --model tiny"
+    vllm += (
+        f" --tokenizer '{TOKENIZER}' --dataset-name random --random-input-len 32 --random-output-len 16 --ignore-eos"
+    )
+    vllm += " --num-prompts 6 --max-concurrency 2"
+    runs = ("openai-chat --endpoint /v1/chat/completions", "openai --endpoint /v1/completions")
+    checked = [f"{vllm} --backend {run} | tee /dev/stderr | grep -q 'Successful requests: *6'" for run in runs]
+    return ["bash", "-c", " && ".join(checked)]
+
+
+# What `vllm bench serve` imports; vLLM's own requirements contain packages for GPUs.
+_VLLM_BENCH = (
+    *("torch==2.13.0", "transformers", "openai", "openai-harmony", "fastapi", "uvicorn", "uvloop", "aiohttp"),
+    *("requests", "urllib3", "cbor2", "msgspec", "orjson", "cloudpickle", "pybase64", "blake3", "cachetools", "regex"),
+    *("pillow", "psutil", "py-cpuinfo", "pyzmq", "partial-json-parser", "prometheus-client", "watchfiles"),
+    *("xgrammar", "llguidance"),
+)
+
 CLIENTS = (
     Client("openai (Python)", "openai", "chat, stream, completions, logprobs, errors", _script("chat_with_openai.py")),
     Client("openai (JavaScript)", "openai", "chat, stream, completions, errors", _javascript, "npm"),
@@ -92,6 +115,14 @@ CLIENTS = (
     Client("guidellm", "guidellm", "a benchmark with synthetic prompts", _guidellm),
     # Offline, aiperf does not accept a local folder as tokenizer.
     Client("aiperf", "aiperf", "a streaming profile with min_tokens and ignore_eos", _aiperf, variables={}),
+    Client(
+        "vLLM's bench serve",
+        "vllm",
+        "a benchmark of random chats and completions with ignore_eos",
+        _vllm_bench,
+        variables={**HUB_OFFLINE, "VLLM_NO_USAGE_STATS": "1"},
+        requirements=_VLLM_BENCH,
+    ),
 )
 
 
@@ -110,9 +141,11 @@ def installed(client: Client) -> Path:
         subprocess.run(["npm", "install", "--silent", client.package], cwd=environment, check=True)
     else:
         subprocess.run([sys.executable, "-m", "venv", environment], check=True)
-        subprocess.run(
-            [environment / "bin" / "pip", "install", "--quiet", client.package], check=True, env=_variables()
-        )
+        install = [environment / "bin" / "pip", "install", "--quiet"]
+        own = ["--no-deps"] if client.requirements else []
+        subprocess.run([*install, *own, client.package], check=True, env=_variables())
+        if client.requirements:
+            subprocess.run([*install, *client.requirements], check=True, env=_variables())
     (environment / "ready").touch()
     return environment
 
