@@ -97,7 +97,7 @@ _VLLM_BENCH = (
     *("torch==2.13.0", "transformers", "openai", "openai-harmony", "fastapi", "uvicorn", "uvloop", "aiohttp"),
     *("requests", "urllib3", "cbor2", "msgspec", "orjson", "cloudpickle", "pybase64", "blake3", "cachetools", "regex"),
     *("pillow", "psutil", "py-cpuinfo", "pyzmq", "partial-json-parser", "prometheus-client", "watchfiles"),
-    *("xgrammar", "llguidance"),
+    *("xgrammar", "llguidance", "einops"),
 )
 
 CLIENTS = (
