@@ -24,8 +24,7 @@ class TokenRules:
     vocab_size: of the model. ends: tokens that end the text. grammar: None for free text. thought_end: the token behind
     which the grammar begins; None if it begins at once. allowed: the only legal tokens, None for all. banned: tokens
     that are never legal. min_tokens: tokens before which no token of ``ends`` is legal, unless the grammar is complete
-    before. bad_words: None if there are
-    none.
+    before. bad_words: None if there are none.
     """
 
     def __init__(

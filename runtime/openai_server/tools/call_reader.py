@@ -22,16 +22,35 @@ class CallReader(ABC):
     """Reads the calls behind one opening mark, from a text that arrives in pieces.
 
     rest: the text behind the block of calls; None while the block goes on. failed: what was read is not a block of
-    calls, and no call of it was reported.
+    calls, and no call of it was reported. close: the closing mark.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, close: str) -> None:
         self.rest: str | None = None
         self.failed = False
+        self._close = close
+        self._held = Held()
 
-    @abstractmethod
     def feed(self, text: str) -> list[CallPiece]:
         """The pieces that ``text`` adds. Not to be called once ``rest`` is set or ``failed`` is true."""
+        self._held.text += text
+        pieces: list[CallPiece] = []
+        while self.rest is None and not self.failed and self._advance(pieces):
+            pass
+        return pieces
+
+    @abstractmethod
+    def _advance(self, pieces: list[CallPiece]) -> bool:
+        """One step; False if it needs more text."""
+
+    def _end_block(self) -> bool:
+        """Take the closing mark, if it is there, and set ``rest``; False if it needs more text. A block without its
+        closing mark ends at its last call.
+        """
+        found = self._held.take(self._close)
+        if found is not None:
+            self.rest = self._held.take_all()
+        return found is not None
 
 
 class Held:

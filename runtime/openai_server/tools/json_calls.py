@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 
-from trimode.runtime.openai_server.tools.call_reader import CallPiece, CallReader, Held
+from trimode.runtime.openai_server.tools.call_reader import CallPiece, CallReader
 
 _OUTSIDE = re.compile(r'[{}\[\]"]')
 _IN_STRING = re.compile(r'["\\]')
@@ -117,24 +117,14 @@ class JsonCallsReader(CallReader):
     """One call, or in_array several, and the closing mark."""
 
     def __init__(self, close: str, *, in_array: bool) -> None:
-        super().__init__()
-        self._held = Held()
-        self._close = close
+        super().__init__(close)
         self._in_array = in_array
         self._opened = not in_array
         self._call_comes = not in_array
         self._call: JsonCall | None = None
         self._calls = 0  # reported ones
 
-    def feed(self, text: str) -> list[CallPiece]:
-        self._held.text += text
-        pieces: list[CallPiece] = []
-        while self.rest is None and not self.failed and self._advance(pieces):
-            pass
-        return pieces
-
     def _advance(self, pieces: list[CallPiece]) -> bool:
-        """One step; False if it needs more text."""
         if self._call is not None:
             return self._read(self._call, pieces)
         self._held.skip_space()
@@ -153,11 +143,7 @@ class JsonCallsReader(CallReader):
         if self._in_array and self._held.take("]"):
             self._in_array = False
             return True
-        found = self._held.take(self._close)
-        if found is not None:
-            # A block without its closing mark ends at its last call.
-            self.rest = self._held.take_all()
-        return found is not None
+        return self._end_block()
 
     def _read(self, call: JsonCall, pieces: list[CallPiece]) -> bool:
         if not self._held.text:

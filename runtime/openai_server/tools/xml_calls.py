@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from trimode.runtime.openai_server.tools.call_reader import CallPiece, CallReader, Held
+from trimode.runtime.openai_server.tools.call_reader import CallPiece, CallReader
 
 FUNCTION, END_FUNCTION = "<function=", "</function>"
 PARAMETER, END_PARAMETER = "<parameter=", "</parameter>"
@@ -18,9 +18,7 @@ class XmlCallReader(CallReader):
     """
 
     def __init__(self, close: str, value_of: Callable[[str, str, str], Any]) -> None:
-        super().__init__()
-        self._held = Held()
-        self._close = close
+        super().__init__(close)
         self._value_of = value_of
         self._function: str | None = None
         self._parameter: str | None = None
@@ -28,25 +26,14 @@ class XmlCallReader(CallReader):
         self._arguments = 0
         self._complete = False
 
-    def feed(self, text: str) -> list[CallPiece]:
-        self._held.text += text
-        pieces: list[CallPiece] = []
-        while self.rest is None and not self.failed and self._advance(pieces):
-            pass
-        return pieces
-
     def _advance(self, pieces: list[CallPiece]) -> bool:
-        """One step; False if it needs more text."""
         if self._parameter is not None:
             return self._read_value(self._parameter, pieces)
         self._held.skip_space()
         if not self._held.text:
             return False
         if self._complete:
-            found = self._held.take(self._close)
-            if found is not None:
-                self.rest = self._held.take_all()
-            return found is not None
+            return self._end_block()
         if self._function is None:
             return self._read_function(pieces)
         return self._read_parameter_or_end(pieces)
