@@ -39,11 +39,12 @@ def convert_engine(source: Path, out: Path, target: KernelTarget, progress: Prog
     verify_files(source, manifest.files, progress)
     with atomic_folder(out) as folder:
         of_engines = {name for name, _ in ENGINES}
-        for entry in manifest.files:
-            if PurePosixPath(entry.path).parts[0] not in of_engines:
-                link_file(source / entry.path, folder / entry.path)
+        linked = [entry for entry in manifest.files if PurePosixPath(entry.path).parts[0] not in of_engines]
+        for entry in linked:
+            link_file(source / entry.path, folder / entry.path)
         written = target.write_engines(_network(source, manifest), folder, section.sms, progress)
-        manifest.model_copy(update={"target": written, "files": hash_files(folder, progress)}).write(folder)
+        files = hash_files(folder, progress, verified=linked)
+        manifest.model_copy(update={"target": written, "files": files}).write(folder)
     return Manifest.read(out)
 
 

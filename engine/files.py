@@ -53,15 +53,19 @@ def hash_file(path: Path, advanced: Callable[[int], None] = lambda _bytes: None)
     return digest.hexdigest()
 
 
-def hash_files(folder: Path, progress: Progress) -> tuple[EngineFile, ...]:
-    """Size and hash of every file in the folder."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    advanced = _byte_counter("hashes", sum(path.stat().st_size for path in paths), progress)
+def hash_files(folder: Path, progress: Progress, verified: Sequence[EngineFile] = ()) -> tuple[EngineFile, ...]:
+    """Size and hash of every file in the folder.
+
+    verified: entries of files that were linked from another engine after :func:`verify_files`; these files are not read
+    again.
+    """
+    known = {entry.path: entry for entry in verified}
+    found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    unread = sum(path.stat().st_size for name, path in found.items() if name not in known)
+    advanced = _byte_counter("hashes", unread, progress)
     return tuple(
-        EngineFile(
-            path=path.relative_to(folder).as_posix(), bytes=path.stat().st_size, sha256=hash_file(path, advanced)
-        )
-        for path in paths
+        known.get(name) or EngineFile(path=name, bytes=path.stat().st_size, sha256=hash_file(path, advanced))
+        for name, path in found.items()
     )
 
 

@@ -39,7 +39,8 @@ def compile_engine(emitted: Path, out: Path, progress: Progress = no_progress) -
 
         plans = compile_plans(folder, section, manifest.limits, gpu, progress)
         compiled = section.model_copy(update={"plans": plans})
-        manifest.model_copy(update={"target": compiled, "files": hash_files(folder, progress)}).write(folder)
+        files = hash_files(folder, progress, verified=manifest.files)
+        manifest.model_copy(update={"target": compiled, "files": files}).write(folder)
     return Manifest.read(out)
 
 
