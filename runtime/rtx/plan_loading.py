@@ -23,6 +23,7 @@ from trimode.engine.plan_file import PlanEntry, whole_plan
 from trimode.engine.targets.rtx import PLAN, RtxSection
 from trimode.runtime.gpu.device import Bytes, Device
 from trimode.runtime.gpu.plan_log import LastErrorLog
+from trimode.runtime.gpu.plan_version import release
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ def load_plans(device: Device, engine: Path, entry: RtxSection) -> Plans:
 
     Peak host memory: the weights of both engines. Peak device memory: the final amount and one engine's own copy.
     """
-    if _release(entry.tensorrt_rtx) != _release(trt.__version__):
+    if release(entry.tensorrt_rtx) != release(trt.__version__):
         raise TriModeError(
             f"{engine} was built with TensorRT-RTX {entry.tensorrt_rtx}, this is {trt.__version__}; "
             f"pip install tensorrt-rtx-cu13=={entry.tensorrt_rtx}, or build it again"
@@ -96,11 +97,6 @@ def load_plans(device: Device, engine: Path, entry: RtxSection) -> Plans:
         logger.warning("%s: %.1f MB of weights are shared, %.1f MB are not", engine, shared / 1e6, private / 1e6)
     ar, diffusion = engines
     return Plans(ar, diffusion, placement)
-
-
-def _release(version: str) -> list[str]:
-    """The part of a version that a plan's header must match: 1.7.1 of 1.7.1.116."""
-    return version.split(".")[:3]
 
 
 def _deserialise(runtime: Any, engine: Path, name: str, entry: PlanEntry) -> Any:

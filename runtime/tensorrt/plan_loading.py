@@ -13,6 +13,7 @@ from trimode.common.errors import TriModeError
 from trimode.engine.targets.tensorrt import PLAN, TensorrtPlans
 from trimode.model.step import ENGINES
 from trimode.runtime.gpu.plan_log import LastErrorLog
+from trimode.runtime.gpu.plan_version import release
 
 
 class _TensorrtLog(LastErrorLog, trt.ILogger):  # type: ignore[misc]
@@ -33,18 +34,13 @@ def load_plans(engine: Path, plans: TensorrtPlans) -> dict[str, Any]:
 
     Raises TriModeError if another version of TensorRT compiled them, or it cannot load one.
     """
-    if _release(plans.tensorrt) != _release(trt.__version__):
+    if release(plans.tensorrt) != release(trt.__version__):
         raise TriModeError(
             f"{engine} was compiled with TensorRT {plans.tensorrt}, this is {trt.__version__}; "
             f"pip install tensorrt-cu13=={plans.tensorrt}, or compile it again"
         )
     runtime = trt.Runtime(LOG)
     return {name: _deserialise(runtime, engine / name / PLAN) for name, _ in ENGINES}
-
-
-def _release(version: str) -> list[str]:
-    """The part of a version that a plan depends on: 11.4.0 of 11.4.0.106."""
-    return version.split(".")[:3]
 
 
 def _deserialise(runtime: Any, plan: Path) -> Any:

@@ -8,10 +8,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
+from tests.support.driver_double import DriverDouble
 from tests.support.token_masks import packed
-from trimode.runtime.executor import BidirectionalStep, Candidates, CausalStep, Executor, SpeculatingExecutor
+from trimode.common.errors import TriModeError
+from trimode.engine.plan_file import MOST_ASKED
+from trimode.runtime.executor import (
+    BidirectionalStep,
+    Candidates,
+    CausalStep,
+    Executor,
+    Speculated,
+    SpeculatingExecutor,
+)
 from trimode.runtime.loading import load_engine
 
 MASK = 100
@@ -191,3 +202,33 @@ def distance(cases: StepCases, run: Run, expected: Path, engine: Path) -> float:
     return float(
         np.max([np.linalg.norm(one - other) / np.linalg.norm(other) for one, other in zip(found, wanted, strict=True)])
     )
+
+
+def speculate_with_one_wait(engine: SpeculatingExecutor, cuda: DriverDouble) -> tuple[BidirectionalStep, Speculated]:
+    """A block is speculated three times: each waits once and sends little, the last is one launch without allocations.
+
+    Returns the draft and the last results.
+    """
+    slot = engine.pool.acquire()
+    engine.run(CausalStep.chain(slot, np.arange(200, 240)[None], np.array([0]), np.array([[39]])))
+    ids = np.full((1, 32), MASK)
+    ids[0, 0] = 300
+    draft = BidirectionalStep.block(slot, ids, np.array([40]), np.arange(32)[None], np.array([32]), np.array([True]))
+    for _ in range(3):
+        waits, crossed, launches, free = cuda.synchronisations, cuda.crossed, cuda.launches, cuda.free
+        found = engine.speculate(draft)
+        assert cuda.synchronisations - waits == 1
+        assert cuda.crossed - crossed <= 4096
+    assert cuda.launches - launches == 1
+    assert cuda.free == free
+    return draft, found
+
+
+def ask_as_many_as_plans_take(engine: Executor) -> None:
+    """512 asked ids of a row are answered, one more is refused."""
+    step = CausalStep.chain(engine.pool.acquire(), np.array([[300]]), np.array([0]), np.array([[0]]))
+    found = engine.run(dataclasses.replace(step, asked_ids=np.zeros((1, 1, MOST_ASKED), np.int64))).asked_logits
+    assert found is not None
+    assert found.shape == (1, 1, MOST_ASKED)
+    with pytest.raises(TriModeError, match="513 asked ids of a row; plans take 512"):
+        engine.run(dataclasses.replace(step, asked_ids=np.zeros((1, 1, MOST_ASKED + 1), np.int64)))

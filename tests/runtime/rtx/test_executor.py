@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,13 +12,11 @@ import tensorrt_rtx
 from tests.runtime.rtx.conftest import CAPACITY, MAX_BATCH, MAX_STEP, Engines, Machine
 from tests.support import executor_cases, gpu_faults
 from tests.support.driver_double import FaultError
-from tests.support.executor_cases import CLOSE, FAR, MASK, RUNS, Run, StepCases
+from tests.support.executor_cases import CLOSE, FAR, RUNS, Run, StepCases
 from tests.support.executor_texts import MODES, answers, conversations, listen
 from tests.support.rtx_double import misremembered_calls
 from trimode import LLM, SamplingParams
 from trimode.common.errors import TriModeError
-from trimode.engine.plan_file import MOST_ASKED
-from trimode.runtime.executor import BidirectionalStep, CausalStep
 from trimode.runtime.gpu import gpu_executor
 from trimode.runtime.loading import load_engine
 from trimode.runtime.scheduling.pass_cost import PassCost
@@ -109,17 +106,7 @@ def test_results_of_steps_equal_those_of_target_cpu(exact: Engines, run: Run) ->
 
 def test_a_speculation_waits_once_and_sends_little(fp16: Engines, machine: Machine) -> None:
     engine = load_engine(fp16.rtx, verify=False).executor
-    slot = engine.pool.acquire()
-    engine.run(CausalStep.chain(slot, np.arange(200, 240)[None], np.array([0]), np.array([[39]])))
-    ids = np.full((1, 32), MASK)
-    ids[0, 0] = 300
-    draft = BidirectionalStep.block(slot, ids, np.array([40]), np.arange(32)[None], np.array([32]), np.array([True]))
-    for _ in range(3):
-        waits, crossed, launches = machine.cuda.synchronisations, machine.cuda.crossed, machine.cuda.launches
-        drafted, verified = engine.speculate(draft)
-        assert machine.cuda.synchronisations - waits == 1
-        assert machine.cuda.crossed - crossed <= 4096
-    assert machine.cuda.launches - launches == 1
+    draft, (drafted, verified) = executor_cases.speculate_with_one_wait(engine, machine.cuda)
     apart = engine.run(draft)
     np.testing.assert_array_equal(apart.tokens, drafted.tokens)
     np.testing.assert_array_equal(engine.run(draft.verification(apart.tokens[:, :, 0])).tokens, verified.tokens)
@@ -145,17 +132,7 @@ def test_a_pass_changes_the_rows_that_it_writes_and_no_others(fp16: Engines) -> 
 
 @pytest.mark.usefixtures("machine")
 def test_more_asked_ids_than_a_plan_takes_are_refused(fp16: Engines) -> None:
-    engine = load_engine(fp16.rtx, verify=False).executor
-    step = CausalStep.chain(engine.pool.acquire(), np.array([[300]]), np.array([0]), np.array([[0]]))
-    for asked in (MOST_ASKED, MOST_ASKED + 1):
-        asking = replace(step, asked_ids=np.zeros((1, 1, asked), np.int64))
-        if asked > MOST_ASKED:
-            with pytest.raises(TriModeError, match="513 asked ids of a row; plans take 512"):
-                engine.run(asking)
-        else:
-            found = engine.run(asking).asked_logits
-            assert found is not None
-            assert found.shape == (1, 1, MOST_ASKED)
+    executor_cases.ask_as_many_as_plans_take(load_engine(fp16.rtx, verify=False).executor)
 
 
 # Planted faults that the tests above must detect.

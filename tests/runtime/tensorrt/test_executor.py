@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -14,15 +13,13 @@ import pytest
 from tests.runtime.tensorrt.conftest import CAPACITY, MAX_BATCH, MAX_STEP, Engines, Machine
 from tests.support import executor_cases, gpu_faults
 from tests.support.driver_double import FaultError
-from tests.support.executor_cases import CLOSE, FAR, MASK, RUNS, Run, StepCases
+from tests.support.executor_cases import CLOSE, FAR, RUNS, Run, StepCases
 from tests.support.executor_texts import MODES, answers
 from tests.support.tensorrt_runtime_double import misremembered_calls
 from trimode.build.graph.raw_pool import CONSTANTS
-from trimode.common.errors import TriModeError
 from trimode.engine.manifest import Manifest
-from trimode.engine.plan_file import MOST_ASKED
 from trimode.model.step import COUNTERS
-from trimode.runtime.executor import BidirectionalStep, CausalStep
+from trimode.runtime.executor import CausalStep
 from trimode.runtime.gpu import plan_context
 from trimode.runtime.loading import load_engine
 
@@ -57,19 +54,7 @@ def test_results_of_steps_equal_those_of_target_cpu(exact: Engines, run: Run) ->
 
 def test_a_speculation_waits_once_and_sends_little(exact: Engines, machine: Machine) -> None:
     engine = load_engine(exact.tensorrt, verify=False).executor
-    slot = engine.pool.acquire()
-    engine.run(CausalStep.chain(slot, np.arange(200, 240)[None], np.array([0]), np.array([[39]])))
-    ids = np.full((1, 32), MASK)
-    ids[0, 0] = 300
-    draft = BidirectionalStep.block(slot, ids, np.array([40]), np.arange(32)[None], np.array([32]), np.array([True]))
-    for _ in range(3):
-        cuda = machine.cuda
-        waits, crossed, launches, free = cuda.synchronisations, cuda.crossed, cuda.launches, cuda.free
-        engine.speculate(draft)
-        assert cuda.synchronisations - waits == 1
-        assert cuda.crossed - crossed <= 4096
-    assert cuda.launches - launches == 1
-    assert cuda.free == free
+    executor_cases.speculate_with_one_wait(engine, machine.cuda)
 
 
 @pytest.mark.usefixtures("machine")
@@ -103,13 +88,7 @@ def test_each_shape_has_a_context_of_its_own_and_the_profile_of_its_length(exact
 
 @pytest.mark.usefixtures("machine")
 def test_more_asked_ids_than_a_plan_takes_are_refused(exact: Engines) -> None:
-    engine = load_engine(exact.tensorrt, verify=False).executor
-    step = CausalStep.chain(engine.pool.acquire(), np.array([[300]]), np.array([0]), np.array([[0]]))
-    found = engine.run(replace(step, asked_ids=np.zeros((1, 1, MOST_ASKED), np.int64))).asked_logits
-    assert found is not None
-    assert found.shape == (1, 1, MOST_ASKED)
-    with pytest.raises(TriModeError, match="513 asked ids of a row; plans take 512"):
-        engine.run(replace(step, asked_ids=np.zeros((1, 1, MOST_ASKED + 1), np.int64)))
+    executor_cases.ask_as_many_as_plans_take(load_engine(exact.tensorrt, verify=False).executor)
 
 
 # Planted faults that the tests above must detect.
