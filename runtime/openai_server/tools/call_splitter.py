@@ -40,17 +40,15 @@ class CallSplitter:
 
     def __init__(self, open_mark: str, reader: Callable[[], CallReader]) -> None:
         self.calls = 0
+        self.unfinished = ""
         self._open_mark = open_mark
         self._new_reader = reader
         self._reader: CallReader | None = None
         self._held = ""  # text that is neither content yet nor read by the reader
         self._head = ""  # the current block's opening mark, with the white space before it
         self._block = ""  # the text behind it
+        self._called = False  # whether the current block has a call
         self._complete = True  # the latest call
-
-    @property
-    def unfinished(self) -> str:
-        return "" if self._complete else self._head + self._block
 
     def feed(self, text: str) -> Split:
         split = Split()
@@ -79,6 +77,7 @@ class CallSplitter:
             return False
         end += len(self._open_mark)
         self._head, self._block, self._held = self._held[len(content) : end], "", self._held[end:]
+        self._called = False
         self._reader = self._new_reader()
         return True
 
@@ -87,7 +86,7 @@ class CallSplitter:
         self._block += text
         for piece in reader.feed(text):
             self.calls += piece.name is not None
-            self._complete = piece.complete
+            self._called, self._complete = True, piece.complete
             if piece.name is not None or piece.arguments:
                 split.calls.append(CallDelta(self.calls - 1, piece.name, piece.arguments))
         if reader.failed:
@@ -95,6 +94,9 @@ class CallSplitter:
             self._reader, self._held = None, self._block
         elif reader.rest is not None:
             self._reader, self._held = None, reader.rest
+            self._block = self._block.removesuffix(reader.rest)
+        if self._called:
+            self.unfinished = "" if self._complete else self._head + self._block
 
     def _add_content(self, split: Split, text: str) -> None:
         if not self.calls:

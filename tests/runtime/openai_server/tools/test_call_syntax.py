@@ -171,6 +171,15 @@ MARKS = [
 ]
 
 
+def test_a_block_that_ends_within_a_call_has_the_same_text_wherever_it_is_cut() -> None:
+    """The text behind its end is not part of it, nor are later blocks without a call."""
+    for text in ("<tool_call><function=now></tool_call>", "<tool_call><function=now><tool_call></tool_call>"):
+        for cut in range(len(text)):
+            splitter = syntax("xml").splitter(TOOLS)
+            read(splitter, pieces_of(text, [cut]))
+            assert splitter.unfinished == "<tool_call><function=now>"
+
+
 @pytest.mark.parametrize("family", SYNTAXES)
 @given(data=st.data())
 @settings(max_examples=300, deadline=None)
