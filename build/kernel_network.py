@@ -4,15 +4,17 @@ kernels. So one is made from the other without the checkpoint.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 import onnx
 
 from trimode.build.graph.lowering import launch_list
-from trimode.build.graph.network import REAL_TYPES
 from trimode.build.graph.operator_network import OperatorNetworkOptions, build_operator_network
 from trimode.build.graph.raw_pool import RawPool, write_raw_pool
+from trimode.build.graph.results import REAL_TYPES
 from trimode.build.kernel_emission import (
     NeededKernel,
     kernels_of,
@@ -36,7 +38,15 @@ from trimode.plugins.launches import PassShape, plan_pass
 SPLITS = 16
 
 
-class KernelNetwork(NamedTuple):
+class LoweredGraph(NamedTuple):
+    """A graph of our own operators only, and the same as a list of launches."""
+
+    graph: onnx.ModelProto
+    launches: LaunchList
+
+
+@dataclass(frozen=True)
+class KernelNetwork:
     """A network over a weight pool for our kernels. rank: of the draft adapter; 0 without one. real: type of the
     activations, and of the matrices that are not int4.
     """
@@ -47,12 +57,17 @@ class KernelNetwork(NamedTuple):
     real: Real
     limits: Limits
 
-
-class LoweredGraph(NamedTuple):
-    """A graph of our own operators only, and the same as a list of launches."""
-
-    graph: onnx.ModelProto
-    launches: LaunchList
+    @cached_property
+    def lowered(self) -> dict[str, LoweredGraph]:
+        """Both engines, by name."""
+        options = OperatorNetworkOptions(self.real, self.limits.top_k, SPLITS, self.rank)
+        weights = {entry.name for entry in self.pool.ranges()}
+        lowered = {}
+        for name, pattern in ENGINES:
+            graph = build_operator_network(self.config, self.pool, pattern, options)
+            onnx.checker.check_model(graph)
+            lowered[name] = LoweredGraph(graph, launch_list(graph, REAL_TYPES[self.real], weights))
+        return lowered
 
 
 def write_pool_and_kernels(
@@ -79,22 +94,10 @@ def write_pool_and_kernels(
     return network
 
 
-def lower(network: KernelNetwork) -> dict[str, LoweredGraph]:
-    """Both engines, by name."""
-    options = OperatorNetworkOptions(network.real, network.limits.top_k, SPLITS, network.rank)
-    weights = {entry.name for entry in network.pool.ranges()}
-    lowered = {}
-    for name, pattern in ENGINES:
-        graph = build_operator_network(network.config, network.pool, pattern, options)
-        onnx.checker.check_model(graph)
-        lowered[name] = LoweredGraph(graph, launch_list(graph, REAL_TYPES[network.real], weights))
-    return lowered
-
-
 def write_network_kernels(network: KernelNetwork, folder: Path, sms: tuple[int, ...], progress: Progress) -> None:
     """Compile every kernel of both engines into the engine directory ``folder``."""
     needed: dict[str, NeededKernel] = {}
-    for lowered in lower(network).values():
+    for lowered in network.lowered.values():
         needed |= needed_kernels(lowered.launches, network.limits)
     if network.real == "fp32":
         needed = _smallest_tiles(needed)

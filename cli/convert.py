@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import click
 
@@ -11,7 +12,9 @@ from trimode.build.registry import TARGETS
 from trimode.cli.extras import requires_extra
 from trimode.cli.manifest_table import print_manifest
 from trimode.cli.parameters import PATH, json_option
+from trimode.cli.target_options import chosen_options
 from trimode.common.progress_bars import progress_bars
+from trimode.engine.targets.tensorrt import Operators
 
 _TARGETS = {name: target for name, target in TARGETS.items() if issubclass(target, KernelTarget)}
 
@@ -20,8 +23,9 @@ _TARGETS = {name: target for name, target in TARGETS.items() if issubclass(targe
 @click.argument("engine", type=PATH)
 @click.argument("out", type=PATH)
 @click.option("--target", type=click.Choice(list(_TARGETS)), required=True)
+@click.option("--operators", type=click.Choice(get_args(Operators)), help="tensorrt: as in `trimode build`.")
 @json_option
-def command(engine: Path, out: Path, target: str, as_json: bool) -> None:
+def command(engine: Path, out: Path, target: str, operators: Operators | None, as_json: bool) -> None:
     """Write ENGINE for another target into the new folder OUT, without its checkpoint.
 
     ENGINE is what `trimode build` wrote for one of the targets of --target. They share weights and kernels, which are
@@ -30,6 +34,7 @@ def command(engine: Path, out: Path, target: str, as_json: bool) -> None:
     with requires_extra("build"):
         from trimode.build.conversion import convert_engine
 
+    chosen = _TARGETS[target](**chosen_options(target, {"operators": operators}))
     with progress_bars() as progress:
-        manifest = convert_engine(engine, out, _TARGETS[target](), progress)
+        manifest = convert_engine(engine, out, chosen, progress)
     print_manifest(out, manifest, as_json)

@@ -146,7 +146,7 @@ def test_the_options_of_a_target_are_listed() -> None:
         "cpu": ["--activations"],
         "cuda": ["--max-batch", "--max-step", "--dtype", "--sm"],
         "rtx": ["--max-batch", "--max-step", "--dtype", "--sm"],
-        "tensorrt": ["--max-batch", "--max-step", "--dtype", "--sm", "--emit-only"],
+        "tensorrt": ["--max-batch", "--max-step", "--dtype", "--sm", "--operators", "--emit-only"],
     }
 
 

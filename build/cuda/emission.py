@@ -6,7 +6,7 @@ from pathlib import Path
 
 import onnx
 
-from trimode.build.kernel_network import KernelNetwork, lower
+from trimode.build.kernel_network import KernelNetwork
 from trimode.common.progress import Progress
 from trimode.engine.targets.cuda import GRAPH
 
@@ -14,7 +14,7 @@ from trimode.engine.targets.cuda import GRAPH
 def write_launches(network: KernelNetwork, folder: Path, progress: Progress) -> None:
     """Write ``graph.onnx`` and ``launches.json`` of both engines into the engine directory ``folder``."""
     progress("graphs", 0, 1)
-    for name, lowered in lower(network).items():
+    for name, lowered in network.lowered.items():
         (folder / name).mkdir()
         onnx.save(lowered.graph, folder / name / GRAPH)
         lowered.launches.write(folder / name)

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import onnx
 from onnx import TensorProto
 
-from trimode.build.graph.network import REAL_TYPES
 from trimode.build.graph.onnx_builder import ModelBuilder, Shape
 from trimode.build.graph.operator_functions import (
     PARSER_ATTRIBUTES,
@@ -33,6 +32,7 @@ from trimode.build.graph.operator_functions import (
     top_candidates_function,
 )
 from trimode.build.graph.raw_pool import KernelConstants, PooledLayer, PooledLinear, PoolRange, RawPool
+from trimode.build.graph.results import REAL_TYPES, declare_results
 from trimode.build.graph.split_products import SplitProducts
 from trimode.build.graph.step_inputs import declare_adapter, declare_step
 from trimode.engine.precision import Real
@@ -62,12 +62,17 @@ FLOAT, INT32, INT64, BOOL = TensorProto.FLOAT, TensorProto.INT32, TensorProto.IN
 class OperatorNetworkOptions(NamedTuple):
     """activations: type of activations, KV pool and adapter. top_k: candidates of a row. splits: parts of a sequence's
     KV rows that attention computes in parallel. rank: of the draft adapter; 0 without one.
+
+    standard_results: standard operators compute the results from the logits, as :mod:`trimode.build.graph.network` has
+    them with masks apart. capacity: KV rows, if they are fixed.
     """
 
     activations: Real
     top_k: int
     splits: int
     rank: int
+    standard_results: bool = False
+    capacity: int | None = None
 
 
 def build_operator_network(
@@ -94,10 +99,8 @@ class _OperatorGraph:
     def build(self) -> onnx.ModelProto:
         graph, config = self.graph, self.config
         input_ids, position_ids, self.write_indices, self.visibility, logit_rows = declare_step(graph, self.pattern)
-        self.token_mask = graph.input("token_mask", INT32, ["batch", "rows", mask_words(config.vocab_size)])
-        self.asked_ids = graph.input("asked_ids", INT64, ["batch", "rows", "asked"])
         self.split_products = SplitProducts(graph, self.pool)
-        cache_shape: Shape = ["batch", config.num_key_value_heads, "capacity", config.head_dim]
+        cache_shape: Shape = ["batch", config.num_key_value_heads, self.options.capacity or "capacity", config.head_dim]
         for name in cache_inputs(config.num_hidden_layers):
             graph.input(name, self.real, cache_shape)
         if self.has_adapter:
@@ -250,10 +253,15 @@ class _OperatorGraph:
         """Final norm, logits and candidates."""
         logits = self._linear(self._norm(x, self.pool.norm), self.pool.head, "logits")
         top_k, mask_token = self.options.top_k, self.config.mask_token_id
-        tiles = self._run(TopCandidates(masked=True), [logits, self.token_mask], top_k=top_k, mask_token=mask_token)
+        if self.options.standard_results:
+            declare_results(self.graph, self.config, logits, self.options.activations, top_k, "apart")
+            return
+        token_mask = self.graph.input("token_mask", INT32, ["batch", "rows", mask_words(self.config.vocab_size)])
+        asked_ids = self.graph.input("asked_ids", INT64, ["batch", "rows", "asked"])
+        tiles = self._run(TopCandidates(masked=True), [logits, token_mask], top_k=top_k, mask_token=mask_token)
         results = ["top_logits", "top_tokens", "log_sum_exp"]
         self._run_into(MergeCandidates(), tiles, results, top_k=top_k)
-        self._run_into(AskedLogits(), [logits, self.asked_ids], ["asked_logits"])
+        self._run_into(AskedLogits(), [logits, asked_ids], ["asked_logits"])
         self.graph.output("top_logits", FLOAT, ["batch", "rows", top_k])
         self.graph.output("top_tokens", INT64, ["batch", "rows", top_k])
         self.graph.output("log_sum_exp", FLOAT, ["batch", "rows"])

@@ -13,7 +13,7 @@ from trimode.common.installation import Installation
 from trimode.common.progress import Progress
 from trimode.engine.kernel_library import COMPUTE_CAPABILITIES
 from trimode.engine.manifest import Limits
-from trimode.engine.targets.tensorrt import TensorrtSection, has_tensorrt
+from trimode.engine.targets.tensorrt import Operators, TensorrtSection, has_tensorrt
 from trimode.model.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 class TensorrtTarget(KernelTarget):
     """sms: compute capabilities that the plugins' kernels are compiled for, 121 for 12.1. None: that of this machine's
     GPU, or all known ones with ``emit_only``.
+
+    operators: as in :class:`trimode.engine.targets.tensorrt.TensorrtSection`.
 
     emit_only: write everything but the plans. ``trimode compile`` adds them on a machine with a GPU.
     """
@@ -37,6 +39,10 @@ class TensorrtTarget(KernelTarget):
             "GPUs by compute capability, 121 for 12.1 [default: this machine's, or all known ones with --emit-only].",
             "--sm",
         ),
+    )
+    operators: Operators = field(
+        default="standard",
+        metadata=option("Operators beside attention and int4 products: standard ones, or more of our plugins."),
     )
     emit_only: bool = field(
         default=False, metadata=option("Write everything but the plans; `trimode compile` adds them.")
@@ -63,7 +69,8 @@ class TensorrtTarget(KernelTarget):
 
         if network.real == "fp32":
             raise TriModeError("target tensorrt takes bf16 and fp16, and the engine is fp32; build it again")
-        return TensorrtSection(sms=sms, plugins=write_graphs(network, folder, progress), plans=None)
+        plugins = write_graphs(network, folder, self.operators, progress)
+        return TensorrtSection(sms=sms, operators=self.operators, plugins=plugins, plans=None)
 
     @classmethod
     def can_build(cls, installation: Installation) -> str:

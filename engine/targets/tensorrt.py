@@ -17,6 +17,9 @@ from trimode.engine.targets.section import KernelSection, compute_capabilities
 GRAPH, PLAN, BUILDER_LOG = "graph.onnx", "engine.plan", "builder.log"
 
 
+Operators = Literal["standard", "plugins"]
+
+
 class TensorrtPlans(Record):
     """The version of TensorRT and the GPU that compiled the plans. They run on that model of GPU only."""
 
@@ -26,9 +29,13 @@ class TensorrtPlans(Record):
 
 
 class TensorrtSection(KernelSection):
-    """plugins: the number of plugin nodes in each engine's graph. plans: None until ``trimode compile``."""
+    """operators: what the graphs consist of besides attention, KV writes and int4 products, which are plugins.
+    ``standard``: standard operators, which TensorRT fuses. ``plugins``: more plugins, but for the results.
+    plugins: the number of plugin nodes in each engine's graph. plans: None until ``trimode compile``.
+    """
 
     name: Literal["tensorrt"] = "tensorrt"
+    operators: Operators
     plugins: dict[str, PositiveInt]
     plans: TensorrtPlans | None
 
@@ -40,7 +47,8 @@ class TensorrtSection(KernelSection):
     def summary(self) -> str:
         plans = self.plans
         compiled = "TensorRT, not compiled yet" if plans is None else f"TensorRT {plans.tensorrt} on {plans.gpu}"
-        return f"{compiled}; kernels for {compute_capabilities(self.sms)}"
+        rest = "standard operators" if self.operators == "standard" else "plugins"
+        return f"{compiled}; {rest} beside attention and int4 products; kernels for {compute_capabilities(self.sms)}"
 
 
 def has_tensorrt(installation: Installation) -> bool:

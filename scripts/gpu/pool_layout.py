@@ -11,7 +11,6 @@ from pathlib import Path
 
 from onnx import TensorProto
 
-from trimode.build.graph.network import REAL_TYPES
 from trimode.build.graph.raw_pool import (
     ALIGNMENT,
     KernelConstants,
@@ -22,6 +21,7 @@ from trimode.build.graph.raw_pool import (
     merged_matrices,
     merged_name,
 )
+from trimode.build.graph.results import REAL_TYPES
 from trimode.engine.precision import NUMPY_TYPES, Real
 from trimode.model.checkpoint import linear_shapes
 from trimode.model.config import ModelConfig

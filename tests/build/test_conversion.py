@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,9 +21,11 @@ from trimode.common.errors import TriModeError
 from trimode.engine.files import POOL
 from trimode.model.checkpoint import Checkpoint
 
+LIMITS: dict[str, Any] = {"sms": (80, 90), "dtype": "fp16", "max_batch": 4, "max_step": 64}
 TARGETS: dict[str, KernelTarget] = {
-    "cuda": CudaTarget(sms=(80, 90), dtype="fp16", max_batch=4, max_step=64),
-    "tensorrt": TensorrtTarget(sms=(80, 90), dtype="fp16", max_batch=4, max_step=64, emit_only=True),
+    "cuda": CudaTarget(**LIMITS),
+    "tensorrt": TensorrtTarget(**LIMITS, emit_only=True),
+    "plugins": TensorrtTarget(**LIMITS, emit_only=True, operators="plugins"),
 }
 
 
@@ -41,12 +44,16 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize(("source", "target"), [("cuda", "tensorrt"), ("tensorrt", "cuda")])
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [("cuda", "tensorrt"), ("tensorrt", "cuda"), ("cuda", "plugins"), ("plugins", "cuda"), ("plugins", "tensorrt")],
+)
 def test_a_converted_directory_equals_a_built_one(
     built: dict[str, Path], tmp_path: Path, source: str, target: str
 ) -> None:
     """Without a compiler of kernels: both targets have the same."""
-    convert_engine(built[source], tmp_path / "out", type(TARGETS[target])())
+    chosen = {"cuda": CudaTarget(), "tensorrt": TensorrtTarget(), "plugins": TensorrtTarget(operators="plugins")}
+    convert_engine(built[source], tmp_path / "out", chosen[target])
     found, expected = contents(tmp_path / "out"), contents(built[target])
     assert found.keys() == expected.keys()
     assert [path for path in found if found[path] != expected[path]] == []
@@ -105,10 +112,30 @@ def test_an_engine_that_cannot_be_converted_is_refused(
 
 
 def test_the_command(built: dict[str, Path], tmp_path: Path) -> None:
-    program = [sys.executable, "-m", "trimode", "convert", str(built["cuda"]), str(tmp_path / "out")]
-    done = subprocess.run([*program, "--target", "tensorrt"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "TensorRT, not compiled yet; kernels for compute capability 8.0, 9.0" in " ".join(done.stdout.split())
-    refused = subprocess.run([*program, "--target", "rtx"], capture_output=True, text=True, check=False)
-    assert refused.returncode == 2
-    assert "'rtx' is not one of 'cuda', 'tensorrt'" in refused.stderr
+    program = [sys.executable, "-m", "trimode", "convert", str(built["cuda"])]
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*program, *arguments], capture_output=True, text=True, check=False)
+
+    for name, options, shown in (
+        (
+            "standard",
+            [],
+            "standard operators beside attention and int4 products; kernels for compute capability 8.0",
+        ),
+        (
+            "plugins",
+            ["--operators", "plugins"],
+            "not compiled yet; plugins beside attention and int4 products",
+        ),
+    ):
+        done = run(str(tmp_path / name), "--target", "tensorrt", *options)
+        assert done.returncode == 0, done.stderr
+        assert shown in " ".join(done.stdout.split())
+    for options, message in (
+        (["--target", "rtx"], "'rtx' is not one of 'cuda', 'tensorrt'"),
+        (["--target", "cuda", "--operators", "plugins"], "--operators is not an option of target cuda"),
+    ):
+        refused = run(str(tmp_path / "out"), *options)
+        assert refused.returncode == 2
+        assert message in refused.stderr

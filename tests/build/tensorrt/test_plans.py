@@ -116,6 +116,19 @@ def test_a_node_whose_plugin_is_not_found_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_more_plugins_take_the_place_of_standard_operators(
+    random_int4_checkpoint: Path, double: TensorrtDouble, tmp_path: Path
+) -> None:
+    """Every operator but those of the results is a plugin, for which TensorRT gets a kernel."""
+    options = TensorrtTarget(dtype="fp16", operators="plugins")
+    manifest = build_engine(Checkpoint(random_int4_checkpoint), tmp_path / "out", target=options, capacity=512)
+    section = manifest.section(TensorrtSection)
+    assert section.operators == "plugins"
+    assert len(double.plugins) == sum(section.plugins.values())
+    used = {name for name, _ in double.plugins}
+    assert {"Embed", "Rotations", "RmsNorm", "SelectRows", "DenseProductRowScaled"} <= used
+
+
 def test_building_with_a_gpu_compiles_the_plans(
     random_int4_checkpoint: Path, double: TensorrtDouble, tmp_path: Path
 ) -> None:

@@ -24,7 +24,7 @@ from trimode.common.gpus import find_gpus
 from trimode.common.progress import no_progress
 from trimode.engine.files import POOL, hash_file
 from trimode.engine.manifest import Manifest
-from trimode.engine.targets.tensorrt import GRAPH
+from trimode.engine.targets.tensorrt import GRAPH, Operators
 from trimode.model.checkpoint import Checkpoint
 from trimode.model.step import ENGINES
 from trimode.quantize import quantize_checkpoint
@@ -65,16 +65,25 @@ def fp16(tensorrt: ModuleType, tiny_checkpoint: Path, tmp_path_factory: pytest.T
 
 @pytest.fixture(scope="session")
 def fp32(fp16: Engines, tmp_path_factory: pytest.TempPathFactory) -> Engines:
+    return _in_fp32(fp16, tmp_path_factory.mktemp("tensorrt_fp32"), "standard")
+
+
+@pytest.fixture(scope="session")
+def fp32_plugins(fp16: Engines, tmp_path_factory: pytest.TempPathFactory) -> Engines:
+    return _in_fp32(fp16, tmp_path_factory.mktemp("tensorrt_fp32_plugins"), "plugins")
+
+
+def _in_fp32(fp16: Engines, folder: Path, operators: Operators) -> Engines:
     """The same plans over an fp32 pool; the double runs the fp32 form of their graphs, so that results can be compared
     closely.
     """
-    folder, checkpoint = tmp_path_factory.mktemp("tensorrt_fp32"), Checkpoint(fp16.emitted.parent / "int4")
+    checkpoint = Checkpoint(fp16.emitted.parent / "int4")
     compiled = Path(shutil.copytree(fp16.tensorrt, folder / "tensorrt"))
     manifest = Manifest.read(compiled)
     (folder / "graphs").mkdir()
     limits = manifest.limits
     network = write_pool_and_kernels(checkpoint, folder / "graphs", "tensorrt", "fp32", (), limits, no_progress)
-    write_graphs(network, folder / "graphs", no_progress)
+    write_graphs(network, folder / "graphs", operators, no_progress)
     shutil.copyfile(folder / "graphs" / POOL, compiled / POOL)
     precision = manifest.precision.model_copy(update={"kv_cache": "fp32"})
     manifest.model_copy(update={"precision": precision, "pool": network.pool.entries()}).write(compiled)
@@ -104,3 +113,9 @@ def machine(tensorrt: ModuleType, monkeypatch: pytest.MonkeyPatch, fp16: Engines
 def exact(machine: Machine, fp32: Engines) -> Engines:
     machine.trt.graphs = fp32.graphs
     return fp32
+
+
+@pytest.fixture
+def exact_plugins(machine: Machine, fp32_plugins: Engines) -> Engines:
+    machine.trt.graphs = fp32_plugins.graphs
+    return fp32_plugins

@@ -52,6 +52,18 @@ def test_results_of_steps_equal_those_of_target_cpu(exact: Engines, run: Run) ->
     assert distance(exact, run) < CLOSE
 
 
+@pytest.mark.parametrize("run", [StepCases.draft_and_commit, StepCases.a_tree, StepCases.speculated, StepCases.masked])
+def test_graphs_with_more_plugins_give_the_same_results(exact_plugins: Engines, run: Run) -> None:
+    assert distance(exact_plugins, run) < CLOSE
+
+
+def test_graphs_with_more_plugins_give_the_same_tokens(exact_plugins: Engines, heldout: list[dict]) -> None:
+    expected, found = (
+        answers(engine, heldout, MODES[1], MAX_BATCH) for engine in (exact_plugins.cpu, exact_plugins.tensorrt)
+    )
+    assert found == expected
+
+
 def test_a_speculation_waits_once_and_sends_little(exact: Engines, machine: Machine) -> None:
     engine = load_engine(exact.tensorrt, verify=False).executor
     executor_cases.speculate_with_one_wait(engine, machine.cuda)
