@@ -22,8 +22,10 @@ from tests.support.token_masks import best_legal
 from trimode import SamplingParams
 from trimode.runtime.decoding.acceptance import Acceptance
 from trimode.runtime.decoding.ending import Ending
+from trimode.runtime.decoding.ruled_rows import Biases
 from trimode.runtime.decoding.sampling import kept_weights
 from trimode.runtime.decoding.sequence import Sequence
+from trimode.runtime.decoding.token_rules import TokenRules
 from trimode.runtime.executor import BidirectionalStep, Candidates, CausalStep, Speculated
 from trimode.runtime.kv.host_kv_pool import KvPool
 from trimode.runtime.kv.prefix_cache import PrefixCache
@@ -139,10 +141,21 @@ class Bench:
         listener: Listener,
         seed: int = 0,
         update_seconds: float | None = None,
+        rules: TokenRules | None = None,
+        biases: Biases | None = None,
     ) -> Request:
         ending = Ending(params, frozenset({END}))
         sequence = Sequence(
-            list(prompt), params, ending, Acceptance(), context=self.capacity, mask_id=MASK, prefill_step=4, seed=seed
+            list(prompt),
+            params,
+            ending,
+            Acceptance(),
+            context=self.capacity,
+            mask_id=MASK,
+            prefill_step=4,
+            seed=seed,
+            rules=rules,
+            biases=biases,
         )
         self.submitted += 1
         text: Any = NoText()
