@@ -9,11 +9,13 @@ would report them. Greedy decoding needs the best one only.
 - Where enough of the reported tokens are legal, they are the candidates. A token that was not reported cannot be among
   them: its logit is at most the last reported one, and it has no bias.
 - Otherwise the row is run again with a mask of the legal tokens without a bias.
+
+Rows that would probably be run again get their masks at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import closing
 from typing import NamedTuple
 
@@ -70,7 +72,7 @@ class RuledRows:
         self._drafts = drafts
         self._needed = needed
         self._logprobs = logprobs
-        self._masked = False  # the first run
+        self._masked: frozenset[int] = frozenset()  # rows that have their mask in the first run
         self._asked: Ints | None = None
         self._reported: Candidates | None = None  # by the first run
         self._second: dict[int, tuple[Reals, Ints]] = {}  # candidates of the rows that were run again
@@ -82,21 +84,23 @@ class RuledRows:
             raise ValueError("the pass has not run")
         return self._reported
 
-    def inputs(self, masked: bool) -> RowInputs:
-        """Of the first run. masked: with masks, if log-probabilities allow it."""
-        self._masked = masked and not self._logprobs
+    def inputs(self, masked: Collection[int]) -> RowInputs:
+        """Of the first run. masked: rows that get their masks at once, if log-probabilities allow it."""
+        self._masked = frozenset() if self._logprobs else frozenset(masked)
         rows = len(self._drafts) + 1
         masks = np.full((rows, self._rules.words), ~np.uint32(0)) if self._masked else None
         biased = [] if self._biases is None else self._biases.ids.tolist()
         self._asked = np.zeros((rows, len(biased) + self._logprobs), np.int64) if biased or self._logprobs else None
-        if masks is not None or self._logprobs:
+        if self._masked or self._logprobs:
             with closing(self._along_drafts()) as along:
                 for row in along:
-                    if forced := self._rules.forced:
-                        if self._asked is not None and self._logprobs:
-                            self._asked[row, -1] = forced[0]
-                    elif masks is not None:
+                    forced = self._rules.forced
+                    if forced and self._logprobs and self._asked is not None:
+                        self._asked[row, -1] = forced[0]
+                    elif masks is not None and row in self._masked and not forced:
                         masks[row] = self._mask_of_unbiased()
+                    if row == max(self._masked, default=rows):
+                        break
         if self._asked is not None and biased:
             self._asked[:, : len(biased)] = biased
         return RowInputs(masks, self._asked)
@@ -162,7 +166,7 @@ class RuledRows:
         logits, tokens = self._second.get(row, (reported.logits[row], reported.tokens[row]))
         needed = self._needed or reported.logits.shape[-1]
         asked = None if self._asked is None or reported.asked_logits is None else reported.asked_logits[row]
-        if row in self._second or self._masked:
+        if row in self._second or row in self._masked:
             legal = logits > _ABSENT
             return self._best(logits[legal], tokens[legal], asked, needed)
         if self._biases is None and needed == 1:

@@ -33,6 +33,8 @@ from trimode.runtime.request.outputs import Counts, Logprob, Origin
 from trimode.runtime.request.sampling_params import SamplingParams
 
 PassKind = Literal["prefill", "draft", "denoise", "commit"]
+# Where the draft's best legal candidate has this rank, counted from 0, the verifier may report no legal one at all.
+DOUBTFUL_RANK = 8
 NO_BLOCK = np.empty(0, np.int64)
 
 
@@ -103,6 +105,7 @@ class Sequence:
         self._ruled_rows: RuledRows | None = None  # of the causal pass in progress
         self._again: tuple[Ints, Words] | None = None  # its rows to run again, with their masks
         self._drafted: dict[int, Ints] = {}  # the draft's candidates [k], by place
+        self._doubtful_rows: set[int] = set()  # of the block: their best candidates are probably illegal
         # Of the block, in diffusion:
         self._masks_at_first = 0
         self._denoise_passes = 0
@@ -181,6 +184,7 @@ class Sequence:
         self._masks = length - 1 - len(forced)
         self._forced_places = set(range(1, 1 + len(forced)))
         self._drafted = {}
+        self._doubtful_rows = set()
         self.rejected = []
         if self.params.mode == "diffusion":
             self._place_end_of_thinking()
@@ -210,8 +214,11 @@ class Sequence:
         drafts = self._block[1:].tolist()
         needs = self.params.needed_candidates
         self._ruled_rows = RuledRows(self._rules, self._biases, drafts, needs, self.params.logprobs is not None)
-        # Repeating a prefill costs more than its mask. Where many candidates are needed, some are hardly ever legal.
-        masks, asked = self._ruled_rows.inputs(masked=needed.kind == "prefill" or needs != 1)
+        rows = range(len(drafts) + 1)
+        # Repeating a prefill or a single token's pass costs more than its mask; where many candidates are needed, some
+        # are hardly ever legal; and where the draft's best ones were illegal, the verifier's probably are too.
+        alone = needed.kind == "prefill" or not drafts
+        masks, asked = self._ruled_rows.inputs(rows if alone or needs != 1 else self._doubtful_rows)
         return needed._replace(masks=masks, asked=asked)
 
     def absorb(self, done: Pass, found: Candidates) -> None:
@@ -267,13 +274,15 @@ class Sequence:
         while place < len(self._block):
             forced = rules.forced
             candidates = forced[:1] or self._drafted.get(place, self._block[place : place + 1]).tolist()
-            token = next((token for token in candidates if rules.allows(token)), None)
-            if token is None:
+            rank = next((rank for rank, token in enumerate(candidates) if rules.allows(token)), None)
+            if rank is None or rank >= DOUBTFUL_RANK:
+                self._doubtful_rows.add(place - 1)
+            if rank is None:
                 break
             if forced:
                 self._forced_places.add(place)
-            self._block[place] = token
-            rules.take(token)
+            self._block[place] = candidates[rank]
+            rules.take(candidates[rank])
             place += 1
         rules.undo(place - 1)
         self._block = self._block[:place]

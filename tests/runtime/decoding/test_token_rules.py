@@ -23,6 +23,7 @@ from trimode.common.errors import TriModeError
 from trimode.model.checkpoint import Checkpoint
 from trimode.model.reference.loading import load_reference
 from trimode.model.reference.network import NemotronLabsDiffusionModel
+from trimode.runtime.decoding.token_rules import TokenRules, are_legal
 from trimode.runtime.grammar.compiler import CompiledGrammar
 from trimode.runtime.request.errors import GrammarError
 
@@ -208,6 +209,30 @@ def test_a_grammar_begins_after_the_thought(tiny: LLM, mode: dict[str, Any]) -> 
         enable_thinking=True,
     ).outputs[0]
     assert output.token_ids == ar.token_ids
+
+
+def test_no_end_token_is_legal_in_the_thought_or_before_min_tokens(tiny: LLM) -> None:
+    """Undone tokens do not count."""
+    end, close = 11, 13
+    grammar = tiny._grammars.compile(GuidedDecodingParams(regex="a*")).matcher()
+    rules = TokenRules(768, {end}, grammar=grammar, thought_end=close)
+    for token in (200, close):
+        assert not rules.allows(end)
+        assert not are_legal(rules.mask(), np.array([end]))[0]
+        rules.take(token)
+    assert rules.allows(end)
+    assert are_legal(rules.mask(), np.array([end]))[0]
+    rules.undo(1)
+    assert rules.allows(200)
+    assert not rules.allows(end)
+    short = TokenRules(768, {end}, min_tokens=2)
+    for token in (200, 201):
+        assert not short.allows(end)
+        assert not are_legal(short.mask(), np.array([end]))[0]
+        short.take(token)
+    assert short.allows(end)
+    short.undo(1)
+    assert not short.allows(end)
 
 
 def test_several_draws_stop_strings_and_reused_prefixes(tiny: LLM) -> None:
