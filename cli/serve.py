@@ -13,6 +13,7 @@ from trimode.llm import LLM
 from trimode.model.quantization import Method
 from trimode.runtime.api.llm import DEFAULT_PREFIX_CACHE_BYTES
 from trimode.runtime.openai_server.server_log import LogLevel
+from trimode.runtime.openai_server.tools.call_syntax import SYNTAXES
 from trimode.runtime.request.sampling_params import Mode
 
 
@@ -39,6 +40,11 @@ from trimode.runtime.request.sampling_params import Mode
     "--enable-thinking/--no-enable-thinking",
     default=None,
     help="Thinking of requests that do not set it [default: the chat template's].",
+)
+@click.option(
+    "--tool-call-parser",
+    type=click.Choice(list(SYNTAXES)),
+    help="How the model writes tool calls [default: as its chat template shows].",
 )
 @click.option("--strict-fields", is_flag=True, help="Refuse unknown request fields instead of ignoring them.")
 @click.option("--allowed-origins", multiple=True, help="Origin of web pages that may use the server; repeatable.")
@@ -104,6 +110,7 @@ def command(
     mode: Mode,
     block_length: int | None,
     enable_thinking: bool | None,
+    tool_call_parser: str | None,
     strict_fields: bool,
     allowed_origins: tuple[str, ...],
     root_path: str,
@@ -136,6 +143,7 @@ def command(
         api_key=api_key,
         model_names=model_names,
         strict_fields=strict_fields,
+        tool_call_parser=tool_call_parser,
         allowed_origins=allowed_origins,
         root_path=root_path,
         log_level=log_level,

@@ -175,6 +175,11 @@ class Tokenizer:
             variables=variables,
         )
 
+    @property
+    def tool_template(self) -> str | None:
+        """The source of the chat template for conversations with tools; None without a default template."""
+        return self._sources.get(_TOOL_USE, self._sources.get(_DEFAULT))
+
     def _template(self, name: str | None, with_tools: bool) -> ChatTemplate:
         """The template of that name, or that source. None: the default for a conversation with or without tools."""
         if name is None:

@@ -42,6 +42,8 @@ from trimode.runtime.openai_server.response_bodies import (
     TokenizerInfo,
     Version,
 )
+from trimode.runtime.openai_server.responses import respond
+from trimode.runtime.openai_server.responses_bodies import ResponseRecord, ResponsesRequest
 from trimode.runtime.openai_server.running import ClientLeftError
 from trimode.runtime.openai_server.service import Service, json_response
 
@@ -64,6 +66,25 @@ KEY_SCHEME = {
     "HTTPBearer": {"type": "http", "scheme": "bearer", "description": "Required if the server has an API key."}
 }
 LOCKED: dict[str, Any] = {"openapi_extra": {"security": [{name: []} for name in KEY_SCHEME]}}
+# Parts of OpenAI's and Anthropic's APIs that clients call, by the beginning of their path.
+NOT_OFFERED = {
+    "/v1/assistants": "assistants are not offered; use /v1/responses or /v1/chat/completions",
+    "/v1/audio": "audio is not offered: this server reads and writes text only",
+    "/v1/batches": "batches are not offered; send requests side by side, the server batches them",
+    "/v1/conversations": "conversations are not stored; send the whole conversation with each request",
+    "/v1/embeddings": "embeddings are not offered: this server has a generative model only",
+    "/v1/files": "files are not offered",
+    "/v1/fine_tuning": "training is not offered",
+    "/v1/images": "images are not offered: this server reads and writes text only",
+    "/v1/messages": "Anthropic's API is not offered; use /v1/chat/completions or /v1/responses",
+    "/v1/moderations": "moderation is not offered: this server has a generative model only",
+    "/v1/realtime": "realtime sessions are not offered",
+    "/v1/rerank": "ranking is not offered: this server has a generative model only",
+    "/v1/responses/": "responses are not stored",
+    "/v1/score": "scores are not offered: this server has a generative model only",
+    "/v1/threads": "threads are not offered; send the whole conversation with each request",
+    "/v1/vector_stores": "vector stores are not offered",
+}
 CLIENT_LEFT = 499  # nginx's code for the log; the client has gone
 
 
@@ -90,6 +111,10 @@ def create_app(service: Service, root_path: str = "") -> FastAPI:
     @app.post("/v1/chat/completions", responses=BODY_REFUSALS | {200: STREAM | {"model": ChatCompletion}}, **LOCKED)
     async def chat_completions(body: ChatCompletionRequest, http: Request) -> Response:
         return await complete_chat(service, body, http)
+
+    @app.post("/v1/responses", responses=BODY_REFUSALS | {200: STREAM | {"model": ResponseRecord}}, **LOCKED)
+    async def responses(body: ResponsesRequest, http: Request) -> Response:
+        return await respond(service, body, http)
 
     @app.post("/v1/completions", responses=BODY_REFUSALS | {200: STREAM | {"model": Completion}}, **LOCKED)
     async def completions(body: CompletionRequest, http: Request) -> Response:
@@ -174,6 +199,11 @@ def _showing(page: Response) -> Callable[[Request], Awaitable[Response]]:
     return show
 
 
+def _why_not_found(path: str) -> str:
+    offered = (reason for beginning, reason in NOT_OFFERED.items() if path.startswith(beginning))
+    return next(offered, "this path does not exist")
+
+
 def _release(error: Exception) -> None:
     """The exception and its frames form a cycle that holds the body. Break it now: cyclic garbage collection triggers
     on the number of objects, not on bytes.
@@ -192,13 +222,13 @@ def _add_handlers(app: FastAPI) -> None:
         return errors.respond(errors.of_validation(error.errors()))
 
     @app.exception_handler(HTTPException)
-    async def refuse_http(_: Request, error: HTTPException) -> Response:
+    async def refuse_http(http: Request, error: HTTPException) -> Response:
         _release(error)
         # FastAPI raises this from any error while it reads a body, the gate's among them.
         if isinstance(error.__cause__, ApiError):
             return errors.respond(error.__cause__)
         kind, message = {
-            404: (NOT_FOUND, "this path does not exist"),
+            404: (NOT_FOUND, _why_not_found(http.url.path)),
             405: (BAD_METHOD, "this path does not support the method"),
         }.get(error.status_code, (BAD_REQUEST, "the body cannot be read as JSON in UTF-8"))
         response = errors.respond(ApiError(kind, message))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -9,8 +10,9 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from trimode.runtime.api.request_output import RequestOutput
+from trimode.runtime.openai_server.answer_splitter import AnswerSplitter
 from trimode.runtime.openai_server.http_errors import BAD_REQUEST, ApiError
-from trimode.runtime.openai_server.reasoning import ReasoningSplitter, Split
+from trimode.runtime.openai_server.model_names import ModelName
 from trimode.runtime.openai_server.request_bodies import NO_LIMIT, ChatCompletionRequest, ConversationBody
 from trimode.runtime.openai_server.response_bodies import (
     AssistantMessage,
@@ -20,11 +22,20 @@ from trimode.runtime.openai_server.response_bodies import (
     ChatCompletionChunk,
     ChatLogprobs,
     Delta,
+    FinishReason,
+    FunctionCall,
+    FunctionCallDelta,
     TokenOrigins,
+    ToolCall,
+    ToolCallDelta,
 )
+from trimode.runtime.openai_server.running import Run
 from trimode.runtime.openai_server.service import ResponseHead, Service, finish_reason, json_response, without_none
 from trimode.runtime.openai_server.token_details import ChatLogprobsBuilder, OriginsBuilder
+from trimode.runtime.openai_server.tools.call_splitter import CallDelta
+from trimode.runtime.openai_server.tools.format_with_tools import format_with_tools
 from trimode.runtime.request.outputs import CompletionOutput, Logprob
+from trimode.runtime.request.sampling_params import SamplingParams
 
 
 class EncodedChat(NamedTuple):
@@ -34,10 +45,24 @@ class EncodedChat(NamedTuple):
     thinking: bool
 
 
+class StartedChat(NamedTuple):
+    """A chat that is being answered. splitters: one for each of its answers."""
+
+    prompt: EncodedChat
+    params: SamplingParams
+    run: Run
+    splitters: list[AnswerSplitter]
+
+    @property
+    def request(self) -> RequestOutput:
+        return self.run.requests[0]
+
+
 async def encode_chat(service: Service, body: ConversationBody) -> EncodedChat:
     """The conversation as the checkpoint's chat template renders it."""
     prompt = service.llm.tokenizer.chat_prompt(
         [message.turn() for message in body.messages],
+        tools=body.shown_tools,
         documents=body.documents or None,
         add_generation_prompt=body.generation_prompt,
         continue_final_message=bool(body.continue_final_message),
@@ -47,38 +72,54 @@ async def encode_chat(service: Service, body: ConversationBody) -> EncodedChat:
     return EncodedChat(token_ids, prompt.thinking)
 
 
-async def complete_chat(service: Service, body: ChatCompletionRequest, http: Request) -> Response:
-    headers = service.report_ignored_fields(body, http)
-    model = service.names.resolve(body.model)
+async def start_chat(service: Service, body: ChatCompletionRequest, model: ModelName) -> StartedChat:
+    """Begin to answer. The caller ends the run."""
     prompt = await encode_chat(service, body)
+    choice, syntax = body.callable_tools, service.call_syntax
+    requested = body.output_format()
+    if choice is not None:
+        requested = format_with_tools(syntax, choice, requested)
     params = service.sampling_params(
         body,
         model,
         max_tokens=service.completion_length(prompt.token_ids, body, _max_tokens(body)),
         logprobs=_logprobs(body),
+        guided_decoding=None if requested is None else requested.guided,
+        # The marks of calls may be special tokens.
+        skip_special_tokens=body.skip_special_tokens is not False and not (choice and syntax.has_special_marks),
     )
-    head = service.head("chatcmpl", model)
+    await service.compile_grammar(requested)
     inputs = {"prompt_token_ids": prompt.token_ids, "thinking": prompt.thinking}
-    await service.compile_grammar(body)
     run = service.running.start([inputs], [params], streaming=bool(body.stream))
-    builders = [_ChatChoiceBuilder(service, body, prompt.thinking) for _ in range(params.n)]
+    splitters = [
+        AnswerSplitter(prompt.thinking, None if choice is None else syntax.splitter(choice.tools))
+        for _ in range(params.n)
+    ]
+    return StartedChat(prompt, params, run, splitters)
+
+
+async def complete_chat(service: Service, body: ChatCompletionRequest, http: Request) -> Response:
+    headers = service.report_ignored_fields(body, http)
+    model = service.names.resolve(body.model)
+    chat = await start_chat(service, body, model)
+    head = service.head("chatcmpl", model)
+    builders = [_ChatChoiceBuilder(service, body, chat, splitter) for splitter in chat.splitters]
     if body.stream:
-        chunks = _ChatChunks(service, head, body, builders, run.requests, prompt.thinking)
-        response = service.stream(run, chunks.first(), chunks.of_update, chunks.last)
+        chunks = _ChatChunks(service, head, body, builders, chat)
+        response = service.stream(chat.run, chunks.first(), chunks.of_update, chunks.last)
         response.headers.update(headers)
         return response
-    with run:
+    with chat.run as run:
         await run.finish(http)
-        (request,) = run.requests
-        service.metrics.observe(request)
-        choices = [builder.whole(output) for builder, output in zip(builders, request.outputs, strict=True)]
+        service.metrics.observe(chat.request)
+        choices = [builder.whole(output) for builder, output in zip(builders, chat.request.outputs, strict=True)]
         completion = ChatCompletion(
             id=head.id,
             object="chat.completion",
             created=head.created,
             model=head.model,
             choices=choices,
-            usage=service.usage(run.requests, prompt.thinking),
+            usage=service.usage(run.requests, chat.prompt.thinking),
         )
         return json_response(completion, headers)
 
@@ -100,28 +141,39 @@ def _logprobs(body: ChatCompletionRequest) -> int | None:
     return None
 
 
-class _ChatChoiceBuilder:
-    """One choice, whole or in chunks, with its reasoning separate from its content."""
+def new_call_id() -> str:
+    return f"call_{uuid.uuid4().hex[:24]}"
 
-    def __init__(self, service: Service, body: ChatCompletionRequest, thinking: bool) -> None:
-        tokenizer, top = service.llm.tokenizer, _logprobs(body)
-        skip = body.skip_special_tokens is not False
-        self._logprobs = None if top is None else ChatLogprobsBuilder(tokenizer, top, thinking, skip)
-        self._splitter = ReasoningSplitter(thinking)
+
+class _ChatChoiceBuilder:
+    """One choice, whole or in chunks, with its reasoning and its tool calls separate from its content."""
+
+    def __init__(
+        self, service: Service, body: ChatCompletionRequest, chat: StartedChat, splitter: AnswerSplitter
+    ) -> None:
+        tokenizer, top, skip = service.llm.tokenizer, _logprobs(body), chat.params.skip_special_tokens
+        self._logprobs = None if top is None else ChatLogprobsBuilder(tokenizer, top, chat.prompt.thinking, skip)
+        self._splitter = splitter
         self._origins = OriginsBuilder(tokenizer) if body.return_token_origins else None
         self._sent = 0  # tokens
         self._finished = False
 
     def whole(self, output: CompletionOutput) -> ChatChoice:
-        split = _joined(self._splitter.feed(output.text), self._splitter.finish())
+        answer = self._splitter.whole(output.text)
+        calls = [
+            ToolCall(id=new_call_id(), type="function", function=FunctionCall(**call._asdict()))
+            for call in answer.calls
+        ]
         return ChatChoice(
             index=output.index,
             message=AssistantMessage(
-                role="assistant", content=split.content, **without_none(reasoning_content=split.reasoning or None)
+                role="assistant",
+                content=answer.content or (None if calls else ""),
+                **without_none(reasoning_content=answer.reasoning or None, tool_calls=calls or None),
             ),
-            finish_reason=finish_reason(output),
+            finish_reason=_finish_reason(output, bool(calls)),
             **without_none(
-                logprobs=self._build_logprobs(output.logprobs or (), split.content),
+                logprobs=self._build_logprobs(output.logprobs or (), answer.content),
                 trimode=self._build_origins(output.token_ids, output),
             ),
         )
@@ -131,16 +183,22 @@ class _ChatChoiceBuilder:
         if self._finished or not (output.length > self._sent or output.finish_reason):
             return None
         self._sent = output.length
-        split = self._splitter.feed(output.text_diff)
+        piece = self._splitter.feed(output.text_diff)
         if output.finish_reason is not None:
             self._finished = True
-            split = _joined(split, self._splitter.finish())
+            piece.add(self._splitter.finish())
         return ChatChunkChoice(
             index=output.index,
-            delta=Delta(**without_none(reasoning_content=split.reasoning or None, content=split.content or None)),
-            finish_reason=finish_reason(output),
+            delta=Delta(
+                **without_none(
+                    reasoning_content=piece.reasoning or None,
+                    content=piece.content or None,
+                    tool_calls=[_tool_call_delta(call) for call in piece.calls] or None,
+                )
+            ),
+            finish_reason=_finish_reason(output, self._splitter.has_calls),
             **without_none(
-                logprobs=self._build_logprobs(output.logprobs_diff, split.content),
+                logprobs=self._build_logprobs(output.logprobs_diff, piece.content),
                 trimode=self._build_origins(output.token_ids_diff, output),
             ),
         )
@@ -152,8 +210,17 @@ class _ChatChoiceBuilder:
         return None if self._origins is None else self._origins.build(token_ids, output)
 
 
-def _joined(first: Split, second: Split) -> Split:
-    return Split(first.reasoning + second.reasoning, first.content + second.content)
+def _tool_call_delta(delta: CallDelta) -> ToolCallDelta:
+    if delta.name is None:
+        return ToolCallDelta(index=delta.number, function=FunctionCallDelta(arguments=delta.arguments))
+    function = FunctionCallDelta(name=delta.name, arguments=delta.arguments)
+    return ToolCallDelta(index=delta.number, id=new_call_id(), type="function", function=function)
+
+
+def _finish_reason(output: CompletionOutput, has_calls: bool) -> FinishReason | None:
+    """A text that ends by itself after calls ends for the calls."""
+    reason = finish_reason(output)
+    return "tool_calls" if has_calls and reason == "stop" else reason
 
 
 class _ChatChunks:
@@ -165,15 +232,14 @@ class _ChatChunks:
         head: ResponseHead,
         body: ChatCompletionRequest,
         builders: Sequence[_ChatChoiceBuilder],
-        requests: Sequence[RequestOutput],
-        thinking: bool,
+        chat: StartedChat,
     ) -> None:
         self._service = service
         self._head = head
         self._body = body
         self._builders = builders
-        self._requests = requests
-        self._thinking = thinking
+        self._requests = chat.run.requests
+        self._thinking = chat.prompt.thinking
 
     def first(self) -> Iterator[ChatCompletionChunk]:
         for index in range(len(self._builders)):

@@ -25,17 +25,19 @@ async def complete(service: Service, body: CompletionRequest, http: Request) -> 
     lengths = [
         service.completion_length(prompt, body, body.max_tokens, default=COMPLETION_TOKENS) for prompt in prompts
     ]
+    requested = body.output_format()
     params = service.sampling_params(
         body,
         model,
         max_tokens=max(lengths),
+        guided_decoding=None if requested is None else requested.guided,
         n=best_of or body.n,
         logprobs=body.logprobs if best_of is None else body.logprobs or 0,
     )
     of_prompts = [dataclasses.replace(params, max_tokens=length) for length in lengths]
     texts = [_prompt_text(service, body, index) for index in range(len(prompts))] if body.echo else [""] * len(prompts)
     head = service.head("cmpl", model)
-    await service.compile_grammar(body)
+    await service.compile_grammar(requested)
     run = service.running.start(prompts, of_prompts, streaming=bool(body.stream))
     answers = body.n or 1
     builders = [

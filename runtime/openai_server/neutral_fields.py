@@ -57,6 +57,24 @@ CHAT: Mapping[str, Neutral] = {
 COMPLETION: Mapping[str, Neutral] = {
     "suffix": Neutral("insertion before a suffix is not supported", ("",)),
 }
+RESPONSES: Mapping[str, Neutral] = {
+    "background": Neutral("responses in the background are not supported", (False,)),
+    "context_management": Neutral("conversations are not compacted", ([],)),
+    "conversation": Neutral("conversations are not stored; send the whole conversation as input"),
+    "max_tokens": Neutral("its name here is max_output_tokens"),
+    "max_tool_calls": Neutral("there are no built-in tools"),
+    "n": Neutral("there is one response", (1,)),
+    "previous_response_id": Neutral("responses are not stored; send the whole conversation as input"),
+    "prompt": Neutral("stored prompts are not supported"),
+    "response_format": Neutral("its name here is text.format"),
+    "top_logprobs": Neutral("log-probabilities are supported by /v1/chat/completions", (0,)),
+    "truncation": Neutral("conversations are not truncated", ("disabled",)),
+}
+RESPONSES_TEXT: Mapping[str, Neutral] = {"verbosity": CHAT["verbosity"]}
+RESPONSES_REASONING: Mapping[str, Neutral] = {
+    "generate_summary": Neutral("reasoning is returned whole", ("auto",)),
+    "summary": Neutral("reasoning is returned whole", ("auto",)),
+}
 MESSAGE: Mapping[str, Neutral] = {"audio": Neutral(_TEXT_ONLY)}
 
 # Accepted with any value: they do not change the response.
@@ -64,9 +82,9 @@ NO_EFFECT_DECODING = frozenset(
     {
         "cache_prompt",
         "metadata",
-        "parallel_tool_calls",
         "priority",
         "prompt_cache_key",
+        "prompt_cache_options",
         "prompt_cache_retention",
         "request_id",
         "safety_identifier",
@@ -75,4 +93,5 @@ NO_EFFECT_DECODING = frozenset(
     }
 )
 NO_EFFECT_MESSAGE = frozenset({"annotations", "cache_control", "id", "refusal", "status", "type"})
+NO_EFFECT_ITEM = frozenset({"encrypted_content", "id", "phase", "status"})
 NO_EFFECT_PART = frozenset({"annotations", "cache_control", "id", "logprobs"})

@@ -31,12 +31,14 @@ from pydantic_core import PydanticCustomError
 from trimode.runtime.openai_server import neutral_fields, output_formats
 from trimode.runtime.openai_server.neutral_fields import Neutral
 from trimode.runtime.openai_server.output_formats import FormatError, OutputFormat, requested_format
+from trimode.runtime.openai_server.tools.tool import Tool, ToolChoice
 from trimode.runtime.request.sampling_params import MOST_BIASES, Denoising, Mode, SamplingParams
 
 SAMPLING_FIELDS = frozenset(field.name for field in dataclasses.fields(SamplingParams))
 MAX_CHOICES = 128
 MAX_MESSAGES = 2048
 MAX_PARTS = 64
+MAX_TOOLS = 128
 MAX_PROMPTS = 64
 MAX_PROMPT_TOKENS = 1 << 20
 MAX_STOPS = 16
@@ -72,7 +74,7 @@ def _whole_number(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _at_most(limit: int, things: str) -> BeforeValidator:
+def at_most(limit: int, things: str) -> BeforeValidator:
     def check(value: Any) -> Any:
         if isinstance(value, list) and len(value) > limit:
             found = {"count": len(value), "limit": limit, "things": things}
@@ -124,14 +126,14 @@ StopString = Annotated[Text, Field(max_length=MAX_STOP_CHARACTERS)]
 StopStrings = Annotated[
     list[StopString],
     Field(fail_fast=True),
-    _at_most(MAX_STOPS, "stop strings"),
+    at_most(MAX_STOPS, "stop strings"),
     BeforeValidator(_stop_list, json_schema_input_type=str | list[str | None]),
 ]
-StopTokenIds = Annotated[list[TokenId], Field(fail_fast=True), _at_most(MAX_STOP_TOKENS, "stop tokens")]
-AllowedTokenIds = Annotated[list[TokenId], Field(fail_fast=True), _at_most(MAX_ALLOWED_TOKENS, "allowed tokens")]
-Texts = Annotated[list[Text], Field(fail_fast=True, min_length=1), _at_most(MAX_PROMPTS, "prompts")]
-TokenIds = Annotated[list[TokenId], Field(fail_fast=True, min_length=1), _at_most(MAX_PROMPT_TOKENS, "prompt tokens")]
-TokenIdLists = Annotated[list[TokenIds], Field(fail_fast=True, min_length=1), _at_most(MAX_PROMPTS, "prompts")]
+StopTokenIds = Annotated[list[TokenId], Field(fail_fast=True), at_most(MAX_STOP_TOKENS, "stop tokens")]
+AllowedTokenIds = Annotated[list[TokenId], Field(fail_fast=True), at_most(MAX_ALLOWED_TOKENS, "allowed tokens")]
+Texts = Annotated[list[Text], Field(fail_fast=True, min_length=1), at_most(MAX_PROMPTS, "prompts")]
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True, min_length=1), at_most(MAX_PROMPT_TOKENS, "prompt tokens")]
+TokenIdLists = Annotated[list[TokenIds], Field(fail_fast=True, min_length=1), at_most(MAX_PROMPTS, "prompts")]
 LogprobCount = Annotated[Integer, Field(ge=0, le=MAX_LOGPROBS)]
 
 
@@ -146,7 +148,10 @@ def _prompt_kind(prompt: Any) -> str | None:
 
 # Names of union branches, which pydantic puts into the paths of its findings.
 BRANCHES = frozenset(
-    {"str", "one text", "texts", "parts", "token ids", "token id lists", "chat body", "completion body"}
+    {
+        *("str", "one text", "texts", "parts", "token ids", "token id lists", "chat body", "completion body"),
+        *("a choice", "a named tool", "items", "item", "reasoning"),
+    }
 )
 Prompt = Annotated[
     Annotated[Text, Tag("one text")]
@@ -178,11 +183,11 @@ class Body(BaseModel):
             raise PydanticCustomError(TOO_MANY_FIELDS, "Input should have at most {most} fields, not {count}", bounds)
         for name in given.keys() & cls.neutral.keys():
             if not cls.neutral[name].accepts(given[name]):
-                raise _unsupported(name, cls.neutral[name].reason)
+                raise unsupported(name, cls.neutral[name].reason)
         return given
 
 
-def _unsupported(field: str, reason: str) -> PydanticCustomError:
+def unsupported(field: str, reason: str) -> PydanticCustomError:
     """A finding about ``field``, raised where the whole object is in view."""
     return PydanticCustomError(UNSUPPORTED_FIELD, "{reason}", {"field": field, "reason": reason})
 
@@ -229,9 +234,6 @@ class PromptBody(Body):
 
     prompt_field: ClassVar[str]
     model: str | None = None
-
-
-NO_TOOLS = "tool calls are not supported"
 
 
 class DecodingBody(PromptBody):
@@ -290,7 +292,7 @@ class DecodingBody(PromptBody):
         try:
             self.output_format()
         except FormatError as error:
-            raise _unsupported(error.field, str(error)) from None
+            raise unsupported(error.field, str(error)) from None
         return self
 
     def output_format(self) -> OutputFormat | None:
@@ -308,8 +310,6 @@ class DecodingBody(PromptBody):
             given["bad"] = self.bad_words
         if not given.get("allowed_token_ids"):
             given.pop("allowed_token_ids", None)
-        if requested := self.output_format():
-            given["guided_decoding"] = requested.guided
         if given.get("seed") == -1:
             del given["seed"]
         elif "seed" in given:
@@ -340,12 +340,13 @@ class TextPart(Body):
     """Part of a message's content; ``input_text`` and ``output_text`` are the names of OpenAI's newer API."""
 
     no_effect = neutral_fields.NO_EFFECT_PART
+    kinds: ClassVar[tuple[str, ...]] = ("text", "input_text", "output_text", "refusal")
     type: str
     text: Text | None = Field(default=None, validation_alias=AliasChoices("text", "refusal"))
 
     @model_validator(mode="after")
     def _is_text(self) -> TextPart:
-        if self.type not in ("text", "input_text", "output_text", "refusal"):
+        if self.type not in self.kinds:
             raise PydanticCustomError(
                 "unsupported", "content parts other than text are not supported; type should be 'text'"
             )
@@ -356,8 +357,14 @@ def _content_kind(content: Any) -> str:
     return "parts" if isinstance(content, list) else "one text"
 
 
-TextParts = Annotated[list[TextPart], Field(fail_fast=True), _at_most(MAX_PARTS, "content parts")]
+TextParts = Annotated[list[TextPart], Field(fail_fast=True), at_most(MAX_PARTS, "content parts")]
 Content = Annotated[Annotated[Text, Tag("one text")] | Annotated[TextParts, Tag("parts")], Discriminator(_content_kind)]
+
+
+def content_text(content: str | list[TextPart] | None) -> str:
+    """The text of a message's content."""
+    return content if isinstance(content, str) else "".join(part.text or "" for part in content or ())
+
 
 Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
 
@@ -372,15 +379,13 @@ class ChatMessage(Body):
     name: str | None = None
     reasoning_content: Text | None = None
     reasoning: Text | None = None
-    tool_calls: Annotated[list[dict[str, Any]], _at_most(MAX_PARTS, "tool calls")] | None = None
+    tool_calls: Annotated[list[dict[str, Any]], at_most(MAX_PARTS, "tool calls")] | None = None
     tool_call_id: str | None = None
     function_call: dict[str, Any] | None = None
 
     def turn(self) -> dict[str, Any]:
         """The message as chat templates know it."""
         role = {"developer": "system", "function": "tool"}.get(self.role, self.role)
-        parts = self.content if isinstance(self.content, list) else ()
-        text = self.content if isinstance(self.content, str) else "".join(part.text or "" for part in parts)
         calls = self.tool_calls or (
             [{"type": "function", "function": self.function_call}] if self.function_call else []
         )
@@ -390,7 +395,9 @@ class ChatMessage(Body):
             "tool_calls": [_with_arguments(call) for call in calls],
             "tool_call_id": self.tool_call_id,
         }
-        return {"role": role, "content": text} | {name: value for name, value in fields.items() if value}
+        return {"role": role, "content": content_text(self.content)} | {
+            name: value for name, value in fields.items() if value
+        }
 
 
 def _with_arguments(call: dict[str, Any]) -> dict[str, Any]:
@@ -405,34 +412,95 @@ def _with_arguments(call: dict[str, Any]) -> dict[str, Any]:
     return call | {"function": function | {"arguments": arguments}}
 
 
+class FunctionDefinition(Body):
+    """parameters: the JSON schema of the arguments. strict: refuse a schema with keywords that cannot be enforced."""
+
+    # As OpenAI's, with some characters that MCP servers use.
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.:/-]{1,128}$")]
+    description: Text | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ToolDefinition(Body):
+    type: Literal["function"]
+    function: FunctionDefinition
+
+
+class FunctionName(Body):
+    name: str
+
+
+class NamedTool(Body):
+    type: Literal["function"]
+    function: FunctionName
+
+
+def _choice_kind(choice: Any) -> str:
+    return "a named tool" if isinstance(choice, dict) else "a choice"
+
+
+ToolChoiceField = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("a choice")] | Annotated[NamedTool, Tag("a named tool")],
+    Discriminator(_choice_kind),
+]
+
+
 class ConversationBody(PromptBody):
     """The fields that decide the prompt of a chat."""
 
     neutral = neutral_fields.CONVERSATION
     prompt_field = "messages"
-    messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1), _at_most(MAX_MESSAGES, "messages")]
+    messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1), at_most(MAX_MESSAGES, "messages")]
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     add_special_tokens: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    documents: Annotated[list[dict[str, Any]], _at_most(MAX_PARTS, "documents")] | None = None
+    documents: Annotated[list[dict[str, Any]], at_most(MAX_PARTS, "documents")] | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
-    tool_choice: Any = None
-    tools: Any = None
+    tools: Annotated[list[ToolDefinition], Field(fail_fast=True), at_most(MAX_TOOLS, "tools")] | None = None
+    tool_choice: ToolChoiceField | None = None
+    parallel_tool_calls: bool | None = None
+    # The older names of tools and tool_choice.
     functions: Any = None
     function_call: Any = None
 
     @model_validator(mode="after")
-    def _without_tools(self) -> ConversationBody:
-        for choice, offered in (("tool_choice", "tools"), ("function_call", "functions")):
-            chosen = getattr(self, choice)
-            if chosen not in (None, "none", "auto"):
-                raise _unsupported(choice, NO_TOOLS)
-            if getattr(self, offered) not in (None, []) and chosen != "none":
-                raise _unsupported(offered, f"{NO_TOOLS}; send {choice} 'none' to leave them out")
+    def _has_consistent_tools(self) -> ConversationBody:
+        if self.function_call not in (None, "none", "auto"):
+            raise unsupported("function_call", "send tools and tool_choice instead")
+        if self.functions not in (None, []) and self.function_call != "none":
+            raise unsupported("functions", "send tools instead; function_call 'none' leaves functions out")
+        names = [tool.function.name for tool in self.tools or ()]
+        if len(set(names)) < len(names):
+            raise unsupported("tools", "two functions have the same name")
+        if self.tool_choice == "required" and not names:
+            raise unsupported("tool_choice", "required needs tools")
+        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
+            raise unsupported("tool_choice", "it names a function that is not among the tools")
         if self.add_generation_prompt and self.continue_final_message:
-            raise _unsupported("continue_final_message", "it cannot be combined with add_generation_prompt")
+            raise unsupported("continue_final_message", "it cannot be combined with add_generation_prompt")
         return self
+
+    @property
+    def shown_tools(self) -> list[dict[str, Any]] | None:
+        """The tools for the chat template; None if there are none, or none may be called."""
+        if not self.tools or self.tool_choice == "none":
+            return None
+        return [tool.model_dump(exclude_none=True) for tool in self.tools]
+
+    @property
+    def callable_tools(self) -> ToolChoice | None:
+        """What the response may or must call; None for no calls."""
+        if not self.tools or self.tool_choice == "none":
+            return None
+        named = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
+        functions = [tool.function for tool in self.tools if named in (None, tool.function.name)]
+        return ToolChoice(
+            tools=[Tool(each.name, each.parameters or {}, strict=bool(each.strict)) for each in functions],
+            required=named is not None or self.tool_choice == "required",
+            parallel=named is None and self.parallel_tool_calls is not False,
+        )
 
     @property
     def generation_prompt(self) -> bool:
@@ -473,7 +541,7 @@ class CompletionRequest(DecodingBody):
     @model_validator(mode="after")
     def _without_prompt_logprobs(self) -> CompletionRequest:
         if self.echo and self.logprobs is not None:
-            raise _unsupported("echo", "log-probabilities of the prompt are not supported; leave out echo or logprobs")
+            raise unsupported("echo", "log-probabilities of the prompt are not supported; leave out echo or logprobs")
         return self
 
     @property
@@ -504,4 +572,4 @@ TokenizeRequest = Annotated[
 
 class DetokenizeRequest(PromptBody):
     prompt_field = "tokens"
-    tokens: Annotated[list[TokenId], Field(fail_fast=True), _at_most(MAX_PROMPT_TOKENS, "tokens")]
+    tokens: Annotated[list[TokenId], Field(fail_fast=True), at_most(MAX_PROMPT_TOKENS, "tokens")]

@@ -73,13 +73,29 @@ class ChatLogprobs(ResponseBody):
     content: list[TokenLogprob]
 
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
+
+
+class FunctionCall(ResponseBody):
+    """arguments: JSON text."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(ResponseBody):
+    id: str
+    type: Literal["function"]
+    function: FunctionCall
 
 
 class AssistantMessage(ResponseBody):
+    """content: None if the message is tool calls only."""
+
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
     reasoning_content: str | None = None
+    tool_calls: list[ToolCall] | None = None
 
 
 class ChatChoice(ResponseBody):
@@ -99,10 +115,27 @@ class ChatCompletion(ResponseBody):
     usage: Usage
 
 
+class FunctionCallDelta(ResponseBody):
+    """arguments: JSON text that continues that of the earlier deltas."""
+
+    name: str | None = None
+    arguments: str
+
+
+class ToolCallDelta(ResponseBody):
+    """The first delta of a call has its id, type and name."""
+
+    index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionCallDelta
+
+
 class Delta(ResponseBody):
     role: Literal["assistant"] | None = None
     content: str | None = None
     reasoning_content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
 class ChatChunkChoice(ResponseBody):

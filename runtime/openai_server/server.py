@@ -44,7 +44,7 @@ class ServerOptions:
     model_names: the names clients may use, the engine's source if empty. max_body: bytes. request_seconds: limit of one
     response. drain_seconds: time to finish after SIGTERM; later, responses end with an error (`docker stop` kills after
     10). allowed_origins: web pages of these origins may use the server (CORS); ``*`` allows all. root_path: the path
-    under which a proxy publishes the server. strict_fields: refuse unknown fields.
+    under which a proxy publishes the server. strict_fields: refuse unknown fields. tool_call_parser: as in Service.
     """
 
     host: str = "127.0.0.1"
@@ -57,6 +57,7 @@ class ServerOptions:
     allowed_origins: tuple[str, ...] = ()
     root_path: str = ""
     strict_fields: bool = False
+    tool_call_parser: str | None = None
     log_level: LogLevel = "warning"
 
 
@@ -73,6 +74,7 @@ def serve(llm: EngineLLM, options: ServerOptions) -> None:
         options.model_names or llm.manifest.source,
         options.request_seconds,
         strict_fields=options.strict_fields,
+        tool_call_parser=options.tool_call_parser,
     )
     root_path = _normal_root_path(options.root_path)
     exposed = options.host not in LOOPBACK

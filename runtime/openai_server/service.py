@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from fastapi import Request
 from fastapi.responses import Response
@@ -20,6 +20,7 @@ from trimode.runtime.openai_server import http_errors
 from trimode.runtime.openai_server.event_stream import DONE, EventStream, event
 from trimode.runtime.openai_server.http_errors import BAD_REQUEST, TOO_LONG, ApiError, context_limit
 from trimode.runtime.openai_server.model_names import ModelName, ModelNames
+from trimode.runtime.openai_server.output_formats import OutputFormat
 from trimode.runtime.openai_server.reasoning import CLOSE, OPEN
 from trimode.runtime.openai_server.request_bodies import NO_LIMIT, Body, DecodingBody, PromptBody, take_ignored_fields
 from trimode.runtime.openai_server.response_bodies import (
@@ -31,6 +32,7 @@ from trimode.runtime.openai_server.response_bodies import (
 )
 from trimode.runtime.openai_server.running import ClientLeftError, Run, Running
 from trimode.runtime.openai_server.server_metrics import ServerMetrics
+from trimode.runtime.openai_server.tools.call_syntax import SYNTAXES, CallSyntax, syntax_of_template
 from trimode.runtime.request.errors import GrammarError
 from trimode.runtime.request.outputs import CompletionOutput
 from trimode.runtime.request.sampling_params import SamplingParams
@@ -42,6 +44,9 @@ LONG_TEXT = 1 << 14
 IGNORED_FIELDS_HEADER = "x-trimode-ignored-fields"
 
 
+Record = TypeVar("Record", bound=ResponseBody)
+
+
 class ResponseHead(NamedTuple):
     """The fields that all chunks of a response have in common."""
 
@@ -51,7 +56,9 @@ class ResponseHead(NamedTuple):
 
 
 class Service:
-    """model_names: one name or several, the default first. strict_fields: refuse unknown fields."""
+    """model_names: one name or several, the default first. strict_fields: refuse unknown fields. tool_call_parser: how
+    the model writes calls, a name of ``SYNTAXES``; by default as its chat template shows.
+    """
 
     def __init__(
         self,
@@ -60,8 +67,11 @@ class Service:
         request_seconds: float,
         *,
         strict_fields: bool = False,
+        tool_call_parser: str | None = None,
     ) -> None:
         self.llm = llm
+        syntax = tool_call_parser or syntax_of_template(llm.tokenizer.tool_template)
+        self.call_syntax: CallSyntax = SYNTAXES[syntax](llm.tokenizer.special_tokens)
         self.names = ModelNames([model_names] if isinstance(model_names, str) else model_names)
         self.running = Running(llm, request_seconds)
         self.metrics = ServerMetrics(llm)
@@ -106,9 +116,8 @@ class Service:
             top_k = 0
         return body.sampling_params(max_tokens=max_tokens, mode=body.mode or model.mode, top_k=top_k, **resolved)
 
-    async def compile_grammar(self, body: DecodingBody) -> None:
-        """Compile the body's format in a thread, so that streams do not wait for it. Raises ApiError with its field."""
-        requested = body.output_format()
+    async def compile_grammar(self, requested: OutputFormat | None) -> None:
+        """Compile a format in a thread, so that streams do not wait for it. Raises ApiError with its field."""
         if requested is None:
             return
         loop = asyncio.get_running_loop()
@@ -189,35 +198,40 @@ class Service:
     def stream(
         self,
         run: Run,
-        first: Iterable[ResponseBody],
-        chunks: Callable[[int, RequestOutput], Iterable[ResponseBody]],
-        last: Callable[[Sequence[RequestOutput]], Iterable[ResponseBody]],
+        first: Iterable[Record],
+        chunks: Callable[[int, RequestOutput], Iterable[Record]],
+        last: Callable[[Sequence[RequestOutput]], Iterable[Record]],
+        *,
+        write: Callable[[Record], str] = event,
+        failure: Callable[[Exception], Record] | None = None,
+        end: str = DONE,
     ) -> Response:
-        """Server-sent events: ``first``, the ``chunks`` of each update of the run's n-th request, ``last``.
+        """Server-sent events: ``first``, the ``chunks`` of each update of the run's n-th request, ``last``, ``end``.
 
-        Several requests run at the same time; the stream has them one after the other.
+        Several requests run at the same time; the stream has them one after the other. ``failure``: the event of an
+        error, which ends the stream; by default the error's body.
         """
 
         async def events() -> AsyncIterator[str]:
             try:
                 # Events that arrive together are sent together: a write to the socket costs more than an event.
-                pending = "".join(map(event, first))
+                pending = "".join(map(write, first))
                 for number, request in enumerate(run.requests):
                     async for _ in request:
                         for output in request.outputs:
                             run.check(output)
-                        pending += "".join(map(event, chunks(number, request)))
+                        pending += "".join(map(write, chunks(number, request)))
                         if pending and not request.finished:
                             yield pending
                             pending = ""
                     self.metrics.observe(request)
-                yield pending + "".join(map(event, last(run.requests))) + DONE
+                yield pending + "".join(map(write, last(run.requests))) + end
             except ClientLeftError:
                 return
             except Exception as error:
                 if not isinstance(error, TriModeError):
                     log.exception("a stream failed")
-                yield event(http_errors.error_body(error))
+                yield event(http_errors.error_body(error)) if failure is None else write(failure(error))
 
         return EventStream(run, events())
 

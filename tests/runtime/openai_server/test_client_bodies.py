@@ -141,9 +141,13 @@ HISTORIES: dict[str, list[dict[str, Any]]] = {
     "a message with cache_control": [USER | {"cache_control": {"type": "ephemeral"}}],
 }
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
-    "tools": ("tools", {"tools": [TOOL]}),
-    "tool_choice": ("tool_choice", {"tools": [TOOL], "tool_choice": "required"}),
-    "a named tool": ("tool_choice", {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "f"}}}),
+    "a required tool without tools": ("tool_choice", {"tool_choice": "required"}),
+    "a tool that is not there": (
+        "tool_choice",
+        {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}},
+    ),
+    "the same tool twice": ("tools", {"tools": [TOOL, TOOL]}),
+    "tools with a regular expression": ("guided_regex", {"tools": [TOOL], "guided_regex": "a+"}),
     "functions": ("functions", {"functions": [TOOL["function"]]}),
     "prompt_logprobs": ("prompt_logprobs", {"prompt_logprobs": 1}),
     "min_tokens above max_tokens": ("min_tokens", {"min_tokens": 5}),

@@ -20,6 +20,8 @@ CASES = [
     ("/v1/chat/completions", "POST", FITS_NOT, 40),
     ("/v1/completions", "POST", FITS, 25),
     ("/v1/completions", "POST", FITS_NOT, 40),
+    ("/v1/responses", "POST", FITS, 25),
+    ("/v1/responses", "POST", FITS_NOT, 40),
     ("/tokenize", "POST", FITS, 15),
     ("/tokenize", "POST", FITS_NOT, 15),
     ("/detokenize", "POST", FITS, 10),

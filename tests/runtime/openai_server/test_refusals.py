@@ -33,8 +33,8 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
 BAD_BODIES: dict[str, tuple[str, object, int, str | None, str]] = {
     "no messages": (CHAT, {}, 400, "messages", "Field required"),
     "empty messages": (CHAT, {"messages": []}, 400, "messages", "at least 1"),
-    "tools": (CHAT, {"messages": HELLO, "tools": [{"type": "function"}]}, 400, "tools", "tool calls are not"),
-    "tool_choice": (CHAT, {"messages": HELLO, "tool_choice": "required"}, 400, "tool_choice", "tool calls are not"),
+    "tools": (CHAT, {"messages": HELLO, "tools": [{"type": "function"}]}, 400, "tools.0.function", "Field required"),
+    "tool_choice": (CHAT, {"messages": HELLO, "tool_choice": "required"}, 400, "tool_choice", "needs tools"),
     "store": (CHAT, {"messages": HELLO, "store": True}, 400, "store", "not stored"),
     "obfuscation": (
         CHAT,
