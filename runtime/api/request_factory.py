@@ -12,6 +12,7 @@ from trimode.runtime.api.inputs import InputEncoder, Prompt
 from trimode.runtime.decoding.acceptance import Acceptance
 from trimode.runtime.decoding.bad_words import BadWords
 from trimode.runtime.decoding.ending import Ending
+from trimode.runtime.decoding.lookup import Lookup, LookupAcceptance
 from trimode.runtime.decoding.ruled_rows import Biases
 from trimode.runtime.decoding.sequence import Sequence
 from trimode.runtime.decoding.text_stream import TextStream
@@ -45,6 +46,7 @@ class RequestFactory:
         self._max_answers = max_answers
         self._update_seconds = update_seconds
         self._shared_acceptance = Acceptance()
+        self._shared_lookup_acceptance = LookupAcceptance.unknown()
 
     def resolve(self, prompt: list[int], params: SamplingParams) -> SamplingParams:
         """``params`` with every open field set. Raises TriModeError for what the engine cannot do."""
@@ -156,6 +158,7 @@ class RequestFactory:
             rules=self._rules(prompt, params),
             biases=Biases(params.logit_bias, model.vocab_size) if params.logit_bias else None,
             most_step=self.manifest.limits.max_step,
+            lookup=Lookup(prompt.token_ids, self._shared_lookup_acceptance.of_new_answer()) if params.lookup else None,
         )
 
     def _rules(self, prompt: Prompt, params: SamplingParams) -> TokenRules | None:

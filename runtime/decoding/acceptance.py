@@ -12,7 +12,7 @@ LONGEST_BLOCK = 32  # longest block that auto chooses; later places are assumed 
 
 _OWN_WEIGHT = 0.1  # weight of a cycle in the sequence's own averages
 _SHARED_WEIGHT = 0.02  # weight of a cycle in the averages that new sequences start from
-_FIRST_GUESS = 0.8
+FIRST_GUESS = 0.8  # of the diffusion draft's rates
 _FIRST_END_RATE = 0.01
 _END_WEIGHT = 0.002
 # A cycle without drafts observes nothing; old averages decay.
@@ -25,14 +25,15 @@ class Acceptance:
 
     rates[j]: probability that the draft at place j + 1 of a block is accepted, given that all before it were and that
     the text continues. end_rate: probability that a token is the last of its text. begins_with: averages over all
-    sequences; this sequence starts from them, and updates them.
+    sequences; this sequence starts from them, and updates them. first_guess: of the rates, before anything is known.
     """
 
-    def __init__(self, begins_with: Acceptance | None = None) -> None:
+    def __init__(self, begins_with: Acceptance | None = None, first_guess: float = FIRST_GUESS) -> None:
         self._shared = begins_with
+        self._first_guess = first_guess
         # A list is faster than an array here: few of its numbers change each cycle.
         self.rates: list[float] = (
-            [_FIRST_GUESS] * (LONGEST_BLOCK - 1) if begins_with is None else begins_with.rates.copy()
+            [first_guess] * (LONGEST_BLOCK - 1) if begins_with is None else begins_with.rates.copy()
         )
         self.end_rate: float = _FIRST_END_RATE if begins_with is None else begins_with.end_rate
         self._yields: list[float] | None = None
@@ -61,7 +62,7 @@ class Acceptance:
         """Decay after a cycle without drafts: own averages towards the shared ones, those towards the first guess."""
         if self._shared is not None:
             shared = self._shared.rates
-            shared[:] = [rate + _SHARED_FORGETTING * (_FIRST_GUESS - rate) for rate in shared]
+            shared[:] = [rate + _SHARED_FORGETTING * (self._first_guess - rate) for rate in shared]
             own = zip(self.rates, shared, strict=True)
             self.rates = [rate + _OWN_FORGETTING * (of_all - rate) for rate, of_all in own]
         self._yields = None

@@ -9,7 +9,8 @@ Every cycle drafts zero or more bidirectional passes until its block is full, th
 | ``diffusion`` | b, the last block too | denoise until filled | the whole block, and one more token |
 | ``auto`` | chosen each cycle | as ``linear_spec``, or ``ar`` with a block of one | as ``linear_spec`` |
 
-AR is speculation with a block of one. A :class:`Sequence` is one answer's state: it states which pass it needs next and
+AR is speculation with a block of one. Tokens that a grammar forces and tokens that prompt lookup copies are drafts
+without a bidirectional pass. A :class:`Sequence` is one answer's state: it states which pass it needs next and
 absorbs the result, so sequences of all modes can share a batch.
 """
 
@@ -25,6 +26,7 @@ from numpy.typing import NDArray
 from trimode.runtime.decoding.acceptance import Acceptance
 from trimode.runtime.decoding.denoising import settled
 from trimode.runtime.decoding.ending import Ending
+from trimode.runtime.decoding.lookup import Lookup
 from trimode.runtime.decoding.ruled_rows import Biases, RuledRows
 from trimode.runtime.decoding.sampling import Sampler
 from trimode.runtime.decoding.token_rules import TokenRules
@@ -60,7 +62,7 @@ class Sequence:
     context: KV rows that the engine's context has. mask_id: the model's mask token. prefill_step: most tokens of a
     prefill pass. seed: of the random generator. acceptance: running estimate of this sequence's acceptance rate. rules:
     which tokens are legal, None if all are. biases: added to logits; they need rules. most_step: most tokens of a pass,
-    None for any number.
+    None for any number. lookup: copied drafts, None if the request has none.
 
     With rules, tokens that the grammar forces enter a block without a draft, illegal drafts are replaced by the draft's
     own next best, and every emitted token is chosen among its row's legal candidates
@@ -81,6 +83,7 @@ class Sequence:
         rules: TokenRules | None = None,
         biases: Biases | None = None,
         most_step: int | None = None,
+        lookup: Lookup | None = None,
     ) -> None:
         self.prompt = np.array(prompt, np.int64)
         self.params = params
@@ -99,6 +102,9 @@ class Sequence:
         self._block = NO_BLOCK
         self._masks = 0  # places of the block that are not settled
         self._forced_places: set[int] = set()
+        self._forced_run: list[int] | None = None  # at the start of the block, once it is known
+        self._lookup = lookup
+        self._looked_up = False  # whether the block's drafts are copies
         self._rules = rules
         self._biases = biases
         self._most_step = most_step
@@ -169,28 +175,57 @@ class Sequence:
         """Most KV rows that the prompt and the answer take."""
         return min(self.params.kv_rows(len(self.prompt)), self._context)
 
-    def open_block(self, length: int) -> None:
-        """Start the next block: the pending token and ``length`` - 1 masks; ``length`` is at most ``longest_block``.
+    def look_up(self) -> list[float]:
+        """Look for a copy that can replace the next block's draft.
 
-        Tokens that the grammar forces come first, in addition, as far as a pass has room; AR's block stays one token.
+        Returns the expected tokens of a cycle that verifies it, by block length from 1 on, the tokens that the grammar
+        forces not counted. Empty if there is none.
         """
-        forced: list[int] = []
-        if self._rules is not None and self.params.mode != "ar":
-            most = self.ending.remaining if self._most_step is None else min(self.ending.remaining, self._most_step)
-            forced = self._rules.forced_run(most - 1)
-            length = min(length + len(forced), most)
-        self._block = np.full(length, self._mask_id, np.int64)
-        self._block[: 1 + len(forced)] = [self.pending_token, *forced]
-        self._masks = length - 1 - len(forced)
+        if self._lookup is None:
+            return []
+        forced = self._forced_next()
+        self._lookup.find(forced, min(self.longest_block, self._room - len(forced)) - 1)
+        return self._lookup.yields() if self._lookup.proposal else []
+
+    def open_block(self, length: int, looked_up: bool = False) -> None:
+        """Start the next block: the pending token and ``length`` - 1 drafts; ``length`` is at most ``longest_block``.
+
+        The drafts are masks, or copies if ``looked_up``; the latest :meth:`look_up` has found some. Tokens that the
+        grammar forces come first, in addition, as far as a pass has room; AR's block stays one token.
+        """
+        forced = self._forced_next()
+        length = min(length, self._room - len(forced)) if forced else length
+        free = [self.pending_token, *forced]
+        if looked_up and self._lookup is not None:
+            free += self._lookup.proposal[: length - 1]
+            length = len(free) - len(forced)
+        self._block = np.full(length + len(forced), self._mask_id, np.int64)
+        self._block[: len(free)] = free
+        self._masks = len(self._block) - len(free)
         self._forced_places = set(range(1, 1 + len(forced)))
+        self._looked_up = looked_up
         self._drafted = {}
         self._doubtful_rows = set()
         self.rejected = []
+        if looked_up and self._rules is not None:
+            self._repair_drafts(self._rules)
         if self.params.mode == "diffusion":
             self._place_end_of_thinking()
             self._masks_at_first = self._masks
             self._denoise_passes = 0
             self._block_logprobs = {}
+
+    @property
+    def _room(self) -> int:
+        """Most tokens of the next block, those included that the grammar forces."""
+        return self.ending.remaining if self._most_step is None else min(self.ending.remaining, self._most_step)
+
+    def _forced_next(self) -> list[int]:
+        """The tokens that the grammar forces behind the pending token, as far as a block has room."""
+        if self._forced_run is None:
+            rules = None if self.params.mode == "ar" else self._rules
+            self._forced_run = [] if rules is None else rules.forced_run(self._room - 1)
+        return self._forced_run
 
     def next_pass(self) -> Pass:
         """The next pass of a sequence that is in its prefill or has a block."""
@@ -324,20 +359,28 @@ class Sequence:
         """Accept the longest run of drafts that equal the causal rows' tokens, and one more token."""
         drafts = self._block[1:].tolist()
         positions = range(self.committed + 1, self.committed + 1 + len(self._block))
+        before = len(self.emitted)
         emitted, agreed = self._emit_run(found, positions, "bonus", drafts)
         self.committed += emitted
         tested = len(drafts) if agreed == len(drafts) else agreed + (self.ending.finish_reason is None)
         # What the grammar forces says nothing about the draft.
         forced = len([place for place in self._forced_places if place <= agreed])
         drafted = len(drafts) - len(self._forced_places)
-        if drafted > 0:
+        ended = self.ending.finish_reason == "stop"
+        if drafted > 0 and not self._looked_up:
             untested = len([place for place in self._forced_places if place <= tested])
-            self.acceptance.observe(agreed - forced, tested - untested, ended=self.ending.finish_reason == "stop")
+            self.acceptance.observe(agreed - forced, tested - untested, ended)
+        if self._lookup is not None:
+            self._lookup.observe(self.emitted[before + len(self._forced_next()) :], ended)
         self.rejected = drafts[agreed:] if tested > agreed else []
         self.counts.cycles += 1
         self.counts.drafted += drafted
         self.counts.accepted += agreed - forced
-        self._block = NO_BLOCK
+        if self._looked_up:
+            self.counts.lookups += 1
+            self.counts.copied += drafted
+            self.counts.accepted_copies += agreed - forced
+        self._block, self._forced_run = NO_BLOCK, None
 
     def _commit_diffusion(self, found: Candidates) -> None:
         """Accept the whole block, and one more token."""
@@ -395,6 +438,8 @@ class Sequence:
         self.emitted.append(token)
         self.origins.append(origin)
         self._sampler.note(token)
+        if self._lookup is not None:
+            self._lookup.note(token)
         if self._rules is not None:
             self._rules.take(token)
         self.ending.take(token)

@@ -265,6 +265,7 @@ class DecodingBody(PromptBody):
     block_length: Positive | None = None
     adapter: bool | None = None
     draft_threshold: Share | None = None
+    lookup: bool | None = None
     denoising: Denoising | None = None
     threshold: Share | None = None
     denoising_steps: Positive | None = None

@@ -35,7 +35,9 @@ class Usage(ResponseBody):
 
 
 class PassCounts(ResponseBody):
-    """Passes of a choice so far by kind, cycles, drafted and accepted tokens (``trimode.runtime.request.Counts``)."""
+    """Passes of a choice so far by kind, cycles, drafted, accepted and copied tokens
+    (``trimode.runtime.request.outputs.Counts``).
+    """
 
     prefill: int
     draft: int
@@ -44,6 +46,9 @@ class PassCounts(ResponseBody):
     cycles: int
     drafted: int
     accepted: int
+    lookups: int
+    copied: int
+    accepted_copies: int
 
 
 class TokenOrigins(ResponseBody):

@@ -33,10 +33,15 @@ class _EngineCollector(Collector):
         yield CounterMetricFamily("trimode_tokens_emitted", "Tokens of answers.", stats.emitted)
         yield CounterMetricFamily("trimode_tokens_drafted", "Drafted tokens.", stats.counts.drafted)
         yield CounterMetricFamily("trimode_tokens_accepted", "Drafted tokens that were emitted.", stats.counts.accepted)
+        yield CounterMetricFamily("trimode_tokens_copied", "Drafted tokens that lookup copied.", stats.counts.copied)
+        yield CounterMetricFamily(
+            "trimode_tokens_copied_accepted", "Copied tokens that were emitted.", stats.counts.accepted_copies
+        )
         yield CounterMetricFamily(
             "trimode_tokens_cached", "Prompt tokens whose KV rows were reused.", stats.counts.cached_tokens
         )
         yield CounterMetricFamily("trimode_cycles", "Finished blocks.", stats.counts.cycles)
+        yield CounterMetricFamily("trimode_lookups", "Cycles with copied drafts.", stats.counts.lookups)
         passes = CounterMetricFamily("trimode_passes", "Passes that answers took part in.", labels=["kind"])
         for kind in ("prefill", "draft", "denoise", "commit"):
             passes.add_metric([kind], getattr(stats.counts, kind))

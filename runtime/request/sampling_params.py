@@ -33,6 +33,7 @@ _MODES_OF_FIELD: dict[str, tuple[Mode, ...]] = {
     "denoising_top_n": ("diffusion",),
     "draft_threshold": ("linear_spec",),
     "adapter": ("auto", "linear_spec"),
+    "lookup": ("auto", "linear_spec"),
 }
 _PENALTIES = {"presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0}
 # Fields that decide which tokens are legal or how likely they are, with the values that do nothing.
@@ -80,11 +81,12 @@ class SamplingParams:
     Modes. mode: None for the LLM's default; ``auto`` chooses the block length of self-speculation each cycle by its
     cost at the current load. block_length: tokens of a block, pending token included; the longest that ``auto`` may
     choose. adapter: draft with the draft adapter. draft_threshold: above 0, drafts are refined in further passes until
-    every token is at least this probable. denoising: which masked positions a denoise pass of ``diffusion`` settles,
-    the most confident one always: ``threshold``, every one whose confidence reaches threshold; ``quota``, an even share
-    in denoising_steps passes for each block; ``top_n``, the denoising_top_n most confident; ``factor``, by rank r = 0,
-    1, ..., the leading run with confidence at least 1 - threshold / (r + 2); ``product``, the leading run whose
-    confidences multiply to at least threshold.
+    every token is at least this probable. lookup: copy the tokens that followed an earlier occurrence of the text's
+    end, in the prompt or the answer, instead of drafting, in cycles where that is expected to be faster. denoising:
+    which masked positions a denoise pass of ``diffusion`` settles, the most confident one always: ``threshold``, every
+    one whose confidence reaches threshold; ``quota``, an even share in denoising_steps passes for each block;
+    ``top_n``, the denoising_top_n most confident; ``factor``, by rank r = 0, 1, ..., the leading run with confidence at
+    least 1 - threshold / (r + 2); ``product``, the leading run whose confidences multiply to at least threshold.
 
     Raises TriModeError that names the field, the value and the rule.
     """
@@ -117,6 +119,7 @@ class SamplingParams:
     block_length: int | None = None
     adapter: bool | None = None
     draft_threshold: float | None = None
+    lookup: bool | None = None
     denoising: Denoising | None = None
     threshold: float | None = None
     denoising_steps: int | None = None

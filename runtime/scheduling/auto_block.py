@@ -1,4 +1,4 @@
-"""Mode ``auto``: the block length of self-speculation, chosen each cycle by its yield and its cost.
+"""How the next cycle drafts: the block length of mode ``auto``, and which sequences copy their drafts.
 
 A cycle with blocks of b tokens runs a draft pass and a commit pass over the whole batch; b = 1 is AR and runs the
 commit pass alone. A sequence's cycle yields ``1 + sum over j < b of (r[1] * ... * r[j])`` tokens: the drafts that are
@@ -13,6 +13,11 @@ pass is as long as its longest member, so a shorter block beside a longer one wo
 sequences get long blocks, since a pass costs nearly the same for 1 token as for 16; a full batch is compute-bound,
 every drafted token costs, and b shrinks toward AR.
 
+A sequence whose text has occurred before may copy its drafts (:mod:`trimode.runtime.decoding.lookup`) and skip the
+draft pass. For each b there are three ways, each a candidate of the same argmax: those sequences copy whose copies
+yield at least as much as their drafts; all copy that can; or no ``auto`` sequence drafts at all, so that those without
+a copy decode one token beside copies of b.
+
 A block length that would be better if its passes took their least possible time is tried for one cycle, shorter ones
 first: their passes bound the cost of longer ones. Trials that turn out slower may take TRIAL_SHARE of the time. The
 choice affects when tokens come, never which.
@@ -21,7 +26,6 @@ choice affects when tokens come, never which.
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
-from operator import add
 from typing import NamedTuple
 
 from trimode.runtime.decoding.acceptance import LONGEST_BLOCK
@@ -32,12 +36,35 @@ CHOICES = tuple(1 << exponent for exponent in range(LONGEST_BLOCK.bit_length()))
 TRIAL_SHARE = 0.05
 
 
-class _Cycle(NamedTuple):
-    """A cycle with one of the block lengths. commits, drafts: sequences in its passes. step: their tokens. tokens: the
-    expected yield.
+class Opening(NamedTuple):
+    """A sequence that begins a cycle. copy_yields: expected tokens of a cycle that verifies its copy, by block length
+    from 1 on; empty if there is none.
+    """
+
+    sequence: Sequence
+    copy_yields: list[float]
+
+    @property
+    def decides(self) -> bool:
+        return self.sequence.params.mode == "auto"
+
+
+class Plan(NamedTuple):
+    """How a cycle drafts. block: length of the drafted blocks of ``auto``. copy_block: of the blocks that are copies.
+    copying: for each opening sequence, whether its drafts are copies.
     """
 
     block: int
+    copy_block: int
+    copying: list[bool]
+
+
+class _Cycle(NamedTuple):
+    """A cycle by one of the plans. commits, drafts: sequences in its passes. step: their tokens. tokens: the expected
+    yield.
+    """
+
+    plan: Plan
     commits: int
     drafts: int
     step: int
@@ -60,14 +87,14 @@ class BlockChooser:
         self._owed = 0.0  # seconds that trials have lost and that are not made up for
         self._trial: tuple[_Cycle, float] | None = None  # the last choice, and the tokens a second of the best one
 
-    def choose(self, deciding: Many[Sequence], others: Many[Sequence]) -> int:
-        """The block length of this cycle.
+    def choose(self, opening: Many[Opening], others: Many[Sequence]) -> Plan:
+        """The plan of this cycle.
 
-        deciding: the ``auto`` sequences that begin a cycle. others: sequences of fixed modes that are past their
-        prefill.
+        opening: the sequences that begin a cycle and whose drafts are to be chosen: those of ``auto``, and those that
+        may copy. others: the other sequences that are past their prefill.
         """
         self._settle_trial()
-        cycles = _cycles(deciding, others)
+        cycles = _cycles(opening, others)
         best = max(cycles, key=lambda cycle: cycle.tokens / cycle.seconds(self._cost))
         seconds = best.seconds(self._cost)
         rate = best.tokens / seconds
@@ -75,9 +102,9 @@ class BlockChooser:
             for cycle in cycles:
                 if cycle is not best and cycle.tokens / cycle.least_seconds(self._cost) > rate:
                     self._trial = cycle, rate
-                    return cycle.block
+                    return cycle.plan
         self._owed = max(0.0, self._owed - TRIAL_SHARE * seconds)
-        return best.block
+        return best.plan
 
     def _settle_trial(self) -> None:
         """Charge what the last trial took beyond the best choice; its passes have been observed by now."""
@@ -87,28 +114,51 @@ class BlockChooser:
             self._trial = None
 
 
-def _cycles(deciding: Many[Sequence], others: Many[Sequence]) -> list[_Cycle]:
-    """One for each block length up to the longest that a sequence can take."""
-    drafting = [sequence for sequence in others if sequence.params.mode == "linear_spec"]
-    fixed = max((sequence.longest_block for sequence in drafting), default=1)
-    longest = max(sequence.longest_block for sequence in deciding)
+def _cycles(opening: Many[Opening], others: Many[Sequence]) -> list[_Cycle]:
+    """One for each plan, the shorter blocks first, up to the longest that a sequence can take."""
+    deciding = [each.decides for each in opening]
+    fixed = [sequence for sequence in others if sequence.params.mode == "linear_spec"]
+    fixed += [each.sequence for each in opening if not each.decides]
+    fixed_step = max((sequence.longest_block for sequence in fixed), default=1)
+    longest = max(each.sequence.longest_block for each in opening)
     blocks = [block for block in CHOICES if block < 2 * longest]
-    tokens = [sum(_yields(sequence, [sequence.longest_block])[0] for sequence in others)] * len(blocks)
-    for sequence in deciding:
-        tokens = list(map(add, tokens, _yields(sequence, blocks)))
-    return [
-        _Cycle(
-            block=block,
-            commits=len(deciding) + len(others),
-            drafts=len(drafting) + (len(deciding) if block > 1 else 0),
-            step=max(min(block, longest), fixed),
-            tokens=expected,
-        )
-        for block, expected in zip(blocks, tokens, strict=True)
+    beside = sum(_yields(sequence.acceptance.yields(), sequence, [sequence.longest_block])[0] for sequence in others)
+    drafted = [
+        _yields(sequence.acceptance.yields(), sequence, blocks if decides else [sequence.longest_block] * len(blocks))
+        for (sequence, _), decides in zip(opening, deciding, strict=True)
     ]
+    able = [bool(each.copy_yields) for each in opening]
+    copied = [_yields(copy_yields, sequence, blocks) if copy_yields else [] for sequence, copy_yields in opening]
+
+    def cycle(column: int, copying: list[bool], auto_drafts: bool) -> _Cycle:
+        block = blocks[column]
+        tokens, drafts = beside, len(fixed)
+        for index, copies in enumerate(copying):
+            if copies:
+                tokens += copied[index][column]
+                drafts -= not deciding[index]
+            elif deciding[index]:
+                tokens += drafted[index][column] if auto_drafts else 1.0
+                drafts += auto_drafts
+            else:
+                tokens += drafted[index][column]
+        step = max(min(block, longest), fixed_step if drafts else 1)
+        plan = Plan(block if auto_drafts else 1, block, copying)
+        return _Cycle(plan, len(opening) + len(others), drafts, step, tokens)
+
+    cycles: list[_Cycle] = []
+    for column, block in enumerate(blocks):
+        better = [can and block > 1 and copied[at][column] >= drafted[at][column] for at, can in enumerate(able)]
+        cycles.append(cycle(column, better, auto_drafts=block > 1))
+        if block > 1 and any(able):
+            if able != better:
+                cycles.append(cycle(column, able, auto_drafts=True))
+            if not all(able):
+                cycles.append(cycle(column, able, auto_drafts=False))
+    return cycles
 
 
-def _yields(sequence: Sequence, blocks: Many[int]) -> list[float]:
+def _yields(yields: list[float], sequence: Sequence, blocks: Many[int]) -> list[float]:
     """Tokens of a cycle with each of these blocks, as far as the sequence can take them."""
-    yields, longest = sequence.acceptance.yields(), min(sequence.longest_block, LONGEST_BLOCK)
+    longest = min(sequence.longest_block, len(yields))
     return [yields[min(block, longest) - 1] for block in blocks]

@@ -25,7 +25,7 @@ from trimode.runtime.decoding.sequence import Pass, Sequence
 from trimode.runtime.executor import Candidates, Executor, Ints
 from trimode.runtime.kv.prefix_cache import PrefixCache
 from trimode.runtime.request.outputs import Counts
-from trimode.runtime.scheduling.auto_block import BlockChooser
+from trimode.runtime.scheduling.auto_block import BlockChooser, Opening
 from trimode.runtime.scheduling.batching import Member
 from trimode.runtime.scheduling.pass_cost import EngineName, PassCost
 from trimode.runtime.scheduling.pass_runner import PassRunner
@@ -181,25 +181,42 @@ class Scheduler:
                 self._fail(request)
 
     def _open_blocks(self) -> None:
-        """Choose the block length of ``auto`` and begin a block wherever the last one is finished."""
+        """Begin a block wherever the last one is finished: choose its length in mode ``auto``, and whether its drafts
+        are copies.
+        """
         opening = [request for request in self._active() if request.sequence.needs_block]
-        deciding = [request.sequence for request in opening if request.sequence.params.mode == "auto"]
-        chosen = 1
-        if deciding:
-            others = [
-                request.sequence
-                for request in self._active()
-                if request.sequence.params.mode != "auto" and not request.sequence.prefilling
-            ]
-            chosen = self._block_chooser.choose(deciding, others)
-            if chosen == 1:
-                for sequence in deciding:
-                    sequence.acceptance.forget()
+        chosen = self._choose(opening)
+        for request in opening:
+            with _Isolated(request):
+                length, looked_up = chosen.get(request, (request.sequence.longest_block, False))
+                request.sequence.open_block(min(length, request.sequence.longest_block), looked_up)
+
+    def _choose(self, opening: list[Request]) -> dict[Request, tuple[int, bool]]:
+        """The block length, and whether the drafts are copies, of the requests that leave it open."""
+        choices: dict[Request, Opening] = {}
         for request in opening:
             with _Isolated(request):
                 sequence = request.sequence
-                longest = sequence.longest_block
-                sequence.open_block(min(chosen, longest) if sequence.params.mode == "auto" else longest)
+                copy_yields = sequence.look_up()
+                if copy_yields or sequence.params.mode == "auto":
+                    choices[request] = Opening(sequence, copy_yields)
+        if not choices:
+            return {}
+        others = [
+            request.sequence
+            for request in self._active()
+            if request not in choices and request.sequence.params.mode != "auto" and not request.sequence.prefilling
+        ]
+        plan = self._block_chooser.choose(list(choices.values()), others)
+        chosen: dict[Request, tuple[int, bool]] = {}
+        for (request, each), copies in zip(choices.items(), plan.copying, strict=True):
+            if each.decides and (copies or plan.block == 1):
+                each.sequence.acceptance.forget()
+            if copies:
+                chosen[request] = plan.copy_block, True
+            elif each.decides:
+                chosen[request] = plan.block, False
+        return chosen
 
     def _run_passes(self, engine: EngineName, again: bool = False) -> None:
         """again: only for the sequences that must repeat their pass, which are then complete."""

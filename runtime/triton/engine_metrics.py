@@ -33,6 +33,8 @@ class EngineMetrics:
                 "tokens_emitted": "Tokens of answers",
                 "tokens_drafted": "Drafted tokens",
                 "tokens_accepted": "Drafted tokens that were emitted",
+                "tokens_copied": "Drafted tokens that lookup copied",
+                "tokens_copied_accepted": "Copied tokens that were emitted",
                 "tokens_cached": "Prompt tokens not computed again",
             }.items()
         }
@@ -62,6 +64,8 @@ class EngineMetrics:
             "tokens_emitted": stats.emitted,
             "tokens_drafted": stats.counts.drafted,
             "tokens_accepted": stats.counts.accepted,
+            "tokens_copied": stats.counts.copied,
+            "tokens_copied_accepted": stats.counts.accepted_copies,
             "tokens_cached": stats.counts.cached_tokens,
         }
         for name, count in now.items():

@@ -70,6 +70,7 @@ TRIMODE_INPUTS = (
     Tensor("block_length", "TYPE_INT32", "block_length"),
     Tensor("adapter", "TYPE_BOOL", "adapter"),
     Tensor("draft_threshold", "TYPE_FP32", "draft_threshold"),
+    Tensor("lookup", "TYPE_BOOL", "lookup"),
     Tensor("denoising", "TYPE_STRING", "denoising"),
     Tensor("threshold", "TYPE_FP32", "threshold"),
     Tensor("denoising_steps", "TYPE_INT32", "denoising_steps"),

@@ -22,6 +22,7 @@ from tests.support.token_masks import best_legal
 from trimode import SamplingParams
 from trimode.runtime.decoding.acceptance import Acceptance
 from trimode.runtime.decoding.ending import Ending
+from trimode.runtime.decoding.lookup import Lookup, LookupAcceptance
 from trimode.runtime.decoding.ruled_rows import Biases
 from trimode.runtime.decoding.sampling import kept_weights
 from trimode.runtime.decoding.sequence import Sequence
@@ -156,6 +157,7 @@ class Bench:
             seed=seed,
             rules=rules,
             biases=biases,
+            lookup=Lookup(prompt, LookupAcceptance.unknown()) if params.lookup else None,
         )
         self.submitted += 1
         text: Any = NoText()

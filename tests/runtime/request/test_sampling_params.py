@@ -50,6 +50,8 @@ def test_values_that_make_no_sense_are_refused_by_name(field: str, value: Any) -
         ({"mode": "linear_spec", "threshold": 0.5}, "threshold has no meaning in mode linear_spec"),
         ({"mode": "auto", "draft_threshold": 0.5}, "draft_threshold has no meaning in mode auto"),
         ({"mode": "diffusion", "draft_threshold": 0.5}, "draft_threshold has no meaning in mode diffusion"),
+        ({"mode": "ar", "lookup": True}, "lookup has no meaning in mode ar"),
+        ({"lookup": 1}, "lookup is 1; it must be true or false"),
         ({"mode": "diffusion", "threshold": 1.5}, "threshold is 1.5"),
         ({"mode": "linear_spec", "draft_threshold": -0.5}, "draft_threshold is -0.5"),
         (

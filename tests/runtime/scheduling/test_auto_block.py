@@ -10,7 +10,7 @@ from trimode import SamplingParams
 from trimode.runtime.decoding.acceptance import Acceptance
 from trimode.runtime.decoding.ending import Ending
 from trimode.runtime.decoding.sequence import Sequence
-from trimode.runtime.scheduling.auto_block import CHOICES, BlockChooser
+from trimode.runtime.scheduling.auto_block import CHOICES, BlockChooser, Opening, Plan
 from trimode.runtime.scheduling.pass_cost import EngineName, PassCost
 
 
@@ -21,6 +21,11 @@ def sequence(rate: float, mode: str = "auto", block_length: int | None = None, e
     return Sequence(
         [5], params, Ending(params, frozenset()), acceptance, context=1000, mask_id=0, prefill_step=8, seed=0
     )
+
+
+def opening(*sequences: Sequence) -> list[Opening]:
+    """Without copies."""
+    return [Opening(each, []) for each in sequences]
 
 
 def machine(free_tokens: float, batches: int = 16) -> PassCost:
@@ -47,7 +52,7 @@ def machine(free_tokens: float, batches: int = 16) -> PassCost:
 )
 def test_the_block_length_of_simple_cases(rate: float, free_tokens: float, requests: int, block: int) -> None:
     deciding = [sequence(rate) for _ in range(requests)]
-    assert BlockChooser(machine(free_tokens)).choose(deciding, []) == block
+    assert BlockChooser(machine(free_tokens)).choose(opening(*deciding), []).block == block
 
 
 @given(
@@ -67,15 +72,15 @@ def test_it_is_the_best_of_all_choices(rates: list[float], free_tokens: float, l
         passes = ["ar"] if block == 1 else ["ar", "diffusion"]
         return tokens / sum(cost.seconds(engine, len(rates), block) for engine in passes)  # type: ignore[arg-type]
 
-    chosen = BlockChooser(cost).choose(deciding, [])
+    chosen = BlockChooser(cost).choose(opening(*deciding), []).block
     assert tokens_a_second(chosen) >= max(tokens_a_second(block) for block in CHOICES) * (1 - 1e-9)
 
 
 def test_a_block_is_as_long_as_that_of_a_request_beside_it() -> None:
     """The draft pass of a request with a fixed block runs anyway, so sharing it costs nothing."""
-    cost, uncertain = machine(1000), [sequence(0.45)]
-    assert BlockChooser(cost).choose(uncertain, []) == 1
-    assert BlockChooser(cost).choose(uncertain, [sequence(0.9, "linear_spec", 32)]) > 1
+    cost, uncertain = machine(1000), opening(sequence(0.45))
+    assert BlockChooser(cost).choose(uncertain, []).block == 1
+    assert BlockChooser(cost).choose(uncertain, [sequence(0.9, "linear_spec", 32)]).block > 1
 
 
 def test_acceptance_is_learnt_and_forgotten() -> None:
@@ -102,8 +107,8 @@ def test_drafts_past_the_end_of_a_text_are_not_learnt_from() -> None:
 def test_short_texts_get_short_blocks() -> None:
     """Drafts past the end of the text are lost, even if all would be accepted."""
     cost = machine(12)
-    assert BlockChooser(cost).choose([sequence(1.0, ends=0.0)], []) == 16
-    assert BlockChooser(cost).choose([sequence(1.0, ends=0.2)], []) == 8
+    assert BlockChooser(cost).choose(opening(sequence(1.0, ends=0.0)), []).block == 16
+    assert BlockChooser(cost).choose(opening(sequence(1.0, ends=0.2)), []).block == 8
 
 
 def test_the_end_rate_is_learnt_from_all_sequences() -> None:
@@ -122,3 +127,32 @@ def test_the_end_rate_stays_a_probability(cycles: list[tuple[int, bool]]) -> Non
     for accepted, ended in cycles:
         Acceptance(begins_with=shared).observe(accepted=accepted, tested=accepted, ended=ended)
         assert 0 <= shared.end_rate <= 1
+
+
+def test_a_copy_replaces_the_draft_where_it_yields_as_much() -> None:
+    """On a machine whose passes cost the same whatever their length, a copy saves half of the cycle."""
+    cost, good, poor = machine(1000), [1.0, *[4.0] * 31], [1.0, *[1.2] * 31]
+    for mode in ("auto", "linear_spec"):
+        drafting = sequence(0.8, mode)  # up to 5 tokens a cycle
+        assert BlockChooser(cost).choose([Opening(drafting, good)], []).copying == [True]
+        assert BlockChooser(cost).choose([Opening(drafting, poor)], []).copying == [False]
+        assert BlockChooser(cost).choose([Opening(drafting, [])], [sequence(0.8)]).copying == [False]
+
+
+def test_beside_sequences_that_draft_a_copy_must_yield_more() -> None:
+    """The draft pass runs anyway, so that a copy of fewer tokens saves nothing."""
+    cost, copy = machine(1000), [1.0, *[3.0] * 31]
+    alone = BlockChooser(cost).choose([Opening(sequence(0.8), copy)], [])
+    beside = BlockChooser(cost).choose([Opening(sequence(0.8), copy), Opening(sequence(0.99), [])], [])
+    assert alone.copying == [True]
+    assert beside == Plan(32, 32, [False, False])
+
+
+def test_copies_are_verified_beside_sequences_that_decode_one_token() -> None:
+    """Drafts that fail are not worth a pass; the copy is, though it lengthens the pass of all."""
+    plan = BlockChooser(machine(1000)).choose(
+        [Opening(sequence(0.1), [1.0, *[9.0] * 31]), Opening(sequence(0.1), [])], []
+    )
+    assert plan.block == 1
+    assert plan.copy_block > 1
+    assert plan.copying == [True, False]

@@ -11,7 +11,7 @@ from trimode import SamplingParams
 from trimode.runtime.decoding.acceptance import Acceptance
 from trimode.runtime.decoding.ending import Ending
 from trimode.runtime.decoding.sequence import Sequence
-from trimode.runtime.scheduling.auto_block import CHOICES, BlockChooser
+from trimode.runtime.scheduling.auto_block import CHOICES, BlockChooser, Opening
 from trimode.runtime.scheduling.pass_cost import EngineName, PassCost
 
 TOKENS, ANSWERS, LEARNING_ANSWERS = 96, 100, 5
@@ -50,7 +50,7 @@ class Decoding:
         )
         seconds = 0.0
         while sequence.ending.finish_reason is None:
-            block = block_length or self._chooser.choose([sequence], [])
+            block = block_length or self._chooser.choose([Opening(sequence, [])], []).block
             block = min(block, sequence.longest_block)
             engines: tuple[EngineName, ...] = ("ar",) if block == 1 else ("diffusion", "ar")
             for engine in engines:

@@ -9,6 +9,7 @@ import pytest
 from tests.support.exact_law import Bench
 from trimode import SamplingParams
 from trimode.runtime.executor import BidirectionalStep, CausalStep
+from trimode.runtime.scheduling.auto_block import Opening, Plan
 from trimode.runtime.scheduling.running_request import Request
 
 PREFILL_STEP = 4  # of the bench's sequences
@@ -119,9 +120,9 @@ def test_whom_auto_counts_as_others(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Watched(max_batch=8, prefill_tokens=100)
     asked: list[tuple[list[Any], list[Any]]] = []
 
-    def choose(deciding: list[Any], others: list[Any]) -> int:
-        asked.append((deciding, others))
-        return 4
+    def choose(opening: list[Opening], others: list[Any]) -> Plan:
+        asked.append(([each.sequence for each in opening], others))
+        return Plan(4, 4, [False] * len(opening))
 
     monkeypatch.setattr(bench.scheduler._block_chooser, "choose", choose)
     autos = [bench.submit(1, mode="auto") for _ in range(2)]

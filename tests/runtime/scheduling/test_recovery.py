@@ -12,7 +12,7 @@ from trimode import SamplingParams
 from trimode.runtime.decoding.acceptance import Acceptance
 from trimode.runtime.decoding.ending import Ending
 from trimode.runtime.decoding.sequence import Sequence
-from trimode.runtime.scheduling.auto_block import CHOICES, BlockChooser
+from trimode.runtime.scheduling.auto_block import CHOICES, BlockChooser, Opening
 from trimode.runtime.scheduling.pass_cost import EngineName, PassCost
 
 CYCLES = 60  # in which it recovers
@@ -52,7 +52,7 @@ class Simulation:
         """Tokens a second."""
         tokens = seconds = 0.0
         for _ in range(cycles):
-            block = self._chooser.choose(self._requests, [])
+            block = self._chooser.choose([Opening(request, []) for request in self._requests], []).block
             for engine in ("ar",) if block == 1 else ("diffusion", "ar"):
                 taken = self.seconds(engine, len(self._requests), block)
                 self.cost.observe(engine, len(self._requests), block, taken)

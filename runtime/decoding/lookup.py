@@ -1,0 +1,72 @@
+"""Prompt lookup: drafts that need no pass, copied from an earlier occurrence of the text's end in prompt and answer.
+
+A copied draft is verified as any other is, so it changes when tokens come, never which.
+
+How far copies hold is learnt in every cycle, whether they were verified or not: the tokens that the cycle emitted say
+how many of the copied ones were right. Copies behind a long match are better than those behind a short one, so their
+acceptance is learnt apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from trimode.runtime.decoding.acceptance import Acceptance
+from trimode.runtime.decoding.ngram_index import NgramIndex
+
+LONG_MATCH = 8  # tokens
+
+
+class LookupAcceptance(NamedTuple):
+    """Acceptance of copies behind a short match, and of those behind a long one."""
+
+    short: Acceptance
+    long: Acceptance
+
+    @classmethod
+    def unknown(cls) -> LookupAcceptance:
+        return cls(Acceptance(first_guess=0.6), Acceptance(first_guess=0.9))
+
+    def of_new_answer(self) -> LookupAcceptance:
+        """That of one answer, which starts from this one and updates it."""
+        return LookupAcceptance(Acceptance(self.short), Acceptance(self.long))
+
+
+class Lookup:
+    """Copied drafts of one answer.
+
+    prompt: its tokens. proposal: the tokens of the latest :meth:`find` that are not compared yet; may be empty.
+    """
+
+    def __init__(self, prompt: Sequence[int], acceptance: LookupAcceptance) -> None:
+        self.proposal: list[int] = []
+        self._index = NgramIndex()
+        self._unread = list(prompt)
+        self._acceptance = acceptance
+        self._of_proposal = acceptance.short
+
+    def note(self, token: int) -> None:
+        """A token was emitted."""
+        self._unread.append(token)
+
+    def find(self, behind: Sequence[int], most: int) -> None:
+        """Set ``proposal``: at most ``most`` tokens that may follow the text and the tokens ``behind`` it."""
+        self._index.extend(self._unread)
+        self._unread.clear()
+        match = self._index.continuation(behind, most)
+        self.proposal = [] if match is None else match.tokens
+        if match is not None:
+            self._of_proposal = self._acceptance.long if match.length >= LONG_MATCH else self._acceptance.short
+
+    def yields(self) -> list[float]:
+        """Expected tokens of a cycle that verifies the proposal, by block length from 1 on."""
+        return self._of_proposal.yields()[: len(self.proposal) + 1]
+
+    def observe(self, emitted: Sequence[int], ended: bool) -> None:
+        """Learn from the tokens that came where the proposal was expected. ended: whether they end the text."""
+        proposal, self.proposal = self.proposal, []
+        tested = min(len(proposal), len(emitted))
+        if tested:
+            agreed = next((at for at in range(tested) if proposal[at] != emitted[at]), tested)
+            self._of_proposal.observe(agreed, min(agreed + 1, tested), ended)

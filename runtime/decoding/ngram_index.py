@@ -1,0 +1,82 @@
+"""The text of one answer, indexed by its n-grams: where did the latest tokens occur before, and what followed them?
+
+Hash chains, as zlib uses them: a table holds the newest position behind each n-gram, and each position links to the one
+before it with the same n-gram. Adding a token takes one table update. A search compares at most ``MOST_PLACES`` earlier
+positions with the end of the text, at most ``LONGEST_MATCH`` tokens each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+GRAM = 3  # least number of tokens that must match
+MOST_PLACES = 8
+LONGEST_MATCH = 16
+
+_NONE = -1
+
+
+class Match(NamedTuple):
+    """What followed an earlier occurrence of the text's end. length: tokens of that occurrence that match."""
+
+    tokens: list[int]
+    length: int
+
+
+class NgramIndex:
+    """tokens: the text so far."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self._newest: dict[tuple[int, int, int], int] = {}
+        self._earlier: list[int] = []  # by position: the one before it that follows the same n-gram
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Append to the text."""
+        text, newest, earlier = self.tokens, self._newest, self._earlier
+        for token in tokens:
+            position = len(text)
+            if position < GRAM:
+                earlier.append(_NONE)
+            else:
+                gram = text[-3], text[-2], text[-1]
+                earlier.append(newest.get(gram, _NONE))
+                newest[gram] = position
+            text.append(token)
+
+    def continuation(self, behind: Sequence[int], most: int) -> Match | None:
+        """At most ``most`` tokens that may follow the text and ``behind``; None if their end did not occur before.
+
+        Of the newest occurrences, the one with the longest match is used; of equally long ones, the newest. Where the
+        occurrence overlaps the end of the text, its repetition goes on.
+        """
+        end = [*self.tokens[-LONGEST_MATCH:], *behind][-LONGEST_MATCH:]
+        if len(end) < GRAM or most < 1:
+            return None
+        best, longest = _NONE, 0
+        position = self._newest.get((end[-3], end[-2], end[-1]), _NONE)
+        for _ in range(MOST_PLACES):
+            if position == _NONE:
+                break
+            length = self._matched(position, end)
+            if length > longest:
+                best, longest = position, length
+            position = self._earlier[position]
+        if best == _NONE:
+            return None
+        found = self.tokens[best : best + most]
+        tail = [*behind, *found]
+        while len(found) < most:  # behind the text come ``behind`` and the tokens found so far
+            token = tail[best + len(found) - len(self.tokens)]
+            found.append(token)
+            tail.append(token)
+        return Match(found, longest)
+
+    def _matched(self, position: int, end: Sequence[int]) -> int:
+        """How many tokens before ``position`` equal those of ``end``, from the last one backwards."""
+        length = GRAM
+        most = min(len(end), position)
+        while length < most and self.tokens[position - 1 - length] == end[-1 - length]:
+            length += 1
+        return length
