@@ -19,9 +19,10 @@ import trimode.quantize
 from tests.support.random_checkpoint import write_random_checkpoint
 from trimode import LLM, SamplingParams, engine_cache
 from trimode.build.engine_builder import build_engine
+from trimode.common.cache_folder import cache_folder
 from trimode.common.errors import TriModeError
 from trimode.engine.manifest import Manifest
-from trimode.engine_cache import BuildOptions, cache_folder, engine_of, list_entries, remove_entry
+from trimode.engine_cache import BuildOptions, engine_of, list_entries, remove_entry
 from trimode.model import checkpoint as checkpoints
 from trimode.model.checkpoint import Checkpoint, open_checkpoint
 from trimode.quantize import quantize_checkpoint

@@ -6,8 +6,7 @@
 <cache>/.<key>.lock         held while the entry is built or removed
 <cache>/hashes.json         hashes of checkpoint files by path, size and modification time
 ```
-An entry is complete or absent. The folder is ``$TRIMODE_CACHE``, else ``$XDG_CACHE_HOME/trimode``, else
-``~/.cache/trimode``.
+An entry is complete or absent. The folder is :func:`trimode.common.cache_folder.cache_folder`.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
 import re
 import secrets
 import shutil
@@ -30,6 +28,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
 
 from trimode.common.atomic_folder import atomic_folder
+from trimode.common.cache_folder import cache_folder
 from trimode.common.errors import TriModeError
 from trimode.common.extras import requires_extra
 from trimode.common.machine import instruction_set
@@ -74,13 +73,6 @@ class CacheEntry(BaseModel):
     method: Method | None
     group: PositiveInt | None
     bytes: NonNegativeInt
-
-
-def cache_folder() -> Path:
-    if explicit := os.environ.get("TRIMODE_CACHE"):
-        return Path(explicit)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "trimode"
 
 
 def engine_of(model: str | Path, options: BuildOptions, progress: Progress = no_progress) -> Path:

@@ -41,7 +41,8 @@ def plan_arena(passes: Iterable[Sequence[PlannedLaunch]], real: Real, bound: Ite
         for index, launch in enumerate(launches):
             for name, shape, kind in launch.new_outputs():
                 if name not in elsewhere:
-                    sizes[name] = max(sizes.get(name, 0), _bytes(shape, kind, real))
+                    size = -(-tensor_bytes(shape, kind, real) // ALIGNMENT) * ALIGNMENT
+                    sizes[name] = max(sizes.get(name, 0), size)
                     lifetimes[name] = _joined(lifetimes.get(name), index)
             for name in launch.inputs:
                 if name in lifetimes:
@@ -74,6 +75,7 @@ def _placed(sizes: Mapping[str, int], lifetimes: Mapping[str, _Lifetime]) -> Are
     return ArenaPlan(offsets, max((offsets[name] + sizes[name] for name in offsets), default=0))
 
 
-def _bytes(shape: tuple[int, ...], kind: str, real: Real) -> int:
+def tensor_bytes(shape: Sequence[int], kind: str, real: Real) -> int:
+    """Bytes of a tensor. kind: its element type."""
     item = NUMPY_TYPES[real].itemsize if kind == "real" else _BYTES[kind]
-    return -(-int(np.prod(shape)) * item // ALIGNMENT) * ALIGNMENT
+    return int(np.prod(shape)) * item

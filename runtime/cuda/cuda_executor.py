@@ -15,6 +15,7 @@ from trimode.model.step import COUNTERS, ENGINES
 from trimode.plugins.launches import PassShape
 from trimode.runtime.cuda.cuda_network import CudaNetwork, arena_of
 from trimode.runtime.cuda.kernels import Kernels
+from trimode.runtime.cuda.tactics import tactic_times
 from trimode.runtime.executor import BidirectionalStep, CausalStep, Step
 from trimode.runtime.gpu.device import Buffer, Device
 from trimode.runtime.gpu.device_kv_pool import DeviceKvPool
@@ -36,6 +37,7 @@ class CudaExecutor(GpuExecutor):
         limits, real = manifest.limits, manifest.precision.kv_cache
         max_batch, max_step = limits.largest_pass
         kernels = Kernels(device, engine / KERNELS)
+        times = tactic_times(device, kernels.folder)
         launches = {_KINDS[name]: LaunchList.read(engine / name) for name, _ in ENGINES}
         pool = DeviceKvPool(device, manifest.model, real, max_batch, limits.capacity)
         largest = PassShape(max_batch, max_step, max_step, limits.capacity, limits.top_k, masked=True, asked=1)
@@ -51,7 +53,7 @@ class CudaExecutor(GpuExecutor):
         addresses = {entry.name: weights.address + entry.offset for entry in manifest.pool}
         addresses[COUNTERS] = self._counters.address
         networks: dict[type[Step], CudaNetwork] = {
-            kind: CudaNetwork(device, listed, kernels, pool, addresses, self._arena.address, plan)
+            kind: CudaNetwork(device, listed, kernels, pool, addresses, self._arena.address, plan, real, times)
             for (kind, listed), plan in zip(launches.items(), plans, strict=True)
         }
         log.info(

@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import product
+from typing import NamedTuple
 
 from trimode.engine.launch_list import LaunchList
 from trimode.engine.precision import Real
 from trimode.model.step import cache_inputs
 from trimode.plugins.launches import PassShape, PlannedLaunch, plan_pass
 from trimode.plugins.operators.attention import SPLIT_STEP
-from trimode.runtime.cuda.arena import ArenaPlan, plan_arena
+from trimode.runtime.cuda.arena import ArenaPlan, plan_arena, tensor_bytes
 from trimode.runtime.cuda.kernels import Kernels
+from trimode.runtime.cuda.tactics import Candidate, Output, TacticTimes, can_be_timed, tactic_key
 from trimode.runtime.gpu.buckets import Bucket
 from trimode.runtime.gpu.device import BoundLaunch, Device
 from trimode.runtime.gpu.device_kv_pool import DeviceKvPool
 from trimode.runtime.gpu.gpu_network import DeviceTensor, Enqueue
 
+# Each byte of the activations that tactics are timed with: 0.01 in fp32 and bf16, and 1.06 in fp16.
+_ACTIVATION = 0x3C
+
+
+class _Placed(NamedTuple):
+    """A launch with the addresses of its tensors."""
+
+    planned: PlannedLaunch
+    inputs: list[int]
+    outputs: list[int]
+    early: bool
+
 
 class CudaNetwork:
     """addresses: of the weights and of the engine's other fixed inputs, by name. arena: its address; see
-    :func:`arena_of`.
+    :func:`arena_of`. times: chooses tactics by time; None for the operators' rules.
     """
 
     windowed = False
@@ -38,11 +52,16 @@ class CudaNetwork:
         addresses: Mapping[str, int],
         arena: int,
         plan: ArenaPlan,
+        real: Real,
+        times: TacticTimes | None,
     ) -> None:
         self._device = device
+        self._real = real
+        self._times = times
         self._launches = launches
         self._kernels = kernels
         self._pool = pool
+        self._arena_tensors = plan.offsets.keys()
         self._fixed = {**addresses, **{name: arena + offset for name, offset in plan.offsets.items()}}
 
     def bind(self, bucket: Bucket, inputs: Mapping[str, DeviceTensor], results: Mapping[str, DeviceTensor]) -> Enqueue:
@@ -65,24 +84,70 @@ class CudaNetwork:
         planned = plan_pass(self._launches, pass_shape(bucket))
         early = self._kernels.wait and bucket.batch * bucket.step <= self.early_rows
         # The first kernel follows a copy, which it has to wait for.
-        return [(launch, self._prepare(launch, addresses, early and index > 0)) for index, launch in enumerate(planned)]
+        placed = [_place(launch, addresses, early and index > 0) for index, launch in enumerate(planned)]
+        chosen = zip(placed, self._tactics(placed), strict=True)
+        return [(launch.planned, self._bound(launch, number)) for launch, number in chosen]
 
-    def _prepare(self, launch: PlannedLaunch, addresses: dict[str, int], early: bool) -> BoundLaunch:
-        """Adds the addresses of outputs that alias an input."""
-        operator, node = launch.operator, launch.node
-        by_operand = dict(zip((operand.name for operand in operator.inputs), launch.inputs, strict=True))
-        for name, operand in zip(launch.outputs, operator.outputs, strict=True):
-            if operand.aliases is not None:
-                addresses[name] = addresses[by_operand[operand.aliases]]
-        kernel, tactic = self._kernels.choose(operator, node)
+    def _tactics(self, placed: Sequence[_Placed]) -> list[int]:
+        """The tactic of each launch. Launches of one operator and node have one tactic."""
+        keys = [tactic_key(launch.planned.operator, launch.planned.node) for launch in placed]
+        alike: dict[str, list[_Placed]] = {}
+        for key, launch in zip(keys, placed, strict=True):
+            alike.setdefault(key, []).append(launch)
+        chosen = {key: self._tactic(key, launches) for key, launches in alike.items()}
+        if self._times is not None:
+            self._times.save()
+        return [chosen[key] for key in keys]
+
+    def _tactic(self, key: str, launches: Sequence[_Placed]) -> int:
+        planned, times = launches[0].planned, self._times
+        fitting = self._kernels.fitting(planned.operator, planned.node)
+        rule = planned.operator.default_tactic(planned.node, fitting)
+        if times is None or len(fitting) == 1 or not can_be_timed(planned):
+            return rule
+        known = times.known(key)
+        return known if known in fitting else self._timed(times, key, launches, rule, fitting)
+
+    def _timed(
+        self, times: TacticTimes, key: str, launches: Sequence[_Placed], rule: int, fitting: Iterable[int]
+    ) -> int:
+        """Time the tactics of these launches on equal activations. Between passes, nothing in the arena is needed."""
+        for launch in launches:
+            named = zip(launch.planned.operator.inputs, launch.planned.inputs, launch.inputs, strict=True)
+            for operand, name, address in named:
+                if name in self._arena_tensors:
+                    size = tensor_bytes(launch.planned.node.fixed[operand.name], operand.type, self._real)
+                    self._device.fill(address, _ACTIVATION, size)
+        candidates = {
+            number: Candidate(number, [self._bound(launch._replace(early=False), number) for launch in launches])
+            for number in fitting
+        }
+        first = launches[0].planned
+        size = tensor_bytes(first.shapes[0], first.operator.outputs[0].type, self._real)
+        return times.choose(key, candidates.pop(rule), list(candidates.values()), Output(launches[0].outputs[0], size))
+
+    def _bound(self, launch: _Placed, number: int) -> BoundLaunch:
+        operator, node = launch.planned.operator, launch.planned.node
         return BoundLaunch(
-            kernel,
-            operator.grid(node, tactic),
-            [addresses[name] for name in launch.inputs],
+            self._kernels.load(operator, node, number),
+            operator.grid(node, operator.tactics(node)[number]),
+            launch.inputs,
             [int(value) for value in operator.scalar_values(node)],
-            [addresses[name] for name in launch.outputs],
-            early,
+            launch.outputs,
+            launch.early,
         )
+
+
+def _place(launch: PlannedLaunch, addresses: dict[str, int], early: bool) -> _Placed:
+    """Adds the addresses of outputs that alias an input."""
+    operator = launch.operator
+    by_operand = dict(zip((operand.name for operand in operator.inputs), launch.inputs, strict=True))
+    for name, operand in zip(launch.outputs, operator.outputs, strict=True):
+        if operand.aliases is not None:
+            addresses[name] = addresses[by_operand[operand.aliases]]
+    return _Placed(
+        launch, [addresses[name] for name in launch.inputs], [addresses[name] for name in launch.outputs], early
+    )
 
 
 def pass_shape(bucket: Bucket) -> PassShape:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from trimode.engine.kernel_library import FIRST_WAITING, KernelLibrary, library_for
+from trimode.engine.kernel_library import FIRST_WAITING, KernelLibrary, library_folder, library_for
 from trimode.plugins.operators import Node, Operator, Tactic
 from trimode.runtime.gpu.device import Device, Kernel
 
@@ -13,7 +13,9 @@ log = logging.getLogger(__name__)
 
 
 class Kernels:
-    """folder: the engine's ``kernels``. Raises TriModeError if it has none that can run on the device."""
+    """folder: the engine's ``kernels``, and after loading those of them that the device runs. Raises TriModeError if
+    there are none.
+    """
 
     def __init__(self, device: Device, folder: Path) -> None:
         self._device = device
@@ -28,25 +30,26 @@ class Kernels:
                 present,
             )
         self._library = KernelLibrary(folder, chosen)
+        self.folder = library_folder(folder, chosen)
         self._is_native = chosen == present
         # Whether kernels wait for the kernels before them, so that they may be launched early.
         self.wait = chosen >= FIRST_WAITING
         self._most_shared_bytes = device.most_shared_bytes
         self._loaded: dict[str, Kernel] = {}
 
-    def choose(self, operator: Operator, node: Node) -> tuple[Kernel, Tactic]:
-        """The kernel for a node, of the operator's default tactic among those that the GPU can run."""
+    def fitting(self, operator: Operator, node: Node) -> dict[int, Tactic]:
+        """The tactics for a node that the GPU can run, by their numbers."""
         tactics = operator.tactics(node)
         names = {number: operator.kernel_name(node, number) for number in tactics}
-        fitting = [
-            number
+        return {
+            number: tactics[number]
             for number in self._library.available(names)
             if self._library.find(names[number]).shared_bytes <= self._most_shared_bytes
-        ]
-        chosen = operator.default_tactic(node, fitting)
-        return self._load(names[chosen]), tactics[chosen]
+        }
 
-    def _load(self, name: str) -> Kernel:
+    def load(self, operator: Operator, node: Node, number: int) -> Kernel:
+        """The kernel of a tactic for a node."""
+        name = operator.kernel_name(node, number)
         if name not in self._loaded:
             entry = self._library.find(name)
             image = self._library.cubin(name) if self._is_native else self._library.ptx(name)

@@ -102,6 +102,15 @@ class Device:
     def stream(self) -> int:
         return int(self._stream)
 
+    @property
+    def name(self) -> str:
+        return bytes(_checked(driver.cuDeviceGetName(256, self._ordinal))).rstrip(b"\0").decode()
+
+    @property
+    def driver_version(self) -> int:
+        """13010 for CUDA 13.1."""
+        return int(_checked(driver.cuDriverGetVersion()))
+
     def activate(self) -> None:
         """Make this the current device of the calling thread, as CUDA requires of every thread."""
         _checked(driver.cuCtxSetCurrent(self._context))
@@ -232,6 +241,19 @@ class Device:
 
     def launch(self, graph: Graph) -> None:
         _checked(driver.cuGraphLaunch(graph.handle, self._stream))
+
+    def seconds(self, enqueue: Callable[[], None]) -> float:
+        """Put work on the stream and wait for it. Returns the time that the GPU took for it."""
+        start, end = (_checked(driver.cuEventCreate(driver.CUevent_flags.CU_EVENT_DEFAULT)) for _ in range(2))
+        try:
+            _checked(driver.cuEventRecord(start, self._stream))
+            enqueue()
+            _checked(driver.cuEventRecord(end, self._stream))
+            self.synchronize()
+            return float(_checked(driver.cuEventElapsedTime(start, end))) / 1e3
+        finally:
+            for event in (start, end):
+                driver.cuEventDestroy(event)
 
     # Physical memory, which can be mapped into several address ranges.
 

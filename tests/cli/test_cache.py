@@ -45,6 +45,16 @@ def test_an_empty_cache(cache: Path) -> None:
     assert not cache.exists()
 
 
+def test_timed_tactics_are_listed_and_removed(cache: Path) -> None:
+    file = cache / "tactics" / "0123.json"
+    file.parent.mkdir(parents=True)
+    file.write_text("{}")
+    assert f"{file.parent}: tactics of 1 set of kernels" in trimode("cache").stdout
+    assert json.loads(trimode("cache", "--json").stdout)["tactics"] == [str(file)]
+    assert trimode("cache", "remove", "--all").stdout == f"removed {file}\n"
+    assert not file.exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -134,6 +134,9 @@ class DriverDouble:
         self.queue: list[Callable[[], None]] = []
         self.capturing: list[Callable[[], None]] | None = None
         self.graphs: dict[int, list[Callable[[], None]]] = {}
+        self.events: dict[int, float | None] = {}  # milliseconds at which each was reached
+        self.clock = 0.0  # of the GPU, in milliseconds; kernels alone take time
+        self.milliseconds: Callable[[NeededKernel], float] = lambda _kernel: 1e-3
         self.current = False
         # What the tests count.
         self.synchronisations = self.launches = self.captures = 0
@@ -173,6 +176,32 @@ class DriverDouble:
         waiting, self.queue = self.queue, []
         for work in waiting:
             work()
+        return (SUCCESS,)
+
+    def cuDeviceGetName(self, length, dev):
+        return SUCCESS, b"GB10".ljust(length, b"\0")
+
+    def cuDriverGetVersion(self):
+        return SUCCESS, 13010
+
+    # Events.
+
+    def cuEventCreate(self, Flags):
+        self.events[len(self.events) + 1] = None
+        return SUCCESS, len(self.events)
+
+    def cuEventRecord(self, hEvent, hStream):
+        self._submit(hStream, lambda: self.events.update({hEvent: self.clock}))
+        return (SUCCESS,)
+
+    def cuEventElapsedTime(self, hStart, hEnd):
+        start, end = self.events[hStart], self.events[hEnd]
+        if start is None or end is None:
+            return real_driver.CUresult.CUDA_ERROR_NOT_READY, 0.0
+        return SUCCESS, end - start
+
+    def cuEventDestroy(self, hEvent):
+        self.events[hEvent] = None
         return (SUCCESS,)
 
     # Memory.
@@ -323,6 +352,7 @@ class DriverDouble:
 
         def run() -> None:
             interpret(kernel, grid, {**arguments, **absent}, f.constants)
+            self.clock += self.milliseconds(f.kernel)
 
         self._submit(int(config.hStream), run)
         self.after_kernel = True
