@@ -9,15 +9,17 @@ from pathlib import Path, PurePath
 
 import ml_dtypes
 import numpy as np
+from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from trimode.build.cpu.target import CpuTarget
+from trimode.build.sharded_checkpoint import sharded
 from trimode.build.target import BuildTarget, RequestedLimits
 from trimode.common.atomic_folder import atomic_folder
 from trimode.common.errors import TriModeError
 from trimode.common.progress import Progress, no_progress
 from trimode.common.version import __version__
-from trimode.engine.files import ADAPTER, TOKENIZER, hash_files
+from trimode.engine.files import ADAPTER, TOKENIZER, hash_files, rank_folder
 from trimode.engine.manifest import FORMAT_VERSION, AdapterEntry, Manifest
 from trimode.engine.precision import Precision, Real
 from trimode.model.checkpoint import Checkpoint, linear_shapes
@@ -58,7 +60,7 @@ def build_engine(
     Tokenizer.from_folder(checkpoint.folder)
     with atomic_folder(out) as folder:
         built = target.build(checkpoint, folder, limits, progress)
-        adapter = _write_adapter(checkpoint, folder / ADAPTER)
+        adapter = _write_adapter(checkpoint, folder, built.ranks)
         # Other servers read end tokens from the generation config; TriMode's runtime reads them from the manifest.
         for path in (*tokenizer_files(checkpoint.folder), PurePath(GENERATION_CONFIG)):
             if (checkpoint.folder / path).exists():
@@ -73,6 +75,7 @@ def build_engine(
             model=config,
             precision=_precision(checkpoint, target.dtype),
             limits=limits,
+            ranks=built.ranks,
             adapter=adapter,
             parameters=checkpoint.parameters,
             tools={
@@ -100,16 +103,14 @@ def _precision(checkpoint: Checkpoint, real: Real) -> Precision:
     )
 
 
-def _write_adapter(checkpoint: Checkpoint, path: Path) -> AdapterEntry | None:
-    """The adapter as inputs of the diffusion engine: transposed for ``x @ down @ up``, with its scale in ``up``."""
+def _write_adapter(checkpoint: Checkpoint, folder: Path, ranks: int) -> AdapterEntry | None:
+    """Each rank's part of the adapter, as inputs of the diffusion engine."""
     adapter = checkpoint.adapter
     if adapter is None:
         return None
-    tensors: dict[str, np.ndarray[tuple[int, ...], np.dtype[np.float32]]] = {}
-    for index in range(checkpoint.config.num_hidden_layers):
-        a, b = adapter.matrices(index)
-        down, up = adapter_inputs(index)
-        tensors[down] = np.ascontiguousarray(a.astype(np.float32).T)
-        tensors[up] = np.ascontiguousarray(b.astype(np.float32).T * np.float32(adapter.config.scale))
-    path.write_bytes(save(tensors))
+    for rank, part in enumerate(sharded(checkpoint, ranks)):
+        tensors: dict[str, NDArray[np.float32]] = {}
+        for index in range(checkpoint.config.num_hidden_layers):
+            tensors |= zip(adapter_inputs(index), part.adapter_matrices(index), strict=True)
+        (folder / rank_folder(rank, ranks) / ADAPTER).write_bytes(save(tensors))
     return AdapterEntry(rank=adapter.config.r, scale=adapter.config.scale)

@@ -29,10 +29,14 @@ class RequestedLimits(NamedTuple):
 
 
 class Built(NamedTuple):
-    """The result of a target's build: its section of the manifest, and the ranges of the pool that it wrote."""
+    """The result of a target's build: its section of the manifest, and the ranges of the pool that it wrote.
+
+    ranks: that the network is divided among; each has a pool of these ranges.
+    """
 
     section: TargetSection
     pool: tuple[PoolEntry, ...]
+    ranks: int = 1
 
 
 class BuildTarget(Protocol):
@@ -55,7 +59,7 @@ class BuildTarget(Protocol):
         ...
 
     def build(self, checkpoint: Checkpoint, folder: Path, limits: Limits, progress: Progress) -> Built:
-        """Write ``ar/``, ``diffusion/`` and the weight pool into ``folder``, which is new and empty."""
+        """Write ``ar/``, ``diffusion/`` and the weight pool of each rank into ``folder``, which is new and empty."""
         ...
 
     @classmethod

@@ -22,12 +22,13 @@ def print_manifest(engine: Path, manifest: Manifest, as_json: bool) -> None:
 
 def _rows(engine: Path, manifest: Manifest) -> dict[str, str]:
     model, precision, limits = manifest.model, manifest.precision, manifest.limits
+    ranks = "" if manifest.ranks == 1 else f", divided among {manifest.ranks} ranks"
     passes = "" if limits.max_batch is None else f", batch up to {limits.max_batch}, step up to {limits.max_step}"
     return {
         "engine": f"{engine} (format {manifest.format_version}, target {manifest.target.name})",
         "source": f"{manifest.source}, quantisation {manifest.quantization}",
         "model": f"{manifest.parameters:,} parameters, {model.num_hidden_layers} layers of {model.hidden_size}, "
-        f"{model.num_attention_heads} query and {model.num_key_value_heads} KV heads of {model.head_dim}",
+        f"{model.num_attention_heads} query and {model.num_key_value_heads} KV heads of {model.head_dim}{ranks}",
         "weights": f"{precision.summary()}; embedding {precision.embedding}",
         "activations, KV": f"{precision.activations}, {precision.kv_cache}",
         "draft adapter": "none" if manifest.adapter is None else f"rank {manifest.adapter.rank}",

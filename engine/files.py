@@ -28,6 +28,13 @@ READ_BY_NAME = (TOKENIZER, KERNELS)
 _CHUNK = 1 << 22
 
 
+def rank_folder(rank: int, ranks: int) -> PurePosixPath:
+    """The folder that holds the engines, the weights and the adapter of a rank, relative to the engine directory. A
+    single rank has no folder of its own.
+    """
+    return PurePosixPath() if ranks == 1 else PurePosixPath(f"rank{rank}")
+
+
 def _inside(path: str) -> str:
     parts = PurePosixPath(path).parts
     if not parts or ".." in parts or PurePosixPath(path).is_absolute():

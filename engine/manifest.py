@@ -11,6 +11,10 @@ kernels/                      kernels compiled for GPUs, if the target has them
 tokenizer/                    the checkpoint's tokenizer files
 ```
 
+If the network is divided among ``ranks`` processes (:mod:`trimode.model.shards`), ``ar/``, ``diffusion/`` and
+``weights/`` are in ``rank0/``, ``rank1/`` and so on, with each rank's part of the network. Their pools have the same
+ranges.
+
 The builder writes a directory under a temporary name and renames it when it is complete. Loading checks every file
 against its size and hash in the manifest.
 """
@@ -25,7 +29,7 @@ from pydantic import BeforeValidator, NonNegativeInt, PositiveInt, SerializeAsAn
 
 from trimode.common.errors import TriModeError
 from trimode.common.records import read_json, read_json_record
-from trimode.engine.files import ADAPTER, MANIFEST, POOL, TOKENIZER, EngineFile, rebuild_remedy
+from trimode.engine.files import ADAPTER, MANIFEST, POOL, TOKENIZER, EngineFile, rank_folder, rebuild_remedy
 from trimode.engine.precision import Precision
 from trimode.engine.record import Record
 from trimode.engine.targets import SECTIONS
@@ -33,7 +37,7 @@ from trimode.engine.targets.section import TargetSection
 from trimode.model.config import ModelConfig
 from trimode.model.step import ENGINES
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 
 Section = TypeVar("Section", bound=TargetSection)
 
@@ -90,13 +94,14 @@ class Manifest(Record):
     weight.
     """
 
-    format_version: Literal[4]
+    format_version: Literal[5]
     target: Annotated[SerializeAsAny[TargetSection], BeforeValidator(_section)]
     source: str
     quantization: str
     model: ModelConfig
     precision: Precision
     limits: Limits
+    ranks: PositiveInt = 1
     adapter: AdapterEntry | None
     parameters: PositiveInt
     tools: dict[str, str]
@@ -106,10 +111,10 @@ class Manifest(Record):
 
     @model_validator(mode="after")
     def _complete(self) -> Manifest:
-        required = {f"{engine}/{name}" for engine, _ in ENGINES for name in self.target.engine_files}
-        required |= {POOL, f"{TOKENIZER}/tokenizer.json"}
-        if self.adapter is not None:
-            required.add(ADAPTER)
+        of_rank = {f"{engine}/{name}" for engine, _ in ENGINES for name in self.target.engine_files}
+        of_rank |= {POOL} if self.adapter is None else {POOL, ADAPTER}
+        required = {(rank_folder(rank, self.ranks) / name).as_posix() for rank in range(self.ranks) for name in of_rank}
+        required.add(f"{TOKENIZER}/tokenizer.json")
         if missing := required - {entry.path for entry in self.files}:
             raise ValueError(f"files lacks {min(missing)}")
         return self

@@ -19,6 +19,7 @@ number of committed rows.
 | ``k_cache.i``, ``v_cache.i`` | [B, KV heads, C, D] | the KV pool: C rows of D; the outputs ``*_out.i`` alias them |
 | ``k_view.i``, ``v_view.i`` (rtx, view) | [B, KV heads, C, D] | the same memory, bound again for attention to read |
 | ``counters`` (tensorrt, cuda) | [N] int32 | zeros before and after every pass; ``counters_out`` aliases it |
+| ``total.i`` (several ranks) | [B, S, hidden] | the sum over all ranks of the output ``partial.i`` |
 | ``window_rows`` (rtx, window) | [W] | 0 .. W - 1: attend to the first W rows of the pool |
 
 ``block_mask``: a lower triangle is causal; a tree's ancestors verify a tree; a row of padding attends to itself.
@@ -71,6 +72,18 @@ def cache_outputs(layers: int) -> list[str]:
 def cache_views(layers: int) -> list[str]:
     """In the order of :func:`cache_inputs`."""
     return [name.replace("_cache.", "_view.") for name in cache_inputs(layers)]
+
+
+def partial_sum(index: int) -> str:
+    """Of a graph of several ranks (:mod:`trimode.model.shards`): the output of its sum ``index``, of o_proj in layer
+    ``index / 2`` if it is even, else of down_proj.
+    """
+    return f"partial.{index}"
+
+
+def total_sum(index: int) -> str:
+    """The input that is the sum of :func:`partial_sum` over all ranks."""
+    return f"total.{index}"
 
 
 def adapter_inputs(layer: int) -> tuple[str, str]:

@@ -143,7 +143,7 @@ def test_the_options_of_a_target_are_listed() -> None:
     assert options_of(ToyTarget) == (TargetOption("token", "--the-token", int, TOKEN, "The token."),)
     flags = {name: [found.flag for found in options_of(target)] for name, target in registry.TARGETS.items()}
     assert flags == {
-        "cpu": ["--activations"],
+        "cpu": ["--activations", "--tp"],
         "cuda": ["--max-batch", "--max-step", "--dtype", "--sm"],
         "rtx": ["--max-batch", "--max-step", "--dtype", "--sm"],
         "tensorrt": ["--max-batch", "--max-step", "--dtype", "--sm", "--operators", "--emit-only"],

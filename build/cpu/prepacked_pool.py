@@ -1,8 +1,8 @@
-"""Weight pool of target ``cpu``: the constants that ONNX Runtime wrote for two graphs, merged into one file.
+"""Weight pool of target ``cpu``: the constants that ONNX Runtime wrote for both engines' graphs, merged into one file.
 
 Offline optimisation writes a graph's constants, each followed by the kernel's packed copy, to a file in arbitrary
-order. The constants of both graphs have the same names and bytes. This is checked while they are copied into one file,
-ordered by name. Then both graphs refer to this file.
+order. The constants of both engines have the same names and bytes. This is checked while they are copied into one file,
+ordered by name. Then all graphs refer to this file.
 """
 
 from __future__ import annotations
@@ -44,38 +44,45 @@ class _Constant:
             yield blob.offset, blob.length
 
 
-def merge_pools(models: list[Path], pool: Path) -> tuple[PoolEntry, ...]:
-    """Write one pool for the optimised ``models``, make them refer to it, and remove their own data files.
+def data_file(model: Path) -> Path:
+    """The file of an optimised model's constants, before they are merged."""
+    return model.with_suffix(".bin")
 
-    The data file of each model is in the model's folder and has the name of ``pool``. Returns the ranges of the pool.
-    Raises RuntimeError that names the constant in which two models differ.
+
+def merge_pools(engines: list[list[Path]], pool: Path) -> tuple[PoolEntry, ...]:
+    """Write one pool for the optimised models of both engines, make them refer to it, and remove their data files.
+
+    Returns the ranges of the pool. Raises RuntimeError that names a constant that differs between two models, or that
+    only one engine has.
     """
-    graphs = [onnx.load(model, load_external_data=False) for model in models]
-    constants = [_constants(graph) for graph in graphs]
-    for other in constants[1:]:
-        if differing := constants[0].keys() ^ other.keys():
+    graphs = {model: onnx.load(model, load_external_data=False) for engine in engines for model in engine}
+    constants = {model: _constants(graph) for model, graph in graphs.items()}
+    names = [set[str]().union(*(constants[model] for model in engine)) for engine in engines]
+    for others in names[1:]:
+        if differing := names[0] ^ others:
             raise RuntimeError(f"only one of the engines has the constant {min(differing)}")
     placed: dict[str, _Constant] = {}
-    sources = [model.with_name(pool.name) for model in models]
     with pool.open("wb") as target:
-        for name in sorted(constants[0]):
-            blobs = []
+        for name in sorted(names[0]):
+            copies = {data_file(model): found[name] for model, found in constants.items() if name in found}
+            first = next(iter(copies.values()))
             starts = []
-            for ranges in zip(*(table[name].ranges() for table in constants), strict=True):
+            for ranges in zip(*(copy.ranges() for copy in copies.values()), strict=True):
                 target.seek(-(-target.tell() // ALIGNMENT) * ALIGNMENT)
                 starts.append(target.tell())
-                for chunks in _read_together(sources, list(ranges)):
+                for chunks in _read_together(list(copies), list(ranges)):
                     if any(chunk != chunks[0] for chunk in chunks):
                         raise RuntimeError(f"the engines' constant {name} differs")
                     target.write(chunks[0])
-            first = constants[0][name]
-            for blob, start in zip(first.blobs, starts[1:], strict=True):
-                blobs.append(_Blob(blob.key, start, blob.length, blob.checksum))
+            blobs = [
+                _Blob(blob.key, start, blob.length, blob.checksum)
+                for blob, start in zip(first.blobs, starts[1:], strict=True)
+            ]
             placed[name] = _Constant(starts[0], first.length, tuple(blobs))
-    for graph, model, source in zip(graphs, models, sources, strict=True):
+    for model, graph in graphs.items():
         _set_location(graph, pool.name, placed)
         onnx.save(graph, model)
-        source.unlink()
+        data_file(model).unlink(missing_ok=True)  # a piece may have no constants
     return tuple(
         PoolEntry(
             name=name,

@@ -27,6 +27,8 @@ class CpuTarget:
     unpacked_bytes: int4 matrices are stored as fp32 if all of them together take at most this many bytes as fp32. Their
     products are then exact. ONNX Runtime unpacks int4 weights in every pass; for weights that fit the CPU's cache,
     4 bits save nothing.
+
+    tp: ranks that the network is divided among (:mod:`trimode.model.shards`). It must divide the number of KV heads.
     """
 
     name: ClassVar[str] = "cpu"
@@ -35,6 +37,7 @@ class CpuTarget:
         default="int8", metadata=option("Inputs of int4 products: int8 is fast, fp32 is exact.")
     )
     unpacked_bytes: int = 16 << 20
+    tp: int = field(default=1, metadata=option("Tensor parallelism: ranks (processes) to divide the network among."))
 
     @property
     def dtype(self) -> Literal["fp32"]:
@@ -56,7 +59,7 @@ class CpuTarget:
     def build(self, checkpoint: Checkpoint, folder: Path, _limits: Limits, progress: Progress) -> Built:
         from trimode.build.cpu.optimised_graphs import build_cpu_engines
 
-        return build_cpu_engines(checkpoint, folder, self.activations, self.unpacked_bytes, progress)
+        return build_cpu_engines(checkpoint, folder, self.activations, self.unpacked_bytes, self.tp, progress)
 
     @classmethod
     def can_build(cls, installation: Installation) -> str:

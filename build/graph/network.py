@@ -32,7 +32,15 @@ from trimode.build.graph.step_inputs import declare_adapter, declare_step
 from trimode.engine.precision import Real
 from trimode.model.config import ModelConfig
 from trimode.model.rope import query_scales, yarn_frequencies
-from trimode.model.step import AttentionPattern, adapter_inputs, cache_inputs, cache_outputs, cache_views
+from trimode.model.step import (
+    AttentionPattern,
+    adapter_inputs,
+    cache_inputs,
+    cache_outputs,
+    cache_views,
+    partial_sum,
+    total_sum,
+)
 from trimode.plugins.operators import Int4Product, QkvProduct
 
 KvRead = Literal["cache", "window", "view"]
@@ -79,6 +87,8 @@ class NetworkOptions:
     both plans contain the constants by which TensorRT scales such products.
     masks: how rows with a token mask are computed. ``branch``: a node chooses between two branches. ``apart``: such
     rows have results of their own, ``masked_*``, which are empty without a mask. A CUDA graph cannot hold a branch.
+    sums: whether the products of o_proj and down_proj are partial sums (:mod:`trimode.model.shards`). Their totals are
+    then inputs of the graph, ``total.i``, and the products are outputs, ``partial.i``, in the order of the network.
     plugins: use nodes of the domain ``trimode`` for attention, KV writes and int4 products
     (:mod:`trimode.build.graph.operator_functions`), and make every weight an input of the graph.
     """
@@ -91,6 +101,7 @@ class NetworkOptions:
     rotate_together: bool = False
     select_by_product: bool = False
     masks: Masks = "branch"
+    sums: bool = False
     plugins: PluginOptions | None = None
 
 
@@ -111,6 +122,7 @@ class _NetworkGraph:
         # Query heads that share a KV head become rows of one head. So no executor has to repeat keys and values. On a
         # CPU, it also avoids ONNX Runtime's attention kernel for one row, which rounds differently.
         self.folded = config.num_attention_heads // config.num_key_value_heads
+        self.sums = 0
         self.graph = ModelBuilder(pattern, None if options.plugins else pool.path.name)
         self.op = self.graph.op
 
@@ -337,7 +349,17 @@ class _NetworkGraph:
         y = self.op("MatMul", x, weight)
         if adapter is not None:
             y = self.op("Add", y, self.op("MatMul", *adapter))
-        return y if residual is None else self.op("Add", residual, y)
+        if residual is None:
+            return y
+        return self.op("Add", residual, self._total(y) if self.options.sums else y)
+
+    def _total(self, y: str) -> str:
+        """The sum of this product over all ranks, which is added outside of the graph."""
+        shape: Shape = ["batch", "rows_of_sum", self.config.hidden_size]
+        self.graph.node("Identity", [y], [partial_sum(self.sums)])
+        self.graph.output(partial_sum(self.sums), self.real, shape)
+        self.sums += 1
+        return self.graph.input(total_sum(self.sums - 1), self.real, shape)
 
     def _int4_product(self, x: str, linear: PooledLinear, residual: str | None, adapter: tuple[str, str] | None) -> str:
         counters = self.split_products.counters(linear)

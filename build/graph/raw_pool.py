@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -20,7 +20,7 @@ from trimode.build.graph.int4_tiles import pack_tiles, pair_rows
 from trimode.common.errors import TriModeError
 from trimode.common.progress import Progress
 from trimode.engine.manifest import PoolEntry
-from trimode.model.checkpoint import HEAD, Checkpoint, Int4Weight
+from trimode.model.checkpoint import HEAD, DenseWeight, Int4Weight
 from trimode.model.config import ModelConfig
 from trimode.model.int4 import unpack
 from trimode.model.rope import query_scales, yarn_frequencies
@@ -159,8 +159,22 @@ class RawPool:
             yield self.constants.epsilon
 
 
+class WeightSource(Protocol):
+    """A checkpoint, or the part of it that one rank holds."""
+
+    @property
+    def folder(self) -> Path: ...
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    def linear(self, module: str) -> DenseWeight | Int4Weight: ...
+
+    def vector(self, name: str) -> NDArray[Any]: ...
+
+
 def write_raw_pool(
-    checkpoint: Checkpoint,
+    checkpoint: WeightSource,
     path: Path,
     progress: Progress,
     real: np.dtype[np.generic],
@@ -229,7 +243,9 @@ def find_raw_pool(path: Path, config: ModelConfig, ranges: Mapping[str, PoolRang
 
 
 class _Writer:
-    def __init__(self, file: BinaryIO, checkpoint: Checkpoint, real: np.dtype[np.generic], layout: Int4Layout) -> None:
+    def __init__(
+        self, file: BinaryIO, checkpoint: WeightSource, real: np.dtype[np.generic], layout: Int4Layout
+    ) -> None:
         self._file = file
         self._checkpoint = checkpoint
         self._real = real

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,19 +12,19 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from trimode.common.errors import TriModeError
-from trimode.common.machine import instruction_set, usable_cpus
-from trimode.engine.files import ADAPTER, POOL
+from trimode.common.machine import usable_cpus
+from trimode.engine.files import ADAPTER
 from trimode.engine.manifest import Manifest
-from trimode.engine.targets.cpu import MODEL, CpuSection
+from trimode.engine.targets.cpu import CpuSection
 from trimode.model.step import cache_inputs, cache_outputs, mask_words
 from trimode.runtime.cpu.even_rows import with_even_rows
+from trimode.runtime.cpu.sessions import folder_of_pool, load_session, refuse_foreign_layout
 from trimode.runtime.executor import BidirectionalStep, Candidates, CausalStep, Step
 from trimode.runtime.kv.host_kv_pool import KvPool
 
 log = logging.getLogger(__name__)
 
-_FOLDERS: dict[type[Step], str] = {CausalStep: "ar", BidirectionalStep: "diffusion"}
+FOLDERS: dict[type[Step], str] = {CausalStep: "ar", BidirectionalStep: "diffusion"}
 # Shapes of passes whose memory is kept.
 _MOST_SHAPES = 256
 
@@ -74,7 +70,7 @@ class CpuExecutor:
     def __init__(
         self, engine: Path, manifest: Manifest, threads: int | None = None, kv_cache_bytes: int | None = None
     ) -> None:
-        _refuse_foreign_layout(engine, manifest)
+        refuse_foreign_layout(engine, manifest)
         model = manifest.model
         self._pads_rows = manifest.section(CpuSection).activations == "int8"
         self.pool = KvPool(
@@ -95,8 +91,12 @@ class CpuExecutor:
         if threads is not None and threads > usable:
             log.warning("threads is %d, but this process may use %d CPUs; more threads only wait", threads, usable)
         self.threads = min(threads or usable, usable)
-        with _folder_of_pool(engine) as weights:
-            self._sessions = {kind: _load(engine / folder, weights, self.threads) for kind, folder in _FOLDERS.items()}
+        (model_file,) = manifest.target.engine_files
+        with folder_of_pool(engine) as weights:
+            self._sessions = {
+                kind: load_session(engine / folder / model_file, weights, self.threads)
+                for kind, folder in FOLDERS.items()
+            }
         self._memories: dict[tuple[int, ...], _ShapeMemory] = {}
         # A binding of the caches is valid until the pool is reallocated.
         self._bindings: dict[tuple[type[Step], int, int], _Binding] = {}
@@ -186,57 +186,3 @@ class CpuExecutor:
 def _values(arrays: _Arrays) -> dict[str, ort.OrtValue]:
     """ONNX Runtime's values of the arrays' own memory."""
     return {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
-
-
-def _refuse_foreign_layout(engine: Path, manifest: Manifest) -> None:
-    """Refuse an engine whose packed weights are for another version of ONNX Runtime or another instruction set."""
-    remedy = f"build it again here: trimode build CHECKPOINT {engine}"
-    section = manifest.section(CpuSection)
-    if section.onnxruntime != ort.__version__:
-        raise TriModeError(
-            f"{engine} was built with onnxruntime {section.onnxruntime}, this is {ort.__version__}; {remedy}"
-        )
-    if section.instruction_set != instruction_set():
-        raise TriModeError(
-            f"{engine} was built for another processor ({section.instruction_set}; this is {instruction_set()}); "
-            f"{remedy}"
-        )
-
-
-@contextmanager
-def _folder_of_pool(engine: Path) -> Iterator[Path]:
-    """The folder from which ONNX Runtime maps the pool while a session is created.
-
-    ONNX Runtime refuses a file that is a symlink to another folder, as in a hub cache. For such a file, the folder is a
-    temporary one next to the file, with a hard link to it.
-    """
-    pool = engine / POOL
-    file = pool.resolve()
-    if file == pool.parent.resolve() / pool.name:
-        yield pool.parent
-        return
-    with ExitStack() as stack:
-        try:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".trimode-", dir=file.parent)))
-            os.link(file, folder / pool.name)
-        except OSError as error:
-            raise TriModeError(
-                f"{pool} is a symlink, and {file.parent} cannot be written ({error.strerror}); load a copy of the "
-                f"engine without symlinks: cp -rL {engine} COPY"
-            ) from None
-        yield folder
-
-
-def _load(folder: Path, weights: Path, threads: int) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # the build has optimised it
-    options.intra_op_num_threads = threads
-    # Threads spin within a pass, which is faster, but stop at its end, since the next pass may be the other engine's.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
-    path = folder / MODEL
-    try:
-        return ort.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime raises its own unrelated exception types
-        raise TriModeError(f"{path} cannot be loaded by onnxruntime: {str(error).splitlines()[0]}") from None

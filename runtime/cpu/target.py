@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from trimode.common.errors import TriModeError
 from trimode.common.installation import Installation
 from trimode.engine.manifest import Manifest
 from trimode.runtime.cpu.cpu_executor import CpuExecutor
@@ -12,6 +13,8 @@ from trimode.runtime.target import HostLimits, RuntimeTarget
 
 class CpuRuntime:
     def load_executor(self, engine: Path, manifest: Manifest, limits: HostLimits) -> CpuExecutor:
+        if manifest.ranks > 1:
+            raise TriModeError(f"{engine} is divided among {manifest.ranks} ranks; this version cannot run it yet")
         return CpuExecutor(engine, manifest, limits.threads, limits.kv_cache_bytes)
 
     def can_run(self, _installation: Installation) -> str:

@@ -6,6 +6,8 @@ a copy. Slots and rows grow by doubling while the limit allows it, and exactly a
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -13,6 +15,24 @@ from trimode.common.errors import TriModeError
 from trimode.runtime.kv.slots import Rows
 
 FIRST_ROWS = 128
+
+
+class KvBudget(NamedTuple):
+    """rows: of all slots together, None for no limit. Others as in :class:`KvPool`."""
+
+    capacity: int
+    rows: int | None
+    spare_rows: int
+
+    def most_rows(self, sequences: int) -> int:
+        """The most rows that each of ``sequences`` sequences can have when they run together."""
+        if self.rows is None:
+            return self.capacity
+        return min(self.capacity, self.rows // max(sequences, 1) - self.spare_rows)
+
+    def fits(self, slots: int, rows: int) -> bool:
+        """Whether so many slots can have so many rows each."""
+        return self.rows is None or slots * (rows + self.spare_rows) <= self.rows
 
 
 class KvPool:
@@ -38,7 +58,8 @@ class KvPool:
         self.generation = 0
         self._capacity = capacity
         self._spare_rows = spare_rows
-        self._most_rows = None if limit_bytes is None else limit_bytes // self.row_bytes  # of all slots together
+        most_rows = None if limit_bytes is None else limit_bytes // self.row_bytes
+        self.budget = KvBudget(capacity, most_rows, spare_rows)
         self._layers = layers
         self._kv_heads = kv_heads
         self._head_dim = head_dim
@@ -60,9 +81,7 @@ class KvPool:
 
     def most_rows(self, sequences: int) -> int:
         """The most rows that each of ``sequences`` sequences can have when they run together."""
-        if self._most_rows is None:
-            return self._capacity
-        return min(self._capacity, self._most_rows // max(sequences, 1) - self._spare_rows)
+        return self.budget.most_rows(sequences)
 
     def acquire(self, rows: int | None = None) -> int:
         """Activate the first slot past the active ones and return its number.
@@ -123,7 +142,7 @@ class KvPool:
             buffer[slot, :, start : start + rows.shape[2]] = part
 
     def _fits(self, slots: int, rows: int) -> bool:
-        return self._most_rows is None or slots * (rows + self._spare_rows) <= self._most_rows
+        return self.budget.fits(slots, rows)
 
     def _require(self, holds: bool, sequences: int, rows: int) -> None:
         if not holds:

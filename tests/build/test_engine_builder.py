@@ -14,6 +14,7 @@ import onnx
 import pytest
 
 from trimode.build.cpu import optimised_graphs as cpu
+from trimode.build.cpu.prepacked_pool import data_file
 from trimode.build.cpu.target import CpuTarget
 from trimode.build.engine_builder import build_engine
 from trimode.common.errors import TriModeError
@@ -171,7 +172,7 @@ def test_engines_whose_constants_differ_are_not_merged(
     def spoil(source: Path, result: Path, activations: Any) -> None:
         optimise(source, result, activations)
         if result.parent.name == "diffusion":
-            pool = result.with_name("pool.bin")
+            pool = data_file(result)
             data = bytearray(pool.read_bytes())
             data[len(data) // 2] ^= 1
             pool.write_bytes(data)
