@@ -7,6 +7,7 @@ passes them is refused here, and one that passes them while an answer is decoded
 
 from __future__ import annotations
 
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -26,6 +27,7 @@ MAX_KEPT = 128  # compiled grammars
 MAX_KEPT_CHARACTERS = 1 << 20  # of their sources
 _AT_ONCE = 2
 _LONGEST_REASON = 300
+_SHOWN_LINES = re.compile(r"^\s*\d+ \|", re.MULTILINE)
 _LIMITS = LLParserLimits(
     initial_lexer_fuel=1_000_000,  # about 20 ms
     step_lexer_fuel=200_000,  # about 15 ms
@@ -116,8 +118,10 @@ class GrammarCompiler:
 
 
 def _refusal(source: GrammarSource, reason: str) -> GrammarError:
-    """One line. A panic of the library means that one of its sizes was exceeded."""
-    line = " ".join(reason.split()) or "it is not valid"
+    """One line, without the lines of the grammar that the library shows. A panic of the library means that one of its
+    sizes was exceeded.
+    """
+    line = " ".join(_SHOWN_LINES.split(reason)[0].split()) or "it is not valid"
     if line.startswith("panic"):
         line = "it is too large"
     if line.startswith("NoExtension"):

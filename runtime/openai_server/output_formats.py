@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, get_args
 
 from trimode.runtime.request.errors import GrammarError
@@ -25,10 +25,13 @@ FIELDS = (RESPONSE_FORMAT, STRUCTURED_OUTPUTS, *_KINDS)
 
 
 class OutputFormat(NamedTuple):
-    """field: the one that requests it."""
+    """field: the one that requests it. parts: schemas that the format consists of, with their names in messages. If the
+    format cannot be compiled, the first part that cannot be is the reason.
+    """
 
     field: str
     guided: GuidedDecodingParams
+    parts: Sequence[tuple[str, GuidedDecodingParams]] = ()
 
 
 def requested_format(fields: Mapping[str, Any]) -> OutputFormat | None:

@@ -150,7 +150,7 @@ def _prompt_kind(prompt: Any) -> str | None:
 BRANCHES = frozenset(
     {
         *("str", "one text", "texts", "parts", "token ids", "token id lists", "chat body", "completion body"),
-        *("a choice", "a named tool", "items", "item", "reasoning"),
+        *("a choice", "a named tool", "items", "item", "a reasoning item"),
     }
 )
 Prompt = Annotated[
@@ -413,13 +413,26 @@ def _with_arguments(call: dict[str, Any]) -> dict[str, Any]:
     return call | {"function": function | {"arguments": arguments}}
 
 
+def _schema_of_object(schema: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The parts of a function's schema that every form of calls reads; compilation checks the rest."""
+    given = schema or {}
+    properties, required = given.get("properties", {}), given.get("required", [])
+    if given.get("type", "object") != "object":
+        raise PydanticCustomError("schema", "type should be 'object'")
+    if not isinstance(properties, dict) or not all(isinstance(part, dict | bool) for part in properties.values()):
+        raise PydanticCustomError("schema", "properties should be an object with a schema for each name")
+    if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
+        raise PydanticCustomError("schema", "required should be a list of names")
+    return schema
+
+
 class FunctionDefinition(Body):
     """parameters: the JSON schema of the arguments. strict: refuse a schema with keywords that cannot be enforced."""
 
     # As OpenAI's, with some characters that MCP servers use.
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.:/-]{1,128}$")]
     description: Text | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: Annotated[dict[str, Any] | None, AfterValidator(_schema_of_object)] = None
     strict: bool | None = None
 
 

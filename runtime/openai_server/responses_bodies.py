@@ -9,8 +9,9 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError
 from pydantic_core import PydanticCustomError
 
 from trimode.runtime.openai_server import neutral_fields
-from trimode.runtime.openai_server.http_errors import ApiError, of_validation
+from trimode.runtime.openai_server.http_errors import BAD_REQUEST, ApiError, of_validation
 from trimode.runtime.openai_server.neutral_fields import Neutral
+from trimode.runtime.openai_server.output_formats import RESPONSE_FORMAT, FormatError, OutputFormat
 from trimode.runtime.openai_server.request_bodies import (
     MAX_MESSAGES,
     MAX_PARTS,
@@ -31,6 +32,7 @@ from trimode.runtime.openai_server.request_bodies import (
 from trimode.runtime.openai_server.response_bodies import ResponseBody
 
 ITEM_TYPES = ("message", "function_call", "function_call_output", "reasoning")
+TEXT_FORMAT = "text.format"
 # What clients ask for without knowing the server; reasoning is returned as text, which they can send back.
 INCLUDED = ("reasoning.encrypted_content",)
 
@@ -40,7 +42,7 @@ class ReasoningPart(TextPart):
 
 
 def _item_kind(item: Any) -> str:
-    return "reasoning" if isinstance(item, dict) and item.get("type") == "reasoning" else "item"
+    return "a reasoning item" if isinstance(item, dict) and item.get("type") == "reasoning" else "item"
 
 
 class InputItem(Body):
@@ -85,7 +87,8 @@ class ReasoningItem(Body):
 Items = Annotated[
     list[
         Annotated[
-            Annotated[InputItem, Tag("item")] | Annotated[ReasoningItem, Tag("reasoning")], Discriminator(_item_kind)
+            Annotated[InputItem, Tag("item")] | Annotated[ReasoningItem, Tag("a reasoning item")],
+            Discriminator(_item_kind),
         ]
     ],
     Field(fail_fast=True, min_length=1),
@@ -182,8 +185,11 @@ class ResponsesRequest(DecodingBody):
             raise _refusal(error) from None
         decoding = {name: getattr(self, name) for name in DecodingBody.model_fields}
         decoding |= {"max_tokens": self.max_output_tokens, "response_format": self._response_format()}
-        chat = ChatCompletionRequest.model_construct(**{**checked.__dict__, **decoding})
-        chat.output_format()  # raises if it is not valid
+        chat = _Chat.model_construct(**{**checked.__dict__, **decoding})
+        try:
+            chat.output_format()
+        except FormatError as error:
+            raise _refused_format(error.field, str(error)) from None
         return chat
 
     def _response_format(self) -> dict[str, Any] | None:
@@ -191,6 +197,8 @@ class ResponsesRequest(DecodingBody):
         given = self.text.format if self.text else None
         if given is None or given.get("type") != "json_schema":
             return given
+        if not isinstance(given.get("schema"), dict):
+            raise _refused_format(TEXT_FORMAT, "json_schema needs a schema, an object")
         return {"type": "json_schema", "json_schema": {name: part for name, part in given.items() if name != "type"}}
 
     def _messages(self) -> list[dict[str, Any]]:
@@ -217,6 +225,22 @@ class ResponsesRequest(DecodingBody):
                 messages.append({"role": item.role, "content": content_text(item.content), **thought})
             reasoning = {}
         return messages
+
+
+class _Chat(ChatCompletionRequest):
+    """The format has another name in the newer API."""
+
+    def output_format(self) -> OutputFormat | None:
+        try:
+            found = super().output_format()
+        except FormatError as error:
+            reason = str(error).replace(RESPONSE_FORMAT, TEXT_FORMAT)
+            raise FormatError(TEXT_FORMAT if error.field == RESPONSE_FORMAT else error.field, reason) from None
+        return found._replace(field=TEXT_FORMAT) if found and found.field == RESPONSE_FORMAT else found
+
+
+def _refused_format(field: str, reason: str) -> ApiError:
+    return ApiError(BAD_REQUEST, f"{field}: {reason}", field)
 
 
 def _refusal(error: ValidationError) -> ApiError:

@@ -120,12 +120,18 @@ class Service:
         """Compile a format in a thread, so that streams do not wait for it. Raises ApiError with its field."""
         if requested is None:
             return
-        loop = asyncio.get_running_loop()
+        await asyncio.get_running_loop().run_in_executor(self._compiling, self._compile, requested)
+
+    def _compile(self, requested: OutputFormat) -> None:
         try:
-            await loop.run_in_executor(self._compiling, self.llm.compile_grammar, requested.guided)
+            self.llm.compile_grammar(requested.guided)
         except GrammarError as error:
-            reason = str(error).removeprefix("guided_decoding: ")
-            raise ApiError(BAD_REQUEST, f"{requested.field}: {reason}", requested.field) from None
+            for name, part in requested.parts:
+                try:
+                    self.llm.compile_grammar(part)
+                except GrammarError as found:
+                    raise _refusal(requested.field, f"{name}: ", found) from None
+            raise _refusal(requested.field, "", error) from None
 
     async def encode(self, text: str, body: PromptBody, add_special_tokens: bool) -> list[int]:
         """``add_special_tokens``: those that the tokenizer adds around plain text; a rendered chat has them already.
@@ -234,6 +240,10 @@ class Service:
                 yield event(http_errors.error_body(error)) if failure is None else write(failure(error))
 
         return EventStream(run, events())
+
+
+def _refusal(field: str, part: str, error: GrammarError) -> ApiError:
+    return ApiError(BAD_REQUEST, f"{field}: {part}{str(error).removeprefix('guided_decoding: ')}", field)
 
 
 def finish_reason(output: CompletionOutput) -> FinishReason | None:

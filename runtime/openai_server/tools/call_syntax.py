@@ -18,6 +18,7 @@ from trimode.runtime.openai_server.tools.xml_calls import (
     PARAMETER,
     XmlCallReader,
 )
+from trimode.runtime.request.errors import GrammarError
 
 # As templates write JSON. Without a bound, a model may write spaces until its length limit.
 _WHITESPACE = " ?"
@@ -51,13 +52,14 @@ class CallSyntax(ABC):
     def grammar(self, choice: ToolChoice, content_schema: Mapping[str, Any] | None = None) -> str:
         """The answers that ``choice`` allows, in llguidance's form of Lark.
 
-        content_schema: of an answer that is no call; None for any text.
+        content_schema: of an answer that is no call; None for any text. Raises GrammarError for a tool that the syntax
+        cannot express.
         """
         mark = self._literal(self.open_mark)
         if choice.required:
             start = [f"start: {mark} calls"]
         elif content_schema is not None:
-            start = [f"start: {mark} calls | content", f"content: {_json(content_schema)}"]
+            start = [f"start: {mark} calls | content", f"content: {_json(_with_options(content_schema))}"]
         elif self.open_mark in self._special_tokens:
             start = [f"start: TEXT | TEXT {mark} calls"]
         else:
@@ -130,6 +132,8 @@ class XmlSyntax(CallSyntax):
             required = tool.parameters.get("required", ())
             listed = []
             for place, name in enumerate(tool.parameters.get("properties", {})):
+                if set(name) & set(">\n"):
+                    raise GrammarError(f"{tool.name}: the name of a parameter contains '>' or a line break")
                 rule = f"value_{number}_{place}"
                 begin = _quoted(f"{PARAMETER}{name}>\n")
                 listed.append(f"({begin} {rule})" + ("" if name in required else "?"))
@@ -158,15 +162,22 @@ def _json_calls(tools: Sequence[Tool], before: str, after: str) -> list[str]:
     rules = ["call: " + " | ".join(f"call_{number}" for number in range(len(tools)))]
     for number, tool in enumerate(tools):
         head = f'{{"name": {json.dumps(tool.name, ensure_ascii=False)}, "arguments": '
-        arguments = _json({"type": "object", **tool.parameters}, strict=tool.strict)
-        rules.append(f"arguments_{number}: {arguments}")
+        rules.append(f"arguments_{number}: {_json(arguments_schema(tool))}")
         rules.append(f'call_{number}: {_quoted(before + head)} arguments_{number} "}}" {after}')
     return rules
 
 
-def _json(schema: Mapping[str, Any], *, strict: bool = True) -> str:
-    options = {"whitespace_pattern": _WHITESPACE, **({} if strict else {"lenient": True})}
-    return "%json " + json.dumps({"x-guidance": options, **schema}, ensure_ascii=False)
+def arguments_schema(tool: Tool) -> dict[str, Any]:
+    """The JSON schema of a call's arguments, with llguidance's options."""
+    return _with_options({"type": "object", **tool.parameters}, strict=tool.strict)
+
+
+def _with_options(schema: Mapping[str, Any], *, strict: bool = True) -> dict[str, Any]:
+    return {"x-guidance": {"whitespace_pattern": _WHITESPACE, **({} if strict else {"lenient": True})}, **schema}
+
+
+def _json(schema: Mapping[str, Any]) -> str:
+    return "%json " + json.dumps(schema, ensure_ascii=False)
 
 
 def _property(parameters: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -184,25 +195,31 @@ def _property(parameters: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 def _value_rule(rule: str, schema: Mapping[str, Any], *, strict: bool) -> str:
     end = _quoted(f"\n{END_PARAMETER}\n")
-    texts = schema.get("enum", [schema["const"]] if "const" in schema else None)
+    texts = _listed(schema, "enum") or ([schema["const"]] if "const" in schema else [])
     if texts and all(isinstance(text, str) for text in texts):
         return f"{rule}: ({' | '.join(_quoted(text) for text in texts)}) {end}"
     if "string" in _types(schema):
         return f"{rule}[lazy]: TEXT {end}"
-    return f"{rule}: {_json(schema, strict=strict)} {end}"
+    return f"{rule}: {_json(_with_options(schema, strict=strict))} {end}"
 
 
 def _types(schema: Any) -> set[str]:
     """JSON types that the schema allows; empty if it does not say."""
     if not isinstance(schema, Mapping):
         return set()
-    found = schema.get("type", [])
-    types = {found} if isinstance(found, str) else set(found)
+    found = [schema["type"]] if isinstance(schema.get("type"), str) else _listed(schema, "type")
+    types = {kind for kind in found if isinstance(kind, str)}
     for branches in ("anyOf", "oneOf"):
-        types |= {kind for branch in schema.get(branches, ()) for kind in _types(branch)}
-    for value in schema.get("enum", ()):
+        types |= {kind for branch in _listed(schema, branches) for kind in _types(branch)}
+    for value in _listed(schema, "enum"):
         types.add("string" if isinstance(value, str) else "other")
     return types
+
+
+def _listed(schema: Mapping[str, Any], keyword: str) -> list[Any]:
+    """A keyword's list. What is no list is refused when the grammar is compiled."""
+    found = schema.get(keyword)
+    return found if isinstance(found, list) else []
 
 
 def _value(schema: Mapping[str, Any], written: str) -> Any:

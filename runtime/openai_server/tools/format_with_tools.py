@@ -8,18 +8,26 @@ from typing import Any
 
 from trimode.runtime.openai_server.http_errors import BAD_REQUEST, ApiError
 from trimode.runtime.openai_server.output_formats import OutputFormat
-from trimode.runtime.openai_server.tools.call_syntax import CallSyntax
+from trimode.runtime.openai_server.tools.call_syntax import CallSyntax, arguments_schema
 from trimode.runtime.openai_server.tools.tool import ToolChoice
+from trimode.runtime.request.errors import GrammarError
 from trimode.runtime.request.guided_decoding import GuidedDecodingParams
 
 
 def format_with_tools(syntax: CallSyntax, choice: ToolChoice, content: OutputFormat | None) -> OutputFormat:
     """content: the form of a response that is no call; None for free text. Not used if a call is required.
 
-    Raises ApiError if that form is neither a JSON schema nor a JSON object.
+    Raises ApiError if that form is neither a JSON schema nor a JSON object, or a tool cannot be called.
     """
     schema = None if content is None or choice.required else _schema(content)
-    return OutputFormat("tools", GuidedDecodingParams(grammar=syntax.grammar(choice, schema)))
+    try:
+        grammar = syntax.grammar(choice, schema)
+    except GrammarError as error:
+        raise ApiError(BAD_REQUEST, f"tools: {error}", "tools") from None
+    parts = [
+        (f"the parameters of {tool.name}", GuidedDecodingParams(json=arguments_schema(tool))) for tool in choice.tools
+    ]
+    return OutputFormat("tools", GuidedDecodingParams(grammar=grammar), parts)
 
 
 def _schema(content: OutputFormat) -> Mapping[str, Any]:

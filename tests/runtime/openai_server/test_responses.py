@@ -147,6 +147,26 @@ def test_reasoning_is_an_item_of_its_own(client: openai.OpenAI) -> None:
     assert client.responses.create(model="tiny", input=history, max_output_tokens=4).id
 
 
+FORMAT = {"type": "json_schema", "name": "x", "schema": {"type": "object"}}
+WRONG_FORMATS: list[tuple[dict[str, Any], str, str]] = [
+    ({"text": {"format": {"type": "xml"}}}, "text.format", "type must be text, json_object"),
+    ({"text": {"format": FORMAT | {"schema": {"type": "foo"}}}}, "text.format", "cannot be compiled"),
+    ({"text": {"format": FORMAT}, "guided_regex": "a"}, "guided_regex", "cannot be combined with text.format"),
+    ({"response_format": {"type": "json_object"}}, "response_format", "its name here is text.format"),
+]
+
+
+@pytest.mark.parametrize(("fields", "param", "message"), WRONG_FORMATS)
+def test_a_wrong_format_is_refused_under_its_name_here(
+    http: httpx.Client, fields: dict[str, Any], param: str, message: str
+) -> None:
+    refused = http.post(RESPONSES, json={"input": QUESTION, **fields})
+    error = refused.json()["error"]
+    assert (refused.status_code, error["param"]) == (400, param)
+    assert error["message"].startswith(f"{param}: ")
+    assert message in error["message"]
+
+
 REFUSED: dict[str, dict[str, Any]] = {
     "previous_response_id": {"previous_response_id": "resp_1"},
     "store": {"store": True},
@@ -156,7 +176,16 @@ REFUSED: dict[str, dict[str, Any]] = {
     "top_logprobs": {"top_logprobs": 2},
     "include": {"include": ["file_search_call.results"]},
     "tools.0": {"tools": [{"type": "web_search"}]},
+    "tools.0.name": {"tools": [{"type": "function"}]},
+    "tools.0.parameters": {"tools": [TOOL | {"parameters": {"type": "array"}}]},
+    "tools": {"tools": [TOOL | {"parameters": {"type": "object", "properties": {"a": {"type": "foo"}}}}]},
     "tool_choice": {"tool_choice": "required"},
+    "tool_choice.type": {"tools": [TOOL], "tool_choice": {"type": "file_search"}},
+    "text.format": {"text": {"format": {"type": "json_schema", "name": "x"}}},
+    "reasoning.effort": {"reasoning": {"effort": "extreme"}},
+    "input": {"input": 5},
+    "input.0.role": {"input": [{"content": "a"}]},
+    "input.0.content.0": {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "data:,"}]}]},
     "input.0": {"input": [{"type": "item_reference", "id": "msg_1"}]},
     "input.0.call_id": {"input": [{"type": "function_call_output", "output": "a"}]},
     "max_output_tokens": {"max_output_tokens": 0},
@@ -167,7 +196,10 @@ REFUSED: dict[str, dict[str, Any]] = {
 def test_refused_by_name(http: httpx.Client, param: str) -> None:
     refused = http.post(RESPONSES, json={"input": QUESTION} | REFUSED[param])
     assert refused.status_code == 400, refused.text
-    assert refused.json()["error"]["param"] == param
+    error = refused.json()["error"]
+    assert error["param"] == param
+    assert error["message"].startswith(param)
+    assert "\n" not in error["message"]
 
 
 @pytest.mark.parametrize(

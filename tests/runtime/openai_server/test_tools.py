@@ -131,11 +131,63 @@ def test_diffusion_is_refused_with_a_pointer(http: httpx.Client) -> None:
     assert "linear_spec" in refused.json()["error"]["message"]
 
 
-def test_a_schema_that_cannot_be_compiled_is_refused(http: httpx.Client) -> None:
-    tool = {"type": "function", "function": {"name": "f", "strict": True, "parameters": {"type": "nothing"}}}
-    refused = http.post(CHAT, json={"messages": [USER], "tools": [tool]})
-    assert refused.status_code == 400
-    assert refused.json()["error"]["param"] == "tools"
+def function(**fields: Any) -> dict[str, Any]:
+    return {"tools": [WEATHER, {"type": "function", "function": {"name": "f", **fields}}]}
+
+
+def schema(**keywords: Any) -> dict[str, Any]:
+    return function(parameters={"type": "object", "properties": {"a": keywords}})
+
+
+# What is sent beside the messages; the field that the error names, and its message.
+BAD_TOOLS: dict[str, tuple[dict[str, Any], str, str]] = {
+    "no name": ({"tools": [{"type": "function", "function": {}}]}, "tools.0.function.name", "Field required"),
+    "a name with spaces": (function(name="a b"), "tools.1.function.name", "match pattern"),
+    "a long name": (function(name="a" * 129), "tools.1.function.name", "match pattern"),
+    "no function": ({"tools": [{"type": "function"}]}, "tools.0.function", "Field required"),
+    "another type": ({"tools": [{"type": "web_search"}]}, "tools.0.type", "should be 'function'"),
+    "tools that are no list": ({"tools": {"type": "function"}}, "tools", "list"),
+    "too many": ({"tools": [WEATHER] * 129}, "tools", "129 tools were sent; the limit is 128"),
+    "the same name twice": ({"tools": [WEATHER, WEATHER]}, "tools", "same name"),
+    "a schema as text": (function(parameters="{}"), "tools.1.function.parameters", "dictionary"),
+    "a schema of a text": (function(parameters={"type": "string"}), "tools.1.function.parameters", "'object'"),
+    "properties in a list": (function(parameters={"properties": []}), "tools.1.function.parameters", "for each name"),
+    "required as text": (function(parameters={"required": "a"}), "tools.1.function.parameters", "list of names"),
+    "an unknown type": (schema(type="foo"), "tools", "the parameters of f: json cannot be compiled: Invalid type: foo"),
+    "an enum of nothing": (schema(enum=5), "tools", "the parameters of f: json cannot be compiled: enum must be"),
+    "a reference to nothing": (schema(**{"$ref": "#/$defs/b"}), "tools", "does not exist"),
+    "a strict keyword": (
+        function(strict=True, parameters={"type": "object", "not": {}}),
+        "tools",
+        'the parameters of f: json cannot be compiled: Unimplemented keys: ["not"]',
+    ),
+    "an unknown choice": ({"tools": TOOLS, "tool_choice": "any"}, "tool_choice", "'none', 'auto' or 'required'"),
+    "an unknown tool": (
+        {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "g"}}},
+        "tool_choice",
+        "it names a function that is not among the tools",
+    ),
+    "a choice of allowed tools": (
+        {"tools": TOOLS, "tool_choice": {"type": "allowed_tools", "allowed_tools": {}}},
+        "tool_choice.type",
+        "should be 'function'",
+    ),
+    "a choice without tools": ({"tool_choice": "required"}, "tool_choice", "needs tools"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TOOLS)
+def test_bad_tools_are_refused_in_one_clear_line(http: httpx.Client, case: str) -> None:
+    fields, param, message = BAD_TOOLS[case]
+    refused = http.post(CHAT, json={"messages": [USER], **fields})
+    assert refused.status_code == 400, refused.text
+    error = refused.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert (error["type"], error["param"]) == ("invalid_request_error", param)
+    assert message in error["message"]
+    assert error["message"].startswith(param)
+    assert "\n" not in error["message"]
+    assert len(error["message"]) < 250
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from trimode.runtime.grammar.compiler import GrammarCompiler
 from trimode.runtime.openai_server.tools.call_splitter import CallSplitter
 from trimode.runtime.openai_server.tools.call_syntax import SYNTAXES, CallSyntax, syntax_of_template
 from trimode.runtime.openai_server.tools.tool import Tool, ToolChoice
+from trimode.runtime.request.errors import GrammarError
 from trimode.runtime.request.guided_decoding import GuidedDecodingParams
 
 VOCABULARY, END = 768, 11
@@ -302,6 +303,35 @@ def test_a_schema_that_cannot_be_enforced_is_an_error_only_for_a_strict_tool(
     strict = syntax("hermes").grammar(ToolChoice([Tool("f", parameters, strict=True)], required=True))
     with pytest.raises(Exception, match="uniqueItems"):
         accepts(compiler, tokenizer, strict, text)
+
+
+KEYWORDS = st.sampled_from(["type", "enum", "const", "anyOf", "oneOf", "$ref", "$defs", "properties", "required", "a"])
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 2) | st.sampled_from(["", "string", "object", "#/$defs/a", "a"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYWORDS, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@pytest.mark.parametrize("family", SYNTAXES)
+@given(data=st.data())
+@settings(max_examples=200, deadline=None)
+def test_a_schema_of_any_shape_makes_a_grammar(family: str, data: st.DataObject) -> None:
+    """Whether its keywords make sense is found by the compiler."""
+    properties = data.draw(st.dictionaries(KEYWORDS, st.dictionaries(KEYWORDS, JSON, max_size=4) | st.booleans()))
+    parameters = data.draw(st.dictionaries(KEYWORDS, JSON, max_size=3)) | {"properties": properties, "required": ["a"]}
+    parameters["type"] = "object"
+    assert "call_0" in syntax(family).grammar(ToolChoice([Tool("f", parameters)], required=True))
+    written = "<tool_call><function=f><parameter=a>1</parameter></function></tool_call>"
+    read(syntax(family).splitter([Tool("f", parameters)]), [written])
+
+
+@pytest.mark.parametrize("name", ["a>b", "a\nb"])
+def test_names_that_cannot_be_written_between_marks_are_refused(name: str) -> None:
+    tool = Tool("f", {"type": "object", "properties": {name: {"type": "string"}}})
+    assert syntax("hermes").grammar(ToolChoice([tool]))
+    with pytest.raises(GrammarError, match="f: the name of a parameter contains"):
+        syntax("xml").grammar(ToolChoice([tool]))
 
 
 @pytest.mark.parametrize(
