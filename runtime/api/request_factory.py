@@ -96,11 +96,12 @@ class RequestFactory:
 
     def _require_engine(self, params: SamplingParams) -> None:
         limits = self.manifest.limits
-        if limits.max_step is not None and params.longest_block > limits.max_step:
-            raise TriModeError(
-                f"block_length is {params.longest_block}, but the engine was built for steps of {limits.max_step}; "
-                "lower it, or build with a larger --max-step"
-            )
+        for field, tokens in (("block_length", params.longest_block), ("tree_width", params.tree_width or 1)):
+            if limits.max_step is not None and tokens > limits.max_step:
+                raise TriModeError(
+                    f"{field} is {tokens}, but the engine was built for steps of {limits.max_step}; lower it, or build "
+                    "with a larger --max-step"
+                )
         if params.n > self._max_answers:
             raise TriModeError(
                 f"n is {params.n}, but at most {self._max_answers} answers may run or wait; lower it, or raise "

@@ -8,7 +8,7 @@ sampled self-speculation emits the tokens that sampled AR emits with the same se
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,13 +74,14 @@ class Sampler:
         chosen: Ints = np.take_along_axis(tokens, below.sum(axis=-1)[:, None], axis=-1)[:, 0]
         return chosen
 
-    def run(self, logits: Reals, tokens: Ints, positions: Sequence[int]) -> Iterator[int]:
-        """One token for each row of a causal run, in order. With penalties, it depends on the tokens noted before."""
+    def by_row(self, logits: Reals, tokens: Ints, positions: Sequence[int]) -> Callable[[int], int]:
+        """A function from a row of a causal pass to its token. With penalties, it depends on the tokens noted before
+        the call.
+        """
         if not self._penalised and self._processor is None:
-            yield from self.rows(logits, tokens, positions).tolist()
-            return
-        for row, position in enumerate(positions):
-            yield self.choose(logits[row], tokens[row], position)
+            chosen: list[int] = self.rows(logits, tokens, positions).tolist()
+            return chosen.__getitem__
+        return lambda row: self.choose(logits[row], tokens[row], positions[row])
 
     def choose(self, logits: Reals, tokens: Ints, position: int) -> int:
         """One token from a row's candidates, [k], best first. It may depend on the tokens noted before."""

@@ -16,7 +16,7 @@ absorbs the result, so sequences of all modes can share a batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from collections.abc import Sequence as Many
 from typing import Literal, NamedTuple
 
@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from trimode.runtime.decoding.acceptance import Acceptance
 from trimode.runtime.decoding.denoising import settled
+from trimode.runtime.decoding.draft_tree import DraftTree
 from trimode.runtime.decoding.ending import Ending
 from trimode.runtime.decoding.lookup import Lookup
 from trimode.runtime.decoding.ruled_rows import Biases, RuledRows
@@ -37,13 +38,15 @@ from trimode.runtime.request.sampling_params import SamplingParams
 PassKind = Literal["prefill", "draft", "denoise", "commit"]
 # Where the draft's best legal candidate has this rank, counted from 0, the verifier may report no legal one at all.
 DOUBTFUL_RANK = 8
+TREE_RANKS = 8  # candidates of each place that may be nodes of a tree
 NO_BLOCK = np.empty(0, np.int64)
 
 
 class Pass(NamedTuple):
     """A pass that a sequence needs: its input tokens, and the rows of them that need logits.
 
-    masks: legal tokens of these rows, None for all. asked: tokens of these rows whose logits are needed as well.
+    masks: legal tokens of these rows, None for all. asked: tokens of these rows whose logits are needed as well. tree:
+    whose nodes these tokens are; None for a chain.
     """
 
     kind: PassKind
@@ -51,6 +54,14 @@ class Pass(NamedTuple):
     rows: Ints  # [R]
     masks: Words | None = None  # [R, ceil(V / 32)]
     asked: Ints | None = None  # [R, M]
+    tree: DraftTree | None = None
+
+
+class Moves(NamedTuple):
+    """KV rows to copy: rows ``sources`` to rows ``start``, ``start`` + 1, ..."""
+
+    start: int
+    sources: list[int]
 
 
 class Sequence:
@@ -94,6 +105,7 @@ class Sequence:
         self.origins: list[Origin] = []
         self.logprobs: list[dict[int, Logprob]] = []
         self.rejected: list[int] = []  # drafts that the latest commit rejected
+        self.moves: Moves | None = None  # that the latest pass needs before the next one
         self.counts = Counts()
         self._sampler = Sampler(params, self.prompt, seed)
         self._context = context
@@ -105,6 +117,7 @@ class Sequence:
         self._forced_run: list[int] | None = None  # at the start of the block, once it is known
         self._lookup = lookup
         self._looked_up = False  # whether the block's drafts are copies
+        self._tree: DraftTree | None = None  # of the block
         self._rules = rules
         self._biases = biases
         self._most_step = most_step
@@ -141,8 +154,8 @@ class Sequence:
 
     @property
     def drafts_on_host(self) -> bool:
-        """Whether the host has work between a draft and its verification: further passes, or rules."""
-        return self.params.mode == "diffusion" or bool(self.params.draft_threshold) or self._rules is not None
+        """Whether the host has work between a draft and its verification: further passes, rules, or a tree."""
+        return self.params.mode == "diffusion" or bool(self.params.draft_threshold) or self.draft_candidates != 1
 
     @property
     def runs_again(self) -> bool:
@@ -152,7 +165,9 @@ class Sequence:
     @property
     def draft_candidates(self) -> int | None:
         """Candidates needed of each row of a draft; None for all that the engine returns."""
-        return 1 if self._rules is None else None
+        if self._rules is not None:
+            return None
+        return 1 if self.params.tree_width is None else TREE_RANKS
 
     @property
     def candidates(self) -> int | None:
@@ -204,6 +219,7 @@ class Sequence:
         self._masks = len(self._block) - len(free)
         self._forced_places = set(range(1, 1 + len(forced)))
         self._looked_up = looked_up
+        self._tree = None
         self._drafted = {}
         self._doubtful_rows = set()
         self.rejected = []
@@ -238,7 +254,7 @@ class Sequence:
             masked = np.flatnonzero(self._block == self._mask_id)
             return Pass("denoise" if diffusion else "draft", self._block, masked)
         rows = np.array([len(self._block) - 1]) if diffusion else np.arange(len(self._block))
-        return self._with_rules(Pass("commit", self._block, rows), True)
+        return self._with_rules(Pass("commit", self._block, rows, tree=self._tree), True)
 
     def _with_rules(self, needed: Pass, chooses: bool) -> Pass:
         """A causal pass, with the masks and asked ids of its rows. chooses: whether its rows become tokens."""
@@ -259,6 +275,7 @@ class Sequence:
     def absorb(self, done: Pass, found: Candidates) -> None:
         """Process a pass's candidates: logits, tokens [R, k] and log_sum_exp [R] of its rows."""
         setattr(self.counts, done.kind, getattr(self.counts, done.kind) + 1)
+        self.moves = None
         if done.kind in ("prefill", "commit") and self._ruled_rows is not None:
             if not self._complete(self._ruled_rows, found):
                 return
@@ -266,7 +283,7 @@ class Sequence:
         if done.kind == "prefill":
             self.committed += len(done.tokens)
             if not self.prefilling:
-                self._emit_run(found, [self.committed], "prefill")
+                self._emit_run(found, [self.committed], "prefill", _no_drafts)
         elif done.kind == "draft":
             self._draft(done, found)
         elif done.kind == "denoise":
@@ -287,7 +304,17 @@ class Sequence:
         return self._again is None
 
     def _draft(self, done: Pass, found: Candidates) -> None:
-        """Fill masks with the most likely tokens, at any temperature: they are the most likely to be accepted."""
+        """Fill masks with the most likely tokens, at any temperature: they are the most likely to be accepted. A tree
+        has less likely ones too.
+        """
+        if self.params.tree_width is not None and self._rules is None:
+            tokens, logits = found.tokens[:, :TREE_RANKS], found.logits[:, :TREE_RANKS]
+            # A tree may be wider than the block is long, but its rows must have room.
+            nodes = min(self.params.tree_width, self.kv_rows - self.committed)
+            log_probs = logits - found.log_sum_exp[:, None]
+            self._tree = DraftTree.best_first(self.pending_token, tokens, log_probs, nodes)
+            self._block, self._masks = self._tree.tokens, 0
+            return
         threshold = self.params.draft_threshold
         if self._rules is not None:
             self._drafted |= dict(zip(done.rows.tolist(), found.tokens, strict=True))
@@ -356,13 +383,22 @@ class Sequence:
         self._masks -= len(places)
 
     def _commit(self, found: Candidates) -> None:
-        """Accept the longest run of drafts that equal the causal rows' tokens, and one more token."""
-        drafts = self._block[1:].tolist()
-        positions = range(self.committed + 1, self.committed + 1 + len(self._block))
+        """Accept the longest path of drafts that equal the causal rows' tokens, and one more token."""
+        drafts, tree = self._block[1:].tolist(), self._tree
+        depths = np.arange(len(self._block)) if tree is None else tree.depths
         before = len(self.emitted)
-        emitted, agreed = self._emit_run(found, positions, "bonus", drafts)
-        self.committed += emitted
-        tested = len(drafts) if agreed == len(drafts) else agreed + (self.ending.finish_reason is None)
+
+        def next_in_chain(row: int, token: int) -> int | None:
+            return row + 1 if row < len(drafts) and token == drafts[row] else None
+
+        follow = next_in_chain if tree is None else tree.child
+        rows, agreed = self._emit_run(found, (self.committed + 1 + depths).tolist(), "bonus", follow)
+        if rows[-1] != len(rows) - 1:
+            stays = next(place for place, row in enumerate(rows) if row != place)
+            self.moves = Moves(self.committed + stays, [self.committed + row for row in rows[stays:]])
+        self.committed += len(rows)
+        rest = drafts[agreed:] if tree is None else tree.likeliest_path(rows[-1])
+        tested = agreed + bool(rest and self.ending.finish_reason is None)
         # What the grammar forces says nothing about the draft.
         forced = len([place for place in self._forced_places if place <= agreed])
         drafted = len(drafts) - len(self._forced_places)
@@ -372,7 +408,7 @@ class Sequence:
             self.acceptance.observe(agreed - forced, tested - untested, ended)
         if self._lookup is not None:
             self._lookup.observe(self.emitted[before + len(self._forced_next()) :], ended)
-        self.rejected = drafts[agreed:] if tested > agreed else []
+        self.rejected = rest if tested > agreed else []
         self.counts.cycles += 1
         self.counts.drafted += drafted
         self.counts.accepted += agreed - forced
@@ -387,43 +423,52 @@ class Sequence:
         before = len(self.emitted)
         self._emit_denoised()
         if self.ending.finish_reason is None:
-            self._emit_run(found, [self.committed + len(self._block)], "bonus")
+            self._emit_run(found, [self.committed + len(self._block)], "bonus", _no_drafts)
         self.committed += len(self.emitted) - before
         self.counts.cycles += 1
         self._block = NO_BLOCK
 
     def _emit_run(
-        self, found: Candidates, positions: Many[int], origin: Origin, drafts: Many[int] = ()
-    ) -> tuple[int, int]:
-        """Emit the tokens of causal rows, for these absolute positions, as long as each equals its draft; returns the
-        number of rows emitted, and the number of equal ones.
+        self,
+        found: Candidates,
+        positions: Many[int],
+        origin: Origin,
+        follow: Callable[[int, int], int | None],
+    ) -> tuple[list[int], int]:
+        """Emit the tokens of causal rows, as long as each is drafted; returns the rows, and the number of such tokens.
+
+        positions: absolute positions of the rows' tokens. follow: the row behind a row if this is its token, None if
+        the token is not drafted.
         """
         choices = [] if self._ruled_rows is None else self._ruled_rows.choices
-        emitted = agreed = 0
-        for row, drawn in enumerate(self._drawn(found, positions)):
+        draw = self._draw(found, positions)
+        rows: list[int] = []
+        agreed = 0
+        next_row: int | None = 0
+        while next_row is not None:
+            row = next_row
             forced = self.ending.forced
-            token = drawn if forced is None else forced
+            token = draw(row) if forced is None else forced
             if self.params.logprobs is not None:
                 self.logprobs.append(self._logprobs(found, row, token))
-            agrees = row < len(drafts) and token == drafts[row]
-            emitted, agreed = emitted + 1, agreed + agrees
+            next_row = follow(row, token)
+            rows.append(row)
+            agreed += next_row is not None
             is_forced = forced is not None or (bool(choices) and choices[row].forced)
-            goes_on = self._emit(token, "forced" if is_forced else "accepted" if agrees else origin)
-            if not (agrees and goes_on):
+            if not self._emit(token, "forced" if is_forced else origin if next_row is None else "accepted"):
                 break
         if self._rules is not None and self.ending.finish_reason is None and self.params.logprobs is None:
             # The end of a complete grammar needs no pass.
             for token in self._rules.forced[:1] if self._rules.complete else ():
                 self._emit(token, "forced")
-        return emitted, agreed
+        return rows, agreed
 
-    def _drawn(self, found: Candidates, positions: Many[int]) -> Iterator[int]:
-        """The tokens of causal rows, in order. A token may depend on those emitted before."""
+    def _draw(self, found: Candidates, positions: Many[int]) -> Callable[[int], int]:
+        """A function from a causal row to its token. A token may depend on those emitted before the call."""
         if self._ruled_rows is None:
-            yield from self._sampler.run(found.logits, found.tokens, positions)
-            return
-        for choice, position in zip(self._ruled_rows.choices, positions, strict=False):
-            yield self._sampler.choose(choice.logits, choice.tokens, position)
+            return self._sampler.by_row(found.logits, found.tokens, positions)
+        choices = self._ruled_rows.choices
+        return lambda row: self._sampler.choose(choices[row].logits, choices[row].tokens, positions[row])
 
     def _emit_denoised(self) -> None:
         """Emit the block behind its pending token, up to the end of the text."""
@@ -468,3 +513,7 @@ class Sequence:
             chosen = Logprob(self._ruled_rows.logit(int(row), token) - float(found.log_sum_exp[row]), None)
         likeliest = {tokens[rank]: Logprob(float(values[rank]), rank + 1) for rank in range(self.params.logprobs or 0)}
         return {token: chosen} | likeliest
+
+
+def _no_drafts(_row: int, _token: int) -> None:
+    """Nothing follows the only row."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Many
+
 import numpy as np
 
 from trimode.common.errors import TriModeError
@@ -85,6 +87,20 @@ class DeviceKvPool:
         rows = np.empty((self._caches, heads, stop - start, head_dim), self._dtype)
         self._copy_rows(slot, start, rows, upload=False)
         return rows
+
+    def move_rows(self, slot: int, start: int, sources: Many[int]) -> None:
+        """Copy a sequence's rows ``sources`` to rows ``start``, ``start`` + 1, ... Sources ascend, and none lies before
+        the row that it is copied to.
+
+        One copy on the stream for each cache and row.
+        """
+        self._device.activate()
+        for cache in range(self._caches):
+            base = self.address(cache, slot)
+            for row, source in enumerate(sources, start):
+                if row != source:
+                    to, origin = (Runs(base + at * self._row, self._head) for at in (row, source))
+                    self._device.copy_rows(to, origin, self._row, self.shape[0])
 
     def write_rows(self, slot: int, start: int, rows: Rows) -> None:
         """Write rows from :meth:`read_rows` into a sequence from row ``start`` on, within the capacity."""

@@ -6,6 +6,7 @@ a copy. Slots and rows grow by doubling while the limit allows it, and exactly a
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Many
 from typing import NamedTuple
 
 import numpy as np
@@ -135,6 +136,13 @@ class KvPool:
     def read_rows(self, slot: int, start: int, stop: int) -> Rows:
         """A copy of a sequence's rows ``start`` to ``stop`` - 1."""
         return np.stack([buffer[slot, :, start:stop] for buffer in self.buffers])
+
+    def move_rows(self, slot: int, start: int, sources: Many[int]) -> None:
+        """Copy a sequence's rows ``sources`` to rows ``start``, ``start`` + 1, ... Sources ascend, and none lies before
+        the row that it is copied to.
+        """
+        for buffer in self.buffers:
+            buffer[slot, :, start : start + len(sources)] = buffer[slot][:, sources]
 
     def write_rows(self, slot: int, start: int, rows: Rows) -> None:
         """Write rows from :meth:`read_rows` into a sequence, beginning at row ``start``; they must be reserved."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Many
 from typing import Protocol
 
 import numpy as np
@@ -55,6 +56,12 @@ class KvSlots(Protocol):
 
     def read_rows(self, slot: int, start: int, stop: int) -> Rows:
         """A copy of a sequence's rows ``start`` to ``stop`` - 1."""
+        ...
+
+    def move_rows(self, slot: int, start: int, sources: Many[int]) -> None:
+        """Copy a sequence's rows ``sources`` to rows ``start``, ``start`` + 1, ... Sources ascend, and none lies before
+        the row that it is copied to.
+        """
         ...
 
     def write_rows(self, slot: int, start: int, rows: Rows) -> None:

@@ -266,6 +266,7 @@ class DecodingBody(PromptBody):
     adapter: bool | None = None
     draft_threshold: Share | None = None
     lookup: bool | None = None
+    tree_width: Annotated[Integer, Field(ge=2, lt=2**31)] | None = None
     denoising: Denoising | None = None
     threshold: Share | None = None
     denoising_steps: Positive | None = None

@@ -34,6 +34,7 @@ _MODES_OF_FIELD: dict[str, tuple[Mode, ...]] = {
     "draft_threshold": ("linear_spec",),
     "adapter": ("auto", "linear_spec"),
     "lookup": ("auto", "linear_spec"),
+    "tree_width": ("linear_spec",),
 }
 _PENALTIES = {"presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0}
 # Fields that decide which tokens are legal or how likely they are, with the values that do nothing.
@@ -82,11 +83,13 @@ class SamplingParams:
     cost at the current load. block_length: tokens of a block, pending token included; the longest that ``auto`` may
     choose. adapter: draft with the draft adapter. draft_threshold: above 0, drafts are refined in further passes until
     every token is at least this probable. lookup: copy the tokens that followed an earlier occurrence of the text's
-    end, in the prompt or the answer, instead of drafting, in cycles where that is expected to be faster. denoising:
-    which masked positions a denoise pass of ``diffusion`` settles, the most confident one always: ``threshold``, every
-    one whose confidence reaches threshold; ``quota``, an even share in denoising_steps passes for each block;
-    ``top_n``, the denoising_top_n most confident; ``factor``, by rank r = 0, 1, ..., the leading run with confidence at
-    least 1 - threshold / (r + 2); ``product``, the leading run whose confidences multiply to at least threshold.
+    end, in the prompt or the answer, instead of drafting, in cycles where that is expected to be faster. tree_width:
+    verify a tree of so many drafted tokens, pending token included, instead of the block alone; its paths are as long
+    as the block. denoising: which masked positions a denoise pass of ``diffusion`` settles, the most confident one
+    always: ``threshold``, every one whose confidence reaches threshold; ``quota``, an even share in denoising_steps
+    passes for each block; ``top_n``, the denoising_top_n most confident; ``factor``, by rank r = 0, 1, ..., the leading
+    run with confidence at least 1 - threshold / (r + 2); ``product``, the leading run whose confidences multiply to at
+    least threshold.
 
     Raises TriModeError that names the field, the value and the rule.
     """
@@ -120,6 +123,7 @@ class SamplingParams:
     adapter: bool | None = None
     draft_threshold: float | None = None
     lookup: bool | None = None
+    tree_width: int | None = None
     denoising: Denoising | None = None
     threshold: float | None = None
     denoising_steps: int | None = None
@@ -149,6 +153,7 @@ class SamplingParams:
         self._require("logprobs", (self.logprobs or 0) >= 0, "at least 0")
         self._require("mode", self.mode in (None, *get_args(Mode)), f"one of {', '.join(get_args(Mode))}")
         self._require("block_length", self.block_length is None or self.block_length >= 1, "at least 1")
+        self._require("tree_width", self.tree_width is None or self.tree_width >= 2, "at least 2")
         self._require("draft_threshold", 0 <= (self.draft_threshold or 0) <= 1, "between 0 and 1")
         self._require("threshold", 0 <= (self.threshold or 0) <= 1, "between 0 and 1")
         self._require(
@@ -299,6 +304,8 @@ class SamplingParams:
         for field, modes in _MODES_OF_FIELD.items():
             if getattr(self, field) is not None and self.mode not in (None, *modes):
                 raise TriModeError(f"{field} has no meaning in mode {self.mode}, only in {' and '.join(modes)}")
+        if self.tree_width is not None and self.draft_threshold:
+            raise TriModeError("tree_width has no meaning with draft_threshold, which drafts one token for each place")
         policy = self.denoising or "threshold"
         for field, policies in {
             "threshold": ("threshold", "factor", "product"),

@@ -83,9 +83,22 @@ def plan_spans(
 def causal_step(span: Span, committed: Many[int]) -> CausalStep:
     """The span as a pass of the AR engine. Padding writes past the committed rows, where the next pass writes again."""
     ids, rows, write = _arrays(span, committed)
-    step = CausalStep.chain(span.first, ids, write, rows, chosen_among(span))
+    step = _with_trees(CausalStep.chain(span.first, ids, write, rows, chosen_among(span)), span)
     masks, asked = _masks(span, rows.shape), _asked(span, rows.shape)
     return step if masks is None and asked is None else dataclasses.replace(step, token_mask=masks, asked_ids=asked)
+
+
+def _with_trees(step: CausalStep, span: Span) -> CausalStep:
+    """The step in which each node of a member's tree sees its ancestors, at the position of its depth."""
+    trees = [(member.slot - span.first, tree) for member in span.members if (tree := member.needed.tree) is not None]
+    if not trees:
+        return step
+    mask, positions = step.block_mask.copy(), step.position_ids.copy()
+    for index, tree in trees:
+        nodes = len(tree)
+        mask[index, :nodes, :nodes] = tree.mask
+        positions[index, :nodes] = step.write_indices[index] + tree.depths
+    return dataclasses.replace(step, block_mask=mask, position_ids=positions)
 
 
 def bidirectional_step(span: Span, committed: Many[int]) -> BidirectionalStep:

@@ -284,6 +284,8 @@ class Scheduler:
         request = self._running[slot]
         sequence = request.sequence
         sequence.absorb(needed, found)
+        if sequence.moves is not None:
+            self._pool.move_rows(slot, *sequence.moves)
         if needed.kind == "prefill" and not sequence.prefilling:
             self._keep_rows(request, sequence.prompt, slot)
             self.waiting.extendleft(reversed(request.siblings))

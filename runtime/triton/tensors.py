@@ -71,6 +71,7 @@ TRIMODE_INPUTS = (
     Tensor("adapter", "TYPE_BOOL", "adapter"),
     Tensor("draft_threshold", "TYPE_FP32", "draft_threshold"),
     Tensor("lookup", "TYPE_BOOL", "lookup"),
+    Tensor("tree_width", "TYPE_INT32", "tree_width"),
     Tensor("denoising", "TYPE_STRING", "denoising"),
     Tensor("threshold", "TYPE_FP32", "threshold"),
     Tensor("denoising_steps", "TYPE_INT32", "denoising_steps"),

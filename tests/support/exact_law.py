@@ -74,7 +74,7 @@ class ExactLawExecutor:
                     block = tuple(ids[: int(step.step_lengths[index])])
                     # Rows of padding are computed as well; their logits do not matter.
                     row = min(row, len(block) - 1)
-                    logits[index, place] = draft(committed, block, row, self._agreement, self._end)
+                    logits[index, place] = self._draft(committed, block, row)
         legal = None
         if step.token_mask is not None:  # one word a row
             legal = (step.token_mask >> np.arange(VOCABULARY, dtype=np.uint32) & 1).astype(np.bool_)
@@ -82,6 +82,18 @@ class ExactLawExecutor:
         found = candidates(logits, legal)
         # No more than the step needs: a greedy row that is drawn from would give its best token.
         return Candidates(found.logits[..., : step.top_k], found.tokens[..., : step.top_k], found.log_sum_exp, asked)
+
+    def _draft(self, committed: tuple[int, ...], block: tuple[int, ...], row: int) -> NDArray[np.float32]:
+        return draft(committed, block, row, self._agreement, self._end)
+
+
+class WeakDraftExecutor(ExactLawExecutor):
+    """Its drafts are the law's logits with noise: the likeliest word of a place is often the draft's second or third.
+    The places behind it are drafted for the draft's own best words.
+    """
+
+    def _draft(self, committed: tuple[int, ...], block: tuple[int, ...], row: int) -> NDArray[np.float32]:
+        return noisy_draft(committed + block[:1], row, self._end)
 
 
 class SpeculatingExactLawExecutor(ExactLawExecutor):
@@ -211,6 +223,16 @@ def draft(
     logits = np.frombuffer(_hash(("rest", committed, block, row)), np.uint8)[:VOCABULARY] / 64.0
     logits[text[-1]] = 6.0
     return logits.astype(np.float32)
+
+
+@cache
+def noisy_draft(text: tuple[int, ...], place: int, end: bool, noise: float = 2.0) -> NDArray[np.float32]:
+    """Logits of a weak draft of a place behind ``text``, 1 for the next one."""
+    for _ in range(1, place):
+        best = candidates(noisy_draft(text, 1, end, noise)[None, None].copy())
+        text += (int(best.tokens[0, 0, 0]),)
+    errors = np.frombuffer(_hash(("noise", text)), np.uint8)[:VOCABULARY] / 255.0
+    return (law(text, end) + noise * errors).astype(np.float32)
 
 
 def greedy(text: tuple[int, ...], end: bool = True) -> int:

@@ -62,8 +62,12 @@ def ar_answers(llm: LLM) -> list[CompletionOutput]:
 
 @pytest.mark.parametrize(
     "mode",
-    [{"mode": "linear_spec", "block_length": 12, "lookup": True}, {"mode": "auto", "lookup": True}],
-    ids=lambda mode: mode["mode"],
+    [
+        {"mode": "linear_spec", "block_length": 12, "lookup": True},
+        {"mode": "auto", "lookup": True},
+        {"mode": "linear_spec", "block_length": 12, "lookup": True, "tree_width": 20},
+    ],
+    ids=str,
 )
 def test_every_feature_gives_ars_answer(llm: LLM, ar_answers: list[CompletionOutput], mode: dict[str, Any]) -> None:
     copied = accepted = 0

@@ -121,6 +121,24 @@ def test_single_rows_are_found_where_they_were_put(monkeypatch: pytest.MonkeyPat
         np.testing.assert_array_equal(pool.read_rows(slot, start + 1, start + 2), rows[:, :, 1:2])
 
 
+@pytest.mark.parametrize("where", ["host", "device"])
+def test_the_rows_of_a_path_are_moved_together(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sources may lie among the rows that are written. The other slots and the rows before and behind keep theirs."""
+    on_host = where == "host"
+    pool: KvSlots = OnTheHost().make() if on_host else device_pool(monkeypatch)
+    rng = np.random.default_rng(1)
+    for _ in range(3):
+        pool.acquire()
+    kept = [rng.standard_normal((4, 2, 20, 4)).astype(np.float32 if on_host else np.float16) for _ in range(3)]
+    for slot, rows in enumerate(kept):
+        pool.write_rows(slot, 0, rows)
+    pool.move_rows(1, 5, [6, 7, 9, 14])
+    expected = kept[1].copy()
+    expected[:, :, 5:9] = kept[1][:, :, [6, 7, 9, 14]]
+    for slot, rows in enumerate((kept[0], expected, kept[2])):
+        np.testing.assert_array_equal(pool.read_rows(slot, 0, 20), rows)
+
+
 def test_what_the_devices_pool_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     pool = device_pool(monkeypatch)
     with pytest.raises(ValueError, match="slot 0 is not active"):

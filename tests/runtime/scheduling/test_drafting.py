@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 
 from tests.runtime.scheduling.test_scheduler import LAWS, Recorder, penalised_text
-from tests.support.exact_law import Bench, ExactLawExecutor, greedy, greedy_text, prompts
+from tests.support.exact_law import (
+    Bench,
+    ExactLawExecutor,
+    WeakDraftExecutor,
+    greedy,
+    greedy_text,
+    prompts,
+)
 from trimode import SamplingParams
 from trimode.runtime.scheduling.auto_block import CHOICES, Opening, Plan
 
@@ -17,7 +24,12 @@ COPYING: list[dict[str, Any]] = [
     {"mode": "linear_spec", "block_length": 6, "lookup": True},
     {"mode": "auto", "block_length": 8, "lookup": True},
 ]
-MODES: list[dict[str, Any]] = [*COPYING, {"mode": "ar"}, {"mode": "linear_spec", "block_length": 4}]
+TREES: list[dict[str, Any]] = [
+    {"mode": "linear_spec", "block_length": 6, "tree_width": 9},
+    {"mode": "linear_spec", "block_length": 3, "tree_width": 12, "lookup": True},
+    {"mode": "linear_spec", "block_length": 8, "tree_width": 4},
+]
+MODES: list[dict[str, Any]] = [*COPYING, *TREES, {"mode": "ar"}, {"mode": "linear_spec", "block_length": 4}]
 REPEATED = (2, 3, 4, 2, 3, 4, 2, 3)
 PENALISED = {"temperature": 1.0, "presence_penalty": 1.5, "frequency_penalty": 0.5, "repetition_penalty": 1.4}
 
@@ -39,20 +51,20 @@ def copied(bench: Recorder) -> tuple[int, int]:
     return counts.copied, counts.accepted_copies
 
 
+@pytest.mark.parametrize("executor", [ExactLawExecutor, WeakDraftExecutor])
 @pytest.mark.parametrize("batch", [1, 3, 16])
-def test_greedy_texts_are_those_of_the_law(batch: int) -> None:
-    bench = Recorder(max_batch=batch, capacity=100)
+def test_greedy_texts_are_those_of_the_law(batch: int, executor: type[ExactLawExecutor]) -> None:
+    bench = Recorder(max_batch=batch, capacity=100, executor=executor)
     choose_at_random(bench, batch)
     expected = {}
     for index, prompt in enumerate(prompts(60, seed=batch)):
-        params = SamplingParams(max_tokens=3 + index % 30, **MODES[index % 4])
+        params = SamplingParams(max_tokens=3 + index % 30, **MODES[index % len(MODES)])
         expected[bench.submit(prompt * (1 + index % 3), params)] = greedy_text(
             prompt * (1 + index % 3), params.max_tokens or 0
         )
     bench.run()
     assert bench.texts == expected
-    tried, accepted = copied(bench)
-    assert 0 < accepted < tried
+    assert copied(bench)[0] > 0
 
 
 def test_a_copy_needs_no_draft_pass() -> None:
@@ -124,7 +136,7 @@ def test_sampled_texts_are_ars_seed_by_seed(how: dict[str, Any]) -> None:
     the seed and the position alone, so not only the law but every text is AR's.
     """
     texts = []
-    for mode in ({"mode": "ar"}, *COPYING):
+    for mode in ({"mode": "ar"}, *COPYING, *TREES):
         bench = Recorder(max_batch=16, prefix_cache=False, end=False, capacity=32)
         choose_at_random(bench, 2, copies=0.9)
         for seed in range(100):
@@ -132,8 +144,9 @@ def test_sampled_texts_are_ars_seed_by_seed(how: dict[str, Any]) -> None:
         bench.run()
         texts.append(bench.texts)
         tried, accepted = copied(bench)
-        assert 0 < accepted < tried if "lookup" in mode else tried == 0
-    assert texts[0] == texts[1] == texts[2]
+        assert tried > 0 if "lookup" in mode else tried == 0
+        assert accepted <= tried
+    assert all(found == texts[0] for found in texts)
     assert len({tuple(text) for text in texts[0].values()}) > 20
 
 
@@ -141,7 +154,58 @@ def test_greedy_texts_with_penalties_are_those_of_the_law() -> None:
     bench, expected = Recorder(end=False), {}
     choose_at_random(bench, 3)
     for index, prompt in enumerate(prompts(12, seed=5)):
-        params = SamplingParams(max_tokens=14, presence_penalty=0.6, frequency_penalty=0.3, **MODES[index % 4])
+        params = SamplingParams(max_tokens=14, presence_penalty=0.6, frequency_penalty=0.3, **MODES[index % len(MODES)])
         expected[bench.submit(prompt, params)] = penalised_text(prompt, 14, 0.6, 0.3)
+    bench.run()
+    assert bench.texts == expected
+
+
+def test_a_tree_accepts_what_a_chain_does_not() -> None:
+    """A weak draft's second and third candidates are verified too, so that a cycle yields more tokens."""
+    yields = {}
+    for width in (None, 8, 24):
+        bench = Recorder(max_batch=4, capacity=100, end=False, executor=WeakDraftExecutor)
+        params = SamplingParams(max_tokens=40, temperature=0.7, mode="linear_spec", block_length=8, tree_width=width)
+        for seed, prompt in enumerate(prompts(24, seed=7)):
+            bench.submit(prompt, params, seed=seed)
+        bench.run()
+        stats = bench.scheduler.stats()
+        yields[width] = stats.emitted / stats.counts.cycles
+    assert yields[24] > yields[8] > 1.1 * yields[None], yields
+
+
+def test_the_rows_of_the_accepted_path_are_moved_together() -> None:
+    """The executor computes from the committed rows, so the text shows whether they are those of the path."""
+    params = SamplingParams(max_tokens=30, temperature=1.5, mode="linear_spec", block_length=6, tree_width=20, seed=1)
+    moved: list[tuple[int, list[int]]] = []
+    texts = []
+    for moves in (True, False):
+        bench = Recorder(max_batch=1, end=False)
+        move = bench.executor.pool.move_rows
+
+        def noting(slot: int, start: int, sources: list[int], move: Any = move if moves else None) -> None:
+            moved.append((start, sources))
+            if move is not None:
+                move(slot, start, sources)
+
+        bench.executor.pool.move_rows = noting  # type: ignore[method-assign,assignment]
+        bench.submit((2, 3), params)
+        bench.run()
+        texts.append(bench.texts[0])
+    ar = Recorder(max_batch=1, end=False)
+    ar.submit((2, 3), SamplingParams(max_tokens=30, temperature=1.5, mode="ar", seed=1))
+    ar.run()
+    assert texts[0] == ar.texts[0] != texts[1]
+    assert all(source > start + place for start, sources in moved for place, source in enumerate(sources))
+
+
+def test_a_tree_that_fills_the_context_stays_within_its_rows() -> None:
+    """Beside the last tokens of a text there is room for a narrower tree only."""
+    bench = Recorder(max_batch=2, capacity=24, end=False, limit_rows=48)
+    expected = {}
+    for prompt in ((2,) * 4, (3, 5)):
+        tokens = 24 - len(prompt)
+        params = SamplingParams(max_tokens=tokens, mode="linear_spec", block_length=4, tree_width=16)
+        expected[bench.submit(prompt, params)] = greedy_text(prompt, tokens, end=False)
     bench.run()
     assert bench.texts == expected

@@ -358,7 +358,7 @@ def test_a_failure_in_a_requests_own_code_ends_it_alone(what: str, monkeypatch: 
             continue
         bad = number
         place: Any = {"text": request._text, "listener": request, "sampling": request.sequence._sampler}
-        name = {"text": "new_text", "listener": "_listener", "sampling": "run"}.get(what, what)
+        name = {"text": "new_text", "listener": "_listener", "sampling": "by_row"}.get(what, what)
         monkeypatch.setattr(place.get(what, request.sequence), name, fail)
     bench.run()
     texts = {number: text for number, text in bench.texts.items() if number != bad}

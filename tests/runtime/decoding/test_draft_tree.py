@@ -1,0 +1,103 @@
+"""Draft trees: the best nodes by product, in an order in which every path is a chain of ancestors."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from trimode.runtime.decoding.draft_tree import DraftTree
+
+PENDING = 99
+
+
+@st.composite
+def places(draw: st.DrawFn) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Tokens and log-probabilities of up to 4 places with up to 3 candidates each, best first."""
+    depth, ranks = draw(st.integers(0, 4)), draw(st.integers(1, 3))
+    falls = draw(st.lists(st.floats(0, 5), min_size=depth * ranks, max_size=depth * ranks))
+    log_probs = -np.array(falls, np.float64).reshape(depth, ranks).cumsum(axis=1)
+    return 10 * np.arange(1, depth + 1)[:, None] + np.arange(ranks), log_probs
+
+
+def path(tree: DraftTree, node: int) -> tuple[int, ...]:
+    """The tokens from the root to a node, without the root's."""
+    found: tuple[int, ...] = ()
+    while node:
+        found = (int(tree.tokens[node]), *found)
+        node = int(tree.parents[node])
+    return found
+
+
+def products(tokens: NDArray[np.int64], log_probs: NDArray[np.float64]) -> dict[tuple[int, ...], float]:
+    """The logarithm of every path's product."""
+    depth, ranks = tokens.shape
+    return {
+        tuple(int(tokens[place, rank]) for place, rank in enumerate(chosen)): sum(
+            float(log_probs[place, rank]) for place, rank in enumerate(chosen)
+        )
+        for length in range(1, depth + 1)
+        for chosen in product(range(ranks), repeat=length)
+    }
+
+
+@given(places(), st.integers(1, 40))
+def test_it_has_the_paths_with_the_highest_products(
+    given_places: tuple[NDArray[np.int64], NDArray[np.float64]], nodes: int
+) -> None:
+    tree = DraftTree.best_first(PENDING, *given_places, nodes)
+    every = products(*given_places)
+    found = [every[path(tree, node)] for node in range(1, len(tree))]
+    assert len(tree) == min(nodes, 1 + len(every))
+    assert len({path(tree, node) for node in range(len(tree))}) == len(tree)
+    np.testing.assert_allclose(sorted(found, reverse=True), sorted(every.values(), reverse=True)[: len(found)])
+
+
+@given(places(), st.integers(1, 40))
+def test_nodes_are_in_depth_first_order_the_likelier_child_first(
+    given_places: tuple[NDArray[np.int64], NDArray[np.float64]], nodes: int
+) -> None:
+    """So the likeliest path lies at the beginning, and its KV rows need no move."""
+    tree = DraftTree.best_first(PENDING, *given_places, nodes)
+    paths = [path(tree, node) for node in range(len(tree))]
+    assert paths == sorted(paths)  # tokens ascend with the rank, and a prefix sorts before its continuations
+    assert tree.tokens[0] == PENDING
+    assert (tree.parents < np.arange(len(tree))).all()
+    assert tree.likeliest_path(0) == list(paths[len(tree.likeliest_path(0))])
+
+
+@given(places(), st.integers(1, 40))
+def test_a_node_sees_its_ancestors_and_itself(
+    given_places: tuple[NDArray[np.int64], NDArray[np.float64]], nodes: int
+) -> None:
+    tree = DraftTree.best_first(PENDING, *given_places, nodes)
+    for node in range(len(tree)):
+        seen = np.flatnonzero(tree.mask[node]).tolist()
+        assert [int(token) for token in tree.tokens[seen]] == [PENDING, *path(tree, node)]
+        assert tree.depths[node] == len(path(tree, node))
+
+
+@given(places(), st.integers(1, 40))
+def test_children_are_found_by_their_token(
+    given_places: tuple[NDArray[np.int64], NDArray[np.float64]], nodes: int
+) -> None:
+    tree = DraftTree.best_first(PENDING, *given_places, nodes)
+    for node in range(1, len(tree)):
+        parent = int(tree.parents[node])
+        assert tree.child(parent, int(tree.tokens[node])) == node
+        assert tree.has_children(parent)
+    assert tree.child(0, PENDING) is None
+    assert {node for node in range(len(tree)) if not tree.has_children(node)} == set(range(len(tree))) - set(
+        tree.parents.tolist()
+    )
+
+
+def test_a_sure_draft_is_a_chain_and_an_unsure_one_is_wide() -> None:
+    tokens = 10 * np.arange(1, 6)[:, None] + np.arange(4)
+    sure, unsure = np.full((5, 4), np.log(0.001)), np.log(np.tile([0.3, 0.25, 0.24, 0.21], (5, 1)))
+    sure[:, 0] = np.log(0.997)
+    assert DraftTree.best_first(PENDING, tokens, sure, 6).parents.tolist() == [-1, 0, 1, 2, 3, 4]
+    assert DraftTree.best_first(PENDING, tokens, unsure, 5).parents.tolist() == [-1, 0, 0, 0, 0]
