@@ -235,6 +235,12 @@ def _add_handlers(app: FastAPI) -> None:
         response.headers.update(error.headers or {})
         return response
 
+    @app.exception_handler(RecursionError)
+    async def refuse_nesting(_: Request, error: RecursionError) -> Response:
+        """Only data of a request is nested."""
+        _release(error)
+        return errors.respond(ApiError(BAD_REQUEST, "the body is nested too deeply"))
+
     @app.exception_handler(ClientLeftError)
     async def client_left(_: Request, _error: ClientLeftError) -> Response:
         return Response(status_code=CLIENT_LEFT)

@@ -31,6 +31,7 @@ from pydantic_core import PydanticCustomError
 from trimode.runtime.openai_server import neutral_fields, output_formats
 from trimode.runtime.openai_server.neutral_fields import Neutral
 from trimode.runtime.openai_server.output_formats import FormatError, OutputFormat, requested_format
+from trimode.runtime.openai_server.tools.closed_schema import closed
 from trimode.runtime.openai_server.tools.tool import Tool, ToolChoice
 from trimode.runtime.request.sampling_params import MOST_BIASES, Denoising, Mode, SamplingParams
 
@@ -436,6 +437,11 @@ class FunctionDefinition(Body):
     parameters: Annotated[dict[str, Any] | None, AfterValidator(_schema_of_object)] = None
     strict: bool | None = None
 
+    @property
+    def schema_of_arguments(self) -> dict[str, Any]:
+        """A function without parameters has none."""
+        return {"properties": {}} if self.parameters is None else self.parameters
+
 
 class ToolDefinition(Body):
     type: Literal["function"]
@@ -512,7 +518,7 @@ class ConversationBody(PromptBody):
         named = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
         functions = [tool.function for tool in self.tools if named in (None, tool.function.name)]
         return ToolChoice(
-            tools=[Tool(each.name, each.parameters or {}, strict=bool(each.strict)) for each in functions],
+            tools=[Tool(each.name, closed(each.schema_of_arguments), strict=bool(each.strict)) for each in functions],
             required=named is not None or self.tool_choice == "required",
             parallel=named is None and self.parallel_tool_calls is not False,
         )

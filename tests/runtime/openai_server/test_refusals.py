@@ -120,6 +120,33 @@ def test_unreadable_bodies(http: httpx.Client, case: str) -> None:
     error_of(response)
 
 
+NESTED = "@"
+TOOL_CALL = {"type": "function", "function": {"name": "f", "arguments": "{}"}, "more": NESTED}
+NESTING: dict[str, dict[str, Any]] = {
+    "tools": {
+        "messages": HELLO,
+        "tools": [{"type": "function", "function": {"name": "f", "parameters": {"anyOf": [NESTED]}}}],
+    },
+    "documents": {"messages": HELLO, "documents": [{"a": NESTED}]},
+    "template variables": {"messages": HELLO, "chat_template_kwargs": {"a": NESTED}},
+    "a call in a history": {"messages": [*HELLO, {"role": "assistant", "tool_calls": [TOOL_CALL]}]},
+    "a schema": {"messages": HELLO, "guided_json": {"anyOf": [NESTED]}},
+}
+
+
+@pytest.mark.parametrize("case", NESTING)
+@pytest.mark.parametrize("depth", [150, 300, 440])
+def test_nested_bodies(served: Served, http: httpx.Client, case: str, depth: int) -> None:
+    """Deep enough for the recursion limits of one library or another, less deep than the JSON parser's."""
+    begun = len(served.log)
+    body = json.dumps({"max_tokens": 1, **NESTING[case]}).replace(f'"{NESTED}"', '{"anyOf":[' * depth + "]}" * depth)
+    response = http.post(CHAT, content=body, headers={"content-type": "application/json"})
+    assert response.status_code in (200, 400), response.text
+    if response.status_code == 400:
+        error_of(response)
+    assert served.log[begun:] == []
+
+
 @pytest.mark.parametrize("kind", WIDE)
 def test_wide_bodies(served: Served, http: httpx.Client, kind: str) -> None:
     """Bodies of the largest size; a finding must not be made for each element."""

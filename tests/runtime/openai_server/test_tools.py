@@ -81,6 +81,21 @@ def test_a_required_call_is_a_valid_call(http: httpx.Client, choice: Any, mode: 
     assert len(found) > 3
 
 
+def test_arguments_that_are_not_declared_are_not_written(http: httpx.Client) -> None:
+    """As LangChain describes functions; JSON Schema would allow any other property."""
+    properties = {"city": {"enum": ["Paris", "Rome"], "type": "string"}}
+    parameters = {"type": "object", "properties": properties, "required": ["city"]}
+    for described, expected in (({"parameters": parameters}, {"city"}), ({}, set())):
+        body = {
+            "messages": [USER],
+            "tools": [{"type": "function", "function": {"name": "f", **described}}],
+            "tool_choice": {"type": "function", "function": {"name": "f"}},
+            "max_tokens": 60,
+        }
+        (call,) = http.post(CHAT, json=body).json()["choices"][0]["message"]["tool_calls"]
+        assert json.loads(call["function"]["arguments"]).keys() == expected
+
+
 def test_a_history_with_the_call_and_its_result_is_answered(client: openai.OpenAI) -> None:
     tools: Any = TOOLS
     first = client.chat.completions.create(
