@@ -34,7 +34,7 @@ Command = Callable[[Path, str], list[str]]
 
 class Client(NamedTuple):
     """``command``: from the client's environment and the server's URL. ``uses``: what it does, for the table.
-    ``requirements``: installed in place of the package's own.
+    ``beside``: packages installed with it. ``requirements``: installed in place of the package's own.
     """
 
     name: str
@@ -43,6 +43,7 @@ class Client(NamedTuple):
     command: Command
     registry: str = "PyPI"
     variables: Mapping[str, str] = HUB_OFFLINE
+    beside: tuple[str, ...] = ()
     requirements: tuple[str, ...] = ()
 
 
@@ -50,10 +51,13 @@ def _script(name: str) -> Command:
     return lambda environment, url: [str(environment / "bin" / "python"), str(HERE / name), url, KEY]
 
 
-def _javascript(environment: Path, url: str) -> list[str]:
-    program = environment / "chat_with_openai.mjs"
-    program.write_bytes((HERE / program.name).read_bytes())  # node looks for packages in the program's folder
-    return ["node", str(program), url, KEY]
+def _program(name: str) -> Command:
+    def command(environment: Path, url: str) -> list[str]:
+        program = environment / name
+        program.write_bytes((HERE / name).read_bytes())  # node looks for packages in the program's folder
+        return ["node", str(program), url, KEY]
+
+    return command
 
 
 def _lm_eval(environment: Path, url: str) -> list[str]:
@@ -102,8 +106,30 @@ _VLLM_BENCH = (
 
 CLIENTS = (
     Client("openai (Python)", "openai", "chat, stream, completions, logprobs, errors", _script("chat_with_openai.py")),
-    Client("openai (JavaScript)", "openai", "chat, stream, completions, errors", _javascript, "npm"),
+    Client(
+        "openai (Python), tools and responses",
+        "openai",
+        "tools, parse, stream helpers, responses whole, streamed and parsed, errors",
+        _script("tools_with_openai.py"),
+    ),
+    Client(
+        "openai (JavaScript)", "openai", "chat, stream, completions, errors", _program("chat_with_openai.mjs"), "npm"
+    ),
+    Client(
+        "openai (JavaScript), tools and responses",
+        "openai",
+        "tools, stream helper, responses whole, streamed and parsed",
+        _program("tools_with_openai.mjs"),
+        "npm",
+    ),
     Client("LangChain", "langchain-openai", "invoke, stream, batch, tool turns", _script("chat_with_langchain.py")),
+    Client(
+        "LangChain, agents",
+        "langchain",
+        "bound tools, three kinds of structured output, agents; over both APIs",
+        _script("agent_with_langchain.py"),
+        beside=("langchain-openai",),
+    ),
     Client(
         "llama-index",
         "llama-index-llms-openai-like",
@@ -111,6 +137,29 @@ CLIENTS = (
         _script("chat_with_llama_index.py"),
     ),
     Client("LiteLLM", "litellm", "completion, stream, text completion, errors", _script("chat_with_litellm.py")),
+    Client(
+        "instructor", "instructor", "instances by tools and by schema, streamed", _script("typed_with_instructor.py")
+    ),
+    Client(
+        "pydantic-ai",
+        "pydantic-ai-slim[openai]",
+        "typed output by tools and by schema, tool turns, streams; over both APIs",
+        _script("agent_with_pydantic_ai.py"),
+    ),
+    Client(
+        "openai-agents",
+        "openai-agents",
+        "a call, its result and the answer; streamed; typed output; over both APIs",
+        _script("agent_with_openai_agents.py"),
+    ),
+    Client(
+        "AI SDK",
+        "ai",
+        "calls, results and answer; objects; streams; over both APIs",
+        _program("agent_with_ai_sdk.mjs"),
+        "npm",
+        beside=("@ai-sdk/openai", "@ai-sdk/openai-compatible", "zod"),
+    ),
     Client("lm-eval", "lm-eval[api]", "a generation task through local-completions", _lm_eval),
     Client("guidellm", "guidellm", "a benchmark with synthetic prompts", _guidellm),
     # Offline, aiperf does not accept a local folder as tokenizer.
@@ -133,17 +182,18 @@ def _variables() -> dict[str, str]:
 
 def installed(client: Client) -> Path:
     """The client's environment, made if it does not exist."""
-    environment = ENVIRONMENTS / re.sub(r"\W+", "-", client.name.lower()).strip("-")
+    environment = ENVIRONMENTS / re.sub(r"\W+", "-", f"{client.registry} {client.package}".lower()).strip("-")
     if (environment / "ready").exists():
         return environment
     if client.registry == "npm":
         environment.mkdir(parents=True, exist_ok=True)
-        subprocess.run(["npm", "install", "--silent", client.package], cwd=environment, check=True)
+        command = ["npm", "install", "--silent", client.package, *client.beside]
+        subprocess.run(command, cwd=environment, check=True)
     else:
         subprocess.run([sys.executable, "-m", "venv", environment], check=True)
         install = [environment / "bin" / "pip", "install", "--quiet"]
         own = ["--no-deps"] if client.requirements else []
-        subprocess.run([*install, *own, client.package], check=True, env=_variables())
+        subprocess.run([*install, *own, client.package, *client.beside], check=True, env=_variables())
         if client.requirements:
             subprocess.run([*install, *client.requirements], check=True, env=_variables())
     (environment / "ready").touch()
