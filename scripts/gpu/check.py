@@ -6,7 +6,7 @@ are compared with target cpu's tokens. An engine of the 8B checkpoint's sizes, w
     python -m scripts.gpu.check emit .gpu --sm 90         on any machine: compile kernels, build engines; needs no GPU
     python -m scripts.gpu.check run .gpu out/kernels      on the GPU's machine: writes check.json and check.md there
     python -m scripts.gpu.check run .gpu out/kernels --parts products --limit 60
-    python -m scripts.gpu.check dry                       the same host code in the interpreter, with small sizes
+    python -m scripts.gpu.check dry                       every part without a GPU, with small sizes
 
 The GPU's machine needs a driver for CUDA 12.9 or later, Python 3.12, torch, and cuda-bindings. It needs no network, no
 compiler and no installation of TriMode: copy the working tree with ``.gpu``, which git ignores, and run the command in
@@ -30,14 +30,17 @@ from pathlib import Path
 from typing import Any, cast
 
 from scripts.gpu import graph_checks, kernel_checks
+from scripts.gpu.check_report import markdown
 from scripts.gpu.kernel_checks import Host, Result
 from trimode.plugins.operators import Node, Operator
 
 KERNEL_PARTS: tuple[str, ...] = (*kernel_checks.PARTS, graph_checks.PART)
 DEVICE_PART = "device"
-# Parts that run engines (scripts/gpu/engine_check.py), and the PyTorch reference of the same size.
-ENGINE_PARTS = ("tiny-fp32", "tiny-bf16", "memcheck", "8b", "8b-reference")
-PARTS = (*ENGINE_PARTS, *KERNEL_PARTS)
+# The kernel tests, executed on the GPU.
+TEST_PART = "tests"
+# Parts that run engines, and the PyTorch reference of the same size.
+ENGINE_PARTS = ("tiny-fp32", "tiny-bf16", "memcheck", "8b", "8b-bits", "8b-reference")
+PARTS = (TEST_PART, *ENGINE_PARTS, *KERNEL_PARTS)
 # Also loaded from PTX, to check that the driver accepts it.
 PTX_OPERATORS = ("MergeSplits", "AttendCausal")
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,7 +62,8 @@ def used_nodes(*, small: bool) -> Iterator[tuple[Operator, Node]]:
 
 def emit(folder: Path, sm: int, prompts: int) -> None:
     """Write all that ``run`` needs. sm: compute capability, 90 for 9.0. prompts: of the comparison with target cpu."""
-    from scripts.gpu.engine_emission import emit_engines, write_packages
+    from scripts.gpu.engine_emission import emit_engines, held_out, write_packages
+    from scripts.gpu.kernel_tests import emit_test_kernels
     from trimode.build.kernel_emission import NeededKernel, kernels_of, write_kernels
     from trimode.common.progress import no_progress
     from trimode.engine.kernel_library import library_folder
@@ -72,7 +76,8 @@ def emit(folder: Path, sm: int, prompts: int) -> None:
         needed |= kernels_of(operator, node)
     write_kernels(needed, "bf16", (sm,), folder, no_progress)
     print(f"{len(needed)} kernels in {target}", flush=True)
-    emit_engines(folder, sm, prompts)
+    print(f"{emit_test_kernels(folder, sm)} kernels of the kernel tests", flush=True)
+    emit_engines(folder, sm, held_out(prompts))
     write_packages(folder / "site")
 
 
@@ -92,11 +97,11 @@ def run(folder: Path, out: Path, parts: list[str], limit: float) -> bool:
         states[part] = f"{state}, {time.monotonic() - started:.0f} s"
         print(f"{part}: {states[part]}", flush=True)
     device = next(iter(_read_lines(_lines(out, DEVICE_PART))), {})
-    kernel_parts = [part for part in parts if part not in ENGINE_PARTS]
+    kernel_parts = [part for part in parts if part in KERNEL_PARTS]
     results = [result for part in kernel_parts for result in _read_lines(_lines(out, part))]
-    engines = [record for part in parts if part in ENGINE_PARTS for record in _read_lines(_lines(out, part))]
+    engines = [record for part in parts if part not in KERNEL_PARTS for record in _read_lines(_lines(out, part))]
     report = {
-        "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        "date": _now(),
         "command": " ".join(["python -m scripts.gpu.check", *sys.argv[1:]]),
         "device": device,
         "parts": states,
@@ -116,7 +121,7 @@ def run_in_this_process(part: str, folder: Path, lines: Path) -> None:
 
     from scripts.gpu.cuda_host import CudaHost
 
-    if part in ENGINE_PARTS:
+    if part in (TEST_PART, *ENGINE_PARTS):
         _run_engine_part(part, folder, lines)
         return
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -144,94 +149,61 @@ def run_in_this_process(part: str, folder: Path, lines: Path) -> None:
 
 def _run_engine_part(part: str, folder: Path, lines: Path) -> None:
     with lines.open("w", encoding="utf-8") as file:
-        for record in _engine_records(part, folder):
+        for record in engine_records(part, folder):
             print(json.dumps(record), file=file, flush=True)
             print(json.dumps(record), flush=True)
 
 
-def _engine_records(part: str, folder: Path) -> Iterable[dict[str, Any]]:
+def engine_records(part: str, folder: Path) -> Iterable[dict[str, Any]]:
+    from scripts.gpu.engine_times import SIZES_8B, times_of_engine
+    from scripts.gpu.kernel_tests import results_of_tests
+    from scripts.gpu.memcheck import checked_memory
+    from scripts.gpu.reference_times import PASSES, times_of_reference
+    from scripts.gpu.step_bits import STEPS_8B, bits_of_steps
+    from scripts.gpu.token_check import tokens_of_tiny
+    from scripts.gpu.torch_device import TorchGpu
+
+    if part == TEST_PART:
+        return results_of_tests(folder)
     if part == "memcheck":
-        from scripts.gpu.memcheck import checked_memory
-
         return checked_memory(folder)
-    if part.endswith("-reference"):
-        from scripts.gpu.reference_times import times_of_reference
-
-        return times_of_reference(folder, part.removesuffix("-reference"))
-    from scripts.gpu.engine_check import times_of_engine, tokens_of_tiny
-
     if part.startswith("tiny-"):
         return tokens_of_tiny(folder, part.removeprefix("tiny-"))
-    return times_of_engine(folder, part)
+    if part.endswith("-bits"):
+        return bits_of_steps(folder, part.removesuffix("-bits"), TorchGpu(), STEPS_8B)
+    if part.endswith("-reference"):
+        return times_of_reference(folder, part.removesuffix("-reference"), TorchGpu(), PASSES)
+    return times_of_engine(folder, part, TorchGpu(), SIZES_8B)
 
 
 def dry() -> bool:
-    """Run every part in the interpreter. Returns whether every result is right."""
+    """Run every part without a GPU, and print the report. Returns whether every result is right."""
+    from scripts.gpu.dry_run import dry_engine_records
     from tests.support.interpreter_host import InterpreterHost
 
-    results = []
+    results, engines, parts = [], [], {}
     for part in KERNEL_PARTS:
         for result in run_part(part, InterpreterHost(), small=True):
             _show(result)
             results.append(result)
+    for part, record in dry_engine_records(ENGINE_PARTS):
+        engines.append(record)
+        parts[part] = "ended"
+    report = {"date": _now(), "command": "dry", "device": {}, "parts": parts, "engines": engines}
+    print(markdown({**report, "results": [result.record() for result in results]}))
     wrong = sum(not result.right for result in results)
-    print(f"{len(results)} results, {wrong} wrong")
-    return not wrong
+    different = [record["what"] for record in engines if must_be_equal(record) and record["equal"] < record["of"]]
+    print(f"{len(results)} results, {wrong} wrong; {len(engines)} records of engines, {len(different)} different")
+    return not wrong and not different
 
 
-def markdown(report: dict[str, Any]) -> str:
-    """The report as Markdown: the device, the parts, and a table of results."""
-    device, bandwidth = report["device"], report["device"].get("read_bandwidth")
-    lines = ["# Kernels on a GPU", "", f"{report['date']}: `{report['command']}`", ""]
-    lines += [f"- {name}: {value}" for name, value in device.items() if not name.endswith("_bandwidth")]
-    if bandwidth:
-        lines.append(f"- bandwidth of a read: {bandwidth / 1e12:.2f} TB/s")
-        lines.append(f"- bandwidth of a copy, read and written: {device['copy_bandwidth'] / 1e12:.2f} TB/s")
-    lines += [f"- part {part}: {state}" for part, state in report["parts"].items()]
-    lines += _engine_tables(report["engines"], bandwidth)
-    lines += ["", "`bound / us`: time of the kernel's least bytes at the bandwidth of a read, divided by its time.", ""]
-    lines += ["| kernel | case | tactic | error | us | bound / us |", "|---|---|---|---|---|---|"]
-    for result in report["results"]:
-        took = result["microseconds"]
-        share = f"{result['least_bytes'] / bandwidth * 1e6 / took:.0%}" if took and bandwidth else "-"
-        error = f"{result['error']:.1e}" + ("" if result["right"] else " **wrong**")
-        time_cell = f"{took:.1f}" if took else "-"
-        cells = (result["kernel"], result["case"], result["tactic"], error, time_cell, share)
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+def must_be_equal(record: dict[str, Any]) -> bool:
+    """Tokens in fp32, and bits. In bf16, tokens may differ by rounding."""
+    return "equal" in record and "bf16" not in record["what"]
 
 
-def _engine_tables(records: list[dict[str, Any]], bandwidth: float | None) -> list[str]:
-    lines = ["", "| tokens | equal |", "|---|---|"]
-    lines += [f"| {record['what']} | {record['equal']} of {record['of']} |" for record in records if "equal" in record]
-    lines += ["", "| pass | early launches | rows | batch | ms | floor / ms |", "|---|---|---|---|---|---|"]
-    for record in records:
-        if "least_bytes" in record:
-            share = f"{record['least_bytes'] / bandwidth * 1e3 / record['ms']:.0%}" if bandwidth else "-"
-            early = f"to {record['early_rows']} rows"
-            cells = (record["what"], early, record["rows"], record["batch"], f"{record['ms']:.2f}", share)
-            lines.append("| " + " | ".join(map(str, cells)) + " |")
-        elif "prefill" in record["what"]:
-            lines.append(f"| {record['what']} | - | - | 1 | {record['ms']:.1f} | - |")
-    lines += ["", "| PyTorch reference in bf16 | rows | tokens | eager, ms | CUDA graph, ms |", "|---|---|---|---|---|"]
-    for record in records:
-        if "eager_ms" in record:
-            graph = f"{record['graph_ms']:.2f}" if "graph_ms" in record else record["graph_failed"]
-            cells = (record["what"], record["rows"], record["step"], f"{record['eager_ms']:.2f}", graph)
-            lines.append("| " + " | ".join(map(str, cells)) + " |")
-    lines += [f"\n- {record['what']}: {record['memcheck']}" for record in records if "memcheck" in record]
-    lines += ["", "| kernels of a pass | rows | tokens | launches | us |", "|---|---|---|---|---|"]
-    for record in records:
-        if "launches" in record:
-            cells = (
-                record["what"],
-                record["rows"],
-                record["step"],
-                record["launches"],
-                f"{record['microseconds']:.0f}",
-            )
-            lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return lines
+def _now() -> str:
+    return f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
 
 
 def _known(part: str) -> str:
@@ -277,7 +249,7 @@ def main() -> int:
     of_part.add_argument("part")
     of_part.add_argument("folder", type=Path)
     of_part.add_argument("lines", type=Path)
-    commands.add_parser("dry", help="small sizes in the interpreter; needs no GPU")
+    commands.add_parser("dry", help="every part with small sizes; needs no GPU")
     options = parser.parse_args()
     if options.command == "emit":
         emit(options.folder, options.sm, options.prompts)

@@ -4,7 +4,7 @@
 engines/tiny-bf16     the shipped checkpoint, quantised to int4
 engines/tiny-fp32     the same in fp32
 engines/8b            an engine of the 8B checkpoint's sizes without its weights, which the check draws on the GPU
-expected.json         prompts, and the tokens of target cpu
+expected.json         prompts, and the tokens of target cpu with the candidates that they were chosen from
 site/                 Python packages that the GPU's machine lacks
 ```
 """
@@ -17,6 +17,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ import numpy as np
 
 from scripts.gpu.pool_layout import pool_layout
 from scripts.gpu.random_w4a16_checkpoint import GROUP, RANK, config_fields
-from trimode import LLM, SamplingParams
+from scripts.gpu.token_check import RANKED, Answer
 from trimode.build.cpu.target import CpuTarget
 from trimode.build.cuda.emission import write_launches
 from trimode.build.cuda.target import CudaTarget
@@ -40,57 +42,95 @@ from trimode.model.checkpoint import Checkpoint, linear_shapes
 from trimode.model.config import ModelConfig
 from trimode.model.rope import query_scales, yarn_frequencies
 from trimode.quantize import quantize_checkpoint
+from trimode.quantize.quantizing import Method
+from trimode.runtime.api.llm import EngineLLM
+from trimode.runtime.request.sampling_params import SamplingParams
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "checkpoints" / "tiny"
 HELD_OUT = ROOT / "tests" / "data" / "heldout.jsonl"
-# Imported by the runtime, and not part of images for PyTorch.
-PACKAGES = ("pydantic>=2.10,<3",)
-MODES: tuple[dict[str, Any], ...] = (
-    {"mode": "ar"},
-    {"mode": "linear_spec", "block_length": 16},
-    {"mode": "diffusion", "block_length": 16},
-)
-MAX_TOKENS = 64
-TINY_LIMITS = {"capacity": 512, "top_k": 4, "prefill_step": 64}
-LIMITS_8B = Limits(capacity=4096, prefill_step=256, top_k=4, max_batch=16, max_step=256)
+# The folder of the engine without weights, and the name of the part that times it.
+TIMED = "8b"
+# Imported by the runtime and by the kernel tests, and not part of images for PyTorch. The kernel tests' random cases,
+# and so the kernels that they launch, depend on the version of hypothesis.
+PACKAGES = ("pydantic>=2.10,<3", *(f"{name}=={version(name)}" for name in ("hypothesis", "pytest")))
 
 
-def emit_engines(folder: Path, sm: int, prompts: int) -> None:
-    """sm: compute capability of the GPU, 90 for 9.0. prompts: how many to answer with target cpu."""
-    with tempfile.TemporaryDirectory() as scratch:
-        checkpoint = Path(scratch, "int4")
-        quantize_checkpoint(Checkpoint(TINY), checkpoint, method="awq", group=64)
-        for real in ("bf16", "fp32"):
-            target = CudaTarget(sms=(sm,), dtype=real, max_batch=8, max_step=64)
-            build_engine(Checkpoint(checkpoint), folder / "engines" / f"tiny-{real}", target=target, **TINY_LIMITS)
-        exact = CpuTarget(activations="fp32")
-        build_engine(Checkpoint(checkpoint), Path(scratch, "cpu"), target=exact, **TINY_LIMITS)
-        (folder / "expected.json").write_text(json.dumps(_expected(Path(scratch, "cpu"), prompts)))
-    write_engine_without_weights("8b", folder / "engines" / "8b", "bf16", (sm,), LIMITS_8B)
+@dataclass(frozen=True)
+class EmittedSizes:
+    """What the engines are compared and timed with.
+
+    method: quantises the compared checkpoint. max_tokens, block: of an answer, and of a block of ``linear_spec`` and
+    ``diffusion``. capacity, max_batch, max_step: of the compared engines. shape, layers, vocabulary: of the engine
+    without weights, whose limits are ``timed``; None for those of the shape.
+    """
+
+    method: Method = "awq"
+    max_tokens: int = 64
+    block: int = 16
+    capacity: int = 512
+    max_batch: int = 8
+    max_step: int = 64
+    shape: str = "8b"
+    layers: int | None = None
+    vocabulary: int | None = None
+    timed: Limits = field(
+        default_factory=lambda: Limits(capacity=4096, prefill_step=256, top_k=4, max_batch=16, max_step=256)
+    )
+
+    @property
+    def modes(self) -> tuple[dict[str, Any], ...]:
+        blocks = {"block_length": self.block}
+        return {"mode": "ar"}, {"mode": "linear_spec", **blocks}, {"mode": "diffusion", **blocks}
 
 
-def _expected(engine: Path, prompts: int) -> dict[str, Any]:
-    """Prompts, and the tokens of each mode."""
+def held_out(prompts: int) -> list[Any]:
+    """Held-out prompts, as messages."""
     records = [json.loads(line) for line in HELD_OUT.read_text(encoding="utf-8").splitlines()]
-    messages = [record["messages"] for record in records[:: max(1, len(records) // prompts)][:prompts]]
-    with LLM(engine) as llm:
-        tokens = {
+    return [record["messages"] for record in records[:: max(1, len(records) // prompts)][:prompts]]
+
+
+def emit_engines(
+    folder: Path, sm: int, prompts: list[Any], checkpoint: Path = TINY, sizes: EmittedSizes | None = None
+) -> None:
+    """sm: compute capability of the GPU, 90 for 9.0. prompts: what target cpu answers with ``checkpoint``."""
+    sizes = sizes or EmittedSizes()
+    limits = {"capacity": sizes.capacity, "top_k": RANKED, "prefill_step": sizes.max_step}
+    with tempfile.TemporaryDirectory() as scratch:
+        int4 = Path(scratch, "int4")
+        quantize_checkpoint(Checkpoint(checkpoint), int4, method=sizes.method, group=64)
+        for real in ("bf16", "fp32"):
+            target = CudaTarget(sms=(sm,), dtype=real, max_batch=sizes.max_batch, max_step=sizes.max_step)
+            build_engine(Checkpoint(int4), folder / "engines" / f"tiny-{real}", target=target, **limits)
+        exact = CpuTarget(activations="fp32")
+        build_engine(Checkpoint(int4), Path(scratch, "cpu"), target=exact, **limits)
+        (folder / "expected.json").write_text(json.dumps(_expected(Path(scratch, "cpu"), prompts, sizes)))
+    config = ModelConfig.model_validate(config_fields(sizes.shape, sizes.layers, sizes.vocabulary))
+    write_engine_without_weights(sizes.shape, config, folder / "engines" / TIMED, "bf16", (sm,), sizes.timed)
+
+
+def _expected(engine: Path, prompts: list[Any], sizes: EmittedSizes) -> dict[str, Any]:
+    """Prompts, and the answers of each mode."""
+    with EngineLLM(engine, measure_passes=False) as llm:
+        answers = {
             str(options["mode"]): [
-                output.outputs[0].token_ids
-                for output in llm.generate(messages, SamplingParams(max_tokens=MAX_TOKENS, **options))
+                Answer.of(output.outputs[0]).stored()
+                for output in llm.generate(
+                    prompts, SamplingParams(max_tokens=sizes.max_tokens, logprobs=RANKED, **options)
+                )
             ]
-            for options in MODES
+            for options in sizes.modes
         }
-    return {"modes": MODES, "max_tokens": MAX_TOKENS, "messages": messages, "tokens": tokens}
+    return {"modes": sizes.modes, "max_tokens": sizes.max_tokens, "prompts": prompts, "answers": answers}
 
 
-def write_engine_without_weights(shape: str, folder: Path, real: Real, sms: tuple[int, ...], limits: Limits) -> None:
+def write_engine_without_weights(
+    shape: str, config: ModelConfig, folder: Path, real: Real, sms: tuple[int, ...], limits: Limits
+) -> None:
     """An engine directory of a published shape. Its pool and adapter are missing, so it is not checked at load.
 
     ``constants.npz`` holds the constants that are not random.
     """
-    config = ModelConfig.model_validate(config_fields(shape, None, None))
     pool = pool_layout(config, real, GROUP)
     folder.mkdir(parents=True)
     network = KernelNetwork(config, pool, RANK, real, limits)

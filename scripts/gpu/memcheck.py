@@ -35,14 +35,15 @@ def checked_memory(folder: Path) -> Iterator[dict[str, Any]]:
     yield {"what": what, "memcheck": found, "code": ended.returncode}
 
 
-def run_every_mode(folder: Path) -> None:
+def run_every_mode(folder: Path, prompts: int = PROMPTS, max_tokens: int = MAX_TOKENS) -> None:
+    """Answer prompts in every mode: prefills, single tokens, drafts, verifications and denoise passes."""
     from trimode.runtime.api.llm import EngineLLM
     from trimode.runtime.request.sampling_params import SamplingParams
 
     expected = json.loads((folder / "expected.json").read_text())
     with EngineLLM(folder / "engines" / "tiny-bf16", measure_passes=False) as llm:
         for options in expected["modes"]:
-            llm.generate(expected["messages"][:PROMPTS], SamplingParams(max_tokens=MAX_TOKENS, **options))
+            llm.generate(expected["prompts"][:prompts], SamplingParams(max_tokens=max_tokens, **options))
 
 
 if __name__ == "__main__":

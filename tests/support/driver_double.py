@@ -112,7 +112,8 @@ _TORCH_TYPES = {
 class DriverDouble:
     """The driver calls of the executor. Enumerations and records are the real module's.
 
-    kernels: by their cubin or PTX; they are interpreted. real: their type.
+    kernels: by their cubin or PTX; they are interpreted. real: their type. computes: whether kernels write anything;
+    otherwise only their launches are checked.
     """
 
     def __init__(
@@ -120,8 +121,10 @@ class DriverDouble:
         memory: int = 1 << 31,
         kernels: Mapping[bytes, NeededKernel] | None = None,
         real: torch.dtype = torch.float32,
+        computes: bool = True,
     ) -> None:
         self.free = memory
+        self.computes = computes
         self.real = real
         self.capability = 121
         self.most_shared_bytes = 101376
@@ -351,7 +354,8 @@ class DriverDouble:
         self.kernel_launches.append(operator.name)
 
         def run() -> None:
-            interpret(kernel, grid, {**arguments, **absent}, f.constants)
+            if self.computes:
+                interpret(kernel, grid, {**arguments, **absent}, f.constants)
             self.clock += self.milliseconds(f.kernel)
 
         self._submit(int(config.hStream), run)

@@ -17,9 +17,11 @@ from trimode.runtime.gpu import device
 
 
 @contextmanager
-def interpreting_gpu(kernels: Mapping[bytes, NeededKernel], real: torch.dtype) -> Iterator[DriverDouble]:
-    """Gives this machine a GPU of compute capability 12.1. kernels, real: of :class:`DriverDouble`."""
-    driver = DriverDouble(kernels=kernels, real=real)
+def interpreting_gpu(
+    kernels: Mapping[bytes, NeededKernel], real: torch.dtype, *, computes: bool = True
+) -> Iterator[DriverDouble]:
+    """Gives this machine a GPU of compute capability 12.1. kernels, real, computes: of :class:`DriverDouble`."""
+    driver = DriverDouble(kernels=kernels, real=real, computes=computes)
     with patch.object(device, "driver", driver), patch.object(ctypes, "CDLL", lambda _name: LibcudaDouble()):
         yield driver
 

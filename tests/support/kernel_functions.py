@@ -1,22 +1,24 @@
 """The kernels as functions of tensors, executed by the interpreter. They take the same arguments as the references.
 
-Outputs are filled with NaN before a launch, and inputs are compared with a copy after it.
+Outputs are filled with NaN before a launch, and inputs are compared with a copy after it. Under ``pytest tests/plugins
+--gpu``, a GPU executes the kernels (:mod:`tests.support.gpu_kernels`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from scripts.gpu.kernel_launch import KernelLaunch, node_of, prepare
-from tests.support.triton_interpreter import Traffic, interpret
-from trimode.plugins.compilation import kernel_of
 from trimode.plugins.operators import Attend, Int4Product, KvWrite, MergeSplits, Operator, Tactic
 from trimode.plugins.reference import candidates, dense_product, rms_norm, rotations, rows, swiglu
+
+if TYPE_CHECKING:
+    from tests.support.triton_interpreter import Traffic
 
 # Largest relative error of a kernel. bf16 has three bits fewer than fp16, and the interpreter rounds it towards zero.
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -40,15 +42,30 @@ def reference_of(name: str, real: torch.dtype) -> Callable[..., Any]:
     }[name]
 
 
+def interpreted(launched: KernelLaunch) -> dict[str, Traffic]:
+    """Execute one launch in the interpreter. Returns the traffic of its tensors."""
+    # Imported here: what the interpreter needs of Triton depends on its version, which a GPU's machine chooses.
+    from tests.support.triton_interpreter import interpret
+    from trimode.plugins.compilation import kernel_of
+
+    kernel, arguments = kernel_of(launched.operator), launched.arguments
+    absent = {name: None for name in kernel.arg_names if name not in arguments and name not in launched.constants}
+    return interpret(kernel, launched.grid, {**arguments, **absent}, launched.constants)
+
+
+class Executed:
+    """How launches are executed. by: returns the traffic of the tensors by name, empty if it is not counted."""
+
+    by: Callable[[KernelLaunch], dict[str, Traffic]] = staticmethod(interpreted)
+
+
 def launch(launched: KernelLaunch) -> dict[str, Traffic]:
-    """Interpret one launch. Its inputs must not change, except those that an output aliases."""
+    """Execute one launch. Its inputs must not change, except those that an output aliases."""
     operator, arguments = launched.operator, launched.arguments
-    kernel = kernel_of(operator)
     aliased = {output.aliases for output in operator.outputs}
     inputs = {operand.name: arguments[operand.name] for operand in operator.inputs if operand.name not in aliased}
     copies = {name: tensor.clone() for name, tensor in inputs.items() if isinstance(tensor, Tensor)}
-    absent = {name: None for name in kernel.arg_names if name not in arguments and name not in launched.constants}
-    traffic = interpret(kernel, launched.grid, {**arguments, **absent}, launched.constants)
+    traffic = Executed.by(launched)
     for name, before in copies.items():
         torch.testing.assert_close(inputs[name], before, rtol=0, atol=0, equal_nan=True, msg=f"{name} was changed")
     return traffic

@@ -14,6 +14,7 @@ import pytest
 from scripts.gpu import check
 from scripts.gpu.check import KERNEL_PARTS, run_part, used_nodes
 from scripts.gpu.kernel_launch import KernelLaunch
+from scripts.gpu.token_check import Answer, comparison
 from tests.support.interpreter_host import InterpreterHost
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -66,6 +67,7 @@ class Absent:
 sys.meta_path.insert(0, Absent())
 import scripts.gpu.check
 import scripts.gpu.cuda_host
+import scripts.gpu.torch_device
 import scripts.gpu.product_sweep
 """
     found = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -131,3 +133,33 @@ def test_the_report_compares_with_the_measured_bandwidth() -> None:
     assert "| tiny, ar: tokens | 199 of 200 |" in page
     assert "| 8b: ar pass | to 1 rows | 512 | 1 | 4.00 | 50% |" in page
     assert "| RmsNorm | 512 | 32 | 69 | 130 |" in page
+
+
+def test_every_difference_has_both_engines_margins() -> None:
+    """Planted: one answer with another token at its second place, chosen by little here and by much there."""
+    here = Answer([5, 7, 9], [{5: -0.1}, {7: -0.70, 8: -0.71}, {9: -0.1}])
+    there = Answer([5, 8, 9], [{5: -0.1}, {8: -0.1, 3: -4.1}, {9: -0.1}])
+    same = Answer([4], [{4: -0.2}])
+    record = comparison(
+        "tiny, ar: tokens",
+        [same.tokens, here.tokens],
+        [same.tokens, there.tokens],
+        lambda numbers: [[same, here][number] for number in numbers],
+        lambda numbers: [[same, there][number] for number in numbers],
+    )
+    assert (record["equal"], record["of"]) == (1, 2)
+    (difference,) = record["different"]
+    assert (difference["answer"], difference["first"], difference["tokens"]) == (1, 1, [7, 8])
+    small, large = difference["margins"]
+    assert (small["gap"], small["least"]) == (pytest.approx(0.01), False)
+    assert (large["gap"], large["least"]) == (pytest.approx(4.0), True)
+    report = {"date": "d", "command": "x", "device": {}, "parts": {}, "engines": [record], "results": []}
+    assert "| tiny, ar: tokens | 1 | 1 | 7 and 8 | 0.0100 | at least 4.0000 |" in check.markdown(report)
+
+
+def test_an_answer_that_comes_out_differently_again_has_no_margin() -> None:
+    here, there = Answer([5], [{5: -0.1}]), Answer([6], [{6: -0.1}])
+    record = comparison("t", [[5]], [[6]], lambda _numbers: [there], lambda _numbers: [there])
+    assert record["different"][0]["margins"][0] is None
+    assert record["different"][0]["margins"][1] == {"gap": 0.0, "least": True}
+    assert Answer.read(json.loads(json.dumps(here.stored()))) == here

@@ -1,0 +1,90 @@
+"""The kernel tests as a part of the GPU check: their options, over a double of the CUDA driver."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from scripts.gpu.check_report import markdown
+from scripts.gpu.kernel_tests import KERNELS, PYTEST, results_of_tests
+from tests.plugins import conftest
+from trimode.common import gpus
+from trimode.common.gpus import Gpu, Gpus
+
+ROOT = Path(__file__).resolve().parents[3]
+# Two quick ones that launch kernels in fp32.
+TESTS = (
+    "tests/plugins/test_graph_operators.py::test_a_row_of_zeros_has_a_norm",
+    "tests/plugins/test_candidates.py::test_equal_logits_are_ordered_by_token_across_tiles",
+)
+DOUBLE = ("-p", "tests.support.kernel_tests_on_double")
+
+
+@pytest.fixture(scope="module")
+def listed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The kernels that both tests launch, listed by the interpreter."""
+    file = tmp_path_factory.mktemp("listed") / "kernels.json"
+    subprocess.run([*PYTEST, *TESTS, f"--list-kernels={file}"], cwd=ROOT, check=True)
+    return file
+
+
+@pytest.fixture
+def emitted(listed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder into which the double writes the kernels."""
+    monkeypatch.setenv("TESTED_KERNELS", str(listed))
+    monkeypatch.setenv("KERNEL_FOLDER", str(tmp_path / KERNELS))
+    return tmp_path
+
+
+def test_the_tests_launch_compiled_kernels(emitted: Path) -> None:
+    (record,) = results_of_tests(emitted, *TESTS, *DOUBLE)
+    assert (record["passed"], record["failed"], record["skipped"], record["missing"]) == (2, [], 0, 0)
+    assert record["kernel_launches"] == 3
+    page = markdown({"date": "", "command": "", "device": {}, "parts": {}, "engines": [record], "results": []})
+    assert "- tests/plugins --gpu: 2 passed, 0 failed, 0 skipped; 3 launches, 0 kernels missing" in page
+
+
+def test_a_wrong_kernel_and_a_missing_one_are_reported(emitted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted: kernels that write nothing, and a test whose kernels were not listed."""
+    monkeypatch.setenv("KERNELS_COMPUTE", "0")
+    other = "tests/plugins/test_candidates.py::test_very_high_and_very_low_logits_do_not_overflow"
+    records = results_of_tests(emitted, *TESTS, other, *DOUBLE)
+    record = next(records)
+    assert (record["passed"], len(record["failed"]), record["skipped"], record["missing"]) == (0, 2, 1, 1)
+    with pytest.raises(SystemExit, match=r"2 kernel tests failed: .*::test_a_row_of_zeros_has_a_norm"):
+        next(records)
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (Gpus("none", []), "--gpu needs an NVIDIA GPU; the CUDA driver here: none"),
+        (Gpus("CUDA 13.0", [Gpu(ordinal=0, name="H100", compute_capability=90)]), "missing; run `python -m scripts"),
+    ],
+)
+def test_without_a_gpu_or_kernels_nothing_is_executed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: Gpus, message: str
+) -> None:
+    options = {"gpu": True, "kernels": tmp_path / "none"}
+    monkeypatch.setattr(gpus, "find_gpus", lambda: found)
+    with pytest.raises(pytest.UsageError, match=message):
+        conftest.pytest_configure(SimpleNamespace(getoption=lambda name, _default: options[name]))  # type: ignore[arg-type]
+
+
+def test_the_tests_need_no_package_that_a_gpus_machine_lacks() -> None:
+    """Imports of the kernel tests, in a fresh process without the packages that only other machines have."""
+    modules = [name.removesuffix(".py") for name in sorted(conftest.KERNEL_TESTS)]
+    program = f"""
+import importlib, sys
+
+sys.modules |= dict.fromkeys(["onnx", "onnxruntime", "modelopt", "peft", "fastapi", "tensorrt", "rich", "click"])
+for module in {["conftest", *modules]}:
+    importlib.import_module("tests.plugins." + module)
+import tests.support.gpu_kernels
+"""
+    found = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
