@@ -111,7 +111,7 @@ clean: ## Remove environments, engines and caches
 $(VENV)/.package: pyproject.toml trimode/__init__.py common/version.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[build,cuda,rtx,serve,dev,docs]'
+	$(BIN)/python -m pip install --quiet --editable '.[build,cuda,rtx,serve,mpi,dev,docs]'
 	@touch $@
 
 # An environment of its own: the Python backend needs numpy 1.

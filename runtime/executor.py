@@ -171,6 +171,26 @@ class Executor(Protocol):
         ...
 
 
+@runtime_checkable
+class OwningExecutor(Executor, Protocol):
+    """An executor that owns processes, which must be ended."""
+
+    @property
+    def failure(self) -> str | None:
+        """Why no pass can be run any more; None as long as passes can be. Callable from any thread."""
+        ...
+
+    def close(self) -> None:
+        """End them. No pass can be run afterwards."""
+        ...
+
+
+class ExecutorLostError(BaseException):
+    """The executor cannot run any pass any more; the message says why. It is not an Exception, so that it ends the
+    scheduler: what fails for one request or for one step raises an Exception.
+    """
+
+
 class Speculated(NamedTuple):
     """Candidates of all rows, [B, S, k], of a draft and of the causal pass that verifies it. k may differ."""
 

@@ -16,7 +16,7 @@ EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
 SOURCES = [path for folder in ("build", "cli", "common", "engine", "runtime") for path in (ROOT / folder).rglob("*.py")]
 PAGES = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
 # They take gigabytes, or need a library that pip does not install.
-LARGE = {"tensorrt-cu13", "tensorrt-llm", "mpi4py"}
+LARGE = {"tensorrt-cu13", "tensorrt-llm"}
 NAME = re.compile(r"[\w.-]+")
 
 
@@ -50,7 +50,7 @@ def test_make_setup_installs_no_package_that_needs_a_gpu() -> None:
     installed = re.search(r"--editable '\.\[([\w,]+)\]'", (ROOT / "Makefile").read_text("utf-8"))[1]  # type: ignore[index]
     assert {name for extra in installed.split(",") for name in packages(extra)} & LARGE == set()
     assert packages("tensorrt") & packages("trtllm") == set()
-    assert packages("tensorrt") | packages("trtllm") | packages("mpi") >= LARGE
+    assert packages("tensorrt") | packages("trtllm") >= LARGE
 
 
 def test_the_tests_check_the_release_of_tensorrt_that_users_install() -> None:

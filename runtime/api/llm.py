@@ -21,9 +21,11 @@ from trimode.runtime.api.request_factory import RequestFactory
 from trimode.runtime.api.request_output import RequestOutput
 from trimode.runtime.api.scheduler_thread import SchedulerThread
 from trimode.runtime.decoding.acceptance import LONGEST_BLOCK
+from trimode.runtime.executor import Executor, ExecutorLostError, OwningExecutor
 from trimode.runtime.grammar.compiler import GrammarCompiler
 from trimode.runtime.kv.prefix_cache import BlockListener, PrefixCache
 from trimode.runtime.loading import load_engine
+from trimode.runtime.request.errors import EngineDeadError
 from trimode.runtime.request.guided_decoding import GuidedDecodingParams
 from trimode.runtime.request.outputs import Update
 from trimode.runtime.request.sampling_params import Mode, SamplingParams
@@ -143,12 +145,15 @@ class EngineLLM:
             prefix_cache=PrefixCache(prefix_cache_bytes, prefix_cache_listener) if prefix_cache_bytes else None,
         )
         if measure_passes:
-            self._scheduler.measure_passes()
+            try:
+                self._scheduler.measure_passes()
+            except ExecutorLostError as error:
+                raise EngineDeadError(f"the engine has stopped: {error}") from None
         self._ids = itertools.count(1)
         self.max_answers = max_batch_size + max_queue_size
         self._thread = SchedulerThread(self._scheduler, max_batch_size, self.max_answers)
         # Also without a call of shutdown: the thread must end before the interpreter does.
-        self._stop = weakref.finalize(self, self._thread.stop)
+        self._stop = weakref.finalize(self, _stop, self._thread, engine.executor)
         log.info("%s", self.capacity)
 
     @overload
@@ -233,7 +238,8 @@ class EngineLLM:
     @property
     def failure(self) -> str | None:
         """Why no request can be answered any more; None as long as requests can be."""
-        return self._thread.failure
+        executor = self._executor
+        return self._thread.failure or (executor.failure if isinstance(executor, OwningExecutor) else None)
 
     def stats(self) -> Stats:
         """A snapshot of the scheduler."""
@@ -273,3 +279,9 @@ class EngineLLM:
 
         output._requests = self._factory.requests(output.request_id, prompt, params, listen, streaming)
         return output, output._requests[0]
+
+
+def _stop(thread: SchedulerThread, executor: Executor) -> None:
+    thread.stop()
+    if isinstance(executor, OwningExecutor):
+        executor.close()

@@ -7,6 +7,7 @@ import os
 import threading
 from collections import deque
 
+from trimode.runtime.executor import ExecutorLostError
 from trimode.runtime.request.errors import EngineDeadError, ForkedError, QueueFullError, ShutDownError
 from trimode.runtime.scheduling.running_request import Request
 from trimode.runtime.scheduling.scheduler import Scheduler
@@ -94,6 +95,8 @@ class SchedulerThread:
 
     def _ended(self) -> ShutDownError:
         death = self._death
+        if isinstance(death, ExecutorLostError):
+            return EngineDeadError(f"the engine has stopped: {death}")
         if death is not None:
             return EngineDeadError(f"the engine has stopped: {type(death).__name__}: {death}")
         return ShutDownError("the engine was shut down")
@@ -102,6 +105,9 @@ class SchedulerThread:
         """However this ends, every caller that waits gets an error."""
         try:
             self._run_steps()
+        except ExecutorLostError as death:
+            self._death = death
+            log.critical("the engine has stopped: %s", death)
         except BaseException as death:
             self._death = death
             log.critical("the scheduler has stopped: %r", death, exc_info=death)

@@ -168,16 +168,16 @@ class Scheduler:
             rows = max(other.sequence.kv_rows for other in (request, *self._running))
             if self._running and self._pool.most_rows(len(self._running) + 1) < rows:
                 return
-            self.waiting.popleft()
             with _Isolated(request):
                 slot = self._pool.acquire(rows)
-                self._running.append(request)
+                self._running.append(self.waiting.popleft())
                 request.admit()
                 if self._prefix_cache is not None:
                     sequence = request.sequence
                     sequence.committed = self._prefix_cache.restore(sequence.prompt, self._pool, slot)
                     sequence.counts.cached_tokens = sequence.committed
             if request.failure is not None and request not in self._running:
+                self.waiting.popleft()
                 self._fail(request)
 
     def _open_blocks(self) -> None:
