@@ -16,17 +16,16 @@ Rows that would probably be run again get their masks at once.
 from __future__ import annotations
 
 from collections.abc import Collection, Generator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trimode.runtime.decoding.token_rules import TokenRules, are_legal, count_legal, token_bits
+from trimode.runtime.decoding.token_rules import DeadEndError, TokenRules, are_legal, count_legal, token_bits
 from trimode.runtime.executor import Candidates, Ints, Words
 
 _ABSENT = -1e29  # logits below it mark places behind the last legal token
-_SINGLE_CHECKS = 8  # candidates that are checked one by one before the mask is computed
 
 Reals = NDArray[np.float32]
 
@@ -66,13 +65,14 @@ class RuledRows:
     def __init__(
         self, rules: TokenRules, biases: Biases | None, drafts: Sequence[int], needed: int | None, logprobs: bool
     ) -> None:
-        self.choices: list[Choice] = []  # of the rows that may be emitted, once the pass is complete
+        self._choices: list[Choice] = []  # of the rows that may be emitted, once the pass is complete
+        self._dead_end: DeadEndError | None = None  # of the row behind them
         self._rules = rules
         self._biases = biases
         self._drafts = drafts
         self._needed = needed
         self._logprobs = logprobs
-        self._masked: frozenset[int] = frozenset()  # rows that have their mask in the first run
+        self._masked: set[int] = set()  # rows that have their mask in the first run
         self._asked: Ints | None = None
         self._reported: Candidates | None = None  # by the first run
         self._second: dict[int, tuple[Reals, Ints]] = {}  # candidates of the rows that were run again
@@ -86,20 +86,22 @@ class RuledRows:
 
     def inputs(self, masked: Collection[int]) -> RowInputs:
         """Of the first run. masked: rows that get their masks at once, if log-probabilities allow it."""
-        self._masked = frozenset() if self._logprobs else frozenset(masked)
+        if self._logprobs:
+            masked = ()
         rows = len(self._drafts) + 1
-        masks = np.full((rows, self._rules.words), ~np.uint32(0)) if self._masked else None
+        masks = np.full((rows, self._rules.words), ~np.uint32(0)) if masked else None
         biased = [] if self._biases is None else self._biases.ids.tolist()
         self._asked = np.zeros((rows, len(biased) + self._logprobs), np.int64) if biased or self._logprobs else None
-        if self._masked or self._logprobs:
-            with closing(self._along_drafts()) as along:
+        if masked or self._logprobs:
+            with closing(self._along_drafts()) as along, suppress(DeadEndError):
                 for row in along:
                     forced = self._rules.forced
                     if forced and self._logprobs and self._asked is not None:
                         self._asked[row, -1] = forced[0]
-                    elif masks is not None and row in self._masked and not forced:
+                    elif masks is not None and row in masked and not forced:
                         masks[row] = self._mask_of_unbiased()
-                    if row == max(self._masked, default=rows):
+                        self._masked.add(row)
+                    if row == max(masked, default=rows):
                         break
         if self._asked is not None and biased:
             self._asked[:, : len(biased)] = biased
@@ -117,6 +119,12 @@ class RuledRows:
             self._second[row] = found.logits[index], found.tokens[index]
         self._choose()
 
+    def choice(self, row: int) -> Choice:
+        """Of a row that the text comes to. Raises DeadEndError if no token is legal there."""
+        if row == len(self._choices) and self._dead_end is not None:
+            raise self._dead_end
+        return self._choices[row]
+
     def logit(self, row: int, token: int) -> float:
         """The model's logit of a token of the row's choice."""
         reported = self.reported
@@ -128,15 +136,22 @@ class RuledRows:
         return next(float(logits[tokens == token][0]) for logits, tokens in sources if (tokens == token).any())
 
     def _choose(self) -> dict[int, Words]:
-        """Set the choices of the rows that may be emitted. Returns the masks of those that must be run again."""
-        self.choices, again = [], dict[int, Words]()
+        """Set the choices of the rows that may be emitted. Returns the masks of those that must be run again.
+
+        The first row without a legal token ends them: it is an error only if the text comes to it.
+        """
+        self._choices, again = [], dict[int, Words]()
         with closing(self._along_drafts()) as along:
             for row in along:
-                choice = self._choice(row)
-                if choice is None:
-                    again[row] = self._mask_of_unbiased()
-                    continue
-                self.choices.append(choice)
+                try:
+                    choice = self._choice(row)
+                    if choice is None:
+                        again[row] = self._mask_of_unbiased()
+                        continue
+                except DeadEndError as error:
+                    self._dead_end = error
+                    break
+                self._choices.append(choice)
                 if self._needed == 1 and row < len(self._drafts) and choice.tokens[0] != self._drafts[row]:
                     break  # greedy: the run ends here
         return again
@@ -170,9 +185,8 @@ class RuledRows:
             legal = logits > _ABSENT
             return self._best(logits[legal], tokens[legal], asked, needed)
         if self._biases is None and needed == 1:
-            for index, token in enumerate(tokens[:_SINGLE_CHECKS].tolist()):
-                if self._rules.allows(token):
-                    return Choice(logits[index : index + 1], tokens[index : index + 1])
+            best = self._rules.first_legal(tokens[logits > _ABSENT])
+            return None if best is None else Choice(logits[best : best + 1], tokens[best : best + 1])
         mask = self._rules.mask()
         legal = are_legal(mask, tokens) & (logits > _ABSENT)
         if self._biases is None:

@@ -206,9 +206,13 @@ class Sequence:
         """Start the next block: the pending token and ``length`` - 1 drafts; ``length`` is at most ``longest_block``.
 
         The drafts are masks, or copies if ``looked_up``; the latest :meth:`look_up` has found some. Tokens that the
-        grammar forces come first, in addition, as far as a pass has room; AR's block stays one token.
+        grammar forces come first, in addition, as far as a pass has room; AR's block stays one token. There are no
+        masks where the forced tokens alone yield more a pass.
         """
         forced = self._forced_next()
+        if forced and length > 1 and not looked_up and self._expected_drafts(length) <= len(forced) + 1:
+            length = 1
+            self.acceptance.forget()
         length = min(length, self._room - len(forced)) if forced else length
         free = [self.pending_token, *forced]
         if looked_up and self._lookup is not None:
@@ -221,7 +225,7 @@ class Sequence:
         self._looked_up = looked_up
         self._tree = None
         self._drafted = {}
-        self._doubtful_rows = set()
+        self._doubtful_rows = set() if self._masks or looked_up else {len(self._block) - 1}
         self.rejected = []
         if looked_up and self._rules is not None:
             self._repair_drafts(self._rules)
@@ -242,6 +246,11 @@ class Sequence:
             rules = None if self.params.mode == "ar" else self._rules
             self._forced_run = [] if rules is None else rules.forced_run(self._room - 1)
         return self._forced_run
+
+    def _expected_drafts(self, length: int) -> float:
+        """Drafts that are expected to be accepted of a block."""
+        yields = self.acceptance.yields()
+        return yields[min(length, len(yields)) - 1] - 1
 
     def next_pass(self) -> Pass:
         """The next pass of a sequence that is in its prefill or has a block."""
@@ -265,11 +274,9 @@ class Sequence:
         drafts = self._block[1:].tolist()
         needs = self.params.needed_candidates
         self._ruled_rows = RuledRows(self._rules, self._biases, drafts, needs, self.params.logprobs is not None)
-        rows = range(len(drafts) + 1)
-        # Repeating a prefill or a single token's pass costs more than its mask; where many candidates are needed, some
-        # are hardly ever legal; and where the draft's best ones were illegal, the verifier's probably are too.
-        alone = needed.kind == "prefill" or not drafts
-        masks, asked = self._ruled_rows.inputs(rows if alone or needs != 1 else self._doubtful_rows)
+        # Where many candidates are needed, some are hardly ever legal.
+        all_rows = needed.kind == "prefill" or needs != 1
+        masks, asked = self._ruled_rows.inputs(range(len(drafts) + 1) if all_rows else self._doubtful_rows)
         return needed._replace(masks=masks, asked=asked)
 
     def absorb(self, done: Pass, found: Candidates) -> None:
@@ -330,24 +337,27 @@ class Sequence:
 
     def _repair_drafts(self, rules: TokenRules) -> None:
         """Replace illegal drafts by the best legal candidate of their place, and places that the grammar forces by what
-        it forces. The block ends before a place without a legal candidate.
+        it forces. The block ends before a place without a legal candidate, or behind what is forced after its end.
         """
-        place = 1
-        while place < len(self._block):
-            forced = rules.forced
-            candidates = forced[:1] or self._drafted.get(place, self._block[place : place + 1]).tolist()
-            rank = next((rank for rank, token in enumerate(candidates) if rules.allows(token)), None)
+        block, drafted = [self.pending_token], len(self._block)
+        while len(block) < self._room:
+            place, forced = len(block), rules.forced[:1]
+            if place >= drafted and not forced:
+                break
+            candidates = np.array(forced) if forced else self._drafted.get(place, self._block[place : place + 1])
+            rank = rules.first_legal(candidates)
             if rank is None or rank >= DOUBTFUL_RANK:
                 self._doubtful_rows.add(place - 1)
             if rank is None:
                 break
             if forced:
                 self._forced_places.add(place)
-            self._block[place] = candidates[rank]
-            rules.take(candidates[rank])
-            place += 1
-        rules.undo(place - 1)
-        self._block = self._block[:place]
+            block.append(int(candidates[rank]))
+            rules.take(block[-1])
+        rules.undo(len(block) - 1)
+        if len(block) > drafted:  # the draft has no candidates for the last row's token
+            self._doubtful_rows.add(len(block) - 1)
+        self._block = np.array(block)
 
     def _denoise(self, done: Pass, found: Candidates) -> None:
         """Settle masked positions of the block by confidence, the probability of the token chosen for them."""
@@ -440,7 +450,6 @@ class Sequence:
         positions: absolute positions of the rows' tokens. follow: the row behind a row if this is its token, None if
         the token is not drafted.
         """
-        choices = [] if self._ruled_rows is None else self._ruled_rows.choices
         draw = self._draw(found, positions)
         rows: list[int] = []
         agreed = 0
@@ -454,7 +463,7 @@ class Sequence:
             next_row = follow(row, token)
             rows.append(row)
             agreed += next_row is not None
-            is_forced = forced is not None or (bool(choices) and choices[row].forced)
+            is_forced = forced is not None or (self._ruled_rows is not None and self._ruled_rows.choice(row).forced)
             if not self._emit(token, "forced" if is_forced else origin if next_row is None else "accepted"):
                 break
         if self._rules is not None and self.ending.finish_reason is None and self.params.logprobs is None:
@@ -467,8 +476,13 @@ class Sequence:
         """A function from a causal row to its token. A token may depend on those emitted before the call."""
         if self._ruled_rows is None:
             return self._sampler.by_row(found.logits, found.tokens, positions)
-        choices = self._ruled_rows.choices
-        return lambda row: self._sampler.choose(choices[row].logits, choices[row].tokens, positions[row])
+        rows = self._ruled_rows
+
+        def draw(row: int) -> int:
+            choice = rows.choice(row)
+            return self._sampler.choose(choice.logits, choice.tokens, positions[row])
+
+        return draw
 
     def _emit_denoised(self) -> None:
         """Emit the block behind its pending token, up to the end of the text."""

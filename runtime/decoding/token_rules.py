@@ -17,6 +17,12 @@ from trimode.runtime.executor import Ints, Words
 from trimode.runtime.grammar.matcher import GrammarMatcher
 from trimode.runtime.request.errors import GrammarError
 
+_SINGLE_CHECKS = 8  # tokens that are checked one by one before the mask is computed
+
+
+class DeadEndError(GrammarError):
+    """No token is legal at some place of an answer."""
+
 
 class TokenRules:
     """The rules of one answer. Tokens are taken as they are emitted; drafts are taken and undone.
@@ -71,8 +77,8 @@ class TokenRules:
         """Words of a mask."""
         return len(self._always)
 
-    def dead_end(self) -> GrammarError:
-        return GrammarError(
+    def dead_end(self) -> DeadEndError:
+        return DeadEndError(
             f"no token is legal after {len(self._taken)} tokens of the answer: its grammar, allowed and banned tokens, "
             "bad words and min_tokens contradict each other there"
         )
@@ -87,7 +93,7 @@ class TokenRules:
     def mask(self) -> Words:
         """The legal tokens, [ceil(V / 32)], as :mod:`trimode.model.step` defines ``token_mask``.
 
-        Raises GrammarError if there is none.
+        Raises DeadEndError if there is none.
         """
         words = self._static_words().copy()
         if self._matcher is not None:
@@ -97,6 +103,19 @@ class TokenRules:
         if not words.any():
             raise self.dead_end()
         return words
+
+    def first_legal(self, tokens: Ints) -> int | None:
+        """The index of the first legal one of some tokens; None if there is none."""
+        for index, token in enumerate(tokens[:_SINGLE_CHECKS].tolist()):
+            if self.allows(token):
+                return index
+        if len(tokens) <= _SINGLE_CHECKS:
+            return None
+        try:
+            legal = are_legal(self.mask(), tokens)
+        except DeadEndError:
+            return None
+        return int(legal.argmax()) if legal.any() else None
 
     def take(self, token: int) -> None:
         """A token that was emitted or drafted. Raises ValueError if the grammar does not allow it."""

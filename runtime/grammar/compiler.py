@@ -96,6 +96,8 @@ class GrammarCompiler:
             text = definition(source, self._tokenizer.special_tokens)
         except ValueError as error:
             raise _refusal(source, str(error)) from None
+        except RecursionError:
+            raise _refusal(source, "it is nested too deeply") from None
         start = LLMatcher(vocabulary.tokenizer, text, log_level=0, limits=_LIMITS)
         if start.is_error():
             raise _refusal(source, start.get_error())

@@ -12,9 +12,10 @@ from llguidance.gbnf_to_lark import any_to_lark
 from trimode.runtime.request.errors import GrammarError
 from trimode.runtime.request.guided_decoding import GrammarKind, GrammarSource
 
-# Between the tokens of JSON: nothing, a space, or a line break and its indentation. Without a bound, a model that is
-# forced into JSON may write spaces until its length limit.
-JSON_WHITESPACE = r"( |\n[ \t]{0,40})?"
+# JSON is one line, written as Python's ``json.dumps`` does: text between two values is forced, so it needs no draft,
+# and no model can write spaces until its length limit. A schema with ``x-guidance`` of its own replaces this.
+JSON_STYLE: Mapping[str, Any] = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_STYLE = "x-guidance"
 _TEXT = r"/(.|\n)*/"
 
 
@@ -29,7 +30,11 @@ def definition(source: GrammarSource, special_tokens: Mapping[str, int]) -> str:
 
 
 def _json(schema: str) -> str:
-    return LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": JSON_WHITESPACE})
+    return LLMatcher.grammar_from_json_schema(json.dumps(_with_style(json.loads(schema)), ensure_ascii=False))
+
+
+def _with_style(schema: Mapping[str, Any]) -> dict[str, Any]:
+    return {_STYLE: JSON_STYLE, **schema}
 
 
 def _json_object(_: str) -> str:
@@ -73,8 +78,7 @@ def _structural_tag(tag: Any, special_tokens: Mapping[str, int]) -> str:
         trigger = next((trigger for trigger in triggers if trigger and begin.startswith(trigger)), None)
         if trigger is None:
             raise GrammarError(f"structural_tag: {begin!r} begins with none of the triggers")
-        options = {"x-guidance": {"whitespace_pattern": JSON_WHITESPACE}}
-        content = "%json " + json.dumps(options | dict(schema), ensure_ascii=False)
+        content = "%json " + json.dumps(_with_style(schema), ensure_ascii=False)
         body = " ".join(part for part in (_literal(begin[len(trigger) :], special_tokens), content) if part)
         closing = _literal(end, special_tokens)
         if trigger in special_tokens:

@@ -6,6 +6,7 @@ ever one is legal, so that nearly every row is run again with its mask.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,9 @@ from trimode.common.errors import TriModeError
 from trimode.model.checkpoint import Checkpoint
 from trimode.model.reference.loading import load_reference
 from trimode.model.reference.network import NemotronLabsDiffusionModel
+from trimode.runtime.decoding.ruled_rows import RuledRows
 from trimode.runtime.decoding.token_rules import TokenRules, are_legal
+from trimode.runtime.executor import Candidates
 from trimode.runtime.grammar.compiler import CompiledGrammar
 from trimode.runtime.request.errors import GrammarError
 
@@ -261,6 +264,49 @@ def test_forced_text_costs_no_drafts(tiny: LLM) -> None:
     assert output.counts.commit <= 4
     assert output.origins.count("forced") > 15
     assert output.counts.drafted < 60
+
+
+def test_forced_text_behind_a_draft_joins_its_block(tiny: LLM) -> None:
+    """The draft proposes the first digit; what the grammar forces behind it is verified in the same pass."""
+    guided = GuidedDecodingParams(regex="[0-9]( the quick brown fox jumps| a lazy dog sleeps)[.]")
+    output = tiny.generate(
+        CHAT, SamplingParams(max_tokens=80, guided_decoding=guided, mode="linear_spec", block_length=3)
+    ).outputs[0]
+    assert output.finish_reason == "stop"
+    assert output.counts.commit <= 3
+
+
+def test_no_draft_is_made_where_forced_text_yields_more(tiny: LLM) -> None:
+    properties = {f"property_number_{number}": {"type": "boolean"} for number in range(6)}
+    schema = {"properties": properties, "required": list(properties), "additionalProperties": False}
+    guided = GuidedDecodingParams(json={"type": "object", **schema})
+    params = SamplingParams(max_tokens=200, guided_decoding=guided, mode="linear_spec", block_length=4)
+    output = tiny.generate(CHAT, params).outputs[0]
+    assert output.finish_reason == "stop"
+    assert output.counts.draft < output.counts.commit
+
+
+@pytest.mark.parametrize("needed", [1, None])
+def test_a_dead_end_behind_a_draft_is_an_error_only_if_the_text_comes_to_it(tiny: LLM, needed: int | None) -> None:
+    """Behind b, the grammar needs c, which is not allowed. The verifier prefers a, or b."""
+    a, b, c = (tiny.tokenizer.encode(letter)[0] for letter in "abc")
+    grammar = tiny._grammars.compile(GuidedDecodingParams(regex="a|b(c|c?d)")).matcher()
+    rules = TokenRules(768, {11}, grammar=grammar, allowed=[a, b, 11])
+    rows = RuledRows(rules, None, [b], needed, logprobs=False)
+    masks = rows.inputs([0, 1]).masks
+    assert masks is not None
+    assert are_legal(masks[0], np.array([a, b, c])).tolist() == [True, True, False]
+    logits, tokens = np.array([[3, 2, 1]] * 2, np.float32), np.array([[a, b, c]] * 2)
+    assert rows.absorb(Candidates(logits, tokens, np.zeros(2, np.float32))) is None
+    assert rows.choice(0).tokens[0] == a
+    if needed == 1:
+        return  # the text does not come to the second row
+    with pytest.raises(GrammarError, match="no token is legal after 1 tokens"):
+        rows.choice(1)
+    params = SamplingParams(max_tokens=9, allowed_token_ids=[b, 11], guided_decoding=GuidedDecodingParams(regex="bc"))
+    for mode in MODES:
+        with pytest.raises(GrammarError, match=r"no token is legal after [01] tokens"):
+            tiny.generate(CHAT, dataclasses.replace(params, **mode))
 
 
 def test_a_logits_processor_sees_the_candidates_and_decides(tiny: LLM) -> None:

@@ -52,14 +52,19 @@ def legal(matcher: GrammarMatcher) -> set[int]:
 @pytest.mark.parametrize(
     ("fields", "right", "wrong"),
     [
-        ({"json": POINT}, ['{"x":3,"unit":"m"}', '{"x": -3, "unit": "µm"}', '{\n  "x": 3,\n  "unit": "m"\n}'], ["{}"]),
-        ({"json": POINT}, [], ['{"x":3.5,"unit":"m"}', '{"x":3,"unit":"cm"}', "[1]", '{  "x":3,"unit":"m"}']),
+        ({"json": POINT}, ['{"x": 3, "unit": "m"}', '{"x": -3, "unit": "µm"}'], ["{}", '{"x":3,"unit":"m"}', "[1]"]),
+        ({"json": POINT}, [], ['{"x": 3.5, "unit": "m"}', '{"x": 3, "unit": "cm"}', '{ "x": 3, "unit": "m"}']),
+        (
+            {"json": POINT | {"x-guidance": {"whitespace_pattern": r"( |\n *)?"}}},
+            ['{"x":3,"unit":"m"}', '{"x": -3, "unit": "µm"}', '{\n  "x": 3,\n  "unit": "m"\n}'],
+            ["{}", '{  "x":3,"unit":"m"}'],
+        ),
         ({"json_object": True}, ["{}", '{"a": [1, {"b": null}]}'], ["[1]", "3"]),
         ({"regex": r"[a-c]{2}-\d+"}, ["ab-12"], ["abc", "ab-"]),
         ({"choice": ["yes", 'naïve "x"\n', "😀"]}, ["yes", 'naïve "x"\n', "😀"], ["no", "ye"]),
         ({"grammar": 'start: "a" /[0-9]+/'}, ["a12"], ["b"]),
         ({"grammar": 'root ::= "a" digits\ndigits ::= [0-9]+'}, ["a12"], ["b"]),
-        ({"structural_tag": TAG}, ["free", 'so <call>\n{"x":1,"unit":"m"}\n</call> end'], ["<call>x", "<call>\n{}"]),
+        ({"structural_tag": TAG}, ["free", 'so <call>\n{"x": 1, "unit": "m"}\n</call> end'], ["<call>x", "<call>\n{}"]),
     ],
 )
 def test_each_kind_accepts_its_texts_only(
@@ -86,7 +91,7 @@ def test_special_tokens_of_a_structural_tag_are_tokens_and_not_their_letters(
     matcher = compiled.matcher()
     assert begin in legal(matcher)
     assert end not in legal(matcher)
-    tokens = [*tokenizer.encode('a <SPECIAL_5>x<SPECIAL_6>{"x":1,"unit":"m"}<SPECIAL_7>'), END]
+    tokens = [*tokenizer.encode('a <SPECIAL_5>x<SPECIAL_6>{"x": 1, "unit": "m"}<SPECIAL_7>'), END]
     assert tokens.count(end) == 1
     assert taken(matcher, tokens) == len(tokens)
 

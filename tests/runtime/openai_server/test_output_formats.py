@@ -84,19 +84,18 @@ def test_diffusion_is_refused_with_a_pointer(http: httpx.Client) -> None:
 class Person(BaseModel):
     name: str
     age: int
+    city: str
+    hobby: str
 
 
 def test_the_official_client_parses_a_pydantic_model(client: openai.OpenAI) -> None:
     parsed = client.chat.completions.parse(
         model="tiny",
-        messages=[{"role": "user", "content": "Describe a user as JSON."}],
+        messages=[{"role": "user", "content": "Turn this into JSON: Ruben is 14, lives in Madrid and likes cycling."}],
         response_format=Person,
         max_tokens=150,
-        logit_bias={"368": 4},
     )
-    message = parsed.choices[0].message
-    assert message.parsed is None or isinstance(message.parsed, Person)
-    assert (parsed.choices[0].finish_reason == "stop") == (message.parsed is not None)
+    assert parsed.choices[0].message.parsed == Person(name="Ruben", age=14, city="Madrid", hobby="cycling")
 
 
 def test_biases_allowed_and_banned_tokens_and_words_and_least_lengths(http: httpx.Client) -> None:
