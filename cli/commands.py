@@ -21,6 +21,7 @@ SUMMARIES = {
     "doctor": "Show what this machine can build and run.",
     "audit": "List an engine's GPU kernels and the bytes they move.",
     "generate": "Answer one prompt.",
+    "bench": "Measure throughput and latency.",
     "serve": "Serve a model over the OpenAI API.",
     "triton": "Write a model repository for Triton Inference Server.",
     "cache": "List or remove the engines that were built from checkpoints.",

@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import torch
 from matplotlib import pyplot as plt
@@ -26,22 +25,27 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from trimode import LLM, CompletionOutput, SamplingParams
+from trimode import LLM, CompletionOutput
 from trimode.model.checkpoint import Checkpoint
 from trimode.model.reference.loading import load_reference
+from trimode.runtime.benchmark.load import Load, measure
+from trimode.runtime.benchmark.plot import draw_throughput
+from trimode.runtime.benchmark.prompts import BenchmarkPrompt, read_prompts
+from trimode.runtime.benchmark.settings import settings_of
+from trimode.runtime.benchmark.summary import tokens_per_cycle, tokens_per_pass
+from trimode.runtime.benchmark.targets import EngineTarget
 
 ROOT = Path(__file__).resolve().parents[2]
 MAX_TOKENS = 200
 LOADS = (1, 2, 4, 8, 16)
-SETTINGS: dict[str, dict[str, Any]] = {
-    "ar": {"mode": "ar"},
-    "linear_spec 4": {"mode": "linear_spec", "block_length": 4},
-    "linear_spec 8": {"mode": "linear_spec", "block_length": 8},
-    "linear_spec 16": {"mode": "linear_spec", "block_length": 16},
-    "linear_spec 32": {"mode": "linear_spec", "block_length": 32},
-    "diffusion 16": {"mode": "diffusion", "block_length": 16},
-    "auto": {"mode": "auto"},
-}
+SETTINGS: dict[str, dict[str, Any]] = dict(
+    [
+        *settings_of(["ar"], []),
+        *settings_of(["linear_spec"], [4, 8, 16, 32]),
+        *settings_of(["diffusion"], [16]),
+        *settings_of(["auto"], []),
+    ]
+)
 LOSSLESS = [name for name in SETTINGS if not name.startswith("diffusion") and name != "auto"]
 
 
@@ -118,16 +122,18 @@ def main() -> None:
         show(points, duels, reference)
 
 
-def held_out(count: int) -> list[Any]:
-    records = [json.loads(line) for line in (ROOT / "tests/data/heldout.jsonl").read_text().splitlines()]
-    return [records[at]["messages"] for at in np.linspace(0, len(records) - 1, min(count, len(records))).astype(int)]
+def held_out(count: int) -> list[BenchmarkPrompt]:
+    prompts = read_prompts(ROOT / "tests/data/heldout.jsonl")
+    return [prompts[at] for at in np.linspace(0, len(prompts) - 1, min(count, len(prompts))).astype(int)]
 
 
-def run(llm: LLM, messages: list[Any], name: str) -> tuple[float, list[CompletionOutput]]:
-    params = SamplingParams(max_tokens=MAX_TOKENS, **SETTINGS[name])
-    begun = time.perf_counter()
-    answers = [output.outputs[0] for output in llm.generate(messages, params, use_tqdm=False)]
-    return sum(answer.length for answer in answers) / (time.perf_counter() - begun), answers
+def run(llm: LLM, prompts: list[BenchmarkPrompt], name: str) -> tuple[float, list[CompletionOutput]]:
+    """Tokens per second, and the answers. All requests are sent at once; the engine has as many slots as the load."""
+    fields = {"max_tokens": MAX_TOKENS, **SETTINGS[name]}
+    measured = measure(EngineTarget(llm, streaming=False), prompts, fields, Load(concurrency=len(prompts)))
+    if measured.failures:
+        raise measured.failures[0]
+    return measured.tokens_per_second, [answer.output for answer in measured.answers if answer.output is not None]
 
 
 def reference_paces(checkpoint: Path, engine: Path, messages: list[Any]) -> dict[str, float]:
@@ -157,15 +163,12 @@ def point(
     reference: dict[str, float],
 ) -> Point:
     mode = SETTINGS[name]["mode"]
-    tokens = sum(answer.length - 1 for answer in answers)
-    counts = [answer.counts for answer in answers]
-    passes = sum(count.draft + count.denoise + count.commit for count in counts)
     return Point(
         setting=name,
         load=load,
         tokens_per_second=statistics.median(paces),
-        tokens_per_forward=tokens / passes,
-        acceptance=tokens / sum(count.cycles for count in counts),
+        tokens_per_forward=tokens_per_pass(answers) or 0.0,
+        acceptance=tokens_per_cycle(answers) or 0.0,
         of_reference=statistics.median(paces) / reference["linear_spec" if mode == "auto" else mode],
     )
 
@@ -213,18 +216,8 @@ def show(points: list[Point], duels: list[Duel], reference: dict[str, float]) ->
 
 
 def draw(points: list[Point], accepted: dict[str, list[float]], path: Path) -> None:
-    mpl.use("Agg")
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for name in SETTINGS:
-        mine = [each for each in points if each.setting == name]
-        style = {"linewidth": 3, "color": "black"} if name == "auto" else {"linewidth": 1.5}
-        left.plot(
-            [each.load for each in mine], [each.tokens_per_second for each in mine], marker="o", label=name, **style
-        )
-    left.set(xscale="log", xlabel="requests at once", ylabel="tokens per second", title="Throughput by load")
-    left.set_xticks(LOADS, [str(load) for load in LOADS])
-    left.set_ylim(bottom=0)
-    left.legend(fontsize=8)
+    draw_throughput(left, [(each.setting, each.load, each.tokens_per_second) for each in points])
     for name, shares in accepted.items():
         drafts = shares[: SETTINGS[name]["block_length"] - 1]
         right.plot(range(1, len(drafts) + 1), drafts, marker=".", label=name)
@@ -233,8 +226,7 @@ def draw(points: list[Point], accepted: dict[str, list[float]], path: Path) -> N
     )
     right.set_ylim(0, 1.02)
     right.legend(fontsize=8)
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
+    right.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
 
 

@@ -1,0 +1,1 @@
+"""Throughput and latency of a loaded engine or of a server, under a given load."""
