@@ -79,10 +79,12 @@ TRIMODE_INPUTS = (
 )
 # Inputs of the ensemble that no other input stands for.
 ENSEMBLE_ONLY_INPUTS = (
-    Tensor("bad_words", "TYPE_STRING", many=True, lacking="banned words are not supported", neutral=("",)),
+    Tensor("bad_words", "TYPE_STRING", "bad", many=True),
     Tensor("beam_width", "TYPE_INT32", lacking=_NO_BEAMS, neutral=(0, 1)),
     Tensor("length_penalty", "TYPE_FP32", lacking=_NO_BEAMS, neutral=(0.0, 1.0)),
-    Tensor("min_tokens", "TYPE_INT32", lacking="a least number of tokens is not supported", neutral=(0, 1)),
+    Tensor("min_tokens", "TYPE_INT32", "min_tokens"),
+    Tensor("guided_decoding_guide_type", "TYPE_STRING"),
+    Tensor("guided_decoding_guide", "TYPE_STRING"),
     Tensor("pad_id", "TYPE_INT32"),
     Tensor("return_log_probs", "TYPE_BOOL", lacking="send return_cumulative_logprob to tensorrt_llm", neutral=(False,)),
     Tensor("return_context_logits", "TYPE_BOOL", lacking=_NO_LOGITS, neutral=(False,)),

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from trimode.common.errors import TriModeError
+from trimode.runtime.request.guided_decoding import GuidedDecodingParams
 from trimode.runtime.request.sampling_params import SamplingParams
 from trimode.runtime.triton.tensors import OPTIONAL_INPUTS, TEXT_INPUT, Tensor
 
 # TensorRT-LLM's own client sends this parameter with every request to request a stream. TensorRT-LLM's model is not
 # decoupled and ignores it.
 STREAMING = "Streaming"
+# TensorRT-LLM's guide types, and the fields of GuidedDecodingParams that take their guides. "json" has none.
+_GUIDES = {"json_schema": "json", "regex": "regex", "ebnf_grammar": "grammar", "structural_tag": "structural_tag"}
 
 
 class TritonRequest(NamedTuple):
@@ -47,8 +51,10 @@ def read(request: Any, decoupled: bool) -> TritonRequest:
     fields: dict[str, Any] = {
         tensor.field: values[tensor.name] for tensor in OPTIONAL_INPUTS if tensor.field and tensor.name in values
     }
-    if "stop" in fields:
-        fields["stop"] = [stop for stop in fields["stop"] if stop]
+    for field in ("stop", "bad"):
+        if field in fields:
+            fields[field] = [text for text in fields[field] if text]
+    fields["guided_decoding"] = _guided_decoding(values)
     if with_logprob:
         fields["logprobs"] = 0
     return TritonRequest(
@@ -61,6 +67,22 @@ def read(request: Any, decoupled: bool) -> TritonRequest:
         cumulative_logprob=with_logprob,
         perf_metrics=bool(values.get("sampling_param_return_perf_metrics")),
     )
+
+
+def _guided_decoding(values: Mapping[str, Any]) -> GuidedDecodingParams | None:
+    """Empty texts stand for tensors that are left out."""
+    kind, guide = values.get("guided_decoding_guide_type"), values.get("guided_decoding_guide")
+    if not kind:
+        if guide:
+            raise TriModeError("guided_decoding_guide needs guided_decoding_guide_type")
+        return None
+    if kind == "json":
+        return GuidedDecodingParams(json_object=True)
+    if kind not in _GUIDES:
+        raise TriModeError(f"guided_decoding_guide_type is {kind!r}; it must be one of json, {', '.join(_GUIDES)}")
+    if not guide:
+        raise TriModeError(f"guided_decoding_guide_type {kind} needs guided_decoding_guide")
+    return GuidedDecodingParams(**{_GUIDES[kind]: guide})
 
 
 def _parameters(request: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import queue
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -170,7 +171,13 @@ BAD = {
     "two prompts": ({"text_input": ["a", "b"]}, "text_input has 2 elements"),
     "lora": ({"lora_id": 1}, "lora_id is not supported: this model has no LoRA"),
     "image": ({"image_url": ["data:,"]}, "image_url is not supported: this model reads text only"),
-    "bad_words": ({"bad_words": ["a", "b"]}, "bad_words is not supported: banned words"),
+    "guide type": ({"guided_decoding_guide_type": "xml"}, "guided_decoding_guide_type is 'xml'"),
+    "no guide": ({"guided_decoding_guide_type": "regex"}, "needs guided_decoding_guide"),
+    "no guide type": ({"guided_decoding_guide": "a"}, "needs guided_decoding_guide_type"),
+    "bad grammar": (
+        {"guided_decoding_guide_type": "regex", "guided_decoding_guide": "a{"},
+        "guided_decoding: regex cannot be compiled",
+    ),
     "beams": ({"beam_width": 2}, "beam_width is not supported: beam search"),
     "misspelt": ({"block_lenght": 8}, "block_lenght"),
     "stop without an id": ({"stop": True}, "stop needs a request id"),
@@ -223,9 +230,13 @@ def test_ensemble(triton: Ports, undecoupled: Ports) -> None:
         assert ensemble(ports, seed=1, **hot).json() == ensemble(ports, seed=1, **hot).json()
         assert ensemble(ports, exclude_input_in_output=False).json()["text_output"] == PROMPT + ANSWER
         assert ensemble(ports, beam_width=1, pad_id=2, end_id=2, return_log_probs=False).status_code == 200
-        refused = ensemble(ports, bad_words=["a"])
+        assert "Tens" not in ensemble(ports, bad_words=["Tens", ""]).json()["text_output"]
+        assert len(ensemble(ports, min_tokens=120).json()["text_output"]) > len(ANSWER)
+        guide = {"guided_decoding_guide_type": "regex", "guided_decoding_guide": "(yes|no) [0-9]{3}"}
+        assert re.fullmatch("(yes|no) [0-9]{3}", ensemble(ports, **guide).json()["text_output"])
+        refused = ensemble(ports, beam_width=2)
         assert refused.status_code == 400
-        assert "banned words are not supported" in refused.json()["error"]
+        assert "beam search is not supported" in refused.json()["error"]
 
 
 def test_ensemble_streams(triton: Ports) -> None:

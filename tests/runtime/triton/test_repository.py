@@ -68,6 +68,7 @@ THEIR_ENSEMBLE = {
     "frequency_penalty": "FP32 [ 1 ]", "seed": "UINT64 [ 1 ]", "return_log_probs": "BOOL [ 1 ]",
     "return_context_logits": "BOOL [ 1 ]", "return_generation_logits": "BOOL [ 1 ]", "beam_width": "INT32 [ 1 ]",
     "num_return_sequences": "INT32 [ 1 ]", "stream": "BOOL [ 1 ]",
+    "guided_decoding_guide_type": "STRING [ 1 ]", "guided_decoding_guide": "STRING [ 1 ]",
 }  # fmt: skip
 
 
