@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
 
 from trimode.common.errors import TriModeError
@@ -70,7 +71,9 @@ class RequestFactory:
         requests: list[Request] = []
         for index in range(params.n):
             text = self._text(params)
-            sequence = self._sequence(prompt, params, seed + index, text)
+            # The prompt's log-probabilities come with the first answer.
+            its_params = dataclasses.replace(params, prompt_logprobs=None) if index else params
+            sequence = self._sequence(prompt, its_params, seed + index, text)
             update_seconds = self._update_seconds if streaming else None
             requests.append(
                 Request(sequence, text, listener, request_id=request_id, index=index, update_seconds=update_seconds)
@@ -109,7 +112,7 @@ class RequestFactory:
             )
         if params.adapter and self.manifest.adapter is None:
             raise TriModeError("adapter is True, but the engine has no draft adapter; leave it out")
-        for field in ("top_k", "logprobs"):
+        for field in ("top_k", "logprobs", "prompt_logprobs"):
             if (getattr(params, field) or 0) > limits.top_k:
                 raise TriModeError(
                     f"{field} is {getattr(params, field)}, but the engine reports {limits.top_k} candidates a row; "

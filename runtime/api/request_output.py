@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Generator, Iterator
 from typing import Any, Self
 
 from trimode.runtime.request.errors import ForkedError
-from trimode.runtime.request.outputs import CompletionOutput, Update
+from trimode.runtime.request.outputs import CompletionOutput, PromptLogprobs, Update
 from trimode.runtime.scheduling.running_request import Request
 
 
@@ -74,7 +74,8 @@ class RequestOutput:
     """A prompt's answers. ``await`` it or call :meth:`result` for the whole; iterate it, with ``async for`` or ``for``,
     for each update.
 
-    prompt: the text, None if token ids were given. outputs: ``n`` answers, as of the latest update taken; their
+    prompt: the text, None if token ids were given. prompt_logprobs: of the prompt's tokens, as soon as they are known;
+    None if they were not requested. outputs: ``n`` answers, as of the latest update taken; their
     ``*_diff`` fields hold what that update added.
 
     The request ends early, and its slot is free within one scheduler step, when the caller calls :meth:`abort`, when an
@@ -86,6 +87,7 @@ class RequestOutput:
         self.request_id = request_id
         self.prompt = prompt
         self.prompt_token_ids = prompt_token_ids
+        self.prompt_logprobs: PromptLogprobs | None = None
         self.outputs = [CompletionOutput(index) for index in range(answers)]
         self._requests: list[Request] = []
         self._llm: object = None  # keeps the engine loaded
@@ -157,6 +159,8 @@ class RequestOutput:
         mailbox = self._mailbox
         while mailbox.updates:
             update = mailbox.updates.popleft()
+            if update.prompt_logprobs is not None:
+                self.prompt_logprobs = update.prompt_logprobs
             if update.error is None:
                 self.outputs[update.index].apply(update)
             else:

@@ -32,13 +32,15 @@ from trimode.runtime.decoding.ruled_rows import Biases, RuledRows
 from trimode.runtime.decoding.sampling import Sampler
 from trimode.runtime.decoding.token_rules import TokenRules
 from trimode.runtime.executor import Candidates, Ints, Words
-from trimode.runtime.request.outputs import Counts, Logprob, Origin
+from trimode.runtime.request.outputs import Counts, Logprob, Origin, PromptLogprobs
 from trimode.runtime.request.sampling_params import SamplingParams
 
 PassKind = Literal["prefill", "draft", "denoise", "commit"]
 # Where the draft's best legal candidate has this rank, counted from 0, the verifier may report no legal one at all.
 DOUBTFUL_RANK = 8
 TREE_RANKS = 8  # candidates of each place that may be nodes of a tree
+# Most tokens of a prefill pass that needs the logits of all its rows, which a CPU computes over the whole vocabulary.
+PROMPT_LOGPROB_STEP = 128
 NO_BLOCK = np.empty(0, np.int64)
 
 
@@ -104,6 +106,8 @@ class Sequence:
         self.emitted: list[int] = []
         self.origins: list[Origin] = []
         self.logprobs: list[dict[int, Logprob]] = []
+        # None if they are not requested.
+        self.prompt_logprobs: PromptLogprobs | None = None if params.prompt_logprobs is None else [None]
         self.rejected: list[int] = []  # drafts that the latest commit rejected
         self.moves: Moves | None = None  # that the latest pass needs before the next one
         self.counts = Counts()
@@ -172,7 +176,10 @@ class Sequence:
     @property
     def candidates(self) -> int | None:
         """Candidates needed of each row of any other pass; None for all that the engine returns."""
-        return self.params.candidates if self._rules is None else None
+        needed = self.params.candidates if self._rules is None else None
+        if needed is None or self.prompt_logprobs is None or not self.prefilling:
+            return needed
+        return max(needed, self.params.prompt_logprobs or 0)
 
     @property
     def longest_block(self) -> int:
@@ -255,6 +262,8 @@ class Sequence:
     def next_pass(self) -> Pass:
         """The next pass of a sequence that is in its prefill or has a block."""
         if self.prefilling:
+            if self.prompt_logprobs is not None and self.committed < len(self.prompt) - 1:
+                return self._prompt_logprob_pass()
             chunk = self.prompt[self.committed : self.committed + self._prefill_step]
             whole = self.committed + len(chunk) == len(self.prompt)
             return self._with_rules(Pass("prefill", chunk, np.array([len(chunk) - 1])), whole)
@@ -264,6 +273,13 @@ class Sequence:
             return Pass("denoise" if diffusion else "draft", self._block, masked)
         rows = np.array([len(self._block) - 1]) if diffusion else np.arange(len(self._block))
         return self._with_rules(Pass("commit", self._block, rows, tree=self._tree), True)
+
+    def _prompt_logprob_pass(self) -> Pass:
+        """A part of the prompt without its last token, whose row predicts the answer."""
+        most = min(self._prefill_step, PROMPT_LOGPROB_STEP)
+        end = min(self.committed + most, len(self.prompt) - 1)
+        asked = self.prompt[self.committed + 1 : end + 1, None]
+        return Pass("prefill", self.prompt[self.committed : end], np.arange(end - self.committed), asked=asked)
 
     def _with_rules(self, needed: Pass, chooses: bool) -> Pass:
         """A causal pass, with the masks and asked ids of its rows. chooses: whether its rows become tokens."""
@@ -288,6 +304,8 @@ class Sequence:
                 return
             found = self._ruled_rows.reported
         if done.kind == "prefill":
+            if self.prompt_logprobs is not None and done.asked is not None and self._ruled_rows is None:
+                self._absorb_prompt_logprobs(self.prompt_logprobs, done.asked, found)
             self.committed += len(done.tokens)
             if not self.prefilling:
                 self._emit_run(found, [self.committed], "prefill", _no_drafts)
@@ -300,6 +318,18 @@ class Sequence:
         else:
             self._commit(found)
         self._ruled_rows = None
+
+    def _absorb_prompt_logprobs(self, logprobs: PromptLogprobs, asked: Ints, found: Candidates) -> None:
+        if found.asked_logits is None:
+            raise ValueError("the pass did not return the logits of the prompt's tokens")
+        for row, token in enumerate(asked[:, 0].tolist()):
+            values = found.logits[row] - found.log_sum_exp[row]
+            listed = {
+                other: Logprob(float(values[rank]), rank + 1) for rank, other in enumerate(found.tokens[row].tolist())
+            }
+            own = Logprob(float(found.asked_logits[row, 0] - found.log_sum_exp[row]), None)
+            likeliest = dict(list(listed.items())[: self.params.prompt_logprobs])
+            logprobs.append({token: listed.get(token, own)} | likeliest)
 
     def _complete(self, rows: RuledRows, found: Candidates) -> bool:
         """Take the candidates of a causal pass; returns whether every row has enough legal ones."""

@@ -13,7 +13,7 @@ from trimode.runtime.openai_server.http_errors import BAD_REQUEST, ApiError
 from trimode.runtime.openai_server.request_bodies import COMPLETION_TOKENS, CompletionRequest
 from trimode.runtime.openai_server.response_bodies import Completion, CompletionChoice
 from trimode.runtime.openai_server.service import ResponseHead, Service, finish_reason, json_response, without_none
-from trimode.runtime.openai_server.token_details import OriginsBuilder, completion_logprobs
+from trimode.runtime.openai_server.token_details import OriginsBuilder, completion_logprobs, prompt_logprobs
 from trimode.runtime.request.outputs import CompletionOutput, Logprob
 
 
@@ -33,6 +33,7 @@ async def complete(service: Service, body: CompletionRequest, http: Request) -> 
         guided_decoding=None if requested is None else requested.guided,
         n=best_of or body.n,
         logprobs=body.logprobs if best_of is None else body.logprobs or 0,
+        prompt_logprobs=body.listed_prompt_logprobs,
     )
     of_prompts = [dataclasses.replace(params, max_tokens=length) for length in lengths]
     texts = [_prompt_text(service, body, index) for index in range(len(prompts))] if body.echo else [""] * len(prompts)
@@ -56,7 +57,7 @@ async def complete(service: Service, body: CompletionRequest, http: Request) -> 
             service.metrics.observe(request)
             outputs = request.outputs if best_of is None else _best(request.outputs, answers)
             pairs = zip(of_prompt, outputs, strict=True)
-            choices += [builder.whole(index, output) for index, (builder, output) in enumerate(pairs)]
+            choices += [builder.whole(index, output, request) for index, (builder, output) in enumerate(pairs)]
         completion = _completion(head, choices)
         completion.usage = service.usage(run.requests)
         return json_response(completion, headers)
@@ -107,6 +108,8 @@ class _CompletionChoiceBuilder:
     def __init__(self, service: Service, body: CompletionRequest, base: int, prefix: str) -> None:
         self._tokenizer = service.llm.tokenizer
         self._logprobs = body.logprobs is not None
+        self._echoes = bool(body.echo)
+        self._prompt_logprobs = body.prompt_logprobs is not None
         self._base = base
         self._prefix = prefix
         self._origins = OriginsBuilder(self._tokenizer) if body.return_token_origins else None
@@ -114,20 +117,33 @@ class _CompletionChoiceBuilder:
         self._characters = 0
         self._finished = False
 
-    def whole(self, index: int, output: CompletionOutput) -> CompletionChoice:
-        return self._choice(index, output, output.text, output.token_ids, output.logprobs or [])
+    def whole(self, index: int, output: CompletionOutput, request: RequestOutput) -> CompletionChoice:
+        return self._choice(index, output, request, output.text, output.token_ids, output.logprobs or [])
 
-    def chunk(self, output: CompletionOutput) -> CompletionChoice | None:
+    def chunk(self, output: CompletionOutput, request: RequestOutput) -> CompletionChoice | None:
         """What the latest update added; None if it added nothing to this choice."""
         if self._finished or not (output.length > self._sent or output.finish_reason):
             return None
-        self._sent = output.length
         self._finished = output.finish_reason is not None
-        return self._choice(output.index, output, output.text_diff, output.token_ids_diff, output.logprobs_diff)
+        choice = self._choice(
+            output.index, output, request, output.text_diff, output.token_ids_diff, output.logprobs_diff
+        )
+        self._sent = output.length
+        return choice
 
     def _choice(
-        self, index: int, output: CompletionOutput, text: str, token_ids: list[int], rows: Sequence[dict[int, Logprob]]
+        self,
+        index: int,
+        output: CompletionOutput,
+        request: RequestOutput,
+        text: str,
+        token_ids: list[int],
+        rows: Sequence[dict[int, Logprob]],
     ) -> CompletionChoice:
+        of_prompt = None if self._sent else request.prompt_logprobs
+        listed_ids, listed_rows = token_ids, list[dict[int, Logprob] | None](rows)
+        if of_prompt is not None and self._echoes:
+            listed_ids, listed_rows = [*request.prompt_token_ids, *token_ids], [*of_prompt, *rows]
         text, self._prefix = self._prefix + text, ""
         offset, self._characters = self._characters, self._characters + len(text)
         return CompletionChoice(
@@ -135,7 +151,12 @@ class _CompletionChoiceBuilder:
             text=text,
             finish_reason=finish_reason(output),
             **without_none(
-                logprobs=completion_logprobs(self._tokenizer, rows, offset) if self._logprobs else None,
+                logprobs=completion_logprobs(self._tokenizer, listed_ids, listed_rows, offset)
+                if self._logprobs
+                else None,
+                prompt_logprobs=prompt_logprobs(self._tokenizer, of_prompt)
+                if self._prompt_logprobs and of_prompt is not None
+                else None,
                 trimode=None if self._origins is None else self._origins.build(token_ids, output),
             ),
         )
@@ -160,7 +181,7 @@ class _CompletionChunks:
 
     def of_update(self, number: int, request: RequestOutput) -> Iterator[Completion]:
         for builder, output in zip(self._builders[number], request.outputs, strict=True):
-            if choice := builder.chunk(output):
+            if choice := builder.chunk(output, request):
                 chunk = _completion(self._head, [choice])
                 if self._body.include_usage:
                     continuous = self._body.continuous_usage

@@ -32,7 +32,6 @@ DECODING: Mapping[str, Neutral] = {
     "cache_salt": Neutral("salts of the prefix cache are not supported", ("",)),
     "early_stopping": Neutral(_NO_BEAMS, (False,)),
     "logits_processors": Neutral("logits processors are not supported", ([],)),
-    "prompt_logprobs": Neutral("log-probabilities of the prompt are not supported", (False,)),
     "return_token_ids": Neutral("token ids are not returned", (False,)),
     "return_tokens_as_token_ids": Neutral("token ids are not returned", (False,)),
     "service_tier": Neutral("there is one service tier", ("auto", "default")),
@@ -45,6 +44,7 @@ CONVERSATION: Mapping[str, Neutral] = {
     "mm_processor_kwargs": Neutral(_TEXT_ONLY, ({},)),
 }
 CHAT: Mapping[str, Neutral] = {
+    "prompt_logprobs": Neutral("log-probabilities of the prompt are supported by /v1/completions only", (False,)),
     "audio": Neutral(_TEXT_ONLY),
     "echo": Neutral("echo is supported by /v1/completions only", (False,)),
     "include_reasoning": Neutral("reasoning cannot be left out", (True,)),

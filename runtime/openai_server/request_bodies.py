@@ -557,13 +557,15 @@ class CompletionRequest(DecodingBody):
     logprobs: Annotated[LogprobCount | None, BeforeValidator(_no_logprobs)] = None
     best_of: Annotated[Integer, Field(ge=1, le=MAX_CHOICES)] | None = None
     echo: bool | None = None
+    prompt_logprobs: Annotated[LogprobCount | None, BeforeValidator(_no_logprobs)] = None
     add_special_tokens: bool | None = None
 
-    @model_validator(mode="after")
-    def _without_prompt_logprobs(self) -> CompletionRequest:
-        if self.echo and self.logprobs is not None:
-            raise unsupported("echo", "log-probabilities of the prompt are not supported; leave out echo or logprobs")
-        return self
+    @property
+    def listed_prompt_logprobs(self) -> int | None:
+        """Alternatives of each prompt token: as ``prompt_logprobs``, or as ``echo`` with ``logprobs``."""
+        echoed = self.logprobs if self.echo else None
+        counts = [count for count in (self.prompt_logprobs, echoed) if count is not None]
+        return max(counts, default=None)
 
     @property
     def draws(self) -> bool:

@@ -162,15 +162,24 @@ class ChatCompletionChunk(ResponseBody):
 
 class CompletionLogprobs(ResponseBody):
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
+
+
+class PromptLogprob(ResponseBody):
+    """In vLLM's shape. rank: None outside the engine's candidates."""
+
+    logprob: float
+    rank: int | None
+    decoded_token: str
 
 
 class CompletionChoice(ResponseBody):
     index: int
     text: str
     logprobs: CompletionLogprobs | None = None
+    prompt_logprobs: list[dict[str, PromptLogprob] | None] | None = None
     finish_reason: FinishReason | None = None
     trimode: TokenOrigins | None = None
 

@@ -15,11 +15,12 @@ from trimode.runtime.openai_server.response_bodies import (
     ChatLogprobs,
     CompletionLogprobs,
     PassCounts,
+    PromptLogprob,
     TokenLogprob,
     TokenOrigins,
     TopLogprob,
 )
-from trimode.runtime.request.outputs import CompletionOutput, Logprob
+from trimode.runtime.request.outputs import CompletionOutput, Logprob, PromptLogprobs
 
 # OpenAI's value for a token of almost no probability; JSON has no infinity.
 LEAST_LOGPROB = -9999.0
@@ -91,21 +92,39 @@ class ChatLogprobsBuilder:
         return TokenLogprob(**chosen.model_dump(), top_logprobs=[entries[token] for token in likeliest])
 
 
-def completion_logprobs(tokenizer: Tokenizer, rows: Sequence[dict[int, Logprob]], offset: int) -> CompletionLogprobs:
-    """``offset``: characters of the text before these tokens."""
-    tokens = [_text(tokenizer, next(iter(row))) for row in rows]
+def completion_logprobs(
+    tokenizer: Tokenizer, token_ids: Sequence[int], rows: Sequence[dict[int, Logprob] | None], offset: int
+) -> CompletionLogprobs:
+    """``rows``: of these tokens, None for a prompt's first. ``offset``: characters of the text before them."""
+    tokens = [_text(tokenizer, token) for token in token_ids]
     offsets = []
     for token in tokens:
         offsets.append(offset)
         offset += len(token)
     return CompletionLogprobs(
         tokens=tokens,
-        token_logprobs=[_finite(next(iter(row.values())).logprob) for row in rows],
+        token_logprobs=[None if row is None else _finite(next(iter(row.values())).logprob) for row in rows],
         top_logprobs=[
-            {_text(tokenizer, token): _finite(found.logprob) for token, found in row.items()} for row in rows
+            None if row is None else {_text(tokenizer, token): _finite(found.logprob) for token, found in row.items()}
+            for row in rows
         ],
         text_offset=offsets,
     )
+
+
+def prompt_logprobs(tokenizer: Tokenizer, rows: PromptLogprobs) -> list[dict[str, PromptLogprob] | None]:
+    """In vLLM's shape: by token id."""
+    return [
+        None
+        if row is None
+        else {
+            str(token): PromptLogprob(
+                logprob=_finite(found.logprob), rank=found.rank, decoded_token=_text(tokenizer, token)
+            )
+            for token, found in row.items()
+        }
+        for row in rows
+    ]
 
 
 def _entry(tokenizer: Tokenizer, token: int, found: Logprob) -> TopLogprob:

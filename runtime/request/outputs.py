@@ -11,6 +11,10 @@ FinishReason = Literal["stop", "length", "cancelled"]
 Origin = Literal["prefill", "accepted", "bonus", "denoised", "forced"]
 
 
+# Of each token of the prompt, its own log-probability first, then those of the likeliest. None for the first token.
+PromptLogprobs = list["dict[int, Logprob] | None"]
+
+
 class Logprob(NamedTuple):
     """logprob: natural log of the model's probability. rank: 1 for the likeliest token of the row; None for a token
     that is not among the candidates that the engine returns.
@@ -48,7 +52,9 @@ class Counts:
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """New tokens and text of one answer. The last update has a finish_reason or an error."""
+    """New tokens and text of one answer. The last update has a finish_reason or an error. prompt_logprobs: in the first
+    update of a prompt's first answer, if they were requested.
+    """
 
     index: int
     text: str = ""
@@ -63,6 +69,7 @@ class Update:
     time_to_first_token: float | None = None
     seconds: float | None = None
     error: Exception | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 @dataclass

@@ -77,7 +77,8 @@ class SamplingParams:
     include_stop_str_in_output. max_thinking_tokens: tokens after which an open ``<think>`` is closed.
 
     Output. logprobs: alternatives to report with each token, 0 for the token alone; log-probabilities are the model's,
-    before temperature and penalties. skip_special_tokens: leave them out of the text.
+    before temperature and penalties. prompt_logprobs: the same for the prompt's tokens, whose KV rows are then
+    computed and not reused. skip_special_tokens: leave them out of the text.
 
     Modes. mode: None for the LLM's default; ``auto`` chooses the block length of self-speculation each cycle by its
     cost at the current load. block_length: tokens of a block, pending token included; the longest that ``auto`` may
@@ -117,6 +118,7 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     max_thinking_tokens: int | None = None
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
     mode: Mode | None = None
     block_length: int | None = None
@@ -151,6 +153,7 @@ class SamplingParams:
         self._require("stop", all(self.stop_strings), "without empty strings")
         self._require("max_thinking_tokens", (self.max_thinking_tokens or 0) >= 0, "at least 0")
         self._require("logprobs", (self.logprobs or 0) >= 0, "at least 0")
+        self._require("prompt_logprobs", (self.prompt_logprobs or 0) >= 0, "at least 0")
         self._require("mode", self.mode in (None, *get_args(Mode)), f"one of {', '.join(get_args(Mode))}")
         self._require("block_length", self.block_length is None or self.block_length >= 1, "at least 1")
         self._require("tree_width", self.tree_width is None or self.tree_width >= 2, "at least 2")

@@ -48,6 +48,7 @@ class Request:
         self._first_token_at: float | None = None
         self._sent = 0  # tokens
         self._sent_at = -math.inf
+        self._prompt_logprobs_sent = False
         self._rejected: list[int] = []  # drafts, since the last update
 
     def admit(self) -> None:
@@ -103,6 +104,8 @@ class Request:
         sequence, begin = self.sequence, self._sent
         self._sent = len(sequence.emitted)
         rejected, self._rejected = self._rejected, []
+        prompt_logprobs = None if self._prompt_logprobs_sent or sequence.prefilling else sequence.prompt_logprobs
+        self._prompt_logprobs_sent = self._prompt_logprobs_sent or prompt_logprobs is not None
         self._listener(
             Update(
                 index=self.index,
@@ -112,6 +115,7 @@ class Request:
                 origins=sequence.origins[begin:],
                 rejected=rejected,
                 counts=dataclasses.replace(sequence.counts),
+                prompt_logprobs=prompt_logprobs,
                 **ending,  # type: ignore[arg-type]
             )
         )

@@ -172,8 +172,8 @@ class Scheduler:
                 slot = self._pool.acquire(rows)
                 self._running.append(self.waiting.popleft())
                 request.admit()
-                if self._prefix_cache is not None:
-                    sequence = request.sequence
+                sequence = request.sequence
+                if self._prefix_cache is not None and sequence.prompt_logprobs is None:
                     sequence.committed = self._prefix_cache.restore(sequence.prompt, self._pool, slot)
                     sequence.counts.cached_tokens = sequence.committed
             if request.failure is not None and request not in self._running:

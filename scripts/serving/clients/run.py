@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -61,10 +62,17 @@ def _program(name: str) -> Command:
 
 
 def _lm_eval(environment: Path, url: str) -> list[str]:
-    """A local task, so that nothing is downloaded."""
-    model = f"model=tiny,base_url={url}/v1/completions,tokenizer_backend=None,num_concurrent=2,max_retries=1"
-    arguments = ["--model", "local-completions", "--model_args", model]
-    return [str(environment / "bin" / "lm_eval"), *arguments, "--tasks", "trimode_sums", "--include_path", str(HERE)]
+    """Local tasks, so that nothing is downloaded: generation, and log-likelihoods of token ids."""
+    program = str(environment / "bin" / "lm_eval")
+    common = f"model=tiny,base_url={url}/v1/completions,num_concurrent=2,max_retries=1"
+    commands = [
+        [program, "--model", "local-completions", "--model_args", f"{common},{tokenizer}", "--tasks", task]
+        for task, tokenizer in (
+            ("trimode_sums", "tokenizer_backend=None"),
+            ("trimode_choices", f"tokenizer_backend=huggingface,tokenizer={TOKENIZER}"),
+        )
+    ]
+    return ["sh", "-c", " && ".join(shlex.join([*command, "--include_path", str(HERE)]) for command in commands)]
 
 
 def _guidellm(environment: Path, url: str) -> list[str]:
@@ -160,7 +168,7 @@ CLIENTS = (
         "npm",
         beside=("@ai-sdk/openai", "@ai-sdk/openai-compatible", "zod"),
     ),
-    Client("lm-eval", "lm-eval[api]", "a generation task through local-completions", _lm_eval),
+    Client("lm-eval", "lm-eval[api]", "a generation and a multiple-choice task through local-completions", _lm_eval),
     Client("guidellm", "guidellm", "a benchmark with synthetic prompts", _guidellm),
     # Offline, aiperf does not accept a local folder as tokenizer.
     Client("aiperf", "aiperf", "a streaming profile with min_tokens and ignore_eos", _aiperf, variables={}),

@@ -329,7 +329,38 @@ def test_echo(http: httpx.Client) -> None:
     both = http.post(COMPLETIONS, json=echoed | {"prompt": [ids, ids]}).json()["choices"]
     assert [choice["text"] for choice in both] == ["abc" + text] * 2
     refused = http.post(COMPLETIONS, json=echoed | {"logprobs": 1, "max_tokens": 0})
-    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "echo")
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "max_tokens")
+
+
+def test_log_probabilities_of_the_prompt(http: httpx.Client) -> None:
+    """``echo`` with ``logprobs`` lists them before the answer's; ``prompt_logprobs`` has vLLM's shape."""
+    ids = http.post("/tokenize", json={"prompt": "What is 60% of 440?"}).json()["tokens"]
+    body = {"prompt": ids, "max_tokens": 3, "temperature": 0, "logprobs": 2}
+    alone = http.post(COMPLETIONS, json=body).json()["choices"][0]["logprobs"]
+    echoed = http.post(COMPLETIONS, json=body | {"echo": True}).json()["choices"][0]
+    listed = echoed["logprobs"]
+    count = len(ids)
+    assert [len(part) for part in listed.values()] == [count + 3] * 4
+    assert listed["tokens"][count:] == alone["tokens"]
+    assert listed["token_logprobs"][count:] == alone["token_logprobs"]
+    assert listed["token_logprobs"][0] is None
+    assert listed["top_logprobs"][0] is None
+    assert all(logprob <= 0 for logprob in listed["token_logprobs"][1:])
+    assert echoed["text"].startswith("What is 60% of 440?")
+    assert "prompt_logprobs" not in echoed
+    streamed = http.post(COMPLETIONS, json=body | {"echo": True, "stream": True}).text
+    events = [json.loads(line.removeprefix("data: ")) for line in streamed.splitlines() if line.startswith("data: {")]
+    of_chunks = [event["choices"][0]["logprobs"] for event in events if event["choices"]]
+    assert [token for part in of_chunks for token in part["tokens"]] == listed["tokens"]
+    assert [value for part in of_chunks for value in part["token_logprobs"]] == listed["token_logprobs"]
+    of_vllm = http.post(COMPLETIONS, json=body | {"prompt_logprobs": 1}).json()["choices"][0]
+    assert of_vllm["logprobs"] == alone
+    assert of_vllm["prompt_logprobs"][0] is None
+    for place, row in enumerate(of_vllm["prompt_logprobs"][1:], start=1):
+        assert row[str(ids[place])]["logprob"] == pytest.approx(listed["token_logprobs"][place], abs=1e-6)
+        assert row[str(ids[place])]["decoded_token"] == listed["tokens"][place]
+    for count_of_prompt, status in ((21, 400), (-1, 400), (False, 200)):
+        assert http.post(COMPLETIONS, json=body | {"prompt_logprobs": count_of_prompt}).status_code == status
 
 
 COMPLETION_NEUTRAL: dict[str, Any] = {
