@@ -6,7 +6,7 @@ from pathlib import Path, PurePosixPath
 
 import onnx
 
-from trimode.build.graph.raw_pool import CONSTANTS, PoolRange, find_raw_pool
+from trimode.build.graph.raw_pool import PoolRange, find_raw_pool
 from trimode.build.kernel_network import KernelNetwork
 from trimode.build.kernel_target import KernelTarget
 from trimode.common.atomic_folder import atomic_folder
@@ -52,12 +52,9 @@ def _network(source: Path, manifest: Manifest) -> KernelNetwork:
     inputs = {value.name: value.type.tensor_type for value in onnx.load(source / _GRAPH).graph.input}
     ranges = {}
     for entry in manifest.pool:
-        if entry.name in CONSTANTS:  # some graphs do not read them
-            dtype, shape = onnx.TensorProto.FLOAT, (entry.bytes // 4,)
-        else:
-            read = inputs[entry.name]
-            dtype, shape = read.elem_type, tuple(dim.dim_value for dim in read.shape.dim)
-        ranges[entry.name] = PoolRange(entry.name, dtype, shape, entry.offset, entry.bytes)
+        read = inputs[entry.name]
+        shape = tuple(dim.dim_value for dim in read.shape.dim)
+        ranges[entry.name] = PoolRange(entry.name, read.elem_type, shape, entry.offset, entry.bytes)
     precision = manifest.precision
     return KernelNetwork(
         config=manifest.model,

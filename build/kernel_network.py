@@ -60,14 +60,18 @@ class KernelNetwork:
     @cached_property
     def lowered(self) -> dict[str, LoweredGraph]:
         """Both engines, by name."""
-        options = OperatorNetworkOptions(self.real, self.limits.top_k, SPLITS, self.rank)
         weights = {entry.name for entry in self.pool.ranges()}
         lowered = {}
         for name, pattern in ENGINES:
-            graph = build_operator_network(self.config, self.pool, pattern, options)
+            graph = build_operator_network(self.config, self.pool, pattern, self.graph_options())
             onnx.checker.check_model(graph)
             lowered[name] = LoweredGraph(graph, launch_list(graph, REAL_TYPES[self.real], weights))
         return lowered
+
+    def graph_options(self) -> OperatorNetworkOptions:
+        """Of the graphs of our own operators only."""
+        limits = self.limits
+        return OperatorNetworkOptions(self.real, limits.top_k, SPLITS, self.rank, *limits.largest_pass)
 
 
 def write_pool_and_kernels(
@@ -87,7 +91,7 @@ def write_pool_and_kernels(
     refuse_unknown_gpus(sms)
     refuse_odd_groups(checkpoint, target)
     (folder / POOL).parent.mkdir()
-    pool = write_raw_pool(checkpoint, folder / POOL, progress, NUMPY_TYPES[real], "tiles", for_kernels=True)
+    pool = write_raw_pool(checkpoint, folder / POOL, progress, NUMPY_TYPES[real], "kernels")
     rank = checkpoint.adapter.config.r if checkpoint.adapter else 0
     network = KernelNetwork(checkpoint.config, pool, rank, real, limits)
     write_network_kernels(network, folder, sms, progress)

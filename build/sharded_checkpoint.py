@@ -44,6 +44,10 @@ class ShardedCheckpoint:
             None if weight.input_scale is None else weight.input_scale[columns],
         )
 
+    def input_scale(self, module: str) -> NDArray[np.float32] | None:
+        """Of a matrix that reads a norm, of which every rank has all."""
+        return self._checkpoint.input_scale(module)
+
     def adapter_matrices(self, layer: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """The draft adapter as inputs of the diffusion engine, for ``x @ down @ up``: down [rank's query width, r],
         and up [r, hidden], with the adapter's scale.

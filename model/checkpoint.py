@@ -214,12 +214,13 @@ class Checkpoint:
         weight = self._files.read(f"{module}.weight")
         if not self.is_int4(module):
             return DenseWeight(weight)
-        input_scale = f"{module}.pre_quant_scale"
-        return Int4Weight(
-            weight,
-            self._files.read(f"{module}.weight_scale").astype(np.float32),
-            self._files.read(input_scale).astype(np.float32) if input_scale in self._files.names() else None,
-        )
+        scale = self._files.read(f"{module}.weight_scale").astype(np.float32)
+        return Int4Weight(weight, scale, self.input_scale(module))
+
+    def input_scale(self, module: str) -> NDArray[np.float32] | None:
+        """The factors of an int4 layer's input, if it has some."""
+        name = f"{module}.pre_quant_scale"
+        return self._files.read(name).astype(np.float32) if name in self._files.names() else None
 
     def vector(self, name: str) -> NDArray[Any]:
         """An embedding or norm tensor, as stored."""

@@ -18,7 +18,7 @@ import onnxruntime as ort
 from trimode.build.cpu.pieces import cut_at_sums
 from trimode.build.cpu.prepacked_pool import data_file, merge_pools
 from trimode.build.graph.network import NetworkOptions, build_network
-from trimode.build.graph.raw_pool import Int4Layout, write_raw_pool
+from trimode.build.graph.raw_pool import Layout, write_raw_pool
 from trimode.build.sharded_checkpoint import ShardedCheckpoint, sharded
 from trimode.build.target import Built
 from trimode.common.errors import TriModeError
@@ -72,7 +72,7 @@ def _build_rank(
     folder: Path,
     activations: Activations,
     options: NetworkOptions,
-    layout: Int4Layout,
+    layout: Layout,
     pieces: int,
     progress: Progress,
 ) -> tuple[PoolEntry, ...]:

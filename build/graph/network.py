@@ -8,7 +8,6 @@ logits are always fp32.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -17,17 +16,8 @@ import onnx
 from onnx import TensorProto
 
 from trimode.build.graph.onnx_builder import ModelBuilder, Shape
-from trimode.build.graph.operator_functions import (
-    PARSER_ATTRIBUTES,
-    attend_function,
-    int4_product_function,
-    kv_write_function,
-    merge_function,
-    qkv_product_function,
-)
 from trimode.build.graph.raw_pool import PooledLayer, PooledLinear, PoolRange, RawPool
 from trimode.build.graph.results import REAL_TYPES, Masks, declare_results
-from trimode.build.graph.split_products import SplitProducts
 from trimode.build.graph.step_inputs import declare_adapter, declare_step
 from trimode.engine.precision import Real
 from trimode.model.config import ModelConfig
@@ -41,7 +31,6 @@ from trimode.model.step import (
     partial_sum,
     total_sum,
 )
-from trimode.plugins.operators import Int4Product, QkvProduct
 
 KvRead = Literal["cache", "window", "view"]
 FLOAT, INT64, INT32, BOOL, UINT8 = (
@@ -58,16 +47,6 @@ class Rotation(NamedTuple):
 
     cos: str
     sin: str
-
-
-@dataclass(frozen=True)
-class PluginOptions:
-    """splits: parts of a sequence's KV rows that attention computes in parallel. rank: of the draft adapter; 0 without
-    one.
-    """
-
-    splits: int
-    rank: int
 
 
 @dataclass(frozen=True)
@@ -89,8 +68,6 @@ class NetworkOptions:
     rows have results of their own, ``masked_*``, which are empty without a mask. A CUDA graph cannot hold a branch.
     sums: whether the products of o_proj and down_proj are partial sums (:mod:`trimode.model.shards`). Their totals are
     then inputs of the graph, ``total.i``, and the products are outputs, ``partial.i``, in the order of the network.
-    plugins: use nodes of the domain ``trimode`` for attention, KV writes and int4 products
-    (:mod:`trimode.build.graph.operator_functions`), and make every weight an input of the graph.
     """
 
     adapter: bool
@@ -102,7 +79,6 @@ class NetworkOptions:
     select_by_product: bool = False
     masks: Masks = "branch"
     sums: bool = False
-    plugins: PluginOptions | None = None
 
 
 def build_network(
@@ -123,37 +99,32 @@ class _NetworkGraph:
         # CPU, it also avoids ONNX Runtime's attention kernel for one row, which rounds differently.
         self.folded = config.num_attention_heads // config.num_key_value_heads
         self.sums = 0
-        self.graph = ModelBuilder(pattern, None if options.plugins else pool.path.name)
+        self.graph = ModelBuilder(pattern, pool.path.name)
         self.op = self.graph.op
 
     def build(self) -> onnx.ModelProto:
         graph = self.graph
         input_ids, position_ids, self.write_indices, self.visibility, logit_rows = declare_step(graph, self.pattern)
-        if self.options.plugins is not None:
-            self.split_products = SplitProducts(graph, self.pool)
         capacity = self.options.capacity or "capacity"
         cache_shape: Shape = ["batch", self.config.num_key_value_heads, capacity, self.config.head_dim]
         layers = self.config.num_hidden_layers
         for name in cache_inputs(layers) + (cache_views(layers) if self.options.kv_read == "view" else []):
             graph.input(name, self.real, cache_shape)
-        if self.options.plugins is None:
-            self.kv_rows = self._kv_rows()
+        self.kv_rows = self._kv_rows()
         self.has_adapter = self.options.adapter and self.pattern == "bidirectional"
         if self.has_adapter:
-            rank = self.options.plugins.rank if self.options.plugins else "rank"
-            scale = declare_adapter(graph, self.config, self.real, rank)
+            scale = declare_adapter(graph, self.config, self.real, "rank")
             self.adapter_scale = self.op("Unsqueeze", scale, [1, 2])
 
         self.query_scale = self._query_scale(position_ids)
         self.query_rotation, self.key_rotation = self._rotations(position_ids)
         step = self.graph.dims(input_ids, 1, 2)
-        if self.options.plugins is None:
-            self.visible = self._visible(step, self.visibility)
+        self.visible = self._visible(step, self.visibility)
         embedding = self.pool.embed_tokens
         x = self._cast(self.op("Gather", graph.pooled(embedding), input_ids), embedding.dtype)
         for index, layer in enumerate(self.pool.layers):
             graph.scope = f"layers.{index}/"
-            attended = self._attention(self._rms_norm(x, layer.input_layernorm), layer, index)
+            attended = self._attend(self._linear(self._rms_norm(x, layer.input_layernorm), layer.qkv_proj), index)
             if layer is self.pool.layers[-1]:
                 # From here on, the last layer needs only the rows with logits.
                 rows = self.op("Unsqueeze", logit_rows, [2])
@@ -228,13 +199,8 @@ class _NetworkGraph:
         seen = self.op("Or", committed, self.op("And", inside, chosen))
         return self.op("Unsqueeze", seen, [1])
 
-    def _attention(self, x: str, layer: PooledLayer, index: int) -> str:
-        """Write the step's keys and values, and attend: [batch, step, query width]."""
-        if self.options.plugins is None:
-            return self._attend(self._linear(x, layer.qkv_proj), index)
-        return self._attend_by_plugins(x, layer.qkv_proj, index, self.options.plugins.splits)
-
     def _attend(self, qkv: str, index: int) -> str:
+        """Write the step's keys and values, and attend: [batch, step, query width]."""
         config = self.config
         layers = config.num_hidden_layers
         q, k, v = self._rotated(qkv, index)
@@ -254,33 +220,6 @@ class _NetworkGraph:
             attended = self.op("Reshape", attended, [0, config.num_attention_heads, -1, config.head_dim])
         attended = self.op("Transpose", attended, perm=[0, 2, 1, 3])
         return self.op("Reshape", attended, [0, 0, config.query_width])
-
-    def _attend_by_plugins(self, x: str, linear: PooledLinear, index: int, splits: int) -> str:
-        config = self.config
-        caches = cache_inputs(config.num_hidden_layers)[2 * index : 2 * index + 2]
-        updated = cache_outputs(config.num_hidden_layers)[2 * index : 2 * index + 2]
-        written, q = [*self.query_rotation, *self.key_rotation, self.write_indices, *caches], f"q.{index}"
-        if linear.paired:
-            self._qkv_product(x, linear, written, q, updated)
-        else:
-            self._plugin(kv_write_function(config.head_dim), [self._linear(x, linear), *written], [q], updated)
-        attend = attend_function("masked" if self.pattern == "causal" else "bidirectional")
-        seen = [q, *updated, self.write_indices, self.visibility]
-        parts = self._plugin(attend, seen, [f"partial.{index}", f"log_sum_exp.{index}"], splits=splits)
-        group = config.num_attention_heads // config.num_key_value_heads
-        return self._plugin(merge_function(), parts, [f"attended.{index}"], splits=splits, group=group)[0]
-
-    def _plugin(
-        self,
-        function: onnx.FunctionProto,
-        inputs: Sequence[str],
-        results: Sequence[str],
-        aliases: Sequence[str] = (),
-        **attributes: int,
-    ) -> Sequence[str]:
-        """Add a node of the domain ``trimode``. Returns ``results``, without the outputs that alias an input."""
-        self.graph.call(function, inputs, [*results, *aliases], **PARSER_ATTRIBUTES, **attributes)
-        return results
 
     def _o_proj(self, attended: str, residual: str, layer: PooledLayer, index: int) -> str:
         if not self.has_adapter:
@@ -325,10 +264,8 @@ class _NetworkGraph:
         return self._linear(self._activated(x, layer.gate_up_proj), layer.down_proj, residual)
 
     def _activated(self, x: str, linear: PooledLinear) -> str:
-        """gate sigmoid(gate) up. A product of pairs of columns computes it."""
+        """gate sigmoid(gate) up."""
         gate_up = self._linear(x, linear)
-        if linear.paired:
-            return gate_up
         gate, up = f"{linear.weight.name}.gate", f"{linear.weight.name}.up"
         widths = [self.config.intermediate_size, self.config.intermediate_size]
         self.graph.node("Split", [gate_up, widths], [gate, up], axis=-1)
@@ -338,8 +275,6 @@ class _NetworkGraph:
         self, x: str, linear: PooledLinear, residual: str | None = None, adapter: tuple[str, str] | None = None
     ) -> str:
         """residual + x W + narrow up. adapter: narrow [batch, step, rank] and up [rank, out]."""
-        if self.options.plugins is not None and linear.scale is not None:
-            return self._int4_product(x, linear, residual, adapter)
         if linear.input_scale is not None:
             x = self.op("Mul", x, self.graph.pooled(linear.input_scale))
         weight = self.graph.pooled(linear.weight)
@@ -360,35 +295,6 @@ class _NetworkGraph:
         self.graph.output(partial_sum(self.sums), self.real, shape)
         self.sums += 1
         return self.graph.input(total_sum(self.sums - 1), self.real, shape)
-
-    def _int4_product(self, x: str, linear: PooledLinear, residual: str | None, adapter: tuple[str, str] | None) -> str:
-        counters = self.split_products.counters(linear)
-        operator = Int4Product(
-            split=counters is not None,
-            input_scale=linear.input_scale is not None,
-            adapter=adapter is not None,
-            residual=residual is not None,
-            gated=linear.paired,
-        )
-        pooled = [self.graph.pooled(part) for part in linear.ranges()]
-        inputs = [x, *pooled, *(adapter or ()), *([residual] if residual else [])]
-        results, function = [f"{linear.weight.name}.y"], int4_product_function(operator)
-        if counters is None:
-            return self._plugin(function, inputs, results)[0]
-        results.append(f"{linear.weight.name}.partial")
-        return self._plugin(function, [*inputs, counters[0]], results, counters[1:])[0]
-
-    def _qkv_product(self, x: str, linear: PooledLinear, written: list[str], q: str, updated: list[str]) -> None:
-        """Queries ``q``, rotated; keys and values are written."""
-        counters = self.split_products.counters(linear)
-        operator = QkvProduct(split=counters is not None, input_scale=linear.input_scale is not None)
-        inputs = [x, *(self.graph.pooled(part) for part in linear.ranges()), *written]
-        function = qkv_product_function(operator, self.config.head_dim)
-        if counters is None:
-            self._plugin(function, inputs, [q], updated)
-        else:
-            partial = f"{linear.weight.name}.partial"
-            self._plugin(function, [*inputs, counters[0]], [q, partial], [*updated, *counters[1:]])
 
     def _cast(self, x: str, dtype: int) -> str:
         """Cast ``x``, whose type is ``dtype``, to the type of the activations."""

@@ -60,8 +60,8 @@ def _write_heads(body: FunctionBuilder, heads: str) -> None:
         body.node("TensorScatter", [cache, rows, "write_indices"], [f"{cache}_out"], axis=2, mode="linear")
 
 
-def attend_function(pattern: Pattern) -> onnx.FunctionProto:
-    body = FunctionBuilder(Attend(pattern), ATTRIBUTES)
+def attend_function(pattern: Pattern, *, merge: bool = False) -> onnx.FunctionProto:
+    body = FunctionBuilder(Attend(pattern, merge=merge), ATTRIBUTES)
     op = body.op
     # Queries that share a KV head become rows of one matrix.
     folded = op("Concat", body.dims("k_cache", 0, 2), [-1], body.dims("q", 3, 4), axis=0)
@@ -78,6 +78,10 @@ def attend_function(pattern: Pattern) -> onnx.FunctionProto:
     seen = op("Cast", op("Transpose", seen, perm=[0, 1, 3, 2]), to=TensorProto.BOOL)
     values = op("Where", seen, values, 0.0)
     attended = op("Reshape", op("MatMul", weights, values), op("Shape", "q"))
+    if merge:
+        by_token = op("Transpose", op("CastLike", attended, "q"), perm=[0, 2, 1, 3])
+        body.node("Reshape", [by_token, [0, 0, -1]], ["attended"])
+        body.node("Identity", ["counters"], ["counters_out"])
     body.node("Unsqueeze", [op("CastLike", attended, "q"), [1]], ["partial"])
     body.node("Unsqueeze", [op("Squeeze", log_sum_exp, [-1]), [1]], ["log_sum_exp"])
     return body.function()
@@ -135,11 +139,24 @@ def int4_product_function(operator: Int4Product) -> onnx.FunctionProto:
         gate, up = _halves(body, y)
         y = op("Mul", op("Mul", gate, op("Sigmoid", gate)), up)
     body.node("CastLike", [y, "x"], ["y"])
+    if operator.for_norm:
+        _write_norm_terms(body, "y")
     return body.function()
 
 
+def _write_norm_terms(body: FunctionBuilder, x: str) -> None:
+    """The sums of the squares have one tile."""
+    op = body.op
+    body.node("Mul", [x, "next_weight"], ["weighted"])
+    wide = op("Cast", x, to=_FLOAT)
+    squares = op("ReduceSum", op("Mul", wide, wide), [-1], keepdims=0)
+    body.node("Reshape", [squares, [1, -1]], ["next_squares"])
+
+
 def _product(body: FunctionBuilder, operator: Int4Product) -> str:
-    """(x * input_scale) W in fp32. K is summed in one part, so ``partial`` has one."""
+    """(x * input_scale) W in fp32, divided by the norm's root mean square if there is one. K is summed in one part, so
+    ``partial`` has one.
+    """
     op, inputs = body.op, {operand.name for operand in operator.inputs}
     powers = body.constant(np.array([16**j for j in range(8)], np.int32), "powers")
     eight, sixteen = (body.constant(np.array(value, np.int32), f"int32_{value}") for value in (8, 16))
@@ -157,11 +174,20 @@ def _product(body: FunctionBuilder, operator: Int4Product) -> str:
     weight = op("Reshape", weight, op("Concat", [-1], body.dims("scale", 1, 2), axis=0))
     x = op("Mul", "x", "input_scale") if "input_scale" in inputs else "x"
     y = op("MatMul", op("Cast", x, to=_FLOAT), weight)
+    if "squares" in inputs:
+        width = op("Cast", op("Shape", x, start=-1), to=_FLOAT)
+        mean = op("Div", op("ReduceSum", "squares", [0], keepdims=0), width)
+        rms = op("Sqrt", op("Add", mean, "epsilon"))
+        y = op("Div", y, op("Reshape", rms, op("Concat", body.dims(x, 0, -1), [1], axis=0)))
     if operator.split:
-        part = op("Reshape", y, op("Concat", [-1], body.dims("scale", 1, 2), axis=0))
-        body.node("Unsqueeze", [part, [0]], ["partial"])
-        body.node("Identity", ["counters"], ["counters_out"])
+        _write_one_part(body, y, body.dims("scale", 1, 2))
     return y
+
+
+def _write_one_part(body: FunctionBuilder, y: str, columns: str) -> None:
+    part = body.op("Reshape", y, body.op("Concat", [-1], columns, axis=0))
+    body.node("Unsqueeze", [part, [0]], ["partial"])
+    body.node("Identity", ["counters"], ["counters_out"])
 
 
 def _halves(body: FunctionBuilder, y: str) -> tuple[str, str]:
@@ -182,9 +208,11 @@ def qkv_product_function(operator: QkvProduct, head_dim: int) -> onnx.FunctionPr
     return body.function()
 
 
-def embed_function() -> onnx.FunctionProto:
-    body = FunctionBuilder(Embed(), ATTRIBUTES)
+def embed_function(operator: Embed) -> onnx.FunctionProto:
+    body = FunctionBuilder(operator, ATTRIBUTES)
     body.node("Gather", ["table", "input_ids"], ["embedded"])
+    if operator.for_norm:
+        _write_norm_terms(body, "embedded")
     return body.function()
 
 
@@ -233,6 +261,8 @@ def dense_product_function(operator: DenseProduct) -> onnx.FunctionProto:
     body, inputs = FunctionBuilder(operator, ATTRIBUTES), {operand.name for operand in operator.inputs}
     op = body.op
     y = op("MatMul", op("Cast", "x", to=_FLOAT), op("Cast", "weight", to=_FLOAT))
+    if operator.split:
+        _write_one_part(body, y, body.dims("weight", 1, 2))
     if "row_scale" in inputs:
         y = op("Mul", y, op("Unsqueeze", op("Cast", "row_scale", to=_FLOAT), [1, 2]))
     if "narrow" in inputs:

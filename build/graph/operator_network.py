@@ -1,8 +1,9 @@
-"""The network as a graph of nodes of the domain ``trimode`` only.
+"""The network as a graph of nodes of the domain ``trimode``.
 
 It computes what :mod:`trimode.build.graph.network` computes with standard operators, and has its inputs and outputs.
 Every node is one kernel, so the graph is also a list of launches. Its ONNX functions make it runnable by any ONNX
-executor. Weights and constants are inputs of the graph.
+executor. Weights and constants are inputs of the graph. For target ``tensorrt``, standard operators compute the
+results from the logits and, as an option, products with weights that are not int4.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ from trimode.build.graph.operator_functions import (
     int4_product_function,
     kv_write_function,
     merge_candidates_function,
-    merge_function,
     qkv_product_function,
     rms_norm_function,
     rotations_function,
@@ -46,7 +46,6 @@ from trimode.plugins.operators import (
     Int4Product,
     KvWrite,
     MergeCandidates,
-    MergeSplits,
     Operator,
     QkvProduct,
     RmsNorm,
@@ -55,23 +54,40 @@ from trimode.plugins.operators import (
     SwiGlu,
     TopCandidates,
 )
+from trimode.plugins.operators.dense_product import dense_split_count
+from trimode.plugins.operators.int4_product import MOST_NORM_TILES, norm_tiles
 
 FLOAT, INT32, INT64, BOOL = TensorProto.FLOAT, TensorProto.INT32, TensorProto.INT64, TensorProto.BOOL
 
 
+class Stream(NamedTuple):
+    """The residual stream [batch, step, hidden]. weighted, squares: what the operator that wrote it computed of the
+    norm behind it, if the norm's reader can use them.
+    """
+
+    x: str
+    weighted: str = ""
+    squares: str = ""
+
+
 class OperatorNetworkOptions(NamedTuple):
     """activations: type of activations, KV pool and adapter. top_k: candidates of a row. splits: parts of a sequence's
-    KV rows that attention computes in parallel. rank: of the draft adapter; 0 without one.
+    KV rows that attention computes in parallel. rank: of the draft adapter; 0 without one. max_batch, max_step: of a
+    pass.
 
     standard_results: standard operators compute the results from the logits, as :mod:`trimode.build.graph.network` has
-    them with masks apart. capacity: KV rows, if they are fixed.
+    them with masks apart. standard_products: and products with weights that are not int4. capacity: KV rows, if they
+    are fixed.
     """
 
     activations: Real
     top_k: int
     splits: int
     rank: int
+    max_batch: int
+    max_step: int
     standard_results: bool = False
+    standard_products: bool = False
     capacity: int | None = None
 
 
@@ -99,31 +115,36 @@ class _OperatorGraph:
     def build(self) -> onnx.ModelProto:
         graph, config = self.graph, self.config
         input_ids, position_ids, self.write_indices, self.visibility, logit_rows = declare_step(graph, self.pattern)
-        self.split_products = SplitProducts(graph, self.pool)
-        cache_shape: Shape = ["batch", config.num_key_value_heads, self.options.capacity or "capacity", config.head_dim]
+        self.split_products = SplitProducts(graph, self.pool, self._counters())
+        capacity = self.options.capacity or "capacity"
+        cache_shape: Shape = ["batch", config.num_key_value_heads, capacity, config.head_dim]
         for name in cache_inputs(config.num_hidden_layers):
             graph.input(name, self.real, cache_shape)
         if self.has_adapter:
             self.adapter_scale = declare_adapter(graph, config, self.real, self.options.rank)
 
-        (x,) = self._run(Embed(), [input_ids, graph.pooled(self.pool.embed_tokens)])
+        layers = self.pool.layers
+        stream = self._embedded(input_ids, layers[0])
         constants = [graph.pooled(entry) for entry in self.constants.rotations]
         length = config.rope_parameters.original_max_position_embeddings
         self.rotations = self._run(Rotations(), [position_ids, *constants], length=length)
-        for index, layer in enumerate(self.pool.layers):
+        for index, layer in enumerate(layers):
             graph.scope = f"layers.{index}/"
-            attended = self._attention(self._norm(x, layer.input_layernorm), layer, index)
-            if layer is self.pool.layers[-1]:
+            attended, x = self._attention(stream, layer, index), stream.x
+            last = layer is layers[-1]
+            if last:
                 # From here on, the last layer needs only the rows with logits.
                 x, attended = (
                     self._run(SelectRows(), [value, logit_rows], f"{name}_")[0]
                     for name, value in (("x", x), ("attended", attended))
                 )
-            x = self._o_proj(attended, x, layer, index)
-            normed = self._norm(x, layer.post_attention_layernorm, "mlp_")
-            x = self._linear(self._activated(normed, layer.gate_up_proj), layer.down_proj, "x", residual=x)
+            stream = self._o_proj(attended, x, layer, index)
+            activated = self._activated(stream, layer)
+            next_norm = self.pool.norm if last else layers[index + 1].input_layernorm
+            reader = self.pool.head if last else layers[index + 1].qkv_proj
+            stream = self._residual(activated, layer.down_proj, "x", stream.x, next_norm, reader)
         graph.scope = "head/"
-        self._head(x)
+        self._head(stream)
         for name in cache_outputs(config.num_hidden_layers):
             graph.output(name, self.real, cache_shape)
         return graph.model()
@@ -131,6 +152,28 @@ class _OperatorGraph:
     @property
     def has_adapter(self) -> bool:
         return self.options.rank > 0 and self.pattern == "bidirectional"
+
+    @property
+    def splits_adapter(self) -> bool:
+        narrow = self.config.query_width, self.options.rank
+        return self.has_adapter and not self.options.standard_products and dense_split_count(*narrow) > 1
+
+    def _counters(self) -> dict[str, int]:
+        """Those of launches that are no int4 products, by name."""
+        config, options = self.config, self.options
+        heads = config.num_key_value_heads
+        attention = Attend.counters(
+            batch=options.max_batch,
+            step=options.max_step,
+            kv_heads=heads,
+            group=config.num_attention_heads // heads,
+        )
+        layers = [f"layers.{index}/" for index in range(config.num_hidden_layers)]
+        adapters = layers if self.splits_adapter else []
+        return {
+            **{f"{layer}attention": attention for layer in layers},
+            **{f"{layer}adapter": DenseProduct.counters(options.rank) for layer in adapters},
+        }
 
     def _run(self, operator: Operator, inputs: Sequence[str], prefix: str = "", **attributes: int) -> list[str]:
         """Add a node. Returns its outputs, without those that alias an input."""
@@ -156,7 +199,7 @@ class _OperatorGraph:
         """What the operator computes, in standard operators."""
         match operator:
             case Embed():
-                return embed_function()
+                return embed_function(operator)
             case Rotations():
                 return rotations_function(attributes["length"], self.real)
             case RmsNorm():
@@ -170,9 +213,7 @@ class _OperatorGraph:
             case KvWrite():
                 return kv_write_function(self.config.head_dim)
             case Attend():
-                return attend_function(operator.pattern)
-            case MergeSplits():
-                return merge_function()
+                return attend_function(operator.pattern, merge=operator.merge)
             case SwiGlu():
                 return swiglu_function()
             case SelectRows():
@@ -185,47 +226,91 @@ class _OperatorGraph:
                 return asked_logits_function()
         raise ValueError(f"operator {operator.name} has no function")
 
-    def _norm(self, x: str, weight: PoolRange, prefix: str = "") -> str:
-        inputs = [x, self.graph.pooled(weight), self.graph.pooled(self.constants.epsilon)]
-        return self._run(RmsNorm(), inputs, prefix)[0]
+    def _embedded(self, input_ids: str, first: PooledLayer) -> Stream:
+        given = [input_ids, self.graph.pooled(self.pool.embed_tokens)]
+        if not self._applies_norms(first.qkv_proj):
+            return Stream(*self._run(Embed(), given))
+        return Stream(*self._run(Embed(for_norm=True), [*given, self.graph.pooled(first.input_layernorm)]))
 
-    def _attention(self, x: str, layer: PooledLayer, index: int) -> str:
+    def _applies_norms(self, linear: PooledLinear) -> bool:
+        """Whether the product can divide by the root mean square of its input's rows."""
+        return linear.scale is not None and norm_tiles(self.config.hidden_size) <= MOST_NORM_TILES
+
+    def _normed(self, stream: Stream, weight: PoolRange, prefix: str = "") -> tuple[str, list[str]]:
+        """What the matrices that read a norm multiply, and what remains of the norm for their products."""
+        epsilon = self.graph.pooled(self.constants.epsilon)
+        if stream.weighted:
+            return stream.weighted, [stream.squares, epsilon]
+        return self._run(RmsNorm(), [stream.x, self.graph.pooled(weight), epsilon], prefix)[0], []
+
+    def _attention(self, stream: Stream, layer: PooledLayer, index: int) -> str:
         """Write the step's keys and values, and attend: [batch, step, query width]."""
         config, splits = self.config, self.options.splits
         caches = cache_inputs(config.num_hidden_layers)[2 * index : 2 * index + 2]
         updated = cache_outputs(config.num_hidden_layers)[2 * index : 2 * index + 2]
-        q = self._queries(x, layer.qkv_proj, caches, updated)
-        attend = Attend("masked" if self.pattern == "causal" else "bidirectional")
-        parts = self._run(attend, [q, *updated, self.write_indices, self.visibility], splits=splits)
-        group = config.num_attention_heads // config.num_key_value_heads
-        return self._run(MergeSplits(), parts, splits=splits, group=group)[0]
+        q = self._queries(stream, layer, caches, updated)
+        attend = Attend("masked" if self.pattern == "causal" else "bidirectional", merge=True)
+        before, after = self.split_products.next(f"{self.graph.scope}attention")
+        inputs = [q, *updated, self.write_indices, self.visibility, before]
+        results = [f"{self.graph.scope}{name}" for name in ("attended", "attention_partial", "log_sum_exp")]
+        return self._run_into(attend, inputs, results, [after], splits=splits)[0]
 
-    def _queries(self, x: str, linear: PooledLinear, caches: list[str], updated: list[str]) -> str:
+    def _queries(self, stream: Stream, layer: PooledLayer, caches: list[str], updated: list[str]) -> str:
         """Rotated queries; keys and values are written. With int4 weights, the product does both."""
+        linear, (x, norm) = layer.qkv_proj, self._normed(stream, layer.input_layernorm)
         results, written = [f"{self.graph.scope}q"], [*self.rotations, self.write_indices, *caches]
         if not linear.paired:
-            qkv = self._linear(x, linear, "qkv")
+            qkv = self._linear(x, linear, "qkv", norm=norm)[0]
             return self._run_into(KvWrite(), [qkv, *written], results, updated)[0]
         counters = self.split_products.counters(linear)
-        operator = QkvProduct(split=counters is not None, input_scale=linear.input_scale is not None)
-        given = [x, *(self.graph.pooled(part) for part in linear.ranges()), *written]
+        operator = QkvProduct(split=counters is not None, normed=bool(norm))
+        given = [x, *(self.graph.pooled(part) for part in linear.ranges()), *norm, *written]
         if counters is None:
             return self._run_into(operator, given, results, updated)[0]
         results.append(f"{self.graph.scope}qkv_partial")
         return self._run_into(operator, [*given, counters[0]], results, [*updated, *counters[1:]])[0]
 
-    def _activated(self, x: str, gate_up: PooledLinear) -> str:
+    def _activated(self, stream: Stream, layer: PooledLayer) -> str:
         """The gated activation. With int4 weights, the product computes it."""
-        found = self._linear(x, gate_up, "gate_up")
-        return found if gate_up.paired else self._run(SwiGlu(), [found])[0]
+        x, norm = self._normed(stream, layer.post_attention_layernorm, "mlp_")
+        found = self._linear(x, layer.gate_up_proj, "gate_up", norm=norm)[0]
+        return found if layer.gate_up_proj.paired else self._run(SwiGlu(), [found])[0]
 
-    def _o_proj(self, attended: str, residual: str, layer: PooledLayer, index: int) -> str:
+    def _o_proj(self, attended: str, residual: str, layer: PooledLayer, index: int) -> Stream:
+        behind = (layer.post_attention_layernorm, layer.gate_up_proj)
         if not self.has_adapter:
-            return self._linear(attended, layer.o_proj, "attention_x", residual)
+            return self._residual(attended, layer.o_proj, "attention_x", residual, *behind)
         # The adapter reads the attention's output itself; AWQ's input scale applies to the base matrix only.
         down, up = adapter_inputs(index)
-        (narrow,) = self._run(DenseProduct(row_scale=True), [attended, down, self.adapter_scale], "narrow_")
-        return self._linear(attended, layer.o_proj, "attention_x", residual, (narrow, up))
+        narrow = self._narrow(attended, down)
+        return self._residual(attended, layer.o_proj, "attention_x", residual, *behind, (narrow, up))
+
+    def _narrow(self, attended: str, down: str) -> str:
+        """The adapter's first product, times its scale."""
+        given = [attended, down, self.adapter_scale]
+        if self.options.standard_products:
+            op = self.graph.op
+            return op("Mul", op("MatMul", attended, down), op("Unsqueeze", self.adapter_scale, [1, 2]))
+        if not self.splits_adapter:
+            return self._run(DenseProduct(row_scale=True), given, "narrow_")[0]
+        before, after = self.split_products.next(f"{self.graph.scope}adapter")
+        results = [f"{self.graph.scope}{name}" for name in ("narrow_y", "narrow_partial")]
+        return self._run_into(DenseProduct(split=True, row_scale=True), [*given, before], results, [after])[0]
+
+    def _residual(
+        self,
+        x: str,
+        linear: PooledLinear,
+        result: str,
+        residual: str,
+        norm: PoolRange,
+        reader: PooledLinear,
+        adapter: tuple[str, str] | None = None,
+    ) -> Stream:
+        """x W + narrow up + residual, and what the product computes of the norm behind it. reader: of the norm."""
+        fused = linear.scale is not None and self._applies_norms(reader)
+        weight = self.graph.pooled(norm) if fused else None
+        return Stream(*self._linear(x, linear, result, residual, adapter, next_weight=weight)[: 3 if fused else 1])
 
     def _linear(
         self,
@@ -234,24 +319,40 @@ class _OperatorGraph:
         result: str,
         residual: str | None = None,
         adapter: tuple[str, str] | None = None,
-    ) -> str:
-        """x W + narrow up + residual. adapter: narrow [batch, step, rank] and up [rank, out]."""
+        *,
+        norm: Sequence[str] = (),
+        next_weight: str | None = None,
+    ) -> list[str]:
+        """x W / rms + narrow up + residual, and further results.
+
+        adapter: narrow [batch, step, rank] and up [rank, out]. norm, next_weight: as :class:`Int4Product` takes them.
+        """
         terms = {"adapter": adapter is not None, "residual": residual is not None}
-        given = [x, *(self.graph.pooled(part) for part in linear.ranges()), *(adapter or ())]
-        given += [] if residual is None else [residual]
+        given = [x, *(self.graph.pooled(part) for part in linear.ranges()), *norm, *(adapter or ())]
+        given += [value for value in (residual, next_weight) if value is not None]
         if linear.scale is None:
-            return self._run(DenseProduct(**terms), given, f"{result}_")[0]
+            if self.options.standard_products:
+                return [self._matmul(x, linear, residual, adapter)]
+            return self._run(DenseProduct(**terms), given, f"{result}_")
         counters = self.split_products.counters(linear)
         terms |= {"split": counters is not None, "input_scale": linear.input_scale is not None, "gated": linear.paired}
-        operator = Int4Product(**terms)
+        operator = Int4Product(**terms, normed=bool(norm), for_norm=next_weight is not None)
         results = [f"{self.graph.scope}{result}_{operand.name}" for operand in operator.outputs if not operand.aliases]
         if counters is None:
-            return self._run_into(operator, given, results)[0]
-        return self._run_into(operator, [*given, counters[0]], results, counters[1:])[0]
+            return self._run_into(operator, given, results)
+        return self._run_into(operator, [*given, counters[0]], results, counters[1:])
 
-    def _head(self, x: str) -> None:
+    def _matmul(self, x: str, linear: PooledLinear, residual: str | None, adapter: tuple[str, str] | None) -> str:
+        op = self.graph.op
+        y = op("MatMul", x, self.graph.pooled(linear.weight))
+        if adapter is not None:
+            y = op("Add", y, op("MatMul", *adapter))
+        return y if residual is None else op("Add", residual, y)
+
+    def _head(self, stream: Stream) -> None:
         """Final norm, logits and candidates."""
-        logits = self._linear(self._norm(x, self.pool.norm), self.pool.head, "logits")
+        x, norm = self._normed(stream, self.pool.norm)
+        logits = self._linear(x, self.pool.head, "logits", norm=norm)[0]
         top_k, mask_token = self.options.top_k, self.config.mask_token_id
         if self.options.standard_results:
             declare_results(self.graph, self.config, logits, self.options.activations, top_k, "apart")

@@ -25,9 +25,12 @@ from trimode.model.config import ModelConfig
 from trimode.model.int4 import unpack
 from trimode.model.rope import query_scales, yarn_frequencies
 
-# How int4 matrices are stored: ONNX's INT4 with scales of the type of the activations; the tiles of our GPU kernels
-# with fp32 scales; or as products of integers, scales and input scales in the type of the activations.
-Int4Layout = Literal["onnx", "tiles", "dense"]
+# What reads the pool. ``onnx``: int4 matrices are ONNX's INT4, with scales of the type of the activations. ``kernels``:
+# our GPU kernels. Int4 matrices are tiles with fp32 scales, and those of q, k and v and of gate and up have pairs of
+# columns; norms include the input scales of what reads them; the embedding has the type of the activations; the pool
+# holds the kernels' constants. ``dense``: int4 matrices are products of integers, scales and input scales in the type
+# of the activations.
+Layout = Literal["onnx", "kernels", "dense"]
 ALIGNMENT = 4096  # a page: every tensor can be mapped separately
 
 ONNX_DTYPES = {
@@ -170,6 +173,8 @@ class WeightSource(Protocol):
 
     def linear(self, module: str) -> DenseWeight | Int4Weight: ...
 
+    def input_scale(self, module: str) -> NDArray[np.float32] | None: ...
+
     def vector(self, name: str) -> NDArray[Any]: ...
 
 
@@ -178,15 +183,13 @@ def write_raw_pool(
     path: Path,
     progress: Progress,
     real: np.dtype[np.generic],
-    layout: Int4Layout = "onnx",
-    for_kernels: bool = False,
+    layout: Layout = "onnx",
 ) -> RawPool:
     """Write the checkpoint's weights to ``path``. At most one matrix of one layer is in memory at a time.
 
-    real: type of norms, input scales and matrices that are not int4. layout: of int4 matrices. for_kernels: for
-    targets with kernels of our own; the embedding has the type ``real``, int4 matrices of q, k and v and of gate and
-    up have pairs of columns, and the pool holds the kernels' constants.
+    real: type of norms, input scales and matrices that are not int4.
     """
+    for_kernels = layout == "kernels"
     layers = checkpoint.config.num_hidden_layers
     with path.open("wb") as file:
         writer = _Writer(file, checkpoint, real, layout)
@@ -198,17 +201,19 @@ def write_raw_pool(
             prefix = f"encoder.layers.{index}"
             pooled.append(
                 PooledLayer(
-                    input_layernorm=writer.norm(f"{prefix}.input_layernorm"),
-                    qkv_proj=writer.linear(*_of_layer(index, _QKV), half=halves[0]),
+                    input_layernorm=writer.norm(f"{prefix}.input_layernorm", _of_layer(index, _QKV)),
+                    qkv_proj=writer.linear(*_of_layer(index, _QKV), half=halves[0], of_norm=True),
                     o_proj=writer.linear(*_of_layer(index, _O)),
-                    post_attention_layernorm=writer.norm(f"{prefix}.post_attention_layernorm"),
-                    gate_up_proj=writer.linear(*_of_layer(index, _GATE_UP), half=halves[1]),
+                    post_attention_layernorm=writer.norm(
+                        f"{prefix}.post_attention_layernorm", _of_layer(index, _GATE_UP)
+                    ),
+                    gate_up_proj=writer.linear(*_of_layer(index, _GATE_UP), half=halves[1], of_norm=True),
                     down_proj=writer.linear(*_of_layer(index, _DOWN)),
                 )
             )
         progress("weights", layers, layers + 1)
-        norm = writer.norm(_NORM)
-        head = writer.linear(HEAD)
+        norm = writer.norm(_NORM, (HEAD,))
+        head = writer.linear(HEAD, of_norm=True)
         constants = writer.kernel_constants() if for_kernels else None
         progress("weights", layers + 1, layers + 1)
     return RawPool(path, writer.stored, embed_tokens, tuple(pooled), norm, head, constants)
@@ -244,12 +249,17 @@ def find_raw_pool(path: Path, config: ModelConfig, ranges: Mapping[str, PoolRang
 
 class _Writer:
     def __init__(
-        self, file: BinaryIO, checkpoint: WeightSource, real: np.dtype[np.generic], layout: Int4Layout
+        self,
+        file: BinaryIO,
+        checkpoint: WeightSource,
+        real: np.dtype[np.generic],
+        layout: Layout,
     ) -> None:
         self._file = file
         self._checkpoint = checkpoint
         self._real = real
         self._layout = layout
+        self._for_kernels = layout == "kernels"
         self.stored = 0
 
     def embedding(self, dtype: np.dtype[np.generic] | None) -> PoolRange:
@@ -271,13 +281,21 @@ class _Writer:
             )
         )
 
-    def norm(self, module: str) -> PoolRange:
-        return self._put(module, self._checkpoint.vector(f"{module}.weight").astype(self._real))
+    def norm(self, module: str, readers: tuple[str, ...]) -> PoolRange:
+        """The norm's weight. For kernels of our own, it includes the input scale of the matrices that read the norm,
+        which share it.
+        """
+        weight = self._checkpoint.vector(f"{module}.weight")
+        input_scale = self._checkpoint.input_scale(readers[0]) if self._for_kernels else None
+        if input_scale is not None:
+            weight = weight.astype(np.float32) * input_scale
+        return self._put(module, weight.astype(self._real))
 
-    def linear(self, *modules: str, half: int = 0) -> PooledLinear:
+    def linear(self, *modules: str, half: int = 0, of_norm: bool = False) -> PooledLinear:
         """One matrix, or several that read the same input, concatenated along ``out``.
 
-        half: columns of an int4 matrix from the first of a pair to the second; 0 to keep the order of the columns.
+        of_norm: whether it reads a norm, whose weight may then include the input scale. half: columns of an int4 matrix
+        from the first of a pair to the second; 0 to keep the order of the columns.
         """
         weights = [self._checkpoint.linear(module) for module in modules]
         name = modules[0] if len(modules) == 1 else merged_name(modules)
@@ -293,8 +311,9 @@ class _Writer:
             )
         packed = np.concatenate([weight.packed for weight in int4])
         scale = np.concatenate([weight.scale for weight in int4])
-        group, input_scale = packed.shape[1] // scale.shape[1], int4[0].input_scale
-        if self._layout == "tiles":
+        group = packed.shape[1] // scale.shape[1]
+        input_scale = None if of_norm and self._for_kernels else int4[0].input_scale
+        if self._for_kernels:
             integers = unpack(packed)
             if half:
                 integers, scale = pair_rows(integers, half), pair_rows(scale, half)
@@ -304,7 +323,7 @@ class _Writer:
             stored = self._put(name, packed.T, TensorProto.INT4, (packed.shape[1], packed.shape[0] * 2))
         return PooledLinear(
             weight=stored,
-            scale=self._put(f"{name}.scale", scale.T.astype(np.float32 if self._layout == "tiles" else self._real)),
+            scale=self._put(f"{name}.scale", scale.T.astype(np.float32 if self._for_kernels else self._real)),
             input_scale=(
                 None if input_scale is None else self._put(f"{name}.input_scale", input_scale.astype(self._real))
             ),

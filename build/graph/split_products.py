@@ -1,6 +1,8 @@
-"""The counters that a graph's split int4 products share."""
+"""The counters that a graph's launches share: split int4 products, and other launches whose last program sums."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 from onnx import TensorProto
 
@@ -12,26 +14,31 @@ from trimode.plugins.operators.int4_product import split_count
 
 
 class SplitProducts:
-    """Declares the graph's input ``counters`` and output ``counters_out`` if a product of the pool is split. Each split
-    product gets the counters of the one before it, so that each value has one reader. A graph uses each matrix once.
+    """Declares the graph's input ``counters`` and output ``counters_out`` if a launch needs them. Each of these
+    launches gets the counters of the one before it, so that each value has one reader. A graph uses each matrix once.
+
+    others: the counters that other launches need, by name.
     """
 
-    def __init__(self, graph: ModelBuilder, pool: RawPool) -> None:
-        self._remaining = {linear.weight.name for linear in pool.linears() if _is_split(linear)}
+    def __init__(self, graph: ModelBuilder, pool: RawPool, others: Mapping[str, int] | None = None) -> None:
+        split, others = [linear for linear in pool.linears() if _is_split(linear)], others or {}
+        self._remaining = {*others, *(linear.weight.name for linear in split)}
         self._counters = COUNTERS
         if self._remaining:
-            widest = max(linear.scale.shape[1] for linear in pool.linears() if linear.scale is not None)
-            size = [Int4Product.counters(widest)]
+            columns = (linear.scale.shape[1] for linear in split if linear.scale is not None)
+            size = [max((*others.values(), *map(Int4Product.counters, columns)))]
             graph.input(COUNTERS, TensorProto.INT32, size)
             graph.output("counters_out", TensorProto.INT32, size)
 
     def counters(self, linear: PooledLinear) -> tuple[str, str] | None:
         """The counters before and after this product; None if it is not split."""
-        if linear.weight.name not in self._remaining:
-            return None
-        self._remaining.remove(linear.weight.name)
+        return self.next(linear.weight.name) if linear.weight.name in self._remaining else None
+
+    def next(self, launch: str) -> tuple[str, str]:
+        """The counters before and after this launch."""
+        self._remaining.remove(launch)
         before = self._counters
-        self._counters = f"{linear.weight.name}.counters" if self._remaining else "counters_out"
+        self._counters = f"{launch}.counters" if self._remaining else "counters_out"
         return before, self._counters
 
 

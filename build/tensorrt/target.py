@@ -42,7 +42,7 @@ class TensorrtTarget(KernelTarget):
     )
     operators: Operators = field(
         default="standard",
-        metadata=option("Operators beside attention and int4 products: standard ones, or more of our plugins."),
+        metadata=option("Products with weights that are not int4: standard operators, or our plugins."),
     )
     emit_only: bool = field(
         default=False, metadata=option("Write everything but the plans; `trimode compile` adds them.")

@@ -29,8 +29,8 @@ class TensorrtPlans(Record):
 
 
 class TensorrtSection(KernelSection):
-    """operators: what the graphs consist of besides attention, KV writes and int4 products, which are plugins.
-    ``standard``: standard operators, which TensorRT fuses. ``plugins``: more plugins, but for the results.
+    """operators: what multiplies weights that are not int4, as in 16-bit heads and the draft adapter. ``standard``:
+    standard operators. ``plugins``: plugins, as for the rest of the graphs up to the logits.
     plugins: the number of plugin nodes in each engine's graph. plans: None until ``trimode compile``.
     """
 
@@ -47,8 +47,8 @@ class TensorrtSection(KernelSection):
     def summary(self) -> str:
         plans = self.plans
         compiled = "TensorRT, not compiled yet" if plans is None else f"TensorRT {plans.tensorrt} on {plans.gpu}"
-        rest = "standard operators" if self.operators == "standard" else "plugins"
-        return f"{compiled}; {rest} beside attention and int4 products; kernels for {compute_capabilities(self.sms)}"
+        products = "standard operators" if self.operators == "standard" else "plugins"
+        return f"{compiled}; 16-bit products by {products}; kernels for {compute_capabilities(self.sms)}"
 
 
 def has_tensorrt(installation: Installation) -> bool:

@@ -28,10 +28,11 @@ import triton
 import triton.language as tl
 
 from trimode.plugins.kernels.dependent_launch import wait_for_previous
+from trimode.plugins.kernels.norm_terms import one_over_rms, write_norm_terms
 
 # As trimode.plugins.operators.int4_product defines them.
 _TILE = tl.constexpr(128)
-_SPLIT_ROWS = tl.constexpr(64)
+SPLIT_ROWS = tl.constexpr(64)
 _PAIRED = tl.constexpr(8)
 
 
@@ -68,12 +69,17 @@ def int4_product_kernel(
     packed,
     scale,
     input_scale,
+    squares,
+    epsilon,
     narrow,
     adapter_up,
     residual,
+    next_weight,
     counters,
     rows,
     y,
+    weighted,
+    next_squares,
     partial,
     counters_out,
     INNER: tl.constexpr,
@@ -94,11 +100,16 @@ def int4_product_kernel(
     wait_for_previous(CAPABILITY)
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if squares is not None:
+        # Before the sums take the registers.
+        norm = one_over_rms(squares, epsilon, row, rows, INNER)
     complete, result = product_sum(
         x, packed, scale, input_scale, partial, counters_out, row, rows, column,
         INNER, COLUMNS, GROUP, UNIT, SPLITS, BLOCK_M, BLOCK_N, CAPABILITY, STAGES,
     )  # fmt: skip
     if complete:
+        if squares is not None:
+            result *= norm[None, :]
         if GATED:
             gate, up = halves_of(result)
             activated = gate / (1.0 + tl.exp(-gate)) * up
@@ -113,7 +124,11 @@ def int4_product_kernel(
             at = row[None, :].to(tl.int64) * COLUMNS + column[:, None]
             if residual is not None:
                 result += tl.load(residual + at, mask=here, other=0.0).to(tl.float32)
-            tl.store(y + at, result.to(y.dtype.element_ty), mask=here)
+            rounded = result.to(y.dtype.element_ty)
+            tl.store(y + at, rounded, mask=here)
+            if next_weight is not None:
+                stream = rounded.to(tl.float32)
+                write_norm_terms(stream, next_weight, weighted, next_squares, column, row, rows, COLUMNS)
 
 
 @triton.jit
@@ -141,10 +156,10 @@ def product_sum(
     part = tl.program_id(2)
     first, end, complete = 0, SPLITS, True
     # Whether the parts of this tile's sums are separate programs.
-    SEPARABLE: tl.constexpr = SPLITS > 1 and partial is not None and BLOCK_M <= _SPLIT_ROWS
+    SEPARABLE: tl.constexpr = SPLITS > 1 and partial is not None and BLOCK_M <= SPLIT_ROWS
     separate = False
     if SEPARABLE:
-        separate = (tl.program_id(0) + 1) * BLOCK_M <= _SPLIT_ROWS
+        separate = (tl.program_id(0) + 1) * BLOCK_M <= SPLIT_ROWS
         if separate:
             first, end = part, part + 1
         else:
@@ -167,7 +182,7 @@ def product_sum(
         here = (column < COLUMNS)[:, None] & (row < rows)[None, :]
         sums = partial + row[None, :] * COLUMNS + column[:, None]
         if separate:
-            complete, result = _combined(result, part, sums, here, counters, COLUMNS, SPLITS)
+            complete, result = combined(result, part, sums, here, counters, COLUMNS, SPLITS)
     return complete, result
 
 
@@ -227,11 +242,11 @@ def _part(
 
 
 @triton.jit
-def _combined(result, part, sums, here, counters, COLUMNS: tl.constexpr, SPLITS: tl.constexpr):
+def combined(result, part, sums, here, counters, COLUMNS: tl.constexpr, SPLITS: tl.constexpr):
     """Whether this program is the last of its tile, and then the sum over all parts. sums: where the first part's is
     left.
     """
-    tl.store(sums + part * (_SPLIT_ROWS * COLUMNS), result, mask=here)
+    tl.store(sums + part * (SPLIT_ROWS * COLUMNS), result, mask=here)
     counter = counters + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
     tl.debug_barrier()
     complete = tl.atomic_add(counter, 1, sem="acq_rel") == SPLITS - 1
@@ -240,7 +255,7 @@ def _combined(result, part, sums, here, counters, COLUMNS: tl.constexpr, SPLITS:
         result = tl.zeros(result.shape, tl.float32)
         for index in tl.static_range(SPLITS):
             # From the L2 cache: other multiprocessors have written them.
-            at = sums + index * (_SPLIT_ROWS * COLUMNS)
+            at = sums + index * (SPLIT_ROWS * COLUMNS)
             result += tl.load(at, mask=here, other=0.0, cache_modifier=".cg")
     return complete, result
 

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from trimode.plugins.kernels.dependent_launch import wait_for_previous
 from trimode.plugins.kernels.int4_product import halves_of, product_sum
+from trimode.plugins.kernels.norm_terms import one_over_rms
 
 
 @triton.jit
@@ -21,7 +22,8 @@ def qkv_product_kernel(
     x,
     packed,
     scale,
-    input_scale,
+    squares,
+    epsilon,
     query_cos,
     query_sin,
     key_cos,
@@ -57,12 +59,16 @@ def qkv_product_kernel(
     wait_for_previous(CAPABILITY)
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if squares is not None:
+        norm = one_over_rms(squares, epsilon, row, rows, INNER)
     complete, result = product_sum(
-        x, packed, scale, input_scale, partial, counters_out, row, rows, column,
+        x, packed, scale, None, partial, counters_out, row, rows, column,
         INNER, COLUMNS, GROUP, UNIT, SPLITS, BLOCK_M, BLOCK_N, CAPABILITY, STAGES,
     )  # fmt: skip
     if complete:
         HALF: tl.constexpr = HEAD_DIM // 2
+        if squares is not None:
+            result *= norm[None, :]
         first, second = halves_of(result)
         pair = tl.program_id(1) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
         head, in_head = pair // HALF, pair % HALF

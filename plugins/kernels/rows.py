@@ -6,14 +6,32 @@ import triton
 import triton.language as tl
 
 from trimode.plugins.kernels.dependent_launch import wait_for_previous
+from trimode.plugins.kernels.norm_terms import write_norm_terms
 
 
 @triton.jit
-def embed_kernel(input_ids, table, embedded, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CAPABILITY: tl.constexpr):
+def embed_kernel(
+    input_ids,
+    table,
+    next_weight,
+    tokens,
+    embedded,
+    weighted,
+    next_squares,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CAPABILITY: tl.constexpr,
+):
     """A program copies BLOCK columns of one token's row."""
     wait_for_previous(CAPABILITY)
     token = tl.program_id(0).to(tl.int64)
-    _copy(table + tl.load(input_ids + token) * WIDTH, embedded + token * WIDTH, WIDTH, BLOCK)
+    source = table + tl.load(input_ids + token) * WIDTH
+    _copy(source, embedded + token * WIDTH, WIDTH, BLOCK)
+    if next_weight is not None:
+        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(source + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+        row = tl.program_id(0) + tl.arange(0, 1)
+        write_norm_terms(x[:, None], next_weight, weighted, next_squares, column, row, tokens, WIDTH)
 
 
 @triton.jit

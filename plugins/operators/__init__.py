@@ -49,23 +49,27 @@ __all__ = [
 
 _ALL: tuple[Operator, ...] = (
     KvWrite(),
-    *(Attend(pattern) for pattern in get_args(Pattern)),
+    *(Attend(pattern, merge=merge) for merge in (False, True) for pattern in get_args(Pattern)),
     MergeSplits(),
     *(
         Int4Product(split=split, input_scale=input_scale, adapter=adapter, residual=residual)
         for split, input_scale, adapter, residual in product((False, True), repeat=4)
     ),
     *(
-        Int4Product(split=split, input_scale=input_scale, gated=True)
-        for split, input_scale in product((False, True), repeat=2)
+        Int4Product(split=split, input_scale=input_scale, adapter=adapter, residual=True, for_norm=True)
+        for split, input_scale, adapter in product((False, True), repeat=3)
     ),
-    *(QkvProduct(split=split, input_scale=input_scale) for split, input_scale in product((False, True), repeat=2)),
+    *(Int4Product(split=split, normed=True) for split in (False, True)),
+    *(Int4Product(split=split, normed=normed, gated=True) for split, normed in product((False, True), repeat=2)),
+    *(QkvProduct(split=split, normed=normed) for split, normed in product((False, True), repeat=2)),
     Embed(),
+    Embed(for_norm=True),
     Rotations(),
     RmsNorm(),
     SwiGlu(),
     DenseProduct(),
     DenseProduct(row_scale=True),
+    DenseProduct(split=True, row_scale=True),
     DenseProduct(residual=True),
     DenseProduct(adapter=True, residual=True),
     SelectRows(),

@@ -20,6 +20,7 @@ KV_TILE = 32
 _CACHE = ("B", "HKV", "C", "D")
 _PARTIAL = Operand("partial", "real", ("B", "P", "HQ", "S", "D"))
 _LOG_SUM_EXP = Operand("log_sum_exp", "fp32", ("B", "P", "HQ", "S"))
+ATTENDED = Operand("attended", "real", ("B", "S", "HQ D"))
 _VISIBILITY: dict[Pattern, tuple[Operand, ...]] = {
     "causal": (),
     "bidirectional": (Operand("step_lengths", "int64", ("B",)),),
@@ -36,11 +37,13 @@ class Attend(Operator):
 
     ``partial`` is normalised within its split. ``log_sum_exp`` is -inf for a split without an attended row, and its
     ``partial`` is not written. Attribute ``splits``: the number of splits of a step of up to :data:`SPLIT_STEP` tokens.
+
+    With ``merge``, the last split of a tile of queries merges the results into ``attended``. ``counters`` are then zero
+    before a launch and after it, one for each tile of the queries of a KV head (:meth:`counters`).
     """
 
     kernel = "attention.attend_kernel"
     scalars = ("step", "capacity")
-    outputs = (_PARTIAL, _LOG_SUM_EXP)
     attributes = ("splits",)
 
     # BLOCK_M: queries of a tile; 128 hold a step of 32 tokens with groups of 4, so that K and V are read once for them.
@@ -52,30 +55,49 @@ class Attend(Operator):
         Tactic({"BLOCK_M": 16, "BLOCK_N": KV_TILE}, warps=4, stages=2),
     )
 
-    def __init__(self, pattern: Pattern) -> None:
+    def __init__(self, pattern: Pattern, *, merge: bool = False) -> None:
         self.pattern = pattern
-        self.name = f"Attend{pattern.capitalize()}"
+        self.merge = merge
+        self.name = f"Attend{pattern.capitalize()}{'Merged' if merge else ''}"
         self.inputs = (
             Operand("q", "real", ("B", "HQ", "S", "D")),
             Operand("k_cache", "real", _CACHE),
             Operand("v_cache", "real", _CACHE),
             Operand("write_indices", "int64", ("B",)),
             *_VISIBILITY[pattern],
+            *((Operand("counters", "int32", ("tiles",)),) if merge else ()),
+        )
+        self.outputs = (
+            *((ATTENDED,) if merge else ()),
+            _PARTIAL,
+            _LOG_SUM_EXP,
+            *((Operand("counters_out", "int32", ("tiles",), aliases="counters"),) if merge else ()),
         )
 
     def node(
         self, *, batch: int, step: int, capacity: int, kv_heads: int, group: int, head_dim: int, splits: int
     ) -> Node:
-        visibility = {"step_lengths": (batch,), "block_mask": (batch, step, step)}
+        named = {
+            "step_lengths": (batch,),
+            "block_mask": (batch, step, step),
+            "counters": (self.counters(batch=batch, step=step, kv_heads=kv_heads, group=group),),
+        }
+        visibility = _VISIBILITY[self.pattern]
         return Node.of(
             {
                 "q": (batch, kv_heads * group, step, head_dim),
                 **dict.fromkeys(("k_cache", "v_cache"), (batch, kv_heads, capacity, head_dim)),
                 "write_indices": (batch,),
-                **{operand.name: visibility[operand.name] for operand in _VISIBILITY[self.pattern]},
+                **{operand.name: named[operand.name] for operand in visibility},
+                **({"counters": named["counters"]} if self.merge else {}),
             },
             {"splits": splits},
         )
+
+    @classmethod
+    def counters(cls, *, batch: int, step: int, kv_heads: int, group: int) -> int:
+        """The number of counters that a pass needs, in the tactic with most tiles."""
+        return batch * kv_heads * max(-(-step * group // tactic.constants["BLOCK_M"]) for tactic in cls.TACTICS)
 
     def constants(self, node: Node) -> Constants:
         (_, heads, _, head_dim), kv_heads = node.fixed["q"], node.fixed["k_cache"][1]
@@ -104,7 +126,10 @@ class Attend(Operator):
     def output_shapes(self, node: Node) -> list[tuple[Dim, ...]]:
         batch, heads, step, head_dim = node.shapes["q"]
         splits = split_count(node.attributes["splits"], step)
-        return [(batch, splits, heads, step, head_dim), (batch, splits, heads, step)]
+        parts = [(batch, splits, heads, step, head_dim), (batch, splits, heads, step)]
+        if not self.merge:
+            return parts
+        return [(batch, step, heads * head_dim), *parts, tuple(node.shapes["counters"])]
 
 
 class MergeSplits(Operator):
@@ -116,7 +141,7 @@ class MergeSplits(Operator):
     kernel = "attention.merge_kernel"
     inputs = (_PARTIAL, _LOG_SUM_EXP)
     scalars = ("step", "splits")
-    outputs = (Operand("attended", "real", ("B", "S", "HQ D")),)
+    outputs = (ATTENDED,)
     attributes = ("splits", "group")
 
     TACTICS: ClassVar[tuple[Tactic, ...]] = (Tactic({}, warps=2, stages=1), Tactic({}, warps=4, stages=1))

@@ -23,6 +23,10 @@ LEAST_GROUP = 16
 TILE_COLUMNS, WORD, LONGEST_UNIT = 128, 8, 128
 # Columns of a matrix of pairs: so many first ones, their second ones, the next first ones, and so on.
 PAIRED = 8
+# Columns of the residual stream whose squares are summed together, for the norm behind it.
+NORM_COLUMNS = 64
+# The most such tiles that a product adds up (trimode.plugins.kernels.norm_terms).
+MOST_NORM_TILES = 255
 # Rows whose parts of K may be summed by several programs. They have room in ``partial``.
 SPLIT_ROWS = 64
 MAX_SPLITS = 8
@@ -54,8 +58,25 @@ def split_count(inner: int, columns: int, group: int) -> int:
     return splits
 
 
+COUNTERS = Operand("counters", "int32", ("tiles of y",))
+COUNTERS_OUT = Operand("counters_out", "int32", ("tiles of y",), aliases="counters")
+PARTIAL = Operand("partial", "fp32", ("MAX_SPLITS", "SPLIT_ROWS", "N"))
+SQUARES = Operand("squares", "fp32", ("norm tiles", "M"))
+EPSILON = Operand("epsilon", "fp32", ("1",))
+NEXT_SQUARES = SQUARES._replace(name="next_squares")
+
+
+def norm_tiles(width: Dim) -> Dim:
+    return ceil_div(width, NORM_COLUMNS)
+
+
 class Int4Product(Operator):
     """y = (x * input_scale) W + narrow up + residual, with the terms that the operator was made with.
+
+    With ``normed``, x is the residual stream times the norm's weight, ``squares`` are the sums of the stream's squares
+    over tiles of :data:`NORM_COLUMNS` columns, and the product is divided by the root of their mean plus ``epsilon``.
+    With ``for_norm``, the operator also writes these two for the norm behind it: ``weighted`` is y * ``next_weight``.
+    In fp16, y * ``next_weight`` must be finite, since it is not divided before.
 
     With ``gated``, the columns of W are pairs in the order of :data:`PAIRED`, a gate and an up in each, and y
     [M, N / 2] is gate * sigmoid(gate) * up.
@@ -95,25 +116,31 @@ class Int4Product(Operator):
         input_scale: bool = False,
         adapter: bool = False,
         residual: bool = False,
+        normed: bool = False,
         gated: bool = False,
+        for_norm: bool = False,
     ) -> None:
-        terms = {"Split": split, "Scaled": input_scale, "Adapted": adapter, "Residual": residual, "Gated": gated}
+        terms = {"Split": split, "Normed": normed, "Scaled": input_scale, "Adapted": adapter}
+        terms |= {"Residual": residual, "Gated": gated, "ForNorm": for_norm}
         self.name = "Int4Product" + "".join(term for term, present in terms.items() if present)
         self.split = split
         self.gated = gated
+        self.for_norm = for_norm
         self.inputs = (
             Operand("x", "real", ("M", "K")),
             Operand("packed", "int32", ("tiles", "units", "TILE_COLUMNS", "words")),
             Operand("scale", "fp32", ("K / group", "N")),
             *((Operand("input_scale", "real", ("K",)),) if input_scale else ()),
+            *((SQUARES, EPSILON) if normed else ()),
             *((Operand("narrow", "real", ("M", "R")), Operand("adapter_up", "real", ("R", "N"))) if adapter else ()),
             *((Operand("residual", "real", ("M", "N")),) if residual else ()),
-            *((Operand("counters", "int32", ("tiles of y",)),) if split else ()),
+            *((Operand("next_weight", "real", ("N",)),) if for_norm else ()),
+            *((COUNTERS,) if split else ()),
         )
         self.outputs = (
             Operand("y", "real", ("M", "N / 2" if gated else "N")),
-            *((Operand("partial", "fp32", ("MAX_SPLITS", "SPLIT_ROWS", "N")),) if split else ()),
-            *((Operand("counters_out", "int32", ("tiles of y",), aliases="counters"),) if split else ()),
+            *((Operand("weighted", "real", ("M", "N")), NEXT_SQUARES) if for_norm else ()),
+            *((PARTIAL, COUNTERS_OUT) if split else ()),
         )
 
     def node(self, *, rows: int, inner: int, columns: int, group: int = 128, rank: int = 0) -> Node:
@@ -131,6 +158,9 @@ class Int4Product(Operator):
             "packed": (ceil_div(columns, TILE_COLUMNS), inner // unit, TILE_COLUMNS, unit // WORD),
             "scale": (inner // group, columns),
             "input_scale": (inner,),
+            "squares": (norm_tiles(inner), rows),
+            "epsilon": (1,),
+            "next_weight": (columns,),
             "narrow": (rows, rank),
             "adapter_up": (rank, columns),
             "residual": (rows, columns),
@@ -198,9 +228,9 @@ class Int4Product(Operator):
     def output_shapes(self, node: Node) -> list[tuple[Dim, ...]]:
         columns = node.shapes["scale"][1]
         y = (*list(node.shapes["x"])[:-1], columns // 2 if self.gated else columns)
-        if not self.split:
-            return [y]
-        return [y, (MAX_SPLITS, SPLIT_ROWS, columns), tuple(node.shapes["counters"])]
+        terms = [y, (norm_tiles(columns), self.rows(node))] if self.for_norm else []
+        parts = [(MAX_SPLITS, SPLIT_ROWS, columns), tuple(node.shapes["counters"])] if self.split else []
+        return [y, *terms, *parts]
 
 
 def _shape(tactic: Tactic) -> tuple[int, int]:

@@ -8,19 +8,19 @@ from trimode.plugins.operators.operator import Constants, Dim, Node, Operand
 
 
 class QkvProduct(Int4Product):
-    """(x * input_scale) W, whose columns are the heads of q, then of k, then of v. Rotates queries and keys; writes
+    """x W, whose columns are the heads of q, then of k, then of v. Rotates queries and keys; writes
     keys and values to rows ``write_indices`` .. + S of the pool, in place.
 
     The columns of W are pairs in the order of :data:`trimode.plugins.operators.int4_product.PAIRED`: of each head,
-    column i and column i + D / 2. cos, sin: YaRN's tables. The queries' tables include the position's scale and the
-    softmax's.
+    column i and column i + D / 2. ``normed``: as for :class:`Int4Product`. cos, sin: YaRN's tables. The queries' tables
+    include the position's scale and the softmax's.
     """
 
     kernel = "qkv_product.qkv_product_kernel"
     scalars = ("rows", "step", "capacity")
 
-    def __init__(self, *, split: bool = False, input_scale: bool = False) -> None:
-        super().__init__(split=split, input_scale=input_scale)
+    def __init__(self, *, split: bool = False, normed: bool = False) -> None:
+        super().__init__(split=split, normed=normed)
         self.name = self.name.replace("Int4", "Qkv")
         inputs = {operand.name: operand for operand in self.inputs}
         counters = [inputs.pop("counters")] if split else []

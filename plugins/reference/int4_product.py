@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from trimode.plugins.operators.int4_product import PAIRED
+from trimode.plugins.operators.int4_product import NORM_COLUMNS, PAIRED
 
 
 def dequantize(packed: Tensor, scale: Tensor) -> Tensor:
@@ -16,6 +17,13 @@ def dequantize(packed: Tensor, scale: Tensor) -> Tensor:
     columns = scale.shape[1]
     integers = nibbles.permute(1, 4, 3, 0, 2).flatten(3).flatten(0, 2)[:, :columns] - 8
     return integers * scale.float().repeat_interleave(integers.shape[0] // scale.shape[0], 0)
+
+
+def norm_terms(x: Tensor, next_weight: Tensor) -> tuple[Tensor, Tensor]:
+    """x [.., N] times the norm's weight [N], and the sums of x^2 over tiles of columns [tiles, M]."""
+    squares = F.pad(x.float().square().flatten(0, -2), (0, -x.shape[-1] % NORM_COLUMNS))
+    sums = squares.reshape(len(squares), -1, NORM_COLUMNS).sum(-1).T.contiguous()
+    return (x.float() * next_weight.float()).to(x.dtype), sums
 
 
 def halves(y: Tensor) -> tuple[Tensor, Tensor]:
@@ -33,14 +41,19 @@ def int4_product(
     adapter_up: Tensor | None = None,
     residual: Tensor | None = None,
     *,
+    squares: Tensor | None = None,
+    epsilon: Tensor | None = None,
     gated: bool = False,
 ) -> Tensor:
     """y [M, N] from x [M, K]. input_scale: [K]. narrow: [M, R]. adapter_up: [R, N]. residual: [M, N].
 
-    gated: y [M, N / 2] is the gated activation of the pairs of columns.
+    squares: [T, M], and epsilon: [1], of the norm whose weighted input x is. gated: y [M, N / 2] is the gated
+    activation of the pairs of columns.
     """
     scaled = x if input_scale is None else (x.float() * input_scale.float()).to(x.dtype)
     y = scaled.float() @ dequantize(packed, scale)
+    if squares is not None and epsilon is not None:
+        y = y / (squares.sum(0).reshape(*x.shape[:-1], 1) / x.shape[-1] + epsilon).sqrt()
     if narrow is not None and adapter_up is not None:
         y = y + narrow.float() @ adapter_up.float()
     if residual is not None:

@@ -13,8 +13,9 @@ def qkv_product(
     x: Tensor,
     packed: Tensor,
     scale: Tensor,
-    input_scale: Tensor | None = None,
     *,
+    squares: Tensor | None = None,
+    epsilon: Tensor | None = None,
     query_cos: Tensor,
     query_sin: Tensor,
     key_cos: Tensor,
@@ -25,9 +26,10 @@ def qkv_product(
 ) -> Tensor:
     """Returns q [B, HQ, S, D]. Writes rows ``write_indices`` .. + S of both caches [B, HKV, C, D] in place.
 
-    x: [B, S, K]. The columns of W are the pairs of each head of q, k and v. cos, sin: [B, S, D / 2].
+    x: [B, S, K]. squares, epsilon: as for :func:`int4_product`. The columns of W are the pairs of each head of q, k and
+    v. cos, sin: [B, S, D / 2].
     """
-    y = int4_product(x, packed, scale, input_scale)
+    y = int4_product(x, packed, scale, squares=squares, epsilon=epsilon)
     half = k_cache.shape[3] // 2
     pairs = [part.reshape(*part.shape[:-1], -1, half) for part in halves(y)]
     qkv = torch.cat(pairs, dim=-1).flatten(-2)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from trimode.plugins.reference.int4_product import norm_terms
+
 
 def embed(input_ids: Tensor, table: Tensor) -> Tensor:
     """[B, S, H] from input_ids [B, S] and table [V, H]."""
@@ -13,3 +15,9 @@ def embed(input_ids: Tensor, table: Tensor) -> Tensor:
 def select_rows(x: Tensor, logit_rows: Tensor) -> Tensor:
     """[B, L, W] from x [B, S, W] and logit_rows [B, L]."""
     return x.gather(1, logit_rows[..., None].expand(-1, -1, x.shape[2]))
+
+
+def embed_for_norm(input_ids: Tensor, table: Tensor, next_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows, and what the norm behind them reads. next_weight: [H]."""
+    x = embed(input_ids, table)
+    return (x, *norm_terms(x, next_weight))

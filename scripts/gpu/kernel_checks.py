@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from scripts.gpu.kernel_launch import KernelLaunch, prepare
-from scripts.gpu.kernels_8b import ATTENTION, HIDDEN, PRODUCTS, SPLITS, VOCABULARY, Product
+from scripts.gpu.kernels_8b import ATTENTION, HIDDEN, PRODUCTS, QKV, SPLITS, VOCABULARY, Product
 from scripts.gpu.traffic import (
     attend_traffic,
     int4_product_traffic,
@@ -104,10 +104,10 @@ SIZES_8B = CheckSizes(
         *((1, 64, 4096), (1, 256, 4096), (4, 8, 2000), (4, 32, 2000)),
         *((16, 1, 4096), (16, 16, 2000), (16, 32, 4096)),
     ),
-    {**PRODUCTS, "head": Product(Int4Product(), HIDDEN, VOCABULARY)},
+    {**PRODUCTS, "head": Product(Int4Product(normed=True), HIDDEN, VOCABULARY)},
     (1, 4, 16, 32, 64, 256, 512),
     (1, 8, 32, 64, 100, 256),
-    QkvProduct(split=True),
+    QKV,
     HIDDEN,
 )
 SMALL_SIZES = CheckSizes(
@@ -116,11 +116,12 @@ SMALL_SIZES = CheckSizes(
     ((2, 5, 130), (1, 1, 0)),
     {
         "fused": Product(Int4Product(input_scale=True, adapter=True, residual=True), 256, 130, 16),
-        "split": Product(Int4Product(split=True, adapter=True, residual=True), 2048, 130, 16),
+        "split": Product(Int4Product(split=True, adapter=True, residual=True, for_norm=True), 2048, 130, 16),
+        "gated": Product(Int4Product(normed=True, gated=True), 256, 144),
     },
     (1, 5),
     (1, 8, 70),
-    QkvProduct(split=True, input_scale=True),
+    QkvProduct(split=True, normed=True),
     2048,
 )
 
@@ -275,7 +276,7 @@ def _products(host: Host, sizes: CheckSizes) -> Iterator[Result]:
                 launches = [prepare(product.operator, {**inputs, "packed": words}, tactic) for words in packed]
                 node, name = launches[0].node, product.operator.kernel_name(launches[0].node, number)
                 host.launch(name, launches[0])
-                error = distance(launches[0].outputs[0], expected)
+                error = product_error(launches[0], expected)
                 took = median_microseconds(host, name, launches, copies)
                 yield Result(
                     product.operator.name,
@@ -335,10 +336,12 @@ def _same_bits(host: Host, sizes: CheckSizes) -> Iterator[Result]:
                 name: tensor[-rows:].contiguous() if name in _ACTIVATIONS else tensor
                 for name, tensor in longest.items()
             }
+            if "squares" in inputs:
+                inputs["squares"] = inputs["squares"][:, -rows:].contiguous()
             for number, tactic in product.operator.tactics(product.node(rows)).items():
                 launched = prepare(product.operator, inputs, tactic)
                 host.launch(product.operator.kernel_name(launched.node, number), launched)
-                last = launched.outputs[0][-1]
+                last = torch.cat(_last_row(product.operator, launched.outputs))
                 expected = last if expected is None else expected
                 differ = float((last != expected).sum())
                 yield Result(
@@ -349,6 +352,12 @@ def _same_bits(host: Host, sizes: CheckSizes) -> Iterator[Result]:
                     None,
                     _least_product_bytes(product, launched.node, tactic),
                 )
+
+
+def _last_row(operator: Int4Product, outputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """Its outputs, in fp32."""
+    terms = [outputs[1][-1], outputs[2][:, -1]] if operator.for_norm else []
+    return [tensor.float() for tensor in (outputs[0][-1], *terms)]
 
 
 _ACTIVATIONS = ("x", "narrow", "residual")
@@ -367,14 +376,29 @@ def product_inputs(host: Host, product: Product, node: Node) -> dict[str, Tensor
             inputs[name] = (torch.rand(shape, generator=random, device=host.device) + 0.5) * size
         elif name == "counters":
             inputs[name] = torch.zeros(shape, dtype=torch.int32, device=host.device)
+        elif name == "squares":
+            inputs[name] = 64 * (torch.rand(shape, generator=random, device=host.device) + 0.5)
+        elif name == "epsilon":
+            inputs[name] = torch.full(shape, 1e-5, device=host.device)
         else:
             inputs[name] = _normal(host, random, *shape)
     return inputs
 
 
 def expected_product(product: Product, inputs: dict[str, Tensor]) -> Tensor:
-    given = {name: tensor for name, tensor in inputs.items() if name != "counters"}
+    given = {name: tensor for name, tensor in inputs.items() if name not in ("counters", "next_weight")}
     return int4_product.int4_product(**given, gated=product.operator.gated)
+
+
+def product_error(launched: KernelLaunch, expected: Tensor) -> float:
+    """Of y, and of what the operator computes of the norm behind it, which follows from y."""
+    y, *others = launched.outputs
+    errors = [distance(y, expected)]
+    if (weight := launched.arguments.get("next_weight")) is not None:
+        assert isinstance(weight, Tensor)
+        terms = int4_product.norm_terms(y, weight)
+        errors += [distance(*pair) for pair in zip(others[:2], terms, strict=True)]
+    return max(errors) if all(error == error for error in errors) else float("nan")
 
 
 def _least_product_bytes(product: Product, node: Node, tactic: Tactic) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from trimode.plugins.operators import Int4Product, Node
+from trimode.plugins.operators import Int4Product, Node, QkvProduct
 
 LAYERS, HIDDEN, INTERMEDIATE, VOCABULARY = 34, 4096, 14336, 131072
 # Keyword arguments of the attention operators' nodes.
@@ -30,12 +30,23 @@ class Product(NamedTuple):
         return self.operator.node(rows=rows, inner=self.inner, columns=self.columns, rank=self.rank)
 
 
+QKV = QkvProduct(split=True, normed=True)
+
+
+def qkv_node(step: int, capacity: int) -> Node:
+    """Of one sequence."""
+    return QKV.qkv_node(batch=1, step=step, capacity=capacity, inner=HIDDEN, **ATTENTION)
+
+
 PRODUCTS = {
     "qkv": Product(Int4Product(split=True), HIDDEN, QUERY_WIDTH + 2 * KV_WIDTH),
-    "o": Product(Int4Product(split=True, input_scale=True, residual=True), QUERY_WIDTH, HIDDEN),
+    "o": Product(Int4Product(split=True, input_scale=True, residual=True, for_norm=True), QUERY_WIDTH, HIDDEN),
     "o with adapter": Product(
-        Int4Product(split=True, input_scale=True, adapter=True, residual=True), QUERY_WIDTH, HIDDEN, ADAPTER_RANK
+        Int4Product(split=True, input_scale=True, adapter=True, residual=True, for_norm=True),
+        QUERY_WIDTH,
+        HIDDEN,
+        ADAPTER_RANK,
     ),
-    "gate_up": Product(Int4Product(gated=True), HIDDEN, 2 * INTERMEDIATE),
-    "down": Product(Int4Product(split=True, input_scale=True, residual=True), INTERMEDIATE, HIDDEN),
+    "gate_up": Product(Int4Product(normed=True, gated=True), HIDDEN, 2 * INTERMEDIATE),
+    "down": Product(Int4Product(split=True, input_scale=True, residual=True, for_norm=True), INTERMEDIATE, HIDDEN),
 }

@@ -27,7 +27,7 @@ from trimode.plugins.operators import (
     Tactic,
 )
 from trimode.plugins.operators.attention import split_count
-from trimode.plugins.operators.int4_product import SPLIT_ROWS
+from trimode.plugins.operators.int4_product import SPLIT_ROWS, norm_tiles
 from trimode.plugins.operators.operator import ceil_div, row_count
 
 # A third of the smallest L2 of the GPUs that kernels are compiled for (GeForce RTX 3090, 6 MB).
@@ -98,14 +98,23 @@ def attend_traffic(operator: Attend, node: Node, tactic: Tactic, committed: Sequ
     tiles, splits = ceil_div(rows, block_m), split_count(node.attributes["splits"], step)
     names = ("q", "k_cache", "v_cache", "write_indices", "partial", "log_sum_exp")
     traffic = {name: TensorTraffic() for name in names}
+    if operator.merge:
+        traffic |= {name: TensorTraffic() for name in ("attended", "counters")}
     # All heads move the same bytes, so count one. Its tiles run at the same time, one split after the other.
     for length_before, split in product(committed, range(splits)):
         walked, queries = [], 0
         for tile in range(tiles):
             tokens = [row % step for row in range(tile * block_m, min((tile + 1) * block_m, rows))]
             traffic["write_indices"].loaded += INDEX_BYTES
-            traffic["log_sum_exp"].stored += FLOAT_BYTES * len(tokens)
             length = length_before + (max(tokens) + 1 if operator.pattern == "causal" else step)
+            taking_part = min(splits, ceil_div(length, block_n)) if operator.merge else splits
+            if split < taking_part:
+                traffic["log_sum_exp"].stored += FLOAT_BYTES * len(tokens)
+            if operator.merge and split == 0:
+                # The last split reads every sum twice, and its own result and those of the others once.
+                traffic["log_sum_exp"].loaded += 2 * taking_part * FLOAT_BYTES * len(tokens)
+                traffic["attended"].stored += row_bytes * len(tokens)
+                traffic["counters"].stored += FLOAT_BYTES
             own = split_rows(length, split, splits, block_n)
             if not own:
                 continue
@@ -126,6 +135,10 @@ def attend_traffic(operator: Attend, node: Node, tactic: Tactic, committed: Sequ
             traffic["v_cache"].reloaded += (loaded - distinct) * row_bytes
     if operator.pattern == "bidirectional":
         traffic["step_lengths"] = TensorTraffic(loaded=traffic["write_indices"].loaded)
+    if operator.merge:
+        # Read just after they were written.
+        traffic["partial"].loaded = traffic["partial"].reloaded = traffic["partial"].stored
+        traffic["log_sum_exp"].reloaded = traffic["log_sum_exp"].loaded
     for tensor in traffic.values():
         tensor.loaded *= kv_heads
         tensor.stored *= kv_heads
@@ -133,7 +146,7 @@ def attend_traffic(operator: Attend, node: Node, tactic: Tactic, committed: Sequ
     kv = kv_heads * row_bytes * sum(length + step for length in committed)
     traffic["q"].needed = len(committed) * kv_heads * rows * row_bytes
     traffic["k_cache"].needed = traffic["v_cache"].needed = kv
-    for name in ("partial", "log_sum_exp"):
+    for name in traffic.keys() & {"partial", "log_sum_exp", "attended", "counters"}:
         traffic[name].needed = traffic[name].stored
     if operator.pattern == "masked":
         traffic["block_mask"].needed = len(committed) * step * step
@@ -184,6 +197,15 @@ def int4_product_traffic(operator: Int4Product, node: Node, tactic: Tactic, real
         traffic["counters"] = _written(separate * strips * FLOAT_BYTES)
     if "input_scale" in node.shapes:
         traffic["input_scale"] = _read(tiles * strips * inner * real, inner * real)
+    if "squares" in node.shapes:
+        squares = math.prod(node.shapes["squares"]) * FLOAT_BYTES
+        programs = operator.grid(node, tactic)[2] * strips
+        traffic["squares"] = _read(squares * programs, squares)
+        traffic["epsilon"] = _read(tiles * programs * FLOAT_BYTES, FLOAT_BYTES)
+    if "next_weight" in node.shapes:
+        traffic["next_weight"] = _read(tiles * columns * real, columns * real)
+        traffic["weighted"] = _written(rows * columns * real)
+        traffic["next_squares"] = _written(norm_tiles(columns) * rows * FLOAT_BYTES)
     if "narrow" in node.shapes:
         rank = node.shapes["narrow"][1]
         traffic["narrow"] = _read(rows * rank * real * strips, rows * rank * real)
@@ -211,7 +233,7 @@ def qkv_product_traffic(operator: QkvProduct, node: Node, tactic: Tactic, real: 
     }
 
 
-def dense_product_traffic(node: Node, tactic: Tactic, real: int) -> KernelTraffic:
+def dense_product_traffic(operator: DenseProduct, node: Node, tactic: Tactic, real: int) -> KernelTraffic:
     """real: bytes of an activation."""
     block_m, block_n = tactic.constants["BLOCK_M"], tactic.constants["BLOCK_N"]
     (inner, columns), rows = node.shapes["weight"], row_count(node.shapes["x"])
@@ -225,6 +247,12 @@ def dense_product_traffic(node: Node, tactic: Tactic, real: int) -> KernelTraffi
     # Tiles of rows run at the same time, one strip of columns after the other.
     if weight * block_n // columns <= CACHED:
         traffic["weight"].reloaded = weight * (tiles - 1)
+    splits, block_m = operator.constants(node)["SPLITS"], tactic.constants["BLOCK_M"]
+    separate = min(tiles, SPLIT_ROWS // block_m) if splits > 1 else 0
+    if separate:
+        parts = splits * min(separate * block_m, rows) * columns * FLOAT_BYTES
+        traffic["partial"] = TensorTraffic(loaded=parts, stored=parts, needed=parts, reloaded=parts)
+        traffic["counters"] = _written(separate * strips * FLOAT_BYTES)
     if "row_scale" in node.shapes:
         traffic["row_scale"] = _read(rows * strips * real, node.shapes["x"][0] * real)
     if "narrow" in node.shapes:
@@ -243,7 +271,7 @@ def operator_traffic(operator: Operator, node: Node, tactic: Tactic, real: int) 
     original context. real: bytes of an activation.
     """
     if isinstance(operator, DenseProduct):
-        return dense_product_traffic(node, tactic, real)
+        return dense_product_traffic(operator, node, tactic, real)
     sizes = {"real": real, "fp32": FLOAT_BYTES, "int64": INDEX_BYTES, "int32": WORD_BYTES}
     columns, rows, _ = operator.grid(node, tactic)
     programs = columns * rows
@@ -254,7 +282,9 @@ def operator_traffic(operator: Operator, node: Node, tactic: Tactic, real: int) 
     read = {o.name: (size[o.name], size[o.name]) for o in operator.inputs}
     if isinstance(operator, Embed):
         read["input_ids"] = (programs * INDEX_BYTES, size["input_ids"])
-        read["table"] = (size["embedded"], size["embedded"])
+        read["table"] = ((1 + operator.for_norm) * size["embedded"], size["embedded"])
+        if operator.for_norm:
+            read["next_weight"] = (math.prod(shapes["input_ids"]) * size["next_weight"], size["next_weight"])
     elif isinstance(operator, SelectRows):
         read["logit_rows"] = (programs * INDEX_BYTES, size["logit_rows"])
         read["x"] = (size["selected"], size["selected"])

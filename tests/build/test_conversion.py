@@ -69,7 +69,7 @@ def test_the_targets_have_all_files_but_the_engines_in_common(built: dict[str, P
 
 
 def cut_a_kernel(engine: Path) -> None:
-    kernel = next((engine / "kernels/sm_90").glob("MergeSplits*.ptx"))
+    kernel = next((engine / "kernels/sm_90").glob("AttendMaskedMerged*.ptx"))
     kernel.write_bytes(kernel.read_bytes()[:-1])
 
 
@@ -88,7 +88,7 @@ def of_cpu(engine: Path, checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda engine, _: cut_a_kernel(engine), r"MergeSplits.*\.ptx has \d+ bytes, the manifest says"),
+        (lambda engine, _: cut_a_kernel(engine), r"AttendMaskedMerged.*\.ptx has \d+ bytes, the manifest says"),
         (of_fp32, "target tensorrt takes bf16 and fp16, and the engine is fp32"),
         (
             of_cpu,
@@ -121,12 +121,12 @@ def test_the_command(built: dict[str, Path], tmp_path: Path) -> None:
         (
             "standard",
             [],
-            "standard operators beside attention and int4 products; kernels for compute capability 8.0",
+            "16-bit products by standard operators; kernels for compute capability 8.0",
         ),
         (
             "plugins",
             ["--operators", "plugins"],
-            "not compiled yet; plugins beside attention and int4 products",
+            "not compiled yet; 16-bit products by plugins",
         ),
     ):
         done = run(str(tmp_path / name), "--target", "tensorrt", *options)

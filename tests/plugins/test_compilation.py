@@ -14,7 +14,7 @@ import pytest
 from triton.compiler import ASTSource
 
 from scripts.gpu import graph_checks
-from scripts.gpu.kernels_8b import ATTENTION, PRODUCTS, SPLITS
+from scripts.gpu.kernels_8b import ATTENTION, PRODUCTS, QKV, SPLITS, qkv_node
 from trimode.build.kernel_emission import kernels_of, write_kernels
 from trimode.common.errors import TriModeError
 from trimode.common.progress import no_progress
@@ -35,6 +35,7 @@ def attention_kernel(operator: Attend, tactic: Tactic) -> tuple[Operator, Node, 
 
 
 WRITE = KvWrite.node(batch=1, step=1, capacity=1, **ATTENTION)
+QKV_NODE = qkv_node(1, capacity=1)
 MERGE = MergeSplits.node(batch=1, step=1, splits=SPLITS, **ATTENTION)
 # Of several nodes of one operator, the last one: the most candidates.
 AROUND = {o.name: (o, node) for o, node in graph_checks.used_nodes(graph_checks.SIZES_8B)}
@@ -42,7 +43,10 @@ KERNELS: dict[str, tuple[Operator, Node, Tactic]] = {
     "write": (KvWrite(), WRITE, KvWrite.TACTICS[0]),
     "attention, few rows": attention_kernel(Attend("bidirectional"), Attend.TACTICS[0]),
     "attention, many rows": attention_kernel(Attend("masked"), Attend.TACTICS[-1]),
+    "attention that merges, few rows": attention_kernel(Attend("bidirectional", merge=True), Attend.TACTICS[0]),
+    "attention that merges, many rows": attention_kernel(Attend("masked", merge=True), Attend.TACTICS[1]),
     "merge": (MergeSplits(), MERGE, MergeSplits.TACTICS[0]),
+    **{f"qkv product, {shape(tactic)}": (QKV, QKV_NODE, tactic) for tactic in QKV.tactics(QKV_NODE).values()},
     **{
         f"product in parts, {shape(tactic)}": (ADAPTED.operator, ADAPTED.node(1), tactic)
         for tactic in ADAPTED.operator.tactics(ADAPTED.node(1)).values()
@@ -61,6 +65,8 @@ LARGEST = (
 )
 HEAVIEST = (
     "attention, many rows",
+    "attention that merges, many rows",
+    "qkv product, 64 x 128, 8 warps",
     "product in parts, 32 x 128, 4 warps",
     "product in parts, 64 x 128, 8 warps",
     "product, 64 x 128, 8 warps",

@@ -38,7 +38,7 @@ from trimode.plugins.operators.int4_product import LONGEST_UNIT
 
 # Expected values were computed by hand.
 OUTPUTS = {
-    "Embed": (("HALF",), ((BATCH, STEP, INNER),)),
+    "EmbedForNorm": (("HALF", "HALF", "FLOAT"), ((BATCH, STEP, INNER), (BATCH, STEP, INNER), (4, BATCH * STEP))),
     "Rotations": (("HALF",) * 4, ((BATCH, STEP, SIZE // 2),) * 4),
     "RmsNorm": (("HALF",), ((BATCH, STEP, INNER),)),
     "SwiGlu": (("HALF",), ((BATCH, STEP, COLUMNS),)),
@@ -51,7 +51,7 @@ OUTPUTS = {
     "AskedLogits": (("FLOAT",), ((BATCH, ROWS, ASKED),)),
 }
 LAUNCHES: dict[str, set[tuple[tuple[int, int, int], tuple[int, ...]]]] = {
-    "Embed": {((BATCH * STEP, 1, 1), ())},
+    "EmbedForNorm": {((BATCH * STEP, 1, 1), (BATCH * STEP,))},
     "Rotations": {((BATCH * STEP, 1, 1), ())},
     "RmsNorm": {((BATCH * STEP, 1, 1), ())},
     "SwiGlu": {((BATCH * STEP, 1, 1), ())},
@@ -74,7 +74,7 @@ def built(tensorrt: ModuleType, declarations: ModuleType, library: Path) -> dict
 
 def test_every_operator_is_declared_in_our_namespace(tensorrt: ModuleType, built: dict[str, Built]) -> None:
     assert {name for space, name in tensorrt.get_plugin_registry().creators if space == "trimode"} == built.keys()
-    assert len(built) == 1 + 3 + 1 + 16 + 4 + 4 + 13
+    assert len(built) == 1 + 6 + 1 + 16 + 8 + 2 + 4 + 4 + 15
 
 
 @pytest.mark.parametrize("name", COMPILED)
@@ -102,8 +102,7 @@ def test_the_pool_and_the_counters_are_written_in_place(built: dict[str, Built])
     for name, found in built.items():
         inputs, product = [operand.name for operand in OPERATORS[name].inputs], OPERATORS[name]
         caches = (inputs.index("k_cache"), inputs.index("v_cache")) if name.startswith(("KvWrite", "Qkv")) else ()
-        split = isinstance(product, Int4Product) and product.split
-        counters = (inputs.index("counters"),) if split else ()
+        counters = (inputs.index("counters"),) if "counters" in inputs else ()
         plain = len(found.aliases) - len(caches) - len(counters)
         assert found.aliases == (*[-1] * plain, *caches, *counters)
         assert plain == sum(operand.aliases is None for operand in product.outputs)
@@ -122,7 +121,9 @@ def test_output_shapes_and_types(built: dict[str, Built]) -> None:
         if name.startswith(("Int4Product", "DenseProduct")):
             y, *others = zip(found.output_types, found.output_shapes, strict=True)
             assert y == ("HALF", (BATCH, STEP, COLUMNS // 2 if "Gated" in name else COLUMNS))
-            assert others in ([], [("FLOAT", (8, 64, COLUMNS)), ("INT32", (12,))])
+            terms = [("HALF", (BATCH, STEP, COLUMNS)), ("FLOAT", (3, BATCH * STEP))] if "ForNorm" in name else []
+            parts = [("FLOAT", (8, 64, COLUMNS)), ("INT32", (12,))] if "ProductSplit" in name else []
+            assert others == [*terms, *parts]
     assert {
         name: (found.output_types, found.output_shapes) for name, found in built.items() if name in OUTPUTS
     } == OUTPUTS
@@ -139,14 +140,14 @@ def test_launches_cover_the_work(built: dict[str, Built]) -> None:
         assert kernel.scalars == (STEP, CAPACITY)
     assert {kernel.grid for kernel in built["MergeSplits"].kernels.values()} == {(STEP, KV_HEADS, BATCH)}
     assert {kernel.scalars for kernel in built["MergeSplits"].kernels.values()} == {(STEP, 3)}
-    assert built["QkvProductSplitScaled"].output_shapes == (
+    assert built["QkvProductSplitNormed"].output_shapes == (
         (BATCH, HEADS, STEP, SIZE),
         (8, 64, WIDTH),
         CACHE,
         CACHE,
         (16,),
     )
-    for number, kernel in built["QkvProductSplitScaled"].kernels.items():
+    for number, kernel in built["QkvProductSplitNormed"].kernels.items():
         tactic = Int4Product.TACTICS[number - 1].constants
         expected = (-(-BATCH * STEP // tactic["BLOCK_M"]), -(-WIDTH // tactic["BLOCK_N"]), 1)
         assert (kernel.grid, kernel.scalars) == (expected, (BATCH * STEP, STEP, CAPACITY))

@@ -11,17 +11,19 @@ from trimode.plugins.operators import OPERATORS
 
 HEADS = {"KV_HEADS": 2, "GROUP": 2, "HEAD_DIM": 64}
 PRODUCT = {"INNER": 1024, "COLUMNS": 256, "GROUP": 128, "UNIT": 128, "RANK": 0, "SPLITS": 1, "GATED": 0}
-DENSE = {"INNER": 256, "COLUMNS": 256, "RANK": 0}
+DENSE = {"INNER": 256, "COLUMNS": 256, "RANK": 0, "SPLITS": 1}
 # Operators whose kernels together have every input that a kernel can have.
 CONSTANTS: dict[str, dict[str, int]] = {
     "KvWrite": HEADS,
     "AttendCausal": HEADS,
     "AttendBidirectional": HEADS,
     "AttendMasked": HEADS,
+    "AttendMaskedMerged": HEADS,
     "MergeSplits": {**HEADS, "SPLITS": 16},
     "Int4Product": PRODUCT,
-    "Int4ProductSplitScaledAdaptedResidual": {**PRODUCT, "RANK": 64, "SPLITS": 4},
-    "QkvProductSplitScaled": {
+    "Int4ProductNormedGated": {**PRODUCT, "GATED": 1},
+    "Int4ProductSplitScaledAdaptedResidualForNorm": {**PRODUCT, "RANK": 64, "SPLITS": 4},
+    "QkvProductSplitNormed": {
         **{name: PRODUCT[name] for name in ("INNER", "GROUP", "UNIT")},
         "COLUMNS": 512,
         "SPLITS": 4,
@@ -29,11 +31,11 @@ CONSTANTS: dict[str, dict[str, int]] = {
         "KV_HEADS": 2,
         "HEAD_DIM": 64,
     },
-    "Embed": {"WIDTH": 256},
+    "EmbedForNorm": {"WIDTH": 256},
     "Rotations": {"HALF": 32, "SCALES": 16, "LENGTH": 128},
     "RmsNorm": {"WIDTH": 256},
     "SwiGlu": {"WIDTH": 256},
-    "DenseProductRowScaled": DENSE,
+    "DenseProductSplitRowScaled": {**DENSE, "SPLITS": 2},
     "DenseProductAdaptedResidual": {**DENSE, "RANK": 64},
     "SelectRows": {"WIDTH": 256},
     "TopCandidatesMasked": {"VOCABULARY": 768, "TOP_K": 4, "MASK_TOKEN": 100},

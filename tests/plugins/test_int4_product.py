@@ -28,11 +28,15 @@ by_shape = pytest.mark.parametrize(
 )
 
 
+def reference_of(inputs: dict[str, Tensor], *, gated: bool) -> Tensor:
+    given_ = {name: tensor for name, tensor in inputs.items() if name not in ("counters", "next_weight")}
+    return reference.int4_product(**given_, gated=gated)
+
+
 def check(case: ProductCase) -> None:
     inputs = case.inputs()
     found, _ = int4_product(**inputs, tactic=case.tactic, gated=case.gated)
-    inputs.pop("counters", None)
-    assert distance(found, reference.int4_product(**inputs, gated=case.gated)) <= TOLERANCES[case.dtype]
+    assert distance(found, reference_of(inputs, gated=case.gated)) <= TOLERANCES[case.dtype]
 
 
 @given(product_cases())
@@ -72,6 +76,26 @@ def test_pairs_are_the_columns_of_two_matrices() -> None:
     assert distance(found, gate * gate.sigmoid() * up) < TOLERANCES[torch.float32]
 
 
+@by_shape
+@pytest.mark.parametrize("residual", [False, True], ids=["behind a norm", "before a norm"])
+def test_the_terms_of_norms_in_every_tactic(tactic: Tactic, residual: bool) -> None:
+    """The launch compares ``weighted`` and ``next_squares`` with the reference's."""
+    rows = tactic.constants["BLOCK_M"] + 1
+    terms = {"normed": not residual, "residual": residual, "for_norm": residual}
+    check(ProductCase(rows, 2, 272, **terms, tactic=tactic, dtype=torch.bfloat16))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("size", [1e-18, 1.0, 1e4, 1e16])
+def test_squares_are_summed_accurately_at_any_size(size: float) -> None:
+    """Of a stream whose columns differ by far, from squares of 1e-36 to 1e36."""
+    case = ProductCase(3, 1, 200, residual=True, for_norm=True)
+    inputs = case.inputs()
+    inputs["scale"] *= 0
+    inputs["residual"] = torch.randn(3, 200, generator=torch.Generator().manual_seed(1)) * size
+    inputs["residual"][:, ::7] *= 100
+    int4_product(**inputs, tactic=case.tactic)
+
+
 @pytest.mark.parametrize("group", [16, 32, 48, 64, 256])
 def test_every_group(group: int) -> None:
     unit = unit_of(group)
@@ -81,23 +105,41 @@ def test_every_group(group: int) -> None:
 
 
 def rows_of(inputs: dict[str, Tensor], first: int, rows: int, tactic: Tactic, *, gated: bool = False) -> Tensor:
-    """The bits of these rows, computed in a step of their own."""
+    """The bits of these rows of all outputs, computed in a step of their own."""
     activations = ("x", "narrow", "residual")
     given = {
         name: tensor[first : first + rows].contiguous() if name in activations else tensor.clone()
         for name, tensor in inputs.items()
     }
-    found, _ = int4_product(**given, tactic=tactic, gated=gated)
-    return found.view(torch.int16)
+    if "squares" in given:
+        given["squares"] = inputs["squares"][:, first : first + rows].contiguous()
+    flags = {name: operand in given for name, operand in FLAGS.items()}
+    launched = prepare(Int4Product(**flags, gated=gated), given, tactic)
+    launch(launched)
+    y, *others = launched.outputs
+    if "next_weight" not in given:
+        return y.view(torch.int16)
+    return torch.cat([y.view(torch.int16), others[0].view(torch.int16), others[1].T.contiguous().view(torch.int16)], 1)
+
+
+# The operator's flags, and the inputs that they add.
+FLAGS = {
+    "split": "counters",
+    "normed": "squares",
+    "input_scale": "input_scale",
+    "adapter": "narrow",
+    "residual": "residual",
+    "for_norm": "next_weight",
+}
 
 
 @pytest.mark.parametrize("split", [False, True], ids=["one program", "separate programs"])
 @pytest.mark.parametrize(("groups", "gated"), [(3, False), (16, False), (16, True)])
 def test_a_rows_bits_depend_neither_on_other_rows_nor_on_the_tile(groups: int, gated: bool, split: bool) -> None:
     """Steps of 1, 8, 32 and 64 rows, and a chunk, in every tactic; the matrix of 16 groups is summed in two parts."""
-    case = replace(SPLIT, rows=70, groups=groups, split=split)
+    case = replace(SPLIT, rows=70, groups=groups, split=split, for_norm=True)
     if gated:
-        case = replace(case, columns=80, rank=0, residual=False, gated=True)
+        case = replace(case, columns=80, rank=0, residual=False, for_norm=False, normed=True, gated=True)
     inputs = case.inputs()
     tactics = list(case.operator.tactics(case.node).values())
     expected = rows_of(inputs, 0, 70, tactics[-1], gated=gated)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -20,6 +21,7 @@ from trimode.plugins.operators import (
     MergeCandidates,
     MergeSplits,
     Node,
+    Pattern,
     QkvProduct,
     RmsNorm,
     Rotations,
@@ -41,6 +43,12 @@ NODES: dict[str, Node] = {
             ("AttendMasked", "masked"),
         )
     },
+    **{
+        f"Attend{pattern.capitalize()}Merged": Attend(pattern, merge=True).node(
+            batch=2, step=5, capacity=64, splits=16, **SIZES
+        )
+        for pattern in get_args(Pattern)
+    },
     "MergeSplits": MergeSplits.node(batch=2, step=5, splits=16, **SIZES),
     **{
         name: operator.node(rows=10, inner=512, columns=384, rank=16)
@@ -52,7 +60,8 @@ NODES: dict[str, Node] = {
         for name, operator in OPERATORS.items()
         if isinstance(operator, QkvProduct)
     },
-    "Embed": Embed.node(batch=2, step=5, vocabulary=1000, width=512),
+    "Embed": Embed().node(batch=2, step=5, vocabulary=1000, width=512),
+    "EmbedForNorm": Embed(for_norm=True).node(batch=2, step=5, vocabulary=1000, width=512),
     "Rotations": Rotations.node(batch=2, step=5, head_dim=128, scales=16, length=16384),
     "RmsNorm": RmsNorm.node(rows=10, width=512),
     "SwiGlu": SwiGlu.node(rows=10, width=1536),
@@ -119,7 +128,7 @@ def test_a_node_has_every_input_and_gives_every_output(name: str) -> None:
 def test_parameters_and_constants_are_the_kernels(name: str) -> None:
     """Every parameter of the kernel is the operator's, a constant, or an input that this operator lacks."""
     operator, node = OPERATORS[name], NODES[name]
-    lacking = name.startswith(("Attend", "Int4Product", "QkvProduct", "DenseProduct", "TopCandidates"))
+    lacking = name.startswith(("Attend", "Int4Product", "QkvProduct", "DenseProduct", "TopCandidates", "Embed"))
     known = kernel_of(operator).arg_names
     for tactic in operator.tactics(node).values():
         constants = {**operator.constants(node), **tactic.constants}
@@ -130,7 +139,8 @@ def test_parameters_and_constants_are_the_kernels(name: str) -> None:
         assert absent <= {
             *("step_lengths", "block_mask", "token_mask"),
             *("input_scale", "row_scale", "step", "narrow", "adapter_up", "residual"),
-            *("counters", "partial", "counters_out"),
+            *("counters", "partial", "counters_out", "attended"),
+            *("squares", "epsilon", "next_weight", "weighted", "next_squares"),
         }
 
 

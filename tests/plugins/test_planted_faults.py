@@ -15,11 +15,20 @@ import torch
 from scripts.gpu.kernel_checks import distance
 from tests.plugins import test_attention, test_int4_product, test_qkv_product
 from tests.support.kernel_cases import AttentionCase, ProductCase, operator_inputs
-from tests.support.kernel_functions import TOLERANCES, attend, int4_product, kv_write, reference_of, run
+from tests.support.kernel_functions import (
+    TOLERANCES,
+    attend,
+    attend_and_merge,
+    int4_product,
+    kv_write,
+    reference_of,
+    run,
+)
 from trimode.common.errors import TriModeError
 from trimode.plugins.kernels import attention as attention_kernels
 from trimode.plugins.kernels import int4_product as product_kernels
 from trimode.plugins.kernels import kv_write as write_kernels
+from trimode.plugins.kernels import norm_terms as norm_kernels
 from trimode.plugins.kernels import qkv_product as qkv_kernels
 from trimode.plugins.operators import OPERATORS, KvWrite, Pattern
 from trimode.plugins.operators.candidates import TILE
@@ -49,7 +58,7 @@ PRODUCTS = {
 
 
 def gated_distance() -> float:
-    case = ProductCase(4, 3, 144, gated=True)
+    case = ProductCase(4, 3, 144, gated=True, normed=True)
     inputs = case.inputs()
     found, _ = int4_product(**inputs, tactic=case.tactic, gated=True)
     return distance(found, product.int4_product(**inputs, gated=True))
@@ -148,6 +157,37 @@ ATTENTION_FAULTS: dict[str, tuple[Pattern, str, str]] = {
 }
 
 
+MERGE_FAULTS = {
+    "a split left out": ("tl.range(0, splits, num_stages=STAGES)", "tl.range(0, splits - 1, num_stages=STAGES)"),
+    "splits of equal weight": ("part.to(tl.float32), weight[:, None]", "part.to(tl.float32), 0 * weight[:, None] + 1"),
+    "another head's splits": ("between = KV_HEADS * GROUP * step", "between = KV_HEADS * GROUP * step - step"),
+    "another token": (
+        "(batch * step + token) * (KV_HEADS * GROUP * HEAD_DIM)",
+        "(batch * step + (token + 1) % step) * (KV_HEADS * GROUP * HEAD_DIM)",
+    ),
+    "no split is the last": ("== taking_part - 1", "== taking_part"),
+    "a counter that is not reset": ("            tl.store(counter, 0)\n", ""),
+}
+
+
+def merged_distance() -> float:
+    case = AttentionCase((316, 9), 6, "causal", group=4, kv_heads=2)
+    inputs = {name: tensor.nan_to_num() for name, tensor in case.inputs().items()}
+    found, _ = attend_and_merge(**inputs)
+    return distance(found, attention.attend(**inputs))
+
+
+@pytest.mark.parametrize("name", MERGE_FAULTS)
+def test_a_fault_in_the_merge_by_the_last_split_is_detected(name: str, mutant: Callable[..., None]) -> None:
+    assert merged_distance() < TOLERANCE
+    mutant(attention_kernels, "attend_kernel", *MERGE_FAULTS[name])
+    try:
+        found = merged_distance()
+    except AssertionError:  # the counters are not zero
+        return
+    assert not found < 10 * TOLERANCE
+
+
 def test_a_tile_whose_rounding_remains_is_detected(mutant: Callable[..., None]) -> None:
     right = "fade = tl.exp2((best - finite) * LOG2_E)"
     mutant(attention_kernels, "attend_kernel", right, "fade = tl.exp2(tl.fma(best, LOG2_E, finite * -LOG2_E))")
@@ -197,11 +237,12 @@ def test_a_fault_in_the_product_is_detected(split: bool, name: str, mutant: Call
 @pytest.mark.parametrize(
     ("right", "wrong"),
     [
+        ("result *= norm[None, :]", "result *= 1.0"),
         ("gate, up = halves_of", "up, gate = halves_of"),
         ("gate / (1.0 + tl.exp(-gate)) * up", "gate * up"),
         ("[BLOCKS, 2, _PAIRED, result.shape[1]]", "[BLOCKS * _PAIRED // 4, 2, 4, result.shape[1]]"),
     ],
-    ids=["gate and up exchanged", "no sigmoid", "blocks of another size"],
+    ids=["no norm", "gate and up exchanged", "no sigmoid", "blocks of another size"],
 )
 def test_a_fault_in_the_gated_activation_is_detected(right: str, wrong: str, mutant: Callable[..., None]) -> None:
     mutant(product_kernels, "int4_product_kernel", right, wrong)
@@ -240,8 +281,38 @@ def test_a_sum_that_depends_on_the_tile_is_detected(mutant: Callable[..., None])
         test_int4_product.test_a_rows_bits_depend_neither_on_other_rows_nor_on_the_tile(3, False, split=False)
 
 
-QKV = test_qkv_product.QkvCase((4, 9), 5, kv_heads=2, group=2, input_scale=True)
+NORM_FAULTS = {
+    "the weights of other columns": ("next_weight + column", "next_weight + (column + 1) % WIDTH"),
+    "x that is not squared": ("tl.reshape(x * x, [TILES", "tl.reshape(x + 2, [TILES"),
+    "another tile's sums": ("tl.min(column, 0) // NORM_COLUMNS", "tl.min(column, 0) * 0"),
+    "the sums of another row": ("rows + row[None, :], _sum", "rows + ((row + 1) % rows)[None, :], _sum"),
+    "a wrong exponent": ("(exponent - 22)", "(exponent - 21)"),
+    "integers of few bits": ("(276 - exponent)", "(256 - exponent)"),
+}
+
+
+@pytest.mark.parametrize("name", NORM_FAULTS)
+def test_a_fault_in_what_a_norm_reads_is_detected(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    right, wrong = NORM_FAULTS[name]
+    source = Path(str(norm_kernels.__file__)).read_text()
+    assert source.count(right) == 1
+    (tmp_path / "mutant.py").write_text(source.replace(right, wrong))
+    spec = importlib.util.spec_from_file_location("mutant", tmp_path / "mutant.py")
+    assert spec is not None
+    assert spec.loader is not None
+    mutated = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "mutant", mutated)
+    spec.loader.exec_module(mutated)
+    case = ProductCase(4, 3, 200, residual=True, for_norm=True)
+    int4_product(**case.inputs(), tactic=case.tactic)
+    monkeypatch.setattr(product_kernels, "write_norm_terms", mutated.write_norm_terms)
+    with pytest.raises(AssertionError):
+        int4_product(**case.inputs(), tactic=case.tactic)
+
+
+QKV = test_qkv_product.QkvCase((4, 9), 5, kv_heads=2, group=2, normed=True)
 QKV_FAULTS = {
+    "no norm": ("result *= norm[None, :]", "result *= 1.0"),
     "a rotation the other way": ("first * sin).to", "-first * sin).to"),
     "the halves exchanged": ("first, second = halves_of", "second, first = halves_of"),
     "the keys by the queries' angles": ("tl.load(key_cos + angle", "tl.load(query_cos + angle"),
@@ -287,11 +358,12 @@ def operator_distance(name: str) -> float:
         inputs["position_ids"] += 40_000  # the last scale of the queries is that of position 49,152
         inputs["position_ids"][0, 0] = 262_143
     found, _ = run(OPERATORS[name], inputs, **attributes)
-    expected = reference_of(name, torch.float32)(**inputs, **attributes)
+    given = {operand: tensor for operand, tensor in inputs.items() if operand != "counters"}
+    expected = reference_of(name, torch.float32)(**given, **attributes)
     wanted = (expected,) if isinstance(expected, torch.Tensor) else expected
     errors = [
         distance(result, right) if result.dtype.is_floating_point else 1 - float(torch.equal(result, right))
-        for result, right in zip(found, wanted, strict=True)
+        for result, right in zip(found[: len(wanted)], wanted, strict=True)
     ]
     return float(torch.tensor(errors).max())
 
@@ -325,16 +397,20 @@ OPERATOR_FAULTS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("no sigmoid", "gate / (1.0 + tl.exp(-gate)) * up", "gate * up"),
     ),
     "DenseProduct": (
-        ("the last inner columns left out", "tl.range(0, INNER, BLOCK_K)", "tl.range(0, INNER - BLOCK_K, BLOCK_K)"),
+        ("the last inner columns left out", "tl.range(start, end, BLOCK_K)", "tl.range(start, end - BLOCK_K, BLOCK_K)"),
     ),
     "DenseProductRowScaled": (
         ("another sequence's scale", "row // step", "row % 2"),
         ("no scale", "if row_scale is not None", "if INNER < 0"),
     ),
+    "DenseProductSplitRowScaled": (
+        ("the same part in every program", "index * PART, PART", "index * 0, PART"),
+        ("the last columns of a part left out", "start + COUNT", "start + COUNT - 40"),
+    ),
     "DenseProductAdaptedResidual": (("no adapter", "if narrow is not None", "if RANK < 0"),),
     "DenseProductResidual": (
-        ("no residual", "is not None:\n        result += tl.load(r", "is None:\n        result += tl.load(r"),
-        ("other rows of the residual", "residual + at", "residual + (at + COLUMNS) % (rows * COLUMNS)"),
+        ("no residual", "if residual is not None", "if INNER < 0"),
+        ("other rows of the residual", "residual + in_y", "residual + (in_y + COLUMNS) % (rows * COLUMNS)"),
     ),
     "TopCandidates": (
         ("the mask token as a candidate", "exists & (token != MASK_TOKEN)", "exists"),

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 from trimode.engine.manifest import PoolEntry
 from trimode.engine.targets.tensorrt import GRAPH
 from trimode.model.config import ModelConfig
-from trimode.model.step import cache_inputs, cache_outputs, mask_words
+from trimode.model.step import COUNTERS, cache_inputs, cache_outputs, mask_words
 from trimode.runtime.executor import BidirectionalStep, Candidates, CausalStep, Step
 
 TYPES = {
@@ -91,6 +91,8 @@ class GraphExecutor:
         for value in session.get_inputs():
             if value.name in self._weights:
                 bind_pooled(binding, value, self._weights[value.name])
+            elif value.name == COUNTERS:
+                binding.bind_cpu_input(value.name, np.zeros(value.shape, np.int32))
             elif value.name in feeds:
                 binding.bind_cpu_input(value.name, np.ascontiguousarray(feeds[value.name]))
         names = ["top_logits", "top_tokens", "log_sum_exp"]

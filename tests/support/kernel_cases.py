@@ -106,7 +106,9 @@ class ProductCase:
     input_scale: bool = False
     rank: int = 0
     residual: bool = False
+    normed: bool = False
     gated: bool = False
+    for_norm: bool = False
     tactic: Tactic = Int4Product.TACTICS[0]
     dtype: torch.dtype = torch.float32
     seed: int = 0
@@ -118,7 +120,9 @@ class ProductCase:
             input_scale=self.input_scale,
             adapter=self.rank > 0,
             residual=self.residual,
+            normed=self.normed,
             gated=self.gated,
+            for_norm=self.for_norm,
         )
 
     @property
@@ -141,8 +145,12 @@ class ProductCase:
             elif name == "counters":
                 inputs[name] = torch.zeros(shape, dtype=torch.int32)
             else:
-                dtype = torch.float32 if name == "scale" else self.dtype
+                dtype = torch.float32 if name in ("scale", "squares", "epsilon") else self.dtype
                 inputs[name] = torch.randn(shape, generator=random).to(dtype) * sizes.get(name, 1.0)
+        if self.normed:
+            # Of a stream whose rows differ in size, so that a missing norm exceeds the tolerance.
+            inputs["squares"] = 64 * inputs["squares"].square() * torch.arange(1, self.rows + 1)
+            inputs["epsilon"] = torch.tensor([0.1])
         return inputs
 
 
@@ -163,7 +171,12 @@ def product_cases(draw: Any) -> ProductCase:
     if group != 96 and draw(st.integers(0, 3)) == 0:
         case = replace(case, groups=2048 // group, columns=2 * draw(st.integers(1, 70)), split=True)
     if draw(st.integers(0, 3)) == 0:
-        case = replace(case, columns=16 * draw(st.integers(1, 18)), rank=0, residual=False, gated=True)
+        case = replace(case, columns=16 * draw(st.integers(1, 18)), rank=0, residual=False, input_scale=False)
+        case = replace(case, gated=True, normed=draw(st.booleans()))
+    elif draw(st.booleans()):
+        case = replace(case, residual=True, for_norm=True)
+    elif not (case.residual or case.rank or case.input_scale):
+        case = replace(case, normed=True)
     return replace(case, tactic=draw(st.sampled_from(list(case.operator.tactics(case.node).values()))))
 
 
@@ -194,10 +207,11 @@ def operator_inputs(
 
     nan, mask_token, rows = float("nan"), 9, max(1, step - 2)
     logits = normal(batch, rows, vocabulary)
-    if name == "Embed":
+    if name.startswith("Embed"):
         ids = different(vocabulary, batch * step).reshape(batch, step)
         unused = torch.ones(vocabulary, dtype=torch.bool).index_fill(0, ids.flatten(), False)
-        return {"input_ids": ids, "table": normal(vocabulary, width).masked_fill(unused[:, None], nan)}, {}
+        weight = {"next_weight": normal(width)} if name == "EmbedForNorm" else {}
+        return {"input_ids": ids, "table": normal(vocabulary, width).masked_fill(unused[:, None], nan), **weight}, {}
     if name == "SelectRows":
         chosen = different(step, batch, rows)
         unused = torch.ones(batch, step, dtype=torch.bool).scatter(1, chosen, False)
@@ -216,10 +230,18 @@ def operator_inputs(
     if name.startswith("DenseProduct"):
         operator = OPERATORS[name]
         assert isinstance(operator, DenseProduct)
-        node = operator.node(batch=batch, step=step, inner=width, columns=width + 7, rank=24)
+        # Inner columns for two parts, each of an odd number of tiles.
+        inner = 2 * (512 + width) if operator.split else width
+        columns = min(width + 7, 200) if operator.split else width + 7
+        node = operator.node(batch=batch, step=step, inner=inner, columns=columns, rank=24)
         # As large as the product itself, so that a missing term exceeds the tolerance.
         scales = {"narrow": (width / 24) ** 0.5, "residual": width**0.5}
-        return {operand: normal(*shape) * scales.get(operand, 1) for operand, shape in node.shapes.items()}, {}
+        return {
+            operand: torch.zeros(shape, dtype=torch.int32)
+            if operand == "counters"
+            else normal(*shape) * scales.get(operand, 1)
+            for operand, shape in node.shapes.items()
+        }, {}
     if name == "AskedLogits":
         return {"logits": logits, "asked_ids": different(vocabulary, batch, rows, 7)}, {}
     attributes = {"top_k": top_k, "mask_token": mask_token}

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from scripts.gpu.kernel_checks import distance
 from scripts.gpu.kernel_launch import KernelLaunch, node_of, prepare
 from trimode.plugins.operators import Attend, Int4Product, KvWrite, MergeSplits, Operator, Tactic
 from trimode.plugins.reference import candidates, dense_product, rms_norm, rotations, rows, swiglu
+from trimode.plugins.reference.int4_product import norm_terms
 
 if TYPE_CHECKING:
     from tests.support.triton_interpreter import Traffic
@@ -32,6 +34,7 @@ def reference_of(name: str, real: torch.dtype) -> Callable[..., Any]:
         return dense_product.dense_product
     return {
         "Embed": rows.embed,
+        "EmbedForNorm": rows.embed_for_norm,
         "SelectRows": rows.select_rows,
         "RmsNorm": rms_norm.rms_norm,
         "SwiGlu": swiglu.swiglu,
@@ -114,6 +117,22 @@ def attend(
     return merged.outputs[0], attend_traffic, merge_traffic
 
 
+def attend_and_merge(
+    *, splits: int = 4, tactic: Tactic = Attend.TACTICS[0], **inputs: Tensor
+) -> tuple[Tensor, dict[str, Traffic]]:
+    """As the reference, and the traffic of the kernel that merges its splits."""
+    visibility = "bidirectional" if "step_lengths" in inputs else "masked" if "block_mask" in inputs else "causal"
+    operator = Attend(visibility, merge=True)  # type: ignore[arg-type]
+    batch, heads, step, _ = inputs["q"].shape
+    kv_heads = inputs["k_cache"].shape[1]
+    count = Attend.counters(batch=batch, step=step, kv_heads=kv_heads, group=heads // kv_heads)
+    counters = torch.zeros(count, dtype=torch.int32)
+    launched = prepare(operator, {**inputs, "counters": counters}, tactic, {"splits": splits})
+    traffic = launch(launched)
+    assert not counters.any(), "a launch leaves the counters zero"
+    return launched.outputs[0], traffic
+
+
 def int4_product(*, tactic: Tactic, gated: bool = False, **inputs: Tensor) -> tuple[Tensor, dict[str, Traffic]]:
     """As the reference, and the kernel's traffic. counters: of an operator whose parts are separate programs."""
     operator = Int4Product(
@@ -121,8 +140,14 @@ def int4_product(*, tactic: Tactic, gated: bool = False, **inputs: Tensor) -> tu
         input_scale="input_scale" in inputs,
         adapter="narrow" in inputs,
         residual="residual" in inputs,
+        normed="squares" in inputs,
         gated=gated,
+        for_norm="next_weight" in inputs,
     )
-    launched = prepare(operator, inputs, tactic)
+    launched = prepare(operator, {operand.name: inputs[operand.name] for operand in operator.inputs}, tactic)
     traffic = launch(launched)
+    if operator.for_norm:
+        y, *terms = launched.outputs[:3]
+        for found, expected in zip(terms, norm_terms(y, inputs["next_weight"]), strict=True):
+            assert distance(found, expected) < 4 * TOLERANCES[torch.float32] + (found.dtype != torch.float32) * 1e-2
     return launched.outputs[0], traffic

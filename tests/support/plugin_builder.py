@@ -41,6 +41,8 @@ INPUTS: dict[str, Input] = {
     "counters": ("INT32", (12,), ()),
     "scale": ("FLOAT", (INNER // GROUP, COLUMNS), ()),
     "input_scale": ("HALF", (INNER,), ()),
+    "squares": ("FLOAT", (INNER // 64, BATCH * STEP), (1,)),
+    "next_weight": ("HALF", (COLUMNS,), ()),
     "narrow": ("HALF", (BATCH, STEP, RANK), (0, 1)),
     "adapter_up": ("HALF", (RANK, COLUMNS), ()),
     "residual": ("HALF", (BATCH, STEP, COLUMNS), (0, 1)),
@@ -65,6 +67,7 @@ INPUTS: dict[str, Input] = {
 # Operands that have the name of another operator's operand, but not its shape.
 OTHER_INPUTS: dict[str, dict[str, Input]] = {
     "RmsNorm": {"weight": ("HALF", (INNER,), ())},
+    "EmbedForNorm": {"next_weight": ("HALF", (INNER,), ())},
     **{
         name: {"scale": ("FLOAT", (INNER // GROUP, WIDTH), ()), "counters": ("INT32", (16,), ())}
         for name in OPERATORS
@@ -76,8 +79,8 @@ OTHER_INPUTS: dict[str, dict[str, Input]] = {
 # Operators of which all tactics are compiled. The others have the same kernels with other terms.
 COMPILED = (
     *("KvWrite", "AttendMasked", "AttendBidirectional", "MergeSplits"),
-    *("Int4Product", "Int4ProductSplitScaledAdaptedResidual", "Int4ProductSplitScaledGated", "QkvProductSplitScaled"),
-    *("Embed", "Rotations", "RmsNorm", "SwiGlu", "SelectRows", "AskedLogits"),
+    *("Int4Product", "Int4ProductSplitScaledAdaptedResidual", "Int4ProductSplitNormedGated", "QkvProductSplitNormed"),
+    *("EmbedForNorm", "Rotations", "RmsNorm", "SwiGlu", "SelectRows", "AskedLogits"),
     *("DenseProductRowScaled", "DenseProductAdaptedResidual", "TopCandidatesMasked", "MergeCandidates"),
 )
 

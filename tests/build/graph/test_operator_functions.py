@@ -30,7 +30,7 @@ from trimode.build.graph.operator_functions import (
     swiglu_function,
     top_candidates_function,
 )
-from trimode.plugins.operators import DOMAIN, DenseProduct, Int4Product, Pattern, QkvProduct, TopCandidates
+from trimode.plugins.operators import DOMAIN, DenseProduct, Embed, Int4Product, Pattern, QkvProduct, TopCandidates
 from trimode.plugins.operators.candidates import NEVER, TILE
 from trimode.plugins.reference import (
     attention,
@@ -167,12 +167,15 @@ def test_int4_product(split: bool, scaled: bool, rank: int, residual: bool) -> N
         assert not others[1].any()
 
 
+@pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("split", [False, True])
-def test_gated_int4_product(split: bool) -> None:
-    operator = Int4Product(split=split, gated=True)
+def test_gated_int4_product(split: bool, normed: bool) -> None:
+    operator = Int4Product(split=split, normed=normed, gated=True)
     node = operator.node(rows=6, inner=64, columns=48, group=16)
     inputs: dict[str, NDArray[np.generic]] = {name: random(*shape) / 4 for name, shape in node.shapes.items()}
     inputs["packed"] = np.random.default_rng(0).integers(0, 2**32, node.shapes["packed"], np.uint32).view(np.int32)
+    if normed:
+        inputs |= {"squares": np.abs(inputs["squares"]) * 64, "epsilon": np.array([0.1], np.float32)}
     given = {name: torch.from_numpy(array) for name, array in inputs.items() if name != "counters"}
     if split:
         inputs["counters"] = np.zeros(node.shapes["counters"], np.int32)
@@ -180,9 +183,31 @@ def test_gated_int4_product(split: bool) -> None:
     np.testing.assert_allclose(y, int4_product.int4_product(**given, gated=True).numpy(), rtol=1e-4, atol=1e-3)
 
 
+def test_what_a_norm_reads() -> None:
+    """By the product before it and by the embedding."""
+    operator = Int4Product(residual=True, for_norm=True)
+    node = operator.node(rows=6, inner=64, columns=80, group=16)
+    inputs: dict[str, NDArray[np.generic]] = {name: random(*shape) for name, shape in node.shapes.items()}
+    inputs["packed"] = np.random.default_rng(0).integers(0, 2**32, node.shapes["packed"], np.uint32).view(np.int32)
+    y, weighted, squares = execute(int4_product_function(operator), inputs)
+    expected = int4_product.norm_terms(torch.from_numpy(y), torch.from_numpy(inputs["next_weight"]))
+    near(weighted, expected[0])
+    np.testing.assert_allclose(squares.sum(0), expected[1].sum(0).numpy(), rtol=1e-5)
+    given: dict[str, NDArray[np.generic]] = {
+        "input_ids": np.array([[3, 0, 7], [1, 1, 2]]),
+        "table": random(8, 80),
+        "next_weight": random(80),
+    }
+    x, weighted, squares = execute(embed_function(Embed(for_norm=True)), given)
+    wanted = rows.embed_for_norm(**tensors_of(given))
+    near(x, wanted[0])
+    near(weighted, wanted[1])
+    np.testing.assert_allclose(squares.sum(0), wanted[2].sum(0).numpy(), rtol=1e-5)
+
+
 @pytest.mark.parametrize("split", [False, True])
 def test_qkv_product(split: bool) -> None:
-    operator = QkvProduct(split=split, input_scale=True)
+    operator = QkvProduct(split=split, normed=True)
     node = operator.qkv_node(
         batch=BATCH, step=STEP, capacity=CAPACITY, inner=64, kv_heads=KV_HEADS, group=GROUP, head_dim=SIZE,
         weight_group=16,
@@ -190,6 +215,7 @@ def test_qkv_product(split: bool) -> None:
     inputs: dict[str, NDArray[np.generic]] = {name: random(*shape) / 4 for name, shape in node.shapes.items()}
     inputs["packed"] = np.random.default_rng(0).integers(0, 2**32, node.shapes["packed"], np.uint32).view(np.int32)
     inputs["write_indices"] = COMMITTED
+    inputs |= {"squares": np.abs(inputs["squares"]) * 64, "epsilon": np.array([0.1], np.float32)}
     given = {name: torch.from_numpy(array.copy()) for name, array in inputs.items() if name != "counters"}
     if split:
         inputs["counters"] = np.zeros(node.shapes["counters"], np.int32)
@@ -207,7 +233,7 @@ def tensors_of(inputs: Mapping[str, NDArray[np.generic]]) -> dict[str, torch.Ten
 
 def test_embed_and_select_rows() -> None:
     inputs: dict[str, NDArray[np.generic]] = {"input_ids": np.array([[3, 0, 7], [1, 1, 2]]), "table": random(8, 11)}
-    near(execute(embed_function(), inputs)[0], rows.embed(**tensors_of(inputs)))
+    near(execute(embed_function(Embed()), inputs)[0], rows.embed(**tensors_of(inputs)))
     inputs = {"x": random(2, 5, 11), "logit_rows": np.array([[4, 0], [2, 2]])}
     near(execute(select_rows_function(), inputs)[0], rows.select_rows(**tensors_of(inputs)))
 
@@ -259,6 +285,19 @@ def test_dense_product(scaled: bool, rank: int, residual: bool) -> None:
     operator = DenseProduct(row_scale=scaled, adapter=rank > 0, residual=residual)
     found = execute(dense_product_function(operator), inputs)[0]
     np.testing.assert_allclose(found, dense_product.dense_product(**tensors_of(inputs)).numpy(), rtol=1e-4, atol=1e-4)
+
+
+def test_split_dense_product() -> None:
+    operator = DenseProduct(split=True, row_scale=True)
+    node = operator.node(batch=BATCH, step=STEP, inner=1024, columns=24)
+    inputs: dict[str, NDArray[np.generic]] = {name: random(*shape) for name, shape in node.shapes.items()}
+    given = {name: torch.from_numpy(array) for name, array in inputs.items() if name != "counters"}
+    inputs["counters"] = np.zeros(node.shapes["counters"], np.int32)
+    y, partial, counters = execute(dense_product_function(operator), inputs, {"counters_out": onnx.TensorProto.INT32})
+    np.testing.assert_allclose(y, dense_product.dense_product(**given).numpy(), rtol=1e-4, atol=1e-3)
+    unscaled = given["x"] @ given["weight"]
+    np.testing.assert_allclose(partial[0], unscaled.flatten(0, 1).numpy(), rtol=1e-4, atol=1e-3)
+    assert not counters.any()
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -12,10 +12,20 @@ import numpy as np
 import onnx
 import pytest
 
-from tests.build.graph.test_target_graphs import CAPACITY, PATTERNS, Arrays, assert_same, graph_of, inputs_of
+from tests.build.graph.test_target_graphs import (
+    BATCH,
+    CAPACITY,
+    PATTERNS,
+    STEP,
+    Arrays,
+    assert_same,
+    graph_of,
+    inputs_of,
+)
 from tests.support.graph_executor import bind_pooled, open_session
-from trimode.build.graph import network, split_products
-from trimode.build.graph.network import NetworkOptions, PluginOptions
+from trimode.build.graph import operator_network
+from trimode.build.graph.network import NetworkOptions
+from trimode.build.graph.operator_network import OperatorNetworkOptions, build_operator_network
 from trimode.build.graph.raw_pool import RawPool, write_raw_pool
 from trimode.common.progress import no_progress
 from trimode.model.checkpoint import Checkpoint
@@ -38,12 +48,33 @@ def pool(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Ra
 def tiles(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> RawPool:
     """As the plugins read it."""
     path = tmp_path_factory.mktemp("tiles") / "raw.bin"
-    return write_raw_pool(checkpoint, path, no_progress, np.dtype(np.float32), "tiles")
+    return write_raw_pool(checkpoint, path, no_progress, np.dtype(np.float32), "kernels")
 
 
-def execute(checkpoint: Checkpoint, pool: RawPool, pattern: AttentionPattern, options: NetworkOptions) -> Arrays:
+def plain_graph(checkpoint: Checkpoint, pool: RawPool, pattern: AttentionPattern) -> onnx.ModelProto:
+    return graph_of(checkpoint, pool, pattern, NetworkOptions(top_k=768, adapter=True, masks="apart"))
+
+
+def plugin_graph(checkpoint: Checkpoint, tiles: RawPool, pattern: AttentionPattern) -> onnx.ModelProto:
+    options = OperatorNetworkOptions(
+        "fp32",
+        top_k=768,
+        splits=16,
+        rank=8,
+        max_batch=BATCH,
+        max_step=STEP,
+        standard_results=True,
+        standard_products=True,
+        capacity=CAPACITY,
+    )
+    graph = build_operator_network(checkpoint.config, tiles, pattern, options)
+    onnx.checker.check_model(graph, full_check=True)
+    return graph
+
+
+def execute(checkpoint: Checkpoint, pool: RawPool, graph: onnx.ModelProto) -> Arrays:
     """One pass over a pool of random rows in ONNX Runtime. Weights that are inputs are bound to their pool ranges."""
-    onnx.save(graph_of(checkpoint, pool, pattern, options), source := pool.path.with_name(f"{pattern}.onnx"))
+    onnx.save(graph, source := pool.path.with_name("executed.onnx"))
     session, feeds = open_session(source), inputs_of(checkpoint)
     binding = session.io_binding()
     data = np.memmap(pool.path, np.uint8, mode="r")
@@ -65,30 +96,9 @@ def execute(checkpoint: Checkpoint, pool: RawPool, pattern: AttentionPattern, op
 def test_the_plugins_functions_compute_the_same(
     checkpoint: Checkpoint, pool: RawPool, tiles: RawPool, pattern: AttentionPattern
 ) -> None:
-    plain = NetworkOptions(top_k=768, adapter=True)
-    plugins = NetworkOptions(top_k=768, adapter=True, capacity=CAPACITY, plugins=PluginOptions(splits=16, rank=8))
-    assert_same(execute(checkpoint, tiles, pattern, plugins), execute(checkpoint, pool, pattern, plain))
-
-
-@PATTERNS
-def test_split_products_pass_the_counters_on(
-    checkpoint: Checkpoint,
-    pool: RawPool,
-    tiles: RawPool,
-    pattern: AttentionPattern,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """The small model's matrices are too short for splits, so pretend that they are not."""
-    monkeypatch.setattr(split_products, "split_count", lambda *_: 2)
-    plugins = NetworkOptions(top_k=768, adapter=True, capacity=CAPACITY, plugins=PluginOptions(splits=16, rank=8))
-    found = execute(checkpoint, tiles, pattern, plugins)
+    found = execute(checkpoint, tiles, plugin_graph(checkpoint, tiles, pattern))
     assert not found.pop("counters_out").any()
-    assert_same(found, execute(checkpoint, pool, pattern, NetworkOptions(top_k=768, adapter=True)))
-    products = [node for node in graph_of(checkpoint, tiles, pattern, plugins).graph.node if "Split" in node.op_type]
-    chain = [(node.input[-1], node.output[-1]) for node in products if node.op_type.startswith("Int4ProductSplit")]
-    assert len(chain) > checkpoint.config.num_hidden_layers
-    assert [before for before, _ in chain] == ["counters", *(after for _, after in chain[:-1])]
-    assert chain[-1][1] == "counters_out"
+    assert_same(found, execute(checkpoint, pool, plain_graph(checkpoint, pool, pattern)))
 
 
 def less_or_equal(function: onnx.FunctionProto) -> None:
@@ -124,7 +134,7 @@ def without_adapter(function: onnx.FunctionProto) -> None:
         ("attend_function", less_or_equal, "bidirectional"),
         ("int4_product_function", words_first, "causal"),
         ("int4_product_function", without_adapter, "bidirectional"),
-        ("kv_write_function", without_query_scale, "causal"),
+        ("qkv_product_function", without_query_scale, "causal"),
     ],
 )
 def test_a_fault_in_a_function_is_detected(
@@ -136,16 +146,16 @@ def test_a_fault_in_a_function_is_detected(
     spoil: Callable[[onnx.FunctionProto], None],
     pattern: AttentionPattern,
 ) -> None:
-    right, changed = getattr(network, made), []
+    right, changed = getattr(operator_network, made), []
 
-    def spoilt(*arguments: Any) -> onnx.FunctionProto:
-        function = right(*arguments)
+    def spoilt(*arguments: Any, **named: Any) -> onnx.FunctionProto:
+        function = right(*arguments, **named)
         before = function.SerializeToString()
         spoil(function)
         changed.append(function.SerializeToString() != before)
         return function
 
-    monkeypatch.setattr(network, made, spoilt)
+    monkeypatch.setattr(operator_network, made, spoilt)
     with pytest.raises(AssertionError, match=r"log_sum_exp|_cache_out"):
         test_the_plugins_functions_compute_the_same(checkpoint, pool, tiles, pattern)
     assert any(changed)

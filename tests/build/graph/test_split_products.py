@@ -16,7 +16,7 @@ from trimode.common.progress import no_progress
 from trimode.model.checkpoint import Checkpoint
 from trimode.model.step import ENGINES, AttentionPattern
 from trimode.plugins.launches import PassShape, plan_pass
-from trimode.plugins.operators import Int4Product
+from trimode.plugins.operators import Attend, Int4Product
 
 
 @pytest.mark.parametrize("split", [False, True])
@@ -31,21 +31,26 @@ def test_every_split_product_passes_the_counters_on(
     """The small model's matrices are too short for splits, so pretend that they are not."""
     monkeypatch.setattr(split_products, "split_count", lambda *_: 2 if split else 1)
     checkpoint = Checkpoint(random_int4_checkpoint)
-    pool = write_raw_pool(checkpoint, tmp_path / "pool", no_progress, np.dtype(np.float32), "tiles", for_kernels=True)
-    options = OperatorNetworkOptions("fp32", top_k=4, splits=4, rank=8)
+    pool = write_raw_pool(checkpoint, tmp_path / "pool", no_progress, np.dtype(np.float32), "kernels")
+    options = OperatorNetworkOptions("fp32", top_k=4, splits=4, rank=8, max_batch=2, max_step=16)
     graph = build_operator_network(checkpoint.config, pool, pattern, options)
     onnx.checker.check_model(graph)
     launches = launch_list(graph, onnx.TensorProto.FLOAT, {entry.name for entry in pool.ranges()})
-    assert ("counters" in {tensor.name for tensor in launches.inputs}) == split
     planned = plan_pass(launches, PassShape(1, 5, 5, 64, 4, masked=False, asked=0))
     products = [launch for launch in planned if isinstance(launch.operator, Int4Product)]
     assert len(products) == 4 * checkpoint.config.num_hidden_layers + 1
-    if split:
-        chain = ["counters"]
-        for launch in products:
+    chain = ["counters"]
+    for launch in planned:
+        if "counters" in launch.node.shapes:
             assert launch.inputs[-1] == chain[-1]
             chain.append(launch.outputs[-1])
-            assert launch.shapes[-1] == launch.node.shapes["counters"]
-            assert launch.shapes[-1][0] >= Int4Product.counters(launch.node.shapes["scale"][1])
-        assert chain[-1] == "counters_out"
-        assert len(set(chain)) == len(chain)
+            (size,) = launch.node.shapes["counters"]
+            assert launch.shapes[-1] == (size,)
+            if isinstance(launch.operator, Int4Product):
+                assert size >= Int4Product.counters(launch.node.shapes["scale"][1])
+            else:
+                assert size >= Attend.counters(batch=2, step=16, kv_heads=2, group=2)
+    assert chain[-1] == "counters_out"
+    assert len(set(chain)) == len(chain)
+    layers = checkpoint.config.num_hidden_layers
+    assert len(chain) - 1 == layers + (4 * layers + 1 if split else 0)

@@ -16,7 +16,6 @@ from tests.support.graph_executor import GraphExecutor
 from tests.support.tensorrt_double import one_tactic_each
 from trimode import LLM, SamplingParams
 from trimode.build.engine_builder import build_engine
-from trimode.build.graph.raw_pool import CONSTANTS
 from trimode.build.kernel_network import write_pool_and_kernels
 from trimode.build.tensorrt.emission import write_graphs
 from trimode.build.tensorrt.target import TensorrtTarget
@@ -105,7 +104,7 @@ def test_the_emitted_16_bit_graphs_decode(
 def test_both_graphs_read_weights_from_the_one_pool_and_contain_none(emitted: Path) -> None:
     manifest = Manifest.read(emitted)
     verify_files(emitted, manifest.files)
-    pooled = {entry.name: entry.bytes for entry in manifest.pool if entry.name not in CONSTANTS}
+    pooled = {entry.name: entry.bytes for entry in manifest.pool}
     taken = []
     for name in ("ar", "diffusion"):
         graph = onnx.load(emitted / name / GRAPH).graph
@@ -115,11 +114,15 @@ def test_both_graphs_read_weights_from_the_one_pool_and_contain_none(emitted: Pa
         # The largest constant left is the mask token's row of the logits.
         assert max(len(tensor.SerializeToString()) for tensor in graph.initializer) < 4 * 768 + 64
         domains = [node.op_type for node in graph.node if node.domain == DOMAIN]
-        assert domains.count("QkvProduct") == domains.count("MergeSplits") == manifest.model.num_hidden_layers
+        assert domains.count("QkvProductNormed") == _attentions(domains) == manifest.model.num_hidden_layers
         # The 16-bit head, and in drafts the adapter's first half.
         products = [node.op_type for node in graph.node].count("MatMul")
         assert products == 1 + (manifest.model.num_hidden_layers if name == "diffusion" else 0)
     assert taken[0] == taken[1]
+
+
+def _attentions(operators: list[str]) -> int:
+    return sum(name in {"AttendMaskedMerged", "AttendBidirectionalMerged"} for name in operators)
 
 
 def _bytes(value: onnx.ValueInfoProto) -> int:
@@ -186,10 +189,7 @@ def trimode(*arguments: object) -> subprocess.CompletedProcess[str]:
 def test_info_shows_an_engine_that_is_not_compiled_and_generate_refuses_it(emitted: Path) -> None:
     shown = " ".join(trimode("info", emitted).stdout.split())
     assert "target tensorrt" in shown
-    assert (
-        "TensorRT, not compiled yet; standard operators beside attention and int4 products; kernels for compute cap"
-        in shown
-    )
+    assert "TensorRT, not compiled yet; 16-bit products by standard operators; kernels for compute cap" in shown
     assert "top 4 logits, batch up to 4, step up to 256" in shown
     declined = trimode("generate", emitted, "--prompt", "hello")
     assert (declined.returncode, declined.stderr.count("\n")) == (2, 1)

@@ -16,7 +16,6 @@ from tests.support.driver_double import FaultError
 from tests.support.executor_cases import CLOSE, FAR, RUNS, Run, StepCases
 from tests.support.executor_texts import MODES, answers
 from tests.support.tensorrt_runtime_double import misremembered_calls
-from trimode.build.graph.raw_pool import CONSTANTS
 from trimode.engine.manifest import Manifest
 from trimode.model.step import COUNTERS
 from trimode.runtime.executor import CausalStep
@@ -71,10 +70,7 @@ def test_a_speculation_waits_once_and_sends_little(exact: Engines, machine: Mach
 
 @pytest.mark.usefixtures("machine")
 def test_both_engines_read_one_copy_of_the_weights(exact: Engines, machine: Machine) -> None:
-    """One allocation has the size of the pool's file, and every context binds the weights in it.
-
-    The constants are for the launches of target cuda; these graphs hold their own.
-    """
+    """One allocation has the size of the pool's file, and every context binds the weights in it."""
     engine = load_engine(exact.tensorrt, verify=False).executor
     CASES.draft_and_commit(engine)
     pool, size = Manifest.read(exact.tensorrt).pool, (exact.tensorrt / "weights/pool.bin").stat().st_size
@@ -82,7 +78,7 @@ def test_both_engines_read_one_copy_of_the_weights(exact: Engines, machine: Mach
     contexts = machine.trt.contexts
     assert len({id(context.engine) for context in contexts}) == 2
     for context in contexts:
-        bound = {entry.name: entry.offset for entry in pool if entry.name not in CONSTANTS}
+        bound = {entry.name: entry.offset for entry in pool}
         assert {name: context.addresses[name] - begin for name in bound} == bound
         assert context.addresses.get(COUNTERS) == context.addresses.get(f"{COUNTERS}_out")
 

@@ -15,9 +15,7 @@ from trimode.model.checkpoint import Checkpoint
 
 def test_the_layout_is_that_of_a_written_pool(tmp_path: Path) -> None:
     checkpoint = Checkpoint(write_checkpoint(tmp_path / "random", "tiny"))
-    written = write_raw_pool(
-        checkpoint, tmp_path / "pool.bin", no_progress, np.dtype(np.float16), layout="tiles", for_kernels=True
-    )
+    written = write_raw_pool(checkpoint, tmp_path / "pool.bin", no_progress, np.dtype(np.float16), layout="kernels")
     layout = pool_layout(checkpoint.config, "fp16", GROUP)
     assert list(layout.ranges()) == list(written.ranges())
     assert layout.stored == written.stored

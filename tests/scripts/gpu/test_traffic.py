@@ -34,7 +34,7 @@ from scripts.gpu.traffic import (
     qkv_product_traffic,
 )
 from tests.support.kernel_cases import AttentionCase, ProductCase, operator_inputs
-from tests.support.kernel_functions import attend, int4_product, kv_write, run
+from tests.support.kernel_functions import attend, attend_and_merge, int4_product, kv_write, run
 from tests.support.triton_interpreter import Traffic
 from trimode.build import kernel_network, roofline
 from trimode.plugins.operators import OPERATORS, Attend, Int4Product, KvWrite, MergeSplits, Pattern, QkvProduct, Tactic
@@ -86,6 +86,11 @@ def test_attention_traffic_equals_the_interpreters(pattern: Pattern, tactic: Tac
         _, attended, merged = attend(**inputs, splits=case.splits, tactic=tactic)
         counted = attend_traffic(Attend(pattern), node_of(inputs, {"splits": case.splits}), tactic, committed, REAL)
         assert_same(counted, attended)
+        _, merging = attend_and_merge(**inputs, splits=case.splits, tactic=tactic)
+        operator = Attend(pattern, merge=True)
+        assert_same(
+            attend_traffic(operator, node_of(inputs, {"splits": case.splits}), tactic, committed, REAL), merging
+        )
         sizes = {"kv_heads": case.kv_heads, "group": case.group, "head_dim": case.head_dim, "splits": case.splits}
         assert_same(merge_traffic(MergeSplits.node(batch=case.batch, step=step, **sizes), counted, REAL), merged)
 
@@ -93,9 +98,9 @@ def test_attention_traffic_equals_the_interpreters(pattern: Pattern, tactic: Tac
 @pytest.mark.parametrize("tactic", Int4Product.TACTICS, ids=lambda tactic: str(tuple(tactic.constants.values())))
 def test_product_traffic_equals_the_interpreters(tactic: Tactic) -> None:
     plain = ProductCase(tactic.constants["BLOCK_M"] + 3, 2, 2 * 97, tactic=tactic, dtype=torch.float16)
-    fused = replace(plain, input_scale=True, rank=32, residual=True)
+    fused = replace(plain, input_scale=True, rank=32, residual=True, for_norm=True)
     split = replace(plain, rows=70, groups=16, split=True)
-    gated = replace(split, columns=144, rank=0, residual=False, gated=True)
+    gated = replace(split, columns=144, rank=0, residual=False, normed=True, gated=True)
     for case in (plain, fused, replace(plain, group=32), replace(plain, group=256), split, gated):
         inputs = case.inputs()
         _, traffic = int4_product(**inputs, tactic=case.tactic, gated=case.gated)
@@ -105,14 +110,14 @@ def test_product_traffic_equals_the_interpreters(tactic: Tactic) -> None:
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("tactic", QkvProduct.TACTICS, ids=lambda tactic: str(tuple(tactic.constants.values())))
 def test_qkv_traffic_equals_the_interpreters(tactic: Tactic, split: bool) -> None:
-    operator = QkvProduct(split=split, input_scale=True)
+    operator = QkvProduct(split=split, normed=True)
     sizes = {"kv_heads": 1, "group": 2, "head_dim": 64}
     node = operator.qkv_node(batch=2, step=9, capacity=12, inner=2048 if split else 256, **sizes)
     inputs = {name: torch.zeros(*shape, dtype=torch.float16) for name, shape in node.shapes.items()}
     for name, dtype in (("packed", torch.int32), ("counters", torch.int32), ("write_indices", torch.int64)):
         if name in inputs:
             inputs[name] = inputs[name].to(dtype)
-    inputs["scale"] = inputs["scale"].float()
+    inputs |= {name: inputs[name].float() + 1 for name in ("scale", "squares", "epsilon")}
     inputs["write_indices"] += torch.tensor([3, 0])
     _, traffic = run(operator, inputs, tactic=tactic)
     assert_same(qkv_product_traffic(operator, node, tactic, REAL), traffic)
