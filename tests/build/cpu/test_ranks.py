@@ -14,6 +14,7 @@ from trimode.build.cpu.target import CpuTarget
 from trimode.build.engine_builder import build_engine
 from trimode.common.errors import TriModeError
 from trimode.engine.manifest import Manifest
+from trimode.engine.targets.cpu import Activations
 from trimode.model.checkpoint import Checkpoint
 from trimode.quantize import quantize_checkpoint
 from trimode.runtime.cpu.cpu_executor import CpuExecutor
@@ -33,8 +34,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "int4"
 
 
-def engine_of(checkpoint: Path, folder: Path, tp: int, unpacked_bytes: int = 16 << 20) -> Path:
-    target = CpuTarget(activations="fp32", unpacked_bytes=unpacked_bytes, tp=tp)
+def engine_of(
+    checkpoint: Path, folder: Path, tp: int, unpacked_bytes: int = 16 << 20, activations: Activations = "fp32"
+) -> Path:
+    target = CpuTarget(activations=activations, unpacked_bytes=unpacked_bytes, tp=tp)
     build_engine(Checkpoint(checkpoint), folder / f"tp{tp}", target=target, top_k=300, capacity=128)
     return folder / f"tp{tp}"
 
@@ -100,9 +103,12 @@ def test_a_missing_or_wrong_sum_is_noticed(checkpoint: Path, tmp_path: Path, who
             assert largest_error(ranks, CpuExecutor(whole, Manifest.read(whole), threads=1)) < CLOSE
 
 
-def test_a_row_has_the_same_bits_in_every_pass(checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("activations", "unpacked_bytes"), [("fp32", 16 << 20), ("int8", 0)])
+def test_a_row_has_the_same_bits_in_every_pass(
+    activations: Activations, unpacked_bytes: int, checkpoint: Path, tmp_path: Path
+) -> None:
     """What self-speculation needs to emit the tokens of AR."""
-    ranks = RankThreads(engine_of(checkpoint, tmp_path, 4))
+    ranks = RankThreads(engine_of(checkpoint, tmp_path, 4, unpacked_bytes, activations))
     ranks.acquire(1)
     ids = np.random.default_rng(1).integers(101, 768, (1, 40))
     together = ranks.run(CausalStep.chain(0, ids, np.zeros(1, np.int64), np.arange(40)[None]))

@@ -11,15 +11,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 
 from tests.support.executor_texts import conversations
+from tests.support.random_checkpoint import write_random_checkpoint
 from trimode import LLM, SamplingParams
 from trimode.build.cpu.target import CpuTarget
 from trimode.build.engine_builder import build_engine
 from trimode.common.errors import TriModeError
 from trimode.model.checkpoint import Checkpoint
+from trimode.quantize import quantize_checkpoint
 from trimode.runtime.request.errors import EngineDeadError
 
 pytest.importorskip("mpi4py", reason="needs the extra [mpi]")
@@ -52,6 +55,16 @@ def ranked(engine: Path) -> Iterator[LLM]:
         yield llm
 
 
+@pytest.fixture(scope="module")
+def eight_heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random network with 8 KV heads, int4 in groups of 32."""
+    folder = tmp_path_factory.mktemp("eight")
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 16}
+    write_random_checkpoint(folder / "bf16", **sizes)
+    quantize_checkpoint(Checkpoint(folder / "bf16"), folder / "w4a16", method="rtn", group=32, head="int4")
+    return folder / "w4a16"
+
+
 def pids(llm: LLM) -> list[int]:
     return llm._executor.pids  # type: ignore[attr-defined]
 
@@ -77,6 +90,18 @@ def test_the_ranks_emit_the_whole_engines_tokens(ranked: LLM, tiny_engine: Path,
     found = [output.outputs[0] for output in ranked.generate(prompts, params)]
     assert [output.token_ids for output in found] == expected
     assert sum(output.counts.cached_tokens for output in found) > 0
+
+
+def test_four_ranks_of_two_heads_emit_the_whole_engines_tokens(eight_heads: Path, tmp_path: Path) -> None:
+    prompts = [np.random.default_rng(seed).integers(101, 768, 20).tolist() for seed in range(2) for _ in MODES]
+    params = [SamplingParams(max_tokens=24, **mode) for mode in MODES] * 2
+    texts = []
+    for tp in (1, 4):
+        build_engine(Checkpoint(eight_heads), tmp_path / str(tp), target=CpuTarget(tp=tp), capacity=256)
+        with LLM(tmp_path / str(tp), threads=tp, max_batch_size=4, verify=False) as llm:
+            assert tp == 1 or len(pids(llm)) == 4
+            texts.append([output.outputs[0].token_ids for output in llm.generate(prompts, params)])
+    assert texts[0] == texts[1]
 
 
 def test_a_grammar_and_logprobs_see_the_whole_vocabulary(ranked: LLM, tiny_engine: Path, heldout: list[dict]) -> None:
