@@ -15,6 +15,7 @@ import pytest
 from tests.support.scripted_llm import ScriptedLLM
 from trimode.model.tokenizer import Tokenizer
 from trimode.runtime.openai_server.app import create_app
+from trimode.runtime.openai_server.request_bodies import ChatCompletionRequest
 from trimode.runtime.openai_server.service import Service
 from trimode.runtime.request.outputs import FinishReason
 
@@ -79,6 +80,65 @@ def test_a_required_call_is_a_valid_call(http: httpx.Client, choice: Any, mode: 
     assert streamed["id"].startswith("call_")
     assert {name: streamed[name] for name in ("name", "arguments")} == call["function"]
     assert len(found) > 3
+
+
+CHOICES: list[tuple[dict[str, Any], tuple[list[str], bool, bool] | None]] = [
+    ({}, (["weather", "now"], False, True)),
+    ({"tool_choice": "auto", "parallel_tool_calls": True}, (["weather", "now"], False, True)),
+    ({"tool_choice": "auto", "parallel_tool_calls": False}, (["weather", "now"], False, False)),
+    ({"tool_choice": "required"}, (["weather", "now"], True, True)),
+    ({"tool_choice": "required", "parallel_tool_calls": False}, (["weather", "now"], True, False)),
+    ({"tool_choice": NAMED}, (["weather"], True, False)),
+    ({"tool_choice": "none"}, None),
+    ({"tools": []}, None),
+]
+
+
+@pytest.mark.parametrize(("fields", "expected"), CHOICES)
+def test_what_each_choice_allows(fields: dict[str, Any], expected: tuple[list[str], bool, bool] | None) -> None:
+    """Functions, whether a call is required, and whether there may be several; the grammar follows from it."""
+    body = ChatCompletionRequest.model_validate({"messages": [USER], "tools": TOOLS, **fields})
+    choice = body.callable_tools
+    found = choice and ([tool.name for tool in choice.tools], choice.required, choice.parallel)
+    assert found == expected
+    assert (body.shown_tools is None) == (expected is None)
+
+
+@pytest.mark.parametrize("fields", [{"max_thinking_tokens": 6}, {"logprobs": True}])
+def test_calls_behind_a_thought_in_several_choices(http: httpx.Client, fields: dict[str, Any]) -> None:
+    parameters = {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"]}
+    body = {
+        "messages": [USER],
+        "tools": [{"type": "function", "function": {"name": "f", "parameters": parameters}}],
+        "tool_choice": "required",
+        "parallel_tool_calls": False,
+        "chat_template_kwargs": {"enable_thinking": True},
+        "max_tokens": 300,
+        "n": 2,
+        "temperature": 0.5,
+        "seed": 3,
+        **fields,
+    }
+    choices = http.post(CHAT, json=body).json()["choices"]
+    events = [
+        json.loads(line[6:])
+        for line in http.post(CHAT, json=body | {"stream": True}).text.splitlines()
+        if line.startswith("data: {")
+    ]
+    assert len(choices) == 2
+    for choice in choices:
+        message = choice["message"]
+        assert (choice["finish_reason"], message["content"]) == ("tool_calls", None)
+        assert message["reasoning_content"]
+        (call,) = message["tool_calls"]
+        assert json.loads(call["function"]["arguments"])["city"] in ("Paris", "Rome")
+        assert choice.get("logprobs", {"content": []}) == {"content": []}
+        of_choice = [event["choices"][0] for event in events if event["choices"][0]["index"] == choice["index"]]
+        (streamed,) = streamed_calls([each["delta"] for each in of_choice])
+        assert streamed["arguments"] == call["function"]["arguments"]
+        assert of_choice[-1]["finish_reason"] == "tool_calls"
+        thought = "".join(each["delta"].get("reasoning_content", "") for each in of_choice)
+        assert thought == message["reasoning_content"]
 
 
 def test_arguments_that_are_not_declared_are_not_written(http: httpx.Client) -> None:
