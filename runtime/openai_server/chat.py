@@ -82,9 +82,9 @@ async def start_chat(service: Service, body: ChatCompletionRequest, model: Model
     params = service.sampling_params(
         body,
         model,
+        requested,
         max_tokens=service.completion_length(prompt.token_ids, body, _max_tokens(body)),
         logprobs=_logprobs(body),
-        guided_decoding=None if requested is None else requested.guided,
         # The marks of calls may be special tokens.
         skip_special_tokens=body.skip_special_tokens is not False and not (choice and syntax.has_special_marks),
     )

@@ -29,8 +29,8 @@ async def complete(service: Service, body: CompletionRequest, http: Request) -> 
     params = service.sampling_params(
         body,
         model,
+        requested,
         max_tokens=max(lengths),
-        guided_decoding=None if requested is None else requested.guided,
         n=best_of or body.n,
         logprobs=body.logprobs if best_of is None else body.logprobs or 0,
         prompt_logprobs=body.listed_prompt_logprobs,

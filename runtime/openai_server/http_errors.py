@@ -41,6 +41,8 @@ from trimode.runtime.request.errors import (
 
 # Characters of a field's path in a message: a name may be as long as a body.
 LONGEST_PATH = 200
+# pydantic's findings about what is no JSON object.
+_NO_OBJECT = frozenset({"dict_type", "model_type", "model_attributes_type"})
 
 
 class ErrorKind(NamedTuple):
@@ -134,7 +136,7 @@ def of_validation(found: Sequence[Any]) -> ApiError:
         if error["type"] == UNSUPPORTED_FIELD:
             parts.append(error["ctx"]["field"])
         path = ".".join(parts)[:LONGEST_PATH]
-        message = error["msg"]
+        message = "Input should be an object" if error["type"] in _NO_OBJECT else error["msg"]
         if not path:
             unread = "the body must be a JSON object, sent with content-type application/json"
             return ApiError(BAD_REQUEST, message if error["type"] == TOO_MANY_FIELDS else unread)

@@ -228,7 +228,9 @@ class ResponsesRequest(DecodingBody):
 
 
 class _Chat(ChatCompletionRequest):
-    """The format has another name in the newer API."""
+    """The input and the format have other names in the newer API."""
+
+    prompt_field = ResponsesRequest.prompt_field
 
     def output_format(self) -> OutputFormat | None:
         try:

@@ -103,9 +103,9 @@ class Service:
         return {IGNORED_FIELDS_HEADER: listed}
 
     def sampling_params(
-        self, body: DecodingBody, model: ModelName, *, max_tokens: int, **resolved: Any
+        self, body: DecodingBody, model: ModelName, form: OutputFormat | None, *, max_tokens: int, **resolved: Any
     ) -> SamplingParams:
-        """The body's parameters, with the alias's mode."""
+        """The body's parameters, with the alias's mode. form: of the response; None for free text."""
         if body.mode and model.mode and body.mode != model.mode:
             raise ApiError(BAD_REQUEST, f"mode is {body.mode}, but the model {model.name} selects {model.mode}", "mode")
         if (body.min_tokens or 0) > max_tokens:
@@ -114,7 +114,13 @@ class Service:
         top_k = body.top_k
         if top_k is not None and not 0 <= top_k <= self.llm.manifest.limits.top_k:
             top_k = 0
-        return body.sampling_params(max_tokens=max_tokens, mode=body.mode or model.mode, top_k=top_k, **resolved)
+        mode = body.mode or model.mode
+        if form is not None:
+            if (mode or self.llm.capacity.defaults.mode) == "diffusion":
+                reason = "it needs mode linear_spec, auto or ar; diffusion chooses the tokens of a block together"
+                raise ApiError(BAD_REQUEST, f"{form.field}: {reason}", form.field)
+            resolved["guided_decoding"] = form.guided
+        return body.sampling_params(max_tokens=max_tokens, mode=mode, top_k=top_k, **resolved)
 
     async def compile_grammar(self, requested: OutputFormat | None) -> None:
         """Compile a format in a thread, so that streams do not wait for it. Raises ApiError with its field."""

@@ -27,7 +27,7 @@ class ScriptedLLM:
         self.capacity = SimpleNamespace(
             context=CONTEXT,
             default_max_tokens=lambda prompt: CONTEXT - prompt,
-            defaults=SimpleNamespace(enable_thinking=None),
+            defaults=SimpleNamespace(enable_thinking=None, mode="auto"),
         )
         self.params = SamplingParams()
         self.grammars: list[GuidedDecodingParams] = []

@@ -78,7 +78,7 @@ def test_every_causal_mode_gives_the_same_response(http: httpx.Client, mode: str
 def test_diffusion_is_refused_with_a_pointer(http: httpx.Client) -> None:
     refused = http.post(CHAT, json={"messages": [USER], "guided_json": SCHEMA, "mode": "diffusion"})
     assert refused.status_code == 400
-    assert "use mode linear_spec" in refused.json()["error"]["message"]
+    assert "guided_json: it needs mode linear_spec" in refused.json()["error"]["message"]
 
 
 class Person(BaseModel):

@@ -152,6 +152,8 @@ WRONG_FORMATS: list[tuple[dict[str, Any], str, str]] = [
     ({"text": {"format": {"type": "xml"}}}, "text.format", "type must be text, json_object"),
     ({"text": {"format": FORMAT | {"schema": {"type": "foo"}}}}, "text.format", "cannot be compiled"),
     ({"text": {"format": FORMAT}, "guided_regex": "a"}, "guided_regex", "cannot be combined with text.format"),
+    ({"text": {"format": FORMAT}, "mode": "diffusion"}, "text.format", "it needs mode linear_spec, auto or ar"),
+    ({"text": "json"}, "text", "should be an object"),
     ({"response_format": {"type": "json_object"}}, "response_format", "its name here is text.format"),
 ]
 
@@ -190,6 +192,12 @@ REFUSED: dict[str, dict[str, Any]] = {
     "input.0.call_id": {"input": [{"type": "function_call_output", "output": "a"}]},
     "max_output_tokens": {"max_output_tokens": 0},
 }
+
+
+def test_an_input_that_is_too_long_is_refused_under_its_name_here(http: httpx.Client) -> None:
+    error = http.post(RESPONSES, json={"input": "word " * 5000}).json()["error"]
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "input")
+    assert "length of the input" in error["message"]
 
 
 @pytest.mark.parametrize("param", REFUSED)

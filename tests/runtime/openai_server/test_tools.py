@@ -200,12 +200,6 @@ def test_content_in_a_format_or_calls(http: httpx.Client) -> None:
         jsonschema.validate(json.loads(message["content"]), schema)
 
 
-def test_diffusion_is_refused_with_a_pointer(http: httpx.Client) -> None:
-    refused = http.post(CHAT, json={"messages": [USER], "tools": TOOLS, "mode": "diffusion"})
-    assert refused.status_code == 400
-    assert "linear_spec" in refused.json()["error"]["message"]
-
-
 def function(**fields: Any) -> dict[str, Any]:
     return {"tools": [WEATHER, {"type": "function", "function": {"name": "f", **fields}}]}
 
@@ -219,12 +213,15 @@ BAD_TOOLS: dict[str, tuple[dict[str, Any], str, str]] = {
     "no name": ({"tools": [{"type": "function", "function": {}}]}, "tools.0.function.name", "Field required"),
     "a name with spaces": (function(name="a b"), "tools.1.function.name", "match pattern"),
     "a long name": (function(name="a" * 129), "tools.1.function.name", "match pattern"),
+    "a name instead of a tool": ({"tools": ["f"]}, "tools.0", "tools.0: Input should be an object"),
+    "diffusion": ({"tools": TOOLS, "mode": "diffusion"}, "tools", "it needs mode linear_spec, auto or ar"),
+    "diffusion, by name": ({"tools": TOOLS, "model": "tiny:diffusion"}, "tools", "it needs mode linear_spec"),
     "no function": ({"tools": [{"type": "function"}]}, "tools.0.function", "Field required"),
     "another type": ({"tools": [{"type": "web_search"}]}, "tools.0.type", "should be 'function'"),
     "tools that are no list": ({"tools": {"type": "function"}}, "tools", "list"),
     "too many": ({"tools": [WEATHER] * 129}, "tools", "129 tools were sent; the limit is 128"),
     "the same name twice": ({"tools": [WEATHER, WEATHER]}, "tools", "same name"),
-    "a schema as text": (function(parameters="{}"), "tools.1.function.parameters", "dictionary"),
+    "a schema as text": (function(parameters="{}"), "tools.1.function.parameters", "should be an object"),
     "a schema of a text": (function(parameters={"type": "string"}), "tools.1.function.parameters", "'object'"),
     "properties in a list": (function(parameters={"properties": []}), "tools.1.function.parameters", "for each name"),
     "required as text": (function(parameters={"required": "a"}), "tools.1.function.parameters", "list of names"),
