@@ -112,7 +112,7 @@ def test_a_row_has_the_same_bits_in_every_pass(
     ranks.acquire(1)
     ids = np.random.default_rng(1).integers(101, 768, (1, 40))
     together = ranks.run(CausalStep.chain(0, ids, np.zeros(1, np.int64), np.arange(40)[None]))
-    for at in (1, 17, 39):
+    for at in (39, 17, 1):  # a pass may write a row of padding behind its own
         alone = ranks.run(CausalStep.chain(0, ids[:, at : at + 1], np.array([at]), np.zeros((1, 1), np.int64)))
         np.testing.assert_array_equal(alone.logits[0, 0], together.logits[0, at])
 
