@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from trimode.model.step import mask_words
 from trimode.runtime.request.errors import GrammarError
 
 Words = NDArray[np.uint32]
+_REMEMBERED = 64  # tokens
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,14 @@ class Vocabulary:
     end_ids: tuple[int, ...]
 
 
+@dataclass(slots=True)
+class _Place:
+    """What is known of a place of the text: the tokens forced there, and the mask."""
+
+    forced: list[int] | None = None
+    mask: Words | None = None
+
+
 class GrammarMatcher:
     """Where one answer is in its grammar. Tokens are taken one after the other, and the latest can be undone.
 
@@ -31,13 +41,17 @@ class GrammarMatcher:
     tokenizer would give. End tokens are legal where the grammar may end, and nothing is legal behind them. Behind a
     complete text, the model's first end token is the one legal token. Every method raises GrammarError if the grammar
     exceeds a limit of time or memory here.
+
+    Drafts are taken, undone and taken again, so what is known of their places is kept until another token is taken.
     """
 
     def __init__(self, matcher: LLMatcher, vocabulary: Vocabulary) -> None:
         self._matcher = matcher
         self._vocabulary = vocabulary
         self.ended = False  # by an end token
-        self._forced: list[int] | None = None  # in this state, once it is known
+        self._place = _Place()
+        self._taken = deque[tuple[int, _Place]](maxlen=_REMEMBERED)  # the latest tokens, each with the place before it
+        self._ahead: list[tuple[int, _Place]] = []  # undone tokens, the next one last, each with the place behind it
 
     @property
     def complete(self) -> bool:
@@ -48,6 +62,8 @@ class GrammarMatcher:
         return True
 
     def allows(self, token: int) -> bool:
+        if self._ahead and token == self._ahead[-1][0]:
+            return True
         if forced := self.forced():
             return token == forced[0]
         if self.ended or token >= self._vocabulary.size:
@@ -58,6 +74,11 @@ class GrammarMatcher:
 
     def mask(self) -> Words:
         """The legal tokens, as :mod:`trimode.model.step` defines ``token_mask``: [ceil(V / 32)] uint32."""
+        if self._place.mask is None:
+            self._place.mask = self._mask_here()
+        return self._place.mask
+
+    def _mask_here(self) -> Words:
         if self.ended:
             return np.zeros(mask_words(self._vocabulary.size), np.uint32)
         if self.complete:
@@ -75,7 +96,12 @@ class GrammarMatcher:
         """Take a token if it is legal; returns whether it was."""
         if not self.allows(token):
             return False
-        self._forced = None
+        self._taken.append((token, self._place))
+        if self._ahead and token == self._ahead[-1][0]:
+            self._place = self._ahead.pop()[1]
+        else:
+            self._ahead.clear()
+            self._place = _Place()
         if token in self._vocabulary.end_ids:
             self.ended = True
         else:
@@ -85,7 +111,14 @@ class GrammarMatcher:
 
     def undo(self, tokens: Sequence[int]) -> None:
         """Undo the latest tokens taken, which were these."""
-        self._forced = None
+        for _ in tokens:
+            if not self._taken:  # forgotten
+                self._ahead.clear()
+                self._place = _Place()
+                break
+            token, before = self._taken.pop()
+            self._ahead.append((token, self._place))
+            self._place = before
         consumed = len(tokens)
         if tokens and self.ended:
             self.ended = False
@@ -96,9 +129,9 @@ class GrammarMatcher:
 
     def forced(self) -> list[int]:
         """The next tokens, if the grammar forces their text. May be empty."""
-        if self._forced is None:
-            self._forced = self._forced_here()
-        return self._forced
+        if self._place.forced is None:
+            self._place.forced = self._forced_here()
+        return self._place.forced
 
     def _forced_here(self) -> list[int]:
         if self.ended:

@@ -69,7 +69,7 @@ def _lm_eval(environment: Path, url: str) -> list[str]:
         [program, "--model", "local-completions", "--model_args", f"{common},{tokenizer}", "--tasks", task]
         for task, tokenizer in (
             ("trimode_sums", "tokenizer_backend=None"),
-            ("trimode_choices", f"tokenizer_backend=huggingface,tokenizer={TOKENIZER}"),
+            ("trimode_choices", f"tokenizer_backend=remote,auth_token={KEY}"),
         )
     ]
     return ["sh", "-c", " && ".join(shlex.join([*command, "--include_path", str(HERE)]) for command in commands)]

@@ -1,0 +1,174 @@
+"""Measure the processor time of decoding outside the engines, a cycle, with and without a grammar.
+
+    python -m scripts.bench.grammar_time checkpoints/tiny
+
+The vocabulary has 131,072 tokens: those of the checkpoint's tokenizer, and made-up pieces of words. There is no
+network. Candidates are made up: the token of an answer to the schema first with the given probability, else among
+random tokens. So the time is that of choosing drafts, masks, verification and emission, on one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from tests.support.drawn_schemas import Schema, drawn_schema
+from trimode.model.tokenizer import TOKENIZER_FILE, Tokenizer
+from trimode.runtime.decoding.acceptance import Acceptance
+from trimode.runtime.decoding.ending import Ending
+from trimode.runtime.decoding.sequence import Pass, Sequence
+from trimode.runtime.decoding.token_rules import TokenRules
+from trimode.runtime.executor import Candidates
+from trimode.runtime.grammar.compiler import GrammarCompiler
+from trimode.runtime.request.guided_decoding import GuidedDecodingParams
+from trimode.runtime.request.sampling_params import SamplingParams
+
+VOCABULARY, TOP_K, END, MASK = 131_072, 64, 11, 100
+_LETTERS = "etaoinshrdlucmfwypvbgkjqxz"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, help="whose tokenizer is enlarged")
+    parser.add_argument("--schemas", type=int, default=100)
+    parser.add_argument("--block", type=int, default=16)
+    parser.add_argument("--right", type=float, default=0.9, help="probability that a draft is right")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = enlarged_tokenizer(arguments.checkpoint, Path(folder))
+    compiler = GrammarCompiler(tokenizer, VOCABULARY, [END])
+    schemas = [drawn_schema(seed) for seed in range(arguments.schemas)]
+    cells: dict[tuple[str, bool], list[float]] = {}
+    tokens = cycles = 0
+    for constrained in (True, False):
+        for mode in ("ar", "linear_spec"):
+            params = SamplingParams(
+                max_tokens=400, mode=mode, block_length=None if mode == "ar" else arguments.block
+            ).with_defaults(mode=mode, block_length=None, max_tokens=400)
+            found = cells[mode, constrained] = []
+            for seed, schema in enumerate(schemas):
+                matcher = compiler.compile(GuidedDecodingParams(json=schema)).matcher() if constrained else None
+                answer = answer_to(compiler, schema, seed)
+                one = sequence(params, None if matcher is None else TokenRules(VOCABULARY, {END}, grammar=matcher))
+                network = MadeUpNetwork(answer, arguments.right, seed)
+                found += cycle_seconds(one, network)
+                if constrained and mode == "linear_spec":
+                    tokens, cycles = tokens + len(one.emitted), cycles + one.counts.cycles
+    _print(cells, tokens / max(1, cycles))
+
+
+def enlarged_tokenizer(checkpoint: Path, folder: Path) -> Tokenizer:
+    """The checkpoint's tokenizer with pieces of words up to VOCABULARY tokens."""
+    shutil.copytree(checkpoint, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
+    path = folder / TOKENIZER_FILE
+    content = json.loads(path.read_text(encoding="utf-8"))
+    vocabulary, merges = content["model"]["vocab"], content["model"]["merges"]
+    for piece, (left, right) in _pieces():
+        if piece not in vocabulary:
+            vocabulary[piece] = len(vocabulary)
+            merges.append([left, right])
+        if len(vocabulary) == VOCABULARY:
+            break
+    path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    return Tokenizer.from_folder(folder)
+
+
+def _pieces() -> Iterator[tuple[str, tuple[str, str]]]:
+    """Each with the two shorter pieces that it is merged from. ``Ġ`` is a space."""
+    for length in itertools.count(2):
+        for letters in itertools.product(_LETTERS, repeat=length - 1):
+            for first in ("Ġ", *_LETTERS[:8]):
+                piece = first + "".join(letters)
+                yield piece, (piece[:-1], piece[-1])
+
+
+def answer_to(compiler: GrammarCompiler, schema: Schema, seed: int) -> list[int]:
+    """The tokens of a random answer: forced ones where there are some, else a random legal token."""
+    draw = np.random.default_rng(seed)
+    matcher = compiler.compile(GuidedDecodingParams(json=schema)).matcher()
+    tokens: list[int] = []
+    while len(tokens) < 300 and not matcher.ended:
+        if forced := matcher.forced():
+            token = forced[0]
+        else:
+            legal = np.flatnonzero(np.unpackbits(matcher.mask().view(np.uint8), bitorder="little"))
+            token = int(draw.choice(legal))
+        if not matcher.take(token):
+            raise ValueError(f"token {token} is not legal")
+        tokens.append(token)
+    return tokens
+
+
+class MadeUpNetwork:
+    """right: probability that a draft's best candidate is the answer's token; verification always has it."""
+
+    def __init__(self, answer: list[int], right: float, seed: int) -> None:
+        self._answer = [*answer, *[END] * 400]
+        self._right = right
+        self._draw = np.random.default_rng(seed)
+
+    def run(self, needed: Pass, emitted: int) -> Candidates:
+        rows = len(needed.rows)
+        tokens = self._draw.integers(101, VOCABULARY, (rows, TOP_K))
+        begin = emitted + (0 if needed.kind == "commit" else -1)
+        for row, place in enumerate(needed.rows.tolist()):
+            if needed.kind != "draft" or self._draw.random() < self._right:
+                tokens[row, 0] = self._answer[begin + place]
+        if needed.kind == "prefill":
+            tokens[0, 0] = self._answer[0]
+        logits = np.tile(np.arange(TOP_K, 0, -1, dtype=np.float32), (rows, 1))
+        return Candidates(logits, tokens, np.full(rows, TOP_K + 1, np.float32))
+
+
+def sequence(params: SamplingParams, rules: TokenRules | None) -> Sequence:
+    ending = Ending(params, frozenset([END]))
+    options: dict[str, Any] = {"context": 4096, "mask_id": MASK, "prefill_step": 512, "seed": 0, "rules": rules}
+    return Sequence([300, 301], params, ending, Acceptance(Acceptance()), **options)
+
+
+def cycle_seconds(one: Sequence, network: MadeUpNetwork) -> list[float]:
+    """Processor seconds of each cycle behind the prefill, without the network's."""
+    seconds: list[float] = []
+    first = one.next_pass()
+    one.absorb(first, network.run(first, 0))
+    while one.ending.finish_reason is None:
+        begun = time.thread_time()
+        one.open_block(one.longest_block)
+        spent = time.thread_time() - begun
+        while one.ending.finish_reason is None and not one.needs_block:
+            begun = time.thread_time()
+            needed = one.next_pass()
+            spent += time.thread_time() - begun
+            found = network.run(needed, len(one.emitted))
+            begun = time.thread_time()
+            one.absorb(needed, found)
+            spent += time.thread_time() - begun
+        seconds.append(spent)
+    return seconds
+
+
+def _print(cells: dict[tuple[str, bool], list[float]], tokens_a_cycle: float) -> None:
+    table = Table("mode", "grammar", "median, ms a cycle", "90th percentile", "of 16 sequences, median")
+    generator = np.random.default_rng(0)
+    for (mode, constrained), seconds in cells.items():
+        together = [sum(generator.choice(seconds, 16)) for _ in range(1000)]
+        row = (statistics.median(seconds), float(np.percentile(seconds, 90)), statistics.median(together))
+        table.add_row(mode, "yes" if constrained else "no", *(f"{1e3 * value:.3f}" for value in row))
+    Console().print(table)
+    Console().print(f"linear_spec with the grammar: {tokens_a_cycle:.2f} tokens a cycle")
+
+
+if __name__ == "__main__":
+    main()
