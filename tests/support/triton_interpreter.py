@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,9 @@ from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
 
 from trimode.common.errors import TriModeError
+
+_POINTER = np.dtype(np.uint64)
+_cached_numpy_type = cache(interpreter._get_np_dtype)
 
 
 @dataclass
@@ -121,6 +125,10 @@ def _interpreter_of(memory: _Memory) -> Iterator[None]:
         difference = subtract(_widened(a), _widened(b))
         return builder.create_fp_trunc(difference, a.dtype) if a.dtype.scalar == tl.bfloat16 else difference
 
+    semantic, numpy_type = interpreter.interpreter_semantic, interpreter._get_np_dtype
+    # It executes ten operations for each one that it checks, and asserts nothing without the builder's option `debug`.
+    semantic.binary_op_sanitize_overflow_impl = lambda *_: None
+    interpreter._get_np_dtype = _numpy_type
     builder.create_masked_load, builder.create_masked_store = checked_load, checked_store
     builder.create_dot, builder.create_fsub = exact_dot, exact_subtract
     JITFunction.__call__ = lambda self, *args, **kwargs: self.fn(*args, **kwargs)
@@ -130,8 +138,16 @@ def _interpreter_of(memory: _Memory) -> Iterator[None]:
         yield
     finally:
         language.restore()
+        del semantic.binary_op_sanitize_overflow_impl
+        interpreter._get_np_dtype = numpy_type
         del builder.create_masked_load, builder.create_masked_store, builder.create_dot, builder.create_fsub
         JITFunction.__call__ = call
+
+
+def _numpy_type(dtype: Any) -> Any:
+    """As Triton's own, which makes its table in every call."""
+    element = dtype.scalar
+    return _POINTER if element.is_ptr() else _cached_numpy_type(element)
 
 
 def _widened(operand: Any) -> Any:

@@ -5,9 +5,8 @@ kernels.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import pytest
 import torch
@@ -27,7 +26,7 @@ from trimode.runtime.gpu import device
 from trimode.runtime.gpu.device_kv_pool import DeviceKvPool
 
 CAPACITY, MAX_BATCH, MAX_STEP, VOCABULARY, TOP_K = 48, 4, 16, 384, 4
-CASES = StepCases(lengths=(13, 3, 11), blocks=(8, 3, 5), max_step=MAX_STEP, capacity=CAPACITY, vocabulary=VOCABULARY)
+CASES = StepCases(lengths=(7, 3, 5), blocks=(4, 2, 3), max_step=MAX_STEP, capacity=CAPACITY, vocabulary=VOCABULARY)
 
 
 class Engines(NamedTuple):
@@ -37,6 +36,10 @@ class Engines(NamedTuple):
     cuda: Path
     cpu: Path
     kernels: dict[bytes, NeededKernel]
+
+
+class Gpu(Protocol):
+    def __call__(self, engines: Engines, *, computes: bool = True) -> DriverDouble: ...
 
 
 def build_engines(checkpoint: Path, folder: Path, target: CudaTarget, capacity: int) -> Engines:
@@ -62,7 +65,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Engines:
     """int4 with a 16-bit head, two layers; the type of target cuda is fp32, so that results can be compared closely."""
     folder = tmp_path_factory.mktemp("small")
     write_random_checkpoint(
-        folder / "random", hidden_size=64, intermediate_size=128, num_hidden_layers=2, vocab_size=VOCABULARY
+        folder / "random", hidden_size=64, intermediate_size=64, num_hidden_layers=2, vocab_size=VOCABULARY
     )
     quantize_checkpoint(Checkpoint(folder / "random"), folder / "int4", method="rtn", group=32)
     target = CudaTarget(sms=(121,), dtype="fp32", max_batch=MAX_BATCH, max_step=MAX_STEP)
@@ -70,9 +73,9 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Engines:
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[Engines], DriverDouble]:
-    """Gives this machine a GPU of compute capability 12.1 that interprets an engine's kernels. Unused rows of its KV
-    pool hold NaN.
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
+    """Gives this machine a GPU of compute capability 12.1 that interprets an engine's kernels, or only checks their
+    launches. Unused rows of its KV pool hold NaN.
     """
     init = DeviceKvPool.__init__
 
@@ -83,8 +86,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[Engines], DriverDouble]:
     monkeypatch.setattr(DeviceKvPool, "__init__", poisoned)
     monkeypatch.setattr(ctypes, "CDLL", lambda _name: LibcudaDouble())
 
-    def install(engines: Engines) -> DriverDouble:
-        driver = DriverDouble(kernels=engines.kernels, real=torch.float32)
+    def install(engines: Engines, *, computes: bool = True) -> DriverDouble:
+        driver = DriverDouble(kernels=engines.kernels, real=torch.float32, computes=computes)
         monkeypatch.setattr(device, "driver", driver)
         return driver
 

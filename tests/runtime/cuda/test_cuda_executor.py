@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.runtime.cuda.conftest import CAPACITY, CASES, TOP_K, VOCABULARY, Engines
-from tests.support.driver_double import DriverDouble, FaultError
+from tests.runtime.cuda.conftest import CAPACITY, CASES, TOP_K, VOCABULARY, Engines, Gpu
+from tests.support.driver_double import FaultError
 from tests.support.executor_cases import CLOSE, FAR, MASK, RUNS, Run, StepCases, distance
 from tests.support.gpu_faults import (
     draft_not_copied,
@@ -29,7 +29,6 @@ from trimode.runtime.cuda import arena, cuda_network
 from trimode.runtime.executor import BidirectionalStep, CausalStep, SpeculatingExecutor
 from trimode.runtime.loading import load_engine
 
-Gpu = Callable[[Engines], DriverDouble]
 Plant = Callable[[pytest.MonkeyPatch], None]
 
 

@@ -6,13 +6,12 @@ import ctypes
 import logging
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.runtime.cuda.conftest import Engines
-from tests.support.driver_double import DriverDouble, LibcudaDouble
+from tests.runtime.cuda.conftest import Engines, Gpu
+from tests.support.driver_double import LibcudaDouble
 from trimode.common.errors import TriModeError
 from trimode.engine.kernel_library import LibraryIndex
 from trimode.engine.manifest import Manifest
@@ -20,8 +19,6 @@ from trimode.engine.targets.cuda import CudaSection
 from trimode.runtime.cuda.kernels import Kernels
 from trimode.runtime.gpu.device import Device
 from trimode.runtime.loading import load_engine
-
-Gpu = Callable[[Engines], DriverDouble]
 
 
 def built_for(engine: Path, sms: tuple[int, ...], out: Path) -> Path:

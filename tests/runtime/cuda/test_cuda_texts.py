@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.runtime.cuda.conftest import Engines, build_engines
-from tests.support.driver_double import DriverDouble
+from tests.runtime.cuda.conftest import Engines, Gpu, build_engines
 from trimode import LLM, SamplingParams
 from trimode.build.cuda.target import CudaTarget
 from trimode.model.checkpoint import Checkpoint
@@ -39,7 +37,7 @@ def equal_pass_costs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def tokens(engine: Path, prompts: list[Any], params: list[SamplingParams], at_once: int) -> list[list[int]]:
-    with LLM(engine, max_batch_size=at_once, verify=False) as llm:
+    with LLM(engine, max_batch_size=at_once, verify=False, measure_passes=False) as llm:
         return [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
 
 
@@ -47,7 +45,7 @@ PROMPT = [{"role": "user", "content": "What is 60% of 440?"}]
 OTHER = [{"role": "user", "content": "What is 7 + 8?"}]
 
 
-def test_tokens_of_requests_one_after_another(tiny: Engines, gpu: Callable[[Engines], DriverDouble]) -> None:
+def test_tokens_of_requests_one_after_another(tiny: Engines, gpu: Gpu) -> None:
     """Each mode, alone, on the same prompt, whose KV rows the later requests reuse."""
     gpu(tiny)
     params = [SamplingParams(**options) for options in MODES]
@@ -55,7 +53,7 @@ def test_tokens_of_requests_one_after_another(tiny: Engines, gpu: Callable[[Engi
     assert tokens(tiny.cuda, prompts, params, 1) == tokens(tiny.cpu, prompts, params, 1)
 
 
-def test_tokens_of_two_modes_in_one_batch(tiny: Engines, gpu: Callable[[Engines], DriverDouble]) -> None:
+def test_tokens_of_two_modes_in_one_batch(tiny: Engines, gpu: Gpu) -> None:
     gpu(tiny)
     params = [SamplingParams(**options) for options in MODES[1:3]]
     prompts = [PROMPT, OTHER]

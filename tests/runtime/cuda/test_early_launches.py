@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.runtime.cuda.conftest import CASES, Engines
+from tests.runtime.cuda.conftest import CASES, Engines, Gpu
 from tests.runtime.cuda.test_cuda_loading import built_for
 from tests.support.driver_double import DriverDouble, FaultError, LibcudaDouble
 from trimode.runtime.cuda.cuda_network import CudaNetwork
@@ -18,14 +17,12 @@ from trimode.runtime.executor import CausalStep, SpeculatingExecutor
 from trimode.runtime.gpu.device import BoundLaunch, Device
 from trimode.runtime.loading import load_engine
 
-Gpu = Callable[[Engines], DriverDouble]
-
 
 def speculated(small: Engines, gpu: Gpu) -> tuple[DriverDouble, int]:
     """The driver after prompts and a cycle, and the number of passes whose kernels it got. Each pass runs once and is
     captured once; a cycle is two.
     """
-    driver = gpu(small)
+    driver = gpu(small, computes=False)
     executor = load_engine(small.cuda, verify=False).executor
     assert isinstance(executor, SpeculatingExecutor)
     CASES.prefill(executor)
@@ -50,7 +47,7 @@ def test_every_kernel_but_the_first_of_a_pass_is_launched_early(small: Engines, 
 
 @pytest.mark.parametrize(("batch", "step", "early"), [(1, 1, True), (1, 2, False), (2, 1, False)])
 def test_passes_of_one_row_are_launched_early(small: Engines, gpu: Gpu, batch: int, step: int, early: bool) -> None:
-    driver = gpu(small)
+    driver = gpu(small, computes=False)
     executor = load_engine(small.cuda, verify=False).executor
     for _ in range(batch):
         executor.pool.acquire()
@@ -63,7 +60,7 @@ def test_measurements_can_launch_every_kernel_in_turn(
     small: Engines, gpu: Gpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(CudaNetwork, "early_rows", 0)
-    driver = gpu(small)
+    driver = gpu(small, computes=False)
     executor = load_engine(small.cuda, verify=False).executor
     executor.pool.acquire()
     executor.run(CausalStep.chain(0, np.array([[300]]), np.array([0]), np.array([[0]])))
@@ -77,7 +74,7 @@ def test_kernels_that_do_not_wait_are_launched_in_turn(
     small: Engines, gpu: Gpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sm: int, present: int
 ) -> None:
     """The kernels' compute capability decides, not the GPU's."""
-    driver = gpu(small)
+    driver = gpu(small, computes=False)
     driver.capability = present
     monkeypatch.setattr(ctypes, "CDLL", lambda _name: LibcudaDouble(capability=divmod(present, 10)))
     engine = built_for(small.cuda, (sm,), tmp_path / "engine")
