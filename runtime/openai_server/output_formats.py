@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, get_args
 
+from trimode.runtime.openai_server.closed_schema import closed
 from trimode.runtime.request.errors import GrammarError
 from trimode.runtime.request.guided_decoding import GrammarKind, GuidedDecodingParams
 
@@ -76,7 +77,9 @@ def _of_response_format(value: Any) -> GuidedDecodingParams | None:
         if not isinstance(described, Mapping):
             raise GrammarError("json_schema must be an object with a schema")
         schema = described.get("schema")
-        return GuidedDecodingParams(json_object=True) if schema is None else GuidedDecodingParams(json=schema)
+        if schema is None:
+            return GuidedDecodingParams(json_object=True)
+        return GuidedDecodingParams(json=closed(schema) if isinstance(schema, Mapping) else schema)
     if kind == "structural_tag":
         return GuidedDecodingParams(structural_tag=value)
     raise GrammarError("type must be text, json_object, json_schema or structural_tag")

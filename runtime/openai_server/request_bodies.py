@@ -29,9 +29,9 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from trimode.runtime.openai_server import neutral_fields, output_formats
+from trimode.runtime.openai_server.closed_schema import closed
 from trimode.runtime.openai_server.neutral_fields import Neutral
 from trimode.runtime.openai_server.output_formats import FormatError, OutputFormat, requested_format
-from trimode.runtime.openai_server.tools.closed_schema import closed
 from trimode.runtime.openai_server.tools.tool import Tool, ToolChoice
 from trimode.runtime.request.sampling_params import MOST_BIASES, Denoising, Mode, SamplingParams
 

@@ -1,12 +1,14 @@
-"""Objects of a function's schema have the properties that it lists, and no others."""
+"""Objects have the properties that their schema lists, and no others."""
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
-from trimode.runtime.openai_server.tools.closed_schema import closed
+from trimode.runtime.openai_server.closed_schema import closed
+from trimode.runtime.openai_server.output_formats import requested_format
 
 OBJECT = {"type": "object", "properties": {"a": {"type": "integer"}}}
 CLOSED = OBJECT | {"additionalProperties": False}
@@ -29,6 +31,8 @@ OPEN: dict[str, dict[str, Any]] = {
     "more by name": OBJECT | {"additionalProperties": {"type": "string"}},
     "more, said so": OBJECT | {"additionalProperties": True},
     "more by pattern": OBJECT | {"patternProperties": {"^x": {}}},
+    "a required one that is not listed": OBJECT | {"required": ["a", "b"]},
+    "more than are listed": OBJECT | {"minProperties": 2},
     "described in two places": OBJECT | {"anyOf": [{"required": ["a"]}]},
     "put together": {"allOf": [{"$ref": "#/$defs/A"}, {"required": ["b"]}], "$defs": {"A": OBJECT}},
     "an example": {"type": "object", "default": OBJECT, "enum": [OBJECT]},
@@ -39,6 +43,14 @@ OPEN: dict[str, dict[str, Any]] = {
 def test_closed(case: str) -> None:
     given, expected = CASES[case]
     assert closed(given) == expected
+
+
+def test_the_schema_of_a_response_format_is_closed() -> None:
+    """As instructor sends it."""
+    described = {"type": "json_schema", "json_schema": {"name": "x", "schema": OBJECT}}
+    found = requested_format({"response_format": described})
+    assert found is not None
+    assert json.loads(found.guided.source.text) == CLOSED
 
 
 @pytest.mark.parametrize("case", OPEN)

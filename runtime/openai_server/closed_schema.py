@@ -1,4 +1,6 @@
-"""Closes the objects of a function's schema, because a function has no use for arguments that it does not declare."""
+"""Closes the objects of a schema, because clients mostly have no use for properties that they do not declare, and a
+model could write them without an end. What matches the closed schema matches the given one.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ from typing import Any
 
 # Where an object is described in several places, its properties are not all known in one of them.
 _SEVERAL_PLACES = frozenset({"$ref", "allOf", "anyOf", "oneOf", "if", "dependentSchemas", "patternProperties"})
-_OPEN = frozenset({"additionalProperties", "unevaluatedProperties"})
+_OPEN = frozenset({"additionalProperties", "unevaluatedProperties", "minProperties", "dependentRequired"})
 # Keywords whose value is a schema or a list of schemas, and those whose value is schemas by name.
 _PARTS = frozenset({"items", "prefixItems", "anyOf", "oneOf"})
 _NAMED_PARTS = frozenset({"properties", "$defs", "definitions"})
@@ -27,7 +29,10 @@ def _closed(schema: Mapping[str, Any]) -> dict[str, Any]:
     for keyword in _NAMED_PARTS & found.keys():
         if isinstance(found[keyword], Mapping):
             found[keyword] = {name: _closed_part(part) for name, part in found[keyword].items()}
-    if isinstance(found.get("properties"), Mapping) and not found.keys() & (_SEVERAL_PLACES | _OPEN):
+    properties, required = found.get("properties"), found.get("required", [])
+    if not isinstance(properties, Mapping) or found.keys() & (_SEVERAL_PLACES | _OPEN):
+        return found
+    if isinstance(required, list) and all(isinstance(name, str) and name in properties for name in required):
         found["additionalProperties"] = False
     return found
 
