@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 import click
 
+from trimode.cli.explanation import explain as explanation_lines
 from trimode.cli.parameters import build_options, json_option
 from trimode.cli.prompt import read_prompt
 from trimode.common.errors import TriModeError
@@ -43,6 +44,9 @@ from trimode.runtime.request.sampling_params import (
 @click.option("--max-tokens", type=int, default=256, show_default=True)
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--lookup/--no-lookup", default=None, help="Copy drafts from earlier text where that is faster.")
+@click.option("--tree-width", type=int, help="linear_spec: verify a tree of so many drafted tokens.")
+@click.option("--explain", is_flag=True, help="Print to stderr how the cycles drafted, and what passes cost.")
 @click.option("--no-adapter", is_flag=True, help="Draft without the draft adapter.")
 @click.option("--no-chat-template", is_flag=True, help="Pass the prompt to the model unchanged.")
 @build_options
@@ -57,6 +61,9 @@ def command(
     max_tokens: int,
     temperature: float,
     seed: int,
+    lookup: bool | None,
+    tree_width: int | None,
+    explain: bool,
     no_adapter: bool,
     no_chat_template: bool,
     target: str | None,
@@ -74,6 +81,8 @@ def command(
         block_length=block_length,
         threshold=threshold,
         draft_threshold=draft_threshold,
+        lookup=lookup,
+        tree_width=tree_width,
         max_tokens=max_tokens,
         temperature=temperature,
         seed=seed,
@@ -85,8 +94,8 @@ def command(
     text = read_prompt(prompt)
     inputs: str | list[Message] = text if no_chat_template else [{"role": "user", "content": text}]
     with progress_bars() as progress:
-        # Only `auto` uses measured pass costs.
-        measure = mode == "auto"
+        # Only choices by cost use measured pass costs.
+        measure = mode == "auto" or bool(lookup) or explain
         llm = LLM(
             model,
             target=target,
@@ -102,6 +111,11 @@ def command(
         for update in answer:
             if not as_json:
                 print(update.outputs[0].text_diff, end="", flush=True)
+        if explain:
+            longest = params.block_length or DEFAULT_BLOCK_LENGTH
+            explanation = explanation_lines(answer.outputs[0].cycles, llm.pass_seconds, longest)
+    if explain:
+        print("\n".join(("", *explanation)), file=sys.stderr)
     if as_json:
         print(json.dumps(_summary(answer, mode), ensure_ascii=False))
         return

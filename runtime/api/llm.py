@@ -29,7 +29,7 @@ from trimode.runtime.request.errors import EngineDeadError
 from trimode.runtime.request.guided_decoding import GuidedDecodingParams
 from trimode.runtime.request.outputs import Update
 from trimode.runtime.request.sampling_params import Mode, SamplingParams
-from trimode.runtime.scheduling.pass_cost import PassCost
+from trimode.runtime.scheduling.pass_cost import EngineName, PassCost
 from trimode.runtime.scheduling.running_request import Request
 from trimode.runtime.scheduling.scheduler import Scheduler, Stats
 
@@ -136,12 +136,13 @@ class EngineLLM:
             max_answers=max_batch_size + max_queue_size,
             update_seconds=update_seconds,
         )
+        self._cost = PassCost(max_batch_size, largest_step)
         self._scheduler = Scheduler(
             engine.executor,
             max_batch=max_batch_size,
             context=self.capacity.context,
             prefill_tokens=limits.prefill_step,
-            cost=PassCost(max_batch_size, largest_step),
+            cost=self._cost,
             prefix_cache=PrefixCache(prefix_cache_bytes, prefix_cache_listener) if prefix_cache_bytes else None,
         )
         if measure_passes:
@@ -155,6 +156,10 @@ class EngineLLM:
         # Also without a call of shutdown: the thread must end before the interpreter does.
         self._stop = weakref.finalize(self, _stop, self._thread, engine.executor)
         log.info("%s", self.capacity)
+
+    def pass_seconds(self, engine: EngineName, batch: int, step: int) -> float:
+        """What a pass of one engine over ``batch`` sequences with ``step`` tokens each takes, as measured so far."""
+        return self._cost.seconds(engine, batch, step)
 
     @overload
     def generate(  # type: ignore[overload-overlap]  # a text is a sequence of texts to the type checker

@@ -12,6 +12,7 @@ from trimode.runtime.api.capacity import Capacity
 from trimode.runtime.api.inputs import InputEncoder, Prompt
 from trimode.runtime.decoding.acceptance import Acceptance
 from trimode.runtime.decoding.bad_words import BadWords
+from trimode.runtime.decoding.confidence import Confidence
 from trimode.runtime.decoding.ending import Ending
 from trimode.runtime.decoding.lookup import Lookup, LookupAcceptance
 from trimode.runtime.decoding.ruled_rows import Biases
@@ -48,6 +49,7 @@ class RequestFactory:
         self._update_seconds = update_seconds
         self._shared_acceptance = Acceptance()
         self._shared_lookup_acceptance = LookupAcceptance.unknown()
+        self._shared_confidence = Confidence()
 
     def resolve(self, prompt: list[int], params: SamplingParams) -> SamplingParams:
         """``params`` with every open field set. Raises TriModeError for what the engine cannot do."""
@@ -150,6 +152,7 @@ class RequestFactory:
             if budget is None
             else ThinkingBudget(budget, ThinkingIds.of(self._tokenizer), prompt.token_ids, prompt.thinking),
         )
+        lookup = Lookup(prompt.token_ids, self._shared_lookup_acceptance.of_new_answer()) if params.lookup else None
         return Sequence(
             prompt.token_ids,
             params,
@@ -162,7 +165,8 @@ class RequestFactory:
             rules=self._rules(prompt, params),
             biases=Biases(params.logit_bias, model.vocab_size) if params.logit_bias else None,
             most_step=self.manifest.limits.max_step,
-            lookup=Lookup(prompt.token_ids, self._shared_lookup_acceptance.of_new_answer()) if params.lookup else None,
+            confidence=Confidence(self._shared_confidence) if params.mode == "auto" else None,
+            lookup=lookup,
         )
 
     def _rules(self, prompt: Prompt, params: SamplingParams) -> TokenRules | None:

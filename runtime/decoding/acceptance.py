@@ -5,6 +5,7 @@ Drafts behind the end of a text are lost. The rate at which texts end is estimat
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import accumulate
 from operator import mul
 
@@ -15,6 +16,7 @@ _SHARED_WEIGHT = 0.02  # weight of a cycle in the averages that new sequences st
 FIRST_GUESS = 0.8  # of the diffusion draft's rates
 _FIRST_END_RATE = 0.01
 _END_WEIGHT = 0.002
+_LEAST_WEIGHT = 1e-3  # of a draft that was not verified
 # A cycle without drafts observes nothing; old averages decay.
 _OWN_FORGETTING = 0.05
 _SHARED_FORGETTING = 0.0005
@@ -38,24 +40,31 @@ class Acceptance:
         self.end_rate: float = _FIRST_END_RATE if begins_with is None else begins_with.end_rate
         self._yields: list[float] | None = None
 
-    def observe(self, accepted: int, tested: int, ended: bool) -> None:
+    def observe(self, accepted: int, tested: int, ended: bool, unverified: Sequence[float] = ()) -> None:
         """Count one commit. accepted: drafts accepted. tested: one more if the next draft was rejected; the same if the
-        text or the block ended. ended: whether the text ended, other than by its length limit.
+        text or the block ended. ended: whether the text ended, other than by its length limit. unverified: expected
+        acceptance of the drafts behind those that were verified and accepted. They count as far as they would have been
+        reached: a tail is left out because it is poor, so without it the rates would be too high.
         """
-        self._learn(accepted, tested, _OWN_WEIGHT)
+        self._learn(accepted, tested, _OWN_WEIGHT, unverified)
         if self._shared is not None:
-            self._shared._learn(accepted, tested, _SHARED_WEIGHT)
+            self._shared._learn(accepted, tested, _SHARED_WEIGHT, unverified)
             # Fixed point: the predicted number of text ends equals the observed number.
             forgotten = min(1.0, _END_WEIGHT * (accepted + 1))
             self._shared.end_rate += _END_WEIGHT * ended - forgotten * self._shared.end_rate
             self.end_rate = self._shared.end_rate
 
-    def _learn(self, accepted: int, tested: int, weight: float) -> None:
+    def _learn(self, accepted: int, tested: int, weight: float, unverified: Sequence[float]) -> None:
         rates, tested = self.rates, min(tested, len(self.rates))
         for place in range(min(accepted, tested)):
             rates[place] += weight * (1 - rates[place])
         if tested > accepted:
             rates[accepted] -= weight * rates[accepted]
+        for place, expected in zip(range(tested, len(rates)), unverified, strict=False):
+            rates[place] += weight * (expected - rates[place])
+            weight *= expected
+            if weight < _LEAST_WEIGHT:
+                break
         self._yields = None
 
     def forget(self) -> None:

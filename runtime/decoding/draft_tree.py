@@ -13,12 +13,48 @@ more often: a node goes on with the whole probability of its children.
 from __future__ import annotations
 
 import heapq
+from collections.abc import Sequence
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trimode.runtime.executor import Ints
+
+
+class Node(NamedTuple):
+    """parent: its index among the nodes, -1 for the pending token. place, rank: of its token. log_product: logarithm of
+    the product of its path's probabilities.
+    """
+
+    parent: int
+    place: int
+    rank: int
+    log_product: float
+
+
+def likeliest_nodes(log_probs: NDArray[np.floating], most: int) -> list[Node]:
+    """The ``most`` nodes with the highest products, by falling product; each comes behind its parent.
+
+    log_probs: [D, k] of the D places behind the pending token, falling in each row.
+    """
+    places, ranks = log_probs.shape
+    best = log_probs.tolist()
+    found: list[Node] = []
+    # The product of a node bounds those of its first child and of its next sibling, which are pushed when it is found.
+    waiting = [(-best[0][0], 0, -1, 0, 0)] if places else []
+    pushed = 1
+    while waiting and len(found) < most:
+        cost, _, parent, place, rank = heapq.heappop(waiting)
+        found.append(Node(parent, place, rank, -cost))
+        if rank + 1 < ranks:
+            sibling = cost + best[place][rank] - best[place][rank + 1]
+            heapq.heappush(waiting, (sibling, pushed, parent, place, rank + 1))
+        if place + 1 < places:
+            heapq.heappush(waiting, (cost - best[place + 1][0], pushed + 1, len(found) - 1, place + 1, 0))
+        pushed += 2
+    return found
 
 
 class DraftTree:
@@ -38,38 +74,17 @@ class DraftTree:
         return len(self.tokens)
 
     @classmethod
-    def best_first(cls, pending_token: int, tokens: Ints, log_probs: NDArray[np.floating], nodes: int) -> DraftTree:
-        """The tree of at most ``nodes`` nodes, node 0 included, whose nodes have the highest products.
-
-        tokens, log_probs: [D, k] of the D places behind the pending token, each best first.
-        """
-        places, ranks = tokens.shape
-        best = log_probs.tolist()
-        # Nodes by falling product: parent, depth (0 for the place behind node 0) and rank in its place.
-        found: list[tuple[int, int, int]] = []
-        # The product of each node bounds those of its first child and of its next sibling, which follow it here.
-        waiting = [(-best[0][0], 0, -1, 0, 0)] if places else []
-        pushed = 1
-        while waiting and len(found) < nodes - 1:
-            cost, _, parent, depth, rank = heapq.heappop(waiting)
-            found.append((parent, depth, rank))
-            if rank + 1 < ranks:
-                sibling = cost + best[depth][rank] - best[depth][rank + 1]
-                heapq.heappush(waiting, (sibling, pushed, parent, depth, rank + 1))
-            if depth + 1 < places:
-                child = cost - best[depth + 1][0]
-                heapq.heappush(waiting, (child, pushed + 1, len(found) - 1, depth + 1, 0))
-            pushed += 2
-        children: list[list[int]] = [[] for _ in range(len(found) + 1)]  # of each found node; of node 0 at the end
-        for index, (parent, _, _) in enumerate(found):
-            children[parent].append(index)
+    def of(cls, pending_token: int, tokens: Ints, nodes: Sequence[Node]) -> DraftTree:
+        """The tree of the pending token and these nodes, in the order of :func:`likeliest_nodes`. tokens: [D, k]."""
+        children: list[list[int]] = [[] for _ in range(len(nodes) + 1)]  # of each node; of the pending token at the end
+        for index, node in enumerate(nodes):
+            children[node.parent].append(index)
         ids, parents = [pending_token], [-1]
         unplaced = [(index, 0) for index in reversed(children[-1])]
         while unplaced:
             index, parent = unplaced.pop()
-            _, depth, rank = found[index]
             unplaced += [(child, len(ids)) for child in reversed(children[index])]
-            ids.append(int(tokens[depth, rank]))
+            ids.append(int(tokens[nodes[index].place, nodes[index].rank]))
             parents.append(parent)
         return cls(np.array(ids), np.array(parents))
 
@@ -87,6 +102,10 @@ class DraftTree:
         """[N]: ancestors of each node. Node 0 has the pending token's position, its children the next one, ..."""
         depths: Ints = self.mask.sum(axis=1) - 1
         return depths
+
+    @property
+    def is_chain(self) -> bool:
+        return bool((self.parents == np.arange(-1, len(self) - 1)).all())
 
     def child(self, node: int, token: int) -> int | None:
         """The child of ``node`` that has this token; None if none has."""

@@ -26,7 +26,7 @@ class LookupAcceptance(NamedTuple):
 
     @classmethod
     def unknown(cls) -> LookupAcceptance:
-        return cls(Acceptance(first_guess=0.6), Acceptance(first_guess=0.9))
+        return cls(Acceptance(first_guess=0.5), Acceptance(first_guess=0.8))
 
     def of_new_answer(self) -> LookupAcceptance:
         """That of one answer, which starts from this one and updates it."""

@@ -9,6 +9,8 @@ FinishReason = Literal["stop", "length", "cancelled"]
 # The source of a token: the prefill's last row; an accepted draft; the causal row's own token after the drafts; a
 # denoise pass of a diffusion block; the thinking budget, or a grammar that allows no other token.
 Origin = Literal["prefill", "accepted", "bonus", "denoised", "forced"]
+# The source of a cycle's drafts: no drafts; a draft pass, verified as a chain or as a tree; prompt lookup.
+Drafting = Literal["none", "draft", "tree", "copy"]
 
 
 # Of each token of the prompt, its own log-probability first, then those of the likeliest. None for the first token.
@@ -22,6 +24,18 @@ class Logprob(NamedTuple):
 
     logprob: float
     rank: int | None
+
+
+class Cycle(NamedTuple):
+    """One cycle of self-speculation or AR, by its tokens. drafted: of the block that was drafted or copied, pending
+    token included. verified: of the commit. expected: that the cycle was expected to emit. emitted: that it emitted.
+    """
+
+    drafting: Drafting
+    drafted: int
+    verified: int
+    expected: float
+    emitted: int
 
 
 @dataclass
@@ -62,6 +76,7 @@ class Update:
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
     origins: list[Origin] = field(default_factory=list)
     rejected: list[int] = field(default_factory=list)
+    cycles: list[Cycle] = field(default_factory=list)
     counts: Counts = field(default_factory=Counts)
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
@@ -79,7 +94,8 @@ class CompletionOutput:
     text: without the stop string, and without special tokens if skip_special_tokens. token_ids: the end token included.
     logprobs: for each token, its own first, then the requested number of the likeliest. finish_reason: None while it
     runs. stop_reason: the stop string or stop token id, None for the model's end token. origins: the source of each
-    token. rejected: drafted tokens that the latest update's commits rejected. time_to_slot, time_to_first_token,
+    token. rejected: drafted tokens that the latest update's commits rejected. cycles: how each cycle drafted, none in
+    diffusion. time_to_slot, time_to_first_token,
     seconds: since the request's arrival. ``*_diff``: what the latest update added.
     """
 
@@ -92,6 +108,7 @@ class CompletionOutput:
     stop_reason: int | str | None = None
     origins: list[Origin] = field(default_factory=list)
     rejected: list[int] = field(default_factory=list)
+    cycles: list[Cycle] = field(default_factory=list)
     counts: Counts = field(default_factory=Counts)
     time_to_slot: float | None = None
     time_to_first_token: float | None = None
@@ -126,6 +143,7 @@ class CompletionOutput:
         self.text += update.text
         self.token_ids += update.token_ids
         self.origins += update.origins
+        self.cycles += update.cycles
         self.text_diff += update.text
         self.token_ids_diff += update.token_ids
         self.logprobs_diff += update.logprobs

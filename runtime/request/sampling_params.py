@@ -80,17 +80,17 @@ class SamplingParams:
     before temperature and penalties. prompt_logprobs: the same for the prompt's tokens, whose KV rows are then
     computed and not reused. skip_special_tokens: leave them out of the text.
 
-    Modes. mode: None for the LLM's default; ``auto`` chooses the block length of self-speculation each cycle by its
-    cost at the current load. block_length: tokens of a block, pending token included; the longest that ``auto`` may
-    choose. adapter: draft with the draft adapter. draft_threshold: above 0, drafts are refined in further passes until
-    every token is at least this probable. lookup: copy the tokens that followed an earlier occurrence of the text's
-    end, in the prompt or the answer, instead of drafting, in cycles where that is expected to be faster. tree_width:
-    verify a tree of so many drafted tokens, pending token included, instead of the block alone; its paths are as long
-    as the block. denoising: which masked positions a denoise pass of ``diffusion`` settles, the most confident one
-    always: ``threshold``, every one whose confidence reaches threshold; ``quota``, an even share in denoising_steps
-    passes for each block; ``top_n``, the denoising_top_n most confident; ``factor``, by rank r = 0, 1, ..., the leading
-    run with confidence at least 1 - threshold / (r + 2); ``product``, the leading run whose confidences multiply to at
-    least threshold.
+    Modes. mode: None for the LLM's default; ``auto`` chooses each cycle, by its cost at the current load, the block
+    length of self-speculation, copies, and how much of a draft is verified. block_length: tokens of a block, pending
+    token included; the longest that ``auto`` may choose. adapter: draft with the draft adapter. draft_threshold: above
+    0, drafts are refined in further passes until every token is at least this probable. lookup: copy the tokens that
+    followed an earlier occurrence of the text's end, in the prompt or the answer, instead of drafting, in cycles where
+    that is expected to be faster. tree_width: verify a tree of so many drafted tokens,
+    pending token included, instead of the block alone; its paths are as long as the block. denoising: which masked
+    positions a denoise pass of ``diffusion`` settles, the most confident one always: ``threshold``, every one whose
+    confidence reaches threshold; ``quota``, an even share in denoising_steps passes for each block; ``top_n``, the
+    denoising_top_n most confident; ``factor``, by rank r = 0, 1, ..., the leading run with confidence at least 1 -
+    threshold / (r + 2); ``product``, the leading run whose confidences multiply to at least threshold.
 
     Raises TriModeError that names the field, the value and the rule.
     """

@@ -21,6 +21,14 @@ a copy decode one token beside copies of b.
 A block length that would be better if its passes took their least possible time is tried for one cycle, shorter ones
 first: their passes bound the cost of longer ones. Trials that turn out slower may take TRIAL_SHARE of the time. The
 choice affects when tokens come, never which.
+
+After the draft pass, the draft's own probabilities, calibrated (:mod:`trimode.runtime.decoding.confidence`), say how
+many of its tokens are worth their place in the commit. All ``auto`` sequences verify
+
+    n* = argmax over n of  (sum of yields of the n likeliest tokens) / (seconds of both passes)
+
+tokens: those at the beginning of the block, or the likeliest nodes of a tree where passes take so long that the search
+for the tree does not count.
 """
 
 from __future__ import annotations
@@ -28,12 +36,21 @@ from __future__ import annotations
 from collections.abc import Sequence as Many
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from trimode.runtime.decoding.acceptance import LONGEST_BLOCK
-from trimode.runtime.decoding.sequence import Sequence
+from trimode.runtime.decoding.sequence import Selection, Sequence
 from trimode.runtime.scheduling.pass_cost import PassCost
 
 CHOICES = tuple(1 << exponent for exponent in range(LONGEST_BLOCK.bit_length()))
 TRIAL_SHARE = 0.05
+LENGTHS = (2, 3, 4, 6, 8, 12, 16, 24, 32)  # of a commit behind a draft; one draft at least, to learn from it
+# Seconds that the host needs to choose how much of one draft is verified, and to search and build one tree. Either is
+# done where it takes at most HOST_SHARE of what it may save or spend in a commit.
+LENGTH_SECONDS = 1e-4
+TREE_SECONDS = 4e-4
+HOST_SHARE = 0.03
 
 
 class Opening(NamedTuple):
@@ -51,12 +68,25 @@ class Opening(NamedTuple):
 
 class Plan(NamedTuple):
     """How a cycle drafts. block: length of the drafted blocks of ``auto``. copy_block: of the blocks that are copies.
-    copying: for each opening sequence, whether its drafts are copies.
+    copying: for each opening sequence, whether its drafts are copies. selection: what may be chosen of a draft of
+    ``auto`` once it is known.
     """
 
     block: int
     copy_block: int
     copying: list[bool]
+    selection: Selection = "whole"
+
+
+class Verification(NamedTuple):
+    """Commits whose length is to be chosen. yields: of each of them, the expected tokens by length from 1 on. others:
+    the other sequences that commit in the same pass. drafts, step: sequences and tokens of the draft pass before.
+    """
+
+    yields: list[NDArray[np.float64]]
+    others: list[Sequence]
+    drafts: int
+    step: int
 
 
 class _Cycle(NamedTuple):
@@ -102,9 +132,37 @@ class BlockChooser:
             for cycle in cycles:
                 if cycle is not best and cycle.tokens / cycle.least_seconds(self._cost) > rate:
                     self._trial = cycle, rate
-                    return cycle.plan
+                    return self._with_selection(cycle)
         self._owed = max(0.0, self._owed - TRIAL_SHARE * seconds)
-        return best.plan
+        return self._with_selection(best)
+
+    def verified_length(self, wanted: Verification) -> int:
+        """The length of this cycle's commits that gives the most tokens a second, the draft pass included."""
+        batch = len(wanted.yields) + len(wanted.others)
+        drafting = self._cost.seconds("diffusion", wanted.drafts, wanted.step)
+        shortest = max((sequence.block_tokens for sequence in wanted.others), default=1)
+        beside = sum(
+            _yields(sequence.acceptance.yields(), sequence, [sequence.block_tokens])[0] for sequence in wanted.others
+        )
+        longest = max(len(each) for each in wanted.yields)
+
+        def rate(length: int) -> float:
+            tokens = beside + sum(float(each[min(length, len(each)) - 1]) for each in wanted.yields)
+            return tokens / (drafting + self._cost.least_seconds("ar", batch, max(length, shortest)))
+
+        return max((length for length in LENGTHS if length < 2 * longest), key=rate)
+
+    def _with_selection(self, cycle: _Cycle) -> Plan:
+        """The cycle's plan, with what may be chosen of its drafts. Where it is tried, all of them are verified."""
+        if cycle.plan.block == 1 or not cycle.drafts or self._trial is not None:
+            return cycle.plan
+        whole = self._cost.seconds("ar", cycle.commits, cycle.step)
+        saved = whole - self._cost.seconds("ar", cycle.commits, LENGTHS[0])
+        if TREE_SECONDS * cycle.drafts < HOST_SHARE * whole:
+            return cycle.plan._replace(selection="tree")
+        return cycle.plan._replace(
+            selection="length" if LENGTH_SECONDS * cycle.drafts < HOST_SHARE * saved else "whole"
+        )
 
     def _settle_trial(self) -> None:
         """Charge what the last trial took beyond the best choice; its passes have been observed by now."""

@@ -50,6 +50,7 @@ class Request:
         self._sent_at = -math.inf
         self._prompt_logprobs_sent = False
         self._rejected: list[int] = []  # drafts, since the last update
+        self._sent_cycles = 0
 
     def admit(self) -> None:
         """The request has a slot."""
@@ -103,6 +104,7 @@ class Request:
     def _send(self, text: str, **ending: object) -> None:
         sequence, begin = self.sequence, self._sent
         self._sent = len(sequence.emitted)
+        begin_cycle, self._sent_cycles = self._sent_cycles, len(sequence.cycles)
         rejected, self._rejected = self._rejected, []
         prompt_logprobs = None if self._prompt_logprobs_sent or sequence.prefilling else sequence.prompt_logprobs
         self._prompt_logprobs_sent = self._prompt_logprobs_sent or prompt_logprobs is not None
@@ -114,6 +116,7 @@ class Request:
                 logprobs=sequence.logprobs[begin:],
                 origins=sequence.origins[begin:],
                 rejected=rejected,
+                cycles=sequence.cycles[begin_cycle:],
                 counts=dataclasses.replace(sequence.counts),
                 prompt_logprobs=prompt_logprobs,
                 **ending,  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ are checked on a small language whose exact distribution is known (tests/support
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import statistics
@@ -21,7 +22,15 @@ from rich.console import Console
 from rich.progress import track
 
 from scripts.prove.proof_table import ProofRow, print_table
-from tests.support.exact_law import Bench, greedy_text, prompts, text_law, total_variation
+from tests.support.exact_law import (
+    Bench,
+    ExactLawExecutor,
+    WeakDraftExecutor,
+    greedy_text,
+    prompts,
+    text_law,
+    total_variation,
+)
 from trimode import LLM, CompletionOutput, SamplingParams
 from trimode.runtime.request.outputs import Update
 from trimode.runtime.scheduling.running_request import Request
@@ -45,6 +54,22 @@ MODES: tuple[dict[str, Any], ...] = (
 )
 
 
+# How self-speculation may draft beside a chain of one draft pass.
+DRAFTING: tuple[dict[str, Any], ...] = (
+    {"block_length": 16, "tree_width": 8},
+    {"block_length": 16, "tree_width": 32},
+    {"block_length": 32, "tree_width": 64, "adapter": False},
+    {"block_length": 16, "lookup": True},
+    {"block_length": 16, "tree_width": 24, "lookup": True, "adapter": False},
+)
+# Trees for the draws: wider than the block is long, as wide, and with long paths.
+TREES: tuple[dict[str, Any], ...] = (
+    {"block_length": 3, "tree_width": 12},
+    {"block_length": 4, "tree_width": 4},
+    {"block_length": 6, "tree_width": 9},
+)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("engine", type=Path, help="engine directory of the shipped checkpoint")
@@ -63,6 +88,11 @@ def main() -> None:
             distribution_row(sampling, prompt, arguments.draws)
             for sampling, prompt in zip(SAMPLINGS, SAMPLED_PROMPTS, strict=True)
         ),
+        *(
+            distribution_row(sampling, prompt, arguments.draws, tree)
+            for sampling, prompt, tree in zip(SAMPLINGS, SAMPLED_PROMPTS, TREES, strict=False)
+        ),
+        *drafting_rows(arguments.engine, arguments.checkpoint),
         *overhead_rows(arguments.engine),
         events_row(arguments.events),
         memory_row(arguments.engine, arguments.requests),
@@ -138,11 +168,47 @@ class _Margins:
         return f"{margin(self._reference, prompt, found, expected, mode):.1e}"
 
 
-def distribution_row(sampling: dict[str, Any], prompt: tuple[int, ...], draws: int) -> ProofRow:
-    """The distribution of complete texts of three tokens, and of the second token, the first one that a cycle draws."""
+def drafting_rows(engine: Path, checkpoint: Path | None) -> list[ProofRow]:
+    """Every held-out prompt, greedy and sampled, in batches of 8. Each question is asked twice, so that the second
+    answer can be copied from the first.
+    """
+    records = [json.loads(line) for line in (ROOT / "tests/data/heldout.jsonl").read_text().splitlines()]
+    messages = [
+        [*record["messages"], {"role": "assistant", "content": record["answer"]}, record["messages"][-1]]
+        for record in records
+    ]
+    margins, rows = _Margins(checkpoint), []
+    with LLM(engine, max_batch_size=8) as llm:
+        encoded = [llm.tokenizer.encode(llm.tokenizer.apply_chat_template(each)) for each in messages]
+
+        def answers(**options: Any) -> list[CompletionOutput]:
+            params = SamplingParams(max_tokens=MAX_TOKENS, **options)
+            return [output.outputs[0] for output in llm.generate(messages, params, use_tqdm=False)]
+
+        for sampling in ({}, {"temperature": 1.0, "seed": 1}):
+            expected = answers(mode="ar", **sampling)
+            for drafting in DRAFTING:
+                found = answers(mode="linear_spec", **drafting, **sampling)
+                names = ", ".join(f"{key} {value}" for key, value in (drafting | sampling).items())
+                cycles = sum(output.counts.cycles for output in found)
+                lookups = sum(output.counts.lookups for output in found)
+                tokens = sum(output.length - 1 for output in found)
+                row = _equality(f"{names}: ar's tokens", encoded, ["ar"] * len(encoded), found, expected, margins)
+                shown = f"{row.found}; {tokens / cycles:.2f} tokens a cycle, {lookups} of {cycles} cycles with copies"
+                rows.append(dataclasses.replace(row, found=shown))
+    return rows
+
+
+def distribution_row(
+    sampling: dict[str, Any], prompt: tuple[int, ...], draws: int, tree: dict[str, Any] | None = None
+) -> ProofRow:
+    """The distribution of complete texts of three tokens, and of the second token, the first one that a cycle draws.
+    Trees are drafted by an executor whose best candidates are often wrong.
+    """
     counts = Counter[tuple[int, ...]]()
-    bench = Bench(max_batch=16, capacity=32, end=False, prefix_cache=False)
-    params = SamplingParams(max_tokens=3, mode="linear_spec", block_length=4, **sampling)
+    executor = ExactLawExecutor if tree is None else WeakDraftExecutor
+    bench = Bench(max_batch=16, capacity=32, end=False, prefix_cache=False, executor=executor)
+    params = SamplingParams(max_tokens=3, mode="linear_spec", **(tree or {"block_length": 4}), **sampling)
 
     def receive(update: Update) -> None:
         counts[tuple(update.token_ids)] += 1
@@ -158,7 +224,7 @@ def distribution_row(sampling: dict[str, Any], prompt: tuple[int, ...], draws: i
         f"{what} {found.distance:.4f} (chance {found.by_chance:.4f}, deviation {found.deviation:.4f})"
         for what, found in (("texts", texts), ("next token", tokens))
     )
-    name = ", ".join(f"{key} {value}" for key, value in sampling.items())
+    name = ", ".join(f"{key} {value}" for key, value in ((tree or {}) | sampling).items())
     holds = texts.is_chance and tokens.is_chance
     return ProofRow(
         f"{draws} texts drawn by linear_spec at {name}: total variation from AR's distribution", "chance", shown, holds

@@ -72,6 +72,15 @@ def test_streamed_text_is_the_text_of_the_json(random_engine: Path) -> None:
     assert b"tokens per cycle" in streamed.stderr
 
 
+def test_an_answer_is_explained_on_stderr(random_engine: Path) -> None:
+    options = ["--max-tokens", 20, "--lookup", "--explain"]
+    result = trimode("generate", random_engine, "--prompt", "Hi", "--mode", "auto", *options)
+    assert result.returncode == 0, result.stderr
+    for shown in (b"drafts of a cycle", b"milliseconds of a pass", b"commit"):
+        assert shown in result.stderr
+        assert shown not in result.stdout
+
+
 def test_chat_template_or_not(random_engine: Path) -> None:
     common = ["generate", random_engine, "--prompt", "abc", "--max-tokens", 1, "--json"]
     plain = json.loads(trimode(*common, "--no-chat-template").stdout)

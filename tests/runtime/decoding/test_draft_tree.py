@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from trimode.runtime.decoding.draft_tree import DraftTree
+from trimode.runtime.decoding.draft_tree import DraftTree, likeliest_nodes
 
 PENDING = 99
 
@@ -21,6 +21,11 @@ def places(draw: st.DrawFn) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     falls = draw(st.lists(st.floats(0, 5), min_size=depth * ranks, max_size=depth * ranks))
     log_probs = -np.array(falls, np.float64).reshape(depth, ranks).cumsum(axis=1)
     return 10 * np.arange(1, depth + 1)[:, None] + np.arange(ranks), log_probs
+
+
+def grown(tokens: NDArray[np.int64], log_probs: NDArray[np.float64], nodes: int) -> DraftTree:
+    """A tree of at most ``nodes`` nodes, the pending token included."""
+    return DraftTree.of(PENDING, tokens, likeliest_nodes(log_probs, nodes - 1))
 
 
 def path(tree: DraftTree, node: int) -> tuple[int, ...]:
@@ -48,7 +53,7 @@ def products(tokens: NDArray[np.int64], log_probs: NDArray[np.float64]) -> dict[
 def test_it_has_the_paths_with_the_highest_products(
     given_places: tuple[NDArray[np.int64], NDArray[np.float64]], nodes: int
 ) -> None:
-    tree = DraftTree.best_first(PENDING, *given_places, nodes)
+    tree = grown(*given_places, nodes)
     every = products(*given_places)
     found = [every[path(tree, node)] for node in range(1, len(tree))]
     assert len(tree) == min(nodes, 1 + len(every))
@@ -57,11 +62,28 @@ def test_it_has_the_paths_with_the_highest_products(
 
 
 @given(places(), st.integers(1, 40))
+def test_fewer_nodes_are_the_first_ones(
+    given_places: tuple[NDArray[np.int64], NDArray[np.float64]], nodes: int
+) -> None:
+    """So one search serves trees of every width. Each node knows its product."""
+    tokens, log_probs = given_places
+    every = products(tokens, log_probs)
+    nodes_found = likeliest_nodes(log_probs, 40)
+    assert likeliest_nodes(log_probs, nodes) == nodes_found[:nodes]
+    for index, node in enumerate(nodes_found):
+        chosen = []
+        while index >= 0:
+            chosen.append(int(tokens[nodes_found[index].place, nodes_found[index].rank]))
+            index = nodes_found[index].parent
+        np.testing.assert_allclose(node.log_product, every[tuple(chosen[::-1])], atol=1e-12)
+
+
+@given(places(), st.integers(1, 40))
 def test_nodes_are_in_depth_first_order_the_likelier_child_first(
     given_places: tuple[NDArray[np.int64], NDArray[np.float64]], nodes: int
 ) -> None:
     """So the likeliest path lies at the beginning, and its KV rows need no move."""
-    tree = DraftTree.best_first(PENDING, *given_places, nodes)
+    tree = grown(*given_places, nodes)
     paths = [path(tree, node) for node in range(len(tree))]
     assert paths == sorted(paths)  # tokens ascend with the rank, and a prefix sorts before its continuations
     assert tree.tokens[0] == PENDING
@@ -73,7 +95,7 @@ def test_nodes_are_in_depth_first_order_the_likelier_child_first(
 def test_a_node_sees_its_ancestors_and_itself(
     given_places: tuple[NDArray[np.int64], NDArray[np.float64]], nodes: int
 ) -> None:
-    tree = DraftTree.best_first(PENDING, *given_places, nodes)
+    tree = grown(*given_places, nodes)
     for node in range(len(tree)):
         seen = np.flatnonzero(tree.mask[node]).tolist()
         assert [int(token) for token in tree.tokens[seen]] == [PENDING, *path(tree, node)]
@@ -84,7 +106,7 @@ def test_a_node_sees_its_ancestors_and_itself(
 def test_children_are_found_by_their_token(
     given_places: tuple[NDArray[np.int64], NDArray[np.float64]], nodes: int
 ) -> None:
-    tree = DraftTree.best_first(PENDING, *given_places, nodes)
+    tree = grown(*given_places, nodes)
     for node in range(1, len(tree)):
         parent = int(tree.parents[node])
         assert tree.child(parent, int(tree.tokens[node])) == node
@@ -99,5 +121,5 @@ def test_a_sure_draft_is_a_chain_and_an_unsure_one_is_wide() -> None:
     tokens = 10 * np.arange(1, 6)[:, None] + np.arange(4)
     sure, unsure = np.full((5, 4), np.log(0.001)), np.log(np.tile([0.3, 0.25, 0.24, 0.21], (5, 1)))
     sure[:, 0] = np.log(0.997)
-    assert DraftTree.best_first(PENDING, tokens, sure, 6).parents.tolist() == [-1, 0, 1, 2, 3, 4]
-    assert DraftTree.best_first(PENDING, tokens, unsure, 5).parents.tolist() == [-1, 0, 0, 0, 0]
+    assert grown(tokens, sure, 6).parents.tolist() == [-1, 0, 1, 2, 3, 4]
+    assert grown(tokens, unsure, 5).parents.tolist() == [-1, 0, 0, 0, 0]

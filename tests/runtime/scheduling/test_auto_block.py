@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from trimode import SamplingParams
 from trimode.runtime.decoding.acceptance import Acceptance
 from trimode.runtime.decoding.ending import Ending
 from trimode.runtime.decoding.sequence import Sequence
-from trimode.runtime.scheduling.auto_block import CHOICES, BlockChooser, Opening, Plan
+from trimode.runtime.scheduling.auto_block import CHOICES, LENGTHS, BlockChooser, Opening, Plan, Verification
 from trimode.runtime.scheduling.pass_cost import EngineName, PassCost
 
 
@@ -104,6 +106,23 @@ def test_drafts_past_the_end_of_a_text_are_not_learnt_from() -> None:
     assert acceptance.rates[3:] == before[3:]
 
 
+def test_a_tail_that_is_not_verified_counts_by_its_expectation() -> None:
+    """Half of the drafts are good to the end. The tails of the others are poor, and are left out. If they did not
+    count, every tail would seem good.
+    """
+    acceptance, ignorant = Acceptance(), Acceptance()
+    for cycle in range(2000):
+        if cycle % 2:
+            for each in (acceptance, ignorant):
+                each.observe(accepted=15, tested=15, ended=False)
+        else:
+            acceptance.observe(accepted=4, tested=4, ended=False, unverified=[0.1] * 11)
+            ignorant.observe(accepted=4, tested=4, ended=False)
+    true = (1 + 15 + 1 + 4 + 0.1 / 0.9) / 2
+    assert acceptance.yields()[15] == pytest.approx(true * 0.96, rel=0.1)  # texts end
+    assert ignorant.yields()[15] > 1.2 * true
+
+
 def test_short_texts_get_short_blocks() -> None:
     """Drafts past the end of the text are lost, even if all would be accepted."""
     cost = machine(12)
@@ -156,3 +175,59 @@ def test_copies_are_verified_beside_sequences_that_decode_one_token() -> None:
     assert plan.block == 1
     assert plan.copy_block > 1
     assert plan.copying == [True, False]
+
+
+def curve(rate: float, length: int = 32) -> NDArray[np.float64]:
+    """Expected tokens by verified length, if every draft is accepted with this probability."""
+    return np.concatenate([[1.0], 1 + (rate ** np.arange(1, length)).cumsum()])
+
+
+@pytest.mark.parametrize(
+    ("rates", "free_tokens", "length"),
+    [
+        ([0.999], 1000, 32),  # verifying costs nothing
+        ([0.999], 4, 32),  # every token costs, but is accepted
+        ([0.5], 4, 4),  # the first ones are free
+        ([0.0], 0.1, 2),  # one draft at least, to learn from it
+        ([0.9] * 16, 16, 12),  # a full batch, on which a draft pass of 8 tokens was spent
+    ],
+)
+def test_the_verified_length_of_simple_cases(rates: list[float], free_tokens: float, length: int) -> None:
+    wanted = Verification([curve(rate) for rate in rates], [], len(rates), 8)
+    assert BlockChooser(machine(free_tokens)).verified_length(wanted) == length
+
+
+@given(rates=st.lists(st.floats(0, 1), min_size=1, max_size=8), free_tokens=st.floats(0.5, 200))
+def test_the_verified_length_is_the_best_of_all(rates: list[float], free_tokens: float) -> None:
+    cost, curves = machine(free_tokens), [curve(rate) for rate in rates]
+    drafting = cost.seconds("diffusion", len(rates), 32)
+
+    def tokens_a_second(length: int) -> float:
+        return sum(each[length - 1] for each in curves) / (drafting + cost.least_seconds("ar", len(rates), length))
+
+    chosen = BlockChooser(cost).verified_length(Verification(curves, [], len(rates), 32))
+    assert tokens_a_second(chosen) >= max(map(tokens_a_second, LENGTHS)) * (1 - 1e-9)
+
+
+def test_a_commit_beside_a_longer_one_is_verified_as_far() -> None:
+    """The pass is as long as its longest member, so more of the draft costs nothing."""
+    cost, fixed = machine(1), sequence(0.9, "linear_spec", 16)
+    fixed.emitted.append(5)
+    fixed.open_block(16)
+    alone = BlockChooser(cost).verified_length(Verification([curve(0.6)], [], 1, 16))
+    beside = BlockChooser(cost).verified_length(Verification([curve(0.6)], [fixed], 1, 16))
+    assert alone < 16 <= beside
+
+
+def test_what_is_chosen_of_a_draft_depends_on_how_long_passes_take() -> None:
+    """The host's work must be small beside a commit, for a tree, and beside what a shorter commit saves."""
+    for milliseconds, selection in ((0.01, "whole"), (0.2, "length"), (1.0, "tree")):
+
+        def seconds(_: EngineName, batch: int, step: int, token: float = 1e-3 * milliseconds) -> float:
+            return token * batch * step
+
+        cost = PassCost(4, 32)
+        cost.measure(seconds, seconds=1e9)
+        plan = BlockChooser(cost).choose(opening(sequence(1.0)), [sequence(0.9, "linear_spec", 32)])
+        assert plan.block > 1
+        assert plan.selection == selection

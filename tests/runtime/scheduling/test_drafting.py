@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -18,7 +18,8 @@ from tests.support.exact_law import (
     prompts,
 )
 from trimode import SamplingParams
-from trimode.runtime.scheduling.auto_block import CHOICES, Opening, Plan
+from trimode.runtime.decoding.sequence import Selection
+from trimode.runtime.scheduling.auto_block import CHOICES, LENGTHS, Opening, Plan
 
 COPYING: list[dict[str, Any]] = [
     {"mode": "linear_spec", "block_length": 6, "lookup": True},
@@ -40,9 +41,11 @@ def choose_at_random(bench: Bench, seed: int, copies: float = 0.5) -> None:
 
     def choose(opening: list[Opening], _others: list[Any]) -> Plan:
         copying = [bool(each.copy_yields) and bool(rng.random() < copies) for each in opening]
-        return Plan(int(rng.choice(CHOICES)), int(rng.choice(CHOICES[1:])), copying)
+        return Plan(int(rng.choice(CHOICES)), int(rng.choice(CHOICES[1:])), copying, rng.choice(get_args(Selection)))
 
-    bench.scheduler._block_chooser.choose = choose  # type: ignore[method-assign,assignment]
+    chooser = bench.scheduler._block_chooser
+    chooser.choose = choose  # type: ignore[method-assign,assignment]
+    chooser.verified_length = lambda _: int(rng.choice(LENGTHS))  # type: ignore[method-assign]
 
 
 def copied(bench: Recorder) -> tuple[int, int]:
@@ -82,9 +85,9 @@ def test_a_copy_needs_no_draft_pass() -> None:
     assert counts.accepted_copies <= counts.accepted
 
 
-def test_copies_are_not_used_unless_the_request_asks_for_them() -> None:
+def test_copies_are_not_used_in_fixed_modes_or_against_the_request() -> None:
     bench = Recorder(max_batch=1, end=False)
-    for mode in ({"mode": "linear_spec"}, {"mode": "auto"}, {"mode": "linear_spec", "lookup": False}):
+    for mode in ({"mode": "linear_spec"}, {"mode": "auto", "lookup": False}, {"mode": "linear_spec", "lookup": False}):
         bench.submit(REPEATED, SamplingParams(max_tokens=20, **mode))
     bench.run()
     assert copied(bench) == (0, 0)
