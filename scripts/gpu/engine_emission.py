@@ -171,5 +171,6 @@ def write_engine_without_weights(
 def write_packages(folder: Path, python: str = "3.12", packages: Sequence[str] = PACKAGES) -> None:
     """Unpack packages, and what they require, for a machine of ``python`` on x86-64 into ``folder``."""
     platforms = [f"--platform=manylinux{name}_x86_64" for name in ("_2_28", "_2_17", "2014")]
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--only-binary=:all:", "--implementation=cp"]
-    subprocess.run([*command, f"--python-version={python}", *platforms, "--target", folder, *packages], check=True)
+    wheels = ["--only-binary=:all:", "--implementation=cp", f"--python-version={python}", *platforms]
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-compile", *wheels, "--target", folder]
+    subprocess.run([*command, *packages], check=True)
