@@ -21,9 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
-import time
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,6 +30,7 @@ from typing import Any, cast
 from scripts.gpu import graph_checks, kernel_checks
 from scripts.gpu.check_report import markdown
 from scripts.gpu.kernel_checks import Host, Result
+from scripts.gpu.part_runner import lines_of, read_lines, run_parts, write_lines
 from trimode.plugins.operators import Node, Operator
 
 KERNEL_PARTS: tuple[str, ...] = (*kernel_checks.PARTS, graph_checks.PART)
@@ -83,23 +82,11 @@ def emit(folder: Path, sm: int, prompts: int) -> None:
 
 def run(folder: Path, out: Path, parts: list[str], limit: float) -> bool:
     """Run the parts one after the other and write the report. Returns whether all parts ended with right results."""
-    out.mkdir(parents=True, exist_ok=True)
-    states = {}
-    for part in (DEVICE_PART, *parts):
-        (lines := _lines(out, part)).unlink(missing_ok=True)
-        started = time.monotonic()
-        command = [sys.executable, "-m", "scripts.gpu.check", "part", part, str(folder.resolve()), str(lines.resolve())]
-        try:
-            ended = subprocess.run(command, cwd=ROOT, timeout=limit, check=False).returncode
-            state = "ended" if ended == 0 else f"failed with exit code {ended}"
-        except subprocess.TimeoutExpired:
-            state = f"stopped after {limit:g} s"
-        states[part] = f"{state}, {time.monotonic() - started:.0f} s"
-        print(f"{part}: {states[part]}", flush=True)
-    device = next(iter(_read_lines(_lines(out, DEVICE_PART))), {})
+    states = run_parts("scripts.gpu.check", dict.fromkeys((DEVICE_PART, *parts), limit), folder, out)
+    device = next(iter(read_lines(lines_of(out, DEVICE_PART))), {})
     kernel_parts = [part for part in parts if part in KERNEL_PARTS]
-    results = [result for part in kernel_parts for result in _read_lines(_lines(out, part))]
-    engines = [record for part in parts if part not in KERNEL_PARTS for record in _read_lines(_lines(out, part))]
+    results = [result for part in kernel_parts for result in read_lines(lines_of(out, part))]
+    engines = [record for part in parts if part not in KERNEL_PARTS for record in read_lines(lines_of(out, part))]
     report = {
         "date": _now(),
         "command": " ".join(["python -m scripts.gpu.check", *sys.argv[1:]]),
@@ -148,10 +135,7 @@ def run_in_this_process(part: str, folder: Path, lines: Path) -> None:
 
 
 def _run_engine_part(part: str, folder: Path, lines: Path) -> None:
-    with lines.open("w", encoding="utf-8") as file:
-        for record in engine_records(part, folder):
-            print(json.dumps(record), file=file, flush=True)
-            print(json.dumps(record), flush=True)
+    write_lines(lines, engine_records(part, folder))
 
 
 def engine_records(part: str, folder: Path) -> Iterable[dict[str, Any]]:
@@ -210,21 +194,6 @@ def _known(part: str) -> str:
     if part not in PARTS:
         raise SystemExit(f"no part {part}; there are {', '.join(PARTS)}")
     return part
-
-
-def _lines(out: Path, part: str) -> Path:
-    return out / f"{part.replace(' ', '_')}.jsonl"
-
-
-def _read_lines(path: Path) -> Iterable[dict[str, Any]]:
-    """The results of a part. An incomplete last line of a stopped part is ignored."""
-    if not path.is_file():
-        return
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            yield json.loads(line)
-        except ValueError:
-            return
 
 
 def _show(result: Result) -> None:

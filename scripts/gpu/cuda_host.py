@@ -96,6 +96,13 @@ class CudaHost:
         assert took is not None
         return source.nbytes / took * 1e6
 
+    def product_peak(self) -> float:
+        """FLOP/s of a bf16 product of 8192 x 8192 x 8192."""
+        a, b = (torch.randn(8192, 8192, device=self.device, dtype=torch.bfloat16) for _ in range(2))
+        took = self.microseconds(lambda _run: a @ b, 4)
+        assert took is not None
+        return 2 * 8192**3 / took * 1e6
+
     def description(self) -> dict[str, str]:
         version = self._call("cuDriverGetVersion")
         return {

@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from scripts.gpu.engine_emission import TIMED, EmittedSizes, emit_engines
+from scripts.gpu import bench_parts
+from scripts.gpu.bench import product_records
+from scripts.gpu.engine_emission import TIMED, EmittedSizes, emit_engines, emit_timed_engine
 from scripts.gpu.engine_times import TimedSizes, times_of_engine
 from scripts.gpu.memcheck import run_every_mode
 from scripts.gpu.reference_times import times_of_reference
 from scripts.gpu.step_bits import ComparedSteps, bits_of_steps
 from scripts.gpu.token_check import tokens_of_tiny
+from tests.support.interpreter_host import InterpreterHost
 from tests.support.interpreting_gpu import TorchOnHost, interpreting_gpu
 from tests.support.random_checkpoint import write_random_checkpoint
 from tests.support.uncompiled_kernels import UncompiledKernels
@@ -45,6 +49,14 @@ TIMES = TimedSizes(
 )
 COMPARED = ComparedSteps(2, ((1, 2), (2, 1)))
 PASSES = ((16, 1), (16, 4))
+BENCH = bench_parts.BenchSizes(
+    replace(TIMES, batches={16: (1,)}, prefill=16),
+    ComparedSteps(4, ((1, 2), (2, 2))),
+    requests=1,
+    prompt_tokens=4,
+    new_tokens=2,
+    block=2,
+)
 Record = dict[str, Any]
 
 
@@ -65,6 +77,33 @@ def dry_engine_records(parts: Iterable[str]) -> Iterator[tuple[str, Record]]:
             with interpreting_gpu(compiler.kernels, real, computes=part != TIMED):
                 for record in _records(part, folder):
                     yield part, record
+
+
+def dry_bench(parts: Iterable[str]) -> Record:
+    """The benchmark's report. Parts that only time something compute nothing."""
+    records: dict[str, list[Record]] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        with pytest.MonkeyPatch.context() as patch:
+            compiler = UncompiledKernels(patch)
+            patch.setattr(kernel_network, "SPLITS", SPLITS)
+            # ``auto`` may choose blocks of 32.
+            limits = EMITTED.timed.model_copy(update={"max_step": 32})
+            emit_timed_engine(folder, SM, replace(EMITTED, timed=limits))
+            bench_parts.write_tokenizer(folder)
+        for part in parts:
+            with interpreting_gpu(compiler.kernels, torch.bfloat16, computes=part in ("bits", "requests")):
+                records[part] = list(_bench_records(part, folder))
+    states = dict.fromkeys(records, "ended")
+    return {"date": "-", "command": "dry", "change": "-", "prediction": "-", "parts": states, "records": records}
+
+
+def _bench_records(part: str, folder: Path) -> Iterable[Record]:
+    if part == "device":
+        return [{"card": "a double of the driver"}]
+    if part == "products":
+        return product_records(InterpreterHost(), small=True)
+    return bench_parts.engine_records(part, folder, TorchOnHost(), BENCH)
 
 
 def _records(part: str, folder: Path) -> Iterable[Record]:

@@ -105,6 +105,11 @@ def emit_engines(
         exact = CpuTarget(activations="fp32")
         build_engine(Checkpoint(int4), Path(scratch, "cpu"), target=exact, **limits)
         (folder / "expected.json").write_text(json.dumps(_expected(Path(scratch, "cpu"), prompts, sizes)))
+    emit_timed_engine(folder, sm, sizes)
+
+
+def emit_timed_engine(folder: Path, sm: int, sizes: EmittedSizes) -> None:
+    """The engine without weights."""
     config = ModelConfig.model_validate(config_fields(sizes.shape, sizes.layers, sizes.vocabulary))
     write_engine_without_weights(sizes.shape, config, folder / "engines" / TIMED, "bf16", (sm,), sizes.timed)
 

@@ -26,6 +26,8 @@ from trimode.runtime.gpu.device import BoundLaunch, Device
 
 MASK = 100
 Record = dict[str, Any]
+# The launches of each pass that was captured.
+Prepared = dict[Bucket, list[tuple[PlannedLaunch, BoundLaunch]]]
 
 
 @dataclass(frozen=True)
@@ -63,34 +65,34 @@ def times_of_engine(folder: Path, shape: str, torch_device: TorchDevice, sizes: 
             capacity = max(rows, sizes.prefill) + 4 * sizes.block
             limits = manifest.limits.model_copy(update={"capacity": capacity, "max_batch": max(batches)})
             sized = manifest.model_copy(update={"limits": limits})
-            prepared: dict[Bucket, list[tuple[PlannedLaunch, BoundLaunch]]] = {}
-            with patch.object(CudaNetwork, "prepare", _recording(prepared)):
+            prepared: Prepared = {}
+            with patch.object(CudaNetwork, "prepare", recording(prepared)):
                 started = time.perf_counter()
                 executor = CudaExecutor(engine, sized, device, weights)
                 randomise(torch_device, executor.pool.memory)
                 memory = {"weights": weights.size, "kv": executor.pool.limit_bytes, "activations": executor.arena_bytes}
                 yield {"what": f"{shape}: loaded", "seconds": time.perf_counter() - started, "bytes": memory}
                 for batch in batches:
-                    yield from _passes(shape, executor, sizes, rows, batch, read_bytes)
+                    yield from passes_of(shape, executor, sizes, rows, batch, read_bytes)
                     if batch == 1:
                         for bucket, launches in list(prepared.items()):
                             if bucket.batch == 1:
-                                yield from _kernels(shape, device, sizes, bucket, launches, rows)
+                                yield from kernels_of(shape, device, sizes, bucket, launches, rows)
                         prepared.clear()
                 if rows == min(sizes.batches):
-                    yield _prefill(shape, executor, sizes, manifest)
+                    yield prefill_of(shape, executor, sizes, manifest)
             del executor
             gc.collect()
             if rows < max(sizes.batches):
                 for early_rows in (0, sizes.block):
                     with patch.object(CudaNetwork, "early_rows", early_rows):
                         executor = CudaExecutor(engine, sized, device, weights)
-                        yield from _passes(shape, executor, sizes, rows, 1, read_bytes)
+                        yield from passes_of(shape, executor, sizes, rows, 1, read_bytes)
                     del executor
                     gc.collect()
 
 
-def _recording(prepared: dict[Bucket, list[tuple[PlannedLaunch, BoundLaunch]]]) -> Callable[..., Any]:
+def recording(prepared: Prepared) -> Callable[..., Any]:
     original = CudaNetwork.prepare
 
     def prepare(network: CudaNetwork, bucket: Bucket, *tensors: Any) -> list[tuple[PlannedLaunch, BoundLaunch]]:
@@ -100,7 +102,7 @@ def _recording(prepared: dict[Bucket, list[tuple[PlannedLaunch, BoundLaunch]]]) 
     return prepare
 
 
-def _passes(
+def passes_of(
     shape: str, executor: CudaExecutor, sizes: TimedSizes, rows: int, batch: int, read: int
 ) -> Iterator[Record]:
     while executor.pool.active < batch:
@@ -144,7 +146,7 @@ def _wall_times(run: Callable[[], object], sizes: TimedSizes) -> list[float]:
     return times
 
 
-def _kernels(
+def kernels_of(
     shape: str,
     device: Device,
     sizes: TimedSizes,
@@ -193,7 +195,7 @@ def _graph_microseconds(device: Device, sizes: TimedSizes, launches: list[BoundL
     return statistics.median(times)
 
 
-def _prefill(shape: str, executor: CudaExecutor, sizes: TimedSizes, manifest: Manifest) -> Record:
+def prefill_of(shape: str, executor: CudaExecutor, sizes: TimedSizes, manifest: Manifest) -> Record:
     """A prompt of ``sizes.prefill`` tokens in steps of the engine's prefill_step."""
     size, rng = manifest.limits.prefill_step, np.random.default_rng(1)
 
