@@ -234,7 +234,6 @@ class Sequence:
         forced = self._forced_next()
         if forced and length > 1 and not looked_up and self._expected_drafts(length) <= len(forced) + 1:
             length = 1
-            self.acceptance.forget()
         length = min(length, self._room - len(forced)) if forced else length
         free = [self.pending_token, *forced]
         if looked_up and self._lookup is not None:
