@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from scripts.gpu import check
+from scripts.gpu import check, part_runner
 from scripts.gpu.check import KERNEL_PARTS, run_part, used_nodes
 from scripts.gpu.kernel_launch import KernelLaunch
 from scripts.gpu.token_check import Answer, comparison
@@ -105,7 +105,7 @@ def test_a_part_is_stopped_at_its_limit_and_keeps_its_results(tmp_path: Path, mo
     def hanging(command: list[str], **options: Any) -> subprocess.CompletedProcess[bytes]:
         return run([sys.executable, "-c", program, command[-1], line], **options)  # type: ignore[no-any-return]
 
-    monkeypatch.setattr(check.subprocess, "run", hanging)
+    monkeypatch.setattr(part_runner.subprocess, "run", hanging)
     assert not check.run(tmp_path, tmp_path / "out", ["kv write"], limit=1)
     report = json.loads((tmp_path / "out/check.json").read_text())
     assert report["parts"]["kv write"].startswith("stopped after 1 s")
