@@ -24,7 +24,10 @@ from trimode.common.errors import TriModeError
 from trimode.model.checkpoint import Checkpoint
 from trimode.model.reference.loading import load_reference
 from trimode.model.reference.network import NemotronLabsDiffusionModel
-from trimode.runtime.decoding.ruled_rows import RuledRows
+from trimode.runtime.decoding.acceptance import Acceptance
+from trimode.runtime.decoding.ending import Ending
+from trimode.runtime.decoding.ruled_rows import Biases, RuledRows
+from trimode.runtime.decoding.sequence import Sequence
 from trimode.runtime.decoding.token_rules import TokenRules, are_legal
 from trimode.runtime.executor import Candidates
 from trimode.runtime.grammar.compiler import CompiledGrammar
@@ -228,6 +231,11 @@ def test_no_end_token_is_legal_in_the_thought_or_before_min_tokens(tiny: LLM) ->
     rules.undo(1)
     assert rules.allows(200)
     assert not rules.allows(end)
+    rules.take(close)
+    rules.take(tiny.tokenizer.encode("a")[0])
+    rules.undo(3)  # the first two tokens of them are in the thought
+    assert rules.allows(200)
+    assert not rules.allows(end)
     short = TokenRules(768, {end}, min_tokens=2)
     for token in (200, 201):
         assert not short.allows(end)
@@ -266,14 +274,45 @@ def test_forced_text_costs_no_drafts(tiny: LLM) -> None:
     assert output.counts.drafted < 60
 
 
-def test_forced_text_behind_a_draft_joins_its_block(tiny: LLM) -> None:
-    """The draft proposes the first digit; what the grammar forces behind it is verified in the same pass."""
-    guided = GuidedDecodingParams(regex="[0-9]( the quick brown fox jumps| a lazy dog sleeps)[.]")
-    output = tiny.generate(
-        CHAT, SamplingParams(max_tokens=80, guided_decoding=guided, mode="linear_spec", block_length=3)
-    ).outputs[0]
-    assert output.finish_reason == "stop"
-    assert output.counts.commit <= 3
+def candidates(*best: int) -> Candidates:
+    """One row for each token, which is by far the best."""
+    tokens = np.array([[token, 400, 401] for token in best])
+    return Candidates(
+        np.tile(np.array([9, 1, 0], np.float32), (len(best), 1)), tokens, np.full(len(best), 9.1, np.float32)
+    )
+
+
+def test_forced_text_behind_a_draft_joins_its_block_and_is_no_draft(tiny: LLM) -> None:
+    """The draft proposes c; what the grammar forces behind it is verified in the same pass."""
+    a, c = (tiny.tokenizer.encode(letter)[0] for letter in "ac")
+    grammar = tiny._grammars.compile(GuidedDecodingParams(regex="a(cdefgh[0-9]|xyz)")).matcher()
+    params = SamplingParams(max_tokens=40, mode="linear_spec", block_length=2)
+    sequence = Sequence(
+        [300],
+        params,
+        Ending(params, frozenset([11])),
+        Acceptance(Acceptance()),
+        context=100,
+        mask_id=100,
+        prefill_step=10,
+        seed=0,
+        rules=TokenRules(768, {11}, grammar=grammar),
+    )
+    sequence.absorb(sequence.next_pass(), candidates(a))
+    sequence.open_block(2)
+    draft = sequence.next_pass()
+    assert draft.kind == "draft"
+    sequence.absorb(draft, candidates(c))
+    commit = sequence.next_pass()
+    assert tiny.tokenizer.decode(commit.tokens.tolist()) == "acdefgh"
+    assert commit.masks is not None  # of the last row, for which there is no draft
+    assert (commit.masks != ~np.uint32(0)).any(axis=1).tolist() == [False] * (len(commit.tokens) - 1) + [True]
+    digit = tiny.tokenizer.encode("7")[0]
+    sequence.absorb(commit, candidates(*commit.tokens[1:].tolist(), digit))
+    assert sequence.counts.drafted == sequence.counts.accepted == 1
+    forced = len(commit.tokens) - 2
+    # The end needs no pass.
+    assert sequence.origins == ["prefill", "accepted", *["forced"] * forced, "bonus", "forced"]
 
 
 def test_no_draft_is_made_where_forced_text_yields_more(tiny: LLM) -> None:
@@ -307,6 +346,21 @@ def test_a_dead_end_behind_a_draft_is_an_error_only_if_the_text_comes_to_it(tiny
     for mode in MODES:
         with pytest.raises(GrammarError, match=r"no token is legal after [01] tokens"):
             tiny.generate(CHAT, dataclasses.replace(params, **mode))
+
+
+def test_a_bias_below_the_reported_tokens_does_not_stand_for_a_token_that_was_not_reported() -> None:
+    """Two candidates are needed; 201 is banned, and 300 with its bias is worse than tokens that were not reported."""
+    rules = TokenRules(768, {11}, banned=[201])
+    rows = RuledRows(rules, Biases({300: 0.5}, 768), [], 2, logprobs=False)
+    assert rows.inputs([]).asked is not None
+    none = np.zeros(1, np.float32)
+    first = Candidates(np.array([[5, 4]], np.float32), np.array([[200, 201]]), none, np.array([[0.5]], np.float32))
+    again = rows.absorb(first)
+    assert again is not None
+    assert again[0].tolist() == [0]
+    assert are_legal(again[1][0], np.array([200, 201, 202, 300])).tolist() == [True, False, True, False]
+    rows.absorb_again(again[0], Candidates(np.array([[5, 3]], np.float32), np.array([[200, 202]]), none))
+    assert rows.choice(0).tokens.tolist() == [200, 202]
 
 
 def test_a_logits_processor_sees_the_candidates_and_decides(tiny: LLM) -> None:
