@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,24 +47,40 @@ def write_kernels(
     A tactic that does not fit a GPU is omitted for this GPU. Raises TriModeError if no tactic of an operator fits.
     """
     done, total = 0, len(sms) * len(needed)
+
+    def count() -> None:
+        nonlocal done
+        done += 1
+        progress("kernels", done, total)
+
     for sm in sms:
-        target = library_folder(folder, sm)
-        target.mkdir(parents=True)
-        index = {}
-        for name, kernel in needed.items():
-            compiled = compile_operator(kernel.operator, kernel.constants, kernel.tactic, real, sm)
-            if compiled.fits:
-                (target / f"{name}.ptx").write_text(compiled.ptx, encoding="ascii")
-                (target / f"{name}.cubin").write_bytes(compiled.cubin)
-                threads = compiled.warps * _WARP
-                index[name] = LibraryKernel(entry=compiled.name, threads=threads, shared_bytes=compiled.shared_bytes)
-            done += 1
-            progress("kernels", done, total)
-        LibraryIndex(compute_capability=sm, real=real, kernels=index).write(target)
-        if lacking := {_untuned(name) for name in needed} - {_untuned(name) for name in index}:
+        written = write_library(needed, real, sm, folder, count)
+        if lacking := {_untuned(name) for name in needed} - {_untuned(name) for name in written}:
             raise TriModeError(
                 f"every tactic of {min(lacking)} spills registers, or lacks shared memory, on compute capability {sm}"
             )
+
+
+def write_library(
+    needed: dict[str, NeededKernel], real: Real, sm: int, folder: Path, compiled_one: Callable[[], None]
+) -> list[str]:
+    """Compile each kernel for one compute capability. Returns the names of those that fit the GPU, which are written.
+
+    compiled_one: called after each kernel.
+    """
+    target = library_folder(folder, sm)
+    target.mkdir(parents=True)
+    index = {}
+    for name, kernel in needed.items():
+        compiled = compile_operator(kernel.operator, kernel.constants, kernel.tactic, real, sm)
+        if compiled.fits:
+            (target / f"{name}.ptx").write_text(compiled.ptx, encoding="ascii")
+            (target / f"{name}.cubin").write_bytes(compiled.cubin)
+            threads = compiled.warps * _WARP
+            index[name] = LibraryKernel(entry=compiled.name, threads=threads, shared_bytes=compiled.shared_bytes)
+        compiled_one()
+    LibraryIndex(compute_capability=sm, real=real, kernels=index).write(target)
+    return list(index)
 
 
 def _untuned(name: str) -> str:

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from scripts.gpu.check_report import markdown
 from scripts.gpu.kernel_tests import KERNELS, PYTEST, results_of_tests
 from tests.plugins import conftest
+from tests.support.gpu_kernels import compile_kernels, listed_kernels
+from tests.support.uncompiled_kernels import UncompiledKernels
+from trimode.build import kernel_emission
 from trimode.common import gpus
 from trimode.common.gpus import Gpu, Gpus
+from trimode.plugins.compilation import CompiledKernel, Resources
+from trimode.plugins.operators import Operator
 
 ROOT = Path(__file__).resolve().parents[3]
 # Two quick ones that launch kernels in fp32.
@@ -46,6 +53,20 @@ def test_the_tests_launch_compiled_kernels(emitted: Path) -> None:
     assert record["kernel_launches"] == 3
     page = markdown({"date": "", "command": "", "device": {}, "parts": {}, "engines": [record], "results": []})
     assert "- tests/plugins --gpu: 2 passed, 0 failed, 0 skipped; 3 launches, 0 kernels missing" in page
+
+
+def test_a_kernel_that_fits_no_gpu_is_left_out(listed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler, kernels = UncompiledKernels(monkeypatch), list(listed_kernels(listed))
+    compile_operator = kernel_emission.compile_operator
+
+    def compiled(operator: Operator, *rest: Any) -> CompiledKernel:
+        found = compile_operator(operator, *rest)
+        spilled = Resources(registers=255, spilled_bytes=8, stack_bytes=0)
+        return replace(found, resources=spilled) if operator.name == "RmsNorm" else found
+
+    monkeypatch.setattr(kernel_emission, "compile_operator", compiled)
+    assert compile_kernels(listed, tmp_path / KERNELS, 90) == len(kernels) - 1
+    assert len(compiler.kernels) == 2 * len(kernels)
 
 
 def test_a_wrong_kernel_and_a_missing_one_are_reported(emitted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
