@@ -128,13 +128,12 @@ def without_adapter(self: Any, attended: str, residual: str, layer: Any, _index:
 def merge_adapter(linear: Callable[..., Any]) -> Callable[..., Any]:
     """The adapter is merged into the weights, and so active in every pass."""
 
-    def pooled(self: Any, *modules: str, half: int = 0) -> Any:
+    def pooled(self: Any, *modules: str, **options: Any) -> Any:
         if not modules[0].endswith("o_proj"):
-            return linear(self, *modules, half=half)
-        adapter = self._checkpoint.adapter
-        a, b = (part.astype(np.float32) for part in adapter.matrices(int(modules[0].split(".")[2])))
-        merged = self._checkpoint.linear(modules[0]).to_float32() + adapter.config.scale * b @ a
-        return raw_pool.PooledLinear(self._put(modules[0], merged.T))
+            return linear(self, *modules, **options)
+        down, up = self._checkpoint.adapter_matrices(int(modules[0].split(".")[2]))
+        merged = self._checkpoint.linear(modules[0]).to_float32().T + down @ up
+        return raw_pool.PooledLinear(self._put(modules[0], merged))
 
     return pooled
 

@@ -68,7 +68,7 @@ def test_repetition_penalty_is_transformers() -> None:
     expected = RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor([[0, 3]]), torch.tensor(LOGITS)[None].clone())[
         0
     ].numpy()
-    assert next(sampler.run(LOGITS[None], TOKENS[None], [5])) == TOKENS[expected.argmax()] == 7
+    assert sampler.by_row(LOGITS[None], TOKENS[None], [5])(0) == TOKENS[expected.argmax()] == 7
 
 
 def test_presence_and_frequency_count_what_was_emitted_since_the_row_before() -> None:
@@ -78,9 +78,10 @@ def test_presence_and_frequency_count_what_was_emitted_since_the_row_before() ->
         ({"frequency_penalty": 0.4}, [40, 40, 7, 40]),
     ):
         sampler, drawn = Sampler(SamplingParams(**penalties), np.array([40]), seed=0), []
-        for token in sampler.run(logits, tokens, range(4)):
-            drawn.append(token)
-            sampler.note(token)
+        token_of = sampler.by_row(logits, tokens, range(4))
+        for row in range(4):
+            drawn.append(token_of(row))
+            sampler.note(drawn[-1])
         assert drawn == expected
 
 
