@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,11 +39,14 @@ FIXED: dict[str, dict[str, Any]] = {"ar": {"mode": "ar"}} | {
 AUTO = "auto"
 SETTINGS: dict[str, dict[str, Any]] = FIXED | {AUTO: {"mode": "auto"}}
 LEARNING_ANSWERS = 5
+LEAST_LOGIT = -20.0  # of every other candidate
 CONTENDER = 0.8  # of the best fixed setting's speed in the first round
 
 
 class ReplayedDrafts:
-    """Runs the passes of ``executor`` and returns the candidates of a fixed text. probability: of a right draft."""
+    """Runs the passes of ``executor`` and returns the candidates of a fixed text. probability: of a right draft, and
+    what every draft says of itself.
+    """
 
     def __init__(self, executor: Executor, longest_text: int, first_token: int, tokens: int) -> None:
         self.pool, self.threads = executor.pool, executor.threads
@@ -57,7 +61,8 @@ class ReplayedDrafts:
         positions = np.take_along_axis(step.position_ids, step.logit_rows, axis=1)
         chosen = self._next(positions) if isinstance(step, CausalStep) else self._drafted(positions)
         found.tokens[..., 0] = chosen
-        found.logits[...] = 0.0
+        found.logits[...] = LEAST_LOGIT
+        found.logits[..., 0] = math.log(self.probability)
         found.log_sum_exp[...] = 0.0
         return found
 
