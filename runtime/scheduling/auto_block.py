@@ -22,7 +22,7 @@ A block length that would be better if its passes took their least possible time
 first: their passes bound the cost of longer ones. Trials that turn out slower may take TRIAL_SHARE of the time. The
 choice affects when tokens come, never which.
 
-After the draft pass, the draft's own probabilities, calibrated (:mod:`trimode.runtime.decoding.confidence`), say how
+If HOST_SHARE is above 0, after the draft pass the draft's own probabilities, calibrated (:mod:`trimode.runtime.decoding.confidence`), say how
 many of its tokens are worth their place in the commit. All ``auto`` sequences verify
 
     n* = argmax over n of  (sum of yields of the n likeliest tokens) / (seconds of both passes)
@@ -47,10 +47,11 @@ CHOICES = tuple(1 << exponent for exponent in range(LONGEST_BLOCK.bit_length()))
 TRIAL_SHARE = 0.05
 LENGTHS = (2, 3, 4, 6, 8, 12, 16, 24, 32)  # of a commit behind a draft; one draft at least, to learn from it
 # Seconds that the host needs to choose how much of one draft is verified, and to search and build one tree. Either is
-# done where it takes at most HOST_SHARE of what it may save or spend in a commit.
+# done where it takes at most HOST_SHARE of what it may save or spend in a commit. 0: never, since `auto` was slower
+# with it (docs/drafting.md).
 LENGTH_SECONDS = 1e-4
 TREE_SECONDS = 4e-4
-HOST_SHARE = 0.03
+HOST_SHARE = 0.0
 
 
 class Opening(NamedTuple):

@@ -12,6 +12,7 @@ from trimode import SamplingParams
 from trimode.runtime.decoding.acceptance import Acceptance
 from trimode.runtime.decoding.ending import Ending
 from trimode.runtime.decoding.sequence import Sequence
+from trimode.runtime.scheduling import auto_block
 from trimode.runtime.scheduling.auto_block import CHOICES, LENGTHS, BlockChooser, Opening, Plan, Verification
 from trimode.runtime.scheduling.pass_cost import EngineName, PassCost
 
@@ -219,8 +220,9 @@ def test_a_commit_beside_a_longer_one_is_verified_as_far() -> None:
     assert alone < 16 <= beside
 
 
-def test_what_is_chosen_of_a_draft_depends_on_how_long_passes_take() -> None:
+def test_what_is_chosen_of_a_draft_depends_on_how_long_passes_take(monkeypatch: pytest.MonkeyPatch) -> None:
     """The host's work must be small beside a commit, for a tree, and beside what a shorter commit saves."""
+    monkeypatch.setattr(auto_block, "HOST_SHARE", 0.03)
     for milliseconds, selection in ((0.01, "whole"), (0.2, "length"), (1.0, "tree")):
 
         def seconds(_: EngineName, batch: int, step: int, token: float = 1e-3 * milliseconds) -> float:
