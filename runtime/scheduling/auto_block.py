@@ -22,8 +22,9 @@ A block length that would be better if its passes took their least possible time
 first: their passes bound the cost of longer ones. Trials that turn out slower may take TRIAL_SHARE of the time. The
 choice affects when tokens come, never which.
 
-If HOST_SHARE is above 0, after the draft pass the draft's own probabilities, calibrated (:mod:`trimode.runtime.decoding.confidence`), say how
-many of its tokens are worth their place in the commit. All ``auto`` sequences verify
+If HOST_SHARE is above 0, after the draft pass the draft's own probabilities, calibrated
+(:mod:`trimode.runtime.decoding.confidence`), say how many of its tokens are worth their place in the commit. All
+``auto`` sequences verify
 
     n* = argmax over n of  (sum of yields of the n likeliest tokens) / (seconds of both passes)
 
