@@ -9,12 +9,13 @@ import gc
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
 
+from scripts.gpu import engine_times
 from scripts.gpu.engine_emission import TIMED
 from scripts.gpu.engine_times import Prepared, TimedSizes, kernels_of, passes_of, prefill_of, recording
 from scripts.gpu.part_runner import Record
@@ -54,15 +55,7 @@ class BenchSizes:
 
 
 SIZES_8B = BenchSizes(
-    TimedSizes(
-        batches={512: (1,), 4096: (1,)},
-        block=32,
-        prefill=2048,
-        untimed=3,
-        repeats=20,
-        graph_repeats=6,
-        replays=5,
-    ),
+    replace(engine_times.SIZES_8B, batches={512: (1,), 4096: (1,)}),
     ComparedSteps(10_000, ((1, 8), (1, 32), (1, 64), (16, 1), (16, 8), (16, 32), (16, 64))),
     requests=64,
     prompt_tokens=128,
