@@ -12,6 +12,7 @@ import torch
 from transformers import logging as transformers_logging
 
 from scripts.serving.triton_server import Ports
+from tests.support.cpu_share import keep_to_own_share
 from tests.support.random_checkpoint import write_random_checkpoint
 from tests.support.tritonserver import serving
 from trimode.build.cpu.target import CpuTarget
@@ -19,6 +20,7 @@ from trimode.build.engine_builder import build_engine
 from trimode.model.checkpoint import Checkpoint
 from trimode.quantize import quantize_checkpoint
 
+keep_to_own_share()
 # Small matrices are slower with more threads.
 torch.set_num_threads(1)
 transformers_logging.disable_progress_bar()

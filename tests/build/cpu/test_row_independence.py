@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.support.cpu_share import every_cpu
 from trimode.engine.manifest import Manifest
 from trimode.runtime.cpu.cpu_executor import CpuExecutor
 from trimode.runtime.executor import CausalStep, Ints
@@ -33,7 +34,8 @@ def rows_of(executor: CpuExecutor, ids: Ints, start: int, step: int) -> np.ndarr
 
 
 def prefilled(engine: Path, ids: Ints, start: int, threads: int | None = None) -> CpuExecutor:
-    executor = CpuExecutor(engine, Manifest.read(engine), threads)
+    with every_cpu():
+        executor = CpuExecutor(engine, Manifest.read(engine), threads)
     for _ in ids:
         executor.pool.acquire()
     for begin in range(0, start, 250):
