@@ -17,17 +17,20 @@ _EXPECTED = "give text, token ids, messages, or a list of these"
 # The options that a dict may have beside each kind of input.
 _OPTIONS: dict[str, frozenset[str]] = {
     "prompt": frozenset(),
-    "prompt_token_ids": frozenset({"thinking"}),
+    "prompt_token_ids": frozenset({"thinking", "answer_token_ids"}),
     "messages": frozenset(inspect.signature(Tokenizer.chat_prompt).parameters) - {"self", "messages"},
 }
 
 
 class Prompt(NamedTuple):
-    """An encoded input. text: None for token ids. thinking: whether it ends inside a thought, None if unknown."""
+    """An encoded input. text: None for token ids. thinking: whether it ends inside a thought, None if unknown. answer:
+    first tokens of the answer, which another process has emitted.
+    """
 
     text: str | None
     token_ids: list[int]
     thinking: bool | None
+    answer: Many[int] = ()
 
 
 def is_one_input(inputs: Any) -> bool:
@@ -67,7 +70,9 @@ class InputEncoder:
         if items and all(isinstance(item, dict) for item in items):
             chat = self._tokenizer.chat_prompt(items, **{"enable_thinking": enable_thinking} | options)
             return Prompt(chat.text, self._encode_text(chat.text, add_special_tokens=False), chat.thinking)
-        return Prompt(None, [self.require_token("prompt token", token) for token in items], options.get("thinking"))
+        answer = [self.require_token("answer token", token) for token in _items_of(options.get("answer_token_ids", ()))]
+        prompt = [self.require_token("prompt token", token) for token in items]
+        return Prompt(None, prompt, options.get("thinking"), answer)
 
     def require_token(self, what: str, token: Any) -> int:
         """``token`` as an int; raises TriModeError if the model has no such token."""

@@ -192,8 +192,10 @@ class EngineLLM:
         ``{"prompt_token_ids": ids}`` or ``{"messages": messages}``; or a list of such inputs. Beside ``messages`` a
         dict may have the options of :meth:`Tokenizer.chat_prompt`, such as ``tools`` and ``chat_template_kwargs``;
         beside ``prompt_token_ids`` it may have ``thinking``: whether they end inside a thought, by default whether
-        their last mark is ``<think>``. sampling_params: for all inputs, or one for each. use_tqdm: show a progress bar
-        on a terminal. enable_thinking: for chats, whether the template opens a thought; None for the LLM's default.
+        their last mark is ``<think>``; and ``answer_token_ids``: the first tokens of an answer that another process
+        began with the same parameters and seed. The answer is then continued as that process would have: the output
+        holds all of it. sampling_params: for all inputs, or one for each. use_tqdm: show a progress bar on a terminal.
+        enable_thinking: for chats, whether the template opens a thought; None for the LLM's default.
         Inputs beyond the queue's size wait until there is room.
         """
         one = is_one_input(inputs)
@@ -270,7 +272,7 @@ class EngineLLM:
         if enable_thinking is None:
             enable_thinking = self.capacity.defaults.enable_thinking
         prompt = self._encoder.encode(inputs, enable_thinking)
-        params = self._factory.resolve(prompt.token_ids, params)
+        params = self._factory.resolve(prompt, params)
         output = RequestOutput(next(self._ids), prompt.text, prompt.token_ids, params.n)
         output._llm = self
         mailbox, thread = output._mailbox, self._thread

@@ -51,16 +51,19 @@ class RequestFactory:
         self._shared_lookup_acceptance = LookupAcceptance.unknown()
         self._shared_confidence = Confidence()
 
-    def resolve(self, prompt: list[int], params: SamplingParams) -> SamplingParams:
+    def resolve(self, prompt: Prompt, params: SamplingParams) -> SamplingParams:
         """``params`` with every open field set. Raises TriModeError for what the engine cannot do."""
-        if not prompt:
+        tokens = len(prompt.token_ids)
+        if not tokens:
             raise TriModeError("the prompt is empty; give at least one token")
         params = params.with_defaults(
             mode=self._capacity.defaults.mode,
             block_length=self._capacity.defaults.block_length,
-            max_tokens=self._capacity.default_max_tokens(len(prompt)) or 1,
+            max_tokens=self._capacity.default_max_tokens(tokens) or 1,
         )
-        self._require_context(len(prompt), params)
+        self._require_context(tokens, params)
+        if prompt.answer:
+            _require_replay(len(prompt.answer), params)
         self._require_engine(params)
         self._require_tokens(params)
         return params
@@ -167,6 +170,7 @@ class RequestFactory:
             most_step=self.manifest.limits.max_step,
             confidence=Confidence(self._shared_confidence) if params.mode == "auto" else None,
             lookup=lookup,
+            begun=prompt.answer,
         )
 
     def _rules(self, prompt: Prompt, params: SamplingParams) -> TokenRules | None:
@@ -191,3 +195,18 @@ class RequestFactory:
     def _special(self, params: SamplingParams) -> dict[str, int]:
         """Special tokens by their text. They are not in the output, so a stop string that spells one is found by id."""
         return self._tokenizer.special_tokens if params.skip_special_tokens else {}
+
+
+def _require_replay(begun: int, params: SamplingParams) -> None:
+    """Raises TriModeError if an answer cannot be continued behind its first ``begun`` tokens."""
+    if params.n > 1:
+        raise TriModeError(f"n is {params.n}, but only one answer can be continued from answer_token_ids; give n 1")
+    if begun >= (params.max_tokens or 0):
+        raise TriModeError(
+            f"answer_token_ids has {begun} tokens and max_tokens, which counts them, is {params.max_tokens}; raise it"
+        )
+    if params.mode == "diffusion" and (begun - 1) % params.longest_block:
+        raise TriModeError(
+            f"answer_token_ids has {begun} tokens, which do not end where a block of mode diffusion ends: behind the "
+            f"first token and whole blocks of {params.longest_block}"
+        )

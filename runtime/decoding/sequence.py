@@ -79,7 +79,11 @@ class Sequence:
     prefill pass. seed: of the random generator. acceptance: running estimate of this sequence's acceptance rate. rules:
     which tokens are legal, None if all are. biases: added to logits; they need rules. most_step: most tokens of a pass,
     None for any number. lookup: copied drafts, None if the request has none. confidence: calibrates the draft's
-    probabilities, so that :meth:`verify` can choose what is verified; None if all of it is.
+    probabilities, so that :meth:`verify` can choose what is verified; None if all of it is. begun: the answer's first
+    tokens, which another process has emitted.
+
+    The begun tokens are *replayed*: blocks of them are committed without drafts, in passes of the length that the mode
+    has, so that KV rows, penalties, rules and budgets become those of the process that emitted them.
 
     With rules, tokens that the grammar forces enter a block without a draft, illegal drafts are replaced by the draft's
     own next best, and every emitted token is chosen among its row's legal candidates
@@ -102,11 +106,13 @@ class Sequence:
         most_step: int | None = None,
         lookup: Lookup | None = None,
         confidence: Confidence | None = None,
+        begun: Many[int] = (),
     ) -> None:
         self.prompt = np.array(prompt, np.int64)
         self.params = params
         self.ending = ending
         self.acceptance = acceptance
+        self.begun = list(begun)
         self.committed = 0
         self.emitted: list[int] = []
         self.origins: list[Origin] = []
@@ -127,6 +133,7 @@ class Sequence:
         self._forced_run: list[int] | None = None  # at the start of the block, once it is known
         self._lookup = lookup
         self._looked_up = False  # whether the block's drafts are copies
+        self._replays = False  # whether the block's tokens are begun ones
         self._tree: DraftTree | None = None  # of the block
         self._confidence = confidence if rules is None else None
         self._selection: Selection = "whole"  # for the block
@@ -161,6 +168,11 @@ class Sequence:
     @property
     def prefilling(self) -> bool:
         return self.committed < len(self.prompt)
+
+    @property
+    def replaying(self) -> bool:
+        """Whether some of the begun tokens are not emitted yet."""
+        return len(self.emitted) < len(self.begun) and self.ending.finish_reason is None
 
     @property
     def fills_block(self) -> bool:
@@ -231,6 +243,9 @@ class Sequence:
         grammar forces come first, in addition, as far as a pass has room; AR's block stays one token. There are no
         masks where the forced tokens alone yield more a pass. selection: what :meth:`verify` may choose of the draft.
         """
+        if self.replaying:
+            self._open_replay(length)
+            return
         forced = self._forced_next()
         if forced and length > 1 and not looked_up and self._expected_drafts(length) <= len(forced) + 1:
             length = 1
@@ -243,14 +258,7 @@ class Sequence:
         self._block[: len(free)] = free
         self._masks = len(self._block) - len(free)
         self._forced_places = set(range(1, 1 + len(forced)))
-        self._looked_up = looked_up
-        self._tree = None
-        self._selection = "whole" if self._confidence is None else selection
-        self._draft_tokens, self._probabilities, self._nodes = None, None, []
-        self._drafted = {}
-        self._doubtful_rows = set() if self._masks or looked_up else {len(self._block) - 1}
-        self.rejected = []
-        self._drafted_tokens, self._expected = len(self._block), None
+        self._begin_block(looked_up, "whole" if self._confidence is None else selection)
         if looked_up and self._rules is not None:
             self._repair_drafts(self._rules)
         if self.params.mode == "diffusion":
@@ -258,6 +266,25 @@ class Sequence:
             self._masks_at_first = self._masks
             self._denoise_passes = 0
             self._block_logprobs = {}
+
+    def _open_replay(self, length: int) -> None:
+        """Start a block of the pending token and the next begun tokens."""
+        self._block = np.array([self.pending_token, *self.begun[len(self.emitted) :][: length - 1]], np.int64)
+        self._masks = 0
+        self._forced_places = set(range(1, len(self._block)))
+        self._replays = True
+        self._begin_block(False, "whole")
+
+    def _begin_block(self, looked_up: bool, selection: Selection) -> None:
+        """Reset what depends on the block."""
+        self._looked_up = looked_up
+        self._tree = None
+        self._selection = selection
+        self._draft_tokens, self._probabilities, self._nodes = None, None, []
+        self._drafted = {}
+        self._doubtful_rows = set() if self._masks or looked_up else {len(self._block) - 1}
+        self.rejected = []
+        self._drafted_tokens, self._expected = len(self._block), None
 
     def yields_by_length(self) -> NDArray[np.float64] | None:
         """Expected tokens of the block's commit, by its number of tokens from 1 on; None if all of it is verified.
@@ -488,6 +515,11 @@ class Sequence:
             stays = next(place for place, row in enumerate(rows) if row != place)
             self.moves = Moves(self.committed + stays, [self.committed + row for row in rows[stays:]])
         self.committed += len(rows)
+        if self._replays:  # which says nothing about drafts
+            self.cycles.append(Cycle("none", len(rows), len(rows), len(rows), len(rows)))
+            self.counts.cycles += 1
+            self._block, self._forced_run, self._replays = NO_BLOCK, None, False
+            return
         rest = drafts[agreed:] if tree is None else tree.likeliest_path(rows[-1])
         tested = agreed + bool(rest and self.ending.finish_reason is None)
         # What the grammar forces says nothing about the draft.
@@ -555,7 +587,7 @@ class Sequence:
             self._emit_run(found, [self.committed + len(self._block)], "bonus", _no_drafts)
         self.committed += len(self.emitted) - before
         self.counts.cycles += 1
-        self._block = NO_BLOCK
+        self._block, self._replays = NO_BLOCK, False
 
     def _emit_run(
         self,
@@ -575,10 +607,11 @@ class Sequence:
         next_row: int | None = 0
         while next_row is not None:
             row = next_row
-            forced = self.ending.forced
+            replayed = self.replaying
+            forced = self.begun[len(self.emitted)] if replayed else self.ending.forced
             token = draw(row) if forced is None else forced
             if self.params.logprobs is not None:
-                self.logprobs.append(self._logprobs(found, row, token))
+                self.logprobs.append({} if replayed else self._logprobs(found, row, token))
             next_row = follow(row, token)
             rows.append(row)
             agreed += next_row is not None
@@ -607,7 +640,7 @@ class Sequence:
         """Emit the block behind its pending token, up to the end of the text."""
         for place, token in enumerate(self._block[1:].tolist(), start=1):
             if self.params.logprobs is not None:
-                self.logprobs.append(self._block_logprobs[place])
+                self.logprobs.append({} if self._replays else self._block_logprobs[place])
             if not self._emit(token, "forced" if place in self._forced_places else "denoised"):
                 return
 

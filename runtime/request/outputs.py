@@ -92,7 +92,8 @@ class CompletionOutput:
     """One answer, complete or in progress.
 
     text: without the stop string, and without special tokens if skip_special_tokens. token_ids: the end token included.
-    logprobs: for each token, its own first, then the requested number of the likeliest. finish_reason: None while it
+    logprobs: for each token, its own first, then the requested number of the likeliest; empty for a token that another
+    process emitted (``answer_token_ids``). finish_reason: None while it
     runs. stop_reason: the stop string or stop token id, None for the model's end token. origins: the source of each
     token. rejected: drafted tokens that the latest update's commits rejected. cycles: how each cycle drafted, none in
     diffusion. time_to_slot, time_to_first_token,
@@ -150,7 +151,7 @@ class CompletionOutput:
         self.rejected += update.rejected
         if update.logprobs:
             self.logprobs = (self.logprobs or []) + update.logprobs
-            own = (next(iter(chosen.values())).logprob for chosen in update.logprobs)
+            own = (next(iter(chosen.values())).logprob for chosen in update.logprobs if chosen)
             self.cumulative_logprob = (self.cumulative_logprob or 0.0) + sum(own)
         self.counts = update.counts
         self.finish_reason, self.stop_reason = update.finish_reason, update.stop_reason

@@ -201,6 +201,8 @@ class Scheduler:
         for request in opening:
             with _Isolated(request):
                 sequence = request.sequence
+                if sequence.replaying:
+                    continue
                 copy_yields = sequence.look_up()
                 if copy_yields or sequence.params.mode == "auto":
                     choices[request] = Opening(sequence, copy_yields)
