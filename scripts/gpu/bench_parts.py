@@ -16,10 +16,9 @@ from unittest.mock import patch
 import numpy as np
 
 from scripts.gpu import engine_times
-from scripts.gpu.engine_emission import TIMED
 from scripts.gpu.engine_times import Prepared, TimedSizes, kernels_of, passes_of, prefill_of, recording
 from scripts.gpu.part_runner import Record
-from scripts.gpu.random_weights import RandomEngine, random_engine, randomise
+from scripts.gpu.random_weights import TIMED, RandomEngine, random_engine, randomise
 from scripts.gpu.step_bits import ComparedSteps, bits_of_steps
 from scripts.gpu.torch_device import TorchDevice
 from trimode.engine.files import TOKENIZER

@@ -5,16 +5,18 @@ are compared with target cpu's tokens. An engine of the 8B checkpoint's sizes, w
 
     python -m scripts.gpu.check emit .gpu --sm 90         on any machine: compile kernels, build engines; needs no GPU
     python -m scripts.gpu.check run .gpu out/kernels      on the GPU's machine: writes check.json and check.md there
-    python -m scripts.gpu.check run .gpu out/kernels --parts products --limit 60
+    python -m scripts.gpu.check run .gpu out/kernels --parts products,attention
     python -m scripts.gpu.check dry                       every part without a GPU, with small sizes
 
-The GPU's machine needs a driver for CUDA 12.9 or later, Python 3.12, torch, and cuda-bindings. It needs no network, no
-compiler and no installation of TriMode: copy the working tree with ``.gpu``, which git ignores, and run the command in
-the tree's root with ``PYTHONPATH=.:.gpu/site``. Kernels are loaded from the binaries that ``emit`` assembled; two are
-also loaded from their PTX.
+The GPU's machine needs a driver for CUDA 12.9 or later, Python 3.12, torch, transformers, ml-dtypes and cuda-bindings.
+It needs no network, no compiler and no installation of TriMode: copy the working tree with ``.gpu``, which git ignores,
+and run the command in the tree's root with ``PYTHONPATH=.:.gpu/site``. Kernels are loaded from the binaries that
+``emit`` assembled; two are also loaded from their PTX.
 
-Each part runs in a separate process for at most ``--limit`` seconds, so a fault or a hang does not affect the others.
-The results of a stopped part are kept. The exit code is 1 if a kernel is wrong or a part fails.
+Each part runs in a separate process with a time limit of its own (``LIMITS``), so a fault or a hang does not affect the
+others. The results of a stopped part are kept. A run ends within six minutes: parts for which no time is left are named
+with the command that runs them. The limits of ``--parts engines`` add up to less than six minutes, and so do those of
+``--parts kernels``; these two runs together are all parts. The exit code is 1 if a kernel is wrong or a part fails.
 """
 
 from __future__ import annotations
@@ -30,16 +32,37 @@ from typing import Any, cast
 from scripts.gpu import graph_checks, kernel_checks
 from scripts.gpu.check_report import markdown
 from scripts.gpu.kernel_checks import Host, Result
-from scripts.gpu.part_runner import lines_of, read_lines, run_parts, write_lines
+from scripts.gpu.part_runner import NO_TIME, lines_of, read_lines, run_parts, write_lines
 from trimode.plugins.operators import Node, Operator
 
 KERNEL_PARTS: tuple[str, ...] = (*kernel_checks.PARTS, graph_checks.PART)
 DEVICE_PART = "device"
 # The kernel tests, executed on the GPU.
 TEST_PART = "tests"
-# Parts that run engines, and the PyTorch reference of the same size.
-ENGINE_PARTS = ("tiny-fp32", "tiny-bf16", "memcheck", "8b", "8b-bits", "8b-reference")
-PARTS = (TEST_PART, *ENGINE_PARTS, *KERNEL_PARTS)
+# Seconds of each part. Those that run engines, and the PyTorch reference of the same size:
+ENGINE_LIMITS = {
+    "tiny-fp32": 40.0,
+    "tiny-bf16": 40.0,
+    "memcheck": 40.0,
+    "8b": 90.0,
+    "8b-bits": 50.0,
+    "8b-reference": 70.0,
+}
+ENGINE_PARTS = tuple(ENGINE_LIMITS)
+LIMITS = {
+    DEVICE_PART: 25.0,
+    **ENGINE_LIMITS,
+    TEST_PART: 180.0,
+    "kv write": 20.0,
+    "attention": 30.0,
+    "products": 40.0,
+    "qkv products": 25.0,
+    "same bits": 20.0,
+    graph_checks.PART: 20.0,
+}
+PARTS = tuple(part for part in LIMITS if part != DEVICE_PART)
+# Names of several parts.
+GROUPS = {"engines": ENGINE_PARTS, "kernels": (TEST_PART, *KERNEL_PARTS)}
 # Also loaded from PTX, to check that the driver accepts it.
 PTX_OPERATORS = ("MergeSplits", "AttendCausal")
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,9 +82,11 @@ def used_nodes(*, small: bool) -> Iterator[tuple[Operator, Node]]:
     yield from graph_checks.used_nodes(graph_checks.SMALL_SIZES if small else graph_checks.SIZES_8B)
 
 
-def emit(folder: Path, sm: int, prompts: int) -> None:
-    """Write all that ``run`` needs. sm: compute capability, 90 for 9.0. prompts: of the comparison with target cpu."""
-    from scripts.gpu.engine_emission import emit_engines, held_out, write_packages
+def emit(folder: Path, sm: int, prompts: int, largest: int) -> None:
+    """Write all that ``run`` needs. sm: compute capability, 90 for 9.0. prompts: of the comparison with target cpu.
+    largest: MiB of all of it.
+    """
+    from scripts.gpu.engine_emission import emit_engines, held_out, refuse_large, write_packages
     from scripts.gpu.kernel_tests import emit_test_kernels
     from trimode.build.kernel_emission import NeededKernel, kernels_of, write_kernels
     from trimode.common.progress import no_progress
@@ -78,11 +103,13 @@ def emit(folder: Path, sm: int, prompts: int) -> None:
     print(f"{emit_test_kernels(folder, sm)} kernels of the kernel tests", flush=True)
     emit_engines(folder, sm, held_out(prompts))
     write_packages(folder / "site")
+    refuse_large(folder, largest)
 
 
-def run(folder: Path, out: Path, parts: list[str], limit: float) -> bool:
+def run(folder: Path, out: Path, parts: list[str]) -> bool:
     """Run the parts one after the other and write the report. Returns whether all parts ended with right results."""
-    states = run_parts("scripts.gpu.check", dict.fromkeys((DEVICE_PART, *parts), limit), folder, out)
+    limits = {part: LIMITS[part] for part in (DEVICE_PART, *parts)}
+    states = run_parts("scripts.gpu.check", limits, folder, out)
     device = next(iter(read_lines(lines_of(out, DEVICE_PART))), {})
     kernel_parts = [part for part in parts if part in KERNEL_PARTS]
     results = [result for part in kernel_parts for result in read_lines(lines_of(out, part))]
@@ -99,6 +126,8 @@ def run(folder: Path, out: Path, parts: list[str], limit: float) -> bool:
     (out / "check.md").write_text(markdown(report), encoding="utf-8")
     wrong = [result for result in results if not result["right"]]
     print(f"{len(results)} results, {len(wrong)} wrong; see {out / 'check.md'}")
+    if rest := [part for part, state in states.items() if state == NO_TIME and part != DEVICE_PART]:
+        print(f"no time left for some parts: run again with --parts '{','.join(rest)}'")
     return not wrong and all(state.startswith("ended") for state in states.values())
 
 
@@ -190,9 +219,15 @@ def _now() -> str:
     return f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
 
 
+def _parts(text: str) -> list[str]:
+    """Parts and groups of parts, separated by commas."""
+    named = [part for name in text.split(",") for part in GROUPS.get(name, (name,))]
+    return [_known(part) for part in dict.fromkeys(named)]
+
+
 def _known(part: str) -> str:
     if part not in PARTS:
-        raise SystemExit(f"no part {part}; there are {', '.join(PARTS)}")
+        raise SystemExit(f"no part {part}; there are {', '.join((*GROUPS, *PARTS))}")
     return part
 
 
@@ -209,11 +244,11 @@ def main() -> int:
     of_emit.add_argument("folder", type=Path)
     of_emit.add_argument("--sm", type=int, default=90, help="compute capability, 90 for 9.0")
     of_emit.add_argument("--prompts", type=int, default=200, help="prompts of the comparison with target cpu")
+    of_emit.add_argument("--most-mib", type=int, default=64, help="largest size of the folder")
     of_run = commands.add_parser("run", help="check and time the kernels on this machine's GPU")
     of_run.add_argument("folder", type=Path, help="what emit wrote")
     of_run.add_argument("out", type=Path, help="folder of the report")
-    of_run.add_argument("--parts", type=lambda text: [_known(part) for part in text.split(",")], default=list(PARTS))
-    of_run.add_argument("--limit", type=float, default=120, help="seconds for each part")
+    of_run.add_argument("--parts", type=_parts, default=list(PARTS), help=f"some of {', '.join((*GROUPS, *PARTS))}")
     of_part = commands.add_parser("part", help="one part, in this process")
     of_part.add_argument("part")
     of_part.add_argument("folder", type=Path)
@@ -221,10 +256,10 @@ def main() -> int:
     commands.add_parser("dry", help="every part with small sizes; needs no GPU")
     options = parser.parse_args()
     if options.command == "emit":
-        emit(options.folder, options.sm, options.prompts)
+        emit(options.folder, options.sm, options.prompts, options.most_mib)
         return 0
     if options.command == "run":
-        return not run(options.folder, options.out, options.parts, options.limit)
+        return not run(options.folder, options.out, options.parts)
     if options.command == "part":
         run_in_this_process(options.part, options.folder, options.lines)
         return 0

@@ -17,9 +17,10 @@ import torch
 
 from scripts.gpu import bench_parts
 from scripts.gpu.bench import product_records
-from scripts.gpu.engine_emission import TIMED, EmittedSizes, emit_engines, emit_timed_engine
+from scripts.gpu.engine_emission import EmittedSizes, emit_engines, emit_timed_engine
 from scripts.gpu.engine_times import TimedSizes, times_of_engine
 from scripts.gpu.memcheck import run_every_mode
+from scripts.gpu.random_weights import TIMED
 from scripts.gpu.reference_times import times_of_reference
 from scripts.gpu.step_bits import ComparedSteps, bits_of_steps
 from scripts.gpu.token_check import tokens_of_tiny

@@ -16,16 +16,20 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from scripts.gpu.pool_layout import pool_layout
 from scripts.gpu.random_w4a16_checkpoint import GROUP, RANK, config_fields
+from scripts.gpu.random_weights import TIMED
 from scripts.gpu.token_check import RANKED, Answer
 from trimode.build.cpu.target import CpuTarget
 from trimode.build.cuda.emission import write_launches
@@ -49,11 +53,14 @@ from trimode.runtime.request.sampling_params import SamplingParams
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "checkpoints" / "tiny"
 HELD_OUT = ROOT / "tests" / "data" / "heldout.jsonl"
-# The folder of the engine without weights, and the name of the part that times it.
-TIMED = "8b"
-# Imported by the runtime and by the kernel tests, and not part of images for PyTorch. The kernel tests' random cases,
-# and so the kernels that they launch, depend on the version of hypothesis.
-PACKAGES = ("pydantic>=2.10,<3", *(f"{name}=={version(name)}" for name in ("hypothesis", "pytest")))
+_MIB = 1 << 20
+# Of the GPU's machine: its Python, and its C library's minor version, 35 for glibc 2.35.
+PYTHON, GLIBC_MINOR = "3.12", 35
+# Packages that the GPU's machine must have, with those that they require.
+PRESENT = ("torch", "numpy", "ml-dtypes", "transformers", "triton", "cuda-bindings")
+# Packages that are brought along. The kernel tests' random cases, and so the kernels that they launch, depend on the
+# version of hypothesis, so all have the versions of this machine.
+ADDED = ("pydantic", "llguidance", "psutil", "rich", "hypothesis", "pytest")
 
 
 @dataclass(frozen=True)
@@ -173,9 +180,47 @@ def write_engine_without_weights(
     ).write(folder)
 
 
-def write_packages(folder: Path, python: str = "3.12", packages: Sequence[str] = PACKAGES) -> None:
-    """Unpack packages, and what they require, for a machine of ``python`` on x86-64 into ``folder``."""
-    platforms = [f"--platform=manylinux{name}_x86_64" for name in ("_2_28", "_2_17", "2014")]
-    wheels = ["--only-binary=:all:", "--implementation=cp", f"--python-version={python}", *platforms]
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-compile", *wheels, "--target", folder]
-    subprocess.run([*command, *packages], check=True)
+def write_packages(folder: Path) -> None:
+    """Unpack :data:`ADDED` and what they require, except numpy, into ``folder`` for the GPU's machine."""
+    # pip installs no wheel for an older C library than one that is named.
+    libraries = ["2014", *(f"_2_{minor}" for minor in range(17, GLIBC_MINOR + 1))]
+    platforms = [f"--platform=manylinux{library}_x86_64" for library in libraries]
+    wheels = ["--only-binary=:all:", "--implementation=cp", f"--python-version={PYTHON}", *platforms]
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-compile", "--no-deps", *wheels]
+    pinned = [f"{name}=={version(name)}" for name in sorted(required(ADDED) - {"numpy"})]
+    subprocess.run([*command, "--target", folder, *pinned], check=True)
+
+
+def refuse_large(folder: Path, limit: int) -> None:
+    """Print the size of what was emitted. Raises SystemExit if it exceeds ``limit`` MiB."""
+    sizes: dict[str, int] = defaultdict(int)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            sizes[path.relative_to(folder).parts[0]] += path.stat().st_size
+    total = sum(sizes.values())
+    parts = ", ".join(f"{name} {size / _MIB:.1f}" for name, size in sorted(sizes.items()))
+    print(f"{folder}: {total / _MIB:.1f} MiB ({parts}); the limit is {limit} MiB", flush=True)
+    if total > limit * _MIB:
+        raise SystemExit(f"{folder} exceeds the limit of {limit} MiB; emit fewer prompts, or raise it with --most-mib")
+
+
+def required(packages: Iterable[str]) -> set[str]:
+    """The packages and all that they require on the GPU's machine, as far as they are installed here."""
+    found: set[str] = set()
+    remaining = [canonicalize_name(name) for name in packages]
+    while remaining:
+        name = remaining.pop()
+        try:
+            requirements = requires(name) or []
+        except PackageNotFoundError:  # of another platform
+            continue
+        if name not in found:
+            found.add(name)
+            parsed = map(Requirement, requirements)
+            environment = {"extra": "", "python_version": PYTHON, "python_full_version": f"{PYTHON}.0"}
+            remaining += [
+                canonicalize_name(each.name)
+                for each in parsed
+                if each.marker is None or each.marker.evaluate(environment)
+            ]
+    return found

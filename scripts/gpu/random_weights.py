@@ -20,6 +20,9 @@ from trimode.engine.manifest import Manifest
 from trimode.model.step import adapter_inputs
 from trimode.runtime.gpu.device import Buffer, Device
 
+# The folder of the engine without weights, and the name of the part that times it.
+TIMED = "8b"
+
 
 class RandomEngine(NamedTuple):
     """A copy of an engine without weights, with a random adapter, and random weights on the device."""

@@ -6,18 +6,28 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+from packaging.utils import canonicalize_name
 
 from scripts.gpu import check, part_runner
-from scripts.gpu.check import KERNEL_PARTS, run_part, used_nodes
+from scripts.gpu.check import DEVICE_PART, GROUPS, KERNEL_PARTS, LIMITS, PARTS, run_part, used_nodes
+from scripts.gpu.engine_emission import ADDED, PRESENT, refuse_large, required
 from scripts.gpu.kernel_launch import KernelLaunch
 from scripts.gpu.token_check import Answer, comparison
+from tests.plugins.conftest import KERNEL_TESTS
 from tests.support.interpreter_host import InterpreterHost
 
 ROOT = Path(__file__).resolve().parents[3]
+# Scripts for other machines.
+MADE_BEFOREHAND = {
+    *("__init__", "cycle_estimate", "disassembly", "dry_run", "engine_emission", "kernel_table", "pool_layout"),
+    *("random_w4a16_checkpoint", "ranks_estimate"),
+}
 
 
 @pytest.mark.parametrize("part", KERNEL_PARTS)
@@ -54,24 +64,61 @@ def test_every_launched_kernel_is_emitted() -> None:
     assert host.names <= emitted
 
 
-def test_a_run_needs_neither_pydantic_nor_triton_nor_onnx() -> None:
-    """What a GPU's machine imports, in a fresh process without these packages."""
-    program = """
-import sys
+def test_a_run_needs_only_packages_that_are_there_or_brought_along() -> None:
+    """Imports of check, benchmark and kernel tests, in a fresh process that finds no other package."""
+    distributions = required((*PRESENT, *ADDED))
+    packages = {
+        package
+        for package, owners in packages_distributions().items()
+        if distributions & {canonicalize_name(owner) for owner in owners}
+    }
+    modules = [
+        *(path.stem for path in (ROOT / "scripts/gpu").glob("*.py") if path.stem not in MADE_BEFOREHAND),
+        *("trimode.runtime.loading", "trimode.runtime.cuda.cuda_executor", "tests.support.gpu_kernels"),
+        *(f"tests.plugins.{name.removesuffix('.py')}" for name in ("conftest.py", *sorted(KERNEL_TESTS))),
+    ]
+    program = f"""
+import importlib, sys
+from importlib.machinery import BuiltinImporter, FrozenImporter, PathFinder
 
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"pydantic", "triton", "onnx", "onnxruntime", "ml_dtypes", "pytest"}:
-            raise ModuleNotFoundError(name)
+class Present(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        known = {sorted(packages)} + ["trimode", "scripts", "tests", *sys.stdlib_module_names]
+        is_known = path or name in known or name.startswith("_sysconfigdata")
+        return super().find_spec(name, path, target) if is_known else None
 
-sys.meta_path.insert(0, Absent())
-import scripts.gpu.check
-import scripts.gpu.cuda_host
-import scripts.gpu.torch_device
-import scripts.gpu.product_sweep
+sys.meta_path = [BuiltinImporter, FrozenImporter, Present]
+for module in {modules}:
+    importlib.import_module(module if "." in module else "scripts.gpu." + module)
 """
-    found = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", program]
+    environment = {**os.environ, "HYPOTHESIS_NO_PLUGINS": "1"}  # plugins are imported if their package is installed
+    found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
+
+
+def test_engines_and_kernels_are_two_runs_of_at_most_six_minutes() -> None:
+    """Even if every part needs all of its time. Together they have all parts."""
+    for parts in GROUPS.values():
+        assert sum(LIMITS[part] for part in (DEVICE_PART, *parts)) <= part_runner.SECONDS == 360
+    assert sorted(part for parts in GROUPS.values() for part in parts) == sorted(PARTS)
+
+
+def test_parts_are_named_alone_or_by_their_group() -> None:
+    assert check._parts("attention,engines,8b") == ["attention", *GROUPS["engines"]]
+    with pytest.raises(SystemExit, match=r"no part atention; there are engines, kernels, tiny-fp32, "):
+        check._parts("atention")
+
+
+def test_what_is_emitted_has_a_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "site" / "deep").mkdir(parents=True)
+    (tmp_path / "site" / "deep" / "a").write_bytes(b" " * (3 << 19))
+    (tmp_path / "b").write_bytes(b" " * (1 << 19))
+    refuse_large(tmp_path, 2)
+    assert f"{tmp_path}: 2.0 MiB (b 0.5, site 1.5); the limit is 2 MiB" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="exceeds the limit of 1 MiB"):
+        refuse_large(tmp_path, 1)
 
 
 def test_a_part_that_fails_is_reported(tmp_path: Path) -> None:
@@ -96,21 +143,41 @@ def test_a_part_that_fails_is_reported(tmp_path: Path) -> None:
 
 
 def test_a_part_is_stopped_at_its_limit_and_keeps_its_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A child process that writes one result and half of another, then hangs."""
+    """A child process that writes one result and half of another, starts a process of its own, then hangs."""
     result = {"kernel": "KvWrite", "case": "c", "tactic": "t", "error": 0.5, "microseconds": 2.0, "least_bytes": 10**6}
     line = json.dumps({**result, "right": False})
-    program = "import sys, time; open(sys.argv[1], 'w').write(sys.argv[2] + '\\n' + sys.argv[2][:9]); time.sleep(99)"
-    run = subprocess.run
+    program = """
+import pathlib, subprocess, sys, time
+lines, line = sys.argv[1:]
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(99)"])
+pathlib.Path(lines + ".pid").write_text(str(child.pid))
+pathlib.Path(lines).write_text(line + "\\n" + line[:9])
+time.sleep(99)
+"""
+    popen = subprocess.Popen
 
-    def hanging(command: list[str], **options: Any) -> subprocess.CompletedProcess[bytes]:
-        return run([sys.executable, "-c", program, command[-1], line], **options)  # type: ignore[no-any-return]
+    def hanging(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+        return popen([sys.executable, "-c", program, command[-1], line], **options)  # type: ignore[no-any-return]
 
-    monkeypatch.setattr(part_runner.subprocess, "run", hanging)
-    assert not check.run(tmp_path, tmp_path / "out", ["kv write"], limit=1)
+    monkeypatch.setattr(part_runner.subprocess, "Popen", hanging)
+    monkeypatch.setitem(check.LIMITS, DEVICE_PART, 1.0)
+    monkeypatch.setitem(check.LIMITS, "kv write", 2.0)
+    assert not check.run(tmp_path, tmp_path / "out", ["kv write"])
     report = json.loads((tmp_path / "out/check.json").read_text())
-    assert report["parts"]["kv write"].startswith("stopped after 1 s")
+    assert report["parts"]["kv write"].startswith("stopped after 2 s")
     assert [found["error"] for found in report["results"]] == [0.5]
     assert "5.0e-01 **wrong**" in (tmp_path / "out/check.md").read_text()
+    started = int((tmp_path / "out/kv_write.jsonl.pid").read_text())
+    assert not psutil.pid_exists(started) or psutil.Process(started).status() == psutil.STATUS_ZOMBIE
+
+
+def test_parts_without_time_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(part_runner, "SECONDS", 0)
+    assert not check.run(tmp_path, tmp_path / "out", ["kv write", "8b"])
+    assert "run again with --parts 'kv write,8b'" in capsys.readouterr().out
+    assert "- part 8b: not run: no time left" in (tmp_path / "out/check.md").read_text()
 
 
 def test_the_report_compares_with_the_measured_bandwidth() -> None:

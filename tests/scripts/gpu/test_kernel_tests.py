@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -94,18 +93,3 @@ def test_without_a_gpu_or_kernels_nothing_is_executed(
     monkeypatch.setattr(gpus, "find_gpus", lambda: found)
     with pytest.raises(pytest.UsageError, match=message):
         conftest.pytest_configure(SimpleNamespace(getoption=lambda name, _default: options[name]))  # type: ignore[arg-type]
-
-
-def test_the_tests_need_no_package_that_a_gpus_machine_lacks() -> None:
-    """Imports of the kernel tests, in a fresh process without the packages that only other machines have."""
-    modules = [name.removesuffix(".py") for name in sorted(conftest.KERNEL_TESTS)]
-    program = f"""
-import importlib, sys
-
-sys.modules |= dict.fromkeys(["onnx", "onnxruntime", "modelopt", "peft", "fastapi", "tensorrt", "rich", "click"])
-for module in {["conftest", *modules]}:
-    importlib.import_module("tests.plugins." + module)
-import tests.support.gpu_kernels
-"""
-    found = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stderr
