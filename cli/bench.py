@@ -19,7 +19,7 @@ from trimode.common.progress_bars import progress_bars
 from trimode.common.version import __version__
 from trimode.llm import LLM
 from trimode.model.quantization import Method
-from trimode.runtime.api.llm import DEFAULT_BATCH_SIZE
+from trimode.runtime.api.batch_size import DEFAULT_BATCH_SIZE
 from trimode.runtime.benchmark.load import Load, measure
 from trimode.runtime.benchmark.prompts import BenchmarkPrompt, read_prompts, synthetic_prompts
 from trimode.runtime.benchmark.served import ServedTarget

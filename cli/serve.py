@@ -57,7 +57,9 @@ from trimode.runtime.request.sampling_params import Mode
     help="info logs every request.",
 )
 @click.option(
-    "--max-batch", type=click.IntRange(min=1), default=16, show_default=True, help="Sequences that run at once."
+    "--max-batch",
+    type=click.IntRange(min=1),
+    help="Sequences that run at once [default: 16, or what the engine was built for if that is less].",
 )
 @click.option(
     "--max-queue", type=click.IntRange(min=1), default=1024, show_default=True, help="Sequences that may wait."
@@ -115,7 +117,7 @@ def command(
     allowed_origins: tuple[str, ...],
     root_path: str,
     log_level: LogLevel,
-    max_batch: int,
+    max_batch: int | None,
     max_queue: int,
     max_seq_len: int | None,
     kv_cache_bytes: int | None,

@@ -99,6 +99,12 @@ class Attend(Operator):
         """The number of counters that a pass needs, in the tactic with most tiles."""
         return batch * kv_heads * max(-(-step * group // tactic.constants["BLOCK_M"]) for tactic in cls.TACTICS)
 
+    def least_counters(self, node: Node) -> int:
+        (batch, heads, step, _), kv_heads = node.fixed["q"], node.fixed["k_cache"][1]
+        if not self.merge:
+            return 0
+        return self.counters(batch=batch, step=step, kv_heads=kv_heads, group=heads // kv_heads)
+
     def constants(self, node: Node) -> Constants:
         (_, heads, _, head_dim), kv_heads = node.fixed["q"], node.fixed["k_cache"][1]
         return {"KV_HEADS": kv_heads, "GROUP": heads // kv_heads, "HEAD_DIM": head_dim}

@@ -14,6 +14,7 @@ from rich.progress import track
 
 from trimode.common.errors import TriModeError
 from trimode.common.progress import Progress, no_progress
+from trimode.runtime.api.batch_size import batch_size_of
 from trimode.runtime.api.capacity import Capacity, Defaults
 from trimode.runtime.api.foreign_options import refuse_foreign_options
 from trimode.runtime.api.inputs import Input, InputEncoder, is_one_input
@@ -34,7 +35,6 @@ from trimode.runtime.scheduling.running_request import Request
 from trimode.runtime.scheduling.scheduler import Scheduler, Stats
 
 Params = Any  # trimode.SamplingParams, or tensorrt_llm's, which need not be installed
-DEFAULT_BATCH_SIZE = 16
 DEFAULT_PREFIX_CACHE_BYTES = 256 << 20
 
 log = logging.getLogger(__name__)
@@ -103,12 +103,7 @@ class EngineLLM:
             raise TriModeError(
                 f"max_seq_len is {max_seq_len}, but the engine was built for {limits.capacity} tokens; lower it"
             )
-        if max_batch_size is None:
-            max_batch_size = min(DEFAULT_BATCH_SIZE, limits.max_batch or DEFAULT_BATCH_SIZE)
-        if limits.max_batch is not None and max_batch_size > limits.max_batch:
-            raise TriModeError(
-                f"max_batch_size is {max_batch_size}, but the engine was built for batches of {limits.max_batch}"
-            )
+        max_batch_size = batch_size_of(limits, max_batch_size)
         largest_step = max(limits.prefill_step, LONGEST_BLOCK)
         if limits.max_step is not None:
             largest_step = min(largest_step, limits.max_step)

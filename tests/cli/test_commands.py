@@ -168,7 +168,7 @@ def test_a_build_that_is_stopped_leaves_nothing(random_checkpoint: Path, tmp_pat
         ("trimode.cli.commands", ["--version"]),
         ("click", ["--version"]),
         ("numpy.linalg", ["info", "none"]),
-        ("onnxruntime", ["generate", "none", "--prompt", "x"]),
+        ("llguidance", ["generate", "none", "--prompt", "x"]),
         ("tokenizers", ["build", "none", "out"]),
         ("onnx", ["build", "none", "out"]),
         ("fastapi", ["serve", "none"]),

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from click.testing import CliRunner
 
+from trimode.cli import triton as command
 from trimode.common.errors import TriModeError
+from trimode.engine.manifest import Limits
 from trimode.runtime.triton.repository import write_repository
 from trimode.runtime.triton.tensors import OPTIONAL_INPUTS, TEXT_INPUT
 
@@ -90,3 +94,14 @@ def test_a_folder_that_is_there_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(TriModeError, match="exists already"):
         write_repository(tmp_path / "engine", tmp_path, max_batch=1, max_queue=1)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_the_command_takes_the_engines_largest_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = Limits(capacity=96, prefill_step=64, top_k=4, max_batch=4, max_step=64)
+    monkeypatch.setattr(command.Manifest, "read", lambda _engine: SimpleNamespace(limits=built))
+    run, arguments = CliRunner(), [str(tmp_path / "engine"), str(tmp_path / "repository")]
+    assert run.invoke(command.command, arguments).exit_code == 0
+    config = (tmp_path / "repository/tensorrt_llm/config.pbtxt").read_text()
+    assert 'key: "max_batch" value { string_value: "4" }' in config
+    with pytest.raises(TriModeError, match="built for batches of 4; lower it, or build with --max-batch 5"):
+        run.invoke(command.command, [*arguments, "--max-batch", "5"], catch_exceptions=False)
