@@ -36,7 +36,8 @@ def main() -> None:
         sys.exit(USAGE_ERROR)
     except click.UsageError as error:
         command = "trimode" if error.ctx is None else error.ctx.command_path
-        _fail(f"{error.format_message().rstrip('.')}. Try '{command} --help'.")
+        message = error.format_message()
+        _fail(f"{message if message.endswith(('.', '?')) else message + '.'} Try '{command} --help'.")
     except click.ClickException as error:
         _fail(error.format_message())
     except (click.Abort, KeyboardInterrupt):

@@ -7,7 +7,7 @@ from typing import Any
 
 from trimode.common.errors import TriModeError
 
-_PARALLEL = "one process runs the whole model on one CPU or GPU"
+_PARALLEL = "`trimode build --tp` divides an engine; there is no other parallelism"
 _BUILD = "it is chosen when the engine is built: see `trimode build --help`"
 _QUANTIZATION = "quantisation is a step before the build: see `trimode quantize --help`"
 _REQUEST = "each request chooses its mode: SamplingParams(mode=...)"

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trimode.common.errors import TriModeError
+from trimode.runtime.request.foreign_fields import REASONS, refuse_foreign_fields
 from trimode.runtime.request.guided_decoding import GuidedDecodingParams
 
 # From the answer's tokens so far, a row's candidates [k] and their logits [k] to new logits [k].
@@ -92,8 +93,14 @@ class SamplingParams:
     denoising_top_n most confident; ``factor``, by rank r = 0, 1, ..., the leading run with confidence at least 1 -
     threshold / (r + 2); ``product``, the leading run whose confidences multiply to at least threshold.
 
+    Numbers and lists of token ids may be numpy's or torch's.
+
     Raises TriModeError that names the field, the value and the rule.
     """
+
+    def __new__(cls, **fields: Any) -> SamplingParams:
+        refuse_foreign_fields(fields)
+        return super().__new__(cls)
 
     max_tokens: int | None = 32
     temperature: float | None = None
@@ -132,6 +139,8 @@ class SamplingParams:
     denoising_top_n: int | None = None
 
     def __post_init__(self) -> None:
+        for declared in dataclasses.fields(self):
+            object.__setattr__(self, declared.name, _plain(getattr(self, declared.name)))
         self._require_types()
         self._require("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1")
         for field in ("temperature", "repetition_penalty", "presence_penalty", "frequency_penalty"):
@@ -190,7 +199,8 @@ class SamplingParams:
             elif (field.name == "best_of" and value == params.n) or field.name in ("end_id", "pad_id"):
                 continue  # tensorrt_llm sets them itself
             else:
-                raise TriModeError(f"sampling_params: {field.name} is {value!r}; TriMode does not support it")
+                reason = REASONS.get(field.name, "TriMode does not support it")
+                raise TriModeError(f"sampling_params: {field.name} is {value!r}: {reason}")
         return cls(**given)
 
     def with_defaults(self, *, mode: Mode, block_length: int | None, max_tokens: int) -> SamplingParams:
@@ -340,3 +350,13 @@ class SamplingParams:
             raise TriModeError(
                 "logprobs cannot be given with max_thinking_tokens: a token that the budget forces was not sampled"
             )
+
+
+def _plain(value: Any) -> Any:
+    """numpy's and torch's numbers and arrays as Python's, also in lists and as keys; other values as they are."""
+    if isinstance(value, list | tuple):
+        plain = [_plain(item) for item in value]
+        return plain if isinstance(value, list) else tuple(plain)
+    if isinstance(value, Mapping):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    return value.tolist() if callable(getattr(value, "tolist", None)) else value

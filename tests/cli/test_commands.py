@@ -246,7 +246,7 @@ def test_help_of_each_command(name: str) -> None:
     ],
 )
 def test_a_usage_error_names_the_help(arguments: list[str], command: str) -> None:
-    assert one_line_error(trimode(*arguments)).endswith(f"Try '{command} --help'.\n")
+    assert re.search(rf"[^.?][.?] Try '{command} --help'\.\n$", one_line_error(trimode(*arguments)))
 
 
 def test_a_missing_package_names_its_extra(tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def test_top_p_0_is_greedy(llm: EngineLLM, others: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tensor_parallel_size": 2}, "tensor_parallel_size is 2, but TriMode does not take it: one process runs"),
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size is 2, but TriMode does not take it: `trimode build --tp`"),
         ({"trust_remote_code": True}, "no code of a checkpoint is run"),
         ({"kv_cache_config": {"max_tokens": 5}}, "give kv_cache_bytes and prefix_cache_bytes"),
         ({"speculative_config": object()}, "each request chooses its mode"),

@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from trimode import GuidedDecodingParams, SamplingParams
 from trimode.common.errors import TriModeError
+from trimode.runtime.request.foreign_fields import REASONS
 
 
 @pytest.mark.parametrize(
@@ -74,6 +77,50 @@ def test_combinations_that_cannot_be_honoured_are_refused_with_the_reason(option
         SamplingParams(**options)
 
 
+@pytest.mark.parametrize("convert", [np.array, torch.tensor], ids=["numpy", "torch"])
+def test_numbers_and_ids_of_numpy_and_torch_are_pythons(convert: Any) -> None:
+    given = SamplingParams(
+        max_tokens=convert(3),
+        temperature=convert(0.5),
+        seed=convert(7),
+        ignore_eos=convert(True),
+        stop_token_ids=convert([5, 6]),
+        allowed_token_ids=[convert(5), convert(6)],
+        logit_bias={np.int64(5): convert(1.5)},
+    )
+    assert given == SamplingParams(
+        max_tokens=3,
+        temperature=0.5,
+        seed=7,
+        ignore_eos=True,
+        stop_token_ids=[5, 6],
+        allowed_token_ids=[5, 6],
+        logit_bias={5: 1.5},
+    )
+    assert type(given.max_tokens) is int
+    assert type(given.logit_bias and given.logit_bias[5]) is float
+    for field, value in {"max_tokens": convert(3.0), "seed": convert(True), "stop_token_ids": convert([[5]])}.items():
+        with pytest.raises(TriModeError, match=f"^{field} is .*; it must be "):
+            SamplingParams(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "reason"),
+    [
+        ("use_beam_search", "beam search is not supported"),
+        ("end_id", "give stop_token_ids"),
+        ("embedding_bias", "give logit_bias"),
+        ("return_context_logits", "give logprobs"),
+    ],
+)
+def test_tensorrt_llms_fields_that_we_have_not_are_refused_with_the_reason(field: str, reason: str) -> None:
+    with pytest.raises(TriModeError, match=f"^SamplingParams has no {field}: .*{reason}"):
+        SamplingParams(**{field: 1})
+    with pytest.raises(TypeError, match="unexpected keyword argument 'nonsense'"):
+        SamplingParams(nonsense=1)
+    assert not {field.name for field in dataclasses.fields(SamplingParams)} & REASONS.keys()
+
+
 @pytest.mark.parametrize(
     ("options", "greedy"),
     [
@@ -131,7 +178,8 @@ def test_tensorrt_llms_guided_decoding_is_accepted(theirs: Any) -> None:
 
 @pytest.mark.parametrize("options", [{"detokenize": False}, {"use_beam_search": True}, {"best_of": 4, "n": 2}])
 def test_fields_of_theirs_that_we_have_not_are_refused_when_set(theirs: Any, options: Any) -> None:
-    with pytest.raises(TriModeError, match=f"{next(iter(options))} is .*does not support"):
+    field, value = next(iter(options.items()))
+    with pytest.raises(TriModeError, match=f"^sampling_params: {field} is {value}: {REASONS[field]}"):
         SamplingParams.of(theirs(**options))
 
 
