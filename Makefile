@@ -12,6 +12,7 @@ export MODEL TARGET METHOD GROUP CALIBRATION ENGINE SHAPE AUDITED
 VENV := .venv
 BIN := $(VENV)/bin
 TRITON := .triton
+DYNAMO := .dynamo
 PEERS := .peers
 
 MAKE_ENGINE = $(BIN)/python -m scripts.make_engine
@@ -41,6 +42,11 @@ triton: $(VENV)/.package $(TRITON)/.package ## Serve ENGINE by a tritonserver on
 		exec $(TRITON)/bin/python -m scripts.serving.triton_server "$$engine" $(if $(STREAM),,--no-decoupled)
 
 triton-environment: $(TRITON)/.package ## Make .triton, in which `make triton` and its tests run
+
+dynamo: $(VENV)/.package $(DYNAMO)/.package ## Serve ENGINE by Dynamo's frontend on port 8000 and two workers, on the CPU
+	@engine="$$($(CHOSEN_ENGINE) --existing)" && exec $(DYNAMO)/bin/python -m scripts.serving.dynamo_cluster "$$engine"
+
+dynamo-environment: $(DYNAMO)/.package ## Make .dynamo, in which `make dynamo` and its tests run (700 MB)
 
 browser: ## Install Debian's Chromium for the playground's tests (as root)
 	@command -v chromium chromedriver >/dev/null || \
@@ -103,7 +109,7 @@ train-tiny: $(VENV)/.package ## Train the shipped checkpoint again from its seed
 	$(BIN)/python -m scripts.tiny.train --out engines/tiny-trained
 
 clean: ## Remove environments, engines and caches
-	rm -rf $(VENV) $(TRITON) $(PEERS) .clients engines site dist .gpu .setuptools .mypy_cache .ruff_cache .pytest_cache \
+	rm -rf $(VENV) $(TRITON) $(DYNAMO) $(PEERS) .clients engines site dist .gpu .setuptools .mypy_cache .ruff_cache .pytest_cache \
 		.hypothesis .import_linter_cache
 
 # Installed in place: every tool sees each change of the working tree. Without [tensorrt], gigabytes that only a
@@ -122,10 +128,19 @@ $(PEERS)/.package: Makefile
 	$(PEERS)/bin/python -m pip install --quiet 'llama-cpp-python>=0.3.36,<0.4' 'gguf>=0.17,<1' numpy
 	@touch $@
 
+# An environment of its own: Dynamo pins pydantic. Of the packages that ai-dynamo requires, a worker and a frontend need
+# only those in the extra; others download from indexes of their own.
+$(DYNAMO)/.package: pyproject.toml trimode/__init__.py common/version.py
+	$(PYTHON) -m venv $(DYNAMO)
+	$(DYNAMO)/bin/python -m pip install --quiet --upgrade pip
+	$(DYNAMO)/bin/python -m pip install --quiet --editable '.[dynamo]'
+	$(DYNAMO)/bin/python -m pip install --quiet --no-deps ai-dynamo==1.6.1
+	@touch $@
+
 $(TRITON)/.package: pyproject.toml trimode/__init__.py common/version.py
 	$(PYTHON) -m venv $(TRITON)
 	$(TRITON)/bin/python -m pip install --quiet --upgrade pip
 	$(TRITON)/bin/python -m pip install --quiet --editable '.[triton]'
 	@touch $@
 
-.PHONY: help setup demo audit kernels build-engine serve triton triton-environment browser test lint types docs wheel wheel-test prove prove-runtime bench peers train-tiny clean
+.PHONY: help setup demo audit kernels build-engine serve triton triton-environment dynamo dynamo-environment browser test lint types docs wheel wheel-test prove prove-runtime bench peers train-tiny clean

@@ -24,6 +24,7 @@ SUMMARIES = {
     "bench": "Measure throughput and latency.",
     "serve": "Serve a model over the OpenAI API.",
     "triton": "Write a model repository for Triton Inference Server.",
+    "dynamo": "Serve an engine as a worker of NVIDIA Dynamo.",
     "cache": "List or remove the engines that were built from checkpoints.",
 }
 

@@ -14,6 +14,7 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from trimode.common.errors import TriModeError
+from trimode.runtime.api.engine_metrics import EngineMetrics
 from trimode.runtime.api.llm import EngineLLM
 from trimode.runtime.api.request_output import RequestOutput
 from trimode.runtime.openai_server import http_errors
@@ -31,7 +32,6 @@ from trimode.runtime.openai_server.response_bodies import (
     Usage,
 )
 from trimode.runtime.openai_server.running import ClientLeftError, Run, Running
-from trimode.runtime.openai_server.server_metrics import ServerMetrics
 from trimode.runtime.openai_server.tools.call_syntax import SYNTAXES, CallSyntax, syntax_of_template
 from trimode.runtime.request.errors import GrammarError
 from trimode.runtime.request.outputs import CompletionOutput
@@ -74,7 +74,7 @@ class Service:
         self.call_syntax: CallSyntax = SYNTAXES[syntax](llm.tokenizer.special_tokens)
         self.names = ModelNames([model_names] if isinstance(model_names, str) else model_names)
         self.running = Running(llm, request_seconds)
-        self.metrics = ServerMetrics(llm)
+        self.metrics = EngineMetrics(llm)
         self._strict_fields = strict_fields
         # Threads of their own: many large grammars must not delay what else runs in threads.
         self._compiling = ThreadPoolExecutor(2, "trimode-grammars")

@@ -21,6 +21,7 @@ import pytest
 from trimode import LLM, __version__
 from trimode.cli.commands import SUMMARIES, commands
 from trimode.cli.prompt import read_prompt
+from trimode.common.errors import TriModeError
 
 ROOT = Path(__file__).resolve().parents[2]
 JSON_FIELDS = {
@@ -331,3 +332,10 @@ def test_the_default_mode_is_the_default_of_the_api(random_engine: Path) -> None
     arguments = ["generate", random_engine, "--prompt", "x", "--max-tokens", 2, "--no-adapter"]
     assert json.loads(trimode(*arguments, "--json").stdout)["mode"] == default
     assert trimode(*arguments).stderr.decode().startswith(f"[{default}: 2 tokens in ")
+
+
+def test_dynamo_names_the_environment_that_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "dynamo", None)
+    monkeypatch.delitem(sys.modules, "trimode.runtime.dynamo.worker", raising=False)
+    with pytest.raises(TriModeError, match=r"in an environment of its own \(`make dynamo-environment`\)"):
+        commands.main(["dynamo", "no-engine"], standalone_mode=False)

@@ -1,4 +1,4 @@
-"""``/metrics``: the engine's counts at the time of the scrape, and histograms of finished answers."""
+"""Prometheus metrics of an engine: its counts at the time of the scrape, and histograms of finished answers."""
 
 from __future__ import annotations
 
@@ -48,16 +48,18 @@ class _EngineCollector(Collector):
         yield passes
 
 
-class ServerMetrics:
+class EngineMetrics:
+    """registry: of these metrics alone."""
+
     def __init__(self, llm: EngineLLM) -> None:
-        self._registry = CollectorRegistry()
-        self._registry.register(_EngineCollector(llm))
+        self.registry = CollectorRegistry()
+        self.registry.register(_EngineCollector(llm))
         self._first_token = self._histogram("trimode_time_to_first_token_seconds", "From arrival.", SECONDS)
         self._answer = self._histogram("trimode_answer_seconds", "From arrival to the last token.", SECONDS)
         self._tokens = self._histogram("trimode_answer_tokens", "Tokens of finished answers.", TOKENS)
 
     def _histogram(self, name: str, meaning: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(name, meaning, buckets=buckets, registry=self._registry)
+        return Histogram(name, meaning, buckets=buckets, registry=self.registry)
 
     def observe(self, request: RequestOutput) -> None:
         """The answers of a finished request."""
@@ -69,4 +71,4 @@ class ServerMetrics:
             self._tokens.observe(output.length)
 
     def text(self) -> bytes:
-        return generate_latest(self._registry)
+        return generate_latest(self.registry)
