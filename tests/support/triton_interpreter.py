@@ -20,6 +20,7 @@ from torch import Tensor
 from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
 
+from tests.support.triton_types import types_made_once
 from trimode.common.errors import TriModeError
 
 _POINTER = np.dtype(np.uint64)
@@ -46,7 +47,7 @@ def interpret(
     """
     tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
     memory = _Memory(tensors)
-    with _interpreter_of(memory):
+    with types_made_once(), _interpreter_of(memory):
         try:
             interpreter.InterpretedFunction(kernel.fn)[grid](**arguments, **constants)
         except interpreter.InterpreterError as error:
