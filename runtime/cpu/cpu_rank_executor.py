@@ -8,23 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import onnxruntime as ort
-from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from trimode.engine.files import ADAPTER, rank_folder
 from trimode.engine.manifest import Manifest
-from trimode.engine.targets.cpu import CpuSection
 from trimode.model.shards import Shard
-from trimode.model.step import cache_inputs, cache_outputs, mask_words, partial_sum, total_sum
-from trimode.runtime.cpu.cpu_executor import FOLDERS
-from trimode.runtime.cpu.even_rows import with_even_rows
+from trimode.model.step import cache_inputs, cache_outputs, partial_sum, total_sum
+from trimode.runtime.cpu.graph_passes import FOLDERS, GraphPasses
 from trimode.runtime.cpu.sessions import folder_of_pool, load_session
 from trimode.runtime.executor import BidirectionalStep, Candidates, CausalStep
-from trimode.runtime.kv.host_kv_pool import KvPool
 from trimode.runtime.ranks.group import Group
 from trimode.runtime.ranks.merging import local_ids, local_mask
 
@@ -37,7 +33,7 @@ class _Piece(NamedTuple):
     outputs: tuple[str, ...]
 
 
-class CpuRankExecutor:
+class CpuRankExecutor(GraphPasses):
     """Runs the rank's part of each pass. Its candidates are those of its part of the vocabulary, counted from its first
     token. An exception other than TriModeError may leave the other ranks waiting in a sum.
 
@@ -49,20 +45,10 @@ class CpuRankExecutor:
     ) -> None:
         shard = Shard(group.rank, manifest.ranks)
         folder, model = engine / rank_folder(*shard), shard.config(manifest.model)
+        super().__init__(manifest, model, kv_cache_bytes)
         self._tokens = shard.part(manifest.model.vocab_size)
-        self._pads_rows = manifest.section(CpuSection).activations == "int8"
         self.threads = threads
-        self.pool = KvPool(
-            model.num_hidden_layers,
-            model.num_key_value_heads,
-            model.head_dim,
-            manifest.limits.capacity,
-            kv_cache_bytes,
-            spare_rows=1 if self._pads_rows else 0,
-        )
         self._group = group
-        self._top_k = min(manifest.limits.top_k, model.vocab_size)
-        self._mask_bytes = 4 * mask_words(model.vocab_size)
         layers = model.num_hidden_layers
         self._caches = {
             name: index for names in (cache_inputs(layers), cache_outputs(layers)) for index, name in enumerate(names)
@@ -82,17 +68,13 @@ class CpuRankExecutor:
 
     def run(self, step: CausalStep | BidirectionalStep) -> Candidates:
         """Raises TriModeError before the first sum if the KV pool has no room, on every rank alike."""
-        self.pool.reserve(step.rows_written)
-        step = self._local(step)
-        if self._pads_rows:
-            return self._run(with_even_rows(step)).first_rows(step.logit_rows.shape[1])
-        return self._run(step)
+        return super().run(self._local(step))
 
     def _local(self, step: CausalStep | BidirectionalStep) -> CausalStep | BidirectionalStep:
         """The step with the rank's part of the vocabulary."""
         return dataclasses.replace(
             step,
-            top_k=min(step.top_k or self._top_k, self._top_k),
+            top_k=self._candidates(step),
             token_mask=None if step.token_mask is None else local_mask(step.token_mask, self._tokens),
             asked_ids=None if step.asked_ids is None else local_ids(step.asked_ids, self._tokens),
         )
@@ -135,27 +117,6 @@ class CpuRankExecutor:
         """The memory of the step's slots of a cache."""
         rows = self.pool.buffers[self._caches[name]][step.first_slot : step.first_slot + step.batch]
         return "cpu", 0, np.float32, rows.shape, rows.ctypes.data
-
-    def _inputs(self, step: CausalStep | BidirectionalStep) -> dict[str, NDArray[Any]]:
-        inputs: dict[str, NDArray[Any]] = {
-            "input_ids": step.input_ids,
-            "position_ids": step.position_ids,
-            "write_indices": step.write_indices,
-            "logit_rows": step.logit_rows,
-            "top_k": np.array([step.top_k]),
-            "token_mask": np.empty((step.batch, 0, self._mask_bytes), np.uint8),
-            "asked_ids": np.empty((*step.logit_rows.shape, 0), np.int64),
-        }
-        if isinstance(step, CausalStep):
-            inputs["block_mask"] = step.block_mask
-        else:
-            inputs["step_lengths"] = step.step_lengths
-            inputs["adapter_scale"] = step.adapter.astype(np.float32)
-        if step.token_mask is not None:
-            inputs["token_mask"] = np.ascontiguousarray(step.token_mask, "<u4").view(np.uint8)
-        if step.asked_ids is not None:
-            inputs["asked_ids"] = step.asked_ids
-        return inputs
 
 
 def _piece(session: ort.InferenceSession) -> _Piece:

@@ -16,7 +16,7 @@ from trimode.runtime.executor import BidirectionalStep, CausalStep
 
 engine = Path(sys.argv[1])
 if sys.argv[2] == "1":
-    cpu_executor._FOLDERS = {CausalStep: "ar"}
+    cpu_executor.FOLDERS = {CausalStep: "ar"}
 executor = cpu_executor.CpuExecutor(engine, Manifest.read(engine))
 ids, at, rows = np.arange(16)[None], np.array([0]), np.arange(16)[None]
 executor.run(CausalStep.chain(0, ids, at, rows))
