@@ -1,7 +1,8 @@
 """The engine parts of the GPU check without a GPU, so that no line of them is executed on one for the first time.
 
 Everything is small. Engines are emitted as for a GPU, with kernels that are not compiled; a double of the driver
-interprets them. Times have no meaning here, so the part that times passes computes nothing.
+interprets them. Times have no meaning here, so the part that times passes computes nothing. PyTorch's meta device
+replaces the GPU of the PyTorch reference; it shows whether a pass can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from scripts.gpu.token_check import tokens_of_tiny
 from tests.support.interpreter_host import InterpreterHost
 from tests.support.interpreting_gpu import TorchOnHost, interpreting_gpu
 from tests.support.random_checkpoint import write_random_checkpoint
+from tests.support.torch_on_meta import TorchOnMeta
 from tests.support.uncompiled_kernels import UncompiledKernels
 from trimode.build import kernel_network
 from trimode.engine.manifest import Limits
@@ -116,5 +118,5 @@ def _records(part: str, folder: Path) -> Iterable[Record]:
     if part.endswith("-bits"):
         return bits_of_steps(folder, TIMED, TorchOnHost(), COMPARED)
     if part.endswith("-reference"):
-        return times_of_reference(folder, TIMED, TorchOnHost(), PASSES)
+        return times_of_reference(folder, TIMED, TorchOnMeta(), PASSES)
     return times_of_engine(folder, TIMED, TorchOnHost(), TIMES)
