@@ -10,11 +10,10 @@ from trimode.engine.manifest import Manifest
 from trimode.model.tokenizer import Tokenizer
 from trimode.runtime.api.capacity import Capacity
 from trimode.runtime.api.inputs import InputEncoder, Prompt
-from trimode.runtime.decoding.acceptance import Acceptance
+from trimode.runtime.decoding.acceptance import Acceptance, SharedAcceptance
 from trimode.runtime.decoding.bad_words import BadWords
-from trimode.runtime.decoding.confidence import Confidence
 from trimode.runtime.decoding.ending import Ending
-from trimode.runtime.decoding.lookup import Lookup, LookupAcceptance
+from trimode.runtime.decoding.lookup import Lookup, SharedLookupAcceptance
 from trimode.runtime.decoding.ruled_rows import Biases
 from trimode.runtime.decoding.sequence import Sequence
 from trimode.runtime.decoding.text_stream import TextStream
@@ -47,9 +46,8 @@ class RequestFactory:
         self._grammars = grammars
         self._max_answers = max_answers
         self._update_seconds = update_seconds
-        self._shared_acceptance = Acceptance()
-        self._shared_lookup_acceptance = LookupAcceptance.unknown()
-        self._shared_confidence = Confidence()
+        self._shared_acceptance = SharedAcceptance()
+        self._shared_lookup_acceptance = SharedLookupAcceptance()
 
     def resolve(self, prompt: Prompt, params: SamplingParams) -> SamplingParams:
         """``params`` with every open field set. Raises TriModeError for what the engine cannot do."""
@@ -168,7 +166,6 @@ class RequestFactory:
             rules=self._rules(prompt, params),
             biases=Biases(params.logit_bias, model.vocab_size) if params.logit_bias else None,
             most_step=self.manifest.limits.max_step,
-            confidence=Confidence(self._shared_confidence) if params.mode == "auto" else None,
             lookup=lookup,
             begun=prompt.answer,
         )

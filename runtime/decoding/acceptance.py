@@ -1,78 +1,133 @@
 """Acceptance rates: a moving average for each place of the block, and the expected tokens of a cycle.
 
 Drafts behind the end of a text are lost. The rate at which texts end is estimated over all sequences.
+
+A new sequence starts from the averages over all sequences. Until enough is seen, those are plain means, so that they
+settle within a few answers. A place that few cycles reach is assumed to be like the place before it: otherwise a short
+block would keep ``auto`` from finding out what a longer one yields.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import cached_property
 from itertools import accumulate
 from operator import mul
 
 LONGEST_BLOCK = 32  # longest block that auto chooses; later places are assumed as good as its last
 
-_OWN_WEIGHT = 0.1  # weight of a cycle in the sequence's own averages
-_SHARED_WEIGHT = 0.02  # weight of a cycle in the averages that new sequences start from
 FIRST_GUESS = 0.8  # of the diffusion draft's rates
+# Of trees of 1, 2, 4, ... nodes.
+_FIRST_TREE_GAINS = [(1 << exponent) / LONGEST_BLOCK for exponent in range(LONGEST_BLOCK.bit_length())]
+_OWN_WEIGHT = 0.1  # weight of a cycle in the sequence's own averages
+_OWN_TREE_WEIGHT, _SHARED_TREE_WEIGHT = 0.05, 0.02  # of a cycle in the tree gains
+_LIKE_BEFORE = 4.0  # cycles that the rate of the place before counts as
+_MOST_CYCLES = 50.0  # that count in the averages over all sequences; older ones are forgotten
 _FIRST_END_RATE = 0.01
-_END_WEIGHT = 0.002
-_LEAST_WEIGHT = 1e-3  # of a draft that was not verified
+_FIRST_TOKENS, _MOST_TOKENS = 100.0, 500.0  # that count in the end rate: before anything is seen, and at most
 # A cycle without drafts observes nothing; old averages decay.
 _OWN_FORGETTING = 0.05
 _SHARED_FORGETTING = 0.0005
+_TREE_FORGETTING = 0.0005
+
+
+class SharedAcceptance:
+    """Averages over all sequences, from which new ones start. first_guess: of the rates, before anything is known.
+
+    end_rate: probability that a token is the last of its text. tree_gains: as those of
+    :class:`Acceptance`.
+    """
+
+    def __init__(self, first_guess: float = FIRST_GUESS) -> None:
+        self.end_rate = _FIRST_END_RATE
+        self.tree_gains = _FIRST_TREE_GAINS.copy()
+        self._first_guess = first_guess
+        self._means = [0.0] * (LONGEST_BLOCK - 1)
+        self._cycles = [0.0] * (LONGEST_BLOCK - 1)  # that each mean is of
+        self._tokens = _FIRST_TOKENS
+
+    @property
+    def rates(self) -> list[float]:
+        """As :attr:`Acceptance.rates`."""
+        before, rates = self._first_guess, []
+        for mean, cycles in zip(self._means, self._cycles, strict=True):
+            before = (cycles * mean + _LIKE_BEFORE * before) / (cycles + _LIKE_BEFORE)
+            rates.append(before)
+        return rates
+
+    def observe(self, accepted: int, tested: int, ended: bool) -> None:
+        """Count one commit, as :meth:`Acceptance.observe`."""
+        means, cycles = self._means, self._cycles
+        for place in range(min(tested, len(means))):
+            cycles[place] = min(cycles[place] + 1, _MOST_CYCLES)
+            means[place] += ((place < accepted) - means[place]) / cycles[place]
+        # Fixed point: the predicted number of text ends equals the observed number.
+        self._tokens = min(self._tokens + accepted + 1, _MOST_TOKENS)
+        forgotten = min(1.0, (accepted + 1) / self._tokens)
+        self.end_rate += ended / self._tokens - forgotten * self.end_rate
+
+    def forget(self) -> None:
+        """Decay after a cycle without drafts."""
+        self._cycles = [(1 - _SHARED_FORGETTING) * cycles for cycles in self._cycles]
 
 
 class Acceptance:
     """Running estimate of one sequence's acceptance.
 
     rates[j]: probability that the draft at place j + 1 of a block is accepted, given that all before it were and that
-    the text continues. end_rate: probability that a token is the last of its text. begins_with: averages over all
-    sequences; this sequence starts from them, and updates them. first_guess: of the rates, before anything is known.
+    the text continues. end_rate: probability that a token is the last of its text. tree_gains: of widths 1, 2, 4, ...,
+    the tokens that a cycle emits if so many nodes of a draft are verified as a tree, beyond those that it emits if a
+    block of as many tokens is. begins_with: averages over all sequences; this sequence starts from what they are when
+    it drafts first, and updates them.
     """
 
-    def __init__(self, begins_with: Acceptance | None = None, first_guess: float = FIRST_GUESS) -> None:
+    def __init__(self, begins_with: SharedAcceptance | None = None) -> None:
         self._shared = begins_with
-        self._first_guess = first_guess
-        # A list is faster than an array here: few of its numbers change each cycle.
-        self.rates: list[float] = (
-            [first_guess] * (LONGEST_BLOCK - 1) if begins_with is None else begins_with.rates.copy()
-        )
-        self.end_rate: float = _FIRST_END_RATE if begins_with is None else begins_with.end_rate
+        self._start = SharedAcceptance() if begins_with is None else begins_with
+        self.end_rate: float = self._start.end_rate
         self._yields: list[float] | None = None
 
-    def observe(self, accepted: int, tested: int, ended: bool, unverified: Sequence[float] = ()) -> None:
-        """Count one commit. accepted: drafts accepted. tested: one more if the next draft was rejected; the same if the
-        text or the block ended. ended: whether the text ended, other than by its length limit. unverified: expected
-        acceptance of the drafts behind those that were verified and accepted. They count as far as they would have been
-        reached: a tail is left out because it is poor, so without it the rates would be too high.
-        """
-        self._learn(accepted, tested, _OWN_WEIGHT, unverified)
-        if self._shared is not None:
-            self._shared._learn(accepted, tested, _SHARED_WEIGHT, unverified)
-            # Fixed point: the predicted number of text ends equals the observed number.
-            forgotten = min(1.0, _END_WEIGHT * (accepted + 1))
-            self._shared.end_rate += _END_WEIGHT * ended - forgotten * self._shared.end_rate
-            self.end_rate = self._shared.end_rate
+    # Lists are faster than arrays here: few of their numbers change each cycle.
+    @cached_property
+    def rates(self) -> list[float]:
+        return self._start.rates
 
-    def _learn(self, accepted: int, tested: int, weight: float, unverified: Sequence[float]) -> None:
-        rates, tested = self.rates, min(tested, len(self.rates))
-        for place in range(min(accepted, tested)):
-            rates[place] += weight * (1 - rates[place])
-        if tested > accepted:
-            rates[accepted] -= weight * rates[accepted]
-        for place, expected in zip(range(tested, len(rates)), unverified, strict=False):
-            rates[place] += weight * (expected - rates[place])
-            weight *= expected
-            if weight < _LEAST_WEIGHT:
-                break
+    @cached_property
+    def tree_gains(self) -> list[float]:
+        return self._start.tree_gains.copy()
+
+    def observe(self, accepted: int, tested: int, ended: bool) -> None:
+        """Count one commit. accepted: drafts accepted. tested: one more if the next draft was rejected; the same if the
+        text or the block ended. ended: whether the text ended, other than by its length limit.
+        """
+        rates = self.rates
+        for place in range(min(accepted, tested, len(rates))):
+            rates[place] += _OWN_WEIGHT * (1 - rates[place])
+        if accepted < min(tested, len(rates)):
+            rates[accepted] -= _OWN_WEIGHT * rates[accepted]
+        if self._shared is not None:
+            self._shared.observe(accepted, tested, ended)
+            self.end_rate = self._shared.end_rate
         self._yields = None
 
-    def forget(self) -> None:
-        """Decay after a cycle without drafts: own averages towards the shared ones, those towards the first guess."""
+    def observe_tree(self, width: int, gained: float) -> None:
+        """Count a cycle in which a tree was verified. gained: as ``tree_gains``. Other widths decay."""
+        self.forget_trees()
+        at = min(width.bit_length(), len(_FIRST_TREE_GAINS)) - 1
+        self.tree_gains[at] += _OWN_TREE_WEIGHT * (gained - self.tree_gains[at])
         if self._shared is not None:
-            shared = self._shared.rates
-            shared[:] = [rate + _SHARED_FORGETTING * (self._first_guess - rate) for rate in shared]
-            own = zip(self.rates, shared, strict=True)
+            self._shared.tree_gains[at] += _SHARED_TREE_WEIGHT * (gained - self._shared.tree_gains[at])
+
+    def forget_trees(self) -> None:
+        """Decay after a cycle with a draft, towards the first guess."""
+        for gains in (self.tree_gains,) if self._shared is None else (self.tree_gains, self._shared.tree_gains):
+            for at, first in enumerate(_FIRST_TREE_GAINS):
+                gains[at] += _TREE_FORGETTING * (first - gains[at])
+
+    def forget(self) -> None:
+        """Decay after a cycle without drafts, towards the averages over all sequences, and those to the first guess."""
+        if self._shared is not None:
+            self._shared.forget()
+            own = zip(self.rates, self._shared.rates, strict=True)
             self.rates = [rate + _OWN_FORGETTING * (of_all - rate) for rate, of_all in own]
         self._yields = None
 

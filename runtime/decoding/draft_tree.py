@@ -40,79 +40,94 @@ def likeliest_nodes(log_probs: NDArray[np.floating], most: int) -> list[Node]:
     log_probs: [D, k] of the D places behind the pending token, falling in each row.
     """
     places, ranks = log_probs.shape
-    best = log_probs.tolist()
+    if not places or most < 1:
+        return []
+    costs: list[list[float]] = (-log_probs).tolist()
     found: list[Node] = []
     # The product of a node bounds those of its first child and of its next sibling, which are pushed when it is found.
-    waiting = [(-best[0][0], 0, -1, 0, 0)] if places else []
+    # Of equal products, the one that was pushed first comes first.
+    waiting = [(costs[0][0], 0, -1, 0, 0)]
     pushed = 1
-    while waiting and len(found) < most:
-        cost, _, parent, place, rank = heapq.heappop(waiting)
+    while waiting:
+        cost, _, parent, place, rank = waiting[0]
+        index = len(found)
         found.append(Node(parent, place, rank, -cost))
+        if index + 1 == most:
+            break
+        row = costs[place]
         if rank + 1 < ranks:
-            sibling = cost + best[place][rank] - best[place][rank + 1]
-            heapq.heappush(waiting, (sibling, pushed, parent, place, rank + 1))
+            heapq.heapreplace(waiting, (cost + row[rank + 1] - row[rank], pushed, parent, place, rank + 1))
+        else:
+            heapq.heappop(waiting)
         if place + 1 < places:
-            heapq.heappush(waiting, (cost - best[place + 1][0], pushed + 1, len(found) - 1, place + 1, 0))
+            heapq.heappush(waiting, (cost + costs[place + 1][0], pushed + 1, index, place + 1, 0))
         pushed += 2
     return found
 
 
 class DraftTree:
     """Nodes in depth-first order, the likelier child first: node 0 is the pending token, and the likeliest path is a
-    prefix of the nodes. tokens: [N]. parents: [N], -1 for node 0; every parent comes before its children.
+    prefix of the nodes. tokens: [N]. parents: of each node, -1 for node 0; every parent comes before its children.
     """
 
-    def __init__(self, tokens: Ints, parents: Ints) -> None:
-        self.tokens = tokens
+    def __init__(self, tokens: list[int], parents: list[int]) -> None:
+        self.tokens: Ints = np.array(tokens)
         self.parents = parents
-        self._children = {
-            (parent, token): node
-            for node, (parent, token) in enumerate(zip(parents.tolist(), tokens.tolist(), strict=True))
-        }
+        self._children = dict(zip(zip(parents, tokens, strict=True), range(len(tokens)), strict=True))
 
     def __len__(self) -> int:
-        return len(self.tokens)
+        return len(self.parents)
 
     @classmethod
     def of(cls, pending_token: int, tokens: Ints, nodes: Sequence[Node]) -> DraftTree:
         """The tree of the pending token and these nodes, in the order of :func:`likeliest_nodes`. tokens: [D, k]."""
         children: list[list[int]] = [[] for _ in range(len(nodes) + 1)]  # of each node; of the pending token at the end
         for index, node in enumerate(nodes):
-            children[node.parent].append(index)
+            children[node[0]].append(index)
+        by_place = tokens.tolist()
         ids, parents = [pending_token], [-1]
         unplaced = [(index, 0) for index in reversed(children[-1])]
         while unplaced:
             index, parent = unplaced.pop()
-            unplaced += [(child, len(ids)) for child in reversed(children[index])]
-            ids.append(int(tokens[nodes[index].place, nodes[index].rank]))
+            below = children[index]
+            if len(below) == 1:
+                unplaced.append((below[0], len(ids)))
+            elif below:
+                unplaced += [(child, len(ids)) for child in reversed(below)]
+            _, place, rank, _ = nodes[index]
+            ids.append(by_place[place][rank])
             parents.append(parent)
-        return cls(np.array(ids), np.array(parents))
+        return cls(ids, parents)
 
     @cached_property
     def mask(self) -> NDArray[np.bool_]:
         """[N, N]: which nodes each node sees, itself and its ancestors."""
-        mask = np.eye(len(self), dtype=np.bool_)
-        for node, parent in enumerate(self.parents.tolist()):
-            if parent >= 0:
-                mask[node] |= mask[parent]
-        return mask
+        size = -(-len(self) // 8)
+        seen: list[int] = []  # bit j of an element: whether the node sees node j
+        for node, parent in enumerate(self.parents):
+            seen.append(1 << node | (seen[parent] if parent >= 0 else 0))
+        packed = np.frombuffer(b"".join([bits.to_bytes(size, "little") for bits in seen]), np.uint8)
+        bits = np.unpackbits(packed.reshape(-1, size), axis=1, count=len(self), bitorder="little")
+        return bits.view(np.bool_)
 
     @cached_property
-    def depths(self) -> Ints:
-        """[N]: ancestors of each node. Node 0 has the pending token's position, its children the next one, ..."""
-        depths: Ints = self.mask.sum(axis=1) - 1
+    def depths(self) -> list[int]:
+        """Ancestors of each node. Node 0 has the pending token's position, its children the next one, ..."""
+        depths: list[int] = []
+        for parent in self.parents:
+            depths.append(depths[parent] + 1 if parent >= 0 else 0)
         return depths
 
     @property
     def is_chain(self) -> bool:
-        return bool((self.parents == np.arange(-1, len(self) - 1)).all())
+        return self.parents == list(range(-1, len(self) - 1))
 
     def child(self, node: int, token: int) -> int | None:
         """The child of ``node`` that has this token; None if none has."""
         return self._children.get((node, token))
 
     def has_children(self, node: int) -> bool:
-        return node + 1 < len(self) and int(self.parents[node + 1]) == node
+        return node + 1 < len(self) and self.parents[node + 1] == node
 
     def likeliest_path(self, node: int) -> list[int]:
         """The tokens of the likeliest path below ``node``."""

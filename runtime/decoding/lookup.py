@@ -12,24 +12,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from trimode.runtime.decoding.acceptance import Acceptance
+from trimode.runtime.decoding.acceptance import Acceptance, SharedAcceptance
 from trimode.runtime.decoding.ngram_index import NgramIndex
 
 LONG_MATCH = 8  # tokens
 
 
 class LookupAcceptance(NamedTuple):
-    """Acceptance of copies behind a short match, and of those behind a long one."""
+    """Acceptance of one answer's copies behind a short match, and of those behind a long one."""
 
     short: Acceptance
     long: Acceptance
 
-    @classmethod
-    def unknown(cls) -> LookupAcceptance:
-        return cls(Acceptance(first_guess=0.5), Acceptance(first_guess=0.8))
+
+class SharedLookupAcceptance:
+    """The same over all answers."""
+
+    def __init__(self) -> None:
+        self.short = SharedAcceptance(first_guess=0.5)
+        self.long = SharedAcceptance(first_guess=0.8)
 
     def of_new_answer(self) -> LookupAcceptance:
-        """That of one answer, which starts from this one and updates it."""
+        """That of an answer, which starts from this one and updates it."""
         return LookupAcceptance(Acceptance(self.short), Acceptance(self.long))
 
 

@@ -18,15 +18,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Many
+from itertools import accumulate
+from operator import mul
 from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trimode.runtime.decoding.acceptance import Acceptance
-from trimode.runtime.decoding.confidence import Confidence
 from trimode.runtime.decoding.denoising import settled
-from trimode.runtime.decoding.draft_tree import DraftTree, Node, likeliest_nodes
+from trimode.runtime.decoding.draft_tree import DraftTree, likeliest_nodes
 from trimode.runtime.decoding.ending import Ending
 from trimode.runtime.decoding.lookup import Lookup
 from trimode.runtime.decoding.ruled_rows import Biases, RuledRows
@@ -36,8 +37,6 @@ from trimode.runtime.executor import Candidates, Ints, Words
 from trimode.runtime.request.outputs import Counts, Cycle, Drafting, Logprob, Origin, PromptLogprobs
 from trimode.runtime.request.sampling_params import SamplingParams
 
-# What is verified of a draft: all of it; its beginning; its likeliest nodes, as a tree.
-Selection = Literal["whole", "length", "tree"]
 PassKind = Literal["prefill", "draft", "denoise", "commit"]
 # Where the draft's best legal candidate has this rank, counted from 0, the verifier may report no legal one at all.
 DOUBTFUL_RANK = 8
@@ -78,9 +77,8 @@ class Sequence:
     context: KV rows that the engine's context has. mask_id: the model's mask token. prefill_step: most tokens of a
     prefill pass. seed: of the random generator. acceptance: running estimate of this sequence's acceptance rate. rules:
     which tokens are legal, None if all are. biases: added to logits; they need rules. most_step: most tokens of a pass,
-    None for any number. lookup: copied drafts, None if the request has none. confidence: calibrates the draft's
-    probabilities, so that :meth:`verify` can choose what is verified; None if all of it is. begun: the answer's first
-    tokens, which another process has emitted.
+    None for any number. lookup: copied drafts, None if the request has none. begun: the answer's first tokens, which
+    another process has emitted.
 
     The begun tokens are *replayed*: blocks of them are committed without drafts, in passes of the length that the mode
     has, so that KV rows, penalties, rules and budgets become those of the process that emitted them.
@@ -105,7 +103,6 @@ class Sequence:
         biases: Biases | None = None,
         most_step: int | None = None,
         lookup: Lookup | None = None,
-        confidence: Confidence | None = None,
         begun: Many[int] = (),
     ) -> None:
         self.prompt = np.array(prompt, np.int64)
@@ -135,15 +132,9 @@ class Sequence:
         self._looked_up = False  # whether the block's drafts are copies
         self._replays = False  # whether the block's tokens are begun ones
         self._tree: DraftTree | None = None  # of the block
-        self._confidence = confidence if rules is None else None
-        self._selection: Selection = "whole"  # for the block
-        # Of the block's draft, [M, k]; None if the draft is verified whole.
-        self._draft_tokens: Ints | None = None
-        self._probabilities: NDArray[np.float32] | None = None
-        self._nodes: list[Node] = []  # that may be verified
-        self._yields_by_length: NDArray[np.float64] = np.ones(1)
+        self._tree_width: int | None = params.tree_width  # for the block
+        self._likeliest: list[int] = []  # the likeliest token of each place of the block's draft
         self._drafted_tokens = 1  # of the block as it was opened
-        self._expected: float | None = None  # tokens of the block's commit, if they were computed for a choice
         self._rules = rules
         self._biases = biases
         self._most_step = most_step
@@ -198,7 +189,7 @@ class Sequence:
         """Candidates needed of each row of a draft; None for all that the engine returns."""
         if self._rules is not None:
             return None
-        return 1 if self.params.tree_width is None and self._selection != "tree" else TREE_RANKS
+        return 1 if self._tree_width is None else TREE_RANKS
 
     @property
     def candidates(self) -> int | None:
@@ -236,12 +227,13 @@ class Sequence:
         self._lookup.find(forced, min(self.longest_block, self._room - len(forced)) - 1)
         return self._lookup.yields() if self._lookup.proposal else []
 
-    def open_block(self, length: int, looked_up: bool = False, selection: Selection = "whole") -> None:
+    def open_block(self, length: int, looked_up: bool = False, tree: bool = False) -> None:
         """Start the next block: the pending token and ``length`` - 1 drafts; ``length`` is at most ``longest_block``.
 
         The drafts are masks, or copies if ``looked_up``; the latest :meth:`look_up` has found some. Tokens that the
         grammar forces come first, in addition, as far as a pass has room; AR's block stays one token. There are no
-        masks where the forced tokens alone yield more a pass. selection: what :meth:`verify` may choose of the draft.
+        masks where the forced tokens alone yield more a pass. tree: as many nodes of the draft are verified as the
+        block has tokens; a request's own ``tree_width`` comes first.
         """
         if self.replaying:
             self._open_replay(length)
@@ -258,7 +250,7 @@ class Sequence:
         self._block[: len(free)] = free
         self._masks = len(self._block) - len(free)
         self._forced_places = set(range(1, 1 + len(forced)))
-        self._begin_block(looked_up, "whole" if self._confidence is None else selection)
+        self._begin_block(looked_up, self.params.tree_width or (length if tree else None))
         if looked_up and self._rules is not None:
             self._repair_drafts(self._rules)
         if self.params.mode == "diffusion":
@@ -273,48 +265,18 @@ class Sequence:
         self._masks = 0
         self._forced_places = set(range(1, len(self._block)))
         self._replays = True
-        self._begin_block(False, "whole")
+        self._begin_block(False, None)
 
-    def _begin_block(self, looked_up: bool, selection: Selection) -> None:
+    def _begin_block(self, looked_up: bool, tree_width: int | None) -> None:
         """Reset what depends on the block."""
         self._looked_up = looked_up
         self._tree = None
-        self._selection = selection
-        self._draft_tokens, self._probabilities, self._nodes = None, None, []
+        self._tree_width = tree_width
+        self._likeliest = []
         self._drafted = {}
         self._doubtful_rows = set() if self._masks or looked_up else {len(self._block) - 1}
         self.rejected = []
-        self._drafted_tokens, self._expected = len(self._block), None
-
-    def yields_by_length(self) -> NDArray[np.float64] | None:
-        """Expected tokens of the block's commit, by its number of tokens from 1 on; None if all of it is verified.
-
-        Of a tree, so many tokens are the nodes that are most likely to be reached and accepted.
-        """
-        if self._confidence is None or self._probabilities is None:
-            return None
-        rates = self._confidence.rates(self._probabilities) * (1 - self.acceptance.end_rate)
-        if self._selection == "tree":
-            most = min(self.params.longest_block, self.kv_rows - self.committed) - 1
-            self._nodes = likeliest_nodes(np.log(rates), most)
-            accepted = np.exp([node.log_product for node in self._nodes])
-        else:
-            accepted = rates[:, 0].cumprod()
-        self._yields_by_length = np.concatenate([[1.0], 1.0 + accepted.cumsum()])
-        return self._yields_by_length
-
-    def verify(self, length: int) -> None:
-        """Set the tokens of the block's commit, at most ``length``, as :meth:`yields_by_length` counts them."""
-        if self._draft_tokens is not None and self._nodes:
-            tree = DraftTree.of(self.pending_token, self._draft_tokens, self._nodes[: length - 1])
-            self._block, self._tree = tree.tokens, None if tree.is_chain else tree
-        else:
-            self._block = self._block[:length]
-        self._expected = float(self._yields_by_length[len(self._block) - 1])
-
-    @property
-    def block_tokens(self) -> int:
-        return len(self._block)
+        self._drafted_tokens = len(self._block)
 
     @property
     def _room(self) -> int:
@@ -418,23 +380,20 @@ class Sequence:
         """Fill masks with the most likely tokens, at any temperature: they are the most likely to be accepted. A tree
         has less likely ones too.
         """
-        if self.params.tree_width is not None and self._rules is None:
+        if self._tree_width is not None and self._rules is None:
             tokens, logits = found.tokens[:, :TREE_RANKS], found.logits[:, :TREE_RANKS]
             # A tree may be wider than the block is long, but its rows must have room.
-            width = min(self.params.tree_width, self.kv_rows - self.committed)
+            width = min(self._tree_width, self.kv_rows - self.committed)
             nodes = likeliest_nodes(logits - found.log_sum_exp[:, None], width - 1)
             self._tree = DraftTree.of(self.pending_token, tokens, nodes)
             self._block, self._masks = self._tree.tokens, 0
+            self._likeliest = tokens[:, 0].tolist()
             return
         threshold = self.params.draft_threshold
         if self._rules is not None:
             self._drafted |= dict(zip(done.rows.tolist(), found.tokens, strict=True))
         if not threshold:
             self._settle(done.rows, found.tokens[:, 0])
-            if self._selection != "whole":
-                ranks = TREE_RANKS if self._selection == "tree" else 1
-                self._draft_tokens = found.tokens[:, :ranks]
-                self._probabilities = np.exp(found.logits[:, :ranks] - found.log_sum_exp[:, None])
         else:
             confidence = np.exp(found.logits[:, 0] - found.log_sum_exp)
             sure = confidence >= threshold
@@ -503,14 +462,14 @@ class Sequence:
     def _commit(self, found: Candidates) -> None:
         """Accept the longest path of drafts that equal the causal rows' tokens, and one more token."""
         drafts, tree = self._block[1:].tolist(), self._tree
-        depths = np.arange(len(self._block)) if tree is None else tree.depths
+        depths = range(len(self._block)) if tree is None else tree.depths
         before, expected = len(self.emitted), self._expected_tokens()
 
         def next_in_chain(row: int, token: int) -> int | None:
             return row + 1 if row < len(drafts) and token == drafts[row] else None
 
         follow = next_in_chain if tree is None else tree.child
-        rows, agreed = self._emit_run(found, (self.committed + 1 + depths).tolist(), "bonus", follow)
+        rows, agreed = self._emit_run(found, [self.committed + 1 + depth for depth in depths], "bonus", follow)
         if rows[-1] != len(rows) - 1:
             stays = next(place for place, row in enumerate(rows) if row != place)
             self.moves = Moves(self.committed + stays, [self.committed + row for row in rows[stays:]])
@@ -527,12 +486,13 @@ class Sequence:
         drafted = len(drafts) - len(self._forced_places)
         ended = self.ending.finish_reason == "stop"
         if drafted > 0 and not self._looked_up:
-            untested = len([place for place in self._forced_places if place <= tested])
-            unverified = (
-                self._unverified(len(rows) - 1) if tested == agreed and self.ending.finish_reason is None else ()
-            )
-            self.acceptance.observe(agreed - forced, tested - untested, ended, unverified)
-        self._calibrate(rows, self.emitted[before : before + len(rows)])
+            if tree is None:
+                untested = len([place for place in self._forced_places if place <= tested])
+                self.acceptance.observe(agreed - forced, tested - untested, ended)
+            else:
+                self._observe_tree(self.emitted[before:], ended)
+            if self.params.mode == "auto" and tree is None:
+                self.acceptance.forget_trees()
         source: Drafting = "tree" if tree is not None else "copy" if self._looked_up else "draft" if drafts else "none"
         emitted = len(self.emitted) - before
         self.cycles.append(Cycle(source, self._drafted_tokens, 1 + len(drafts), expected, emitted))
@@ -548,36 +508,24 @@ class Sequence:
             self.counts.accepted_copies += agreed - forced
         self._block, self._forced_run = NO_BLOCK, None
 
-    def _unverified(self, place: int) -> Many[float]:
-        """The expected acceptance of the draft from this place on."""
-        if self._confidence is None or self._probabilities is None:
-            return ()
-        rates: list[float] = self._confidence.rates(self._probabilities[place:, :1])[:, 0].tolist()
-        return rates
+    def _observe_tree(self, emitted: list[int], ended: bool) -> None:
+        """Learn what the block alone would have yielded, and how many tokens came because of the tree."""
+        chain = self._likeliest
+        compared = min(len(chain), len(emitted))
+        agreed = next((place for place in range(compared) if chain[place] != emitted[place]), compared)
+        self.acceptance.observe(agreed, min(agreed + 1, compared), ended)
+        if self.params.mode != "auto":
+            return
+        if agreed < len(emitted) or self.ending.finish_reason is not None:
+            gained = float(len(emitted) - min(agreed + 1, len(emitted)))
+        else:  # the tree left out the end of the chain, whose drafts may have been right
+            gained = -sum(accumulate(self.acceptance.rates[agreed : len(chain)], mul))
+        self.acceptance.observe_tree(len(self._block), gained)
 
     def _expected_tokens(self) -> float:
         """Tokens that the block's commit is expected to emit."""
-        if self._expected is not None:
-            return self._expected
         yields = self._lookup.yields() if self._looked_up and self._lookup is not None else self.acceptance.yields()
         return yields[min(len(self._block), len(yields)) - 1]
-
-    def _calibrate(self, rows: list[int], emitted: list[int]) -> None:
-        """Compare the verified drafts along the accepted path with the tokens that came."""
-        if self._confidence is None or self._probabilities is None or self._draft_tokens is None:
-            return
-        probabilities: list[float] = []
-        accepted: list[bool] = []
-        for place, (row, token) in enumerate(zip(rows[: len(self._probabilities)], emitted, strict=False)):
-            for rank, draft in enumerate(self._draft_tokens[place].tolist()):
-                if self._tree is None:
-                    verified = rank == 0 and place + 1 < len(self._block)
-                else:
-                    verified = self._tree.child(row, draft) is not None
-                if verified:
-                    probabilities.append(float(self._probabilities[place, rank]))
-                    accepted.append(draft == token)
-        self._confidence.observe(probabilities, accepted)
 
     def _commit_diffusion(self, found: Candidates) -> None:
         """Accept the whole block, and one more token."""

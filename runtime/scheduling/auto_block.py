@@ -22,14 +22,11 @@ A block length that would be better if its passes took their least possible time
 first: their passes bound the cost of longer ones. Trials that turn out slower may take TRIAL_SHARE of the time. The
 choice affects when tokens come, never which.
 
-If HOST_SHARE is above 0, after the draft pass the draft's own probabilities, calibrated
-(:mod:`trimode.runtime.decoding.confidence`), say how many of its tokens are worth their place in the commit. All
-``auto`` sequences verify
+With one sequence, or with a weak drafter, the likeliest nodes of a draft may yield more tokens than its block does, at
+the same cost of the passes (:mod:`trimode.runtime.decoding.draft_tree`). Each sequence learns how many more. They are
+verified as a tree where that is worth the time in which the host builds the trees. So each b has two yields:
 
-    n* = argmax over n of  (sum of yields of the n likeliest tokens) / (seconds of both passes)
-
-tokens: those at the beginning of the block, or the likeliest nodes of a tree where passes take so long that the search
-for the tree does not count.
+    tokens / seconds   and   (tokens + gained) / (seconds + trees * TREE_SECONDS)
 """
 
 from __future__ import annotations
@@ -37,22 +34,14 @@ from __future__ import annotations
 from collections.abc import Sequence as Many
 from typing import NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
 from trimode.runtime.decoding.acceptance import LONGEST_BLOCK
-from trimode.runtime.decoding.sequence import Selection, Sequence
+from trimode.runtime.decoding.sequence import Sequence
 from trimode.runtime.scheduling.pass_cost import PassCost
 
 CHOICES = tuple(1 << exponent for exponent in range(LONGEST_BLOCK.bit_length()))
 TRIAL_SHARE = 0.05
-LENGTHS = (2, 3, 4, 6, 8, 12, 16, 24, 32)  # of a commit behind a draft; one draft at least, to learn from it
-# Seconds that the host needs to choose how much of one draft is verified, and to search and build one tree. Either is
-# done where it takes at most HOST_SHARE of what it may save or spend in a commit. 0: never, since `auto` was slower
-# with it (docs/drafting.md).
-LENGTH_SECONDS = 1e-4
-TREE_SECONDS = 4e-4
-HOST_SHARE = 0.0
+# That the host needs to build one tree of 32 nodes and its mask, on one core of a server CPU.
+TREE_SECONDS = 1e-4
 
 
 class Opening(NamedTuple):
@@ -70,30 +59,19 @@ class Opening(NamedTuple):
 
 class Plan(NamedTuple):
     """How a cycle drafts. block: length of the drafted blocks of ``auto``. copy_block: of the blocks that are copies.
-    copying: for each opening sequence, whether its drafts are copies. selection: what may be chosen of a draft of
-    ``auto`` once it is known.
+    copying: for each opening sequence, whether its drafts are copies. tree: whether the drafts of ``auto`` are verified
+    as trees of as many nodes as their blocks have tokens.
     """
 
     block: int
     copy_block: int
     copying: list[bool]
-    selection: Selection = "whole"
-
-
-class Verification(NamedTuple):
-    """Commits whose length is to be chosen. yields: of each of them, the expected tokens by length from 1 on. others:
-    the other sequences that commit in the same pass. drafts, step: sequences and tokens of the draft pass before.
-    """
-
-    yields: list[NDArray[np.float64]]
-    others: list[Sequence]
-    drafts: int
-    step: int
+    tree: bool = False
 
 
 class _Cycle(NamedTuple):
     """A cycle by one of the plans. commits, drafts: sequences in its passes. step: their tokens. tokens: the expected
-    yield.
+    yield. trees: sequences whose drafts may be trees. gained: tokens that they yield beyond ``tokens`` if they are.
     """
 
     plan: Plan
@@ -101,6 +79,16 @@ class _Cycle(NamedTuple):
     drafts: int
     step: int
     tokens: float
+    trees: int
+    gained: float
+
+    def rate(self, seconds: float) -> float:
+        """Tokens a second, if the passes take so many seconds, with trees where that is faster."""
+        return max(self.tokens / seconds, (self.tokens + self.gained) / (seconds + TREE_SECONDS * self.trees))
+
+    def chosen(self, seconds: float) -> Plan:
+        """The plan, with trees where that is faster."""
+        return self.plan._replace(tree=self.rate(seconds) > self.tokens / seconds)
 
     def seconds(self, cost: PassCost) -> float:
         drafting = cost.seconds("diffusion", self.drafts, self.step) if self.drafts else 0.0
@@ -127,44 +115,17 @@ class BlockChooser:
         """
         self._settle_trial()
         cycles = _cycles(opening, others)
-        best = max(cycles, key=lambda cycle: cycle.tokens / cycle.seconds(self._cost))
-        seconds = best.seconds(self._cost)
-        rate = best.tokens / seconds
+        found = [cycle.seconds(self._cost) for cycle in cycles]
+        rates = [cycle.rate(seconds) for cycle, seconds in zip(cycles, found, strict=True)]
+        rate = max(rates)
+        best, seconds = cycles[rates.index(rate)], found[rates.index(rate)]
         if self._owed <= 0:
             for cycle in cycles:
-                if cycle is not best and cycle.tokens / cycle.least_seconds(self._cost) > rate:
+                if cycle is not best and cycle.rate(cycle.least_seconds(self._cost)) > rate:
                     self._trial = cycle, rate
-                    return self._with_selection(cycle)
+                    return cycle.plan
         self._owed = max(0.0, self._owed - TRIAL_SHARE * seconds)
-        return self._with_selection(best)
-
-    def verified_length(self, wanted: Verification) -> int:
-        """The length of this cycle's commits that gives the most tokens a second, the draft pass included."""
-        batch = len(wanted.yields) + len(wanted.others)
-        drafting = self._cost.seconds("diffusion", wanted.drafts, wanted.step)
-        shortest = max((sequence.block_tokens for sequence in wanted.others), default=1)
-        beside = sum(
-            _yields(sequence.acceptance.yields(), sequence, [sequence.block_tokens])[0] for sequence in wanted.others
-        )
-        longest = max(len(each) for each in wanted.yields)
-
-        def rate(length: int) -> float:
-            tokens = beside + sum(float(each[min(length, len(each)) - 1]) for each in wanted.yields)
-            return tokens / (drafting + self._cost.least_seconds("ar", batch, max(length, shortest)))
-
-        return max((length for length in LENGTHS if length < 2 * longest), key=rate)
-
-    def _with_selection(self, cycle: _Cycle) -> Plan:
-        """The cycle's plan, with what may be chosen of its drafts. Where it is tried, all of them are verified."""
-        if cycle.plan.block == 1 or not cycle.drafts or self._trial is not None:
-            return cycle.plan
-        whole = self._cost.seconds("ar", cycle.commits, cycle.step)
-        saved = whole - self._cost.seconds("ar", cycle.commits, LENGTHS[0])
-        if TREE_SECONDS * cycle.drafts < HOST_SHARE * whole:
-            return cycle.plan._replace(selection="tree")
-        return cycle.plan._replace(
-            selection="length" if LENGTH_SECONDS * cycle.drafts < HOST_SHARE * saved else "whole"
-        )
+        return best.chosen(seconds)
 
     def _settle_trial(self) -> None:
         """Charge what the last trial took beyond the best choice; its passes have been observed by now."""
@@ -192,7 +153,7 @@ def _cycles(opening: Many[Opening], others: Many[Sequence]) -> list[_Cycle]:
 
     def cycle(column: int, copying: list[bool], auto_drafts: bool) -> _Cycle:
         block = blocks[column]
-        tokens, drafts = beside, len(fixed)
+        tokens, drafts, trees, gained = beside, len(fixed), 0, 0.0
         for index, copies in enumerate(copying):
             if copies:
                 tokens += copied[index][column]
@@ -200,11 +161,13 @@ def _cycles(opening: Many[Opening], others: Many[Sequence]) -> list[_Cycle]:
             elif deciding[index]:
                 tokens += drafted[index][column] if auto_drafts else 1.0
                 drafts += auto_drafts
+                if auto_drafts and opening[index].sequence.longest_block > 1:
+                    trees, gained = trees + 1, gained + opening[index].sequence.acceptance.tree_gains[column]
             else:
                 tokens += drafted[index][column]
         step = max(min(block, longest), fixed_step if drafts else 1)
         plan = Plan(block if auto_drafts else 1, block, copying)
-        return _Cycle(plan, len(opening) + len(others), drafts, step, tokens)
+        return _Cycle(plan, len(opening) + len(others), drafts, step, tokens, trees, gained)
 
     cycles: list[_Cycle] = []
     for column, block in enumerate(blocks):

@@ -97,7 +97,7 @@ def _with_trees(step: CausalStep, span: Span) -> CausalStep:
     for index, tree in trees:
         nodes = len(tree)
         mask[index, :nodes, :nodes] = tree.mask
-        positions[index, :nodes] = step.write_indices[index] + tree.depths
+        positions[index, :nodes] = step.write_indices[index] + np.array(tree.depths)
     return dataclasses.replace(step, block_mask=mask, position_ids=positions)
 
 

@@ -20,13 +20,12 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
-from trimode.runtime.decoding.sequence import Pass, Selection, Sequence
+from trimode.runtime.decoding.sequence import Pass, Sequence
 from trimode.runtime.executor import Candidates, Executor, Ints
 from trimode.runtime.kv.prefix_cache import PrefixCache
 from trimode.runtime.request.outputs import Counts
-from trimode.runtime.scheduling.auto_block import BlockChooser, Opening, Verification
+from trimode.runtime.scheduling.auto_block import BlockChooser, Opening
 from trimode.runtime.scheduling.batching import Member
 from trimode.runtime.scheduling.pass_cost import EngineName, PassCost
 from trimode.runtime.scheduling.pass_runner import PassRunner
@@ -123,7 +122,6 @@ class Scheduler:
         self._open_blocks()
         if not self._speculate():
             self._run_passes("diffusion")
-            self._choose_verified()
             self._run_passes("ar")
             if any(request.sequence.runs_again for request in self._active()):
                 self._run_passes("ar", again=True)
@@ -190,12 +188,12 @@ class Scheduler:
         chosen = self._choose(opening)
         for request in opening:
             with _Isolated(request):
-                length, looked_up, selection = chosen.get(request, (request.sequence.longest_block, False, "whole"))
-                request.sequence.open_block(min(length, request.sequence.longest_block), looked_up, selection)
+                length, looked_up, tree = chosen.get(request, (request.sequence.longest_block, False, False))
+                request.sequence.open_block(min(length, request.sequence.longest_block), looked_up, tree)
 
-    def _choose(self, opening: list[Request]) -> dict[Request, tuple[int, bool, Selection]]:
-        """The block length, whether the drafts are copies, and what may be chosen of them once they are known, of the
-        requests that leave it open.
+    def _choose(self, opening: list[Request]) -> dict[Request, tuple[int, bool, bool]]:
+        """The block length, whether the drafts are copies, and whether they form a tree, of the requests that leave it
+        open.
         """
         choices: dict[Request, Opening] = {}
         for request in opening:
@@ -214,40 +212,17 @@ class Scheduler:
             if request not in choices and request.sequence.params.mode != "auto" and not request.sequence.prefilling
         ]
         plan = self._block_chooser.choose(list(choices.values()), others)
-        # A choice between draft and commit needs the host there.
-        selection: Selection = "whole" if self._passes.speculates else plan.selection
-        chosen: dict[Request, tuple[int, bool, Selection]] = {}
+        # A tree needs the host between draft and commit, which an executor that speculates does without.
+        tree = plan.tree and not self._passes.speculates
+        chosen: dict[Request, tuple[int, bool, bool]] = {}
         for (request, each), copies in zip(choices.items(), plan.copying, strict=True):
             if each.decides and (copies or plan.block == 1):
                 each.sequence.acceptance.forget()
             if copies:
-                chosen[request] = plan.copy_block, True, "whole"
+                chosen[request] = plan.copy_block, True, False
             elif each.decides:
-                chosen[request] = plan.block, False, selection
+                chosen[request] = plan.block, False, tree
         return chosen
-
-    def _choose_verified(self) -> None:
-        """Choose how much of the drafts of ``auto`` is verified."""
-        drafted: dict[Request, NDArray[np.float64]] = {}
-        others: list[Sequence] = []
-        drafts = step = 0
-        for request in self._active():
-            sequence = request.sequence
-            if sequence.prefilling or sequence.fills_block or sequence.ending.finish_reason is not None:
-                continue
-            with _Isolated(request):
-                yields = sequence.yields_by_length()
-                if yields is None:
-                    others.append(sequence)
-                else:
-                    drafted[request] = yields
-                    drafts, step = drafts + 1, max(step, sequence.block_tokens)
-        if not drafted:
-            return
-        length = self._block_chooser.verified_length(Verification(list(drafted.values()), others, drafts, step))
-        for request in drafted:
-            with _Isolated(request):
-                request.sequence.verify(length)
 
     def _run_passes(self, engine: EngineName, again: bool = False) -> None:
         """again: only for the sequences that must repeat their pass, which are then complete."""

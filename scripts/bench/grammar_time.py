@@ -26,7 +26,7 @@ from rich.table import Table
 
 from tests.support.drawn_schemas import Schema, drawn_schema
 from trimode.model.tokenizer import TOKENIZER_FILE, Tokenizer
-from trimode.runtime.decoding.acceptance import Acceptance
+from trimode.runtime.decoding.acceptance import Acceptance, SharedAcceptance
 from trimode.runtime.decoding.ending import Ending
 from trimode.runtime.decoding.sequence import Pass, Sequence
 from trimode.runtime.decoding.token_rules import TokenRules
@@ -135,7 +135,7 @@ class MadeUpNetwork:
 def sequence(params: SamplingParams, rules: TokenRules | None) -> Sequence:
     ending = Ending(params, frozenset([END]))
     options: dict[str, Any] = {"context": 4096, "mask_id": MASK, "prefill_step": 512, "seed": 0, "rules": rules}
-    return Sequence([300, 301], params, ending, Acceptance(Acceptance()), **options)
+    return Sequence([300, 301], params, ending, Acceptance(SharedAcceptance()), **options)
 
 
 def cycle_seconds(one: Sequence, network: MadeUpNetwork) -> list[float]:

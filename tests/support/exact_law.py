@@ -21,9 +21,8 @@ from numpy.typing import NDArray
 from tests.support.token_masks import best_legal
 from trimode import SamplingParams
 from trimode.runtime.decoding.acceptance import Acceptance
-from trimode.runtime.decoding.confidence import Confidence
 from trimode.runtime.decoding.ending import Ending
-from trimode.runtime.decoding.lookup import Lookup, LookupAcceptance
+from trimode.runtime.decoding.lookup import Lookup, SharedLookupAcceptance
 from trimode.runtime.decoding.ruled_rows import Biases
 from trimode.runtime.decoding.sampling import kept_weights
 from trimode.runtime.decoding.sequence import Sequence
@@ -170,8 +169,7 @@ class Bench:
             seed=seed,
             rules=rules,
             biases=biases,
-            confidence=Confidence() if params.mode == "auto" else None,
-            lookup=Lookup(prompt, LookupAcceptance.unknown()) if params.lookup else None,
+            lookup=Lookup(prompt, SharedLookupAcceptance().of_new_answer()) if params.lookup else None,
         )
         self.submitted += 1
         text: Any = NoText()

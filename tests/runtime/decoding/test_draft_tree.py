@@ -33,7 +33,7 @@ def path(tree: DraftTree, node: int) -> tuple[int, ...]:
     found: tuple[int, ...] = ()
     while node:
         found = (int(tree.tokens[node]), *found)
-        node = int(tree.parents[node])
+        node = tree.parents[node]
     return found
 
 
@@ -87,7 +87,7 @@ def test_nodes_are_in_depth_first_order_the_likelier_child_first(
     paths = [path(tree, node) for node in range(len(tree))]
     assert paths == sorted(paths)  # tokens ascend with the rank, and a prefix sorts before its continuations
     assert tree.tokens[0] == PENDING
-    assert (tree.parents < np.arange(len(tree))).all()
+    assert all(parent < node for node, parent in enumerate(tree.parents))
     assert tree.likeliest_path(0) == list(paths[len(tree.likeliest_path(0))])
 
 
@@ -108,12 +108,12 @@ def test_children_are_found_by_their_token(
 ) -> None:
     tree = grown(*given_places, nodes)
     for node in range(1, len(tree)):
-        parent = int(tree.parents[node])
+        parent = tree.parents[node]
         assert tree.child(parent, int(tree.tokens[node])) == node
         assert tree.has_children(parent)
     assert tree.child(0, PENDING) is None
     assert {node for node in range(len(tree)) if not tree.has_children(node)} == set(range(len(tree))) - set(
-        tree.parents.tolist()
+        tree.parents
     )
 
 
@@ -121,5 +121,5 @@ def test_a_sure_draft_is_a_chain_and_an_unsure_one_is_wide() -> None:
     tokens = 10 * np.arange(1, 6)[:, None] + np.arange(4)
     sure, unsure = np.full((5, 4), np.log(0.001)), np.log(np.tile([0.3, 0.25, 0.24, 0.21], (5, 1)))
     sure[:, 0] = np.log(0.997)
-    assert grown(tokens, sure, 6).parents.tolist() == [-1, 0, 1, 2, 3, 4]
-    assert grown(tokens, unsure, 5).parents.tolist() == [-1, 0, 0, 0, 0]
+    assert grown(tokens, sure, 6).parents == [-1, 0, 1, 2, 3, 4]
+    assert grown(tokens, unsure, 5).parents == [-1, 0, 0, 0, 0]

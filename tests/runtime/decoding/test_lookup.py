@@ -10,7 +10,7 @@ import pytest
 
 from trimode import LLM, CompletionOutput, GuidedDecodingParams, SamplingParams
 from trimode.runtime.decoding.acceptance import Acceptance
-from trimode.runtime.decoding.lookup import LONG_MATCH, Lookup, LookupAcceptance
+from trimode.runtime.decoding.lookup import LONG_MATCH, Lookup, LookupAcceptance, SharedLookupAcceptance
 from trimode.runtime.scheduling.auto_block import Opening, Plan
 
 QUESTION = {"role": "user", "content": "Make a JSON object: Oskar, football, Berlin, age 84."}
@@ -94,7 +94,7 @@ def test_copies_follow_what_the_grammar_forces(llm: LLM) -> None:
 
 
 def test_acceptance_is_learnt_apart_for_long_and_for_short_matches() -> None:
-    known = LookupAcceptance.unknown()
+    known = SharedLookupAcceptance()
     own = known.of_new_answer()
     lookup = Lookup([1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12], own)
     short, long = own.short.rates.copy(), own.long.rates.copy()
@@ -107,7 +107,7 @@ def test_acceptance_is_learnt_apart_for_long_and_for_short_matches() -> None:
     lookup.observe([9], ended=False)
     assert own.long.rates[0] > long[0]
     assert own.long.rates[1:] == long[1:]
-    assert known.short.rates != LookupAcceptance.unknown().short.rates
+    assert known.short.rates != SharedLookupAcceptance().short.rates
 
 
 def test_a_proposal_is_compared_once() -> None:

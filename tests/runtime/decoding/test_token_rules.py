@@ -24,7 +24,7 @@ from trimode.common.errors import TriModeError
 from trimode.model.checkpoint import Checkpoint
 from trimode.model.reference.loading import load_reference
 from trimode.model.reference.network import NemotronLabsDiffusionModel
-from trimode.runtime.decoding.acceptance import Acceptance
+from trimode.runtime.decoding.acceptance import Acceptance, SharedAcceptance
 from trimode.runtime.decoding.ending import Ending
 from trimode.runtime.decoding.ruled_rows import Biases, RuledRows
 from trimode.runtime.decoding.sequence import Sequence
@@ -300,7 +300,7 @@ def test_forced_text_behind_a_draft_joins_its_block_and_is_no_draft(tiny: LLM) -
         [300],
         params,
         Ending(params, frozenset([11])),
-        Acceptance(Acceptance()),
+        Acceptance(SharedAcceptance()),
         context=100,
         mask_id=100,
         prefill_step=10,

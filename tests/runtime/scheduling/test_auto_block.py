@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
 from trimode import SamplingParams
-from trimode.runtime.decoding.acceptance import Acceptance
+from trimode.runtime.decoding.acceptance import Acceptance, SharedAcceptance
 from trimode.runtime.decoding.ending import Ending
 from trimode.runtime.decoding.sequence import Sequence
-from trimode.runtime.scheduling import auto_block
-from trimode.runtime.scheduling.auto_block import CHOICES, LENGTHS, BlockChooser, Opening, Plan, Verification
+from trimode.runtime.scheduling.auto_block import CHOICES, TREE_SECONDS, BlockChooser, Opening, Plan
 from trimode.runtime.scheduling.pass_cost import EngineName, PassCost
 
 
@@ -21,6 +18,7 @@ def sequence(rate: float, mode: str = "auto", block_length: int | None = None, e
     params = SamplingParams(mode=mode, block_length=block_length, max_tokens=100)  # type: ignore[arg-type]
     acceptance = Acceptance()
     acceptance.rates, acceptance.end_rate = [rate] * len(acceptance.rates), ends
+    acceptance.tree_gains = [0.0] * len(CHOICES)
     return Sequence(
         [5], params, Ending(params, frozenset()), acceptance, context=1000, mask_id=0, prefill_step=8, seed=0
     )
@@ -87,16 +85,42 @@ def test_a_block_is_as_long_as_that_of_a_request_beside_it() -> None:
 
 
 def test_acceptance_is_learnt_and_forgotten() -> None:
-    shared = Acceptance()
+    shared = SharedAcceptance()
     own = Acceptance(begins_with=shared)
     begins = own.yields()[15]
     for _ in range(50):
         own.observe(accepted=1, tested=2, ended=False)
     assert own.yields()[15] == pytest.approx(2, abs=0.1)
-    assert own.yields()[15] < Acceptance(begins_with=shared).yields()[15] < begins
-    for _ in range(8000):
+    assert Acceptance(begins_with=shared).yields()[15] < begins
+    for _ in range(16000):
         own.forget()
     assert own.yields()[15] == pytest.approx(begins, rel=0.1)
+
+
+def test_a_few_answers_settle_what_new_ones_start_from() -> None:
+    """Every draft is accepted. After 20 cycles, nearly all of a block of 16 is expected to be."""
+    shared = SharedAcceptance()
+    for _ in range(20):
+        Acceptance(begins_with=shared).observe(accepted=15, tested=15, ended=False)
+    assert Acceptance(begins_with=shared).yields()[15] > 0.85 * 16
+
+
+def test_places_that_no_block_reached_are_like_those_before() -> None:
+    """Otherwise blocks of 4 would keep auto from finding out what blocks of 32 yield."""
+    for accepted in (0, 3):
+        shared = SharedAcceptance()
+        for _ in range(50):
+            shared.observe(accepted=accepted, tested=min(accepted + 1, 3), ended=False)
+        reached, *_, last = shared.rates
+        assert last == pytest.approx(reached, abs=0.1)
+
+
+def test_an_answer_that_waited_starts_from_what_was_learnt_meanwhile() -> None:
+    shared = SharedAcceptance()
+    waiting, reference = Acceptance(begins_with=shared), Acceptance(begins_with=shared).yields()[15]
+    for _ in range(20):
+        shared.observe(accepted=15, tested=15, ended=False)
+    assert waiting.yields()[15] > 1.5 * reference
 
 
 def test_drafts_past_the_end_of_a_text_are_not_learnt_from() -> None:
@@ -105,23 +129,6 @@ def test_drafts_past_the_end_of_a_text_are_not_learnt_from() -> None:
     acceptance.observe(accepted=3, tested=3, ended=True)
     assert all(rate > known for rate, known in zip(acceptance.rates[:3], before, strict=False))
     assert acceptance.rates[3:] == before[3:]
-
-
-def test_a_tail_that_is_not_verified_counts_by_its_expectation() -> None:
-    """Half of the drafts are good to the end. The tails of the others are poor, and are left out. If they did not
-    count, every tail would seem good.
-    """
-    acceptance, ignorant = Acceptance(), Acceptance()
-    for cycle in range(2000):
-        if cycle % 2:
-            for each in (acceptance, ignorant):
-                each.observe(accepted=15, tested=15, ended=False)
-        else:
-            acceptance.observe(accepted=4, tested=4, ended=False, unverified=[0.1] * 11)
-            ignorant.observe(accepted=4, tested=4, ended=False)
-    true = (1 + 15 + 1 + 4 + 0.1 / 0.9) / 2
-    assert acceptance.yields()[15] == pytest.approx(true * 0.96, rel=0.1)  # texts end
-    assert ignorant.yields()[15] > 1.2 * true
 
 
 def test_short_texts_get_short_blocks() -> None:
@@ -133,7 +140,7 @@ def test_short_texts_get_short_blocks() -> None:
 
 def test_the_end_rate_is_learnt_from_all_sequences() -> None:
     """Texts of 20 tokens, four cycles of 5 each."""
-    shared = Acceptance()
+    shared = SharedAcceptance()
     for _ in range(1000):
         own = Acceptance(begins_with=shared)
         for cycle in range(4):
@@ -143,7 +150,7 @@ def test_the_end_rate_is_learnt_from_all_sequences() -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 5000), st.booleans()), max_size=20))
 def test_the_end_rate_stays_a_probability(cycles: list[tuple[int, bool]]) -> None:
-    shared = Acceptance()
+    shared = SharedAcceptance()
     for accepted, ended in cycles:
         Acceptance(begins_with=shared).observe(accepted=accepted, tested=accepted, ended=ended)
         assert 0 <= shared.end_rate <= 1
@@ -178,58 +185,36 @@ def test_copies_are_verified_beside_sequences_that_decode_one_token() -> None:
     assert plan.copying == [True, False]
 
 
-def curve(rate: float, length: int = 32) -> NDArray[np.float64]:
-    """Expected tokens by verified length, if every draft is accepted with this probability."""
-    return np.concatenate([[1.0], 1 + (rate ** np.arange(1, length)).cumsum()])
+@pytest.mark.parametrize(("gained", "tree"), [(0.0, False), (1.0, True)])
+@pytest.mark.parametrize("milliseconds", [0.02, 20.0])
+def test_a_tree_is_verified_where_it_is_worth_its_time(gained: float, tree: bool, milliseconds: float) -> None:
+    """One token more of eight is worth the host's time only if the passes take long."""
+    cost = PassCost(1, 32)
+    cost.measure(lambda _engine, _batch, _step: 1e-3 * milliseconds, seconds=1e9)
+    each = sequence(0.9, ends=0.0)
+    each.acceptance.tree_gains = [gained] * len(CHOICES)
+    plan = BlockChooser(cost).choose(opening(each), [])
+    assert plan.block == 32
+    assert plan.tree == (tree and milliseconds > 1e3 * 20 * TREE_SECONDS)
 
 
-@pytest.mark.parametrize(
-    ("rates", "free_tokens", "length"),
-    [
-        ([0.999], 1000, 32),  # verifying costs nothing
-        ([0.999], 4, 32),  # every token costs, but is accepted
-        ([0.5], 4, 4),  # the first ones are free
-        ([0.0], 0.1, 2),  # one draft at least, to learn from it
-        ([0.9] * 16, 16, 12),  # a full batch, on which a draft pass of 8 tokens was spent
-    ],
-)
-def test_the_verified_length_of_simple_cases(rates: list[float], free_tokens: float, length: int) -> None:
-    wanted = Verification([curve(rate) for rate in rates], [], len(rates), 8)
-    assert BlockChooser(machine(free_tokens)).verified_length(wanted) == length
+def test_a_tree_may_pay_where_the_block_alone_does_not() -> None:
+    """Few drafts are accepted, so the block would be one token; as a tree it yields three tokens more."""
+    each = sequence(0.3)
+    assert BlockChooser(machine(1000)).choose(opening(each), []).block == 1
+    each.acceptance.tree_gains = [0.0, 0.0, 0.0, 0.0, 0.0, 3.0]
+    plan = BlockChooser(machine(1000)).choose(opening(each), [])
+    assert (plan.block, plan.tree) == (32, True)
 
 
-@given(rates=st.lists(st.floats(0, 1), min_size=1, max_size=8), free_tokens=st.floats(0.5, 200))
-def test_the_verified_length_is_the_best_of_all(rates: list[float], free_tokens: float) -> None:
-    cost, curves = machine(free_tokens), [curve(rate) for rate in rates]
-    drafting = cost.seconds("diffusion", len(rates), 32)
-
-    def tokens_a_second(length: int) -> float:
-        return sum(each[length - 1] for each in curves) / (drafting + cost.least_seconds("ar", len(rates), length))
-
-    chosen = BlockChooser(cost).verified_length(Verification(curves, [], len(rates), 32))
-    assert tokens_a_second(chosen) >= max(map(tokens_a_second, LENGTHS)) * (1 - 1e-9)
-
-
-def test_a_commit_beside_a_longer_one_is_verified_as_far() -> None:
-    """The pass is as long as its longest member, so more of the draft costs nothing."""
-    cost, fixed = machine(1), sequence(0.9, "linear_spec", 16)
-    fixed.emitted.append(5)
-    fixed.open_block(16)
-    alone = BlockChooser(cost).verified_length(Verification([curve(0.6)], [], 1, 16))
-    beside = BlockChooser(cost).verified_length(Verification([curve(0.6)], [fixed], 1, 16))
-    assert alone < 16 <= beside
-
-
-def test_what_is_chosen_of_a_draft_depends_on_how_long_passes_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The host's work must be small beside a commit, for a tree, and beside what a shorter commit saves."""
-    monkeypatch.setattr(auto_block, "HOST_SHARE", 0.03)
-    for milliseconds, selection in ((0.01, "whole"), (0.2, "length"), (1.0, "tree")):
-
-        def seconds(_: EngineName, batch: int, step: int, token: float = 1e-3 * milliseconds) -> float:
-            return token * batch * step
-
-        cost = PassCost(4, 32)
-        cost.measure(seconds, seconds=1e9)
-        plan = BlockChooser(cost).choose(opening(sequence(1.0)), [sequence(0.9, "linear_spec", 32)])
-        assert plan.block > 1
-        assert plan.selection == selection
+def test_tree_gains_are_learnt_and_forgotten() -> None:
+    shared = SharedAcceptance()
+    own, first = Acceptance(begins_with=shared), SharedAcceptance().tree_gains
+    for _ in range(200):
+        own.observe_tree(32, 4.0)
+    assert own.tree_gains[5] == pytest.approx(4.0, abs=0.1)
+    assert Acceptance(begins_with=shared).tree_gains[5] == pytest.approx(4.0, abs=0.2)
+    assert own.tree_gains[4] == pytest.approx(first[4])
+    for _ in range(10_000):
+        own.forget_trees()
+    assert own.tree_gains == pytest.approx(first, abs=0.1)

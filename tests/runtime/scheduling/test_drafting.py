@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,8 +18,7 @@ from tests.support.exact_law import (
     prompts,
 )
 from trimode import SamplingParams
-from trimode.runtime.decoding.sequence import Selection
-from trimode.runtime.scheduling.auto_block import CHOICES, LENGTHS, Opening, Plan
+from trimode.runtime.scheduling.auto_block import CHOICES, Opening, Plan
 
 COPYING: list[dict[str, Any]] = [
     {"mode": "linear_spec", "block_length": 6, "lookup": True},
@@ -41,11 +40,9 @@ def choose_at_random(bench: Bench, seed: int, copies: float = 0.5) -> None:
 
     def choose(opening: list[Opening], _others: list[Any]) -> Plan:
         copying = [bool(each.copy_yields) and bool(rng.random() < copies) for each in opening]
-        return Plan(int(rng.choice(CHOICES)), int(rng.choice(CHOICES[1:])), copying, rng.choice(get_args(Selection)))
+        return Plan(int(rng.choice(CHOICES)), int(rng.choice(CHOICES[1:])), copying, bool(rng.random() < 0.5))
 
-    chooser = bench.scheduler._block_chooser
-    chooser.choose = choose  # type: ignore[method-assign,assignment]
-    chooser.verified_length = lambda _: int(rng.choice(LENGTHS))  # type: ignore[method-assign]
+    bench.scheduler._block_chooser.choose = choose  # type: ignore[method-assign,assignment]
 
 
 def copied(bench: Recorder) -> tuple[int, int]:

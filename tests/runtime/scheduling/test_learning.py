@@ -8,7 +8,7 @@ import statistics
 import pytest
 
 from trimode import SamplingParams
-from trimode.runtime.decoding.acceptance import Acceptance
+from trimode.runtime.decoding.acceptance import Acceptance, SharedAcceptance
 from trimode.runtime.decoding.ending import Ending
 from trimode.runtime.decoding.sequence import Sequence
 from trimode.runtime.scheduling.auto_block import CHOICES, BlockChooser, Opening
@@ -35,7 +35,7 @@ class Decoding:
         self.probability, self._delays = probability, delays
         self.cost = PassCost(1, max(CHOICES))
         self.cost.measure(self.seconds, seconds=1e9, clock=lambda: 0.0)
-        self._chooser, self._shared = BlockChooser(self.cost), Acceptance()
+        self._chooser, self._shared = BlockChooser(self.cost), SharedAcceptance()
 
     def seconds(self, _: EngineName, _batch: int, step: int) -> float:
         """Of a pass of the next power of two of tokens."""
