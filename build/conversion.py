@@ -36,6 +36,11 @@ def convert_engine(source: Path, out: Path, target: KernelTarget, progress: Prog
             f"{source} is for target {section.name}, which has no kernels of ours; build for {target.name} from the "
             f"checkpoint: trimode build CHECKPOINT {out} --target {target.name}"
         )
+    if manifest.ranks > 1:
+        raise TriModeError(
+            f"{source} is divided among {manifest.ranks} ranks and cannot be converted; build for {target.name} from "
+            f"the checkpoint: trimode build CHECKPOINT {out} --target {target.name}"
+        )
     verify_files(source, manifest.files, progress)
     with atomic_folder(out) as folder:
         of_engines = {name for name, _ in ENGINES}

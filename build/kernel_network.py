@@ -4,6 +4,7 @@ kernels. So one is made from the other without the checkpoint.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,8 +23,9 @@ from trimode.build.kernel_emission import (
     refuse_unknown_gpus,
     write_kernels,
 )
+from trimode.build.sharded_checkpoint import sharded
 from trimode.common.progress import Progress
-from trimode.engine.files import POOL
+from trimode.engine.files import POOL, rank_folder
 from trimode.engine.kernel_library import KERNELS
 from trimode.engine.launch_list import LaunchList
 from trimode.engine.manifest import Limits
@@ -47,8 +49,9 @@ class LoweredGraph(NamedTuple):
 
 @dataclass(frozen=True)
 class KernelNetwork:
-    """A network over a weight pool for our kernels. rank: of the draft adapter; 0 without one. real: type of the
-    activations, and of the matrices that are not int4.
+    """A network over a weight pool for our kernels, or the part of it that one of ``ranks`` ranks holds.
+
+    rank: of the draft adapter; 0 without one. real: type of the activations, and of the matrices that are not int4.
     """
 
     config: ModelConfig
@@ -56,6 +59,7 @@ class KernelNetwork:
     rank: int
     real: Real
     limits: Limits
+    ranks: int = 1
 
     @cached_property
     def lowered(self) -> dict[str, LoweredGraph]:
@@ -71,7 +75,9 @@ class KernelNetwork:
     def graph_options(self) -> OperatorNetworkOptions:
         """Of the graphs of our own operators only."""
         limits = self.limits
-        return OperatorNetworkOptions(self.real, limits.top_k, SPLITS, self.rank, *limits.largest_pass)
+        return OperatorNetworkOptions(
+            self.real, limits.top_k, SPLITS, self.rank, *limits.largest_pass, ranks=self.ranks
+        )
 
 
 def write_pool_and_kernels(
@@ -83,29 +89,53 @@ def write_pool_and_kernels(
     limits: Limits,
     progress: Progress,
 ) -> KernelNetwork:
-    """Write the weight pool and the kernels of both engines into the engine directory ``folder``.
+    """Write the weight pool and the kernels of both engines into the engine directory ``folder``, as
+    :func:`write_ranks` does for a single rank.
+    """
+    return write_ranks(checkpoint, folder, target, real, sms, limits, 1, progress)[0]
+
+
+def write_ranks(
+    checkpoint: Checkpoint,
+    folder: Path,
+    target: str,
+    real: Real,
+    sms: tuple[int, ...],
+    limits: Limits,
+    ranks: int,
+    progress: Progress,
+) -> list[KernelNetwork]:
+    """Write the weight pool of each rank, and the kernels of all, into the engine directory ``folder``. Returns the
+    ranks' parts of the network.
 
     target: its name, for errors. sms: compute capabilities, 121 for 12.1. Raises TriModeError if our kernels are not
-    for one of them, or cannot multiply the checkpoint's int4 weights.
+    for one of them, or cannot multiply the checkpoint's int4 weights, or the checkpoint cannot be divided.
     """
     refuse_unknown_gpus(sms)
     refuse_odd_groups(checkpoint, target)
-    (folder / POOL).parent.mkdir()
-    pool = write_raw_pool(checkpoint, folder / POOL, progress, NUMPY_TYPES[real], "kernels")
-    rank = checkpoint.adapter.config.r if checkpoint.adapter else 0
-    network = KernelNetwork(checkpoint.config, pool, rank, real, limits)
-    write_network_kernels(network, folder, sms, progress)
-    return network
+    networks = []
+    for number, part in enumerate(sharded(checkpoint, ranks)):
+        file = folder / rank_folder(number, ranks) / POOL
+        file.parent.mkdir(parents=True)
+        pool = write_raw_pool(part, file, progress, NUMPY_TYPES[real], "kernels")
+        rank = checkpoint.adapter.config.r if checkpoint.adapter else 0
+        networks.append(KernelNetwork(part.config, pool, rank, real, limits, ranks))
+    write_network_kernels(networks, folder, sms, progress)
+    return networks
 
 
-def write_network_kernels(network: KernelNetwork, folder: Path, sms: tuple[int, ...], progress: Progress) -> None:
-    """Compile every kernel of both engines into the engine directory ``folder``."""
+def write_network_kernels(
+    networks: Sequence[KernelNetwork], folder: Path, sms: tuple[int, ...], progress: Progress
+) -> None:
+    """Compile every kernel of both engines of all ranks into the engine directory ``folder``."""
     needed: dict[str, NeededKernel] = {}
-    for lowered in network.lowered.values():
-        needed |= needed_kernels(lowered.launches, network.limits)
-    if network.real == "fp32":
+    for network in networks:
+        for lowered in network.lowered.values():
+            needed |= needed_kernels(lowered.launches, network.limits)
+    real = networks[0].real
+    if real == "fp32":
         needed = _smallest_tiles(needed)
-    write_kernels(needed, network.real, sms, folder / KERNELS, progress)
+    write_kernels(needed, real, sms, folder / KERNELS, progress)
 
 
 def needed_kernels(launches: LaunchList, limits: Limits) -> dict[str, NeededKernel]:

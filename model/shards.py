@@ -34,16 +34,17 @@ class Shard(NamedTuple):
 
     def config(self, config: ModelConfig) -> ModelConfig:
         """The sizes of the rank's part. Its vocabulary begins with the rank's first token, and ``mask_token_id`` counts
-        from there: on ranks that do not hold the mask token, it is outside of the vocabulary.
+        from there; on ranks that do not hold the mask token, it is -1.
         """
         tokens = self.part(config.vocab_size)
+        holds_mask = tokens.start <= config.mask_token_id < tokens.stop
         return config.model_copy(
             update={
                 "num_attention_heads": config.num_attention_heads // self.ranks,
                 "num_key_value_heads": config.num_key_value_heads // self.ranks,
                 "intermediate_size": config.intermediate_size // self.ranks,
                 "vocab_size": tokens.stop - tokens.start,
-                "mask_token_id": config.mask_token_id - tokens.start,
+                "mask_token_id": config.mask_token_id - tokens.start if holds_mask else -1,
             }
         )
 

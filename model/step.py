@@ -60,6 +60,10 @@ def mask_words(vocab_size: int) -> int:
 COUNTERS = "counters"
 
 
+# An input of the graphs with kernels of our own that are divided among ranks: where the ranks exchange partial sums.
+RANKS = "ranks"
+
+
 def cache_inputs(layers: int) -> list[str]:
     """k of layer 0, v of layer 0, k of layer 1, ..."""
     return [f"{part}_cache.{index}" for index in range(layers) for part in ("k", "v")]

@@ -16,7 +16,7 @@ import tensorrt.plugin as trtp
 
 from trimode.engine.kernel_library import KernelLibrary
 from trimode.model.step import ElementType
-from trimode.plugins.operators import DOMAIN, OPERATORS, Node, Operand, Operator
+from trimode.plugins.operators import DOMAIN, PLUGINS, Node, Operand, Operator
 
 # typing.Union, not `|`: TensorRT's validator compares their origins.
 _AotResult = tuple[Union[str, bytes], Union[str, bytes], trtp.KernelLaunchParams, trtp.SymExprs]  # noqa: UP007
@@ -40,7 +40,7 @@ class _Library:
 def declare_plugins(library: KernelLibrary) -> None:
     """Register every operator of the domain ``trimode``. Their kernels come from ``library`` from now on."""
     if _Library.current is None:
-        for operator in OPERATORS.values():
+        for operator in PLUGINS.values():
             declare(operator)
     _Library.current = library
 

@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from trimode.build.kernel_target import KernelTarget
 from trimode.build.target import BuildTarget, Built, option
+from trimode.common.errors import TriModeError
 from trimode.common.gpus import find_gpus
 from trimode.common.installation import Installation
 from trimode.common.progress import Progress
+from trimode.engine.files import rank_folder
 from trimode.engine.kernel_library import COMPUTE_CAPABILITIES
 from trimode.engine.manifest import Limits
 from trimode.engine.targets.cuda import CudaSection
 from trimode.model.checkpoint import Checkpoint
+from trimode.plugins.operators.all_reduce import MOST_RANKS
 
 if TYPE_CHECKING:
     from trimode.build.kernel_network import KernelNetwork
@@ -26,6 +29,9 @@ class CudaTarget(KernelTarget):
 
     sms: compute capabilities that kernels are compiled for, 121 for 12.1. None: that of this machine's GPU and 8.0, or
     all known ones on a machine without a GPU. A GPU that is not named runs the newest kernels for 8.x that it can.
+
+    tp: ranks that the network is divided among (:mod:`trimode.model.shards`), each on a GPU of its own. It must divide
+    the number of KV heads.
     """
 
     name: ClassVar[str] = "cuda"
@@ -39,13 +45,18 @@ class CudaTarget(KernelTarget):
             "GPUs by compute capability, 121 for 12.1 [default: this machine's, or all known ones].", "--sm"
         ),
     )
+    tp: int = field(default=1, metadata=option("Tensor parallelism: ranks (GPUs) to divide the network among."))
 
     def build(self, checkpoint: Checkpoint, folder: Path, limits: Limits, progress: Progress) -> Built:
-        from trimode.build.kernel_network import write_pool_and_kernels
+        from trimode.build.kernel_network import write_ranks
 
+        if self.tp > MOST_RANKS:
+            raise TriModeError(f"--tp {self.tp}: target {self.name} has at most {MOST_RANKS} ranks")
         sms = self.sms or _sms_of_this_machine()
-        network = write_pool_and_kernels(checkpoint, folder, self.name, self.dtype, sms, limits, progress)
-        return Built(self.write_engines(network, folder, sms, progress), network.pool.entries())
+        networks = write_ranks(checkpoint, folder, self.name, self.dtype, sms, limits, self.tp, progress)
+        for rank, network in enumerate(networks):
+            self.write_engines(network, folder / rank_folder(rank, self.tp), sms, progress)
+        return Built(CudaSection(sms=sms), networks[0].pool.entries(), self.tp)
 
     def write_engines(
         self, network: KernelNetwork, folder: Path, sms: tuple[int, ...], progress: Progress

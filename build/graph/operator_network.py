@@ -4,6 +4,9 @@ It computes what :mod:`trimode.build.graph.network` computes with standard opera
 Every node is one kernel, so the graph is also a list of launches. Its ONNX functions make it runnable by any ONNX
 executor. Weights and constants are inputs of the graph. For target ``tensorrt``, standard operators compute the
 results from the logits and, as an option, products with weights that are not int4.
+
+The graph of a rank (:mod:`trimode.model.shards`) has two nodes ``AllReduce`` in each layer. They have no function: they
+read the memory of other ranks.
 """
 
 from __future__ import annotations
@@ -37,8 +40,10 @@ from trimode.build.graph.split_products import SplitProducts
 from trimode.build.graph.step_inputs import declare_adapter, declare_step
 from trimode.engine.precision import Real
 from trimode.model.config import ModelConfig
-from trimode.model.step import AttentionPattern, adapter_inputs, cache_inputs, cache_outputs, mask_words
+from trimode.model.step import RANKS, AttentionPattern, adapter_inputs, cache_inputs, cache_outputs, mask_words
 from trimode.plugins.operators import (
+    DOMAIN,
+    AllReduce,
     AskedLogits,
     Attend,
     DenseProduct,
@@ -77,7 +82,7 @@ class OperatorNetworkOptions(NamedTuple):
 
     standard_results: standard operators compute the results from the logits, as :mod:`trimode.build.graph.network` has
     them with masks apart. standard_products: and products with weights that are not int4. capacity: KV rows, if they
-    are fixed.
+    are fixed. ranks: among which the network is divided; ``config`` and the pool are those of one of them.
     """
 
     activations: Real
@@ -89,6 +94,7 @@ class OperatorNetworkOptions(NamedTuple):
     standard_results: bool = False
     standard_products: bool = False
     capacity: int | None = None
+    ranks: int = 1
 
 
 def build_operator_network(
@@ -122,6 +128,8 @@ class _OperatorGraph:
             graph.input(name, self.real, cache_shape)
         if self.has_adapter:
             self.adapter_scale = declare_adapter(graph, config, self.real, self.options.rank)
+        if self.options.ranks > 1:
+            graph.input(RANKS, INT64, [self.options.ranks + 1])
 
         layers = self.pool.layers
         stream = self._embedded(input_ids, layers[0])
@@ -307,10 +315,24 @@ class _OperatorGraph:
         reader: PooledLinear,
         adapter: tuple[str, str] | None = None,
     ) -> Stream:
-        """x W + narrow up + residual, and what the product computes of the norm behind it. reader: of the norm."""
+        """x W + narrow up + residual, and what the product computes of the norm behind it. reader: of the norm.
+
+        On one of several ranks, the product is a partial sum, and the sum of the ranks computes the rest.
+        """
+        if self.options.ranks > 1:
+            partial = self._linear(x, linear, f"{result}_partial", None, adapter)[0]
+            return self._sum(partial, result, residual, norm, reader)
         fused = linear.scale is not None and self._applies_norms(reader)
         weight = self.graph.pooled(norm) if fused else None
         return Stream(*self._linear(x, linear, result, residual, adapter, next_weight=weight)[: 3 if fused else 1])
+
+    def _sum(self, partial: str, result: str, residual: str, norm: PoolRange, reader: PooledLinear) -> Stream:
+        """The sum over all ranks and the residual stream."""
+        operator, given = AllReduce(for_norm=self._applies_norms(reader)), [partial, RANKS, residual]
+        given += [self.graph.pooled(norm)] if operator.for_norm else []
+        results = [f"{self.graph.scope}{result}_{operand.name}" for operand in operator.outputs]
+        self.graph.node(operator.name, given, results, domain=DOMAIN, **PARSER_ATTRIBUTES)
+        return Stream(*results)
 
     def _linear(
         self,

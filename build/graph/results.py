@@ -77,7 +77,7 @@ class _Head:
             logits = self._legal(logits, token_mask)
         # The mask token is never a candidate.
         bias = np.zeros(self.config.vocab_size, np.float32)
-        if 0 <= self.config.mask_token_id < self.config.vocab_size:  # false on ranks that do not hold it
+        if self.config.mask_token_id >= 0:  # false on ranks that do not hold it
             bias[self.config.mask_token_id] = NEVER
         possible = self.op("Add", self._as_float(logits), self.graph.constant(bias, "mask_token_bias"))
         if token_mask is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from itertools import product
 from typing import get_args
 
+from trimode.plugins.operators.all_reduce import AllReduce
 from trimode.plugins.operators.attention import Attend, MergeSplits, Pattern
 from trimode.plugins.operators.candidates import AskedLogits, MergeCandidates, TopCandidates
 from trimode.plugins.operators.dense_product import DenseProduct
@@ -23,6 +24,8 @@ from trimode.plugins.operators.swiglu import SwiGlu
 __all__ = [
     "DOMAIN",
     "OPERATORS",
+    "PLUGINS",
+    "AllReduce",
     "AskedLogits",
     "Attend",
     "Constants",
@@ -71,11 +74,16 @@ _ALL: tuple[Operator, ...] = (
     DenseProduct(row_scale=True),
     DenseProduct(split=True, row_scale=True),
     DenseProduct(residual=True),
+    DenseProduct(adapter=True),
     DenseProduct(adapter=True, residual=True),
     SelectRows(),
+    AllReduce(),
+    AllReduce(for_norm=True),
     TopCandidates(),
     TopCandidates(masked=True),
     MergeCandidates(),
     AskedLogits(),
 )
 OPERATORS: dict[str, Operator] = {operator.name: operator for operator in _ALL}
+# Those that are TensorRT plugins as well: all but the sums of ranks, which read memory that TensorRT does not know.
+PLUGINS = {name: operator for name, operator in OPERATORS.items() if not isinstance(operator, AllReduce)}

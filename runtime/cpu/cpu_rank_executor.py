@@ -6,7 +6,6 @@ share the memory bandwidth of one machine.
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +21,7 @@ from trimode.runtime.cpu.graph_passes import FOLDERS, GraphPasses
 from trimode.runtime.cpu.sessions import folder_of_pool, load_session
 from trimode.runtime.executor import BidirectionalStep, Candidates, CausalStep
 from trimode.runtime.ranks.group import Group
-from trimode.runtime.ranks.merging import local_ids, local_mask
+from trimode.runtime.ranks.merging import local_step
 
 
 class _Piece(NamedTuple):
@@ -68,16 +67,7 @@ class CpuRankExecutor(GraphPasses):
 
     def run(self, step: CausalStep | BidirectionalStep) -> Candidates:
         """Raises TriModeError before the first sum if the KV pool has no room, on every rank alike."""
-        return super().run(self._local(step))
-
-    def _local(self, step: CausalStep | BidirectionalStep) -> CausalStep | BidirectionalStep:
-        """The step with the rank's part of the vocabulary."""
-        return dataclasses.replace(
-            step,
-            top_k=self._candidates(step),
-            token_mask=None if step.token_mask is None else local_mask(step.token_mask, self._tokens),
-            asked_ids=None if step.asked_ids is None else local_ids(step.asked_ids, self._tokens),
-        )
+        return super().run(local_step(step, self._tokens, self._top_k))
 
     def _run(self, step: CausalStep | BidirectionalStep) -> Candidates:
         values = {

@@ -14,6 +14,7 @@ from trimode.engine.manifest import Manifest
 from trimode.model.step import COUNTERS, ENGINES
 from trimode.plugins.launches import PassShape
 from trimode.runtime.cuda.cuda_network import CudaNetwork, arena_of
+from trimode.runtime.cuda.exchange import Exchange
 from trimode.runtime.cuda.kernels import Kernels
 from trimode.runtime.cuda.tactics import tactic_times
 from trimode.runtime.executor import BidirectionalStep, CausalStep, Step
@@ -29,14 +30,25 @@ _KINDS: dict[str, type[Step]] = {"ar": CausalStep, "diffusion": BidirectionalSte
 class CudaExecutor(GpuExecutor):
     """Runs both engines over ``weights``, which hold the engine's weight pool on ``device``.
 
+    engine: the engine directory, or a rank's folder in it; kernels are in the engine directory ``root``, which is
+    ``engine`` by default. exchange: of a rank.
+
     weight_bytes, arena_bytes: device memory of the weights and of all temporary tensors. Raises TriModeError if the GPU
     cannot run the kernels or has too little memory.
     """
 
-    def __init__(self, engine: Path, manifest: Manifest, device: Device, weights: Buffer) -> None:
+    def __init__(
+        self,
+        engine: Path,
+        manifest: Manifest,
+        device: Device,
+        weights: Buffer,
+        root: Path | None = None,
+        exchange: Exchange | None = None,
+    ) -> None:
         limits, real = manifest.limits, manifest.precision.kv_cache
         max_batch, max_step = limits.largest_pass
-        kernels = Kernels(device, engine / KERNELS)
+        kernels = Kernels(device, (root or engine) / KERNELS)
         times = tactic_times(device, kernels.folder)
         launches = {_KINDS[name]: LaunchList.read(engine / name) for name, _ in ENGINES}
         pool = DeviceKvPool(device, manifest.model, real, max_batch, limits.capacity)
@@ -52,8 +64,12 @@ class CudaExecutor(GpuExecutor):
         self._counters = device.store(np.zeros(max(map(int, counters), default=1), np.int32), "counters")
         addresses = {entry.name: weights.address + entry.offset for entry in manifest.pool}
         addresses[COUNTERS] = self._counters.address
+        self._exchange = exchange
+        of_ranks = {kind: exchange.addresses(listed) if exchange else {} for kind, listed in launches.items()}
         networks: dict[type[Step], CudaNetwork] = {
-            kind: CudaNetwork(device, listed, kernels, pool, addresses, self._arena.address, plan, real, times)
+            kind: CudaNetwork(
+                device, listed, kernels, pool, {**addresses, **of_ranks[kind]}, self._arena.address, plan, real, times
+            )
             for (kind, listed), plan in zip(launches.items(), plans, strict=True)
         }
         log.info(

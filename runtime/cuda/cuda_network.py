@@ -12,6 +12,7 @@ from trimode.model.step import cache_inputs
 from trimode.plugins.launches import PassShape, PlannedLaunch, plan_pass
 from trimode.plugins.operators.attention import SPLIT_STEP
 from trimode.runtime.cuda.arena import ArenaPlan, plan_arena, tensor_bytes
+from trimode.runtime.cuda.exchange import partial_sums
 from trimode.runtime.cuda.kernels import Kernels
 from trimode.runtime.cuda.tactics import Candidate, Output, TacticTimes, can_be_timed, tactic_key
 from trimode.runtime.gpu.buckets import Bucket
@@ -161,7 +162,11 @@ def arena_of(engines: Sequence[LaunchList], real: Real, largest: PassShape) -> l
         plan_arena(
             (plan_pass(launches, shape) for shape in _shapes(largest)),
             real,
-            (*(tensor.name for tensor in (*launches.inputs, *launches.weights)), *launches.results),
+            (
+                *(tensor.name for tensor in (*launches.inputs, *launches.weights)),
+                *launches.results,
+                *partial_sums(launches),
+            ),
         )
         for launches in engines
     ]

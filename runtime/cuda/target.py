@@ -10,23 +10,29 @@ from trimode.common.installation import Installation
 from trimode.engine.kernel_library import COMPUTE_CAPABILITIES
 from trimode.engine.manifest import Manifest
 from trimode.engine.targets.cuda import CudaSection
-from trimode.runtime.gpu.gpu_choice import choose_gpu
+from trimode.runtime.gpu.gpu_choice import choose_gpus
+from trimode.runtime.ranks.ranked_executor import RankedExecutor
 from trimode.runtime.target import HostLimits, RuntimeTarget
 
 if TYPE_CHECKING:
     from trimode.runtime.cuda.cuda_executor import CudaExecutor
 
 
+RANK_PROCESS = "trimode.runtime.cuda.rank_process"
+
+
 class CudaRuntime:
-    def load_executor(self, engine: Path, manifest: Manifest, _limits: HostLimits) -> CudaExecutor:
-        ordinal = choose_gpu(engine, "cuda", manifest.section(CudaSection).sms, portable=True)
+    def load_executor(self, engine: Path, manifest: Manifest, limits: HostLimits) -> CudaExecutor | RankedExecutor:
+        gpus = choose_gpus(engine, "cuda", manifest.section(CudaSection).sms, manifest.ranks, portable=True)
         try:
             from trimode.runtime.cuda.cuda_executor import load_cuda_executor
         except ImportError as error:
             raise TriModeError(
                 f"{engine} is for target cuda, which needs the package {error.name}: pip install 'trimode[cuda]'"
             ) from None
-        return load_cuda_executor(engine, manifest, ordinal)
+        if manifest.ranks > 1:
+            return RankedExecutor(RANK_PROCESS, engine, manifest, limits, on_gpus=True)
+        return load_cuda_executor(engine, manifest, gpus[0])
 
     def can_run(self, installation: Installation) -> str:
         gpus = installation.gpus.found

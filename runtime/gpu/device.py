@@ -20,6 +20,8 @@ from trimode.common.errors import TriModeError
 Bytes = NDArray[np.uint8]
 # How a cubin begins. PTX is text, which must end with a zero byte.
 _ELF = b"\x7fELF"
+# Bytes of a handle for memory of several processes, CU_IPC_HANDLE_SIZE.
+_SHARED_NAME = 64
 # A kernel with more dynamic shared memory than this must request it by an attribute.
 _UNREQUESTED_SHARED_BYTES = 48 << 10
 
@@ -179,6 +181,31 @@ class Device:
         self.synchronize()
         return buffer
 
+    def share(self, buffer: Buffer) -> bytes:
+        """A name of device memory, by which another process can open it."""
+        handle = _checked(driver.cuIpcGetMemHandle(buffer.address))
+        return bytes(_bytes_of(handle))
+
+    def open_shared(self, name: bytes) -> Buffer:
+        """The memory that another process has shared, in this process. It may be on another GPU. Raises TriModeError if
+        this GPU cannot read it.
+        """
+        handle = driver.CUipcMemHandle()
+        _bytes_of(handle)[:] = name
+        flag = int(driver.CUipcMem_flags.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS)
+        status, address = driver.cuIpcOpenMemHandle(handle, flag)
+        if status in (
+            driver.CUresult.CUDA_ERROR_PEER_ACCESS_UNSUPPORTED,
+            driver.CUresult.CUDA_ERROR_NOT_SUPPORTED,
+            driver.CUresult.CUDA_ERROR_INVALID_CONTEXT,
+        ):
+            raise TriModeError(
+                f"GPU {self._ordinal} cannot read the memory of another rank's GPU ({status.name}); ranks need GPUs "
+                "with peer access, by NVLink or PCIe"
+            )
+        _checked((status,))
+        return self._owned(Buffer(int(address), 0), driver.cuIpcCloseMemHandle)
+
     def allocate_page_locked(self, size: int) -> tuple[Buffer, Bytes]:
         """Host memory that copies to and from the device use directly, and the same memory as an array."""
         buffer = Buffer(int(_checked(driver.cuMemHostAlloc(size, 0))), size)
@@ -292,6 +319,11 @@ class Device:
         properties.location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
         properties.location.id = self._ordinal
         return properties
+
+
+def _bytes_of(handle: Any) -> Any:
+    """The bytes of a handle for memory of several processes, as a ctypes array. It does not keep the handle alive."""
+    return (ctypes.c_uint8 * _SHARED_NAME).from_address(handle.getPtr())
 
 
 def _checked(result: tuple[Any, ...]) -> Any:

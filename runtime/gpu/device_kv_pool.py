@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
+from typing import NamedTuple
 
 import numpy as np
 
@@ -11,6 +12,17 @@ from trimode.engine.precision import NUMPY_TYPES, Real
 from trimode.model.config import ModelConfig
 from trimode.runtime.gpu.device import Device, Runs
 from trimode.runtime.kv.slots import Rows
+
+
+class SlotBudget(NamedTuple):
+    """slots: of ``capacity`` rows each."""
+
+    slots: int
+    capacity: int
+
+    def most_rows(self, sequences: int) -> int:
+        """The most rows that each of ``sequences`` sequences can have; 0 if there are not so many slots."""
+        return self.capacity if sequences <= self.slots else 0
 
 
 class DeviceKvPool:
@@ -51,9 +63,13 @@ class DeviceKvPool:
         """Bytes of one token's keys and values, over all layers."""
         return self._caches * self.shape[0] * self._row
 
+    @property
+    def budget(self) -> SlotBudget:
+        return SlotBudget(self.slots, self.capacity)
+
     def most_rows(self, sequences: int) -> int:
-        """The most rows that each of ``sequences`` sequences can have; 0 if there are not so many slots."""
-        return self.capacity if sequences <= self.slots else 0
+        """As :meth:`SlotBudget.most_rows`."""
+        return self.budget.most_rows(sequences)
 
     def acquire(self, rows: int | None = None) -> int:  # noqa: ARG002 - every slot has rows for the longest sequence
         """Activate the first slot past the active ones; raises TriModeError if all are taken."""

@@ -14,6 +14,10 @@ class Group(Protocol):
     @property
     def rank(self) -> int: ...
 
+    def gathered(self, item: bytes) -> list[bytes]:
+        """All ranks' items, which have one length, by rank."""
+        ...
+
     def total(self, partial: NDArray[np.float32]) -> NDArray[np.float32]:
         """The sum of all ranks' arrays, which have one shape. It is added in the order of ranks, so that every rank has
         the same bits, whatever the timing.

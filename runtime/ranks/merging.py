@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trimode.runtime.executor import Candidates, Ints, Words
+from trimode.runtime.executor import AnyStep, Candidates, Ints, Words
 
 
 def merged(parts: Sequence[Candidates], top_k: int, tokens: int, asked_ids: Ints | None) -> Candidates:
@@ -37,6 +38,16 @@ def _asked(parts: Sequence[Candidates], tokens: int, asked_ids: Ints) -> NDArray
     found = np.stack([part.asked_logits for part in parts if part.asked_logits is not None])
     chosen: NDArray[np.float32] = np.take_along_axis(found, (asked_ids // tokens)[None], axis=0)[0]
     return chosen
+
+
+def local_step(step: AnyStep, tokens: slice, top_k: int) -> AnyStep:
+    """The step with a rank's part of the vocabulary. top_k: the most candidates of the rank."""
+    return dataclasses.replace(
+        step,
+        top_k=min(step.top_k or top_k, top_k),
+        token_mask=None if step.token_mask is None else local_mask(step.token_mask, tokens),
+        asked_ids=None if step.asked_ids is None else local_ids(step.asked_ids, tokens),
+    )
 
 
 def local_ids(asked_ids: Ints, tokens: slice) -> Ints:

@@ -6,10 +6,17 @@ The socket is a pair that the scheduler's process made, so only these processes 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 from trimode.common.errors import TriModeError
-from trimode.runtime.kv.host_kv_pool import KvBudget
+
+
+class Budget(Protocol):
+    """What a rank's KV pool can hold."""
+
+    def most_rows(self, sequences: int) -> int:
+        """The most rows that each of ``sequences`` sequences can have when they run together."""
+        ...
 
 
 class Load(NamedTuple):
@@ -24,7 +31,7 @@ class Load(NamedTuple):
 class Loaded(NamedTuple):
     """The answer to :class:`Load`."""
 
-    budget: KvBudget
+    budget: Budget
     row_bytes: int
     limit_bytes: int | None
 

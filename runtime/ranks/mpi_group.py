@@ -49,6 +49,11 @@ class MpiGroup:
             _unlink_shared_memory()
         self._wait(self._world.Ibarrier())
 
+    def gathered(self, item: bytes) -> list[bytes]:
+        items = np.empty((self._ranks, len(item)), np.uint8)
+        self._wait(self._world.Iallgather(np.frombuffer(item, np.uint8), items))
+        return [row.tobytes() for row in items]
+
     def total(self, partial: NDArray[np.float32]) -> NDArray[np.float32]:
         parts = np.empty((self._ranks, *partial.shape), np.float32)
         self._wait(self._world.Iallgather(np.ascontiguousarray(partial), parts))

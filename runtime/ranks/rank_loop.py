@@ -14,16 +14,24 @@ from typing import Protocol
 from trimode.common.errors import TriModeError
 from trimode.engine.manifest import Manifest
 from trimode.runtime.executor import BidirectionalStep, Candidates, CausalStep
-from trimode.runtime.kv.host_kv_pool import KvPool
+from trimode.runtime.kv.slots import KvSlots
 from trimode.runtime.ranks.group import Group
-from trimode.runtime.ranks.messages import Answer, Call, Load, Loaded
+from trimode.runtime.ranks.messages import Answer, Budget, Call, Load, Loaded
 from trimode.runtime.ranks.mpi_group import MpiGroup
 
 
-class RankExecutor(Protocol):
-    """The executor of one rank, with its part of the KV pool."""
+class RankPool(KvSlots, Protocol):
+    """A rank's part of the KV pool."""
 
-    pool: KvPool
+    @property
+    def budget(self) -> Budget: ...
+
+
+class RankExecutor(Protocol):
+    """The executor of one rank."""
+
+    @property
+    def pool(self) -> RankPool: ...
 
     def run(self, step: CausalStep | BidirectionalStep) -> Candidates: ...
 

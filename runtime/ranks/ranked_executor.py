@@ -27,14 +27,16 @@ class RankedExecutor:
     """Starts the ranks of an engine directory. Raises TriModeError if one cannot load its part.
 
     module: what each rank's process runs (:func:`trimode.runtime.ranks.rank_loop.follow`). limits: of all ranks
-    together; each gets an equal share of the threads and of the memory.
+    together; each gets an equal share of the threads and of the memory. on_gpus: whether the passes run on GPUs.
     """
 
-    def __init__(self, module: str, engine: Path, manifest: Manifest, limits: HostLimits) -> None:
+    def __init__(
+        self, module: str, engine: Path, manifest: Manifest, limits: HostLimits, *, on_gpus: bool = False
+    ) -> None:
         ranks = manifest.ranks
         self._top_k, self._tokens = manifest.limits.top_k, manifest.model.vocab_size // ranks
         threads = max(1, min(limits.threads or usable_cpus(), usable_cpus()) // ranks)
-        self.threads = ranks * threads
+        self.threads = None if on_gpus else ranks * threads
         share = None if limits.kv_cache_bytes is None else limits.kv_cache_bytes // ranks
         self._processes = RankProcesses(module, ranks)
         try:

@@ -146,7 +146,7 @@ def write_engine_without_weights(
     pool = pool_layout(config, real, GROUP)
     folder.mkdir(parents=True)
     network = KernelNetwork(config, pool, RANK, real, limits)
-    write_network_kernels(network, folder, sms, no_progress)
+    write_network_kernels([network], folder, sms, no_progress)
     write_launches(network, folder, no_progress)
     frequencies, factor = yarn_frequencies(config)
     np.savez(

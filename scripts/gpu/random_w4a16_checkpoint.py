@@ -1,16 +1,17 @@
-"""A w4a16 checkpoint with random weights, in a published shape (3B, 8B, 14B) or a small one, streamed by tensor.
+"""A checkpoint with random weights, in a published shape (3B, 8B, 14B) or a small one, streamed by tensor.
 
     python -m scripts.gpu.random_w4a16_checkpoint 8b engines/random-8b
 
 Format, names, sizes and files are those of a quantised checkpoint; the integers are random. Use it to build and audit
-engines without the published weights: bytes, kernels and build time do not depend on the values.
+engines without the published weights: bytes, kernels and build time do not depend on the values. With ``--bits 16``,
+they are those of a checkpoint in bf16, which can be quantised.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,6 +51,7 @@ SHAPES = {
 }
 GROUP = 128
 RANK = 128
+_DRAWN_ROWS = 256
 BF16 = np.dtype(ml_dtypes.bfloat16)
 # Scales that give the matrices the spread of a trained network's, about 0.02: int4 values have a deviation of 4.6.
 SCALE = 0.004
@@ -100,17 +102,25 @@ def write_checkpoint(
     vocab_size: int | None = None,
     int4_head: bool = True,
     seed: int = 0,
+    bits: int = 4,
 ) -> Path:
-    """Write the checkpoint into the new ``folder``. After an error, there is no folder."""
+    """Write the checkpoint into the new ``folder``. After an error, there is no folder.
+
+    bits: of the matrices, 4 or 16. int4_head: whether the head has 4 bits as well.
+    """
     fields = config_fields(shape, layers, vocab_size)
     config = ModelConfig.model_validate(fields)
-    specs = list(_specs(config, int4_head))
+    int4 = [module for module in linear_shapes(config) if bits == 4 and (int4_head or module != HEAD)]
+    specs = list(_specs(config, int4))
+    # Most of a 16-bit checkpoint's time would be spent in drawing. Its matrices repeat a few rows.
+    drawn = _DRAWN_ROWS if bits == 16 else None
     with atomic_folder(folder) as out:
-        write_tensors(out, specs, track(_random(specs, seed), f"{shape} weights", total=len(specs)))
-        (out / "config.json").write_text(
-            json.dumps(fields | {"quantization_config": quantization_config(excluded_modules(int4_head))}, indent=2)
-        )
-        (out / QUANT_CONFIG_FILE).write_text(json.dumps(hf_quant_config(GROUP, excluded_modules(int4_head)), indent=2))
+        write_tensors(out, specs, track(_random(specs, seed, drawn), f"{shape} weights", total=len(specs)))
+        if int4:
+            excluded = excluded_modules(int4_head)
+            fields["quantization_config"] = quantization_config(excluded)
+            (out / QUANT_CONFIG_FILE).write_text(json.dumps(hf_quant_config(GROUP, excluded), indent=2))
+        (out / "config.json").write_text(json.dumps(fields, indent=2))
         adapter = out / ADAPTER_FOLDER
         adapter.mkdir()
         matrices = [TensorSpec(name, BF16, size) for name, size in adapter_shapes(config, RANK).items()]
@@ -125,18 +135,20 @@ def write_checkpoint(
     return folder
 
 
-def _specs(config: ModelConfig, int4_head: bool) -> Iterator[TensorSpec]:
+def _specs(config: ModelConfig, int4: Collection[str]) -> Iterator[TensorSpec]:
+    """int4: the modules whose matrices have 4 bits."""
     for name, size in vector_shapes(config).items():
         yield TensorSpec(name, BF16, size)
     for module, (rows, columns) in linear_shapes(config).items():
-        if module == HEAD and not int4_head:
+        if module not in int4:
             yield TensorSpec(f"{module}.weight", BF16, (rows, columns))
             continue
         yield TensorSpec(f"{module}.weight", np.dtype(np.uint8), (rows // 2, columns))
         yield TensorSpec(f"{module}.weight_scale", BF16, (rows, columns // GROUP))
 
 
-def _random(specs: list[TensorSpec], seed: int) -> Iterator[NDArray[Any]]:
+def _random(specs: list[TensorSpec], seed: int, drawn: int | None = None) -> Iterator[NDArray[Any]]:
+    """drawn: rows of a matrix of floats, which are repeated; None for all."""
     rng = np.random.default_rng(seed)
     for spec in specs:
         if spec.dtype == np.uint8:
@@ -146,15 +158,18 @@ def _random(specs: list[TensorSpec], seed: int) -> Iterator[NDArray[Any]]:
         elif "norm" in spec.name:
             yield np.ones(spec.shape, spec.dtype)
         else:
-            yield _normal(rng, spec)
+            yield _normal(rng, spec, drawn or spec.shape[0])
 
 
-def _normal(rng: np.random.Generator, spec: TensorSpec) -> NDArray[Any]:
-    """Normal values, drawn row by row to save memory: the generator returns fp32."""
+def _normal(rng: np.random.Generator, spec: TensorSpec, drawn: int) -> NDArray[Any]:
+    """Normal values, drawn in parts to save memory: the generator returns fp32."""
     array = np.empty(spec.shape, spec.dtype)
-    for first in range(0, len(array), 4096):
-        part = array[first : first + 4096]
+    for first in range(0, min(drawn, len(array)), 4096):
+        part = array[first : min(first + 4096, drawn)]
         part[...] = rng.standard_normal(part.shape, np.float32) * np.float32(0.02)
+    for first in range(drawn, len(array), drawn):
+        part = array[first : first + drawn]
+        part[...] = array[: len(part)]
     return array
 
 
@@ -165,9 +180,15 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="number of layers [default: the shape's]")
     parser.add_argument("--vocab-size", type=int, help="size of the vocabulary [default: the shape's]")
     parser.add_argument("--head", choices=["int4", "16bit"], default="int4")
+    parser.add_argument("--bits", type=int, choices=[4, 16], default=4, help="bits of the matrices")
     arguments = parser.parse_args()
     write_checkpoint(
-        arguments.out, arguments.shape, arguments.layers, arguments.vocab_size, int4_head=arguments.head == "int4"
+        arguments.out,
+        arguments.shape,
+        arguments.layers,
+        arguments.vocab_size,
+        int4_head=arguments.head == "int4",
+        bits=arguments.bits,
     )
     print(arguments.out)
 

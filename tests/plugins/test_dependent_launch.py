@@ -38,6 +38,7 @@ CONSTANTS: dict[str, dict[str, int]] = {
     "DenseProductSplitRowScaled": {**DENSE, "SPLITS": 2},
     "DenseProductAdaptedResidual": {**DENSE, "RANK": 64},
     "SelectRows": {"WIDTH": 256},
+    "AllReduceForNorm": {"WIDTH": 256, "RANKS": 2},
     "TopCandidatesMasked": {"VOCABULARY": 768, "TOP_K": 4, "MASK_TOKEN": 100},
     "MergeCandidates": {"TILES": 3, "TOP_K": 4},
     "AskedLogits": {"VOCABULARY": 768},

@@ -12,6 +12,7 @@ import pytest
 from trimode.plugins.compilation import kernel_of
 from trimode.plugins.operators import (
     OPERATORS,
+    AllReduce,
     AskedLogits,
     Attend,
     DenseProduct,
@@ -70,6 +71,8 @@ NODES: dict[str, Node] = {
         for name, operator in OPERATORS.items()
         if isinstance(operator, DenseProduct)
     },
+    "AllReduce": AllReduce().node(batch=2, step=5, width=512, ranks=2),
+    "AllReduceForNorm": AllReduce(for_norm=True).node(batch=2, step=5, width=512, ranks=2),
     "SelectRows": SelectRows.node(batch=2, step=5, rows=3, width=512),
     **{
         name: operator.node(batch=2, rows=3, vocabulary=5000, top_k=4, mask_token=100)
@@ -128,7 +131,9 @@ def test_a_node_has_every_input_and_gives_every_output(name: str) -> None:
 def test_parameters_and_constants_are_the_kernels(name: str) -> None:
     """Every parameter of the kernel is the operator's, a constant, or an input that this operator lacks."""
     operator, node = OPERATORS[name], NODES[name]
-    lacking = name.startswith(("Attend", "Int4Product", "QkvProduct", "DenseProduct", "TopCandidates", "Embed"))
+    lacking = name.startswith(
+        ("Attend", "Int4Product", "QkvProduct", "DenseProduct", "TopCandidates", "Embed", "AllReduce")
+    )
     known = kernel_of(operator).arg_names
     for tactic in operator.tactics(node).values():
         constants = {**operator.constants(node), **tactic.constants}

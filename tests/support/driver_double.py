@@ -3,7 +3,8 @@
 It replaces ``trimode.runtime.gpu.device.driver``. Host memory serves as device memory. Physical memory is a memory file
 that is mapped at several addresses, like a GPU's. The work of a stream runs only when the stream is synchronised, so a
 result that is read too early is missing. A captured graph is a list of operations with the addresses at the time of
-capture, like a CUDA graph. Kernels are interpreted on the addresses of their launch.
+capture, like a CUDA graph. Kernels are interpreted on the addresses of their launch. Each process is a GPU of its own,
+whose memory others can open.
 
 The double raises an error for faults that a GPU would not report, such as memory that is not allocated or too short. It
 does not show that the real calls accept the arguments (only their names and parameters are compared with the real
@@ -29,12 +30,13 @@ from cuda.bindings import driver as real_driver
 from tests.support.triton_interpreter import interpret
 from trimode.build.kernel_emission import NeededKernel
 from trimode.plugins.compilation import kernel_of
-from trimode.plugins.operators import Operator
+from trimode.plugins.operators import AllReduce, Operator
 
 SUCCESS = real_driver.CUresult.CUDA_SUCCESS
 FULL = real_driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY
 GRANULARITY = 1 << 16
 STREAM = 77
+SHARED_BLOCK = 2 << 20  # memory that a process can share with others is a multiple of it
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -131,6 +133,8 @@ class DriverDouble:
         self.kernels = kernels or {}
         self.modules: list[KernelDouble] = []
         self.allocations: dict[int, np.ndarray] = {}  # device memory, by address
+        self.shared: dict[int, int] = {}  # files of memory that other processes may open, by address
+        self.opened: set[int] = set()  # addresses of memory of other processes
         self.page_locked: dict[int, np.ndarray] = {}
         self.files: dict[int, tuple[int, int]] = {}  # physical memory: (file, size) by handle
         self.mapped: dict[int, int] = {}  # sizes of mapped ranges, by address
@@ -213,15 +217,49 @@ class DriverDouble:
         if bytesize > self.free:
             return FULL, 0
         self.free -= bytesize
-        # Fresh device memory is not zero.
-        memory = np.full(bytesize, 0xFF, np.uint8)
+        if bytesize % SHARED_BLOCK:
+            memory = np.empty(bytesize, np.uint8)
+        else:
+            file = os.memfd_create("shared")
+            os.ftruncate(file, bytesize)
+            memory = np.frombuffer(mmap.mmap(file, bytesize), np.uint8)
+            self.shared[memory.ctypes.data] = file
+        memory[:] = 0xFF  # fresh device memory is not zero
         self.allocations[memory.ctypes.data] = memory
         return SUCCESS, memory.ctypes.data
 
     def cuMemFree(self, dptr):
         memory = self.allocations.pop(dptr)
         memory[:] = 0xFF
+        if dptr in self.shared:
+            os.close(self.shared.pop(dptr))
         self.free += memory.nbytes
+        return (SUCCESS,)
+
+    def cuIpcGetMemHandle(self, dptr):
+        """Only whole blocks, since the driver would share the memory around a smaller one as well."""
+        if dptr not in self.shared:
+            raise FaultError(f"{dptr:#x} is no allocation of whole blocks")
+        handle = real_driver.CUipcMemHandle()
+        name = f"{os.getpid()} {self.shared[dptr]} {self.allocations[dptr].nbytes}".encode().ljust(64)
+        ctypes.memmove(handle.getPtr(), name, len(name))
+        return SUCCESS, handle
+
+    def cuIpcOpenMemHandle(self, handle, Flags):
+        assert Flags == real_driver.CUipcMem_flags.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
+        process, file, size = map(int, ctypes.string_at(handle.getPtr(), 64).split())
+        if process == os.getpid():
+            raise FaultError("a process opens its own memory")
+        opened = os.open(f"/proc/{process}/fd/{file}", os.O_RDWR)
+        memory = np.frombuffer(mmap.mmap(opened, size), np.uint8)
+        os.close(opened)
+        self.allocations[memory.ctypes.data] = memory
+        self.opened.add(memory.ctypes.data)
+        return SUCCESS, memory.ctypes.data
+
+    def cuIpcCloseMemHandle(self, dptr):
+        self.opened.remove(dptr)
+        del self.allocations[dptr]
         return (SUCCESS,)
 
     def cuMemHostAlloc(self, bytesize, Flags):
@@ -355,7 +393,7 @@ class DriverDouble:
 
         def run() -> None:
             if self.computes:
-                interpret(kernel, grid, {**arguments, **absent}, f.constants)
+                interpret(kernel, grid, {**arguments, **absent}, f.constants, self._exchange(operator))
             self.clock += self.milliseconds(f.kernel)
 
         self._submit(int(config.hStream), run)
@@ -377,6 +415,11 @@ class DriverDouble:
         if not self.after_kernel:
             raise FaultError("an early launch does not follow a kernel")
         return True
+
+    def _exchange(self, operator: Operator) -> list[torch.Tensor]:
+        """The memory of all ranks, which only their sums read."""
+        addresses = {*self.shared, *self.opened} if isinstance(operator, AllReduce) else set()
+        return [self._tensor(address, torch.int8) for address in addresses]
 
     def _arguments(self, operator: Operator, parameters: int) -> dict[str, Any]:
         """Integers, and tensors from their address to the end of their allocation."""

@@ -13,7 +13,7 @@ import numpy as np
 
 from trimode.build.kernel_emission import NeededKernel, kernels_of, write_kernels
 from trimode.common.progress import no_progress
-from trimode.plugins.operators import OPERATORS, Node
+from trimode.plugins.operators import OPERATORS, PLUGINS, Node
 
 STEP, BATCH, CAPACITY, SPLITS = 70, 3, 256, 5
 HEADS, KV_HEADS, SIZE = 4, 2, 32
@@ -265,7 +265,7 @@ def write_small_library(folder: Path) -> Path:
     and the first one of every other operator.
     """
     needed: dict[str, NeededKernel] = {}
-    for name, declared in OPERATORS.items():
+    for name, declared in PLUGINS.items():
         fixed = {
             operand.name: tuple(-1 if at in dynamic else size for at, size in enumerate(shape))
             for operand in declared.inputs

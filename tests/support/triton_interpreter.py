@@ -6,7 +6,7 @@ kernels are interpreted, so the same process can compile others.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -38,14 +38,20 @@ class Traffic:
 
 
 def interpret(
-    kernel: JITFunction[Any], grid: tuple[int, ...], arguments: Mapping[str, Any], constants: Mapping[str, Any]
+    kernel: JITFunction[Any],
+    grid: tuple[int, ...],
+    arguments: Mapping[str, Any],
+    constants: Mapping[str, Any],
+    reachable: Sequence[Tensor] = (),
 ) -> dict[str, Traffic]:
     """Launch ``kernel`` over ``grid`` and count its traffic by the names of its tensors.
 
-    arguments: contiguous tensors and integers, by parameter. Raises TriModeError if the kernel loads or stores outside
-    its tensors.
+    arguments: contiguous tensors and integers, by parameter. reachable: further memory that the kernel may read and
+    write, whose addresses it finds in its tensors. Raises TriModeError if the kernel loads or stores outside its
+    tensors.
     """
     tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
+    tensors |= {f"reachable {index}": tensor for index, tensor in enumerate(reachable)}
     memory = _Memory(tensors)
     with types_made_once(), _interpreter_of(memory):
         try:

@@ -37,11 +37,21 @@ from tests.support.kernel_cases import AttentionCase, ProductCase, operator_inpu
 from tests.support.kernel_functions import attend, attend_and_merge, int4_product, kv_write, run
 from tests.support.triton_interpreter import Traffic
 from trimode.build import kernel_network, roofline
-from trimode.plugins.operators import OPERATORS, Attend, Int4Product, KvWrite, MergeSplits, Pattern, QkvProduct, Tactic
+from trimode.plugins.operators import (
+    OPERATORS,
+    PLUGINS,
+    Attend,
+    Int4Product,
+    KvWrite,
+    MergeSplits,
+    Pattern,
+    QkvProduct,
+    Tactic,
+)
 
 REAL = 2
 # Operators with traffic functions, and tests, of their own.
-MEASURED_ALONE = [name for name in OPERATORS if name.startswith(("KvWrite", "Attend", "MergeSplits", "Int4", "Qkv"))]
+MEASURED_ALONE = [name for name in PLUGINS if name.startswith(("KvWrite", "Attend", "MergeSplits", "Int4", "Qkv"))]
 
 
 def assert_same(counted: KernelTraffic, interpreted: dict[str, Traffic]) -> None:
@@ -123,7 +133,7 @@ def test_qkv_traffic_equals_the_interpreters(tactic: Tactic, split: bool) -> Non
     assert_same(qkv_product_traffic(operator, node, tactic, REAL), traffic)
 
 
-@pytest.mark.parametrize("name", [name for name in OPERATORS if name not in MEASURED_ALONE])
+@pytest.mark.parametrize("name", [name for name in PLUGINS if name not in MEASURED_ALONE])
 def test_the_other_operators_traffic_equals_the_interpreters(name: str) -> None:
     """Every tactic. Indices differ and positions are small, as the counts assume."""
     operator = OPERATORS[name]

@@ -1,0 +1,102 @@
+"""Memory and time of what a large checkpoint goes through: it is quantised, built for target ``cuda`` and audited.
+
+    python -m scripts.prove.large_shape [14b] [--folder FOLDER] [--sm 90] [--tp N]
+
+The weights are random. Each stage is a process of its own. Its *peak memory* is the most that it needs of its own;
+pages of files, which the kernel can drop at any time, are not counted. The folder needs three times the bytes of the
+16-bit checkpoint's half: 36 GB for the 14B shape. Everything in it is deleted as soon as no stage needs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+
+from scripts.gpu.random_w4a16_checkpoint import SHAPES
+from scripts.prove.proof_table import ProofRow, print_table
+
+LIMIT = 24 << 30  # bytes
+_INTERVAL = 0.1  # seconds between two samples of a process's memory
+
+
+class Stage(NamedTuple):
+    """A finished process. peak: bytes. seconds: of wall-clock time; processor: of all its threads."""
+
+    name: str
+    peak: int
+    seconds: float
+    processor: float
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shape", choices=SHAPES, nargs="?", default="14b")
+    parser.add_argument("--folder", type=Path, help="where to write [default: the system's temporary folder]")
+    parser.add_argument("--sm", default="90", help="compute capability to build for")
+    parser.add_argument("--tp", default="1", help="ranks to build for")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        stages = list(run_stages(Path(folder), arguments.shape, arguments.sm, arguments.tp))
+    rows = [
+        ProofRow(
+            f"{arguments.shape} shape, {stage.name}: peak memory",
+            f"<= {LIMIT / 2**30:.0f} GiB",
+            f"{stage.peak / 2**30:.1f} GiB; {stage.seconds:.0f} s, {stage.processor:.0f} s of processor time",
+            stage.peak <= LIMIT,
+        )
+        for stage in stages
+    ]
+    print_table(rows, arguments.json)
+
+
+def run_stages(folder: Path, shape: str, sm: str, tp: str):  # type: ignore[no-untyped-def]
+    bf16, int4, engine = (str(folder / name) for name in ("bf16", "int4", "engine"))
+    trimode = ("-m", "trimode.cli.main")
+    yield run("weights", "-m", "scripts.gpu.random_w4a16_checkpoint", shape, bf16, "--bits", "16")
+    yield run("quantize", *trimode, "quantize", bf16, int4, "--method", "rtn", "--head", "int4")
+    shutil.rmtree(bf16)
+    yield run("build", *trimode, "build", int4, engine, "--target", "cuda", "--sm", sm, "--tp", tp)
+    shutil.rmtree(int4)
+    yield run("audit", *trimode, "audit", engine)
+
+
+def run(name: str, *command: str) -> Stage:
+    """Run a stage. Raises SystemExit if it fails."""
+    begun, peak, processor = time.perf_counter(), 0, 0.0
+    with subprocess.Popen([sys.executable, *command], stdout=sys.stderr) as process:
+        watched = psutil.Process(process.pid)
+        while process.poll() is None:
+            try:
+                peak = max(peak, anonymous_bytes(process.pid))
+                processor = sum(watched.cpu_times()[:4])
+            except (psutil.Error, OSError):
+                break
+            time.sleep(_INTERVAL)
+    if process.returncode:
+        raise SystemExit(f"{name} ended with exit code {process.returncode}")
+    print(f"{name}: {peak / 2**30:.2f} GiB, {time.perf_counter() - begun:.0f} s", file=sys.stderr, flush=True)
+    return Stage(name, peak, time.perf_counter() - begun, processor)
+
+
+def anonymous_bytes(pid: int) -> int:
+    """Resident memory of a process and its children without pages of files."""
+    pids = [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
+    total = 0
+    for each in pids:
+        for line in Path(f"/proc/{each}/status").read_text().splitlines():
+            if line.startswith(("RssAnon:", "RssShmem:")):
+                total += int(line.split()[1]) << 10
+    return total
+
+
+if __name__ == "__main__":
+    main()
