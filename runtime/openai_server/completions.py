@@ -11,7 +11,7 @@ from fastapi.responses import Response
 from trimode.runtime.api.request_output import RequestOutput
 from trimode.runtime.openai_server.http_errors import BAD_REQUEST, ApiError
 from trimode.runtime.openai_server.request_bodies import COMPLETION_TOKENS, CompletionRequest
-from trimode.runtime.openai_server.response_bodies import Completion, CompletionChoice
+from trimode.runtime.openai_server.response_bodies import Completion, CompletionChoice, Usage
 from trimode.runtime.openai_server.service import ResponseHead, Service, finish_reason, json_response, without_none
 from trimode.runtime.openai_server.token_details import OriginsBuilder, completion_logprobs, prompt_logprobs
 from trimode.runtime.request.outputs import CompletionOutput, Logprob
@@ -22,9 +22,9 @@ async def complete(service: Service, body: CompletionRequest, http: Request) -> 
     model = service.names.resolve(body.model)
     best_of = _best_of(body)
     prompts = await _token_ids(service, body)
-    lengths = [
-        service.completion_length(prompt, body, body.max_tokens, default=COMPLETION_TOKENS) for prompt in prompts
-    ]
+    # A request emits at least one token, which a response of the prompt alone leaves out.
+    length = 1 if body.echoes_alone else body.max_tokens
+    lengths = [service.completion_length(prompt, body, length, default=COMPLETION_TOKENS) for prompt in prompts]
     requested = body.output_format()
     params = service.sampling_params(
         body,
@@ -59,7 +59,7 @@ async def complete(service: Service, body: CompletionRequest, http: Request) -> 
             pairs = zip(of_prompt, outputs, strict=True)
             choices += [builder.whole(index, output, request) for index, (builder, output) in enumerate(pairs)]
         completion = _completion(head, choices)
-        completion.usage = service.usage(run.requests)
+        completion.usage = _usage(service, body, run.requests)
         return json_response(completion, headers)
 
 
@@ -98,6 +98,13 @@ def _prompt_text(service: Service, body: CompletionRequest, index: int) -> str:
     return service.llm.tokenizer.decode(prompt, skip_special_tokens=body.skip_special_tokens is not False)
 
 
+def _usage(service: Service, body: CompletionRequest, requests: Sequence[RequestOutput]) -> Usage:
+    usage = service.usage(requests)
+    if body.echoes_alone:
+        usage.completion_tokens, usage.total_tokens = 0, usage.prompt_tokens
+    return usage
+
+
 def _completion(head: ResponseHead, choices: list[CompletionChoice]) -> Completion:
     return Completion(id=head.id, object="text_completion", created=head.created, model=head.model, choices=choices)
 
@@ -109,6 +116,7 @@ class _CompletionChoiceBuilder:
         self._tokenizer = service.llm.tokenizer
         self._logprobs = body.logprobs is not None
         self._echoes = bool(body.echo)
+        self._echoes_alone = body.echoes_alone
         self._prompt_logprobs = body.prompt_logprobs is not None
         self._base = base
         self._prefix = prefix
@@ -140,6 +148,9 @@ class _CompletionChoiceBuilder:
         token_ids: list[int],
         rows: Sequence[dict[int, Logprob]],
     ) -> CompletionChoice:
+        reason = finish_reason(output)
+        if self._echoes_alone:
+            text, token_ids, rows, reason = "", [], [], reason and "length"
         of_prompt = None if self._sent else request.prompt_logprobs
         listed_ids, listed_rows = token_ids, list[dict[int, Logprob] | None](rows)
         if of_prompt is not None and self._echoes:
@@ -149,7 +160,7 @@ class _CompletionChoiceBuilder:
         return CompletionChoice(
             index=self._base + index,
             text=text,
-            finish_reason=finish_reason(output),
+            finish_reason=reason,
             **without_none(
                 logprobs=completion_logprobs(self._tokenizer, listed_ids, listed_rows, offset)
                 if self._logprobs
@@ -185,11 +196,11 @@ class _CompletionChunks:
                 chunk = _completion(self._head, [choice])
                 if self._body.include_usage:
                     continuous = self._body.continuous_usage
-                    chunk.usage = self._service.usage(self._requests) if continuous else None
+                    chunk.usage = _usage(self._service, self._body, self._requests) if continuous else None
                 yield chunk
 
     def last(self, _: Sequence[RequestOutput]) -> Iterator[Completion]:
         if self._body.include_usage:
             chunk = _completion(self._head, [])
-            chunk.usage = self._service.usage(self._requests)
+            chunk.usage = _usage(self._service, self._body, self._requests)
             yield chunk

@@ -37,9 +37,9 @@ class HttpFrame:
         head = scope["method"] == "HEAD"
         if head:
             inner["method"] = "GET"
+        app = self._app
         if self._root_path and scope["path"] == self._root_path:  # relative links need the slash
-            await RedirectResponse(self._root_path.rpartition("/")[2] + "/")(scope, receive, send)
-            return
+            app = RedirectResponse(self._root_path.rpartition("/")[2] + "/")
         if self._root_path and scope["path"].startswith(f"{self._root_path}/"):
             inner["path"] = scope["path"].removeprefix(self._root_path)
         status, begun = 0, time.perf_counter()
@@ -54,6 +54,6 @@ class HttpFrame:
             await send(message)
 
         try:
-            await self._app(inner, receive, framed)
+            await app(inner, receive, framed)
         finally:
             log_request(scope["method"], scope["path"], status, time.perf_counter() - begun, request_id)

@@ -568,6 +568,11 @@ class CompletionRequest(DecodingBody):
         return max(counts, default=None)
 
     @property
+    def echoes_alone(self) -> bool:
+        """Whether the response is the prompt alone: ``echo`` with ``max_tokens`` 0, which scores a text."""
+        return bool(self.echo) and self.max_tokens == 0
+
+    @property
     def draws(self) -> bool:
         return super().draws or (self.best_of or 1) > 1
 

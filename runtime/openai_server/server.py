@@ -85,7 +85,7 @@ def serve(llm: EngineLLM, options: ServerOptions) -> None:
         this_machine_only=options.api_key is None and not exposed,
     )
     config = uvicorn.Config(
-        _with_origins(HttpFrame(gate, root_path), options.allowed_origins),
+        HttpFrame(_with_origins(gate, options.allowed_origins), root_path),
         host=options.host,
         port=options.port,
         loop="uvloop",

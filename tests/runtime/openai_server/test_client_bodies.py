@@ -328,8 +328,28 @@ def test_echo(http: httpx.Client) -> None:
     ids = http.post("/tokenize", json={"prompt": "abc"}).json()["tokens"]
     both = http.post(COMPLETIONS, json=echoed | {"prompt": [ids, ids]}).json()["choices"]
     assert [choice["text"] for choice in both] == ["abc" + text] * 2
-    refused = http.post(COMPLETIONS, json=echoed | {"logprobs": 1, "max_tokens": 0})
+    refused = http.post(COMPLETIONS, json=plain | {"logprobs": 1, "max_tokens": 0})
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "max_tokens")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_echo_without_an_answer_scores_the_prompt(http: httpx.Client, stream: bool) -> None:
+    """``echo`` with ``max_tokens`` 0: OpenAI's form of scoring a text."""
+    body = {"prompt": ["What is 60% of 440?", "abc"], "echo": True, "logprobs": 1, "temperature": 0}
+    scored = body | {"max_tokens": 0, "stream": stream, "stream_options": {"include_usage": True}}
+    text = http.post(COMPLETIONS, json=scored).text
+    events = [json.loads(line.removeprefix("data: ")) for line in text.splitlines() if line.startswith("data: {")]
+    records = events if stream else [json.loads(text)]
+    choices = [choice for record in records for choice in record["choices"]]
+    usage = records[-1]["usage"]
+    assert [(choice["index"], choice["text"], choice["finish_reason"]) for choice in choices] == [
+        (0, "What is 60% of 440?", "length"),
+        (1, "abc", "length"),
+    ]
+    assert (usage["completion_tokens"], usage["total_tokens"]) == (0, usage["prompt_tokens"])
+    answered = http.post(COMPLETIONS, json=body | {"max_tokens": 1}).json()["choices"]
+    for choice, longer in zip(choices, answered, strict=True):
+        assert choice["logprobs"] == {name: values[:-1] for name, values in longer["logprobs"].items()}
 
 
 def test_log_probabilities_of_the_prompt(http: httpx.Client) -> None:

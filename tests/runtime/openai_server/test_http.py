@@ -143,7 +143,8 @@ def test_a_path_prefix(under_a_path: Served) -> None:
         for link in ("playground.css", "playground.js"):
             assert f'"{link}"' in page.text
             assert httpx.get(f"{url}{prefix}/{link}").status_code == 200
-    moved = httpx.get(f"{url}/ai/trimode")
+    moved = httpx.get(f"{url}/ai/trimode", headers={"x-request-id": "mine"})
+    assert moved.headers["x-request-id"] == "mine"
     assert (moved.status_code, str(moved.next_request and moved.next_request.url)) == (307, f"{url}/ai/trimode/")
     assert httpx.get(f"{url}/ai/trimodes/health").status_code == 401
     assert httpx.get(f"{url}/openapi.json", headers=headers).json()["servers"] == [{"url": "/ai/trimode"}]
@@ -160,6 +161,7 @@ def test_allowed_origins(under_a_path: Served, origin: str) -> None:
     assert preflight.status_code == 200
     assert preflight.headers["access-control-allow-origin"] == origin
     assert "x-stainless-os" in preflight.headers["access-control-allow-headers"]
+    assert preflight.headers["x-request-id"]
     refused = httpx.get(f"{local(under_a_path)}/v1/models", headers={"origin": origin})
     assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, origin)
     assert "x-request-id" in refused.headers["access-control-expose-headers"].lower()
