@@ -21,17 +21,21 @@ from trimode.build.rtx.target import RtxTarget
 from trimode.model.checkpoint import Checkpoint
 from trimode.model.reference.loading import load_reference
 from trimode.model.reference.network import NemotronLabsDiffusionModel
-from trimode.quantize import quantize_checkpoint
+from trimode.quantize import CALIBRATION_FILE, quantize_checkpoint
 
 MAX_TOKENS = 200
 
 
 @pytest.fixture(scope="module")
 def w4a16(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The shipped checkpoint by AWQ, as `make demo` makes it."""
-    out = tmp_path_factory.mktemp("tiny") / "w4a16"
-    quantize_checkpoint(Checkpoint(tiny_checkpoint), out, method="awq", group=64)
-    return out
+    """The shipped checkpoint by AWQ, as `make demo` makes it, but calibrated on every fourth text."""
+    folder = tmp_path_factory.mktemp("tiny")
+    texts = (tiny_checkpoint / CALIBRATION_FILE).read_text(encoding="utf-8").splitlines()
+    (folder / "some.jsonl").write_text("\n".join(texts[::4]), encoding="utf-8")
+    quantize_checkpoint(
+        Checkpoint(tiny_checkpoint), folder / "w4a16", method="awq", group=64, calibration=folder / "some.jsonl"
+    )
+    return folder / "w4a16"
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +73,20 @@ def test_the_heldout_set_reaches_past_yarns_original_length(llm: LLM, heldout: l
     assert sum(length > 2 * original for length in lengths) >= 10
 
 
-def test_linear_spec_is_ar(llm: LLM, prompts: list[list[int]]) -> None:
-    expected = answers(llm, prompts, mode="ar")
-    for options in ({"block_length": 16}, {"block_length": 32, "adapter": False}, {"draft_threshold": 0.5}):
-        found = answers(llm, prompts, mode="linear_spec", **options)
-        assert [answer.token_ids for answer in found] == [answer.token_ids for answer in expected]
+@pytest.fixture(scope="module")
+def speculated(llm: LLM, prompts: list[list[int]]) -> list[CompletionOutput]:
+    return answers(llm, prompts, mode="linear_spec")
+
+
+def tokens(found: list[CompletionOutput]) -> list[list[int]]:
+    return [answer.token_ids for answer in found]
+
+
+def test_linear_spec_is_ar(llm: LLM, prompts: list[list[int]], speculated: list[CompletionOutput]) -> None:
+    expected = tokens(answers(llm, prompts, mode="ar"))
+    assert tokens(speculated) == expected
+    for options in ({"block_length": 32, "adapter": False}, {"draft_threshold": 0.5}):
+        assert tokens(answers(llm, prompts, mode="linear_spec", **options)) == expected
 
 
 @pytest.mark.parametrize("mode", ["ar", "linear_spec", "diffusion"])
@@ -91,21 +104,17 @@ def test_tokens_are_the_references(
         assert answer.token_ids == out[0, len(prompt) :].tolist()
 
 
-def test_the_adapter_raises_acceptance(llm: LLM, heldout: list[dict]) -> None:
+def test_the_adapter_raises_acceptance(llm: LLM, prompts: list[list[int]], speculated: list[CompletionOutput]) -> None:
     """Compare the cycles for the same texts. The texts are equal, so the adapter causes the whole difference."""
-    prompts = encoded(llm, heldout[::3])
-    with_adapter = answers(llm, prompts, mode="linear_spec")
     without = answers(llm, prompts, mode="linear_spec", adapter=False)
-    assert [answer.token_ids for answer in with_adapter] == [answer.token_ids for answer in without]
-    cycles = [sum(answer.counts.cycles for answer in many) for many in (with_adapter, without)]
+    assert tokens(speculated) == tokens(without)
+    cycles = [sum(answer.counts.cycles for answer in many) for many in (speculated, without)]
     assert 1.1 * cycles[0] < cycles[1]
 
 
-def test_answers_are_mostly_right(llm: LLM, prompts: list[list[int]], heldout: list[dict]) -> None:
+def test_answers_are_mostly_right(speculated: list[CompletionOutput], heldout: list[dict]) -> None:
     expected = [record["answer"] for record in heldout[::10]]
-    right = [
-        answer.text == text for answer, text in zip(answers(llm, prompts, mode="linear_spec"), expected, strict=True)
-    ]
+    right = [answer.text == text for answer, text in zip(speculated, expected, strict=True)]
     assert np.mean(right) > 0.85
 
 

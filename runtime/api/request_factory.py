@@ -138,8 +138,8 @@ class RequestFactory:
         return TextStream(
             self._tokenizer,
             tuple(stop for stop in params.stop_strings if stop not in self._special(params)),
-            params.include_stop_str_in_output,
-            params.skip_special_tokens,
+            include_stop=params.include_stop_str_in_output,
+            skip_special_tokens=params.skip_special_tokens,
         )
 
     def _sequence(self, prompt: Prompt, params: SamplingParams, seed: int, text: TextStream) -> Sequence:

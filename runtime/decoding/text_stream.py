@@ -18,9 +18,10 @@ class TextStream:
     def __init__(
         self,
         tokenizer: Tokenizer,
-        stops: tuple[str, ...] = (),
-        include_stop: bool = False,
-        skip_special_tokens: bool = True,
+        stops: tuple[str, ...],
+        *,
+        include_stop: bool,
+        skip_special_tokens: bool,
     ) -> None:
         self._stop: str | None = None
         self._tokenizer = tokenizer

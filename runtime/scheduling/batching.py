@@ -29,7 +29,7 @@ class Member(NamedTuple):
     needed: Pass
     adapter: bool
     candidates: int | None
-    draft_candidates: int | None = 1
+    draft_candidates: int | None
 
 
 class Span(NamedTuple):

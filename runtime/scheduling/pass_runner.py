@@ -125,7 +125,7 @@ class PassRunner:
             while pool.active < batch:
                 pool.acquire(step)
             pool.reserve(step)
-            members = [Member(slot, idle, adapter=True, candidates=1) for slot in range(batch)]
+            members = [Member(slot, idle, adapter=True, candidates=1, draft_candidates=1) for slot in range(batch)]
             span, committed = Span(0, batch - 1, step, members), [0] * batch
             ready = causal_step(span, committed) if engine == "ar" else bidirectional_step(span, committed)
             begun = self._clock()

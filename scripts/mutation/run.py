@@ -1,8 +1,9 @@
 """Change one operator or constant of the runtime's core at a time, and count how often its tests notice.
 
-A sample of all mutants of ``runtime/{decoding,scheduling,kv,api}`` is tested in a copy of the working tree, each by the
-tests of its folder, the fastest first. Takes from seconds to minutes for each mutant; not part of CI. Exit code 1 if
-fewer than 92 % of the sample are caught. Results: docs/results.md.
+A sample of all mutants of ``runtime/{decoding,scheduling,kv,api,grammar}`` is tested in a copy of the working tree. A
+mutant's tests are those of its module, then those of its folder, the fastest first. Limits are in processor time, so
+that other work on the machine catches no mutant. Takes from seconds to minutes for each mutant; not part of CI. Exit
+code 1 if fewer than 92 % of the sample are caught. Results: docs/results.md.
 
     python -m scripts.mutation.run --count 48 --seed 0
 """
@@ -11,15 +12,18 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import math
 import multiprocessing
 import os
 import random
+import resource
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,33 +31,32 @@ from scripts.mutation.mutants import Mutant, mutants_of
 
 ROOT = Path(__file__).resolve().parents[2]
 BAR = 0.92
-PATIENCE = 4  # times as long as without a mutant: tests that take longer hang, and the mutant is caught
-# The tests of each folder, by the time that they take.
+# Processor time of a mutant's tests, in that of the tests without a mutant: tests that take longer do not end. A mutant
+# may also wait forever without taking any, so time has a limit, too.
+PATIENCE, LONGEST_WAIT = 4, 20
+# The tests of each folder, the fastest first.
+_DECODING = tuple(
+    f"tests/runtime/decoding/test_{name}.py"
+    for name in ("denoising", "draft_tree", "lookup", "ngram_index", "sampling", "text_stream")
+)
+_RULES = ("tests/runtime/decoding/test_constrained_law.py", "tests/runtime/decoding/test_token_rules.py")
+_SCHEDULING = tuple(
+    f"tests/runtime/scheduling/test_{name}.py"
+    for name in ("policy", "pass_cost", "auto_block", "drafting", "learning", "recovery", "batching", "scheduler")
+)
 TESTS: dict[str, tuple[str, ...]] = {
-    "decoding": (
-        "tests/runtime/decoding/test_denoising.py",
-        "tests/runtime/decoding/test_sampling.py",
-        "tests/runtime/decoding/test_text_stream.py",
-        "tests/runtime/scheduling/test_auto_block.py",
-        "tests/runtime/scheduling/test_policy.py",
-        "tests/runtime/scheduling/test_scheduler.py",
-        "tests/runtime/decoding/test_sequence.py",
-    ),
-    "scheduling": (
-        "tests/runtime/scheduling/test_policy.py",
-        "tests/runtime/scheduling/test_pass_cost.py",
-        "tests/runtime/scheduling/test_auto_block.py",
-        "tests/runtime/scheduling/test_recovery.py",
-        "tests/runtime/scheduling/test_batching.py",
-        "tests/runtime/scheduling/test_scheduler.py",
-    ),
+    "decoding": (*_DECODING, *_SCHEDULING, "tests/runtime/decoding/test_sequence.py", *_RULES),
+    "scheduling": _SCHEDULING,
     "kv": ("tests/runtime/kv", "tests/runtime/scheduling/test_policy.py"),
     "api": (
         "tests/runtime/api/test_capacity.py",
         "tests/runtime/api/test_inputs.py",
+        "tests/runtime/api/test_prompt_logprobs.py",
+        "tests/runtime/api/test_continuation.py",
         "tests/runtime/api/test_life.py",
         "tests/runtime/api/test_llm.py",
     ),
+    "grammar": ("tests/runtime/grammar", "tests/runtime/decoding/test_token_rules.py"),
 }
 
 
@@ -93,19 +96,52 @@ def import_libraries() -> None:
         importlib.import_module(name)
 
 
-def all_pass(tree: Path, tests: tuple[str, ...], seconds: float | None = None) -> bool:
-    """False also if they take longer than ``seconds``."""
-    process = multiprocessing.get_context("fork").Process(target=run_tests, args=(tree, tests))
+class Outcome(NamedTuple):
+    """Of a run of tests. caught_by: the first test that failed, or why they ended; None if all passed. seconds: of
+    processor time.
+    """
+
+    caught_by: str | None
+    seconds: float
+
+
+class Limits(NamedTuple):
+    """processor, wall: seconds."""
+
+    processor: int
+    wall: float
+
+
+def outcome(tree: Path, tests: tuple[str, ...], limits: Limits | None = None) -> Outcome:
+    context = multiprocessing.get_context("fork")
+    begun, (failed, sender) = processor_seconds(), context.Pipe(duplex=False)
+    process = context.Process(target=run_tests, args=(tree, tests, limits, sender))
     process.start()
-    process.join(seconds)
-    if process.exitcode is None:
+    sender.close()
+    process.join(None if limits is None else limits.wall)
+    ended = process.exitcode is not None
+    if not ended:
         process.kill()
         process.join()
-    return process.exitcode == 0
+    seconds = processor_seconds() - begun
+    if process.exitcode == 0:
+        return Outcome(None, seconds)
+    if failed.poll():
+        try:
+            return Outcome(failed.recv(), seconds)
+        except EOFError:
+            pass
+    return Outcome(f"exit status {process.exitcode}" if ended else "waiting forever", seconds)
 
 
-def run_tests(tree: Path, tests: tuple[str, ...]) -> None:
-    """In a process of its own: the tests of ``tree`` import the modules of ``tree``."""
+def processor_seconds() -> float:
+    """Of the processes that this one has started and that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def run_tests(tree: Path, tests: tuple[str, ...], limits: Limits | None, failed: Connection) -> None:
+    """In a process of its own: the tests of ``tree`` import the modules of ``tree``. Sends the first that fails."""
     os.setsid()
     os.chdir(tree)
     os.environ["PYTHONPATH"] = str(tree)
@@ -113,9 +149,30 @@ def run_tests(tree: Path, tests: tuple[str, ...]) -> None:
     sys.dont_write_bytecode = True
     for stream in (1, 2):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+    if limits is not None:
+        resource.setrlimit(resource.RLIMIT_CPU, (limits.processor, limits.processor))
     import pytest
 
-    sys.exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0", *tests]))
+    class Recorder:
+        @staticmethod
+        def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+            if report.failed:
+                failed.send(report.nodeid)
+
+        @staticmethod
+        def pytest_collectreport(report: pytest.CollectReport) -> None:
+            if report.failed:
+                failed.send(report.nodeid)
+
+    arguments = ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0", *tests]
+    sys.exit(pytest.main(arguments, plugins=[Recorder()]))
+
+
+def tests_of(file: Path) -> tuple[str, ...]:
+    """Those of the module, then those of its folder."""
+    own = f"tests/{file.parent}/test_{file.stem}.py"
+    others = TESTS[file.parts[1]]
+    return (own, *(test for test in others if test != own)) if (ROOT / own).exists() else others
 
 
 def main() -> int:
@@ -135,26 +192,26 @@ def main() -> int:
     os.environ["OMP_NUM_THREADS"] = "1"
     import_libraries()
     outcomes: Counter[bool] = Counter()
-    limits: dict[str, float] = {}
+    limits: dict[str, Limits] = {}
     with tempfile.TemporaryDirectory(prefix="trimode-mutation-") as temporary:
         tree = Path(temporary)
         copy_tree(tree)
         for name in sorted({place.file.parts[1] for place in sample}):
             begun = time.monotonic()
-            passed = all_pass(tree, TESTS[name])
-            limits[name] = PATIENCE * (time.monotonic() - begun)
-            if not passed:
-                print(f"the tests of {name} fail without a mutant", file=sys.stderr)
+            found = outcome(tree, TESTS[name])
+            if found.caught_by is not None:
+                print(f"without a mutant, the tests of {name} fail: {found.caught_by}", file=sys.stderr)
                 return 2
+            limits[name] = Limits(math.ceil(PATIENCE * found.seconds), LONGEST_WAIT * (time.monotonic() - begun))
+            print(f"without a mutant, the tests of {name} take {found.seconds:.0f} s of processor time", flush=True)
         for place in sample:
-            begun = time.monotonic()
             original = (tree / place.file).read_text()
             (tree / place.file).write_text(place.mutant.source)
-            folder = place.file.parts[1]
-            caught = not all_pass(tree, TESTS[folder], limits[folder])
+            found = outcome(tree, tests_of(place.file), limits[place.file.parts[1]])
             (tree / place.file).write_text(original)
-            outcomes[caught] += 1
-            print(f"{'caught' if caught else 'SURVIVED'} after {time.monotonic() - begun:.0f} s: {place}", flush=True)
+            outcomes[found.caught_by is not None] += 1
+            verdict = "SURVIVED" if found.caught_by is None else "caught"
+            print(f"{verdict} after {found.seconds:.0f} s: {place}\n    {found.caught_by or ''}".rstrip(), flush=True)
     print(f"{outcomes[True]} of {outcomes.total()} caught, {outcomes[True] / outcomes.total():.0%}")
     return 0 if outcomes[True] >= BAR * outcomes.total() else 1
 

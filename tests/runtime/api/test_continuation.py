@@ -47,6 +47,7 @@ def test_a_continued_answer_is_the_whole_one_wherever_it_was_cut(llm: LLM, optio
         found = llm.generate(_cut(prompt, whole.token_ids, cut), params).outputs[0]
         assert (found.token_ids, found.text) == (whole.token_ids, whole.text)
         assert (found.finish_reason, found.stop_reason) == (whole.finish_reason, whole.stop_reason)
+        assert found.origins[:cut] == ["forced"] * cut
         if whole.logprobs is not None and found.logprobs is not None:
             assert found.logprobs[:cut] == [{}] * cut
             assert [*found.logprobs[cut]] == [*whole.logprobs[cut]]
@@ -69,6 +70,7 @@ def test_diffusion_continues_where_a_block_ended(llm: LLM, options: dict[str, An
         cut = 1 + blocks * options["block_length"]
         found = llm.generate(_cut(prompt, whole.token_ids, cut), params).outputs[0]
         assert (found.token_ids, found.text) == (whole.token_ids, whole.text)
+        assert found.origins[:cut] == ["forced"] * cut
     with pytest.raises(TriModeError, match="do not end where a block of mode diffusion ends"):
         llm.generate(_cut(prompt, whole.token_ids, 2), params)
 

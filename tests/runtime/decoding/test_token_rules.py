@@ -291,12 +291,9 @@ def candidates(*best: int) -> Candidates:
     )
 
 
-def test_forced_text_behind_a_draft_joins_its_block_and_is_no_draft(tiny: LLM) -> None:
-    """The draft proposes c; what the grammar forces behind it is verified in the same pass."""
-    a, c = (tiny.tokenizer.encode(letter)[0] for letter in "ac")
-    grammar = tiny._grammars.compile(GuidedDecodingParams(regex="a(cdefgh[0-9]|xyz)")).matcher()
-    params = SamplingParams(max_tokens=40, mode="linear_spec", block_length=2)
-    sequence = Sequence(
+def under_regex(llm: LLM, regex: str) -> Sequence:
+    params = SamplingParams(max_tokens=40, mode="linear_spec", block_length=4)
+    return Sequence(
         [300],
         params,
         Ending(params, frozenset([11])),
@@ -305,8 +302,14 @@ def test_forced_text_behind_a_draft_joins_its_block_and_is_no_draft(tiny: LLM) -
         mask_id=100,
         prefill_step=10,
         seed=0,
-        rules=TokenRules(768, {11}, grammar=grammar),
+        rules=TokenRules(768, {11}, grammar=llm._grammars.compile(GuidedDecodingParams(regex=regex)).matcher()),
     )
+
+
+def test_forced_text_behind_a_draft_joins_its_block_and_is_no_draft(tiny: LLM) -> None:
+    """The draft proposes c; what the grammar forces behind it is verified in the same pass."""
+    a, c = (tiny.tokenizer.encode(letter)[0] for letter in "ac")
+    sequence = under_regex(tiny, "a(cdefgh[0-9]|xyz)")
     sequence.absorb(sequence.next_pass(), candidates(a))
     sequence.open_block(2)
     draft = sequence.next_pass()
@@ -322,6 +325,15 @@ def test_forced_text_behind_a_draft_joins_its_block_and_is_no_draft(tiny: LLM) -
     forced = len(commit.tokens) - 2
     # The end needs no pass.
     assert sequence.origins == ["prefill", "accepted", *["forced"] * forced, "bonus", "forced"]
+
+
+def test_a_block_whose_forced_text_yields_more_than_a_draft_has_none(tiny: LLM) -> None:
+    sequence = under_regex(tiny, "a(bcdefghijklmnopqrstuvwxyz[0-9])")
+    sequence.absorb(sequence.next_pass(), candidates(tiny.tokenizer.encode("a")[0]))
+    sequence.open_block(4)
+    commit = sequence.next_pass()
+    assert commit.kind == "commit"
+    assert tiny.tokenizer.decode(commit.tokens.tolist()) == "abcdefghijklmnopqrstuvwxyz"
 
 
 def test_no_draft_is_made_where_forced_text_yields_more(tiny: LLM) -> None:

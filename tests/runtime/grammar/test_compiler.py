@@ -163,6 +163,28 @@ def test_equal_grammars_are_compiled_once_and_the_cache_is_bounded(
     assert compiler.compile(GuidedDecodingParams(json={"type": "integer"})) is not first
 
 
+def test_a_reason_is_cut_past_its_longest_length() -> None:
+    source, longest = GuidedDecodingParams(regex="a{").source, compiler_module._LONGEST_REASON
+    assert str(compiler_module._refusal(source, "x" * longest)).endswith(": " + "x" * longest)
+    assert str(compiler_module._refusal(source, "x" * (longest + 1))).endswith(": " + "x" * longest + "...")
+
+
+def test_what_was_known_behind_an_undone_token_is_kept(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
+    """Drafts are taken, undone, and taken again when they are emitted."""
+    matcher = compiler.compile(GuidedDecodingParams(regex="a(bc|de)f")).matcher()
+    a, b, d = (tokenizer.encode(letter)[0] for letter in "abd")
+    for token in (a, b):
+        assert matcher.take(token)
+    known = matcher.forced()
+    matcher.undo([a, b])
+    for token in (a, b):
+        assert matcher.take(token)
+    assert matcher.forced() is known
+    matcher.undo([b])
+    assert matcher.take(d)
+    assert matcher.forced() is not known
+
+
 def deep(levels: int) -> dict:
     schema: dict = {"type": "integer"}
     for _ in range(levels):

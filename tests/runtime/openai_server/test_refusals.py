@@ -171,7 +171,7 @@ UNREADABLE = {
 @pytest.mark.parametrize("case", UNREADABLE)
 def test_a_refused_body_is_not_kept(served: Served, http: httpx.Client, case: str) -> None:
     before = served.peak_mib()
-    for _ in range(50):
+    for _ in range(30):
         response = http.post(COMPLETIONS, content=UNREADABLE[case], headers={"content-type": "application/json"})
         assert response.status_code == 400
     assert served.peak_mib() - before < 100  # two or three of them at most
@@ -192,7 +192,7 @@ def test_another_content_type(http: httpx.Client) -> None:
 
 def test_many_malformed_bodies(served: Served, http: httpx.Client) -> None:
     """A sample of `scripts/serving/malformed_bodies.py`, the same each run."""
-    for number in range(400):
+    for number in range(200):
         path, body = malformed(number)
         response = http.post(path, content=body, headers={"content-type": "application/json"})
         assert response.status_code < 500, (number, response.text)

@@ -77,6 +77,13 @@ def test_it_is_the_best_of_all_choices(rates: list[float], free_tokens: float, l
     assert tokens_a_second(chosen) >= max(tokens_a_second(block) for block in CHOICES) * (1 - 1e-9)
 
 
+def test_one_token_costs_a_pass_of_one_token() -> None:
+    """Drafts are nearly free, but each verified token costs as much as the first one, and half of them are rejected."""
+    cost = PassCost(1, 32)
+    cost.measure(lambda engine, _, step: step * (1e-3 if engine == "ar" else 1e-6), seconds=1e9)
+    assert BlockChooser(cost).choose(opening(sequence(0.5)), []).block == 1
+
+
 def test_a_block_is_as_long_as_that_of_a_request_beside_it() -> None:
     """The draft pass of a request with a fixed block runs anyway, so sharing it costs nothing."""
     cost, uncertain = machine(1000), opening(sequence(0.45))

@@ -35,7 +35,7 @@ def machine(per_token: float) -> PassCost:
 
 def member(slot: int, length: int) -> Member:
     needed = Pass("commit", np.arange(1, length + 1), np.arange(length))
-    return Member(slot, needed, adapter=slot % 2 == 0, candidates=1)
+    return Member(slot, needed, adapter=slot % 2 == 0, candidates=1, draft_candidates=1)
 
 
 def total(cuts: list[list[Member]], committed: list[int], cost: PassCost) -> float:
