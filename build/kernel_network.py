@@ -19,6 +19,7 @@ from trimode.build.graph.results import REAL_TYPES
 from trimode.build.kernel_emission import (
     NeededKernel,
     kernels_of,
+    plugin_nodes,
     refuse_odd_groups,
     refuse_unknown_gpus,
     write_kernels,
@@ -71,6 +72,17 @@ class KernelNetwork:
             onnx.checker.check_model(graph)
             lowered[name] = LoweredGraph(graph, launch_list(graph, REAL_TYPES[self.real], weights))
         return lowered
+
+    @property
+    def plugins(self) -> LaunchList:
+        """The nodes of our own operators if TensorRT computes the results: the head is a product that writes logits."""
+        options = self.graph_options()._replace(standard_results=True)
+        graph = build_operator_network(self.config, self.pool, "causal", options)
+        ours = plugin_nodes(graph)
+        read = {name for node in ours for name in node.input}
+        inputs = [value for value in graph.graph.input if value.name in read]
+        extracted = onnx.helper.make_model(onnx.helper.make_graph(ours, "plugins", inputs, []))
+        return launch_list(extracted, REAL_TYPES[self.real], {entry.name for entry in self.pool.ranges()})
 
     def graph_options(self) -> OperatorNetworkOptions:
         """Of the graphs of our own operators only."""
@@ -130,8 +142,9 @@ def write_network_kernels(
     """Compile every kernel of both engines of all ranks into the engine directory ``folder``."""
     needed: dict[str, NeededKernel] = {}
     for network in networks:
-        for lowered in network.lowered.values():
-            needed |= needed_kernels(lowered.launches, network.limits)
+        plugins = [network.plugins] if len(networks) == 1 else []
+        for launches in (*(lowered.launches for lowered in network.lowered.values()), *plugins):
+            needed |= needed_kernels(launches, network.limits)
     real = networks[0].real
     if real == "fp32":
         needed = _smallest_tiles(needed)

@@ -10,9 +10,10 @@ integer or a symbol, whose value each pass gives:
 | ``rows`` | logit rows of each sequence |
 | ``capacity`` | rows of a sequence in the KV pool |
 | ``top_k`` | candidates of a row |
-| ``asked`` | asked ids of a row |
+| ``asked`` | asked ids of a row; 0 for none |
 
-An output that aliases an input has the input's memory. All other outputs are temporary, except ``results``.
+An output that aliases an input has the input's memory. All other outputs are temporary, except ``results``. A tensor
+without elements has no memory.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ from trimode.engine.record import Record
 from trimode.model.step import ElementType
 
 LAUNCHES = "launches.json"
-FORMAT_VERSION: Literal[1] = 1
-# When a pass makes a launch: always; with or without a token mask; with asked ids.
-Condition = Literal["always", "masked", "unmasked", "asked"]
+FORMAT_VERSION: Literal[2] = 2
+# When a pass makes a launch: always; with or without a token mask.
+Condition = Literal["always", "masked", "unmasked"]
 
 
 class LaunchTensor(Record):
@@ -64,7 +65,7 @@ class LaunchList(Record):
     that the runtime reads.
     """
 
-    format_version: Literal[1]
+    format_version: Literal[2]
     inputs: tuple[LaunchTensor, ...]
     weights: tuple[LaunchTensor, ...]
     launches: tuple[Launch, ...]

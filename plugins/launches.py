@@ -32,7 +32,6 @@ class PassShape(NamedTuple):
             "always": True,
             "masked": self.masked,
             "unmasked": not self.masked,
-            "asked": self.asked > 0,
         }[when]
 
     @property

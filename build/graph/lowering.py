@@ -1,7 +1,6 @@
 """A graph of nodes of the domain ``trimode`` as a list of launches.
 
-A node is one launch. Two nodes depend on optional inputs: without a token mask, the candidates come from the operator
-that takes none; without asked ids, no logits are read for them.
+A node is one launch, except the head: without a token mask, a pass launches the head that takes none.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from onnx import TensorProto
 
 from trimode.engine.launch_list import FORMAT_VERSION, Launch, LaunchList, LaunchTensor
 from trimode.model.step import ElementType
-from trimode.plugins.operators import DOMAIN, OPERATORS, AskedLogits, TopCandidates
+from trimode.plugins.operators import DOMAIN, OPERATORS, Head
 
 _TYPES: dict[int, ElementType] = {
     TensorProto.INT64: "int64",
@@ -21,7 +20,6 @@ _TYPES: dict[int, ElementType] = {
     TensorProto.INT8: "int8",
     TensorProto.BOOL: "bool",
 }
-_MASKED, _UNMASKED, _ASKED = TopCandidates(masked=True), TopCandidates(), AskedLogits()
 
 
 def launch_list(graph: onnx.ModelProto, real: int, weights: Collection[str]) -> LaunchList:
@@ -43,18 +41,18 @@ def launch_list(graph: onnx.ModelProto, real: int, weights: Collection[str]) -> 
 def _launches(node: onnx.NodeProto) -> list[Launch]:
     if node.domain != DOMAIN:
         raise ValueError(f"{node.name} is a node of operator {node.op_type}, which has no kernel")
-    names = OPERATORS[node.op_type].attributes
+    operator = OPERATORS[node.op_type]
     # The number of candidates differs from pass to pass.
     attributes: dict[str, int | str] = {
         attribute.name: "top_k" if attribute.name == "top_k" else attribute.i
         for attribute in node.attribute
-        if attribute.name in names
+        if attribute.name in operator.attributes
     }
     launch = Launch(operator=node.op_type, inputs=tuple(node.input), outputs=tuple(node.output), attributes=attributes)
-    if node.op_type == _ASKED.name:
-        return [launch.model_copy(update={"when": "asked"})]
-    if node.op_type == _MASKED.name:
-        unmasked = {"operator": _UNMASKED.name, "inputs": launch.inputs[: len(_UNMASKED.inputs)], "when": "unmasked"}
+    if isinstance(operator, Head) and operator.masked:
+        given = dict(zip((operand.name for operand in operator.inputs), launch.inputs, strict=True))
+        inputs = tuple(given[operand.name] for operand in operator.unmasked.inputs)
+        unmasked = {"operator": operator.unmasked.name, "inputs": inputs, "when": "unmasked"}
         return [launch.model_copy(update={"when": "masked"}), launch.model_copy(update=unmasked)]
     return [launch]
 

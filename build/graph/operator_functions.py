@@ -14,10 +14,11 @@ from onnx import TensorProto
 from trimode.build.graph.onnx_builder import FunctionBuilder
 from trimode.plugins.operators import (
     DOMAIN,
-    AskedLogits,
     Attend,
+    DenseHead,
     DenseProduct,
     Embed,
+    Int4Head,
     Int4Product,
     KvWrite,
     MergeCandidates,
@@ -28,7 +29,6 @@ from trimode.plugins.operators import (
     Rotations,
     SelectRows,
     SwiGlu,
-    TopCandidates,
 )
 from trimode.plugins.operators.candidates import NEVER, TILE
 from trimode.plugins.operators.int4_product import PAIRED
@@ -273,38 +273,61 @@ def dense_product_function(operator: DenseProduct) -> onnx.FunctionProto:
     return body.function()
 
 
-def top_candidates_function(operator: TopCandidates, top_k: int, mask_token: int) -> onnx.FunctionProto:
+def int4_head_function(operator: Int4Head, *, top_k: int, mask_token: int) -> onnx.FunctionProto:
     """top_k, mask_token: the node's attributes."""
     body = FunctionBuilder(operator, ATTRIBUTES)
+    _write_head_results(body, _product(body, operator), body.dims("scale", 1, 2), operator.masked, top_k, mask_token)
+    return body.function()
+
+
+def dense_head_function(operator: DenseHead, *, top_k: int, mask_token: int) -> onnx.FunctionProto:
+    """top_k, mask_token: the node's attributes."""
+    body = FunctionBuilder(operator, ATTRIBUTES)
+    logits = body.op("MatMul", body.op("Cast", "x", to=_FLOAT), body.op("Cast", "weight", to=_FLOAT))
+    _write_head_results(body, logits, body.dims("weight", 1, 2), operator.masked, top_k, mask_token)
+    return body.function()
+
+
+def _write_head_results(
+    body: FunctionBuilder, logits: str, vocabulary: str, masked: bool, top_k: int, mask_token: int
+) -> None:
+    """logits: [B, L, V] in fp32. vocabulary: V, as a vector."""
     op = body.op
-    tokens = op("Range", 0, op("Squeeze", body.dims("logits", 2, 3)), 1)
+    tokens = op("Range", 0, op("Squeeze", vocabulary), 1)
     legal = op("Not", op("Equal", tokens, mask_token))
-    if operator.masked:
+    if masked:
         bits = body.constant((1 << np.arange(32, dtype=np.uint32)).view(np.int32), "bits")
         none = body.constant(np.array(0, np.int32), "int32_0")
         clear = op("Equal", op("BitwiseAnd", op("Unsqueeze", "token_mask", [3]), bits), none)
         named = op("Reshape", op("Not", clear), [0, 0, -1])
-        legal = op("And", legal, op("Slice", named, [0], body.dims("logits", 2, 3), [2]))
-    possible = op("Where", legal, op("Cast", "logits", to=_FLOAT), NEVER)
+        legal = op("And", legal, op("Slice", named, [0], vocabulary, [2]))
+    possible = op("Where", legal, logits, NEVER)
     # The remainder of a negative number is not negative.
-    missing = op("Mod", op("Neg", body.dims("logits", 2, 3)), TILE)
+    missing = op("Mod", op("Neg", vocabulary), TILE)
     padding = op("Concat", [0, 0, 0, 0, 0], missing, axis=0)
     tiles = op("Reshape", op("Pad", possible, padding, NEVER), [0, 0, -1, TILE])
-    body.node("TopK", [tiles, [top_k]], ["tile_logits", "places"], axis=-1)
+    body.node("ReduceMax", [tiles, [-1]], ["tile_logits"], keepdims=0)
+    places = op("ArgMax", tiles, axis=-1, keepdims=0)
     first = op("Mul", op("Range", 0, op("Squeeze", body.dims(tiles, 2, 3)), 1), TILE)
-    found = op("Add", "places", op("Unsqueeze", first, [1]))
-    body.node("Cast", [found], ["tile_tokens"], to=_INT32)
+    body.node("Cast", [op("Add", places, first)], ["tile_tokens"], to=_INT32)
     _log_sum_exp(body, tiles, "tile_sums")
-    return body.function()
+    if top_k > 1:
+        body.node("Identity", [possible], ["logits"])
+    else:
+        body.node("Slice", [possible, [0], [0], [2]], ["logits"])
+    body.node("GatherElements", [logits, "asked_ids"], ["asked_logits"], axis=2)
 
 
 def merge_candidates_function(top_k: int) -> onnx.FunctionProto:
     """top_k: the node's attribute."""
     body = FunctionBuilder(MergeCandidates(), ATTRIBUTES)
     op = body.op
-    body.node("TopK", [op("Reshape", "tile_logits", [0, 0, -1]), [top_k]], ["top_logits", "places"], axis=-1)
-    tokens = op("GatherElements", op("Reshape", "tile_tokens", [0, 0, -1]), "places", axis=2)
-    body.node("Cast", [tokens], ["top_tokens"], to=_INT64)
+    if top_k > 1:
+        body.node("TopK", ["logits", [top_k]], ["top_logits", "top_tokens"], axis=-1)
+    else:
+        body.node("TopK", ["tile_logits", [1]], ["top_logits", "places"], axis=-1)
+        tokens = op("GatherElements", "tile_tokens", "places", axis=2)
+        body.node("Cast", [tokens], ["top_tokens"], to=_INT64)
     _log_sum_exp(body, "tile_sums", "log_sum_exp")
     return body.function()
 
@@ -315,9 +338,3 @@ def _log_sum_exp(body: FunctionBuilder, values: str, result: str) -> None:
     best = op("ReduceMax", values, [-1], keepdims=1)
     total = op("ReduceSum", op("Exp", op("Sub", values, best)), [-1], keepdims=0)
     body.node("Add", [op("Log", total), op("Squeeze", best, [-1])], [result])
-
-
-def asked_logits_function() -> onnx.FunctionProto:
-    body = FunctionBuilder(AskedLogits(), ATTRIBUTES)
-    body.node("Cast", [body.op("GatherElements", "logits", "asked_ids", axis=2)], ["asked_logits"], to=_FLOAT)
-    return body.function()

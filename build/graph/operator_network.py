@@ -20,10 +20,11 @@ from onnx import TensorProto
 from trimode.build.graph.onnx_builder import ModelBuilder, Shape
 from trimode.build.graph.operator_functions import (
     PARSER_ATTRIBUTES,
-    asked_logits_function,
     attend_function,
+    dense_head_function,
     dense_product_function,
     embed_function,
+    int4_head_function,
     int4_product_function,
     kv_write_function,
     merge_candidates_function,
@@ -32,7 +33,6 @@ from trimode.build.graph.operator_functions import (
     rotations_function,
     select_rows_function,
     swiglu_function,
-    top_candidates_function,
 )
 from trimode.build.graph.raw_pool import KernelConstants, PooledLayer, PooledLinear, PoolRange, RawPool
 from trimode.build.graph.results import REAL_TYPES, declare_results
@@ -44,10 +44,11 @@ from trimode.model.step import RANKS, AttentionPattern, adapter_inputs, cache_in
 from trimode.plugins.operators import (
     DOMAIN,
     AllReduce,
-    AskedLogits,
     Attend,
+    DenseHead,
     DenseProduct,
     Embed,
+    Int4Head,
     Int4Product,
     KvWrite,
     MergeCandidates,
@@ -57,7 +58,6 @@ from trimode.plugins.operators import (
     Rotations,
     SelectRows,
     SwiGlu,
-    TopCandidates,
 )
 from trimode.plugins.operators.dense_product import dense_split_count
 from trimode.plugins.operators.int4_product import MOST_NORM_TILES, norm_tiles
@@ -121,7 +121,10 @@ class _OperatorGraph:
     def build(self) -> onnx.ModelProto:
         graph, config = self.graph, self.config
         input_ids, position_ids, self.write_indices, self.visibility, logit_rows = declare_step(graph, self.pattern)
-        self.split_products = SplitProducts(graph, self.pool, self._counters())
+        linears = list(self.pool.linears())
+        if not self.options.standard_results:
+            linears.remove(self.pool.head)
+        self.split_products = SplitProducts(graph, linears, self._counters())
         capacity = self.options.capacity or "capacity"
         cache_shape: Shape = ["batch", config.num_key_value_heads, capacity, config.head_dim]
         for name in cache_inputs(config.num_hidden_layers):
@@ -214,6 +217,10 @@ class _OperatorGraph:
                 return rms_norm_function()
             case QkvProduct():
                 return qkv_product_function(operator, self.config.head_dim)
+            case Int4Head():
+                return int4_head_function(operator, **attributes)
+            case DenseHead():
+                return dense_head_function(operator, **attributes)
             case Int4Product():
                 return int4_product_function(operator)
             case DenseProduct():
@@ -226,12 +233,8 @@ class _OperatorGraph:
                 return swiglu_function()
             case SelectRows():
                 return select_rows_function()
-            case TopCandidates():
-                return top_candidates_function(operator, attributes["top_k"], attributes["mask_token"])
             case MergeCandidates():
                 return merge_candidates_function(attributes["top_k"])
-            case AskedLogits():
-                return asked_logits_function()
         raise ValueError(f"operator {operator.name} has no function")
 
     def _embedded(self, input_ids: str, first: PooledLayer) -> Stream:
@@ -374,17 +377,18 @@ class _OperatorGraph:
     def _head(self, stream: Stream) -> None:
         """Final norm, logits and candidates."""
         x, norm = self._normed(stream, self.pool.norm)
-        logits = self._linear(x, self.pool.head, "logits", norm=norm)[0]
-        top_k, mask_token = self.options.top_k, self.config.mask_token_id
+        head, top_k, mask_token = self.pool.head, self.options.top_k, self.config.mask_token_id
         if self.options.standard_results:
+            logits = self._linear(x, head, "logits", norm=norm)[0]
             declare_results(self.graph, self.config, logits, self.options.activations, top_k, "apart")
             return
         token_mask = self.graph.input("token_mask", INT32, ["batch", "rows", mask_words(self.config.vocab_size)])
         asked_ids = self.graph.input("asked_ids", INT64, ["batch", "rows", "asked"])
-        tiles = self._run(TopCandidates(masked=True), [logits, token_mask], top_k=top_k, mask_token=mask_token)
-        results = ["top_logits", "top_tokens", "log_sum_exp"]
-        self._run_into(MergeCandidates(), tiles, results, top_k=top_k)
-        self._run_into(AskedLogits(), [logits, asked_ids], ["asked_logits"])
+        operator = DenseHead(masked=True) if head.scale is None else Int4Head(normed=bool(norm), masked=True)
+        given = [x, *(self.graph.pooled(part) for part in head.ranges()), *norm, token_mask, asked_ids]
+        tiles = [f"{self.graph.scope}{operand.name}" for operand in operator.outputs[:-1]]
+        self._run_into(operator, given, [*tiles, "asked_logits"], top_k=top_k, mask_token=mask_token)
+        self._run_into(MergeCandidates(), tiles, ["top_logits", "top_tokens", "log_sum_exp"], top_k=top_k)
         self.graph.output("top_logits", FLOAT, ["batch", "rows", top_k])
         self.graph.output("top_tokens", INT64, ["batch", "rows", top_k])
         self.graph.output("log_sum_exp", FLOAT, ["batch", "rows"])

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from onnx import TensorProto
 
 from trimode.build.graph.onnx_builder import ModelBuilder
-from trimode.build.graph.raw_pool import PooledLinear, RawPool
+from trimode.build.graph.raw_pool import PooledLinear
 from trimode.model.step import COUNTERS
 from trimode.plugins.operators import Int4Product
 from trimode.plugins.operators.int4_product import split_count
@@ -15,13 +15,16 @@ from trimode.plugins.operators.int4_product import split_count
 
 class SplitProducts:
     """Declares the graph's input ``counters`` and output ``counters_out`` if a launch needs them. Each of these
-    launches gets the counters of the one before it, so that each value has one reader. A graph uses each matrix once.
+    launches gets the counters of the one before it, so that each value has one reader.
 
-    others: the counters that other launches need, by name.
+    linears: the matrices that products of the graph read, each once. others: the counters that other launches need, by
+    name.
     """
 
-    def __init__(self, graph: ModelBuilder, pool: RawPool, others: Mapping[str, int] | None = None) -> None:
-        split, others = [linear for linear in pool.linears() if _is_split(linear)], others or {}
+    def __init__(
+        self, graph: ModelBuilder, linears: Iterable[PooledLinear], others: Mapping[str, int] | None = None
+    ) -> None:
+        split, others = [linear for linear in linears if _is_split(linear)], others or {}
         self._remaining = {*others, *(linear.weight.name for linear in split)}
         self._counters = COUNTERS
         if self._remaining:

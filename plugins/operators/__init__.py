@@ -10,8 +10,9 @@ from typing import get_args
 
 from trimode.plugins.operators.all_reduce import AllReduce
 from trimode.plugins.operators.attention import Attend, MergeSplits, Pattern
-from trimode.plugins.operators.candidates import AskedLogits, MergeCandidates, TopCandidates
+from trimode.plugins.operators.candidates import MergeCandidates
 from trimode.plugins.operators.dense_product import DenseProduct
+from trimode.plugins.operators.head_product import DenseHead, Head, Int4Head
 from trimode.plugins.operators.int4_product import Int4Product
 from trimode.plugins.operators.kv_write import KvWrite
 from trimode.plugins.operators.operator import DOMAIN, Constants, Dim, Node, Operand, Operator, Shapes, Tactic
@@ -26,12 +27,14 @@ __all__ = [
     "OPERATORS",
     "PLUGINS",
     "AllReduce",
-    "AskedLogits",
     "Attend",
     "Constants",
+    "DenseHead",
     "DenseProduct",
     "Dim",
     "Embed",
+    "Head",
+    "Int4Head",
     "Int4Product",
     "KvWrite",
     "MergeCandidates",
@@ -47,7 +50,6 @@ __all__ = [
     "Shapes",
     "SwiGlu",
     "Tactic",
-    "TopCandidates",
 ]
 
 _ALL: tuple[Operator, ...] = (
@@ -79,10 +81,10 @@ _ALL: tuple[Operator, ...] = (
     SelectRows(),
     AllReduce(),
     AllReduce(for_norm=True),
-    TopCandidates(),
-    TopCandidates(masked=True),
+    *(Int4Head(normed=normed, masked=masked) for normed, masked in product((False, True), repeat=2)),
+    DenseHead(),
+    DenseHead(masked=True),
     MergeCandidates(),
-    AskedLogits(),
 )
 OPERATORS: dict[str, Operator] = {operator.name: operator for operator in _ALL}
 # Those that are TensorRT plugins as well: all but the sums of ranks, which read memory that TensorRT does not know.

@@ -172,6 +172,12 @@ class Int4Product(Operator):
         """The number of counters that a product with so many columns needs, in the tactic with most tiles."""
         return max(SPLIT_ROWS // rows * -(-columns // width) for rows, width in map(_shape, cls.TACTICS))
 
+    def parts(self, node: Node) -> int:
+        """Of K that are summed separately."""
+        (_, units, _, words), (groups, columns) = node.fixed["packed"], node.fixed["scale"]
+        inner = units * words * WORD
+        return split_count(inner, columns, inner // groups)
+
     def constants(self, node: Node) -> Constants:
         (_, units, _, words), (groups, columns) = node.fixed["packed"], node.fixed["scale"]
         inner = units * words * WORD
@@ -181,17 +187,21 @@ class Int4Product(Operator):
             "GROUP": inner // groups,
             "UNIT": words * WORD,
             "RANK": node.fixed["adapter_up"][0] if "adapter_up" in node.fixed else 0,
-            "SPLITS": split_count(inner, columns, inner // groups),
+            "SPLITS": self.parts(node),
             "GATED": int(self.gated),
         }
 
+    def held_tiles(self, node: Node) -> int:
+        """Tiles of sums that threads hold at once: of a unit, of a part, and of several parts."""
+        return 2 if self.parts(node) == 1 else 3
+
     def tactics(self, node: Node) -> dict[int, Tactic]:
-        """Those that leave registers for weights. A thread holds sums of a unit, of a part, and of several parts."""
-        sums = 2 if self.constants(node)["SPLITS"] == 1 else 3
+        """Those that leave registers for weights."""
+        held = self.held_tiles(node)
         return {
             number: tactic
             for number, tactic in numbered(self.TACTICS).items()
-            if sums * tactic.constants["BLOCK_M"] * tactic.constants["BLOCK_N"] <= _SUM_REGISTERS * 32 * tactic.warps
+            if held * tactic.constants["BLOCK_M"] * tactic.constants["BLOCK_N"] <= _SUM_REGISTERS * 32 * tactic.warps
         }
 
     def default_tactic(self, node: Node, emitted: Collection[int]) -> int:
@@ -203,7 +213,7 @@ class Int4Product(Operator):
         constants, rows = self.constants(node), self.rows(node)
         shapes = {_shape(tactic): n for n, tactic in reversed(self.tactics(node).items()) if n in emitted}
         tiles = ceil_div(constants["COLUMNS"], TILE_COLUMNS)
-        block_n = 128 if rows > 32 or tiles * constants["SPLITS"] >= _ENOUGH_TILES else 64
+        block_n = 128 if rows > 32 or tiles * self.parts(node) >= _ENOUGH_TILES else 64
         block_m = 16 if rows <= 16 else 32 if rows <= 32 else 64
         if rows > SPLIT_ROWS and ceil_div(rows, 128) * tiles >= _ENOUGH_TILES:
             block_m = 128
@@ -215,7 +225,7 @@ class Int4Product(Operator):
         share weights are neighbours.
         """
         rows, constants, (block_m, block_n) = self.rows(node), self.constants(node), _shape(tactic)
-        parts = constants["SPLITS"] if self.split and block_m <= SPLIT_ROWS else 1
+        parts = self.parts(node) if self.split and block_m <= SPLIT_ROWS else 1
         return ceil_div(rows, block_m), ceil_div(constants["COLUMNS"], block_n), parts
 
     def scalar_values(self, node: Node) -> tuple[Dim, ...]:

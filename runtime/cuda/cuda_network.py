@@ -140,15 +140,17 @@ class CudaNetwork:
 
 
 def _place(launch: PlannedLaunch, addresses: dict[str, int], early: bool) -> _Placed:
-    """Adds the addresses of outputs that alias an input."""
+    """Adds the addresses of outputs that alias an input. That of a tensor without elements is 0."""
     operator = launch.operator
     by_operand = dict(zip((operand.name for operand in operator.inputs), launch.inputs, strict=True))
     for name, operand in zip(launch.outputs, operator.outputs, strict=True):
         if operand.aliases is not None:
             addresses[name] = addresses[by_operand[operand.aliases]]
-    return _Placed(
-        launch, [addresses[name] for name in launch.inputs], [addresses[name] for name in launch.outputs], early
-    )
+    given = zip(launch.inputs, (launch.node.fixed[operand.name] for operand in operator.inputs), strict=True)
+    made = zip(launch.outputs, launch.shapes, strict=True)
+    # A pass without asked ids has no tensor for them.
+    inputs, outputs = ([addresses[name] if all(shape) else 0 for name, shape in tensors] for tensors in (given, made))
+    return _Placed(launch, inputs, outputs, early)
 
 
 def pass_shape(bucket: Bucket) -> PassShape:

@@ -52,7 +52,8 @@ def can_be_timed(launch: PlannedLaunch) -> bool:
     """Whether a launch may run on arbitrary activations, and changes none of its inputs but the counters."""
     operator = launch.operator
     aliased = {operand.aliases for operand in operator.outputs if operand.aliases is not None}
-    return aliased <= {COUNTERS} and not any(operand.type in ("int64", "bool") for operand in operator.inputs)
+    indices = [operand for operand in operator.inputs if operand.type in ("int64", "bool")]
+    return aliased <= {COUNTERS} and not any(all(launch.node.fixed[operand.name]) for operand in indices)
 
 
 class TacticTimes:

@@ -1,5 +1,5 @@
 """The part of the GPU check for the operators around the layers' int4 products and attention: embedding, rotations,
-norms, activation, 16-bit products, candidates.
+norms, activation, 16-bit products, heads and candidates.
 
 Each kernel is compared with its reference and timed. The weights of the products do not fit into the L2 cache. All
 other inputs are the same in every run, so small ones come from the cache.
@@ -7,7 +7,7 @@ other inputs are the same in every run, so small ones come from the cache.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -19,9 +19,11 @@ from scripts.gpu.kernel_launch import node_of, prepare
 from scripts.gpu.kernels_8b import ADAPTER_RANK, ATTENTION, HIDDEN, INTERMEDIATE, KV_WIDTH, QUERY_WIDTH, VOCABULARY
 from scripts.gpu.traffic import needed_bytes, operator_traffic
 from trimode.plugins.operators import (
-    AskedLogits,
+    DenseHead,
     DenseProduct,
     Embed,
+    Head,
+    Int4Head,
     MergeCandidates,
     Node,
     Operator,
@@ -29,12 +31,17 @@ from trimode.plugins.operators import (
     Rotations,
     SelectRows,
     SwiGlu,
-    TopCandidates,
 )
-from trimode.plugins.reference import candidates, dense_product, rms_norm, rotations, rows, swiglu
+from trimode.plugins.reference import candidates, dense_product, head_product, rms_norm, rotations, rows, swiglu
 
 PART = "graph operators"
 MASK_TOKEN, LENGTH, SCALES, ASKED = 100, 16384, 16, 8
+HEADS: tuple[Head, ...] = (
+    Int4Head(normed=True),
+    Int4Head(normed=True, masked=True),
+    DenseHead(),
+    DenseHead(masked=True),
+)
 _RUNS = 20
 
 
@@ -49,13 +56,14 @@ class DenseSizes(NamedTuple):
 
 @dataclass(frozen=True)
 class GraphSizes:
-    """steps: batch and tokens. top_k: candidates of a row."""
+    """steps: batch and tokens. group: rows of an int4 matrix that share a scale. top_k: candidates of a row."""
 
     steps: tuple[tuple[int, int], ...]
     hidden: int
     intermediate: int
     vocabulary: int
     head_dim: int
+    group: int
     top_k: tuple[int, ...]
     products: dict[str, DenseSizes]
 
@@ -66,9 +74,9 @@ SIZES_8B = GraphSizes(
     INTERMEDIATE,
     VOCABULARY,
     ATTENTION["head_dim"],
-    (1, 4, 20, 64),
+    128,
+    (1, 64),
     {
-        "head": DenseSizes(DenseProduct(), HIDDEN, VOCABULARY),
         "qkv": DenseSizes(DenseProduct(), HIDDEN, QUERY_WIDTH + 2 * KV_WIDTH),
         "adapter down": DenseSizes(DenseProduct(split=True, row_scale=True), QUERY_WIDTH, ADAPTER_RANK),
         "o": DenseSizes(DenseProduct(residual=True), QUERY_WIDTH, HIDDEN),
@@ -78,10 +86,11 @@ SIZES_8B = GraphSizes(
 )
 SMALL_SIZES = GraphSizes(
     ((2, 3),),
-    72,
+    96,
     40,
-    2500,
+    500,
     32,
+    48,
     (1, 5),
     {
         "adapter down": DenseSizes(DenseProduct(split=True, row_scale=True), 1024, 24),
@@ -113,13 +122,17 @@ def used_nodes(sizes: GraphSizes) -> Iterator[tuple[Operator, Node]]:
     for product in sizes.products.values():
         size = {"inner": product.inner, "columns": product.columns, "rank": product.rank}
         yield product.operator, product.operator.node(step=1, **size)
-    logits = {"batch": 1, "rows": 1, "vocabulary": sizes.vocabulary}
     for top_k in sizes.top_k:
-        for masked in (False, True):
-            top = TopCandidates(masked=masked)
-            yield top, top.node(**logits, top_k=top_k, mask_token=MASK_TOKEN)
-        yield MergeCandidates(), MergeCandidates.node(**logits, top_k=top_k)
-    yield AskedLogits(), AskedLogits.node(**logits, asked=ASKED)
+        for head in HEADS:
+            yield head, _head_node(head, sizes, 1, 1, top_k)
+        yield MergeCandidates(), MergeCandidates.node(batch=1, rows=1, vocabulary=sizes.vocabulary, top_k=top_k)
+
+
+def _head_node(head: Head, sizes: GraphSizes, batch: int, rows: int, top_k: int) -> Node:
+    given = {"batch": batch, "rows": rows, "inner": sizes.hidden, "vocabulary": sizes.vocabulary, "asked": ASKED}
+    if isinstance(head, Int4Head):
+        return head.head_node(**given, top_k=top_k, mask_token=MASK_TOKEN, group=sizes.group)
+    return head.head_node(**given, top_k=top_k, mask_token=MASK_TOKEN)
 
 
 def run_part(host: Host, sizes: GraphSizes) -> Iterator[Result]:
@@ -162,20 +175,42 @@ def _cases(host: Host, sizes: GraphSizes, batch: int, step: int) -> Iterator[Cas
             for name, shape in shapes.items()
         }
         yield Case(operator, inputs, _dense_product, label=f"{label}, ", weight="weight")
-    logits = normal(batch, step, sizes.vocabulary)
-    words = below(2**32, batch, step, -(-sizes.vocabulary // 32)).sub(2**31).int()
     for top_k in sizes.top_k:
         attributes = {"top_k": top_k, "mask_token": MASK_TOKEN}
-        for extra in ({}, {"token_mask": words}):
-            top = TopCandidates(masked=bool(extra))
-            label = f"top {top_k}, "
-            yield Case(top, {"logits": logits, **extra}, candidates.top_candidates, attributes, label)
-        tiles = candidates.top_candidates(logits, top_k=top_k, mask_token=MASK_TOKEN)
-        inputs = dict(zip(("tile_logits", "tile_tokens", "tile_sums"), tiles, strict=True))
-        contiguous = {name: tensor.contiguous() for name, tensor in inputs.items()}
-        yield Case(MergeCandidates(), contiguous, candidates.merge_candidates, {"top_k": top_k}, label)
-    asked = {"logits": logits, "asked_ids": below(sizes.vocabulary, batch, step, ASKED)}
-    yield Case(AskedLogits(), asked, candidates.asked_logits)
+        for head in HEADS:
+            inputs = _head_inputs(host, random, head, _head_node(head, sizes, batch, step, top_k))
+            int4 = isinstance(head, Int4Head)
+            reference = head_product.int4_head if int4 else head_product.dense_head
+            weight = "packed" if int4 else "weight"
+            yield Case(head, inputs, reference, attributes, f"top {top_k}, ", weight=weight)
+        tiles = reference(**inputs, **attributes)[:4]
+        given = zip(("tile_logits", "tile_tokens", "tile_sums", "logits"), tiles, strict=True)
+        contiguous = {name: tensor.contiguous() for name, tensor in given}
+        yield Case(MergeCandidates(), contiguous, candidates.merge_candidates, {"top_k": top_k}, f"top {top_k}, ")
+
+
+def _head_inputs(host: Host, random: torch.Generator, head: Head, node: Node) -> dict[str, Tensor]:
+    """Small integers, so that logits are exact in any order of their sums, and candidates must be equal."""
+    (_, _, inner), inputs = node.shapes["x"], {}
+
+    def integers(limit: int, shape: Sequence[int]) -> Tensor:
+        return torch.randint(-limit, limit + 1, tuple(shape), generator=random, device=host.device)
+
+    for operand in head.inputs:
+        shape = node.shapes[operand.name]
+        if operand.name in ("packed", "token_mask"):
+            inputs[operand.name] = integers(2**31 - 1, shape).int()
+        elif operand.name == "asked_ids":
+            inputs[operand.name] = integers(10**9, shape) % head.constants(node)["COLUMNS"]
+        elif operand.name == "squares":
+            inputs[operand.name] = torch.full(tuple(shape), inner / shape[0], device=host.device)
+        elif operand.name == "epsilon":
+            inputs[operand.name] = torch.full((1,), 2.0**-60, device=host.device)
+        elif operand.name == "scale":
+            inputs[operand.name] = torch.ones(tuple(shape), device=host.device)
+        else:
+            inputs[operand.name] = integers(2, shape).to(REAL)
+    return inputs
 
 
 def _dense_product(*, counters: Tensor | None = None, **inputs: Tensor) -> Tensor:

@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from itertools import product
 
 from trimode.plugins.operators import (
-    AskedLogits,
     Attend,
     DenseProduct,
     Embed,
+    Head,
+    Int4Head,
     Int4Product,
+    MergeCandidates,
     Node,
     Operator,
     QkvProduct,
@@ -27,6 +29,7 @@ from trimode.plugins.operators import (
     Tactic,
 )
 from trimode.plugins.operators.attention import split_count
+from trimode.plugins.operators.candidates import TILE
 from trimode.plugins.operators.int4_product import SPLIT_ROWS, norm_tiles
 from trimode.plugins.operators.operator import ceil_div, row_count
 
@@ -176,7 +179,8 @@ def int4_product_traffic(operator: Int4Product, node: Node, tactic: Tactic, real
     """real: bytes of an activation."""
     block_m, block_n = (tactic.constants[name] for name in ("BLOCK_M", "BLOCK_N"))
     constants, rows = operator.constants(node), operator.rows(node)
-    inner, columns, unit, splits = (constants[name] for name in ("INNER", "COLUMNS", "UNIT", "SPLITS"))
+    inner, columns, unit = (constants[name] for name in ("INNER", "COLUMNS", "UNIT"))
+    splits = operator.parts(node)
     tiles, strips = ceil_div(rows, block_m), ceil_div(columns, block_n)
     x, packed, scales = rows * inner * real, inner * strips * block_n // 2, inner // unit * columns * FLOAT_BYTES
     traffic = {
@@ -236,18 +240,11 @@ def qkv_product_traffic(operator: QkvProduct, node: Node, tactic: Tactic, real: 
 def dense_product_traffic(operator: DenseProduct, node: Node, tactic: Tactic, real: int) -> KernelTraffic:
     """real: bytes of an activation."""
     block_m, block_n = tactic.constants["BLOCK_M"], tactic.constants["BLOCK_N"]
-    (inner, columns), rows = node.shapes["weight"], row_count(node.shapes["x"])
+    columns, rows = node.shapes["weight"][1], row_count(node.shapes["x"])
     tiles, strips = ceil_div(rows, block_m), ceil_div(columns, block_n)
-    weight, y = inner * columns * real, rows * columns * real
-    traffic = {
-        "x": _read(rows * inner * real * strips, rows * inner * real),
-        "weight": _read(weight * tiles, weight),
-        "y": _written(y),
-    }
-    # Tiles of rows run at the same time, one strip of columns after the other.
-    if weight * block_n // columns <= CACHED:
-        traffic["weight"].reloaded = weight * (tiles - 1)
-    splits, block_m = operator.constants(node)["SPLITS"], tactic.constants["BLOCK_M"]
+    y = rows * columns * real
+    traffic = {**_dense_operands(node, tactic, real), "y": _written(y)}
+    splits = operator.constants(node)["SPLITS"]
     separate = min(tiles, SPLIT_ROWS // block_m) if splits > 1 else 0
     if separate:
         parts = splits * min(separate * block_m, rows) * columns * FLOAT_BYTES
@@ -264,14 +261,48 @@ def dense_product_traffic(operator: DenseProduct, node: Node, tactic: Tactic, re
     return traffic
 
 
+def _dense_operands(node: Node, tactic: Tactic, real: int) -> KernelTraffic:
+    """Of x W."""
+    block_m, block_n = tactic.constants["BLOCK_M"], tactic.constants["BLOCK_N"]
+    (inner, columns), rows = node.shapes["weight"], row_count(node.shapes["x"])
+    x, weight, tiles = rows * inner * real, inner * columns * real, ceil_div(rows, block_m)
+    traffic = {"x": _read(x * ceil_div(columns, block_n), x), "weight": _read(weight * tiles, weight)}
+    # Tiles of rows run at the same time, one strip of columns after the other.
+    if weight * block_n // columns <= CACHED:
+        traffic["weight"].reloaded = weight * (tiles - 1)
+    return traffic
+
+
+def head_traffic(operator: Head, node: Node, tactic: Tactic, real: int) -> KernelTraffic:
+    """The asked ids of a row differ. real: bytes of an activation."""
+    if isinstance(operator, Int4Head):
+        traffic = int4_product_traffic(operator, node, tactic, real)
+        del traffic["y"]
+    else:
+        traffic = _dense_operands(node, tactic, real)
+    columns, asked = operator.constants(node)["COLUMNS"], math.prod(node.shapes["asked_ids"]) * INDEX_BYTES
+    strips, rows = operator.grid(node, tactic)[1], row_count(node.shapes["x"])
+    if asked:
+        traffic["asked_ids"] = _read(asked * strips, asked)
+    if operator.masked:
+        # Every logit's thread loads its word.
+        words = math.prod(node.shapes["token_mask"]) * WORD_BYTES
+        traffic["token_mask"] = TensorTraffic(loaded=rows * columns * WORD_BYTES, needed=words)
+        traffic["token_mask"].reloaded = traffic["token_mask"].loaded - words
+    written = zip(operator.outputs, operator.output_shapes(node), strict=True)
+    return traffic | {o.name: _written(math.prod(shape) * FLOAT_BYTES) for o, shape in written if all(shape)}
+
+
 def operator_traffic(operator: Operator, node: Node, tactic: Tactic, real: int) -> KernelTraffic:
     """Of every operator but attention, KV write and int4 products.
 
-    All tokens of an embedding differ, as do the selected rows and the asked ids of a sequence; all positions are in the
-    original context. real: bytes of an activation.
+    All tokens of an embedding differ, as do the selected rows of a sequence and the tiles of a row's candidates; all
+    positions are in the original context. real: bytes of an activation.
     """
     if isinstance(operator, DenseProduct):
         return dense_product_traffic(operator, node, tactic, real)
+    if isinstance(operator, Head):
+        return head_traffic(operator, node, tactic, real)
     sizes = {"real": real, "fp32": FLOAT_BYTES, "int64": INDEX_BYTES, "int32": WORD_BYTES}
     columns, rows, _ = operator.grid(node, tactic)
     programs = columns * rows
@@ -294,10 +325,10 @@ def operator_traffic(operator: Operator, node: Node, tactic: Tactic, real: int) 
     elif isinstance(operator, RmsNorm):
         read["weight"] = (programs * size["weight"], size["weight"])
         read["epsilon"] = (programs * FLOAT_BYTES, FLOAT_BYTES)
-    elif isinstance(operator, AskedLogits):
-        asked = math.prod(shapes["asked_ids"]) * real
-        read["logits"] = (asked, asked)
-    return {**{name: _read(*bytes_) for name, bytes_ in read.items()}, **traffic}
+    elif isinstance(operator, MergeCandidates):
+        listed = math.prod(shapes["top_logits"]) * TILE * FLOAT_BYTES if size["logits"] else 0
+        read["logits"] = (listed, listed)
+    return {**{name: _read(*bytes_) for name, bytes_ in read.items() if any(bytes_)}, **traffic}
 
 
 def _read(loaded: int, needed: int) -> TensorTraffic:

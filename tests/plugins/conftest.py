@@ -16,7 +16,13 @@ import pytest
 from tests.support.kernel_functions import Executed
 
 KERNEL_TESTS = {
-    *("test_attention.py", "test_candidates.py", "test_graph_operators.py", "test_int4_product.py", "test_kv_write.py"),
+    *(
+        "test_attention.py",
+        "test_graph_operators.py",
+        "test_head_product.py",
+        "test_int4_product.py",
+        "test_kv_write.py",
+    ),
     "test_qkv_product.py",
 }
 _EXECUTOR = pytest.StashKey[Any]()

@@ -21,7 +21,7 @@ from trimode.common.progress import no_progress
 from trimode.engine.kernel_library import KernelLibrary
 from trimode.plugins import compilation
 from trimode.plugins.compilation import SHARED_MEMORY, CompiledKernel, compile_operator, kernel_of
-from trimode.plugins.operators import Attend, KvWrite, MergeSplits, Node, Operator, Tactic
+from trimode.plugins.operators import Attend, Head, KvWrite, MergeSplits, Node, Operator, Tactic
 
 ADAPTED, WIDE = PRODUCTS["o with adapter"], PRODUCTS["gate_up"]
 
@@ -37,8 +37,12 @@ def attention_kernel(operator: Attend, tactic: Tactic) -> tuple[Operator, Node, 
 WRITE = KvWrite.node(batch=1, step=1, capacity=1, **ATTENTION)
 QKV_NODE = qkv_node(1, capacity=1)
 MERGE = MergeSplits.node(batch=1, step=1, splits=SPLITS, **ATTENTION)
-# Of several nodes of one operator, the last one: the most candidates.
-AROUND = {o.name: (o, node) for o, node in graph_checks.used_nodes(graph_checks.SIZES_8B)}
+# Of several nodes of one operator, the last one: the most candidates. Heads with a mask contain those without.
+AROUND = {
+    o.name: (o, node)
+    for o, node in graph_checks.used_nodes(graph_checks.SIZES_8B)
+    if not isinstance(o, Head) or o.masked
+}
 KERNELS: dict[str, tuple[Operator, Node, Tactic]] = {
     "write": (KvWrite(), WRITE, KvWrite.TACTICS[0]),
     "attention, few rows": attention_kernel(Attend("bidirectional"), Attend.TACTICS[0]),
@@ -75,13 +79,17 @@ HEAVIEST = (
 )
 
 
+HEADS = ("Int4HeadNormedMasked", "DenseHeadMasked")
+
+
 @pytest.fixture(
     scope="module",
     params=[
         *product((90,), KERNELS),
         *product((121,), [name for name in KERNELS if name not in LARGEST]),
-        *product((100,), [*HEAVIEST, *LARGEST]),
-        *product((80, 86, 89, 120), HEAVIEST),
+        *product((100,), [*HEAVIEST, *HEADS, *LARGEST]),
+        *product((80,), [*HEAVIEST, *HEADS]),
+        *product((86, 89, 120), HEAVIEST),
     ],
     ids=lambda param: f"sm_{param[0]}, {param[1]}",
 )

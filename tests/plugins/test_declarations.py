@@ -26,13 +26,14 @@ from tests.support.plugin_builder import (
     STEP,
     TILES,
     TOP_K,
+    VOCABULARY,
     WIDTH,
     Built,
     build,
 )
 from trimode.common.errors import TriModeError
 from trimode.engine.kernel_library import KernelLibrary
-from trimode.plugins.operators import OPERATORS, PLUGINS, Attend, Int4Product
+from trimode.plugins.operators import OPERATORS, PLUGINS, Attend, Head, Int4Product
 from trimode.plugins.operators.attention import split_count
 from trimode.plugins.operators.int4_product import LONGEST_UNIT
 
@@ -44,11 +45,13 @@ OUTPUTS = {
     "SwiGlu": (("HALF",), ((BATCH, STEP, COLUMNS),)),
     "SelectRows": (("HALF",), ((BATCH, ROWS, INNER),)),
     **dict.fromkeys(
-        ("TopCandidates", "TopCandidatesMasked"),
-        (("FLOAT", "INT32", "FLOAT"), (*[(BATCH, ROWS, TILES, TOP_K)] * 2, (BATCH, ROWS, TILES))),
+        [name for name, operator in OPERATORS.items() if isinstance(operator, Head)],
+        (
+            ("FLOAT", "INT32", "FLOAT", "FLOAT", "FLOAT"),
+            (*[(BATCH, ROWS, TILES)] * 3, (BATCH, ROWS, VOCABULARY), (BATCH, ROWS, ASKED)),
+        ),
     ),
     "MergeCandidates": (("FLOAT", "INT64", "FLOAT"), (*[(BATCH, ROWS, TOP_K)] * 2, (BATCH, ROWS))),
-    "AskedLogits": (("FLOAT",), ((BATCH, ROWS, ASKED),)),
 }
 LAUNCHES: dict[str, set[tuple[tuple[int, int, int], tuple[int, ...]]]] = {
     "EmbedForNorm": {((BATCH * STEP, 1, 1), (BATCH * STEP,))},
@@ -56,9 +59,8 @@ LAUNCHES: dict[str, set[tuple[tuple[int, int, int], tuple[int, ...]]]] = {
     "RmsNorm": {((BATCH * STEP, 1, 1), ())},
     "SwiGlu": {((BATCH * STEP, 1, 1), ())},
     "SelectRows": {((BATCH * ROWS, 1, 1), (STEP, ROWS))},
-    "TopCandidatesMasked": {((TILES, BATCH * ROWS, 1), ())},
+    "DenseHeadMasked": {((tiles, strips, 1), (BATCH * ROWS, ASKED)) for tiles, strips in ((2, 79), (2, 40), (1, 40))},
     "MergeCandidates": {((BATCH * ROWS, 1, 1), ())},
-    "AskedLogits": {((1, 1, 1), (BATCH * ROWS, ASKED))},
     "DenseProductRowScaled": {
         ((tiles, strips, 1), (BATCH * STEP, STEP)) for tiles, strips in ((14, 12), (14, 3), (7, 2), (4, 2), (2, 2))
     },
@@ -74,7 +76,7 @@ def built(tensorrt: ModuleType, declarations: ModuleType, library: Path) -> dict
 
 def test_every_operator_is_declared_in_our_namespace(tensorrt: ModuleType, built: dict[str, Built]) -> None:
     assert {name for space, name in tensorrt.get_plugin_registry().creators if space == "trimode"} == built.keys()
-    assert len(built) == 1 + 6 + 1 + 16 + 8 + 2 + 4 + 4 + 16
+    assert len(built) == 1 + 6 + 1 + 16 + 8 + 2 + 4 + 4 + 13 + 6
 
 
 @pytest.mark.parametrize("name", COMPILED)

@@ -11,6 +11,7 @@ from trimode.plugins.operators import OPERATORS
 
 HEADS = {"KV_HEADS": 2, "GROUP": 2, "HEAD_DIM": 64}
 PRODUCT = {"INNER": 1024, "COLUMNS": 256, "GROUP": 128, "UNIT": 128, "RANK": 0, "SPLITS": 1, "GATED": 0}
+HEAD = {"MASK_TOKEN": 100, "LISTED": 1}
 DENSE = {"INNER": 256, "COLUMNS": 256, "RANK": 0, "SPLITS": 1}
 # Operators whose kernels together have every input that a kernel can have.
 CONSTANTS: dict[str, dict[str, int]] = {
@@ -39,9 +40,13 @@ CONSTANTS: dict[str, dict[str, int]] = {
     "DenseProductAdaptedResidual": {**DENSE, "RANK": 64},
     "SelectRows": {"WIDTH": 256},
     "AllReduceForNorm": {"WIDTH": 256, "RANKS": 2},
-    "TopCandidatesMasked": {"VOCABULARY": 768, "TOP_K": 4, "MASK_TOKEN": 100},
-    "MergeCandidates": {"TILES": 3, "TOP_K": 4},
-    "AskedLogits": {"VOCABULARY": 768},
+    "Int4HeadNormedMasked": {
+        **{name: PRODUCT[name] for name in ("INNER", "GROUP", "UNIT")},
+        "COLUMNS": 768,
+        **HEAD,
+    },
+    "DenseHeadMasked": {"INNER": 256, "COLUMNS": 768, **HEAD},
+    "MergeCandidates": {"TILES": 12, "VOCABULARY": 768, "TOP_K": 4},
 }
 WAIT, ALLOW = "griddepcontrol.wait", "griddepcontrol.launch_dependents"
 # Instructions that read, write or fetch memory, branch or end. No kernel writes the memory of parameters.

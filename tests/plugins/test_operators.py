@@ -13,10 +13,10 @@ from trimode.plugins.compilation import kernel_of
 from trimode.plugins.operators import (
     OPERATORS,
     AllReduce,
-    AskedLogits,
     Attend,
     DenseProduct,
     Embed,
+    Head,
     Int4Product,
     KvWrite,
     MergeCandidates,
@@ -28,7 +28,6 @@ from trimode.plugins.operators import (
     Rotations,
     SelectRows,
     SwiGlu,
-    TopCandidates,
 )
 from trimode.plugins.operators.attention import SPLIT_STEP, split_count
 
@@ -54,7 +53,7 @@ NODES: dict[str, Node] = {
     **{
         name: operator.node(rows=10, inner=512, columns=384, rank=16)
         for name, operator in OPERATORS.items()
-        if isinstance(operator, Int4Product) and not isinstance(operator, QkvProduct)
+        if isinstance(operator, Int4Product) and not isinstance(operator, QkvProduct | Head)
     },
     **{
         name: operator.qkv_node(batch=2, step=5, capacity=64, inner=512, **SIZES)
@@ -75,12 +74,11 @@ NODES: dict[str, Node] = {
     "AllReduceForNorm": AllReduce(for_norm=True).node(batch=2, step=5, width=512, ranks=2),
     "SelectRows": SelectRows.node(batch=2, step=5, rows=3, width=512),
     **{
-        name: operator.node(batch=2, rows=3, vocabulary=5000, top_k=4, mask_token=100)
+        name: operator.head_node(batch=2, rows=3, inner=512, vocabulary=5000, top_k=4, mask_token=100, asked=7)
         for name, operator in OPERATORS.items()
-        if isinstance(operator, TopCandidates)
+        if isinstance(operator, Head)
     },
     "MergeCandidates": MergeCandidates.node(batch=2, rows=3, vocabulary=5000, top_k=4),
-    "AskedLogits": AskedLogits.node(batch=2, rows=3, vocabulary=5000, asked=7),
 }
 
 
@@ -132,7 +130,7 @@ def test_parameters_and_constants_are_the_kernels(name: str) -> None:
     """Every parameter of the kernel is the operator's, a constant, or an input that this operator lacks."""
     operator, node = OPERATORS[name], NODES[name]
     lacking = name.startswith(
-        ("Attend", "Int4Product", "QkvProduct", "DenseProduct", "TopCandidates", "Embed", "AllReduce")
+        ("Attend", "Int4Product", "QkvProduct", "DenseProduct", "Int4Head", "DenseHead", "Embed", "AllReduce")
     )
     known = kernel_of(operator).arg_names
     for tactic in operator.tactics(node).values():

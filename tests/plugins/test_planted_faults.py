@@ -14,7 +14,7 @@ import torch
 
 from scripts.gpu.kernel_checks import distance
 from tests.plugins import test_attention, test_int4_product, test_qkv_product
-from tests.support.kernel_cases import AttentionCase, ProductCase, operator_inputs
+from tests.support.kernel_cases import HEAD_MASK_TOKEN, AttentionCase, ProductCase, operator_inputs
 from tests.support.kernel_functions import (
     TOLERANCES,
     attend,
@@ -35,6 +35,7 @@ from trimode.plugins.operators.candidates import TILE
 from trimode.plugins.reference import attention
 from trimode.plugins.reference import int4_product as product
 from trimode.plugins.reference import kv_write as write
+from trimode.plugins.reference.head_product import tiles_of_logits
 
 TOLERANCE = TOLERANCES[torch.float32]
 CACHES = ("k_cache", "v_cache")
@@ -349,11 +350,22 @@ def test_a_fault_in_the_write_is_detected(name: str, mutant: Callable[..., None]
     assert not write_distance() < 10 * TOLERANCE
 
 
+def merge_inputs() -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+    random = torch.Generator().manual_seed(0)
+    logits = (torch.randn(2, 3, 5 * TILE + 7, generator=random) * 2).round() - 20
+    logits[..., 2 * TILE : 2 * TILE + 3] += 9
+    nothing = torch.empty(2, 3, 0, dtype=torch.long)
+    tiles = tiles_of_logits(logits, nothing, top_k=6, mask_token=HEAD_MASK_TOKEN)
+    names = (operand.name for operand in OPERATORS["MergeCandidates"].inputs)
+    return {name: tensor.contiguous() for name, tensor in zip(names, tiles[:4], strict=True)}, {"top_k": 6}
+
+
 def operator_distance(name: str) -> float:
     """Largest error of any output. Wrong integers are an error of 1."""
-    inputs, attributes = operator_inputs(name, torch.float32, width=300, vocabulary=TILE + 40)
-    if "logits" in inputs:
-        inputs["logits"] = (inputs["logits"] * 2).round() - 20  # negative, with many equal ones
+    inputs, attributes = operator_inputs(name, torch.float32, width=300)
+    if name == "MergeCandidates":
+        # Negative, with many equal ones; the best ones are in few tiles.
+        inputs, attributes = merge_inputs()
     if name == "Rotations":
         inputs["position_ids"] += 40_000  # the last scale of the queries is that of position 49,152
         inputs["position_ids"][0, 0] = 262_143
@@ -412,22 +424,39 @@ OPERATOR_FAULTS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("no residual", "if residual is not None", "if INNER < 0"),
         ("other rows of the residual", "residual + in_y", "residual + (in_y + COLUMNS) % (rows * COLUMNS)"),
     ),
-    "TopCandidates": (
-        ("the mask token as a candidate", "exists & (token != MASK_TOKEN)", "exists"),
-        ("equal logits by the highest token", "(token ^ LAST_TOKEN)", "token"),
-        ("negative logits in the wrong order", "return bits ^ ((bits >> 31) & 0x7FFFFFFF)", "return bits"),
-        ("a candidate taken twice", "tl.where(keys == best, LOWEST, keys)", "keys"),
-        ("a sum that is not shifted back", "best + tl.log(tl.sum(tl.exp(logit", "tl.log(tl.sum(tl.exp(logit"),
+    "Int4HeadNormed": (
+        ("no norm", "result *= norm[None, :]", "result *= 1.0"),
+        ("the mask token as a candidate", "here & (column != MASK_TOKEN)[:, None]", "here"),
+        (
+            "equal logits by the highest token",
+            "tl.min(tl.where(tiles == best[:, None, :], token, LAST_TOKEN)",
+            "tl.max(tl.where(tiles == best[:, None, :], token, 0)",
+        ),
+        ("a sum that is not shifted back", "best + tl.log(total)", "tl.log(total)"),
+        ("exponentials rounded to few bits", "* 8388608.0 + 0.5", "* 128.0 + 0.5"),
+        ("another row's asked ids", "tl.load(asked_ids + at,", "tl.load(asked_ids + at // (asked + asked) * asked,"),
+        ("an asked id left out", "tl.range(0, asked)", "tl.range(0, asked - 1)"),
+        ("a tile left out", "(tile * TILE < COLUMNS)[:, None] & exists", "(tile > 0)[:, None] & exists"),
     ),
-    "TopCandidatesMasked": (
-        ("the bits of a word reversed", "words >> bit", "words >> (31 - bit)"),
-        ("another row's mask", "row * WORDS + word", "(row ^ 1) * WORDS + word"),
+    "DenseHeadMasked": (
+        ("the bits of a word reversed", "words >> (column % 32)", "words >> (31 - column % 32)"),
+        ("another row's mask", "wide[None, :] * WORDS", "(wide ^ 1)[None, :] * WORDS"),
+        (
+            "the mask for asked logits too",
+            "0 * column[:, None], result, mask=found",
+            "0 * column[:, None], tl.where(column[:, None] % 2 == 0, result, NEVER), mask=found",
+        ),
+        ("the last inner columns left out", "tl.range(0, INNER, BLOCK_K", "tl.range(0, INNER - BLOCK_K, BLOCK_K"),
     ),
     "MergeCandidates": (
-        ("the first tile left out", "candidate < CANDIDATES\n", "(candidate < CANDIDATES) & (candidate >= TOP_K)\n"),
-        ("a tile left out of the sum", "tile < TILES, other", "tile < TILES - 1, other"),
+        ("equal logits by the highest token", "(token ^ LAST_TOKEN).to(tl.int64)", "token.to(tl.int64)"),
+        ("negative logits in the wrong order", "return bits ^ ((bits >> 31) & 0x7FFFFFFF)", "return bits"),
+        ("a candidate taken twice", "others < best", "others <= best"),
+        ("one candidate a tile", "tile == token // TILE, next_best", "tile == token // TILE, LOWEST"),
+        ("another tile's other tokens", "token // TILE * TILE + tl", "token // (TILE + TILE) * TILE + tl"),
+        ("the last tile left out", "exists = tile < TILES", "exists = tile < TILES - 1"),
+        ("a sum that is not shifted back", "highest + tl.log", "tl.log"),
     ),
-    "AskedLogits": (("another row's logits", "at // asked", "at // (asked + 1)"),),
 }
 
 

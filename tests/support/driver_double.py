@@ -436,6 +436,8 @@ class DriverDouble:
         return arguments
 
     def _tensor(self, address: int, dtype: torch.dtype) -> torch.Tensor:
+        if address == 0:
+            return torch.empty(0, dtype=dtype)
         if address % 16:
             raise FaultError(f"{address:#x} is not aligned to 16 bytes")
         for begin, memory in self.allocations.items():

@@ -9,12 +9,23 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trimode.plugins.operators import OPERATORS, Attend, DenseProduct, Int4Product, Node, Pattern, Tactic
+from trimode.plugins.operators import (
+    OPERATORS,
+    Attend,
+    DenseProduct,
+    Head,
+    Int4Head,
+    Int4Product,
+    Node,
+    Pattern,
+    Tactic,
+)
 from trimode.plugins.operators.candidates import TILE
-from trimode.plugins.reference.candidates import top_candidates
+from trimode.plugins.reference.head_product import tiles_of_logits
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 GROUPS = (1, 4, 8)
+HEAD_MASK_TOKEN = 9
 
 
 @dataclass(frozen=True)
@@ -187,14 +198,13 @@ def operator_inputs(
     batch: int = 2,
     step: int = 5,
     width: int = 70,
-    vocabulary: int = 4100,
+    vocabulary: int = 640,
     top_k: int = 5,
     seed: int = 0,
 ) -> tuple[dict[str, Tensor], dict[str, int]]:
     """Random inputs and the attributes of an operator that has no case of its own.
 
-    Memory that the kernel must not use is NaN: rows of the table and of ``x`` that no index names, and logits of tokens
-    that are not legal.
+    Memory that the kernel must not use is NaN: rows of the table and of ``x`` that no index names.
     """
     random = torch.Generator().manual_seed(seed)
 
@@ -205,8 +215,7 @@ def operator_inputs(
         """Integers below ``limit``; those of the last dimension differ."""
         return torch.rand(*shape[:-1], limit, generator=random).argsort(-1)[..., : shape[-1]].contiguous()
 
-    nan, mask_token, rows = float("nan"), 9, max(1, step - 2)
-    logits = normal(batch, rows, vocabulary)
+    nan, rows = float("nan"), max(1, step - 2)
     if name.startswith("Embed"):
         ids = different(vocabulary, batch * step).reshape(batch, step)
         unused = torch.ones(vocabulary, dtype=torch.bool).index_fill(0, ids.flatten(), False)
@@ -242,23 +251,68 @@ def operator_inputs(
             else normal(*shape) * scales.get(operand, 1)
             for operand, shape in node.shapes.items()
         }, {}
-    if name == "AskedLogits":
-        return {"logits": logits, "asked_ids": different(vocabulary, batch, rows, 7)}, {}
-    attributes = {"top_k": top_k, "mask_token": mask_token}
-    logits[..., mask_token] = nan
-    if name == "TopCandidates":
-        return {"logits": logits}, attributes
-    words = torch.randint(-(2**31), 2**31, (batch, rows, -(-vocabulary // 32)), generator=random, dtype=torch.int32)
-    tokens = torch.arange(vocabulary)
-    if name == "TopCandidatesMasked":
-        # One tile without a legal token, one row without any, and one with as many as one candidate.
+    operator = OPERATORS[name]
+    if isinstance(operator, Head):
+        return head_inputs(operator, dtype, batch, rows, vocabulary, top_k=top_k, seed=seed)
+    assert name == "MergeCandidates"
+    # The best tokens of a row are in different tiles.
+    logits = normal(batch, rows, vocabulary // TILE, TILE)
+    logits[..., 0] += 9
+    attributes = {"top_k": top_k, "mask_token": HEAD_MASK_TOKEN}
+    tiles = tiles_of_logits(logits.float().flatten(2), torch.empty(batch, rows, 0, dtype=torch.long), **attributes)
+    found = zip(("tile_logits", "tile_tokens", "tile_sums", "logits"), tiles[:-1], strict=True)
+    return {name: tensor.contiguous() for name, tensor in found}, {"top_k": top_k}
+
+
+def head_inputs(
+    operator: Head,
+    dtype: torch.dtype,
+    batch: int,
+    rows: int,
+    vocabulary: int,
+    *,
+    groups: int = 3,
+    group: int = 32,
+    top_k: int = 5,
+    asked: int = 3,
+    seed: int = 0,
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Small integers, and rows of a norm that are no longer than it wants: logits are exact in any order of their sums,
+    and many are equal. Of the masks, one has no legal token, one a single one, and one none in the first tile. The mask
+    token's weights are large.
+    """
+    random = torch.Generator().manual_seed(seed)
+    inner = groups * group
+
+    def below(limit: int, *shape: int) -> Tensor:
+        return torch.randint(-limit, limit + 1, shape, generator=random)
+
+    sizes = {"batch": batch, "rows": rows, "inner": inner, "vocabulary": vocabulary, "asked": min(asked, vocabulary)}
+    attributes = {"top_k": top_k, "mask_token": HEAD_MASK_TOKEN}
+    if isinstance(operator, Int4Head):
+        shapes = operator.head_node(**sizes, **attributes, group=group).shapes
+    else:
+        shapes = operator.head_node(**sizes, **attributes).shapes
+    inputs = {"x": below(2, *shapes["x"]).to(dtype)}
+    if isinstance(operator, Int4Head):
+        words = torch.randint(-(2**31), 2**31, shapes["packed"], generator=random, dtype=torch.int32)
+        inputs |= {"packed": words, "scale": 2.0 ** below(1, *shapes["scale"])}
+        inputs["scale"][:, HEAD_MASK_TOKEN] = 64
+    else:
+        inputs["weight"] = below(7, *shapes["weight"]).to(dtype)
+        inputs["weight"][:, HEAD_MASK_TOKEN] = 64
+    if "squares" in shapes:
+        inputs["squares"] = torch.zeros(shapes["squares"])
+        # The roots of the mean squares are 1, 2, 4 and so on.
+        inputs["squares"][0] = inner * 4.0 ** (torch.arange(batch * rows) % 4)
+        inputs["epsilon"] = torch.tensor([2.0**-60])
+    if operator.masked:
+        words = torch.randint(-(2**31), 2**31, shapes["token_mask"], generator=random, dtype=torch.int32)
         words[0, 0, : TILE // 32] = 0
         words[-1, -1] = 0
         words[0, -1] = 0
-        words[0, -1, 1] = 1
-        legal = ((words[..., tokens // 32] >> (tokens % 32)) & 1).bool()
-        return {"logits": logits.masked_fill(~legal, nan), "token_mask": words}, attributes
-    assert name == "MergeCandidates"
-    tiles = top_candidates(logits, words, top_k=top_k, mask_token=mask_token)
-    found = zip(("tile_logits", "tile_tokens", "tile_sums"), tiles, strict=True)
-    return {name: tensor.contiguous() for name, tensor in found}, {"top_k": top_k}
+        words[0, -1, -1] = 1
+        inputs["token_mask"] = words
+    ids = torch.rand(batch, rows, vocabulary, generator=random).argsort(-1)
+    inputs["asked_ids"] = ids[..., : sizes["asked"]].contiguous()
+    return {operand.name: inputs[operand.name] for operand in operator.inputs}, attributes

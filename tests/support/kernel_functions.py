@@ -16,7 +16,7 @@ from torch import Tensor
 from scripts.gpu.kernel_checks import distance
 from scripts.gpu.kernel_launch import KernelLaunch, node_of, prepare
 from trimode.plugins.operators import Attend, Int4Product, KvWrite, MergeSplits, Operator, Tactic
-from trimode.plugins.reference import candidates, dense_product, rms_norm, rotations, rows, swiglu
+from trimode.plugins.reference import candidates, dense_product, head_product, rms_norm, rotations, rows, swiglu
 from trimode.plugins.reference.int4_product import norm_terms
 
 if TYPE_CHECKING:
@@ -32,16 +32,17 @@ def reference_of(name: str, real: torch.dtype) -> Callable[..., Any]:
         return partial(rotations.rotations, real=real)
     if name.startswith("DenseProduct"):
         return dense_product.dense_product
+    if name.startswith("Int4Head"):
+        return head_product.int4_head
+    if name.startswith("DenseHead"):
+        return head_product.dense_head
     return {
         "Embed": rows.embed,
         "EmbedForNorm": rows.embed_for_norm,
         "SelectRows": rows.select_rows,
         "RmsNorm": rms_norm.rms_norm,
         "SwiGlu": swiglu.swiglu,
-        "TopCandidates": candidates.top_candidates,
-        "TopCandidatesMasked": candidates.top_candidates,
         "MergeCandidates": candidates.merge_candidates,
-        "AskedLogits": candidates.asked_logits,
     }[name]
 
 

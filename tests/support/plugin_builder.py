@@ -13,12 +13,12 @@ import numpy as np
 
 from trimode.build.kernel_emission import NeededKernel, kernels_of, write_kernels
 from trimode.common.progress import no_progress
-from trimode.plugins.operators import OPERATORS, PLUGINS, Node
+from trimode.plugins.operators import OPERATORS, PLUGINS, Head, Node
 
 STEP, BATCH, CAPACITY, SPLITS = 70, 3, 256, 5
 HEADS, KV_HEADS, SIZE = 4, 2, 32
 INNER, COLUMNS, GROUP, RANK = 256, 192, 32, 16
-VOCABULARY, TILES, TOP_K, MASK_TOKEN = 5000, 3, 4, 9
+VOCABULARY, TILES, TOP_K, MASK_TOKEN = 5000, 79, 4, 9
 ROWS, ASKED, SCALES, LENGTH = 6, 5, 3, 64
 WIDTH = (HEADS + 2 * KV_HEADS) * SIZE
 CACHE = (BATCH, KV_HEADS, CAPACITY, SIZE)
@@ -57,10 +57,10 @@ INPUTS: dict[str, Input] = {
     "weight": ("HALF", (INNER, COLUMNS), ()),
     "row_scale": ("HALF", (BATCH,), (0,)),
     "logit_rows": ("INT64", (BATCH, ROWS), (0, 1)),
-    "logits": ("HALF", (BATCH, ROWS, VOCABULARY), (0, 1)),
+    "logits": ("FLOAT", (BATCH, ROWS, VOCABULARY), (0, 1)),
     "token_mask": ("INT32", (BATCH, ROWS, 157), (0, 1)),
-    "tile_logits": ("FLOAT", (BATCH, ROWS, TILES, TOP_K), (0, 1)),
-    "tile_tokens": ("INT32", (BATCH, ROWS, TILES, TOP_K), (0, 1)),
+    "tile_logits": ("FLOAT", (BATCH, ROWS, TILES), (0, 1)),
+    "tile_tokens": ("INT32", (BATCH, ROWS, TILES), (0, 1)),
     "tile_sums": ("FLOAT", (BATCH, ROWS, TILES), (0, 1)),
     "asked_ids": ("INT64", (BATCH, ROWS, ASKED), (0, 1, 2)),
 }
@@ -68,6 +68,17 @@ INPUTS: dict[str, Input] = {
 OTHER_INPUTS: dict[str, dict[str, Input]] = {
     "RmsNorm": {"weight": ("HALF", (INNER,), ())},
     "EmbedForNorm": {"next_weight": ("HALF", (INNER,), ())},
+    **{
+        name: {
+            "x": ("HALF", (BATCH, ROWS, INNER), (0, 1)),
+            "packed": ("INT32", (40, INNER // GROUP, 128, GROUP // 8), ()),
+            "scale": ("FLOAT", (INNER // GROUP, VOCABULARY), ()),
+            "squares": ("FLOAT", (INNER // 64, BATCH * ROWS), (1,)),
+            "weight": ("HALF", (INNER, VOCABULARY), ()),
+        }
+        for name, operator in OPERATORS.items()
+        if isinstance(operator, Head)
+    },
     **{
         name: {"scale": ("FLOAT", (INNER // GROUP, WIDTH), ()), "counters": ("INT32", (16,), ())}
         for name in OPERATORS
@@ -80,8 +91,8 @@ OTHER_INPUTS: dict[str, dict[str, Input]] = {
 COMPILED = (
     *("KvWrite", "AttendMasked", "AttendBidirectional", "MergeSplits"),
     *("Int4Product", "Int4ProductSplitScaledAdaptedResidual", "Int4ProductSplitNormedGated", "QkvProductSplitNormed"),
-    *("EmbedForNorm", "Rotations", "RmsNorm", "SwiGlu", "SelectRows", "AskedLogits"),
-    *("DenseProductRowScaled", "DenseProductAdaptedResidual", "TopCandidatesMasked", "MergeCandidates"),
+    *("EmbedForNorm", "Rotations", "RmsNorm", "SwiGlu", "SelectRows"),
+    *("DenseProductRowScaled", "DenseProductAdaptedResidual", "DenseHeadMasked", "MergeCandidates"),
 )
 
 

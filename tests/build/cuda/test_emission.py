@@ -62,7 +62,7 @@ def test_the_directory_is_complete(engine: Path) -> None:
 
 @pytest.mark.parametrize("name", [name for name, _ in ENGINES])
 def test_every_node_is_a_launch_in_the_order_of_the_graph(engine: Path, name: str) -> None:
-    """Candidates are two launches, of which a pass makes one."""
+    """The head is two launches, of which a pass makes one."""
     graph, launches = onnx.load(engine / name / GRAPH).graph, LaunchList.read(engine / name)
     assert {node.domain for node in graph.node} == {DOMAIN}
     made = [launch for launch in launches.launches if launch.when != "unmasked"]
@@ -70,7 +70,7 @@ def test_every_node_is_a_launch_in_the_order_of_the_graph(engine: Path, name: st
         (node.op_type, tuple(node.input), tuple(node.output)) for node in graph.node
     ]
     unmasked = [launch for launch in launches.launches if launch.when == "unmasked"]
-    assert [launch.operator for launch in unmasked] == ["TopCandidates"]
+    assert [launch.operator for launch in unmasked] == ["Int4HeadNormed"]
     assert set(unmasked[0].outputs) in [set(launch.outputs) for launch in made]
     assert [tensor.name for tensor in launches.weights] == [
         value.name for value in graph.input if value.name in {entry.name for entry in Manifest.read(engine).pool}
@@ -98,7 +98,7 @@ def test_a_launch_list_is_read_as_it_was_written_and_other_versions_are_refused(
     launches.write(tmp_path)
     assert LaunchList.read(tmp_path) == launches
     text = (tmp_path / LAUNCHES).read_text()
-    (tmp_path / LAUNCHES).write_text(text.replace('"format_version": 1', '"format_version": 2'))
+    (tmp_path / LAUNCHES).write_text(text.replace('"format_version": 2', '"format_version": 1'))
     with pytest.raises(TriModeError, match=r"launches\.json: format_version"):
         LaunchList.read(tmp_path)
     (tmp_path / LAUNCHES).unlink()
@@ -129,7 +129,12 @@ def test_the_kernels_of_every_pass_are_in_the_library(
         results = {name: sizes for launch in planned for name, sizes in zip(launch.outputs, launch.shapes, strict=True)}
         assert results["top_tokens"] == (batch, shape.rows, top_k)
         assert results["log_sum_exp"] == (batch, shape.rows)
-        assert results.get("asked_logits") == ((batch, shape.rows, asked) if asked else None)
+        assert results["asked_logits"] == (batch, shape.rows, asked)
+        assert results["head/logits"] == (batch, shape.rows, 0 if top_k == 1 else 768)
+        assert [launch.operator.name for launch in planned[-2:]] == [
+            "Int4HeadNormedMasked" if masked else "Int4HeadNormed",
+            "MergeCandidates",
+        ]
 
 
 def test_the_graphs_executed_through_their_functions_equal_target_cpu(

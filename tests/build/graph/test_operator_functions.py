@@ -12,13 +12,15 @@ import torch
 from numpy.typing import NDArray
 from onnx import helper
 
+from tests.support.kernel_cases import HEAD_MASK_TOKEN, head_inputs
 from trimode.build.graph.onnx_builder import IR_VERSION, OPSET
 from trimode.build.graph.operator_functions import (
     PARSER_ATTRIBUTES,
-    asked_logits_function,
     attend_function,
+    dense_head_function,
     dense_product_function,
     embed_function,
+    int4_head_function,
     int4_product_function,
     kv_write_function,
     merge_candidates_function,
@@ -28,14 +30,24 @@ from trimode.build.graph.operator_functions import (
     rotations_function,
     select_rows_function,
     swiglu_function,
-    top_candidates_function,
 )
-from trimode.plugins.operators import DOMAIN, DenseProduct, Embed, Int4Product, Pattern, QkvProduct, TopCandidates
+from trimode.plugins.operators import (
+    DOMAIN,
+    OPERATORS,
+    DenseProduct,
+    Embed,
+    Head,
+    Int4Head,
+    Int4Product,
+    Pattern,
+    QkvProduct,
+)
 from trimode.plugins.operators.candidates import NEVER, TILE
 from trimode.plugins.reference import (
     attention,
     candidates,
     dense_product,
+    head_product,
     int4_product,
     kv_write,
     qkv_product,
@@ -49,8 +61,8 @@ BATCH, STEP, KV_HEADS, GROUP, SIZE, CAPACITY = 3, 5, 2, 3, 16, 24
 HEADS = KV_HEADS * GROUP
 COMMITTED = np.array([0, 7, 19])
 # Of the nodes; the functions below are made with them.
-TOP_K, MASK_TOKEN, LENGTH = 5, 7, 16384
-ATTRIBUTES = {"top_k": TOP_K, "mask_token": MASK_TOKEN, "length": LENGTH}
+TOP_K, LENGTH = 5, 16384
+ATTRIBUTES = {"top_k": TOP_K, "mask_token": HEAD_MASK_TOKEN, "length": LENGTH}
 
 
 def execute(
@@ -300,33 +312,27 @@ def test_split_dense_product() -> None:
     assert not counters.any()
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("vocabulary", [TILE - 40, 2 * TILE, 2 * TILE + 3])
-def test_candidates(masked: bool, vocabulary: int) -> None:
+@pytest.mark.parametrize("top_k", [1, TOP_K])
+@pytest.mark.parametrize("vocabulary", [TILE - 20, 2 * TILE, 2 * TILE + 3])
+@pytest.mark.parametrize("name", [name for name, operator in OPERATORS.items() if isinstance(operator, Head)])
+def test_a_head_and_its_candidates(name: str, vocabulary: int, top_k: int) -> None:
     """With many equal logits; of the masked rows, one has no legal token."""
-    logits = np.round(random(2, 3, vocabulary) * 2)
-    logits[..., MASK_TOKEN] = np.nan
-    inputs: dict[str, NDArray[np.generic]] = {"logits": logits}
-    if masked:
-        generator = np.random.default_rng(0)
-        words = generator.integers(-(2**31), 2**31, (2, 3, -(-vocabulary // 32)), np.int32)
-        words[1, 2] = 0
-        inputs["token_mask"] = words
-    expected = candidates.top_candidates(**tensors_of(inputs), top_k=TOP_K, mask_token=MASK_TOKEN)
-    function = top_candidates_function(TopCandidates(masked=masked), TOP_K, MASK_TOKEN)
-    found = execute(function, inputs, {"tile_tokens": onnx.TensorProto.INT32})
+    operator = OPERATORS[name]
+    assert isinstance(operator, Head)
+    inputs, attributes = head_inputs(operator, torch.float32, 2, 3, vocabulary, top_k=top_k)
+    if isinstance(operator, Int4Head):
+        function = int4_head_function(operator, **attributes)
+        expected = head_product.int4_head(**inputs, **attributes)
+    else:
+        function = dense_head_function(operator, **attributes)
+        expected = head_product.dense_head(**inputs, **attributes)
+    arrays: dict[str, NDArray[np.generic]] = {name: tensor.numpy() for name, tensor in inputs.items()}
+    found = execute(function, arrays, {"tile_tokens": onnx.TensorProto.INT32})
     for array, wanted in zip(found, expected, strict=True):
+        assert array.shape == wanted.shape
         near(array, wanted)
-    tiles: dict[str, NDArray[np.generic]] = dict(zip(function.output, found, strict=True))
-    merged = execute(merge_candidates_function(TOP_K), tiles, {"top_tokens": onnx.TensorProto.INT64})
-    for array, wanted in zip(merged, candidates.merge_candidates(*expected, top_k=TOP_K), strict=True):
+    tiles: dict[str, NDArray[np.generic]] = dict(zip(function.output, found[:4], strict=False))
+    merged = execute(merge_candidates_function(top_k), tiles, {"top_tokens": onnx.TensorProto.INT64})
+    for array, wanted in zip(merged, candidates.merge_candidates(*expected[:4], top_k=top_k), strict=True):
         near(array, wanted)
-    assert (merged[2][1, 2] == np.float32(NEVER)) == masked
-
-
-def test_asked_logits() -> None:
-    inputs: dict[str, NDArray[np.generic]] = {
-        "logits": random(2, 3, 50),
-        "asked_ids": np.array([[[0, 49], [7, 7], [3, 1]], [[4, 5], [6, 8], [2, 9]]]),
-    }
-    near(execute(asked_logits_function(), inputs)[0], candidates.asked_logits(**tensors_of(inputs)))
+    assert (merged[2][1, 2] == np.float32(NEVER)) == operator.masked

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[3]
 # Two quick ones that launch kernels in fp32.
 TESTS = (
     "tests/plugins/test_graph_operators.py::test_a_row_of_zeros_has_a_norm",
-    "tests/plugins/test_candidates.py::test_equal_logits_are_ordered_by_token_across_tiles",
+    "tests/plugins/test_head_product.py::test_equal_logits_are_ordered_by_token_across_tiles",
 )
 DOUBLE = ("-p", "tests.support.kernel_tests_on_double")
 
@@ -49,9 +49,9 @@ def emitted(listed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 def test_the_tests_launch_compiled_kernels(emitted: Path) -> None:
     (record,) = results_of_tests(emitted, *TESTS, *DOUBLE)
     assert (record["passed"], record["failed"], record["skipped"], record["missing"]) == (2, [], 0, 0)
-    assert record["kernel_launches"] == 3
+    assert record["kernel_launches"] == 5
     page = markdown({"date": "", "command": "", "device": {}, "parts": {}, "engines": [record], "results": []})
-    assert "- tests/plugins --gpu: 2 passed, 0 failed, 0 skipped; 3 launches, 0 kernels missing" in page
+    assert "- tests/plugins --gpu: 2 passed, 0 failed, 0 skipped; 5 launches, 0 kernels missing" in page
 
 
 def test_a_kernel_that_fits_no_gpu_is_left_out(listed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,7 +71,7 @@ def test_a_kernel_that_fits_no_gpu_is_left_out(listed: Path, tmp_path: Path, mon
 def test_a_wrong_kernel_and_a_missing_one_are_reported(emitted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Planted: kernels that write nothing, and a test whose kernels were not listed."""
     monkeypatch.setenv("KERNELS_COMPUTE", "0")
-    other = "tests/plugins/test_candidates.py::test_very_high_and_very_low_logits_do_not_overflow"
+    other = "tests/plugins/test_head_product.py::test_very_high_and_very_low_logits_do_not_overflow"
     records = results_of_tests(emitted, *TESTS, other, *DOUBLE)
     record = next(records)
     assert (record["passed"], len(record["failed"]), record["skipped"], record["missing"]) == (0, 2, 1, 1)
