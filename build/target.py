@@ -40,9 +40,10 @@ class Built(NamedTuple):
 
 
 class BuildTarget(Protocol):
-    """A target with its options."""
+    """A target with its options. packages: distributions whose versions an engine depends on, alternatives included."""
 
     name: ClassVar[str]
+    packages: ClassVar[tuple[str, ...]]
     __dataclass_fields__: ClassVar[dict[str, Any]]  # every dataclass has it
 
     @property

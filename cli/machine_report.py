@@ -13,10 +13,7 @@ from trimode.common.installation import Installation
 from trimode.common.machine import instruction_set
 from trimode.runtime import loading
 
-_PACKAGES = (
-    *("onnxruntime", "onnx", "torch", "nvidia-modelopt", "tensorrt-rtx-cu13", "cuda-bindings"),
-    *("triton", "tensorrt-cu13", "tensorrt"),
-)
+_OF_QUANTISATION = ("torch", "nvidia-modelopt")
 
 
 class Findings(BaseModel):
@@ -41,7 +38,9 @@ class Findings(BaseModel):
 def examine() -> Findings:
     """Look at this machine; starts nothing and loads no model."""
     gpus = find_gpus()
-    packages = {name: _version(name) for name in _PACKAGES}
+    to_run = [name for target in loading.TARGETS.values() for name in target.packages]
+    to_build = [name for target in registry.TARGETS.values() for name in target.packages]
+    packages = {name: _version(name) for name in (*to_run, *to_build, *_OF_QUANTISATION)}
     return Findings(
         machine=instruction_set(),
         python=platform.python_version(),

@@ -9,10 +9,11 @@ from trimode.common.gpus import Gpus
 
 
 class Installation(NamedTuple):
-    """packages: version by distribution name, None if it is not installed."""
+    """packages: of all targets, the version by distribution name, None if it is not installed."""
 
     packages: Mapping[str, str | None]
     gpus: Gpus
 
     def has(self, *packages: str) -> bool:
-        return all(self.packages.get(package) is not None for package in packages)
+        """Of packages that a target lists as its own."""
+        return all(self.packages[package] is not None for package in packages)

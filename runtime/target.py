@@ -26,6 +26,10 @@ class HostLimits(NamedTuple):
 
 
 class RuntimeTarget(Protocol):
+    """packages: distributions that it imports, alternatives included."""
+
+    packages: tuple[str, ...]
+
     def load_executor(self, engine: Path, manifest: Manifest, limits: HostLimits) -> Executor:
         """Load both engines. Raises TriModeError if they cannot run on this machine."""
         ...

@@ -17,6 +17,7 @@ import pytest
 from trimode.build import registry
 from trimode.build.engine_builder import build_engine
 from trimode.build.target import Built, RequestedLimits, TargetOption, option, options_of
+from trimode.cli.machine_report import examine
 from trimode.cli.target_options import chosen_options, target_options
 from trimode.common.errors import TriModeError
 from trimode.common.installation import Installation
@@ -55,6 +56,7 @@ class ToyTarget:
     """Both engines always predict the same token."""
 
     name: ClassVar[str] = "toy"
+    packages: ClassVar[tuple[str, ...]] = ("toy-compiler",)
     token: int = field(default=TOKEN, metadata=option("The token.", "--the-token"))
 
     @property
@@ -93,6 +95,8 @@ class ToyExecutor:
 
 
 class ToyRuntime:
+    packages: tuple[str, ...] = ("toy-driver",)
+
     def load_executor(self, _engine: Path, manifest: Manifest, _limits: HostLimits) -> Executor:
         return ToyExecutor(manifest)
 
@@ -144,7 +148,7 @@ def test_the_options_of_a_target_are_listed() -> None:
     flags = {name: [found.flag for found in options_of(target)] for name, target in registry.TARGETS.items()}
     assert flags == {
         "cpu": ["--activations", "--tp"],
-        "cuda": ["--max-batch", "--max-step", "--dtype", "--sm"],
+        "cuda": ["--max-batch", "--max-step", "--dtype", "--sm", "--tp"],
         "rtx": ["--max-batch", "--max-step", "--dtype", "--sm"],
         "tensorrt": ["--max-batch", "--max-step", "--dtype", "--sm", "--operators", "--emit-only"],
     }
@@ -161,6 +165,13 @@ def test_the_command_line_has_the_options_of_a_registered_target() -> None:
     assert chosen_options("toy", {"token": 5, "dtype": None}) == {"token": 5}
     with pytest.raises(TriModeError, match=r"^--the-token is not an option of target cpu$"):
         chosen_options("cpu", {"token": 5})
+
+
+@pytest.mark.usefixtures("toy")
+def test_the_doctor_names_the_packages_of_a_registered_target() -> None:
+    found = examine()
+    assert found.packages.keys() >= {"toy-compiler", "toy-driver", "onnxruntime", "torch"}
+    assert found.targets["toy"] == "runs; builds"
 
 
 @pytest.mark.parametrize("side", [registry.TARGETS, loading.TARGETS])

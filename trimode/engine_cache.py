@@ -40,11 +40,10 @@ from trimode.engine.manifest import FORMAT_VERSION
 from trimode.model.checkpoint import ADAPTER_FOLDER, Checkpoint, is_hub_id, open_checkpoint
 from trimode.model.quantization import Method
 
+QUANTISER = "nvidia-modelopt"
 ENGINE, RECORD, HASHES = "engine", "entry.json", "hashes.json"
 # Top-level files of a checkpoint that quantisation or the build reads; and every file of the adapter's folder.
 _READ = ("*.json", "*.jinja", "*.safetensors")
-# The packages whose version is part of an engine.
-_PACKAGES = ("onnxruntime", "onnx", "tensorrt-rtx-cu13", "triton", "nvidia-modelopt")
 # A file that was modified this recently may change again without a new modification time, so its hash is not kept.
 _SETTLED_SECONDS = 2.0
 
@@ -143,7 +142,7 @@ def _built(checkpoint: Checkpoint, options: BuildOptions, progress: Progress) ->
         "method": method,
         "group": group,
         "format": FORMAT_VERSION,
-        "versions": {"trimode": __version__} | {name: _version(name) for name in _PACKAGES},
+        "versions": {"trimode": __version__} | {name: _version(name) for name in (*target_options.packages, QUANTISER)},
         "machine": instruction_set(),
     }
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

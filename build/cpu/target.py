@@ -32,6 +32,7 @@ class CpuTarget:
     """
 
     name: ClassVar[str] = "cpu"
+    packages: ClassVar[tuple[str, ...]] = ("onnxruntime", "onnx")
 
     activations: Activations = field(
         default="int8", metadata=option("Inputs of int4 products: int8 is fast, fp32 is exact.")

@@ -35,6 +35,7 @@ class CudaTarget(KernelTarget):
     """
 
     name: ClassVar[str] = "cuda"
+    packages: ClassVar[tuple[str, ...]] = ("onnx", "triton")
 
     dtype: Literal["bf16", "fp16", "fp32"] = field(
         default="bf16", metadata=option("Type of activations and KV pool; fp32 is slow.")

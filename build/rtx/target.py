@@ -21,6 +21,7 @@ class RtxTarget(GpuTarget):
     """sms: compute capabilities, 121 for 12.1. The plans run on these GPUs only."""
 
     name: ClassVar[str] = "rtx"
+    packages: ClassVar[tuple[str, ...]] = ("onnx", "tensorrt-rtx-cu13")
 
     dtype: Literal["bf16", "fp16"] = field(default="bf16", metadata=option("Type of activations and KV pool."))
     sms: tuple[int, ...] = field(

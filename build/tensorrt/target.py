@@ -31,6 +31,7 @@ class TensorrtTarget(KernelTarget):
     """
 
     name: ClassVar[str] = "tensorrt"
+    packages: ClassVar[tuple[str, ...]] = ("onnx", "triton", "tensorrt-cu13", "tensorrt")
 
     dtype: Literal["bf16", "fp16"] = field(default="bf16", metadata=option("Type of activations and KV pool."))
     sms: tuple[int, ...] | None = field(

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 
 class CpuRuntime:
+    packages: tuple[str, ...] = ("onnxruntime",)
+
     def load_executor(self, engine: Path, manifest: Manifest, limits: HostLimits) -> CpuExecutor | RankedExecutor:
         if manifest.ranks > 1:
             from trimode.runtime.cpu.sessions import refuse_foreign_layout

@@ -22,6 +22,8 @@ RANK_PROCESS = "trimode.runtime.cuda.rank_process"
 
 
 class CudaRuntime:
+    packages: tuple[str, ...] = ("cuda-bindings",)
+
     def load_executor(self, engine: Path, manifest: Manifest, limits: HostLimits) -> CudaExecutor | RankedExecutor:
         gpus = choose_gpus(engine, "cuda", manifest.section(CudaSection).sms, manifest.ranks, portable=True)
         try:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 
 class RtxRuntime:
+    packages: tuple[str, ...] = ("tensorrt-rtx-cu13", "cuda-bindings")
+
     def load_executor(self, engine: Path, manifest: Manifest, _limits: HostLimits) -> RtxExecutor:
         ordinal = choose_gpu(engine, "rtx", manifest.section(RtxSection).sms)
         try:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 
 class TensorrtRuntime:
+    packages: tuple[str, ...] = ("tensorrt-cu13", "tensorrt", "cuda-bindings")
+
     def load_executor(self, engine: Path, manifest: Manifest, _limits: HostLimits) -> TensorrtExecutor:
         plans = manifest.section(TensorrtSection).plans
         if plans is None:
