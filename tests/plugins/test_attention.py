@@ -30,7 +30,7 @@ def check(case: AttentionCase) -> None:
 
 
 @given(attention_cases())
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 def test_attention_equals_the_reference(case: AttentionCase) -> None:
     check(case)
 
@@ -42,7 +42,7 @@ def test_every_tactic_with_a_long_sequence_among_short_ones(tactic: Tactic, patt
     turn, other = Attend.TACTICS.index(tactic), PATTERNS.index(pattern)
     group = GROUPS[(turn + other) % 3]
     case = AttentionCase(
-        committed=(37, 4999, 0, 130, 1, 611, 255, 18),
+        committed=(37, 1499, 0, 130, 1, 18),
         step=min(64, 8 * tactic.constants["BLOCK_M"] // group),
         pattern=pattern,
         group=group,

@@ -176,7 +176,7 @@ def test_pairs_are_the_columns_of_the_checkpoints_heads() -> None:
 
 @pytest.mark.parametrize("split", [False, True], ids=["one program", "separate programs"])
 def test_a_rows_bits_depend_neither_on_other_rows_nor_on_the_tile(split: bool) -> None:
-    """Steps of 1, 8, 32 and 64 tokens in every tactic, and the rows of a batch."""
+    """Steps of 1, 8 and 64 tokens in every tactic, and the rows of a batch."""
     case = QkvCase((0,), 70, groups=16, weight_group=128, kv_heads=1, group=2, split=split, dtype=torch.bfloat16)
     case = replace(case, normed=True)
     inputs = case.inputs()
@@ -184,7 +184,7 @@ def test_a_rows_bits_depend_neither_on_other_rows_nor_on_the_tile(split: bool) -
     tactics = list(case.operator.tactics(case.node).values())
     wanted = run(replace(case, tactic=tactics[-1]), inputs)
     for tactic in tactics:
-        for first, step in ((69, 1), (3, 8), (30, 32), (5, 64)):
+        for first, step in ((69, 1), (3, 8), (5, 64)):
             given_ = {**inputs, "write_indices": torch.tensor([first])}
             given_ |= {name: inputs[name][:, first : first + step].contiguous() for name in tokens}
             given_["squares"] = inputs["squares"][:, first : first + step].contiguous()

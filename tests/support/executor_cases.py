@@ -143,16 +143,16 @@ class StepCases(NamedTuple):
         return found
 
     def masked(self, engine: Executor) -> Results:
-        """Passes with token masks and asked ids take turns with passes without them. Each kind runs twice."""
+        """Passes with token masks, asked ids, both and neither take turns. Three kinds come back after others."""
         found, rng = self.prefill(engine), np.random.default_rng(4)
         draft = dataclasses.replace(self.draft_step(), logit_rows=np.array([[0, 1, 2], [2, 2, 0], [1, 0, 2]]))
         for step in (draft, dataclasses.replace(draft.verification(), logit_rows=draft.logit_rows)):
-            for turn in range(8):
+            for masked, asks in ((0, 0), (1, 0), (1, 1), (0, 1), (1, 1), (1, 0), (0, 0)):
                 legal = rng.random((3, 3, self.vocabulary)) < rng.choice([0.05, 0.5, 1.0], (3, 3, 1))
                 legal[2, 0] = False
                 legal[2, 1] = np.arange(self.vocabulary) == MASK + 5
-                asked = rng.integers(0, self.vocabulary, (3, 3, 3)) if turn // 2 in (2, 3) else None
-                mask = packed(legal) if turn // 2 in (1, 2) else None
+                asked = rng.integers(0, self.vocabulary, (3, 3, 3)) if asks else None
+                mask = packed(legal) if masked else None
                 found += all_results(engine.run(dataclasses.replace(step, token_mask=mask, asked_ids=asked)), (3, 3, 3))
         return found
 

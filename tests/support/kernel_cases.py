@@ -85,7 +85,7 @@ class AttentionCase:
 def attention_cases(draw: Any) -> AttentionCase:
     """At most one long sequence and four tiles of queries, since the interpreter takes time for each tile."""
     committed = draw(st.lists(st.integers(0, 200), max_size=7))
-    committed.insert(draw(st.integers(0, len(committed))), draw(st.integers(0, 5000)))
+    committed.insert(draw(st.integers(0, len(committed))), draw(st.integers(0, 2000)))
     tactic = draw(st.sampled_from(Attend.TACTICS))
     group = draw(st.sampled_from(GROUPS))
     return AttentionCase(

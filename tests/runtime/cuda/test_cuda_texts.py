@@ -20,6 +20,8 @@ MODES: list[dict[str, Any]] = [
     {"mode": "diffusion", "block_length": 4, "max_tokens": 4},
     {"mode": "auto", "block_length": 8, "max_tokens": 4},
 ]
+PROMPT = [{"role": "user", "content": "What is 60% of 440?"}]
+OTHER = [{"role": "user", "content": "What is 7 + 8?"}]
 
 
 @pytest.fixture(scope="module")
@@ -36,25 +38,13 @@ def equal_pass_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PassCost, "least_seconds", lambda *_: 1e-3)
 
 
-def tokens(engine: Path, prompts: list[Any], params: list[SamplingParams], at_once: int) -> list[list[int]]:
-    with LLM(engine, max_batch_size=at_once, verify=False, measure_passes=False) as llm:
-        return [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
-
-
-PROMPT = [{"role": "user", "content": "What is 60% of 440?"}]
-OTHER = [{"role": "user", "content": "What is 7 + 8?"}]
-
-
-def test_tokens_of_requests_one_after_another(tiny: Engines, gpu: Gpu) -> None:
-    """Each mode, alone, on the same prompt, whose KV rows the later requests reuse."""
-    gpu(tiny)
+def tokens(engine: Path) -> list[list[int]]:
+    """Of a request in each mode, two at a time. The later ones reuse the KV rows of the first one's prompt."""
     params = [SamplingParams(**options) for options in MODES]
-    prompts = [PROMPT] * len(params)
-    assert tokens(tiny.cuda, prompts, params, 1) == tokens(tiny.cpu, prompts, params, 1)
+    with LLM(engine, max_batch_size=2, verify=False, measure_passes=False) as llm:
+        return [output.outputs[0].token_ids for output in llm.generate([PROMPT, OTHER, PROMPT, PROMPT], params)]
 
 
-def test_tokens_of_two_modes_in_one_batch(tiny: Engines, gpu: Gpu) -> None:
+def test_tokens_in_every_mode(tiny: Engines, gpu: Gpu) -> None:
     gpu(tiny)
-    params = [SamplingParams(**options) for options in MODES[1:3]]
-    prompts = [PROMPT, OTHER]
-    assert tokens(tiny.cuda, prompts, params, 2) == tokens(tiny.cpu, prompts, params, 2)
+    assert tokens(tiny.cuda) == tokens(tiny.cpu)
