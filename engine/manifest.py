@@ -12,8 +12,8 @@ tokenizer/                    the checkpoint's tokenizer files
 ```
 
 If the network is divided among ``ranks`` processes (:mod:`trimode.model.shards`), ``ar/``, ``diffusion/`` and
-``weights/`` are in ``rank0/``, ``rank1/`` and so on, with each rank's part of the network. Their pools have the same
-ranges.
+``weights/`` are in ``rank0/``, ``rank1/`` and so on, with each rank's part of the network. ``pool`` then has the ranges
+of rank 0; those of the others differ at most in small constants.
 
 The builder writes a directory under a temporary name and renames it when it is complete. Loading checks every file
 against its size and hash in the manifest.

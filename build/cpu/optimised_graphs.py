@@ -48,7 +48,7 @@ def build_cpu_engines(
     unpack = 0 < int4_bytes <= unpacked_bytes
     if int4_bytes <= unpacked_bytes:  # no product has int4 weights
         activations = "fp32"
-    options = NetworkOptions(adapter=checkpoint.adapter is not None, sums=ranks > 1)
+    options = NetworkOptions(adapter=checkpoint.adapter is not None, ranks=ranks)
     pieces = 1 if ranks == 1 else 2 * checkpoint.config.num_hidden_layers + 1
     pools = []
     for rank, part in enumerate(parts):

@@ -66,8 +66,12 @@ class NetworkOptions:
     both plans contain the constants by which TensorRT scales such products.
     masks: how rows with a token mask are computed. ``branch``: a node chooses between two branches. ``apart``: such
     rows have results of their own, ``masked_*``, which are empty without a mask. A CUDA graph cannot hold a branch.
-    sums: whether the products of o_proj and down_proj are partial sums (:mod:`trimode.model.shards`). Their totals are
-    then inputs of the graph, ``total.i``, and the products are outputs, ``partial.i``, in the order of the network.
+    ranks: among which the network is divided (:mod:`trimode.model.shards`). If there are several, the products of
+    o_proj and down_proj are partial sums.
+    sums: how partial sums are added up. ``outside``: the totals are inputs of the graph, ``total.i``, and the products
+    are outputs, ``partial.i``, in the order of the network. ``gathered``: a node ``DistCollective``, which TensorRT's
+    parser knows, gathers those of all ranks, and the graph adds them in the order of ranks. So their bits do not depend
+    on how NCCL would add.
     """
 
     adapter: bool
@@ -78,7 +82,8 @@ class NetworkOptions:
     rotate_together: bool = False
     select_by_product: bool = False
     masks: Masks = "branch"
-    sums: bool = False
+    ranks: int = 1
+    sums: Literal["outside", "gathered"] = "outside"
 
 
 def build_network(
@@ -286,7 +291,20 @@ class _NetworkGraph:
             y = self.op("Add", y, self.op("MatMul", *adapter))
         if residual is None:
             return y
-        return self.op("Add", residual, self._total(y) if self.options.sums else y)
+        if self.options.ranks > 1:
+            y = self._total(y) if self.options.sums == "outside" else self._gathered_total(y)
+        return self.op("Add", residual, y)
+
+    def _gathered_total(self, y: str) -> str:
+        """The sum of this product over all ranks, in fp32."""
+        ranks = self.options.ranks
+        attributes = {"collective_operation": "all_gather", "reduce_op": "none", "root": -1, "nb_rank": ranks}
+        parts = self.op("DistCollective", self.op("Unsqueeze", y, [0]), **attributes)
+        total = ""
+        for rank in range(ranks):
+            part = self._as_float(self.op("Squeeze", self.op("Slice", parts, [rank], [rank + 1], [0]), [0]))
+            total = self.op("Add", total, part) if rank else part
+        return self._cast(total, FLOAT)
 
     def _total(self, y: str) -> str:
         """The sum of this product over all ranks, which is added outside of the graph."""

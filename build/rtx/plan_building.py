@@ -24,19 +24,23 @@ from trimode.build.rtx.graph_form import KEY_HEADS, refuse_disorder, tensorrt_fo
 from trimode.build.rtx.kernel_list import KernelList, parse_kernels
 from trimode.build.rtx.target import RtxTarget
 from trimode.build.rtx.weight_section import SharedRun, cut_runs, find_shared_runs
+from trimode.build.sharded_checkpoint import ShardedCheckpoint, sharded
 from trimode.build.target import Built
 from trimode.common.errors import TriModeError
 from trimode.common.progress import Progress
-from trimode.engine.files import POOL
+from trimode.engine.files import POOL, rank_folder
 from trimode.engine.manifest import Limits, PoolEntry
 from trimode.engine.precision import NUMPY_TYPES
-from trimode.engine.targets.rtx import COMPUTE_CAPABILITIES, GRAPH, KERNELS, PLAN, RtxSection
+from trimode.engine.targets.rtx import COMPUTE_CAPABILITIES, GRAPH, KERNELS, PLAN, RankPlans, RtxSection
 from trimode.model.checkpoint import Checkpoint
+from trimode.model.config import ModelConfig
 from trimode.model.step import ENGINES
 
 # The share of the constants' bytes that both plans must have in common. The builder folds a few small constants into
 # kernels or widens them; no matrix may be missing.
 LEAST_SHARED = 0.99
+# TensorRT-RTX refuses to compile the attention of a network with a single KV head.
+LEAST_KV_HEADS = 2
 # Attention that reads the KV pool in place exists from this compute capability on.
 _FIRST_SM_IN_PLACE = 89
 # Warnings that the builder may log, and why they are harmless.
@@ -76,8 +80,39 @@ class _RtxMonitor(BuilderProgress, trt.IProgressMonitor):  # type: ignore[misc]
 
 
 def build_plans(checkpoint: Checkpoint, folder: Path, target: RtxTarget, limits: Limits, progress: Progress) -> Built:
-    """Write both plans, their graphs and lists of kernels, and the pool into ``folder``."""
+    """Write both plans of each rank, their graphs and lists of kernels, and its pool into ``folder``."""
     _refuse_unknown_gpus(target.sms)
+    parts = sharded(checkpoint, target.tp)
+    _refuse_single_heads(checkpoint, target.tp)
+    built = []
+    for rank, part in enumerate(parts):
+        of_rank = folder / rank_folder(rank, target.tp)
+        of_rank.mkdir(exist_ok=True)
+        built.append(_build_rank(part, checkpoint, of_rank, target, limits, progress))
+    section = RtxSection(tensorrt_rtx=trt.__version__, sms=target.sms, plans=tuple(plans for plans, _ in built))
+    return Built(section, built[0][1], target.tp)
+
+
+def _refuse_single_heads(checkpoint: Checkpoint, ranks: int) -> None:
+    if ranks > 1 and checkpoint.config.num_key_value_heads // ranks < LEAST_KV_HEADS:
+        raise TriModeError(
+            f"{checkpoint.folder} has {checkpoint.config.num_key_value_heads} KV heads; TensorRT-RTX's attention needs "
+            f"{LEAST_KV_HEADS} on each of --tp {ranks} ranks"
+        )
+
+
+def _build_rank(
+    part: ShardedCheckpoint,
+    checkpoint: Checkpoint,
+    folder: Path,
+    target: RtxTarget,
+    limits: Limits,
+    progress: Progress,
+) -> tuple[RankPlans, tuple[PoolEntry, ...]]:
+    """Write the plans of a rank; returns how they are assembled, and the ranges of its pool.
+
+    part: of ``checkpoint``, which the rank holds. folder: of the rank.
+    """
     options = NetworkOptions(
         top_k=limits.top_k,
         adapter=checkpoint.adapter is not None,
@@ -87,21 +122,24 @@ def build_plans(checkpoint: Checkpoint, folder: Path, target: RtxTarget, limits:
         rotate_together=True,
         select_by_product=True,
         masks="apart",
+        ranks=target.tp,
+        sums="gathered",
     )
-    sizes = _profile_sizes(checkpoint, target, limits)
+    adapter_rank = checkpoint.adapter.config.r if checkpoint.adapter else 0
+    sizes = _profile_sizes(part.config, adapter_rank, target, limits)
     plans, constants = [], []
     with TemporaryDirectory(dir=folder) as temporary:
-        pool = write_raw_pool(checkpoint, Path(temporary) / "raw.bin", progress, NUMPY_TYPES[options.activations])
+        pool = write_raw_pool(part, Path(temporary) / "raw.bin", progress, NUMPY_TYPES[options.activations])
         checkpoint.unmap()
         probe = _first_bytes(pool)
         for name, pattern in ENGINES:
-            graph = build_network(checkpoint.config, pool, pattern, options)
+            graph = build_network(part.config, pool, pattern, options)
             constants.append(_pooled_constants(graph))
             _refuse_differing(constants)
             engine = folder / name
             engine.mkdir()
             onnx.save(graph, engine / GRAPH)
-            layers = checkpoint.config.num_hidden_layers
+            layers = part.config.num_hidden_layers
             if options.kv_read == "view":
                 graph = tensorrt_form(graph, layers)
             source = Path(temporary) / f"{name}.onnx"
@@ -124,17 +162,16 @@ def build_plans(checkpoint: Checkpoint, folder: Path, target: RtxTarget, limits:
             "another order"
         )
     progress("weights", 1, 1)
-    section = RtxSection(tensorrt_rtx=trt.__version__, sms=target.sms, ar=ar, diffusion=diffusion)
     ranges = (
         PoolEntry(name=f"run {number}", offset=splice.pool_offset, bytes=splice.bytes)
         for number, splice in enumerate(ar.splices)
     )
-    return Built(section, tuple(ranges))
+    return RankPlans(ar=ar, diffusion=diffusion), tuple(ranges)
 
 
-def _profile_sizes(checkpoint: Checkpoint, target: RtxTarget, limits: Limits) -> ProfileSizes:
-    rank = checkpoint.adapter.config.r if checkpoint.adapter else 0
-    kv_heads, capacity = checkpoint.config.num_key_value_heads, limits.capacity
+def _profile_sizes(config: ModelConfig, rank: int, target: RtxTarget, limits: Limits) -> ProfileSizes:
+    """rank: of the draft adapter, 0 without one."""
+    kv_heads, capacity = config.num_key_value_heads, limits.capacity
     others = {
         "window": (1, min(512, capacity), capacity),
         **optional_inputs(target.max_step),

@@ -18,7 +18,11 @@ from trimode.model.checkpoint import Checkpoint
 
 @dataclass(frozen=True, kw_only=True)
 class RtxTarget(GpuTarget):
-    """sms: compute capabilities, 121 for 12.1. The plans run on these GPUs only."""
+    """sms: compute capabilities, 121 for 12.1. The plans run on these GPUs only.
+
+    tp: ranks that the network is divided among (:mod:`trimode.model.shards`), each on a GPU of its own. It must leave
+    each rank two KV heads. Such plans are built and audited; the runtime does not run them.
+    """
 
     name: ClassVar[str] = "rtx"
     packages: ClassVar[tuple[str, ...]] = ("onnx", "tensorrt-rtx-cu13")
@@ -27,6 +31,7 @@ class RtxTarget(GpuTarget):
     sms: tuple[int, ...] = field(
         default=(121, 120, 89), metadata=option("GPUs by compute capability, 121 for 12.1.", "--sm")
     )
+    tp: int = field(default=1, metadata=option("Tensor parallelism: ranks (GPUs) to divide the network among."))
 
     def import_packages(self) -> None:
         with requires_extra("build,rtx"):

@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import PositiveInt
 
 from trimode.engine.plan_file import PlanEntry
+from trimode.engine.record import Record
 from trimode.engine.targets.section import TargetSection, compute_capabilities
 
 PLAN, GRAPH, KERNELS = "engine.plan", "graph.onnx", "layers.json"
@@ -17,14 +18,32 @@ PLAN, GRAPH, KERNELS = "engine.plan", "graph.onnx", "layers.json"
 COMPUTE_CAPABILITIES = (75, 80, 86, 89, 120, 121)
 
 
+class RankPlans(Record):
+    """How both plans of a rank are assembled."""
+
+    ar: PlanEntry
+    diffusion: PlanEntry
+
+
 class RtxSection(TargetSection):
-    """tensorrt_rtx: the version that compiled the plans. sms: their compute capabilities, 121 for 12.1."""
+    """tensorrt_rtx: the version that compiled the plans. sms: their compute capabilities, 121 for 12.1. plans: by rank,
+    one without ranks. The constants of ranks differ a little, since one of them holds the mask token.
+    """
 
     name: Literal["rtx"] = "rtx"
     tensorrt_rtx: str
     sms: tuple[PositiveInt, ...]
-    ar: PlanEntry
-    diffusion: PlanEntry
+    plans: tuple[RankPlans, ...]
+
+    @property
+    def ar(self) -> PlanEntry:
+        """Of the first rank."""
+        return self.plans[0].ar
+
+    @property
+    def diffusion(self) -> PlanEntry:
+        """Of the first rank."""
+        return self.plans[0].diffusion
 
     @property
     def engine_files(self) -> tuple[str, ...]:

@@ -20,6 +20,11 @@ class RtxRuntime:
     packages: tuple[str, ...] = ("tensorrt-rtx-cu13", "cuda-bindings")
 
     def load_executor(self, engine: Path, manifest: Manifest, _limits: HostLimits) -> RtxExecutor:
+        if manifest.ranks > 1:
+            raise TriModeError(
+                f"{engine} is divided among {manifest.ranks} ranks; target rtx builds and audits such plans, but does "
+                f"not run them; build for target cuda: trimode build CHECKPOINT OUT --target cuda --tp {manifest.ranks}"
+            )
         ordinal = choose_gpu(engine, "rtx", manifest.section(RtxSection).sms)
         try:
             from trimode.runtime.rtx.rtx_executor import RtxExecutor

@@ -32,7 +32,7 @@ from typing import Literal
 
 import numpy as np
 import onnx
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 from pydantic import BaseModel
 
 from trimode.build.graph.raw_pool import merged_matrices
@@ -40,13 +40,24 @@ from trimode.build.roofline import PassShape, least_bytes, least_flops, stored_m
 from trimode.build.rtx.kernel_list import KernelList, KernelTensor, PlanKernel
 from trimode.common.errors import TriModeError
 from trimode.common.records import read_json_record
-from trimode.engine.files import verify_file
+from trimode.engine.files import rank_folder, verify_file
 from trimode.engine.manifest import Manifest
 from trimode.engine.targets.rtx import GRAPH, KERNELS, RtxSection
+from trimode.model.config import ModelConfig
+from trimode.model.shards import Shard
 from trimode.model.step import ENGINES, cache_outputs
 
 Kind = Literal[
-    "int4 product", "product", "dequantisation", "attention", "KV write", "KV copy", "mask", "head", "element-wise"
+    "int4 product",
+    "product",
+    "dequantisation",
+    "attention",
+    "KV write",
+    "KV copy",
+    "exchange",
+    "mask",
+    "head",
+    "element-wise",
 ]
 _BITS = {
     "Int4": 4,
@@ -66,7 +77,8 @@ class PassAudit(BaseModel):
     """One pass of one engine. Bytes are of device memory.
 
     kernels_a_layer: the most frequent count. bound: bytes that any implementation must move. ratio: bytes / bound.
-    ratio_whole_pool, ratio_with_cache: the same for the two bounding totals of this module.
+    ratio_whole_pool, ratio_with_cache: the same for the two bounding totals of this module. exchanges: kernels in which
+    ranks exchange partial sums. link_bytes: that a rank receives in them.
     """
 
     engine: str
@@ -86,6 +98,8 @@ class PassAudit(BaseModel):
     ratio_with_cache: float
     flops: int
     bytes_by_kind: dict[str, int]
+    exchanges: int
+    link_bytes: int
     unresolved: int
 
 
@@ -95,13 +109,15 @@ class Plan:
 
     engine: str
     manifest: Manifest
+    model: ModelConfig  # of a rank, if there are several
     rtx: RtxSection
     kernels: tuple[PlanKernel, ...]
     graph: onnx.ModelProto
 
 
 def read_plans(folder: Path) -> list[Plan]:
-    """Both plans of an engine directory. Raises TriModeError if its target is not rtx, or if a file that is read was
+    """Both plans of an engine directory, of rank 0 if it has several; the others differ in their weights only. Raises
+    TriModeError if its target is not rtx, or if a file that is read was
     changed after the build.
     """
     manifest = Manifest.read(folder)
@@ -112,9 +128,11 @@ def read_plans(folder: Path) -> list[Plan]:
     for entry in manifest.files:
         if entry.path.endswith((KERNELS, GRAPH)):
             verify_file(folder, entry)
+    of_rank = folder / rank_folder(0, manifest.ranks)
     for name, _ in ENGINES:
-        kernels = read_json_record(KernelList, folder / name / KERNELS).root
-        plans.append(Plan(name, manifest, section, kernels, onnx.load(folder / name / GRAPH, load_external_data=False)))
+        kernels = read_json_record(KernelList, of_rank / name / KERNELS).root
+        graph = onnx.load(of_rank / name / GRAPH, load_external_data=False)
+        plans.append(Plan(name, manifest, Shard(0, manifest.ranks).config(manifest.model), section, kernels, graph))
     return plans
 
 
@@ -135,7 +153,7 @@ def audit_pass(plan: Plan, batch: int, step: int, window: int, cache_bytes: int 
         unlisted += sizes.unlisted_bytes(kernel)
         if (layer := _layer_of(kernel)) is not None:
             layers[layer] += 1
-    config, precision = plan.manifest.model, plan.manifest.precision
+    config, precision = plan.model, plan.manifest.precision
     shape = PassShape(
         batch,
         step,
@@ -163,6 +181,8 @@ def audit_pass(plan: Plan, batch: int, step: int, window: int, cache_bytes: int 
         ratio_with_cache=(total - sizes.cached_bytes(cache_bytes // 2)) / bound,
         flops=least_flops(config, shape),
         bytes_by_kind={kind: count for kind, count in by_kind.most_common() if count},
+        exchanges=kinds["exchange"],
+        link_bytes=(plan.manifest.ranks - 1) * sum(map(sizes.sent_bytes, sizes.kernels)),
         unresolved=sizes.unresolved,
     )
 
@@ -176,6 +196,8 @@ def cycle_bytes_to_host(manifest: Manifest, block_length: int) -> int:
 
 def kind_of(kernel: PlanKernel) -> Kind:
     operators = _operators(kernel)
+    if kernel.kind.startswith("comm_"):
+        return "exchange"
     if "Attention" in operators and kernel.name.startswith("_gemm_mha"):
         return "attention"
     if "DequantizeLinear" in operators:
@@ -214,7 +236,7 @@ class _Sizes:
     """
 
     def __init__(self, plan: Plan, batch: int, step: int, window: int) -> None:
-        config = plan.manifest.model
+        config = plan.model
         rank = plan.manifest.adapter.rank if plan.manifest.adapter else 0
         dims = {
             "batch": batch,
@@ -271,6 +293,12 @@ class _Sizes:
             else:
                 moved += self._tensor_bytes(tensor)
         return moved
+
+    def sent_bytes(self, kernel: PlanKernel) -> int:
+        """Bytes of this rank's partial sum, if ranks exchange theirs in this kernel. Each of the others receives it."""
+        if kind_of(kernel) != "exchange":
+            return 0
+        return sum(self._tensor_bytes(tensor) for tensor in _distinct(kernel.inputs))
 
     def unlisted_bytes(self, kernel: PlanKernel) -> int:
         """Bytes of keys, values and mask in the tiles that an attention's list leaves out."""
@@ -364,6 +392,10 @@ def _shapes(graph: onnx.ModelProto, dims: dict[str, int]) -> dict[str, tuple[int
         numbers = np.arange(given[size.input[0]][first])
         closed.graph.initializer.append(numpy_helper.from_array(numbers, node.output[0]))
         closed.graph.node.remove(node)
+    for node in closed.graph.node:  # not an ONNX operator; its result has the parts of all ranks
+        if node.op_type == "DistCollective":
+            ranks = next(attribute.i for attribute in node.attribute if attribute.name == "nb_rank")
+            node.CopyFrom(helper.make_node("Concat", [node.input[0]] * ranks, node.output, name=node.name, axis=0))
     inferred = onnx.shape_inference.infer_shapes(closed, data_prop=True).graph
     shapes = {}
     for value in (*inferred.input, *inferred.value_info, *inferred.output):
