@@ -45,11 +45,11 @@ CONVERSATION: Mapping[str, Neutral] = {
 }
 CHAT: Mapping[str, Neutral] = {
     "prompt_logprobs": Neutral("log-probabilities of the prompt are supported by /v1/completions only", (False,)),
-    "audio": Neutral(_TEXT_ONLY),
+    "audio": Neutral(_TEXT_ONLY, ({},)),
     "echo": Neutral("echo is supported by /v1/completions only", (False,)),
     "include_reasoning": Neutral("reasoning cannot be left out", (True,)),
     "modalities": Neutral(_TEXT_ONLY, (["text"], [])),
-    "prediction": Neutral("predicted output is not supported"),
+    "prediction": Neutral("predicted output is not supported", ({},)),
     "separate_reasoning": Neutral("reasoning is always separate", (True,)),
     "verbosity": Neutral("verbosity is not supported", ("medium",)),
     "web_search_options": Neutral("web search is not supported"),

@@ -112,6 +112,7 @@ def _no_logprobs(value: Any) -> Any:
     return None if value is False else value
 
 
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Text = Annotated[str, AfterValidator(_valid_unicode)]
 Integer = Annotated[int, BeforeValidator(_whole_number)]
 TokenId = Annotated[Integer, Field(ge=0, lt=2**31)]
@@ -163,6 +164,10 @@ Prompt = Annotated[
 ]
 
 
+# Fields whose empty object PHP's clients write as an empty list.
+OBJECT_FIELDS = ("chat_template_kwargs", "logit_bias", "response_format", "stream_options", "structured_outputs")
+
+
 class Body(BaseModel):
     """Unknown fields are kept in ``model_extra`` until :func:`take_ignored_fields` removes them.
 
@@ -185,7 +190,8 @@ class Body(BaseModel):
         for name in given.keys() & cls.neutral.keys():
             if not cls.neutral[name].accepts(given[name]):
                 raise unsupported(name, cls.neutral[name].reason)
-        return given
+        empty: dict[str, Any] = {name: {} for name in OBJECT_FIELDS if given.get(name) == []}
+        return given | empty if empty else given
 
 
 def unsupported(field: str, reason: str) -> PydanticCustomError:
@@ -478,7 +484,7 @@ class ConversationBody(PromptBody):
     add_special_tokens: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     documents: Annotated[list[dict[str, Any]], at_most(MAX_PARTS, "documents")] | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    reasoning_effort: Annotated[Effort | None, BeforeValidator(lambda effort: effort or None)] = None
     tools: Annotated[list[ToolDefinition], Field(fail_fast=True), at_most(MAX_TOOLS, "tools")] | None = None
     tool_choice: ToolChoiceField | None = None
     parallel_tool_calls: bool | None = None
