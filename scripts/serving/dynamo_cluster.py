@@ -93,6 +93,9 @@ class Cluster:
                 raise TimeoutError(f"not all of Dynamo's processes were ready within {START_SECONDS:.0f} s")
             time.sleep(0.1)
 
+    def frontend_metrics(self) -> str:
+        return _get(f"{self.url}/metrics")
+
     def _ready(self) -> bool:
         instances = [worker.instance() for worker in self.workers]
         with suppress(urllib.error.URLError, OSError):
