@@ -49,6 +49,7 @@ GUIDED: tuple[dict[str, Any], dict[str, Any]] = ({"response_format": SCHEMA}, {"
 EQUAL, DIFFERENT, ERROR, LOST = "equal", "different", "ended with an error", "lost"
 Outcome = Literal["equal", "different", "ended with an error", "lost"]
 KILLS = 20
+ANSWER_TOKENS = 250  # of the answers that are under way when a worker is killed
 
 
 class Case(NamedTuple):
@@ -166,15 +167,14 @@ def check_routing(engine: Path, groups: int = 12, turns: int = 6) -> bool:
 
 def _hits(engine: Path, router: str, groups: int, turns: int) -> Hits:
     records, rng = chats(), np.random.default_rng(0)
-    beginnings = [
-        " ".join(chat[0]["content"] for chat in records[12 * group : 12 * group + 12]) for group in range(groups)
-    ]
+    texts = [chat[0]["content"] for chat in records]
+    beginnings = [" ".join(texts[place] for place in rng.permutation(len(texts))[:12]) for _ in range(groups)]
     order = rng.permutation(np.repeat(np.arange(groups), turns)).tolist()
     seen: set[int] = set()
     prompt = cached = hits = requests = 0
     with dynamo_cluster(engine, "--threads", "1", router=router) as cluster:
         for number, group in enumerate(order):
-            messages = [{"role": "system", "content": beginnings[group]}, *records[number]]
+            messages = [{"role": "system", "content": beginnings[group]}, *records[number % len(records)]]
             body = {"model": MODEL_NAME, "messages": messages, "max_tokens": 4, "stream": True}
             body |= {"stream_options": {"include_usage": True}}
             answer = asyncio.run(stream(f"{cluster.url}/v1/chat/completions", body))
@@ -188,13 +188,15 @@ def _hits(engine: Path, router: str, groups: int, turns: int) -> Hits:
     return Hits(requests, hits, cached / prompt)
 
 
-def check_kills(engine: Path, kills: int, cases_count: int = 66) -> bool:
+def check_kills(engine: Path, kills: int, cases_count: int = 48) -> bool:
     found = chats()
     kinds = (*KINDS, GUIDED)
     cases = [
-        Case.of(number, kinds[number % len(kinds)], found[number], max_tokens=700)
+        Case.of(number, kinds[number % len(kinds)], found[number % len(found)], max_tokens=ANSWER_TOKENS)
         if kinds[number % len(kinds)] is GUIDED
-        else Case.of(number, kinds[number % len(kinds)], found[number], max_tokens=700, ignore_eos=True)
+        else Case.of(
+            number, kinds[number % len(kinds)], found[number % len(found)], max_tokens=ANSWER_TOKENS, ignore_eos=True
+        )
         for number in range(cases_count)
     ]
     solo = solo_runs(engine, cases)
@@ -236,6 +238,7 @@ async def _load_and_kill(
         worker.process.send_signal(signal.SIGKILL)
         await asyncio.to_thread(worker.process.wait)
         await asyncio.to_thread(cluster.replace, worker)
+        print(f"  {number + 1} of {kills} kills: {_listed(outcomes)}", file=sys.stderr, flush=True)
     stopped.set()
     await asyncio.gather(*clients)
     return outcomes, errors, sum(outcomes.values())
