@@ -48,6 +48,10 @@ dynamo: $(VENV)/.package $(DYNAMO)/.package ## Serve ENGINE by Dynamo's frontend
 
 dynamo-environment: $(DYNAMO)/.package ## Make .dynamo, in which `make dynamo` and its tests run (700 MB)
 
+dynamo-check: $(VENV)/.package $(DYNAMO)/.package ## Prove answers, routing and migration with two workers (30 minutes)
+	@$(TINY_ENGINE) >/dev/null
+	@$(BIN)/python -m scripts.serving.dynamo_check engines/tiny-cpu
+
 browser: ## Install Debian's Chromium for the playground's tests (as root)
 	@command -v chromium chromedriver >/dev/null || \
 		(apt-get update -qq && apt-get install -qq --yes --no-install-recommends chromium chromium-driver >/dev/null)
@@ -56,12 +60,12 @@ test: lint types docs $(TRITON)/.package ## Set-up, lint, types, the documentati
 	@$(MAKE) --no-print-directory browser 2>/dev/null || echo "no browser could be installed: its tests are skipped"
 	TRIMODE_NEED_TRITON=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-lint: $(VENV)/.package ## Ruff, import rules, Dockerfile, compose file, GitHub's files
+lint: $(VENV)/.package ## Ruff, import rules, Dockerfiles, compose files, GitHub's files
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
-	$(BIN)/hadolint Dockerfile
-	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.compose-spec compose.yaml
+	$(BIN)/hadolint Dockerfile deploy/dynamo/Dockerfile
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.compose-spec compose.yaml deploy/dynamo/compose.yaml
 	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/[!c]*.yml
 	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.citation-file-format CITATION.cff
@@ -143,4 +147,4 @@ $(TRITON)/.package: pyproject.toml trimode/__init__.py common/version.py
 	$(TRITON)/bin/python -m pip install --quiet --editable '.[triton]'
 	@touch $@
 
-.PHONY: help setup demo audit kernels build-engine serve triton triton-environment dynamo dynamo-environment browser test lint types docs wheel wheel-test prove prove-runtime bench peers train-tiny clean
+.PHONY: help setup demo audit kernels build-engine serve triton triton-environment dynamo dynamo-environment dynamo-check browser test lint types docs wheel wheel-test prove prove-runtime bench peers train-tiny clean

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from typing import get_args
 
 import click
@@ -163,5 +164,7 @@ def command(
         reasoning_parser=reasoning_parser,
         kv_events=kv_events,
     )
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)  # Dynamo's runtime calls handlers that it finds; ours exits at once
     with llm:
         serve(llm, events, options)
