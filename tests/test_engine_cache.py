@@ -16,6 +16,7 @@ import pytest
 
 import trimode.build.engine_builder
 import trimode.quantize
+from tests.support.patience import HANG_SECONDS
 from tests.support.random_checkpoint import write_random_checkpoint
 from trimode import LLM, SamplingParams, engine_cache
 from trimode.build.engine_builder import build_engine
@@ -195,7 +196,7 @@ def test_a_second_caller_waits_for_the_first_one_s_build(
         nonlocal built
         built += 1
         begun.set()
-        assert waited.wait(60)
+        assert waited.wait(HANG_SECONDS)
         return build_engine(*arguments, **options)
 
     def progress(stage: str, _done: int, _total: int) -> None:
@@ -207,7 +208,7 @@ def test_a_second_caller_waits_for_the_first_one_s_build(
         threading.Thread(target=lambda: found.append(engine_of(random_checkpoint, RTN, progress))) for _ in range(2)
     )
     first.start()
-    assert begun.wait(60)
+    assert begun.wait(HANG_SECONDS)
     second.start()
     first.join()
     second.join()

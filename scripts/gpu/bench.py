@@ -21,13 +21,13 @@ code is 1 if a result is wrong, if bits differ, or if a part fails.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
+from scripts.gpu.command_line import emit_run_dry
 from scripts.gpu.part_runner import Record, lines_of, read_lines, run_parts, write_lines
 
 # Seconds of each part; together at most six minutes.
@@ -120,14 +120,13 @@ def product_records(host: object, *, small: bool = False) -> Iterator[Record]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    of_emit = commands.add_parser("emit", help="compile kernels and write the engine; needs no GPU")
-    of_emit.add_argument("folder", type=Path)
-    of_emit.add_argument("--sm", type=int, default=90, help="compute capability, 90 for 9.0")
-    of_run = commands.add_parser("run", help="measure on this machine's GPU")
-    of_run.add_argument("folder", type=Path, help="what emit wrote")
-    of_run.add_argument("out", type=Path, help="folder of the report")
+    parser, commands, _, of_run = emit_run_dry(
+        __doc__,
+        emit="compile kernels and write the engine",
+        run="measure",
+        out="folder of the report",
+        dry="every part with small sizes",
+    )
     of_run.add_argument("--parts", type=lambda text: [_known(part) for part in text.split(",")], default=list(LIMITS))
     of_run.add_argument("--change", default="-", help="what differs from the last run")
     of_run.add_argument("--prediction", default="-", help="what the change should gain")
@@ -135,7 +134,6 @@ def main() -> int:
     of_part.add_argument("part", type=_known)
     of_part.add_argument("folder", type=Path)
     of_part.add_argument("lines", type=Path)
-    commands.add_parser("dry", help="every part with small sizes; needs no GPU")
     options = parser.parse_args()
     if options.command == "emit":
         emit(options.folder, options.sm)

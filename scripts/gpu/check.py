@@ -21,7 +21,6 @@ with the command that runs them. The limits of ``--parts engines`` add up to les
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Iterable, Iterator
@@ -31,6 +30,7 @@ from typing import Any, cast
 
 from scripts.gpu import graph_checks, kernel_checks
 from scripts.gpu.check_report import markdown
+from scripts.gpu.command_line import emit_run_dry
 from scripts.gpu.kernel_checks import Host, Result
 from scripts.gpu.part_runner import NO_TIME, lines_of, read_lines, run_parts, write_lines
 from trimode.plugins.operators import Node, Operator
@@ -238,22 +238,20 @@ def _show(result: Result) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    of_emit = commands.add_parser("emit", help="compile kernels and build engines; needs no GPU")
-    of_emit.add_argument("folder", type=Path)
-    of_emit.add_argument("--sm", type=int, default=90, help="compute capability, 90 for 9.0")
+    parser, commands, of_emit, of_run = emit_run_dry(
+        __doc__,
+        emit="compile kernels and build engines",
+        run="check and time the kernels",
+        out="folder of the report",
+        dry="every part with small sizes",
+    )
     of_emit.add_argument("--prompts", type=int, default=200, help="prompts of the comparison with target cpu")
     of_emit.add_argument("--most-mib", type=int, default=64, help="largest size of the folder")
-    of_run = commands.add_parser("run", help="check and time the kernels on this machine's GPU")
-    of_run.add_argument("folder", type=Path, help="what emit wrote")
-    of_run.add_argument("out", type=Path, help="folder of the report")
     of_run.add_argument("--parts", type=_parts, default=list(PARTS), help=f"some of {', '.join((*GROUPS, *PARTS))}")
     of_part = commands.add_parser("part", help="one part, in this process")
     of_part.add_argument("part")
     of_part.add_argument("folder", type=Path)
     of_part.add_argument("lines", type=Path)
-    commands.add_parser("dry", help="every part with small sizes; needs no GPU")
     options = parser.parse_args()
     if options.command == "emit":
         emit(options.folder, options.sm, options.prompts, options.most_mib)

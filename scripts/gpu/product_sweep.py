@@ -13,7 +13,6 @@ variant is wrong.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Collection, Iterator
@@ -21,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from scripts.gpu.command_line import emit_run_dry
 from scripts.gpu.kernel_checks import (
     CACHE_BYTES,
     TOLERANCE,
@@ -230,15 +230,13 @@ def _all_right(records: list[dict[str, Any]]) -> bool:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    of_emit = commands.add_parser("emit", help="compile the variants; needs no GPU")
-    of_emit.add_argument("folder", type=Path)
-    of_emit.add_argument("--sm", type=int, default=90, help="compute capability, 90 for 9.0")
-    of_run = commands.add_parser("run", help="time the variants on this machine's GPU")
-    of_run.add_argument("folder", type=Path, help="what emit wrote")
-    of_run.add_argument("out", type=Path, help="folder of the results")
-    commands.add_parser("dry", help="small sizes in the interpreter; needs no GPU")
+    parser, *_ = emit_run_dry(
+        __doc__,
+        emit="compile the variants",
+        run="time the variants",
+        out="folder of the results",
+        dry="small sizes in the interpreter",
+    )
     options = parser.parse_args()
     if options.command == "emit":
         emit(options.folder, options.sm)

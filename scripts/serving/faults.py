@@ -69,7 +69,7 @@ def stop_under_load(engine: Path, clients: int = 24, after: float = 0.0) -> Stop
     """
     with serving(engine, "--max-batch", str(SLOTS)) as server:
         streams, stopped_at = asyncio.run(_load_and_stop(server, clients, after))
-        code = server.process.wait(10)
+        code = server.process.wait(600)
         seconds = time.monotonic() - stopped_at
     return Stopped(Counter(outcome(found, begun < stopped_at) for begun, found in streams), code, seconds)
 

@@ -18,7 +18,7 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 KEY = "sk-of-the-tests"
-START_SECONDS = 60.0
+START_SECONDS = 600.0  # on a busy machine
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,6 @@ def serving(engine: Path, *options: str, key: str = KEY, name: str | None = "tin
         guard.cancel()
         process.terminate()
         with suppress(subprocess.TimeoutExpired):
-            process.wait(20)
+            process.wait(120)
         process.kill()
         process.wait()

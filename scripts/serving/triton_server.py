@@ -26,8 +26,8 @@ from trimode.runtime.triton.repository import ENSEMBLE_NAME, MODEL_NAME
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = ROOT / ".triton"
-START_SECONDS = 120.0
-STOP_SECONDS = 30.0
+START_SECONDS = 600.0  # on a busy machine
+STOP_SECONDS = 120.0
 
 
 class Ports(NamedTuple):

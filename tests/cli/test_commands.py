@@ -18,6 +18,7 @@ from pathlib import Path
 import click
 import pytest
 
+from tests.support.patience import HANG_SECONDS
 from trimode import LLM, __version__
 from trimode.cli.commands import SUMMARIES, commands
 from trimode.cli.prompt import read_prompt
@@ -157,7 +158,7 @@ def test_a_build_that_is_stopped_leaves_nothing(random_checkpoint: Path, tmp_pat
         assert process.stdout.readline() == b"hashing\n"
         time.sleep(0.05)
         os.kill(process.pid, number)
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 128 + number
     assert b"Traceback" not in errors
     assert list(tmp_path.iterdir()) == []

@@ -14,18 +14,18 @@ from nbclient import NotebookClient
 
 from scripts.serving.server_process import KEY, Served, serving
 from scripts.serving.triton_server import Ports
+from tests.support.patience import HANG_SECONDS
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
 ANSWER = "60% of 440 is 264."
-SECONDS = 120
 
 
 def run(*command: str | Path) -> str:
     """Standard output of a program that sees the working tree."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TRIMODE_API_KEY": KEY}
     done = subprocess.run(
-        [str(part) for part in command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=SECONDS
+        [str(part) for part in command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=HANG_SECONDS
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -74,7 +74,7 @@ def test_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
     notebook = nbformat.read(EXAMPLES / "quickstart.ipynb", as_version=4)
     assert not any(cell.get("outputs") for cell in notebook.cells), "the notebook is committed without outputs"
     client = NotebookClient(
-        notebook, timeout=SECONDS, kernel_name="python3", resources={"metadata": {"path": str(EXAMPLES)}}
+        notebook, timeout=HANG_SECONDS, kernel_name="python3", resources={"metadata": {"path": str(EXAMPLES)}}
     )
     client.execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tests.support.patience import HANG_SECONDS
 from trimode.engine.manifest import Manifest
 from trimode.runtime.cpu.cpu_rank_executor import CpuRankExecutor
 from trimode.runtime.executor import BidirectionalStep, Candidates, CausalStep
@@ -35,9 +36,9 @@ class ThreadGroup:
 
     def total(self, partial: NDArray[np.float32]) -> NDArray[np.float32]:
         self._parts[self.rank] = partial
-        self._barrier.wait(60)
+        self._barrier.wait(HANG_SECONDS)
         total = self._add(self._parts)
-        self._barrier.wait(60)
+        self._barrier.wait(HANG_SECONDS)
         return total
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.patience import HANG_SECONDS
 from trimode import LLM, RequestOutput, SamplingParams
 from trimode.runtime.request.errors import EngineDeadError, ForkedError, ShutDownError
 
-DEADLINE_SECONDS = 60
 LONG = SamplingParams(max_tokens=8000, mode="ar", ignore_eos=True)
 
 
@@ -27,7 +27,7 @@ def llm(random_engine: Path) -> Iterator[LLM]:
 
 
 def wait_until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + DEADLINE_SECONDS
+    deadline = time.monotonic() + HANG_SECONDS
     while not holds():
         assert time.monotonic() < deadline, "it never came true"
         time.sleep(0.001)
@@ -102,7 +102,7 @@ def test_a_timeout_of_result_does_not_end_the_request(llm: LLM) -> None:
     request = llm.generate_async([300], SamplingParams(max_tokens=300, mode="ar", ignore_eos=True))
     with pytest.raises(TimeoutError):
         request.result(timeout=0)
-    assert request.result(timeout=DEADLINE_SECONDS).outputs[0].length == 300
+    assert request.result(timeout=HANG_SECONDS).outputs[0].length == 300
 
 
 def test_one_failed_answer_ends_the_prompts_others(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +115,7 @@ def test_one_failed_answer_ends_the_prompts_others(llm: LLM, monkeypatch: pytest
 
     monkeypatch.setattr(request._requests[1].sequence, "absorb", fail)
     with pytest.raises(ZeroDivisionError, match="a fault"):
-        request.result(timeout=DEADLINE_SECONDS)
+        request.result(timeout=HANG_SECONDS)
     wait_until(lambda: is_free(llm))
 
 
@@ -134,7 +134,7 @@ def test_a_dead_scheduler_gives_its_reason_to_all_callers(
     reason = f"the engine has stopped: {type(death).__name__}: a signal"
     for request in (running, waiting):
         with pytest.raises(EngineDeadError, match=reason):
-            request.result(timeout=DEADLINE_SECONDS)
+            request.result(timeout=HANG_SECONDS)
     with pytest.raises(EngineDeadError, match=reason):
         llm.generate_async([300])
     with pytest.raises(EngineDeadError, match=reason):
@@ -153,7 +153,7 @@ def test_an_error_of_a_step_ends_its_requests_and_the_next_are_answered(
     with monkeypatch.context() as broken:
         broken.setattr(llm._scheduler, "step", fail)
         with pytest.raises(RuntimeError, match="a bug"):
-            llm.generate_async([300], LONG).result(timeout=DEADLINE_SECONDS)
+            llm.generate_async([300], LONG).result(timeout=HANG_SECONDS)
     assert llm.failure is None
     assert llm.generate([300], SamplingParams(max_tokens=3, ignore_eos=True)).outputs[0].length == 3
 
@@ -183,7 +183,7 @@ def test_a_forked_child_gets_errors(llm: LLM) -> None:
             found = 0 if errors == 4 and llm.failure is not None else 2
         finally:
             os._exit(found)
-    deadline = time.monotonic() + DEADLINE_SECONDS
+    deadline = time.monotonic() + HANG_SECONDS
     while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
         if time.monotonic() > deadline:
             os.kill(child, 9)
@@ -192,7 +192,7 @@ def test_a_forked_child_gets_errors(llm: LLM) -> None:
         time.sleep(0.01)
     assert os.waitstatus_to_exitcode(ended[1]) == 0
     request.abort()
-    assert request.result(timeout=DEADLINE_SECONDS).outputs[0].finish_reason == "cancelled"
+    assert request.result(timeout=HANG_SECONDS).outputs[0].finish_reason == "cancelled"
 
 
 def test_a_program_may_end_without_shutdown(random_engine: Path) -> None:
@@ -206,5 +206,5 @@ for update in request:
         print("running")
         raise SystemExit(7)
 """
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=DEADLINE_SECONDS)
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=HANG_SECONDS)
     assert (ended.returncode, ended.stdout, ended.stderr) == (7, "running\n", "")

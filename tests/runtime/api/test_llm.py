@@ -12,6 +12,7 @@ from typing import Any, get_args
 
 import pytest
 
+from tests.support.patience import HANG_SECONDS
 from trimode import LLM, RequestOutput, SamplingParams
 from trimode.common.errors import TriModeError
 from trimode.runtime.request.errors import ContextLengthError, QueueFullError, ShutDownError
@@ -216,7 +217,7 @@ def test_an_aborted_request_ends_at_once_and_frees_its_slot(llm: LLM) -> None:
     running = llm.generate_async([300], SamplingParams(max_tokens=4000, mode="ar", ignore_eos=True), streaming=True)
     next(iter(running))
     running.abort()
-    output = running.result(timeout=30).outputs[0]
+    output = running.result(timeout=HANG_SECONDS).outputs[0]
     assert output.finish_reason == "cancelled"
     assert 0 < output.length < 4000
     assert llm.stats().running == 0
@@ -233,7 +234,7 @@ def test_back_pressure(random_engine: Path) -> None:
         for request in (first, *waiting):
             request.abort()
         for request in (first, *waiting):
-            request.result(timeout=30)
+            request.result(timeout=HANG_SECONDS)
         # An idle engine takes in what may run and what may wait, each answer of a prompt counted.
         three = llm.generate_async([300], greedy(n=3, temperature=1.0))
         with pytest.raises(QueueFullError):
@@ -253,7 +254,7 @@ def test_shutdown_ends_what_runs_with_an_error(random_engine: Path) -> None:
     for request in requests:
         for _ in range(2):  # also on later calls
             with pytest.raises(ShutDownError, match="before the request was finished"):
-                request.result(timeout=30)
+                request.result(timeout=HANG_SECONDS)
     with pytest.raises(ShutDownError):
         llm.generate_async([300])
     assert not any(thread.name == "trimode-scheduler" and thread is llm._thread for thread in threading.enumerate())
@@ -345,7 +346,7 @@ def test_result_waits_no_longer_than_its_timeout(llm: LLM) -> None:
     begun = time.perf_counter()
     with pytest.raises(TimeoutError, match="not finished after"):
         request.result(timeout=0.05)
-    assert time.perf_counter() - begun < 30
+    assert time.perf_counter() - begun < HANG_SECONDS
     request.abort()
     request.result()
     streamed = llm.generate_async([300], SamplingParams(max_tokens=8000, mode="ar", ignore_eos=True), streaming=True)

@@ -10,6 +10,7 @@ import openai
 import pytest
 
 from scripts.serving.server_process import KEY, Served, serving
+from tests.support.patience import HANG_SECONDS
 
 
 @pytest.fixture(scope="session")
@@ -27,5 +28,5 @@ def client(served: Served) -> Iterator[openai.OpenAI]:
 
 @pytest.fixture
 def http(served: Served) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=served.url, headers={"authorization": f"Bearer {KEY}"}, timeout=60) as found:
+    with httpx.Client(base_url=served.url, headers={"authorization": f"Bearer {KEY}"}, timeout=HANG_SECONDS) as found:
         yield found

@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from scripts.serving.server_process import KEY, Served, serving
+from tests.support.patience import HANG_SECONDS
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 USER = {"role": "user", "content": "What is 60% of 440?"}
@@ -280,10 +281,10 @@ def test_strict_fields(tiny_engine: Path) -> None:
     with serving(tiny_engine, "--strict-fields") as server:
         headers = {"authorization": f"Bearer {KEY}"}
         body = {"messages": [USER], "max_tokens": 4, "typical_p": 1.0}
-        response = httpx.post(f"{server.url}{CHAT}", json=body, headers=headers)
+        response = httpx.post(f"{server.url}{CHAT}", json=body, headers=headers, timeout=HANG_SECONDS)
         assert (response.status_code, response.json()["error"]["param"]) == (400, "typical_p")
         del body["typical_p"]
-        assert httpx.post(f"{server.url}{CHAT}", json=body, headers=headers, timeout=60).status_code == 200
+        assert httpx.post(f"{server.url}{CHAT}", json=body, headers=headers, timeout=HANG_SECONDS).status_code == 200
 
 
 def test_a_temperature_is_implied_where_greedy_has_no_meaning(http: httpx.Client) -> None:
@@ -296,8 +297,8 @@ def test_a_temperature_is_implied_where_greedy_has_no_meaning(http: httpx.Client
 
 
 def test_length_without_limit(http: httpx.Client) -> None:
-    body = {"prompt": "abc", "max_tokens": -1, "ignore_eos": True, "mode": "linear_spec"}
-    whole = http.post(COMPLETIONS, json=body, timeout=120).json()
+    body = {"prompt": "abc " * 600, "max_tokens": -1, "ignore_eos": True, "mode": "linear_spec"}
+    whole = http.post(COMPLETIONS, json=body, timeout=HANG_SECONDS).json()
     assert whole["usage"]["total_tokens"] == 2048
     assert content(http.post(CHAT, json={"messages": [USER], "max_tokens": -1})) == ANSWER
 

@@ -9,6 +9,8 @@ import httpx
 import openai
 import pytest
 
+from tests.support.patience import HANG_SECONDS
+
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 LONG = "word " * 4000
 ENDLESS = "y" * 10**6
@@ -47,7 +49,7 @@ def test_the_length_that_fits_is_named(http: httpx.Client) -> None:
     assert room is not None
     assert int(room[1]) == 2048 - int(found[2])
     fitting = body | {"max_tokens": int(room[1]), "stop": "a"}
-    assert http.post(CHAT, json=fitting, timeout=120).status_code == 200
+    assert http.post(CHAT, json=fitting, timeout=HANG_SECONDS).status_code == 200
 
 
 def test_a_default_length_is_cut_to_what_fits(http: httpx.Client) -> None:

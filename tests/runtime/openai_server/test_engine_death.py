@@ -13,6 +13,7 @@ import httpx
 import pytest
 from starlette.testclient import TestClient
 
+from tests.support.patience import HANG_SECONDS
 from trimode import LLM
 from trimode.runtime.openai_server.app import create_app
 from trimode.runtime.openai_server.service import Service
@@ -53,9 +54,9 @@ def test_the_server_exits_with_code_1(tiny_engine: Path) -> None:
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as server:
         assert server.stderr is not None
         url = next(found[0] for line in server.stderr if (found := re.search(r"http://\S+", line)))
-        response = httpx.post(f"{url}/v1/completions", json=BODY, timeout=60)
+        response = httpx.post(f"{url}/v1/completions", json=BODY, timeout=HANG_SECONDS)
         assert (response.status_code, response.json()["error"]["code"]) == (503, "engine_dead")
         log = server.stderr.read()
-        assert server.wait(60) == 1
+        assert server.wait(HANG_SECONDS) == 1
     assert f"the scheduler has stopped: SystemExit({REASON!r})".replace("'", '"') in log.replace("'", '"')
     assert "the server exits with code 1" in log

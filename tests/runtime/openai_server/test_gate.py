@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from scripts.serving.server_process import Served, serving
+from tests.support.patience import HANG_SECONDS
 from trimode import LLM
 from trimode.runtime.openai_server.app import create_app
 from trimode.runtime.openai_server.gate import Gate
@@ -23,7 +24,7 @@ OTHERS += ["0.0.0.0.evil.example", "1", "0x7f.1", "[127.0.0.1]"]
 
 
 def status(server: Served, host: str, path: str = "/v1/models") -> int:
-    return httpx.get(f"{server.url}{path}", headers={"host": host}).status_code
+    return httpx.get(f"{server.url}{path}", headers={"host": host}, timeout=HANG_SECONDS).status_code
 
 
 def test_dns_rebinding_protection(tiny_engine: Path) -> None:
@@ -34,10 +35,10 @@ def test_dns_rebinding_protection(tiny_engine: Path) -> None:
         assert status(server, "evil.example", "/") == 421
         assert status(server, "trimode.default.svc.cluster.local", "/health") == 200
         port = int(server.url.rpartition(":")[2])
-        with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        with socket.create_connection(("127.0.0.1", port), timeout=HANG_SECONDS) as connection:
             connection.sendall(b"GET /v1/models HTTP/1.0\r\n\r\n")
             assert connection.recv(1000).startswith(b"HTTP/1.1 200 OK")
-        refused = httpx.get(f"{server.url}/v1/models", headers={"host": "evil.example"}).json()
+        refused = httpx.get(f"{server.url}/v1/models", headers={"host": "evil.example"}, timeout=HANG_SECONDS).json()
         assert refused["error"]["code"] == "wrong_host"
 
 

@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from scripts.serving.server_process import KEY, Served, serving
+from tests.support.patience import HANG_SECONDS
 
 CHAT = "/v1/chat/completions"
 BODY = {"messages": [{"role": "user", "content": "What is 60% of 440?"}], "max_tokens": 8}
@@ -28,7 +29,7 @@ def exchange(server: Served, *parts: bytes) -> bytes:
     """What the server sends until it closes the connection."""
     host, _, port = server.url.removeprefix("http://").rpartition(":")
     received = b""
-    with socket.create_connection((host, int(port)), timeout=30) as connection:
+    with socket.create_connection((host, int(port)), timeout=HANG_SECONDS) as connection:
         for part in parts:
             connection.sendall(part)
             threading.Event().wait(0.05)  # so that the parts arrive separately
@@ -94,7 +95,7 @@ def test_request_ids(served: Served, http: httpx.Client) -> None:
     for stream in (False, True):
         made = {http.post(CHAT, json=BODY | {"stream": stream}).headers["x-request-id"] for _ in range(2)}
         assert len(made) == 2
-    refused = httpx.get(f"{served.url}/v1/models", headers={"x-request-id": "mine"})
+    refused = httpx.get(f"{served.url}/v1/models", headers={"x-request-id": "mine"}, timeout=HANG_SECONDS)
     assert (refused.status_code, refused.headers["x-request-id"]) == (401, "mine")
     for strange in (b"a b", "\u00fc".encode("latin-1"), b"x" * 129):
         assert http.get("/health", headers={b"x-request-id": strange}).headers["x-request-id"] != strange.decode(
@@ -105,10 +106,10 @@ def test_request_ids(served: Served, http: httpx.Client) -> None:
 def test_request_log(tiny_engine: Path) -> None:
     with serving(tiny_engine, "--log-level", "info") as server:
         headers = {"authorization": f"Bearer {KEY}", "x-request-id": "mine"}
-        httpx.post(f"{server.url}{CHAT}", json=BODY, headers=headers, timeout=60)
-        httpx.get(f"{server.url}/nowhere", headers=headers)
+        httpx.post(f"{server.url}{CHAT}", json=BODY, headers=headers, timeout=HANG_SECONDS)
+        httpx.get(f"{server.url}/nowhere", headers=headers, timeout=HANG_SECONDS)
         server.process.terminate()
-        server.process.wait(20)
+        server.process.wait(HANG_SECONDS)
         lines = [line for line in server.log if "request mine" in line]
     assert "POST /v1/chat/completions 200" in lines[0]
     assert "GET /nowhere 404" in lines[1]
@@ -117,7 +118,7 @@ def test_request_log(tiny_engine: Path) -> None:
 @pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER", "bEaReR"])
 def test_the_scheme_of_the_key_has_no_case(served: Served, scheme: str) -> None:
     headers = {"authorization": f"{scheme} {KEY}"}
-    assert httpx.get(f"{served.url}/v1/models", headers=headers).status_code == 200
+    assert httpx.get(f"{served.url}/v1/models", headers=headers, timeout=HANG_SECONDS).status_code == 200
 
 
 @pytest.fixture(scope="module")
@@ -135,19 +136,21 @@ def test_a_path_prefix(under_a_path: Served) -> None:
     """Whether or not the proxy removes it."""
     url, headers = local(under_a_path), {"authorization": f"Bearer {KEY}"}
     for prefix in ("", "/ai/trimode"):
-        assert httpx.get(f"{url}{prefix}/health").json() == {"status": "ok"}
-        assert httpx.get(f"{url}{prefix}/v1/models").status_code == 401
-        assert httpx.post(f"{url}{prefix}{CHAT}", json=BODY, headers=headers, timeout=60).status_code == 200
-        page = httpx.get(f"{url}{prefix}/")
+        assert httpx.get(f"{url}{prefix}/health", timeout=HANG_SECONDS).json() == {"status": "ok"}
+        assert httpx.get(f"{url}{prefix}/v1/models", timeout=HANG_SECONDS).status_code == 401
+        assert httpx.post(f"{url}{prefix}{CHAT}", json=BODY, headers=headers, timeout=HANG_SECONDS).status_code == 200
+        page = httpx.get(f"{url}{prefix}/", timeout=HANG_SECONDS)
         assert page.status_code == 200
         for link in ("playground.css", "playground.js"):
             assert f'"{link}"' in page.text
-            assert httpx.get(f"{url}{prefix}/{link}").status_code == 200
-    moved = httpx.get(f"{url}/ai/trimode", headers={"x-request-id": "mine"})
+            assert httpx.get(f"{url}{prefix}/{link}", timeout=HANG_SECONDS).status_code == 200
+    moved = httpx.get(f"{url}/ai/trimode", headers={"x-request-id": "mine"}, timeout=HANG_SECONDS)
     assert moved.headers["x-request-id"] == "mine"
     assert (moved.status_code, str(moved.next_request and moved.next_request.url)) == (307, f"{url}/ai/trimode/")
-    assert httpx.get(f"{url}/ai/trimodes/health").status_code == 401
-    assert httpx.get(f"{url}/openapi.json", headers=headers).json()["servers"] == [{"url": "/ai/trimode"}]
+    assert httpx.get(f"{url}/ai/trimodes/health", timeout=HANG_SECONDS).status_code == 401
+    assert httpx.get(f"{url}/openapi.json", headers=headers, timeout=HANG_SECONDS).json()["servers"] == [
+        {"url": "/ai/trimode"}
+    ]
 
 
 @pytest.mark.parametrize("origin", ["https://app.example", "http://localhost:3000"])
@@ -157,12 +160,14 @@ def test_allowed_origins(under_a_path: Served, origin: str) -> None:
         "access-control-request-method": "POST",
         "access-control-request-headers": "authorization,content-type,x-stainless-os",
     }
-    preflight = httpx.options(f"{local(under_a_path)}{CHAT}", headers=request)  # browsers send no key with it
+    preflight = httpx.options(
+        f"{local(under_a_path)}{CHAT}", headers=request, timeout=HANG_SECONDS
+    )  # browsers send no key with it
     assert preflight.status_code == 200
     assert preflight.headers["access-control-allow-origin"] == origin
     assert "x-stainless-os" in preflight.headers["access-control-allow-headers"]
     assert preflight.headers["x-request-id"]
-    refused = httpx.get(f"{local(under_a_path)}/v1/models", headers={"origin": origin})
+    refused = httpx.get(f"{local(under_a_path)}/v1/models", headers={"origin": origin}, timeout=HANG_SECONDS)
     assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, origin)
     assert "x-request-id" in refused.headers["access-control-expose-headers"].lower()
 
@@ -170,10 +175,13 @@ def test_allowed_origins(under_a_path: Served, origin: str) -> None:
 def test_other_origins(under_a_path: Served, served: Served) -> None:
     headers = {"origin": "https://evil.example", "access-control-request-method": "POST"}
     for url in (local(under_a_path), served.url):
-        assert "access-control-allow-origin" not in httpx.options(f"{url}{CHAT}", headers=headers).headers
+        assert (
+            "access-control-allow-origin"
+            not in httpx.options(f"{url}{CHAT}", headers=headers, timeout=HANG_SECONDS).headers
+        )
 
 
 def test_dual_stack(under_a_path: Served) -> None:
     port = int(under_a_path.url.rpartition(":")[2])
     for host in ("127.0.0.1", "[::1]"):
-        assert httpx.get(f"http://{host}:{port}/health").status_code == 200
+        assert httpx.get(f"http://{host}:{port}/health", timeout=HANG_SECONDS).status_code == 200

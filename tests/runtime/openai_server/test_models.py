@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from scripts.serving.server_process import KEY, serving
+from tests.support.patience import HANG_SECONDS
 from trimode.runtime.openai_server.http_errors import ApiError
 from trimode.runtime.openai_server.model_names import ModelNames
 
@@ -45,7 +46,7 @@ def test_several_names(tiny_engine: Path) -> None:
     names = ("--served-model-name", "org/model-8b", "--served-model-name", "gpt-4o")
     with serving(tiny_engine, *names) as server:
         headers = {"authorization": f"Bearer {KEY}"}
-        with httpx.Client(base_url=server.url, headers=headers, timeout=60) as http:
+        with httpx.Client(base_url=server.url, headers=headers, timeout=HANG_SECONDS) as http:
             listed = http.get("/v1/models").json()["data"]
             assert [found["id"] for found in listed[:3]] == ["tiny", "org/model-8b", "gpt-4o"]
             for name in ("tiny", "org/model-8b", "gpt-4o", "gpt-4o:ar"):

@@ -11,6 +11,7 @@ from schemathesis import GenerationMode
 from schemathesis.config import PositiveDataAcceptanceConfig
 
 from scripts.serving.server_process import KEY, Served
+from tests.support.patience import HANG_SECONDS
 
 HEADERS = {"Authorization": f"Bearer {KEY}"}
 FITS, FITS_NOT = GenerationMode.POSITIVE, GenerationMode.NEGATIVE
@@ -57,7 +58,7 @@ def test_as_documented(
     )
     @given(case=document[path][method].as_strategy(generation_mode=mode))
     def ask(case: schemathesis.Case) -> None:
-        case.call_and_validate(headers=HEADERS, timeout=60)
+        case.call_and_validate(headers=HEADERS, timeout=HANG_SECONDS)
 
     ask()
     assert served.process.poll() is None

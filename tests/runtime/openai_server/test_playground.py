@@ -15,8 +15,8 @@ from selenium.webdriver.support.wait import WebDriverWait
 
 from scripts.serving.server_process import KEY, Served
 from tests.support.browser import browser, missing_browser
+from tests.support.patience import HANG_SECONDS
 
-SECONDS = 30
 QUESTION = "What is 60% of 440?"
 ANSWER = "10% of 440 is 44. Ones: 4x6=24, carry 2. Tens: 4x6=24, 24+2=26. So 60% of 440 is 264."
 
@@ -41,9 +41,9 @@ def page(chrome: Chrome, served: Served) -> Chrome:
 def opened(browser: Chrome, served: Served) -> Chrome:
     """The page with the key entered."""
     browser.get(f"{served.url}/")
-    WebDriverWait(browser, SECONDS).until(lambda page: page.find_element(By.ID, "key").is_displayed())
+    WebDriverWait(browser, HANG_SECONDS).until(lambda page: page.find_element(By.ID, "key").is_displayed())
     browser.find_element(By.ID, "key").send_keys(KEY, Keys.ENTER)
-    WebDriverWait(browser, SECONDS).until(lambda page: page.find_element(By.ID, "model").text == "tiny")
+    WebDriverWait(browser, HANG_SECONDS).until(lambda page: page.find_element(By.ID, "model").text == "tiny")
     browser.get_log("browser")  # the refusal without the key is in it
     return browser
 
@@ -68,12 +68,12 @@ def go_to(page: Chrome, name: str) -> None:
 
 def ask(page: Chrome, prompt: str) -> None:
     page.find_element(By.ID, "prompt").send_keys(prompt, Keys.ENTER)
-    WebDriverWait(page, SECONDS).until(lambda page: page.find_element(By.ID, "send").is_enabled())
+    WebDriverWait(page, HANG_SECONDS).until(lambda page: page.find_element(By.ID, "send").is_enabled())
 
 
 def answers(page: Chrome) -> list[str]:
     """The latest answer of each lane, after rejected drafts have disappeared."""
-    WebDriverWait(page, SECONDS).until(lambda page: not page.find_elements(By.CSS_SELECTOR, ".turn .rejected"))
+    WebDriverWait(page, HANG_SECONDS).until(lambda page: not page.find_elements(By.CSS_SELECTOR, ".turn .rejected"))
     return [lane.find_elements(By.CLASS_NAME, "turn")[-1].text for lane in page.find_elements(By.CLASS_NAME, "lane")]
 
 
@@ -112,12 +112,13 @@ def test_keyboard_only(page: Chrome) -> None:
     press(page, QUESTION)
     go_to(page, "send")
     press(page, Keys.ENTER)
-    WebDriverWait(page, SECONDS).until(lambda page: focused(page) == "prompt")  # after Stop, which is of no use now
+    # Stop is of no use now.
+    WebDriverWait(page, HANG_SECONDS).until(lambda page: focused(page) == "prompt")
     assert page.find_elements(By.CLASS_NAME, "turn")[-1].get_attribute("data-who") == "diffusion, block 8"
     assert "denoised" in kinds(page)
     press(page, "Count.", Keys.ENTER)
     assert focused(page) == "prompt"
-    WebDriverWait(page, SECONDS).until(lambda page: page.find_element(By.ID, "send").is_enabled())
+    WebDriverWait(page, HANG_SECONDS).until(lambda page: page.find_element(By.ID, "send").is_enabled())
     assert len(page.find_elements(By.CLASS_NAME, "turn")) == 4
 
 
@@ -195,10 +196,10 @@ def test_escape_stops_and_the_slot_is_free(page: Chrome, served: Served) -> None
     choose(page, 0, mode="ar", temperature="1")
     whole = served.metrics()["trimode_answers_total"]
     page.find_element(By.ID, "prompt").send_keys("y", Keys.ENTER)
-    WebDriverWait(page, SECONDS, 0.02).until(lambda page: page.find_element(By.ID, "stop").is_enabled())
+    WebDriverWait(page, HANG_SECONDS, 0.02).until(lambda page: page.find_element(By.ID, "stop").is_enabled())
     page.find_element(By.ID, "prompt").send_keys(Keys.ESCAPE)
-    WebDriverWait(page, SECONDS).until(lambda page: page.find_element(By.ID, "send").is_enabled())
-    served.wait_until_idle(2)
+    WebDriverWait(page, HANG_SECONDS).until(lambda page: page.find_element(By.ID, "send").is_enabled())
+    served.wait_until_idle(HANG_SECONDS)
     assert served.metrics()["trimode_answers_total"] == whole  # which one that was stopped is not
 
 
@@ -225,17 +226,17 @@ def test_a_refused_prompt_is_kept(page: Chrome) -> None:
 def test_a_missing_or_wrong_key_is_explained(chrome: Chrome, served: Served) -> None:
     chrome.get(f"{served.url}/")
     notice = chrome.find_element(By.ID, "notice")
-    WebDriverWait(chrome, SECONDS).until(lambda _: notice.text == "This server needs an API key. Enter it above.")
+    WebDriverWait(chrome, HANG_SECONDS).until(lambda _: notice.text == "This server needs an API key. Enter it above.")
     ask(chrome, QUESTION)
     assert chrome.find_element(By.ID, "prompt").get_property("value") == QUESTION
     chrome.find_element(By.ID, "key").send_keys("wrong", Keys.ENTER)
-    WebDriverWait(chrome, SECONDS).until(lambda _: notice.text == "The API key is wrong. Enter another one.")
+    WebDriverWait(chrome, HANG_SECONDS).until(lambda _: notice.text == "The API key is wrong. Enter another one.")
     chrome.find_element(By.ID, "key").clear()
     chrome.find_element(By.ID, "key").send_keys(KEY, Keys.ENTER)
-    WebDriverWait(chrome, SECONDS).until(lambda _: notice.text == "")
+    WebDriverWait(chrome, HANG_SECONDS).until(lambda _: notice.text == "")
     press(chrome, Keys.TAB)
     chrome.find_element(By.ID, "prompt").send_keys(Keys.ENTER)
-    WebDriverWait(chrome, SECONDS).until(lambda page: page.find_element(By.ID, "send").is_enabled())
+    WebDriverWait(chrome, HANG_SECONDS).until(lambda page: page.find_element(By.ID, "send").is_enabled())
     assert answers(chrome) == [ANSWER]
 
 
@@ -287,14 +288,16 @@ def test_reading_back_while_text_arrives(page: Chrome) -> None:
     def tokens() -> int:
         return int(page.execute_script("return document.querySelectorAll('.turn:last-child .token').length"))
 
-    WebDriverWait(page, SECONDS, 0.02).until(lambda _: tokens() > 0 and page.execute_script("return !!window.goOn"))
+    WebDriverWait(page, HANG_SECONDS, 0.02).until(
+        lambda _: tokens() > 0 and page.execute_script("return !!window.goOn")
+    )
     page.execute_script(SCROLL + "talk.scrollTop = 10")
     before = tokens()
     page.execute_script("window.goOn()")
-    WebDriverWait(page, SECONDS, 0.02).until(lambda _: tokens() > before + 20)
+    WebDriverWait(page, HANG_SECONDS, 0.02).until(lambda _: tokens() > before + 20)
     assert page.execute_script(SCROLL + "return talk.scrollTop") == 10
     press(page, Keys.ESCAPE)
-    WebDriverWait(page, SECONDS).until(lambda page: page.find_element(By.ID, "send").is_enabled())
+    WebDriverWait(page, HANG_SECONDS).until(lambda page: page.find_element(By.ID, "send").is_enabled())
 
 
 def test_a_new_chat(page: Chrome) -> None:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from scripts.serving.malformed_bodies import WIDE, malformed, wide
 from scripts.serving.server_process import KEY, Served, serving
+from tests.support.patience import HANG_SECONDS
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "Hi"}]
@@ -223,7 +224,9 @@ def test_unknown_paths_and_methods(http: httpx.Client) -> None:
 )
 @pytest.mark.parametrize("path", ["/v1/models", CHAT, "/metrics", "/openapi.json", "/nowhere"])
 def test_without_the_key_nothing_is_revealed(served: Served, header: str | None, path: str) -> None:
-    response = httpx.get(f"{served.url}{path}", headers={} if header is None else {"authorization": header})
+    response = httpx.get(
+        f"{served.url}{path}", headers={} if header is None else {"authorization": header}, timeout=HANG_SECONDS
+    )
     assert response.status_code == 401
     assert error_of(response)["code"] == "invalid_api_key"
     assert response.headers["www-authenticate"] == "Bearer"
@@ -242,15 +245,18 @@ def test_the_official_client_knows_the_errors(served: Served) -> None:
 
 
 def test_open_paths_need_no_key(served: Served) -> None:
-    assert httpx.get(f"{served.url}/health").json() == {"status": "ok"}
-    page = httpx.get(f"{served.url}/")
+    assert httpx.get(f"{served.url}/health", timeout=HANG_SECONDS).json() == {"status": "ok"}
+    page = httpx.get(f"{served.url}/", timeout=HANG_SECONDS)
     assert page.status_code == 200
     assert "default-src 'none'" in page.headers["content-security-policy"]
     assert "unsafe" not in page.headers["content-security-policy"]
 
 
 def test_a_body_over_the_limit_is_not_read(tiny_engine: Path) -> None:
-    with serving(tiny_engine, "--max-body", "1000") as server, httpx.Client(base_url=server.url, timeout=10) as http:
+    with (
+        serving(tiny_engine, "--max-body", "1000") as server,
+        httpx.Client(base_url=server.url, timeout=HANG_SECONDS) as http,
+    ):
         http.headers["authorization"] = f"Bearer {KEY}"
         http.headers["content-type"] = "application/json"
         announced = http.post(COMPLETIONS, content=b"x" * 1001)
@@ -267,7 +273,7 @@ def test_a_full_queue_is_429_with_retry_after(tiny_engine: Path) -> None:
         found: list[httpx.Response] = []
 
         def ask() -> None:
-            found.append(httpx.post(f"{server.url}{COMPLETIONS}", json=body, headers=headers, timeout=60))
+            found.append(httpx.post(f"{server.url}{COMPLETIONS}", json=body, headers=headers, timeout=HANG_SECONDS))
 
         threads = [threading.Thread(target=ask) for _ in range(6)]
         for thread in threads:
@@ -288,7 +294,9 @@ def test_what_the_queue_can_never_hold_is_not_429(tiny_engine: Path) -> None:
     """Clients would repeat the request, and it would fail again."""
     with serving(tiny_engine, "--max-batch", "1", "--max-queue", "1") as server:
         headers = {"authorization": f"Bearer {KEY}"}
-        response = httpx.post(f"{server.url}{COMPLETIONS}", json={"prompt": ["a", "b", "c"]}, headers=headers)
+        response = httpx.post(
+            f"{server.url}{COMPLETIONS}", json={"prompt": ["a", "b", "c"]}, headers=headers, timeout=HANG_SECONDS
+        )
         assert response.status_code == 400
         assert "needs 3 answers, but this server runs or queues at most 2" in error_of(response)["message"]
 
@@ -297,12 +305,15 @@ def test_an_answer_that_takes_too_long(tiny_engine: Path) -> None:
     body = {"prompt": "abc", "max_tokens": 2000, "ignore_eos": True, "mode": "ar", "n": 16, "temperature": 1.0}
     with serving(tiny_engine, "--request-seconds", "1") as server:
         headers = {"authorization": f"Bearer {KEY}"}
-        response = httpx.post(f"{server.url}{COMPLETIONS}", json=body, headers=headers, timeout=60)
+        response = httpx.post(f"{server.url}{COMPLETIONS}", json=body, headers=headers, timeout=HANG_SECONDS)
         assert (response.status_code, error_of(response)["code"]) == (422, "request_timeout")
         assert response.headers["x-should-retry"] == "false"
-        streamed = httpx.post(f"{server.url}{COMPLETIONS}", json=body | {"stream": True}, headers=headers, timeout=60)
+        streamed = httpx.post(
+            f"{server.url}{COMPLETIONS}", json=body | {"stream": True}, headers=headers, timeout=HANG_SECONDS
+        )
         assert streamed.text.strip().splitlines()[-1].startswith('data: {"error":{"message":"the response took longer')
-        server.wait_until_idle(2)
+        server.wait_until_idle(HANG_SECONDS)
+        assert server.metrics()["trimode_answers_total"] == 0  # none was computed to its end
 
 
 def test_a_port_in_use_is_one_line(served: Served, tiny_engine: Path) -> None:

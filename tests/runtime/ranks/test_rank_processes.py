@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from tests.support.executor_texts import conversations
+from tests.support.patience import HANG_SECONDS
 from tests.support.random_checkpoint import write_random_checkpoint
 from trimode import LLM, SamplingParams
 from trimode.build.cpu.target import CpuTarget
@@ -28,7 +29,6 @@ from trimode.runtime.request.errors import EngineDeadError
 pytest.importorskip("mpi4py", reason="needs the extra [mpi]")
 
 ROOT = Path(__file__).resolve().parents[3]
-SECONDS = 10.0  # in which all ranks must be gone
 MODES: list[dict[str, Any]] = [
     {"mode": "ar"},
     {"mode": "linear_spec", "block_length": 16},
@@ -75,7 +75,7 @@ def running(processes: list[int]) -> list[int]:
 
 
 def wait_until_gone(processes: list[int]) -> None:
-    end = time.monotonic() + SECONDS
+    end = time.monotonic() + HANG_SECONDS
     while running(processes) and time.monotonic() < end:
         time.sleep(0.05)
     assert running(processes) == []

@@ -19,6 +19,7 @@ import pytest
 import tritonclient.grpc as grpc
 
 from scripts.serving.triton_server import Ports, triton_server
+from tests.support.patience import HANG_SECONDS
 from tests.support.tritonserver import free_port
 from trimode.runtime.triton.tensors import OPTIONAL_INPUTS, OUTPUTS, TEXT_INPUT
 
@@ -27,7 +28,6 @@ PROMPT = (
     "<|im_start|>system\n<|im_end|>\n<|im_start|>user\nWhat is 60% of 440?<|im_end|>\n"
     "<|im_start|>assistant\n<think></think>"
 )
-SECONDS = 60
 PERIOD_SECONDS = 0.5  # between two tellings of the metrics
 DTYPES: dict[str, tuple[str, Any]] = {
     "TYPE_STRING": ("BYTES", np.object_),
@@ -43,7 +43,7 @@ BY_NAME = {tensor.name: tensor for tensor in (TEXT_INPUT, *OPTIONAL_INPUTS)}
 
 def generate(ports: Ports, kind: str = "generate", **fields: Any) -> httpx.Response:
     body = {"text_input": PROMPT, "sampling_param_max_tokens": 200} | fields
-    return httpx.post(f"http://127.0.0.1:{ports.http}/v2/models/tensorrt_llm/{kind}", json=body, timeout=SECONDS)
+    return httpx.post(f"http://127.0.0.1:{ports.http}/v2/models/tensorrt_llm/{kind}", json=body, timeout=HANG_SECONDS)
 
 
 def events(response: httpx.Response) -> list[dict[str, Any]]:
@@ -77,7 +77,7 @@ class Stream:
         )
 
     def next(self) -> tuple[str, list[str], bool]:
-        result, error = self._results.get(timeout=SECONDS)
+        result, error = self._results.get(timeout=HANG_SECONDS)
         if error is not None:
             raise error
         response = result.get_response()
@@ -96,14 +96,14 @@ def stream_to(ports: Ports) -> Iterator[Stream]:
 
 
 def metrics(ports: Ports) -> dict[str, float]:
-    lines = httpx.get(f"http://127.0.0.1:{ports.metrics}/metrics").text.splitlines()
+    lines = httpx.get(f"http://127.0.0.1:{ports.metrics}/metrics", timeout=HANG_SECONDS).text.splitlines()
     pairs = [line.rsplit(" ", 1) for line in lines if line.startswith("trimode_")]
     return {name: float(value) for name, value in pairs}
 
 
 def wait_for_metrics(ports: Ports, **expected: float) -> None:
     """The model reports them twice a second."""
-    deadline = time.monotonic() + SECONDS
+    deadline = time.monotonic() + HANG_SECONDS
     while any(metrics(ports)[f"trimode_{name}"] != value for name, value in expected.items()):
         assert time.monotonic() < deadline, metrics(ports)
         time.sleep(0.1)
@@ -215,7 +215,7 @@ def test_neutral_values(triton: Ports) -> None:
 def ensemble(ports: Ports, **fields: Any) -> httpx.Response:
     """The request of TensorRT-LLM's documentation."""
     body = {"text_input": PROMPT, "max_tokens": 200, "bad_words": "", "stop_words": ""} | fields
-    return httpx.post(f"http://127.0.0.1:{ports.http}/v2/models/ensemble/generate", json=body, timeout=SECONDS)
+    return httpx.post(f"http://127.0.0.1:{ports.http}/v2/models/ensemble/generate", json=body, timeout=HANG_SECONDS)
 
 
 def test_ensemble(triton: Ports, undecoupled: Ports) -> None:
@@ -241,7 +241,7 @@ def test_ensemble(triton: Ports, undecoupled: Ports) -> None:
 
 def test_ensemble_streams(triton: Ports) -> None:
     url = f"http://127.0.0.1:{triton.http}/v2/models/ensemble/generate_stream"
-    response = httpx.post(url, json={"text_input": PROMPT, "max_tokens": 200, "stream": True}, timeout=SECONDS)
+    response = httpx.post(url, json={"text_input": PROMPT, "max_tokens": 200, "stream": True}, timeout=HANG_SECONDS)
     texts = [event["text_output"] for event in events(response)]
     assert len(texts) >= 2
     assert texts[-1] == ANSWER
@@ -257,8 +257,8 @@ def test_a_stopping_server_finishes_what_runs(tiny_engine: Path) -> None:
         thread.start()
         wait_for_metrics(ports, requests_running=1)
         server.terminate()
-        thread.join(SECONDS)
-        server.wait(SECONDS)
+        thread.join(HANG_SECONDS)
+        server.wait(HANG_SECONDS)
     response = found.get(timeout=1)
     assert response.status_code == 200, response.text
     assert response.json()["finish_reason"] == "length"
@@ -333,7 +333,7 @@ class Unary:
 
     def next(self) -> str:
         """The text of what is answered next, or its error's status."""
-        found = self._results.get(timeout=SECONDS)
+        found = self._results.get(timeout=HANG_SECONDS)
         if isinstance(found, grpc.InferenceServerException):
             return str(found.status())
         return str(found.as_numpy("text_output")[0].decode())
