@@ -92,7 +92,7 @@ def copy_tree(target: Path) -> None:
 
 def import_libraries() -> None:
     """Import what takes long, but nothing of TriMode, once for all forked test runs."""
-    for name in ("torch", "transformers", "onnxruntime", "hypothesis", "pytest"):
+    for name in ("torch", "transformers", "peft", "onnxruntime", "hypothesis", "pytest"):
         importlib.import_module(name)
 
 

@@ -15,13 +15,13 @@ import pytest
 from scripts.serving.dynamo_check import EQUAL, Case, Received, solo_runs
 from scripts.serving.dynamo_cluster import ENVIRONMENT, MODEL_NAME, Cluster, Worker, dynamo_cluster
 from scripts.serving.event_client import stream
+from tests.support.patience import HANG_SECONDS
 
 CHAT = [{"role": "user", "content": "Compute 47 * 36 step by step."}]
 PENALISED: tuple[dict[str, Any], dict[str, Any]] = (
     {"presence_penalty": 0.6, "frequency_penalty": 0.4, "temperature": 0.8},
     {"mode": "linear_spec", "block_length": 8},
 )
-FREE_SECONDS = 60.0
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ async def ask(cluster: Cluster, body: dict[str, Any], kill: signal.Signals | Non
     if kill is not None:
         worker = await asyncio.to_thread(busy_worker, cluster)
         worker.process.send_signal(kill)
-        code = await asyncio.to_thread(worker.process.wait, FREE_SECONDS)
+        code = await asyncio.to_thread(worker.process.wait, HANG_SECONDS)
         assert code == (0 if kill == signal.SIGTERM else -signal.SIGKILL)
     received = Received.of(await request)
     if kill is not None:
@@ -47,7 +47,7 @@ async def ask(cluster: Cluster, body: dict[str, Any], kill: signal.Signals | Non
 
 
 def busy_worker(cluster: Cluster) -> Worker:
-    deadline = time.monotonic() + FREE_SECONDS
+    deadline = time.monotonic() + HANG_SECONDS
     while time.monotonic() < deadline:
         for worker in cluster.workers:
             if running(worker):
@@ -95,7 +95,7 @@ def test_a_client_that_leaves_frees_the_slot(cluster: Cluster) -> None:
         await asyncio.gather(request, return_exceptions=True)
 
     asyncio.run(leave())
-    deadline = time.monotonic() + FREE_SECONDS
+    deadline = time.monotonic() + HANG_SECONDS
     while any(map(running, cluster.workers)):
         assert time.monotonic() < deadline
         time.sleep(0.05)

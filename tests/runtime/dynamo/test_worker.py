@@ -24,6 +24,7 @@ from tests.support.dynamo_double import (
     dynamo_modules,
     request_of,
 )
+from tests.support.patience import HANG_SECONDS
 from trimode import LLM, SamplingParams
 from trimode.runtime.dynamo.block_events import BlockEvents
 from trimode.runtime.dynamo.worker_options import WorkerOptions, has_broker, listen_on
@@ -171,7 +172,7 @@ def test_abort_and_a_closed_stream_free_the_slot(rig: Rig) -> None:
 
     for end in (abort, leave):
         asyncio.run(run(end))
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + HANG_SECONDS
         while rig.llms[0].stats().running:
             assert time.monotonic() < deadline
             time.sleep(0.01)
