@@ -28,7 +28,7 @@ def test_killed_clients_free_their_slots(served: Served) -> None:
 def test_a_disconnect_before_a_whole_answer_frees_the_slot(served: Served, http: httpx.Client) -> None:
     finished = served.metrics()["trimode_answers_total"]
     with pytest.raises(httpx.ReadTimeout):
-        http.post("/v1/completions", json=LONG | {"stream": False}, timeout=0.3)
+        http.post("/v1/completions", json=LONG | {"stream": False}, timeout=httpx.Timeout(HANG_SECONDS, read=0.3))
     served.wait_until_idle(HANG_SECONDS)
     assert served.metrics()["trimode_answers_total"] == finished
 
