@@ -14,7 +14,7 @@ from trimode.runtime.decoding.acceptance import Acceptance, SharedAcceptance
 from trimode.runtime.decoding.bad_words import BadWords
 from trimode.runtime.decoding.ending import Ending
 from trimode.runtime.decoding.lookup import Lookup, SharedLookupAcceptance
-from trimode.runtime.decoding.ruled_rows import Biases
+from trimode.runtime.decoding.ruled_rows import AgainRate, Biases
 from trimode.runtime.decoding.sequence import Sequence
 from trimode.runtime.decoding.text_stream import TextStream
 from trimode.runtime.decoding.thinking_budget import ThinkingBudget, ThinkingIds
@@ -48,6 +48,7 @@ class RequestFactory:
         self._update_seconds = update_seconds
         self._shared_acceptance = SharedAcceptance()
         self._shared_lookup_acceptance = SharedLookupAcceptance()
+        self._again_rate = AgainRate()
 
     def resolve(self, prompt: Prompt, params: SamplingParams) -> SamplingParams:
         """``params`` with every open field set. Raises TriModeError for what the engine cannot do."""
@@ -165,6 +166,7 @@ class RequestFactory:
             context=self._capacity.context,
             rules=self._rules(prompt, params),
             biases=Biases(params.logit_bias, model.vocab_size) if params.logit_bias else None,
+            again_rate=self._again_rate,
             most_step=self.manifest.limits.max_step,
             lookup=lookup,
             begun=prompt.answer,

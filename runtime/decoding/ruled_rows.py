@@ -10,22 +10,28 @@ would report them. Greedy decoding needs the best one only.
   them: its logit is at most the last reported one, and it has no bias.
 - Otherwise the row is run again with a mask of the legal tokens without a bias.
 
-Rows that would probably be run again get their masks at once.
+Rows that would probably be run again get their masks at once. A walk along the pass's drafts has found what the grammar
+forces and which drafts are legal, so the rules move to a row only where more must be known.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Mapping, Sequence
-from contextlib import closing, suppress
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trimode.runtime.decoding.token_rules import DeadEndError, TokenRules, are_legal, count_legal, token_bits
+from trimode.runtime.decoding.token_rules import DeadEndError, TokenRules, Walk, are_legal, count_legal, token_bits
 from trimode.runtime.executor import Candidates, Ints, Words
 
 _ABSENT = -1e29  # logits below it mark places behind the last legal token
+_OF_FORCED = np.zeros(1, np.float32)  # logits of a choice of one forced token
+
+_FIRST_RATE = 0.1
+_LEAST_RATE = 0.03  # a pass takes many times as long as a mask
+_RATE_WEIGHT = 0.1
 
 Reals = NDArray[np.float32]
 
@@ -37,6 +43,27 @@ class Biases:
         self.ids = np.array(sorted(by_token), np.int64)
         self.values = np.array([by_token[token] for token in sorted(by_token)], np.float32)
         self.others = ~token_bits(vocab_size, by_token)  # a mask
+
+
+class AgainRate:
+    """Running estimate, over all answers, of how many doubtful rows are run again: rows whose best candidates may well
+    be illegal. Where the rate is high they get their masks at once. A mask hides whether it was needed, so the rate
+    falls with each one, and rows are tried without again.
+    """
+
+    def __init__(self) -> None:
+        self._rate = _FIRST_RATE
+
+    @property
+    def pays(self) -> bool:
+        """Whether doubtful rows should get their masks at once."""
+        return self._rate > _LEAST_RATE
+
+    def observe(self, masked: int, again: int, enough: int) -> None:
+        """Doubtful rows of one pass: those with masks, those run again, and those with enough legal candidates."""
+        self._rate *= (1 - _RATE_WEIGHT) ** (masked + enough)
+        for _ in range(again):
+            self._rate += _RATE_WEIGHT * (1 - self._rate)
 
 
 class Choice(NamedTuple):
@@ -57,22 +84,25 @@ class RowInputs(NamedTuple):
 class RuledRows:
     """The rows of one causal pass.
 
-    drafts: the tokens of the pass behind the one of its first logit row. needed: candidates that a choice needs; None
-    for as many as the engine reports. logprobs: the rows' log-probabilities are wanted; they are over the whole
+    walk: along the tokens of the pass behind the one of its first logit row. needed: candidates that a choice needs;
+    None for as many as the engine reports. logprobs: the rows' log-probabilities are wanted; they are over the whole
     vocabulary, so the first run has no masks.
     """
 
     def __init__(
-        self, rules: TokenRules, biases: Biases | None, drafts: Sequence[int], needed: int | None, logprobs: bool
+        self, rules: TokenRules, biases: Biases | None, walk: Walk, needed: int | None, logprobs: bool
     ) -> None:
         self._choices: list[Choice] = []  # of the rows that may be emitted, once the pass is complete
         self._dead_end: DeadEndError | None = None  # of the row behind them
         self._rules = rules
         self._biases = biases
-        self._drafts = drafts
+        self._walk = walk
         self._needed = needed
         self._logprobs = logprobs
+        self._at = 0  # drafts that the rules have taken
         self._masked: set[int] = set()  # rows that have their mask in the first run
+        self._reached = 0  # rows that the text may come to, by their candidates
+        self._again: dict[int, Words] = {}  # masks of the rows that must be run again
         self._asked: Ints | None = None
         self._reported: Candidates | None = None  # by the first run
         self._second: dict[int, tuple[Reals, Ints]] = {}  # candidates of the rows that were run again
@@ -86,32 +116,35 @@ class RuledRows:
 
     def inputs(self, masked: Collection[int]) -> RowInputs:
         """Of the first run. masked: rows that get their masks at once, if log-probabilities allow it."""
-        if self._logprobs:
-            masked = ()
-        rows = len(self._drafts) + 1
-        masks = np.full((rows, self._rules.words), ~np.uint32(0)) if masked else None
-        biased = [] if self._biases is None else self._biases.ids.tolist()
-        self._asked = np.zeros((rows, len(biased) + self._logprobs), np.int64) if biased or self._logprobs else None
-        if masked or self._logprobs:
-            with closing(self._along_drafts()) as along, suppress(DeadEndError):
-                for row in along:
-                    forced = self._rules.forced
-                    if forced and self._logprobs and self._asked is not None:
-                        self._asked[row, -1] = forced[0]
-                    elif masks is not None and row in masked and not forced:
-                        masks[row] = self._mask_of_unbiased()
+        rows, forced = len(self._walk.drafts) + 1, self._walk.forced
+        masks = None
+        if masked and not self._logprobs:
+            masks = np.full((rows, self._rules.words), ~np.uint32(0))
+            with self._moving(), suppress(DeadEndError):
+                for row in sorted(masked):
+                    if row < len(forced) and forced[row] is None:
+                        masks[row] = self._mask_of_unbiased(row)
                         self._masked.add(row)
-                    if row == max(masked, default=rows):
-                        break
-        if self._asked is not None and biased:
+        biased = [] if self._biases is None else self._biases.ids.tolist()
+        if biased or self._logprobs:
+            self._asked = np.zeros((rows, len(biased) + self._logprobs), np.int64)
             self._asked[:, : len(biased)] = biased
+            if self._logprobs:
+                self._asked[: len(forced), -1] = [token or 0 for token in forced]
         return RowInputs(masks, self._asked)
 
     def absorb(self, found: Candidates) -> tuple[Ints, Words] | None:
         """Take the candidates of the first run. Returns the rows that must be run again, and their masks [R, words]."""
         self._reported = found
-        again = self._choose()
-        return (np.array(list(again)), np.stack(list(again.values()))) if again else None
+        self._choose()
+        return (np.array(list(self._again)), np.stack(list(self._again.values()))) if self._again else None
+
+    def observe(self, doubtful: Collection[int], rate: AgainRate) -> None:
+        """Update the rate, after the first run, by the doubtful rows that the text may come to."""
+        reached = [row for row in doubtful if row < self._reached and self._walk.forced[row] is None]
+        masked = len(self._masked.intersection(reached))
+        again = len(self._again.keys() & reached)
+        rate.observe(masked, again, len(reached) - masked - again)
 
     def absorb_again(self, rows: Ints, found: Candidates) -> None:
         """Take the candidates of the rows that were run again with their masks."""
@@ -135,58 +168,54 @@ class RuledRows:
             sources.append(self._second[row])
         return next(float(logits[tokens == token][0]) for logits, tokens in sources if (tokens == token).any())
 
-    def _choose(self) -> dict[int, Words]:
-        """Set the choices of the rows that may be emitted. Returns the masks of those that must be run again.
+    def _choose(self) -> None:
+        """Set the choices of the rows that may be emitted, and the masks of those that must be run again.
 
         The first row without a legal token ends them: it is an error only if the text comes to it.
         """
-        self._choices, again = [], dict[int, Words]()
-        with closing(self._along_drafts()) as along:
-            for row in along:
+        self._choices, self._again, self._reached = [], {}, 0
+        drafts = self._walk.drafts
+        with self._moving():
+            for row, forced in enumerate(self._walk.forced):
                 try:
-                    choice = self._choice(row)
+                    choice = self._choice(row) if forced is None else self._forced(row, forced)
                     if choice is None:
-                        again[row] = self._mask_of_unbiased()
-                        continue
+                        self._again[row] = self._mask_of_unbiased(row)
                 except DeadEndError as error:
                     self._dead_end = error
                     break
+                self._reached = row + 1
+                if choice is None:
+                    continue
                 self._choices.append(choice)
-                if self._needed == 1 and row < len(self._drafts) and choice.tokens[0] != self._drafts[row]:
+                if self._needed == 1 and row < len(drafts) and choice.tokens[0] != drafts[row]:
                     break  # greedy: the run ends here
-        return again
 
-    def _along_drafts(self) -> Generator[int]:
-        """The rows in order, each with the drafts before it taken. Stops at an illegal draft or a grammar's end."""
-        taken = 0
-        try:
-            for row in range(len(self._drafts) + 1):
-                yield row
-                if row == len(self._drafts) or not self._rules.allows(self._drafts[row]):
-                    return
-                self._rules.take(self._drafts[row])
-                taken += 1
-                if self._rules.ended:
-                    return
-        finally:
-            self._rules.undo(taken)
+    def _forced(self, row: int, token: int) -> Choice:
+        """The choice of a row where the grammar forces a token."""
+        if not self._walk.is_legal(row):  # the draft behind a row is this token, if it is legal
+            self._move(row)
+            if not self._rules.allows(token):
+                raise self._rules.dead_end()
+        return Choice(_OF_FORCED, np.array([token]), forced=True)
 
     def _choice(self, row: int) -> Choice | None:
         """The row's legal candidates; None if there are too few of them and the row has not been run again."""
-        if forced := self._rules.forced:
-            if not self._rules.allows(forced[0]):
-                raise self._rules.dead_end()
-            return Choice(np.zeros(1, np.float32), np.array(forced[:1]), forced=True)
         reported = self.reported
         logits, tokens = self._second.get(row, (reported.logits[row], reported.tokens[row]))
-        needed = self._needed or reported.logits.shape[-1]
-        asked = None if self._asked is None or reported.asked_logits is None else reported.asked_logits[row]
-        if row in self._second or row in self._masked:
-            legal = logits > _ABSENT
-            return self._best(logits[legal], tokens[legal], asked, needed)
-        if self._biases is None and needed == 1:
+        unmasked = row not in self._second and row not in self._masked
+        greedy = self._needed == 1 and self._biases is None
+        if unmasked and greedy and self._walk.is_legal(row) and tokens[0] == self._walk.drafts[row]:
+            return Choice(logits[:1], tokens[:1])
+        self._move(row)
+        if unmasked and greedy:
             best = self._rules.first_legal(tokens[logits > _ABSENT])
             return None if best is None else Choice(logits[best : best + 1], tokens[best : best + 1])
+        needed = self._needed or reported.logits.shape[-1]
+        asked = None if self._asked is None or reported.asked_logits is None else reported.asked_logits[row]
+        if not unmasked:
+            legal = logits > _ABSENT
+            return self._best(logits[legal], tokens[legal], asked, needed)
         mask = self._rules.mask()
         legal = are_legal(mask, tokens) & (logits > _ABSENT)
         if self._biases is None:
@@ -213,7 +242,24 @@ class RuledRows:
             raise self._rules.dead_end()
         return Choice(logits[:needed], tokens[:needed])
 
-    def _mask_of_unbiased(self) -> Words:
-        """The legal tokens without a bias, for a run of the row. May be empty."""
+    def _mask_of_unbiased(self, row: int) -> Words:
+        """The legal tokens of a row without those with a bias, for a run of it. May be empty."""
+        self._move(row)
         mask = self._rules.mask()
         return mask if self._biases is None else mask & self._biases.others
+
+    def _move(self, row: int) -> None:
+        """Move the rules to the place behind the first ``row`` drafts."""
+        for token in self._walk.drafts[self._at : row]:
+            self._rules.take(token)
+        if row < self._at:
+            self._rules.undo(self._at - row)
+        self._at = row
+
+    @contextmanager
+    def _moving(self) -> Iterator[None]:
+        """Move the rules back to the first row at the end."""
+        try:
+            yield
+        finally:
+            self._move(0)

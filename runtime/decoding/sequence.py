@@ -16,7 +16,7 @@ absorbs the result, so sequences of all modes can share a batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from collections.abc import Sequence as Many
 from itertools import accumulate
 from operator import mul
@@ -30,9 +30,9 @@ from trimode.runtime.decoding.denoising import settled
 from trimode.runtime.decoding.draft_tree import DraftTree, likeliest_nodes
 from trimode.runtime.decoding.ending import Ending
 from trimode.runtime.decoding.lookup import Lookup
-from trimode.runtime.decoding.ruled_rows import Biases, RuledRows
+from trimode.runtime.decoding.ruled_rows import AgainRate, Biases, RuledRows
 from trimode.runtime.decoding.sampling import Sampler
-from trimode.runtime.decoding.token_rules import TokenRules
+from trimode.runtime.decoding.token_rules import TokenRules, Walk
 from trimode.runtime.executor import Candidates, Ints, Words
 from trimode.runtime.request.outputs import Counts, Cycle, Drafting, Logprob, Origin, PromptLogprobs
 from trimode.runtime.request.sampling_params import SamplingParams
@@ -76,9 +76,9 @@ class Sequence:
 
     context: KV rows that the engine's context has. mask_id: the model's mask token. prefill_step: most tokens of a
     prefill pass. seed: of the random generator. acceptance: running estimate of this sequence's acceptance rate. rules:
-    which tokens are legal, None if all are. biases: added to logits; they need rules. most_step: most tokens of a pass,
-    None for any number. lookup: copied drafts, None if the request has none. begun: the answer's first tokens, which
-    another process has emitted.
+    which tokens are legal, None if all are. biases: added to logits; they need rules. again_rate: of all sequences with
+    rules. most_step: most tokens of a pass, None for any number. lookup: copied drafts, None if the request has none.
+    begun: the answer's first tokens, which another process has emitted.
 
     The begun tokens are *replayed*: blocks of them are committed without drafts, in passes of the length that the mode
     has, so that KV rows, penalties, rules and budgets become those of the process that emitted them.
@@ -101,6 +101,7 @@ class Sequence:
         seed: int,
         rules: TokenRules | None = None,
         biases: Biases | None = None,
+        again_rate: AgainRate | None = None,
         most_step: int | None = None,
         lookup: Lookup | None = None,
         begun: Many[int] = (),
@@ -128,6 +129,7 @@ class Sequence:
         self._masks = 0  # places of the block that are not settled
         self._forced_places: set[int] = set()
         self._forced_run: list[int] | None = None  # at the start of the block, once it is known
+        self._walk: Walk | None = None  # of the rules along the block
         self._lookup = lookup
         self._looked_up = False  # whether the block's drafts are copies
         self._replays = False  # whether the block's tokens are begun ones
@@ -142,6 +144,7 @@ class Sequence:
         self._again: tuple[Ints, Words] | None = None  # its rows to run again, with their masks
         self._drafted: dict[int, Ints] = {}  # the draft's candidates [k], by place
         self._doubtful_rows: set[int] = set()  # of the block: their best candidates are probably illegal
+        self._again_rate = again_rate or AgainRate()
         # Of the block, in diffusion:
         self._masks_at_first = 0
         self._denoise_passes = 0
@@ -277,6 +280,7 @@ class Sequence:
         self._doubtful_rows = set() if self._masks or looked_up else {len(self._block) - 1}
         self.rejected = []
         self._drafted_tokens = len(self._block)
+        self._walk = None
 
     @property
     def _room(self) -> int:
@@ -323,12 +327,14 @@ class Sequence:
             return needed
         if self._again is not None:
             return needed._replace(rows=needed.rows[self._again[0]], masks=self._again[1])
-        drafts = self._block[1:].tolist()
+        walk = self._walk or self._rules.walk(self._block[1:].tolist())
         needs = self.params.needed_candidates
-        self._ruled_rows = RuledRows(self._rules, self._biases, drafts, needs, self.params.logprobs is not None)
-        # Where many candidates are needed, some are hardly ever legal.
-        all_rows = needed.kind == "prefill" or needs != 1
-        masks, asked = self._ruled_rows.inputs(range(len(drafts) + 1) if all_rows else self._doubtful_rows)
+        self._ruled_rows = RuledRows(self._rules, self._biases, walk, needs, self.params.logprobs is not None)
+        if needed.kind == "prefill" or needs != 1:
+            masked: Collection[int] = range(len(walk.forced))  # of many candidates, some are hardly ever legal
+        else:
+            masked = self._doubtful_rows if self._again_rate.pays else ()
+        masks, asked = self._ruled_rows.inputs(masked)
         return needed._replace(masks=masks, asked=asked)
 
     def absorb(self, done: Pass, found: Candidates) -> None:
@@ -371,6 +377,8 @@ class Sequence:
         """Take the candidates of a causal pass; returns whether every row has enough legal ones."""
         if self._again is None:
             self._again = rows.absorb(found)
+            if self.params.needed_candidates == 1:
+                rows.observe(self._doubtful_rows, self._again_rate)
         else:
             rows.absorb_again(self._again[0], found)
             self._again = None
@@ -406,25 +414,30 @@ class Sequence:
         """Replace illegal drafts by the best legal candidate of their place, and places that the grammar forces by what
         it forces. The block ends before a place without a legal candidate, or behind what is forced after its end.
         """
-        block, drafted = [self.pending_token], len(self._block)
-        while len(block) < self._room:
-            place, forced = len(block), rules.forced[:1]
-            if place >= drafted and not forced:
+        drafted, drafts, forced_tokens = len(self._block), list[int](), list[int | None]()
+        while not rules.ended:
+            place, forced = len(drafts) + 1, rules.forced_token
+            forced_tokens.append(forced)
+            if place == self._room or (forced is None and place >= drafted):
                 break
-            candidates = np.array(forced) if forced else self._drafted.get(place, self._block[place : place + 1])
-            rank = rules.first_legal(candidates)
+            if forced is not None:
+                rank = 0 if rules.take_if_legal(forced) else None
+                draft = forced
+            else:
+                candidates = self._drafted.get(place, self._block[place : place + 1])
+                rank = rules.take_first_legal(candidates)
+                draft = int(candidates[rank or 0])
             if rank is None or rank >= DOUBTFUL_RANK:
                 self._doubtful_rows.add(place - 1)
             if rank is None:
                 break
-            if forced:
+            if forced is not None:
                 self._forced_places.add(place)
-            block.append(int(candidates[rank]))
-            rules.take(block[-1])
-        rules.undo(len(block) - 1)
-        if len(block) > drafted:  # the draft has no candidates for the last row's token
-            self._doubtful_rows.add(len(block) - 1)
-        self._block = np.array(block)
+            drafts.append(draft)
+        rules.undo(len(drafts))
+        if len(drafts) + 1 > drafted:  # the draft has no candidates for the last row's token
+            self._doubtful_rows.add(len(drafts))
+        self._block, self._walk = np.array([self.pending_token, *drafts]), Walk(drafts, forced_tokens)
 
     def _denoise(self, done: Pass, found: Candidates) -> None:
         """Settle masked positions of the block by confidence, the probability of the token chosen for them."""
@@ -567,9 +580,9 @@ class Sequence:
             if not self._emit(token, "forced" if is_forced else origin if next_row is None else "accepted"):
                 break
         if self._rules is not None and self.ending.finish_reason is None and self.params.logprobs is None:
-            # The end of a complete grammar needs no pass.
-            for token in self._rules.forced[:1] if self._rules.complete else ():
-                self._emit(token, "forced")
+            end = self._rules.forced_token if self._rules.complete else None
+            if end is not None:  # the end of a complete grammar needs no pass
+                self._emit(end, "forced")
         return rows, agreed
 
     def _draw(self, found: Candidates, positions: Many[int]) -> Callable[[int], int]:

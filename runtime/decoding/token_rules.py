@@ -7,6 +7,7 @@ come.
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,22 @@ _SINGLE_CHECKS = 8  # tokens that are checked one by one before the mask is comp
 
 class DeadEndError(GrammarError):
     """No token is legal at some place of an answer."""
+
+
+class Walk(NamedTuple):
+    """A draft of an answer, and the rows of a pass that verifies it.
+
+    drafts: the tokens behind those taken. forced: for each row that the text may come to, the token that the grammar
+    forces there, None where it forces none. Row i is behind the first i drafts. The text comes to no row behind an
+    illegal draft, or behind an end token.
+    """
+
+    drafts: list[int]
+    forced: list[int | None]
+
+    def is_legal(self, row: int) -> bool:
+        """Whether the draft that follows a row is known to be legal there."""
+        return row < len(self.forced) - 1
 
 
 class TokenRules:
@@ -52,10 +69,11 @@ class TokenRules:
         self._bad_words = bad_words
         self._taken: list[int] = []
         self._grammar_from: int | None = 0 if thought_end is None else None  # in taken tokens; None in the thought
+        self._matcher = grammar if thought_end is None else None  # the grammar's, where it has begun
         always = ~np.zeros(mask_words(vocab_size), np.uint32) if allowed is None else token_bits(vocab_size, allowed)
         always &= token_bits(vocab_size, range(vocab_size)) & ~token_bits(vocab_size, banned)
-        self._always = always
-        self._always_without_ends = always & ~token_bits(vocab_size, ends)
+        self._always = _Static.of(always)
+        self._always_without_ends = _Static.of(always & ~token_bits(vocab_size, ends))
 
     @property
     def complete(self) -> bool:
@@ -63,19 +81,14 @@ class TokenRules:
         return self._matcher is not None and self._matcher.complete
 
     @property
-    def ended(self) -> bool:
-        """Whether an end token of the grammar was taken, behind which nothing is legal."""
-        return self._matcher is not None and self._matcher.ended
-
-    @property
-    def forced(self) -> list[int]:
-        """The next tokens, if the grammar forces their text. May be empty. The first one is the only legal token."""
-        return [] if self._matcher is None else self._matcher.forced()
+    def forced_token(self) -> int | None:
+        """The next token where the grammar forces it, so that no other one is legal; None elsewhere."""
+        return None if self._matcher is None else self._matcher.forced_token
 
     @property
     def words(self) -> int:
         """Words of a mask."""
-        return len(self._always)
+        return len(self._always.words)
 
     def dead_end(self) -> DeadEndError:
         return DeadEndError(
@@ -84,18 +97,14 @@ class TokenRules:
         )
 
     def allows(self, token: int) -> bool:
-        if not bool(self._static_words()[token >> 5] >> np.uint32(token & 31) & 1):
-            return False
-        if self._bad_words is not None and self._bad_words.completed_by(self._taken, token):
-            return False
-        return self._matcher is None or self._matcher.allows(token)
+        return self._allows_beside_grammar(token) and (self._matcher is None or self._matcher.allows(token))
 
     def mask(self) -> Words:
         """The legal tokens, [ceil(V / 32)], as :mod:`trimode.model.step` defines ``token_mask``.
 
         Raises DeadEndError if there is none.
         """
-        words = self._static_words().copy()
+        words = self._static().words.copy()
         if self._matcher is not None:
             words &= self._matcher.mask()
         if self._bad_words is not None:
@@ -117,14 +126,23 @@ class TokenRules:
             return None
         return int(legal.argmax()) if legal.any() else None
 
+    def take_first_legal(self, tokens: Ints) -> int | None:
+        """Take the first legal one of some tokens; returns its index, None if there is none."""
+        if self.take_if_legal(int(tokens[0])):
+            return 0
+        index = self.first_legal(tokens)
+        if index is not None:
+            self.take(int(tokens[index]))
+        return index
+
     def take(self, token: int) -> None:
         """A token that was emitted or drafted. Raises ValueError if the grammar does not allow it."""
-        matcher = self._matcher
-        if matcher is not None and not matcher.take(token):
+        if not self._take(token):
             raise ValueError(f"token {token} is not legal here")
-        self._taken.append(token)
-        if self._grammar_from is None and token == self._thought_end:
-            self._grammar_from = len(self._taken)
+
+    def take_if_legal(self, token: int) -> bool:
+        """Take a token if it is legal; returns whether it was."""
+        return self._allows_beside_grammar(token) and self._take(token)
 
     def undo(self, count: int) -> None:
         """Undo the latest tokens taken."""
@@ -132,30 +150,70 @@ class TokenRules:
             return
         kept = len(self._taken) - count
         if self._grammar is not None and self._grammar_from is not None:
-            self._grammar.undo(self._taken[max(kept, self._grammar_from) :])
+            self._grammar.undo(len(self._taken) - max(kept, self._grammar_from))
             if self._thought_end is not None and kept < self._grammar_from:
-                self._grammar_from = None
+                self._grammar_from = self._matcher = None
         del self._taken[kept:]
 
     def forced_run(self, most: int) -> list[int]:
         """The next tokens that have no alternative, at most ``most``; the end token too."""
         run: list[int] = []
-        while len(run) < most and self.forced and self.allows(self.forced[0]):
-            run.append(self.forced[0])
-            self.take(run[-1])
+        while len(run) < most and (token := self.forced_token) is not None and self.take_if_legal(token):
+            run.append(token)
         self.undo(len(run))
         return run
 
-    @property
-    def _matcher(self) -> GrammarMatcher | None:
-        """The grammar's, where it has begun."""
-        return None if self._grammar_from is None else self._grammar
+    def walk(self, drafts: list[int]) -> Walk:
+        """Along drafts behind the tokens taken."""
+        forced = [self.forced_token]
+        taken = 0
+        for token in drafts:
+            if not self.take_if_legal(token):
+                break
+            taken += 1
+            if self.ended:
+                break
+            forced.append(self.forced_token)
+        self.undo(taken)
+        return Walk(drafts, forced)
 
-    def _static_words(self) -> Words:
+    @property
+    def ended(self) -> bool:
+        """Whether an end token of the grammar was taken, behind which nothing is legal."""
+        return self._matcher is not None and self._matcher.ended
+
+    def _take(self, token: int) -> bool:
+        if self._matcher is not None:
+            if not self._matcher.take(token):
+                return False
+            self._taken.append(token)
+        else:
+            self._taken.append(token)
+            if token == self._thought_end and self._grammar_from is None:
+                self._grammar_from, self._matcher = len(self._taken), self._grammar
+        return True
+
+    def _allows_beside_grammar(self, token: int) -> bool:
+        if not self._static().bits[token >> 3] >> (token & 7) & 1:
+            return False
+        return self._bad_words is None or not self._bad_words.completed_by(self._taken, token)
+
+    def _static(self) -> _Static:
         """The tokens that neither the grammar nor the bad words decide."""
         too_short = len(self._taken) < self._min_tokens and not self.complete
         thinking = self._grammar is not None and self._grammar_from is None
         return self._always_without_ends if too_short or thinking else self._always
+
+
+class _Static(NamedTuple):
+    """A mask: [ceil(V / 32)] uint32, and the same as bytes, of which a single bit is read faster."""
+
+    words: Words
+    bits: bytes
+
+    @classmethod
+    def of(cls, words: Words) -> _Static:
+        return cls(words, words.astype("<u4").tobytes())
 
 
 def token_bits(vocab_size: int, tokens: Collection[int]) -> Words:

@@ -14,7 +14,7 @@ from trimode.model.step import mask_words
 from trimode.runtime.request.errors import GrammarError
 
 Words = NDArray[np.uint32]
-_REMEMBERED = 64  # tokens
+_KEPT_MASKS = 64
 
 
 @dataclass(frozen=True)
@@ -28,64 +28,92 @@ class Vocabulary:
 
 @dataclass(slots=True)
 class _Place:
-    """What is known of a place of the text: the tokens forced there, and the mask."""
+    """What is known of a place of the text.
 
-    forced: list[int] | None = None
+    run: tokens of forced text, of which the one at ``index`` is the only legal token here; empty if nothing is forced,
+    None if that is not known yet. complete: whether only an end token may come. ended: whether an end token came.
+    """
+
+    run: Sequence[int] | None = None
+    index: int = 0
+    complete: bool = False
+    ended: bool = False
     mask: Words | None = None
 
 
 class GrammarMatcher:
     """Where one answer is in its grammar. Tokens are taken one after the other, and the latest can be undone.
 
-    Where the grammar forces the text, the one legal token is the first of its usual spelling: the one that the
-    tokenizer would give. End tokens are legal where the grammar may end, and nothing is legal behind them. Behind a
-    complete text, the model's first end token is the one legal token. Every method raises GrammarError if the grammar
-    exceeds a limit of time or memory here.
+    Where the grammar forces text, the only legal tokens are those of its usual spelling, as the tokenizer spells the
+    whole of it where it begins. End tokens are legal where the grammar may end, and nothing is legal behind them.
+    Behind a complete text, the model's first end token is the only legal token. Every method raises GrammarError if the
+    grammar exceeds a limit of time or memory here.
 
-    Drafts are taken, undone and taken again, so what is known of their places is kept until another token is taken.
+    Drafts are taken, undone, and taken again where they are accepted. So undone tokens are remembered until another
+    token is taken in their place, and llguidance's matcher follows only when it must say something new.
     """
 
     def __init__(self, matcher: LLMatcher, vocabulary: Vocabulary) -> None:
         self._matcher = matcher
         self._vocabulary = vocabulary
-        self.ended = False  # by an end token
-        self._place = _Place()
-        self._taken = deque[tuple[int, _Place]](maxlen=_REMEMBERED)  # the latest tokens, each with the place before it
-        self._ahead: list[tuple[int, _Place]] = []  # undone tokens, the next one last, each with the place behind it
+        self._path: list[int] = []  # the tokens taken, and behind them those undone
+        self._places = [_Place()]  # before each token of the path, and behind the last one
+        self._at = 0  # tokens taken
+        self._followed = 0  # tokens of the path that llguidance's matcher has consumed
+        self._masked = deque[_Place]()  # the latest places whose mask was computed
+
+    @property
+    def ended(self) -> bool:
+        """Whether an end token was taken."""
+        return self._places[self._at].ended
 
     @property
     def complete(self) -> bool:
-        """Whether only end tokens may come next."""
-        if self.ended or not self._matcher.is_stopped():
-            return False
-        self._require_intact()
-        return True
+        """Whether only an end token may come next."""
+        return self._known_place().complete
+
+    @property
+    def forced_token(self) -> int | None:
+        """The next token where it is the only legal one; None if several are legal, or none."""
+        place = self._known_place()
+        return place.run[place.index] if place.run else None
+
+    @property
+    def forced(self) -> list[int]:
+        """The next tokens, if the grammar forces their text. May be empty."""
+        place = self._known_place()
+        return list(place.run[place.index :]) if place.run else []
 
     def allows(self, token: int) -> bool:
-        if self._ahead and token == self._ahead[-1][0]:
+        if self._at < len(self._path) and token == self._path[self._at]:
             return True
-        if forced := self.forced():
-            return token == forced[0]
-        if self.ended or token >= self._vocabulary.size:
+        place = self._known_place()
+        if place.run:
+            return token == place.run[place.index]
+        if place.ended or token >= self._vocabulary.size:
             return False
+        self._follow()
         legal = self._matcher.validate_tokens([token]) == 1
         self._require_intact()
         return legal
 
     def mask(self) -> Words:
         """The legal tokens, as :mod:`trimode.model.step` defines ``token_mask``: [ceil(V / 32)] uint32."""
-        if self._place.mask is None:
-            self._place.mask = self._mask_here()
-        return self._place.mask
+        place = self._known_place()
+        if place.mask is None:
+            place.mask = self._mask_of(place)
+            self._masked.append(place)
+            if len(self._masked) > _KEPT_MASKS:
+                self._masked.popleft().mask = None
+        return place.mask
 
-    def _mask_here(self) -> Words:
-        if self.ended:
-            return np.zeros(mask_words(self._vocabulary.size), np.uint32)
-        if self.complete:
-            end = self._vocabulary.end_ids[0]
+    def _mask_of(self, place: _Place) -> Words:
+        if place.run or place.ended:
             words = np.zeros(mask_words(self._vocabulary.size), np.uint32)
-            words[end // 32] = 1 << end % 32
+            if place.run:
+                words[place.run[place.index] // 32] = 1 << place.run[place.index] % 32
             return words
+        self._follow()
         words = np.frombuffer(self._matcher.compute_bitmask(), "<u4")[: mask_words(self._vocabulary.size)].copy()
         self._require_intact()
         if self._vocabulary.size % 32:
@@ -94,53 +122,60 @@ class GrammarMatcher:
 
     def take(self, token: int) -> bool:
         """Take a token if it is legal; returns whether it was."""
-        if not self.allows(token):
-            return False
-        self._taken.append((token, self._place))
-        if self._ahead and token == self._ahead[-1][0]:
-            self._place = self._ahead.pop()[1]
-        else:
-            self._ahead.clear()
-            self._place = _Place()
+        if self._at < len(self._path) and token == self._path[self._at]:
+            self._at += 1
+            return True
         if token in self._vocabulary.end_ids:
-            self.ended = True
+            if not self.allows(token):
+                return False
+            behind = _Place(run=(), ended=True)
+        elif run := (place := self._known_place()).run:
+            if token != run[place.index]:
+                return False
+            behind = _Place(run, place.index + 1) if place.index + 1 < len(run) else _Place()
         else:
-            self._matcher.consume_token(token)
-            self._require_intact()
+            if place.ended or token >= self._vocabulary.size:
+                return False
+            self._follow()
+            if not self._matcher.try_consume_tokens([token]):
+                self._require_intact()
+                return False
+            self._followed += 1
+            behind = _Place()
+        del self._path[self._at :], self._places[self._at + 1 :]
+        self._path.append(token)
+        self._places.append(behind)
+        self._at += 1
         return True
 
-    def undo(self, tokens: Sequence[int]) -> None:
-        """Undo the latest tokens taken, which were these."""
-        for _ in tokens:
-            if not self._taken:  # forgotten
-                self._ahead.clear()
-                self._place = _Place()
-                break
-            token, before = self._taken.pop()
-            self._ahead.append((token, self._place))
-            self._place = before
-        consumed = len(tokens)
-        if tokens and self.ended:
-            self.ended = False
-            consumed -= 1
-        if consumed:
-            self._matcher.rollback(consumed)
-            self._require_intact()
+    def undo(self, count: int) -> None:
+        """Undo the latest tokens taken."""
+        self._at -= count
 
-    def forced(self) -> list[int]:
-        """The next tokens, if the grammar forces their text. May be empty."""
-        if self._place.forced is None:
-            self._place.forced = self._forced_here()
-        return self._place.forced
+    def _known_place(self) -> _Place:
+        """The place of the next token, with what the grammar forces there."""
+        place = self._places[self._at]
+        if place.run is None:
+            self._follow()
+            if self._matcher.is_stopped():
+                self._require_intact()
+                place.run, place.complete = self._vocabulary.end_ids[:1], True
+            else:
+                place.run = self._matcher.compute_ff_tokens()
+                self._require_intact()
+        return place
 
-    def _forced_here(self) -> list[int]:
-        if self.ended:
-            return []
-        if self.complete:
-            return list(self._vocabulary.end_ids[:1])
-        tokens: list[int] = self._matcher.compute_ff_tokens()
+    def _follow(self) -> None:
+        """Bring llguidance's matcher to the tokens taken."""
+        ahead = self._followed - self._at
+        if ahead > 0:
+            self._matcher.rollback(ahead)
+        elif ahead < 0:
+            self._matcher.consume_tokens(self._path[self._followed : self._at])
+        else:
+            return
+        self._followed = self._at
         self._require_intact()
-        return tokens
 
     def _require_intact(self) -> None:
         if self._matcher.is_error():

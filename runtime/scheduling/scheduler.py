@@ -226,7 +226,7 @@ class Scheduler:
 
     def _run_passes(self, engine: EngineName, again: bool = False) -> None:
         """again: only for the sequences that must repeat their pass, which are then complete."""
-        members = [member for member in self._members(engine) if not again or self._sequence(member).runs_again]
+        members = self._members(engine, again)
         if not members:
             return
         for member, found in self._passes.run(engine, members, self._committed(), self._most_rows()):
@@ -263,8 +263,8 @@ class Scheduler:
     def _most_rows(self) -> int:
         return min(self._context, self._pool.most_rows(len(self._running)))
 
-    def _members(self, engine: EngineName) -> list[Member]:
-        """The sequences that need a pass of this engine now, by slot."""
+    def _members(self, engine: EngineName, again: bool = False) -> list[Member]:
+        """The sequences that need a pass of this engine now, by slot. again: only those that must repeat their pass."""
         members: list[Member] = []
         prefill = 0
         for slot, request in enumerate(self._running):
@@ -272,7 +272,7 @@ class Scheduler:
             # A denoise pass may have found the end of the text.
             if request.failure is not None or sequence.ending.finish_reason is not None:
                 continue
-            if sequence.fills_block != (engine == "diffusion"):
+            if sequence.fills_block != (engine == "diffusion") or (again and not sequence.runs_again):
                 continue
             with _Isolated(request):
                 needed = sequence.next_pass()

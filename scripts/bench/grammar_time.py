@@ -28,6 +28,7 @@ from tests.support.drawn_schemas import Schema, drawn_schema
 from trimode.model.tokenizer import TOKENIZER_FILE, Tokenizer
 from trimode.runtime.decoding.acceptance import Acceptance, SharedAcceptance
 from trimode.runtime.decoding.ending import Ending
+from trimode.runtime.decoding.ruled_rows import AgainRate
 from trimode.runtime.decoding.sequence import Pass, Sequence
 from trimode.runtime.decoding.token_rules import TokenRules
 from trimode.runtime.executor import Candidates
@@ -57,11 +58,13 @@ def main() -> None:
             params = SamplingParams(
                 max_tokens=400, mode=mode, block_length=None if mode == "ar" else arguments.block
             ).with_defaults(mode=mode, block_length=None, max_tokens=400)
-            found = cells[mode, constrained] = []
+            found, again_rate = list[float](), AgainRate()
+            cells[mode, constrained] = found
             for seed, schema in enumerate(schemas):
                 matcher = compiler.compile(GuidedDecodingParams(json=schema)).matcher() if constrained else None
                 answer = answer_to(compiler, schema, seed)
-                one = sequence(params, None if matcher is None else TokenRules(VOCABULARY, {END}, grammar=matcher))
+                rules = None if matcher is None else TokenRules(VOCABULARY, {END}, grammar=matcher)
+                one = sequence(params, rules, again_rate)
                 network = MadeUpNetwork(answer, arguments.right, seed)
                 found += cycle_seconds(one, network)
                 if constrained and mode == "linear_spec":
@@ -100,9 +103,8 @@ def answer_to(compiler: GrammarCompiler, schema: Schema, seed: int) -> list[int]
     matcher = compiler.compile(GuidedDecodingParams(json=schema)).matcher()
     tokens: list[int] = []
     while len(tokens) < 300 and not matcher.ended:
-        if forced := matcher.forced():
-            token = forced[0]
-        else:
+        token = matcher.forced_token
+        if token is None:
             legal = np.flatnonzero(np.unpackbits(matcher.mask().view(np.uint8), bitorder="little"))
             token = int(draw.choice(legal))
         if not matcher.take(token):
@@ -132,10 +134,11 @@ class MadeUpNetwork:
         return Candidates(logits, tokens, np.full(rows, TOP_K + 1, np.float32))
 
 
-def sequence(params: SamplingParams, rules: TokenRules | None) -> Sequence:
+def sequence(params: SamplingParams, rules: TokenRules | None, again_rate: AgainRate) -> Sequence:
     ending = Ending(params, frozenset([END]))
-    options: dict[str, Any] = {"context": 4096, "mask_id": MASK, "prefill_step": 512, "seed": 0, "rules": rules}
-    return Sequence([300, 301], params, ending, Acceptance(SharedAcceptance()), **options)
+    options: dict[str, Any] = {"context": 4096, "mask_id": MASK, "prefill_step": 512, "seed": 0}
+    rates = {"acceptance": Acceptance(SharedAcceptance()), "again_rate": again_rate}
+    return Sequence([300, 301], params, ending, rules=rules, **rates, **options)
 
 
 def cycle_seconds(one: Sequence, network: MadeUpNetwork) -> list[float]:
