@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from trimode.runtime.grammar.definition import JSON_STYLE
 from trimode.runtime.openai_server.tools.call_reader import CallReader
 from trimode.runtime.openai_server.tools.call_splitter import CallSplitter
 from trimode.runtime.openai_server.tools.json_calls import JsonCallsReader
@@ -20,8 +21,6 @@ from trimode.runtime.openai_server.tools.xml_calls import (
 )
 from trimode.runtime.request.errors import GrammarError
 
-# As templates write JSON. Without a bound, a model may write spaces until its length limit.
-_WHITESPACE = " ?"
 _LINE = "\n"
 # Where a schema has the parts that it refers to.
 _DEFINITIONS = ("$defs", "definitions")
@@ -173,7 +172,7 @@ def arguments_schema(tool: Tool) -> dict[str, Any]:
 
 
 def _with_options(schema: Mapping[str, Any], *, strict: bool = True) -> dict[str, Any]:
-    return {"x-guidance": {"whitespace_pattern": _WHITESPACE, **({} if strict else {"lenient": True})}, **schema}
+    return {"x-guidance": {**JSON_STYLE, **({} if strict else {"lenient": True})}, **schema}
 
 
 def _json(schema: Mapping[str, Any]) -> str:

@@ -249,6 +249,10 @@ def test_the_grammar_of_each_choice(family: str, compiler: GrammarCompiler, toke
     assert allows(required, two)
     for wrong in ("", "text", f"text {one}", f"{one} text", one.replace("weather", "whether"), one.replace("2", "two")):
         assert not allows(required, wrong), wrong
+    # JSON is one line, so what lies between two values is forced, as everywhere else.
+    wide = one.replace('"city": ', '"city":  ').replace("\n2\n", "\n 2\n")
+    assert wide != one
+    assert not allows(required, wide)
     alone = ToolChoice(TOOLS, required=True, parallel=False)
     assert allows(alone, one)
     assert not allows(alone, two)
