@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.support.command import run_here
 from trimode.build.engine_builder import build_engine
 from trimode.build.rtx import plan_building as rtx
 from trimode.build.rtx.audit.counting import Plan, audit_pass, kind_of, read_plans
@@ -143,11 +144,6 @@ def test_the_report_and_its_plot(engine: Path, tmp_path: Path) -> None:
         assert np.asarray(picture.convert("L")).std() > 10
 
 
-def trimode(*arguments: object) -> subprocess.CompletedProcess[str]:
-    program = [sys.executable, "-c", "from trimode.cli.main import main; main()"]
-    return subprocess.run([*program, *map(str, arguments)], capture_output=True, text=True, check=False)
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -160,7 +156,7 @@ def trimode(*arguments: object) -> subprocess.CompletedProcess[str]:
 def test_a_refused_build_prints_one_line(
     wide_int4_checkpoint: Path, tmp_path: Path, arguments: tuple[str, ...], words: str
 ) -> None:
-    found = trimode("build", wide_int4_checkpoint, tmp_path / "out", "--target", "rtx", *arguments)
+    found = run_here("build", wide_int4_checkpoint, tmp_path / "out", "--target", "rtx", *arguments)
     assert found.returncode == 2
     assert words in found.stderr
     assert found.stderr.count("\n") == 1
@@ -177,7 +173,7 @@ def test_a_refused_build_prints_one_line(
     ],
 )
 def test_a_refused_audit_prints_one_line(engine: Path, arguments: tuple[str, ...], words: str) -> None:
-    found = trimode("audit", engine, *arguments)
+    found = run_here("audit", engine, *arguments)
     assert (found.returncode, found.stdout) == (2, "")
     assert words in found.stderr
     assert found.stderr.count("\n") == 1
@@ -192,26 +188,26 @@ def test_a_damaged_engine_is_named(engine: Path, tmp_path: Path, name: str, dama
     path.unlink()
     if damage != "missing":
         path.write_bytes(content[:-9] if damage == "truncated" else b"x" + content[1:])
-    found = trimode("audit", copy)
+    found = run_here("audit", copy)
     assert found.returncode == 2
     assert f"diffusion/{name}" in found.stderr
     assert found.stderr.count("\n") == 1
 
 
 def test_a_cpu_engine_has_no_kernels_to_audit(random_int4_engine: Path) -> None:
-    found = trimode("audit", random_int4_engine)
+    found = run_here("audit", random_int4_engine)
     assert found.returncode == 2
     assert "is for target cpu" in found.stderr
 
 
 def test_the_command_audits_as_json(engine: Path) -> None:
-    found = trimode("audit", engine, "--window", "512", "--json")
+    found = run_here("audit", engine, "--window", "512", "--json")
     assert json.loads(found.stdout)["passes"][0]["engine"] == "ar"
     assert found.stderr == ""
 
 
 def test_an_audit_without_flags_uses_what_the_plan_allows(engine: Path) -> None:
-    passes = json.loads(trimode("audit", engine, "--json").stdout)["passes"]
+    passes = json.loads(run_here("audit", engine, "--json").stdout)["passes"]
     assert {found["window"] for found in passes} == {512, 1024}
     assert {found["step"] for found in passes} == {1, 8, 32}
 
