@@ -1,6 +1,6 @@
 """Estimate of tensor parallelism on GPUs: the roofline of a rank's pass, and the time of its sums over a link.
 
-Nothing here was measured: no GPU target divides its network among ranks yet. The estimate decides whether it would pay.
+Nothing here was measured: ranks were not run on GPUs yet. The estimate decides whether they would pay.
 
 A rank moves its part of the weights and of the KV rows (:mod:`trimode.model.shards`), at the lower bound of
 :mod:`trimode.build.roofline`. It then waits for two sums in each layer, and once for the candidates of the head. They
@@ -16,7 +16,8 @@ The latency of a step is an assumption of each link. For few tokens it is nearly
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+
+from pydantic import BaseModel
 
 from trimode.build.roofline import (
     ADAPTER_RANK,
@@ -30,8 +31,11 @@ from trimode.build.roofline import (
     least_bytes,
     least_flops,
     pass_seconds,
+    stored_matrix_bytes,
     uniform_matrix_bytes,
 )
+from trimode.common.errors import TriModeError
+from trimode.engine.precision import Precision
 from trimode.model.config import ModelConfig
 from trimode.model.shards import Shard
 
@@ -63,7 +67,29 @@ LINKS: dict[str, Link] = {
 }
 
 
-class RankEstimate(NamedTuple):
+# The link that a GPU usually has to others of its kind.
+LINK_OF = {
+    "dgx-spark": "cx7",
+    "rtx-pro-6000": "pcie5",
+    "rtx-5090": "pcie5",
+    "rtx-4090": "pcie4",
+    "rtx-3090": "pcie4",
+    "a100-80gb": "nvlink3",
+    "h100": "nvlink4",
+    "b200": "nvlink5",
+    "gb200": "nvlink5",
+}
+
+
+def find_link(key: str | None, gpu: str) -> Link:
+    """key: None for the usual link of ``gpu``. Raises TriModeError that names the known links."""
+    key = key or LINK_OF[gpu]
+    if key not in LINKS:
+        raise TriModeError(f"link {key} is not known; known are {', '.join(LINKS)}")
+    return LINKS[key]
+
+
+class RankEstimate(BaseModel):
     """Of ``ranks`` GPUs. ar, cycle: seconds of an AR pass, and of a self-speculation cycle (a draft and its
     verification). *_speedup: against one GPU. sums: the share of an AR pass that is spent in sums.
     """
@@ -95,14 +121,21 @@ def exchange_seconds(config: ModelConfig, shape: PassShape, link: Link, ranks: i
     return 2 * config.num_hidden_layers * sum_seconds(link, ranks, size) + gathered
 
 
-def rank_seconds(gpu: GpuModel, config: ModelConfig, weights: WeightFormat, shape: PassShape, ranks: int) -> float:
+Weights = WeightFormat | Precision  # of a network of one format, or of an engine
+
+
+def rank_seconds(gpu: GpuModel, config: ModelConfig, weights: Weights, shape: PassShape, ranks: int) -> float:
     """A rank's part of a pass at the lower bound, without exchanges. Raises ValueError if the network cannot be divided
     among so many ranks.
     """
     if config.num_key_value_heads % ranks:
         raise ValueError(f"{config.num_key_value_heads} KV heads are not a multiple of {ranks} ranks")
     part = Shard(0, ranks).config(config)
-    moved = least_bytes(part, shape, uniform_matrix_bytes(part, weights))
+    if isinstance(weights, Precision):
+        matrices = stored_matrix_bytes(part, weights)
+    else:
+        matrices = uniform_matrix_bytes(part, weights)
+    moved = least_bytes(part, shape, matrices)
     return pass_seconds(gpu, moved, least_flops(part, shape))
 
 
@@ -110,7 +143,7 @@ def estimates(
     gpu: GpuModel,
     link: Link,
     config: ModelConfig,
-    weights: WeightFormat,
+    weights: Weights,
     *,
     window: int,
     batch: int = 1,
@@ -130,12 +163,12 @@ def estimates(
         first = found[0] if found else None
         found.append(
             RankEstimate(
-                ranks,
-                ar,
-                cycle,
-                first.ar / ar if first else 1.0,
-                first.cycle / cycle if first else 1.0,
-                exchange_seconds(config, one, link, ranks) / ar,
+                ranks=ranks,
+                ar=ar,
+                cycle=cycle,
+                ar_speedup=first.ar / ar if first else 1.0,
+                cycle_speedup=first.cycle / cycle if first else 1.0,
+                sums=exchange_seconds(config, one, link, ranks) / ar,
             )
         )
     return found

@@ -29,6 +29,7 @@ from trimode.cli.parameters import PATH, integers, json_option
     help="KV rows [default: 512,4096, as far as the plan allows].",
 )
 @click.option("--gpu", default="dgx-spark", show_default=True, help="GPU whose minimum times to compute.")
+@click.option("--link", help="Link between GPUs, such as nvlink4 or pcie5 [default: the usual one of --gpu].")
 @click.option("--acceptance", type=float, default=6.82, show_default=True, help="Tokens of a self-speculation cycle.")
 @click.option("--plot", type=PATH, help="Write the bytes of each kind of kernel to this PNG.")
 @json_option
@@ -38,6 +39,7 @@ def command(
     steps: tuple[int, ...] | None,
     windows: tuple[int, ...] | None,
     gpu: str,
+    link: str | None,
     acceptance: float,
     plot: Path | None,
     as_json: bool,
@@ -46,7 +48,7 @@ def command(
     with requires_extra("build"):
         from trimode.build.rtx.audit.report import audit_engine, print_report, write_plot
 
-    report = audit_engine(engine, batch=batch, steps=steps, windows=windows, gpu=gpu, acceptance=acceptance)
+    report = audit_engine(engine, batch=batch, steps=steps, windows=windows, gpu=gpu, acceptance=acceptance, link=link)
     if plot is not None:
         write_plot(report, plot)
     if as_json:

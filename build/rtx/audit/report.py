@@ -10,6 +10,7 @@ from rich.table import Table
 
 from trimode.build.roofline import find_gpu, pass_seconds, published_comparison
 from trimode.build.rtx.audit.counting import PassAudit, audit_pass, cycle_bytes_to_host, read_plans
+from trimode.build.scale_out import LINKS, RankEstimate, estimates, find_link
 
 BLOCK_LENGTH = 32
 DEFAULT_STEPS = (1, 8, 32)
@@ -30,14 +31,20 @@ class TimeBound(BaseModel):
 
 
 class AuditReport(BaseModel):
+    """ranks: of the engine. link: between its GPUs. of_ranks: estimates for other numbers of GPUs, by window, for the
+    sizes and the types of this engine's network."""
+
     engine: str
     gpu: str
+    ranks: int
+    link: str
     acceptance: float
     weights_shared: int
     weights_private: int
     cycle_bytes_to_host: int
     passes: list[PassAudit]
     bounds: list[TimeBound]
+    of_ranks: dict[int, list[RankEstimate]]
 
 
 def audit_engine(
@@ -48,14 +55,17 @@ def audit_engine(
     batch: int = 1,
     steps: tuple[int, ...] | None = None,
     windows: tuple[int, ...] | None = None,
+    link: str | None = None,
 ) -> AuditReport:
     """Audit both plans at every step and window.
 
     gpu: a key of :data:`trimode.build.roofline.GPUS`. acceptance: tokens per self-speculation cycle. steps,
     windows: None for :data:`DEFAULT_STEPS` and :data:`DEFAULT_WINDOWS`, each lowered to the plans' limits. Raises
-    TriModeError for a shape beyond these limits.
+    TriModeError for a shape beyond these limits. link: a key of
+    :data:`trimode.build.scale_out.LINKS`; None for the GPU's usual one.
     """
     card = find_gpu(gpu)
+    between = find_link(link, gpu)
     ar, diffusion = read_plans(folder)
     limits = ar.manifest.limits
     _, max_step = limits.largest_pass
@@ -77,7 +87,12 @@ def audit_engine(
             audit_pass(ar, 1, block, window),
             audit_pass(diffusion, 1, block, window),
         )
-        seconds = [pass_seconds(card, counted.bytes, counted.flops) for counted in (one, draft, verify)]
+        seconds = [
+            pass_seconds(card, counted.bytes, counted.flops)
+            + counted.exchanges * between.latency
+            + counted.link_bytes / between.bandwidth
+            for counted in (one, draft, verify)
+        ]
         bounds.append(
             TimeBound(
                 window=window,
@@ -98,12 +113,18 @@ def audit_engine(
     return AuditReport(
         engine=str(folder),
         gpu=card.key,
+        ranks=ar.manifest.ranks,
+        link=between.key,
         acceptance=acceptance,
         weights_shared=sum(splice.bytes for splice in ar.rtx.ar.splices),
         weights_private=sum(private),
         cycle_bytes_to_host=cycle_bytes_to_host(ar.manifest, BLOCK_LENGTH),
         passes=passes,
         bounds=bounds,
+        of_ranks={
+            window: estimates(card, between, ar.manifest.model, ar.manifest.precision, window=window)
+            for window in windows
+        },
     )
 
 
@@ -156,6 +177,7 @@ def print_report(report: AuditReport, console: Console) -> None:
     card = find_gpu(report.gpu).name
     console.print(f"minimum time on {card}: the plan's bytes at full bandwidth, {report.acceptance} tokens per cycle")
     console.print(bounds)
+    _print_ranks(report, console)
     console.print("the roofline against published speeds of the 8B checkpoint (arXiv 2607.05722), one request")
     published = _table("GPU", "weights", "mode", "published", "bound", "ratio", "model", "residual")
     for line in published_comparison():
@@ -170,6 +192,27 @@ def print_report(report: AuditReport, console: Console) -> None:
             f"{line.residual:+.1%}",
         )
     console.print(published)
+
+
+def _print_ranks(report: AuditReport, console: Console) -> None:
+    link = LINKS[report.link]
+    if report.ranks > 1:
+        one = report.passes[0]
+        console.print(
+            f"{report.ranks} ranks; the tables above are of one of them. It exchanges partial sums in {one.exchanges} "
+            f"kernels a pass, and receives {one.link_bytes / 1e3:.1f} kB in a step of {one.step}"
+        )
+    console.print(
+        f"this network on several GPUs, one request, {link.name}: estimates at the lower bound, with "
+        f"{1e6 * link.latency:.0f} microseconds (assumed) for an exchange; N replicas serve N times the requests"
+    )
+    table = _table("window", "GPUs", "AR ms", "cycle ms", "AR speed-up", "cycle speed-up", "exchanges of AR")
+    for window, rows in report.of_ranks.items():
+        for row in rows:
+            times = (f"{1e3 * row.ar:.2f}", f"{1e3 * row.cycle:.2f}")
+            gains = (f"{row.ar_speedup:.2f}", f"{row.cycle_speedup:.2f}", f"{row.sums:.0%}")
+            table.add_row(str(window), str(row.ranks), *times, *gains)
+    console.print(table)
 
 
 def _table(*columns: str) -> Table:

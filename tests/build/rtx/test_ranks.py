@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from io import StringIO
 from pathlib import Path
 
 import onnx
 import pytest
+from rich.console import Console
 
 from tests.build.rtx.test_engines import write_random_checkpoint
 from trimode.build.engine_builder import build_engine
 from trimode.build.rtx.audit.counting import audit_pass, kind_of, read_plans
+from trimode.build.rtx.audit.report import audit_engine, print_report
 from trimode.build.rtx.target import RtxTarget
+from trimode.build.scale_out import LINKS
 from trimode.common.errors import TriModeError
 from trimode.engine.manifest import Manifest
 from trimode.engine.targets.rtx import RtxSection
@@ -86,3 +90,18 @@ def test_plans_of_ranks_are_not_run(engine: Path) -> None:
 def test_each_rank_needs_two_kv_heads(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(TriModeError, match=r"has 8 KV heads; TensorRT-RTX's attention needs 2 on each of --tp 8 ranks"):
         build_engine(Checkpoint(checkpoint), tmp_path / "engine", target=RtxTarget(sms=(121,), tp=8))
+
+
+def test_the_report_has_the_time_of_exchanges_and_other_numbers_of_gpus(engine: Path) -> None:
+    slow, fast = (audit_engine(engine, gpu="h100", acceptance=6.82, link=link) for link in ("pcie5", "nvlink4"))
+    latency = LINKS["pcie5"].latency - LINKS["nvlink4"].latency
+    bytes_ = next(row.link_bytes for row in slow.passes if row.step == 1)
+    bandwidth = bytes_ / LINKS["pcie5"].bandwidth - bytes_ / LINKS["nvlink4"].bandwidth
+    assert slow.bounds[0].ar_ms - fast.bounds[0].ar_ms == pytest.approx(1e3 * (2 * LAYERS * latency + bandwidth))
+    assert [row.ranks for row in slow.of_ranks[512]] == [1, 2, 4, 8]
+    shown = StringIO()
+    print_report(fast, Console(file=shown, width=200))
+    assert f"{RANKS} ranks; the tables above are of one of them" in shown.getvalue()
+    assert "this network on several GPUs, one request, NVLink 4" in shown.getvalue()
+    with pytest.raises(TriModeError, match="link infiniband is not known; known are nvlink5"):
+        audit_engine(engine, gpu="h100", acceptance=6.82, link="infiniband")

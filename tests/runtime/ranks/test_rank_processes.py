@@ -11,10 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import psutil
 import pytest
 
+from scripts.serving.server_process import KEY, serving
 from tests.support.executor_texts import conversations
 from tests.support.patience import HANG_SECONDS
 from tests.support.random_checkpoint import write_random_checkpoint
@@ -190,3 +192,16 @@ def test_ranks_end_with_the_process_that_started_them(engine: Path) -> None:
 def test_an_error_of_a_rank_while_loading_is_one_line(engine: Path) -> None:
     with pytest.raises(TriModeError, match=r"kv_cache_bytes is .* raise it"):
         LLM(engine, threads=2, verify=False, kv_cache_bytes=64)
+
+
+def test_a_server_whose_rank_dies_exits(engine: Path) -> None:
+    """Its requests get an error, and its exit code is 1, so that a supervisor starts it again."""
+    with serving(engine, "--threads", "2") as served:
+        ranks = [child.pid for child in psutil.Process(served.process.pid).children()]
+        body = {"model": "tiny", "prompt": "7 + 8", "max_tokens": 4}
+        headers = {"authorization": f"Bearer {KEY}"}
+        assert httpx.post(f"{served.url}/v1/completions", json=body, headers=headers, timeout=60).status_code == 200
+        os.kill(ranks[1], signal.SIGKILL)
+        assert served.process.wait(SECONDS) == 1
+        wait_until_gone(ranks)
+    assert any("rank 1 of 2 has ended (signal 9, SIGKILL)" in line for line in served.log)
