@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from scripts.prove.quantization import MODES, score
+from scripts.tiny.weak_drafter import write_weak_drafter
 from trimode import LLM, CompletionOutput, SamplingParams
 from trimode.build.engine_builder import build_engine
 from trimode.build.rtx.audit.counting import audit_pass, read_plans
@@ -110,6 +111,28 @@ def test_the_adapter_raises_acceptance(llm: LLM, prompts: list[list[int]], specu
     assert tokens(speculated) == tokens(without)
     cycles = [sum(answer.counts.cycles for answer in many) for many in (speculated, without)]
     assert 1.1 * cycles[0] < cycles[1]
+
+
+def test_a_weak_drafter_accepts_what_the_published_8b_does_and_trees_help_it(
+    tiny_engine: Path, heldout: list[dict], tmp_path: Path
+) -> None:
+    """Texts are those of the shipped checkpoint, whatever is drafted."""
+    write_weak_drafter(tmp_path / "weak")
+    quantize_checkpoint(Checkpoint(tmp_path / "weak"), tmp_path / "w4a16", method="rtn", group=64)
+    build_engine(Checkpoint(tmp_path / "w4a16"), tmp_path / "engine")
+    few = heldout[::24]
+    with LLM(tiny_engine, measure_passes=False) as shipped:
+        prompts = encoded(shipped, few)
+        expected = answers(shipped, prompts, mode="ar")
+    with LLM(tmp_path / "engine", measure_passes=False) as weak:
+        rates = []
+        for options in ({}, {"tree_width": 32}):
+            found = answers(weak, prompts, mode="linear_spec", **{"block_length": 32} | options)
+            assert [answer.token_ids for answer in found] == [answer.token_ids for answer in expected]
+            rates.append(sum(len(each.token_ids) - 1 for each in found) / sum(each.counts.cycles for each in found))
+    block, tree = rates
+    assert 5 < block - 1 < 7
+    assert tree > 1.1 * block
 
 
 def test_answers_are_mostly_right(speculated: list[CompletionOutput], heldout: list[dict]) -> None:

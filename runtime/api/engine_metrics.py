@@ -41,6 +41,7 @@ class _EngineCollector(Collector):
             "trimode_tokens_cached", "Prompt tokens whose KV rows were reused.", stats.counts.cached_tokens
         )
         yield CounterMetricFamily("trimode_cycles", "Finished blocks.", stats.counts.cycles)
+        yield CounterMetricFamily("trimode_trees", "Cycles with drafts verified as trees.", stats.counts.trees)
         yield CounterMetricFamily("trimode_lookups", "Cycles with copied drafts.", stats.counts.lookups)
         passes = CounterMetricFamily("trimode_passes", "Passes that answers took part in.", labels=["kind"])
         for kind in ("prefill", "draft", "denoise", "commit"):

@@ -17,10 +17,10 @@ LONGEST_BLOCK = 32  # longest block that auto chooses; later places are assumed 
 
 FIRST_GUESS = 0.8  # of the diffusion draft's rates
 # Of trees of 1, 2, 4, ... nodes.
-_FIRST_TREE_GAINS = [(1 << exponent) / LONGEST_BLOCK for exponent in range(LONGEST_BLOCK.bit_length())]
+_FIRST_TREE_GAINS = [(1 << exponent) / 16 for exponent in range(LONGEST_BLOCK.bit_length())]
 _OWN_WEIGHT = 0.1  # weight of a cycle in the sequence's own averages
-_OWN_TREE_WEIGHT, _SHARED_TREE_WEIGHT = 0.05, 0.02  # of a cycle in the tree gains
-_LIKE_BEFORE = 4.0  # cycles that the rate of the place before counts as
+_OWN_TREE_WEIGHT = 0.05  # of a cycle in the sequence's own tree gains
+_LIKE_BEFORE = 4.0  # cycles that the rate of the place before counts as, and the first guess of a tree gain
 _MOST_CYCLES = 50.0  # that count in the averages over all sequences; older ones are forgotten
 _FIRST_END_RATE = 0.01
 _FIRST_TOKENS, _MOST_TOKENS = 100.0, 500.0  # that count in the end rate: before anything is seen, and at most
@@ -33,17 +33,17 @@ _TREE_FORGETTING = 0.0005
 class SharedAcceptance:
     """Averages over all sequences, from which new ones start. first_guess: of the rates, before anything is known.
 
-    end_rate: probability that a token is the last of its text. tree_gains: as those of
-    :class:`Acceptance`.
+    end_rate: probability that a token is the last of its text.
     """
 
     def __init__(self, first_guess: float = FIRST_GUESS) -> None:
         self.end_rate = _FIRST_END_RATE
-        self.tree_gains = _FIRST_TREE_GAINS.copy()
         self._first_guess = first_guess
         self._means = [0.0] * (LONGEST_BLOCK - 1)
         self._cycles = [0.0] * (LONGEST_BLOCK - 1)  # that each mean is of
         self._tokens = _FIRST_TOKENS
+        self._tree_means = [0.0] * len(_FIRST_TREE_GAINS)
+        self._tree_cycles = [0.0] * len(_FIRST_TREE_GAINS)
 
     @property
     def rates(self) -> list[float]:
@@ -53,6 +53,21 @@ class SharedAcceptance:
             before = (cycles * mean + _LIKE_BEFORE * before) / (cycles + _LIKE_BEFORE)
             rates.append(before)
         return rates
+
+    @property
+    def tree_gains(self) -> list[float]:
+        """As :attr:`Acceptance.tree_gains`."""
+        known = zip(self._tree_means, self._tree_cycles, _FIRST_TREE_GAINS, strict=True)
+        return [(cycles * mean + _LIKE_BEFORE * first) / (cycles + _LIKE_BEFORE) for mean, cycles, first in known]
+
+    def observe_tree(self, at: int, gained: float) -> None:
+        """Count a cycle in which a tree was verified, by the exponent of its width."""
+        self._tree_cycles[at] = min(self._tree_cycles[at] + 1, _MOST_CYCLES)
+        self._tree_means[at] += (gained - self._tree_means[at]) / self._tree_cycles[at]
+
+    def forget_trees(self) -> None:
+        """Decay after a cycle with a draft."""
+        self._tree_cycles = [(1 - _TREE_FORGETTING) * cycles for cycles in self._tree_cycles]
 
     def observe(self, accepted: int, tested: int, ended: bool) -> None:
         """Count one commit, as :meth:`Acceptance.observe`."""
@@ -93,7 +108,7 @@ class Acceptance:
 
     @cached_property
     def tree_gains(self) -> list[float]:
-        return self._start.tree_gains.copy()
+        return self._start.tree_gains
 
     def observe(self, accepted: int, tested: int, ended: bool) -> None:
         """Count one commit. accepted: drafts accepted. tested: one more if the next draft was rejected; the same if the
@@ -115,13 +130,14 @@ class Acceptance:
         at = min(width.bit_length(), len(_FIRST_TREE_GAINS)) - 1
         self.tree_gains[at] += _OWN_TREE_WEIGHT * (gained - self.tree_gains[at])
         if self._shared is not None:
-            self._shared.tree_gains[at] += _SHARED_TREE_WEIGHT * (gained - self._shared.tree_gains[at])
+            self._shared.observe_tree(at, gained)
 
     def forget_trees(self) -> None:
         """Decay after a cycle with a draft, towards the first guess."""
-        for gains in (self.tree_gains,) if self._shared is None else (self.tree_gains, self._shared.tree_gains):
-            for at, first in enumerate(_FIRST_TREE_GAINS):
-                gains[at] += _TREE_FORGETTING * (first - gains[at])
+        known = zip(self.tree_gains, _FIRST_TREE_GAINS, strict=True)
+        self.tree_gains = [gain + _TREE_FORGETTING * (first - gain) for gain, first in known]
+        if self._shared is not None:
+            self._shared.forget_trees()
 
     def forget(self) -> None:
         """Decay after a cycle without drafts, towards the averages over all sequences, and those to the first guess."""

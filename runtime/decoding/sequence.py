@@ -513,6 +513,7 @@ class Sequence:
             self._lookup.observe(self.emitted[before + len(self._forced_next()) :], ended)
         self.rejected = rest if tested > agreed else []
         self.counts.cycles += 1
+        self.counts.trees += tree is not None
         self.counts.drafted += drafted
         self.counts.accepted += agreed - forced
         if self._looked_up:

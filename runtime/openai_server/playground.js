@@ -199,13 +199,14 @@ class Answer {
   }
 
   // The first token comes from the prefill and starts the clock.
-  figures({ draft, denoise, commit, drafted, accepted }) {
+  figures({ draft, denoise, commit, cycles, drafted, accepted, trees, lookups }) {
     const seconds = (performance.now() - this.first) / 1000;
     const passes = draft + denoise + commit;
     const after = this.tokens - 1;
     return {
       speed: seconds > 0 && after > 0 ? (after / seconds).toFixed(0) : "–",
       forward: passes > 0 ? (after / passes).toFixed(2) : "–",
+      cycles: `${cycles}: ${trees}, ${lookups}`,
       acceptance: drafted > 0 ? `${((100 * accepted) / drafted).toFixed(0)} %` : "–",
     };
   }

@@ -46,6 +46,7 @@ class PassCounts(ResponseBody):
     cycles: int
     drafted: int
     accepted: int
+    trees: int
     lookups: int
     copied: int
     accepted_copies: int

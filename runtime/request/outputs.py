@@ -44,8 +44,9 @@ class Counts:
 
     prefill, draft, denoise, commit: passes of each kind; every chunk of a prefill counts. cycles: blocks finished, by a
     commit or, in diffusion, by an end token. drafted, accepted: tokens proposed by drafts, and those of them that were
-    emitted. lookups: cycles whose drafts were copied instead of drafted by a pass; copied, accepted_copies: their part
-    of drafted and accepted. cached_tokens: prompt tokens whose KV rows were reused.
+    emitted. trees: cycles whose drafts were verified as a tree. lookups: cycles whose drafts were copied instead of
+    drafted by a pass; copied, accepted_copies: their part of drafted and accepted. cached_tokens: prompt tokens whose
+    KV rows were reused.
     """
 
     prefill: int = 0
@@ -55,6 +56,7 @@ class Counts:
     cycles: int = 0
     drafted: int = 0
     accepted: int = 0
+    trees: int = 0
     lookups: int = 0
     copied: int = 0
     accepted_copies: int = 0

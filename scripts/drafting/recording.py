@@ -18,7 +18,7 @@ from trimode.runtime.decoding.sequence import TREE_RANKS
 from trimode.runtime.executor import BidirectionalStep, CausalStep, Executor, Ints
 from trimode.runtime.loading import load_engine
 
-BLOCKS = (2, 4, 8, 16, 32)
+BLOCKS = (4, 8, 16, 32)  # a shorter block counts as the beginning of the next longer one
 GROUP = 8  # texts that are drafted in one pass
 MAX_TOKENS = 200
 
@@ -75,6 +75,33 @@ def record(
         pairs = [(encoded[index], answers[index]) for index in group]
         texts |= zip(group, recorder.drafts_of(pairs), strict=True)
     return [texts[index] for index in range(len(encoded))]
+
+
+def write(texts: Sequence[Text], path: Path) -> None:
+    """Keep texts in one file."""
+    arrays: dict[str, NDArray[Any]] = {}
+    for index, text in enumerate(texts):
+        arrays |= {f"{index} prompt": text.prompt, f"{index} answer": text.answer}
+        for block, drafts in text.drafts.items():
+            arrays[f"{index} tokens {block}"] = drafts.tokens.astype(np.int32)
+            arrays[f"{index} log_probs {block}"] = drafts.log_probs.astype(np.float16)
+    np.savez_compressed(path, **arrays)  # type: ignore[arg-type]
+
+
+def read(path: Path) -> list[Text]:
+    """The texts that :func:`write` has kept."""
+    with np.load(path) as arrays:
+        return [
+            Text(
+                arrays[f"{index} prompt"],
+                arrays[f"{index} answer"],
+                {
+                    block: Drafts(arrays[f"{index} tokens {block}"], arrays[f"{index} log_probs {block}"].astype("f4"))
+                    for block in BLOCKS
+                },
+            )
+            for index in range(len([name for name in arrays.files if name.endswith("prompt")]))
+        ]
 
 
 class _Recorder:

@@ -1,13 +1,11 @@
 """Replay recorded texts through the real scheduler, with the seconds of a cost table in place of an engine's.
 
 The scheduler, its sequences and the choices of ``auto`` are the runtime's own. Only the passes are replaced: they
-return recorded candidates and advance a virtual clock. The clock also counts the processor time of the code outside
-the passes, as measured on this machine, so a choice pays for the time that it takes.
+return recorded candidates and advance a virtual clock. The host's time is constants, so that a replay can be repeated.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -20,11 +18,12 @@ from trimode import SamplingParams
 from trimode.runtime.decoding.acceptance import LONGEST_BLOCK, Acceptance, SharedAcceptance
 from trimode.runtime.decoding.ending import Ending
 from trimode.runtime.decoding.lookup import Lookup, SharedLookupAcceptance
-from trimode.runtime.decoding.sequence import TREE_RANKS
+from trimode.runtime.decoding.sequence import TREE_RANKS, Pass
 from trimode.runtime.decoding.sequence import Sequence as Answer
 from trimode.runtime.executor import BidirectionalStep, Candidates, CausalStep
 from trimode.runtime.kv.host_kv_pool import KvPool
 from trimode.runtime.request.outputs import Cycle, Update
+from trimode.runtime.scheduling.auto_block import TREE_SECONDS
 from trimode.runtime.scheduling.pass_cost import PassCost
 from trimode.runtime.scheduling.running_request import Request
 from trimode.runtime.scheduling.scheduler import Scheduler
@@ -34,23 +33,19 @@ MASK = -1  # no recorded text has it
 WRONG = -2
 
 
-class VirtualClock:
-    """Seconds of all passes, and of the code outside them. host: whether the latter count."""
+# Seconds of the host, of a scheduler step and of each of its sequences, as measured by scripts/prove/runtime.py
+# (docs/results.md, "time outside the engines"). A tree takes TREE_SECONDS more.
+STEP_SECONDS, SEQUENCE_SECONDS = 8e-5, 5e-5
 
-    def __init__(self, host: bool) -> None:
-        self.passes = 0.0
-        self._host = host
-        self._replaying = 0.0
-        self._began = time.perf_counter()
+
+class VirtualClock:
+    """Seconds of all passes, and of the host outside them."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
 
     def __call__(self) -> float:
-        outside = time.perf_counter() - self._began - self._replaying
-        return self.passes + (outside if self._host else 0.0)
-
-    def replayed(self, began: float, seconds: float) -> None:
-        """A replayed pass, which began at this processor time, stands for so many seconds."""
-        self.passes += seconds
-        self._replaying += time.perf_counter() - began
+        return self.seconds
 
 
 class ReplayingExecutor:
@@ -67,7 +62,6 @@ class ReplayingExecutor:
         self._clock = clock
 
     def run(self, step: CausalStep | BidirectionalStep) -> Candidates:
-        began = time.perf_counter()
         self.pool.reserve(step.rows_written)
         numbers = self.pool.buffers[0][:, 0, :, 0]
         batch, rows = step.logit_rows.shape
@@ -92,7 +86,7 @@ class ReplayingExecutor:
             else:
                 self._draft(number, step, index, tokens[index], logits[index])
         engine = "ar" if causal else "diffusion"
-        self._clock.replayed(began, self._table.seconds(engine, batch, step.input_ids.shape[1]))
+        self._clock.seconds += self._table.seconds(engine, batch, step.input_ids.shape[1])
         return Candidates(logits, tokens, np.zeros((batch, rows), np.float32))
 
     def _draft(self, number: int, step: BidirectionalStep, index: int, tokens: Any, logits: Any) -> None:
@@ -103,8 +97,20 @@ class ReplayingExecutor:
         if length < 2 or not 0 <= place < len(text.answer):
             return
         places = np.minimum(step.logit_rows[index], block - 1) - 1
+        self._clock.seconds += TREE_SECONDS * (ranks > 1)
         tokens[:] = drafts.tokens[place, places, :ranks]
         logits[:] = drafts.log_probs[place, places, :ranks]
+
+
+class ConfidentAnswer(Answer):
+    """An answer whose commits verify a draft only as far as the product of its probabilities is at least ``least``."""
+
+    least = 0.0
+
+    def _draft(self, done: Pass, found: Candidates) -> None:
+        super()._draft(done, found)
+        likely = np.exp(found.logits[:, 0] - found.log_sum_exp).cumprod()
+        self._block = self._block[: 1 + max(1, int((likely >= self.least).sum()))]
 
 
 class Replayed(NamedTuple):
@@ -126,9 +132,9 @@ class Replayed(NamedTuple):
 class Replay:
     """A scheduler that answers ``load`` recorded prompts at once. What it learns stays from one run to the next."""
 
-    def __init__(self, texts: Sequence[Text], table: CostTable, load: int, host: bool = True) -> None:
+    def __init__(self, texts: Sequence[Text], table: CostTable, load: int) -> None:
         self._texts = texts
-        self._clock = VirtualClock(host)
+        self._clock = VirtualClock()
         self._executor = ReplayingExecutor(texts, table, self._clock)
         self.cost = PassCost(load, max(LONGEST_BLOCK, 64))
         self.cost.measure(table.seconds, seconds=1e9)
@@ -145,17 +151,21 @@ class Replay:
         self._lookup = SharedLookupAcceptance()
 
     def run(self, numbers: Sequence[int], options: dict[str, Any]) -> Replayed:
-        """Answer these texts in this order. options: of :class:`SamplingParams`."""
+        """Answer these texts in this order. options: of :class:`SamplingParams`, and ``verified_until``, the least
+        product of a verified draft's probabilities.
+        """
         finished: dict[int, list[Cycle]] = {}
         for order, number in enumerate(numbers):
             self._submit(self._texts[number], options, order, finished)
         began, tokens = self._clock(), sum(len(self._texts[number].answer) - 1 for number in numbers)
         while self.scheduler.busy:
+            self._clock.seconds += STEP_SECONDS + SEQUENCE_SECONDS * self.scheduler.stats().running
             self.scheduler.step()
         return Replayed(self._clock() - began, tokens, [finished[order] for order in range(len(numbers))])
 
     def _submit(self, text: Text, options: dict[str, Any], order: int, finished: dict[int, list[Cycle]]) -> None:
-        params = SamplingParams(max_tokens=MAX_TOKENS, **options)
+        least = options.get("verified_until", 0.0)
+        params = SamplingParams(max_tokens=MAX_TOKENS, **{k: v for k, v in options.items() if k != "verified_until"})
         cycles: list[Cycle] = []
 
         def receive(update: Update) -> None:
@@ -166,7 +176,7 @@ class Replay:
                 finished[order] = cycles
 
         prompt = text.prompt.tolist()
-        answer = Answer(
+        answer = (ConfidentAnswer if least else Answer)(
             prompt,
             params,
             Ending(params, frozenset({int(text.answer[-1])})),
@@ -177,5 +187,7 @@ class Replay:
             seed=0,
             lookup=Lookup(prompt, self._lookup.of_new_answer()) if params.lookup else None,
         )
+        if isinstance(answer, ConfidentAnswer):
+            answer.least = least
         stream: Any = NoText()
         self.scheduler.waiting.append(Request(answer, stream, receive, request_id=order, index=0, update_seconds=None))

@@ -54,13 +54,15 @@ MODES: tuple[dict[str, Any], ...] = (
 )
 
 
-# How self-speculation may draft beside a chain of one draft pass.
+# How self-speculation may draft beside a chain of one draft pass, in linear_spec unless it is said.
 DRAFTING: tuple[dict[str, Any], ...] = (
     {"block_length": 16, "tree_width": 8},
     {"block_length": 16, "tree_width": 32},
     {"block_length": 32, "tree_width": 64, "adapter": False},
     {"block_length": 16, "lookup": True},
     {"block_length": 16, "tree_width": 24, "lookup": True, "adapter": False},
+    {"mode": "auto"},
+    {"mode": "auto", "lookup": True},
 )
 # Trees for the draws: wider than the block is long, as wide, and with long paths.
 TREES: tuple[dict[str, Any], ...] = (
@@ -188,7 +190,7 @@ def drafting_rows(engine: Path, checkpoint: Path | None) -> list[ProofRow]:
         for sampling in ({}, {"temperature": 1.0, "seed": 1}):
             expected = answers(mode="ar", **sampling)
             for drafting in DRAFTING:
-                found = answers(mode="linear_spec", **drafting, **sampling)
+                found = answers(**{"mode": "linear_spec"} | drafting, **sampling)
                 names = ", ".join(f"{key} {value}" for key, value in (drafting | sampling).items())
                 cycles = sum(output.counts.cycles for output in found)
                 lookups = sum(output.counts.lookups for output in found)
