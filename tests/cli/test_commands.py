@@ -18,6 +18,7 @@ from pathlib import Path
 import click
 import pytest
 
+from tests.support.command import run_here
 from tests.support.patience import HANG_SECONDS
 from trimode import LLM, __version__
 from trimode.cli.commands import SUMMARIES, commands
@@ -48,8 +49,8 @@ def trimode(*arguments: object, stdin: bytes = b"") -> subprocess.CompletedProce
     return subprocess.run(command, input=stdin, capture_output=True, check=False)
 
 
-def one_line_error(result: subprocess.CompletedProcess[bytes]) -> str:
-    text = result.stderr.decode()
+def one_line_error(result: subprocess.CompletedProcess[bytes] | subprocess.CompletedProcess[str]) -> str:
+    text = result.stderr if isinstance(result.stderr, str) else result.stderr.decode()
     assert result.returncode == 2, text
     assert text.startswith("trimode: ")
     assert text.count("\n") == 1
@@ -111,9 +112,9 @@ BAD_GENERATE = {
 @pytest.mark.parametrize("case", BAD_GENERATE)
 def test_bad_requests_are_one_line_and_exit_code_2(random_engine: Path, case: str) -> None:
     arguments, message = BAD_GENERATE[case]
-    result = trimode("generate", random_engine, *arguments)
+    result = run_here("generate", random_engine, *arguments)
     assert message in one_line_error(result)
-    assert result.stdout == b""
+    assert result.stdout == ""
 
 
 def test_bad_stdin(random_engine: Path) -> None:
@@ -122,21 +123,21 @@ def test_bad_stdin(random_engine: Path) -> None:
 
 
 def test_bad_folders(tmp_path: Path, random_checkpoint: Path) -> None:
-    assert "is not an engine directory" in one_line_error(trimode("info", tmp_path))
-    assert "is not a folder" in one_line_error(trimode("build", tmp_path / "none", tmp_path / "out"))
-    assert "is not a folder" in one_line_error(trimode("quantize", tmp_path / "none", tmp_path / "out"))
-    assert "config.json is missing" in one_line_error(trimode("build", tmp_path, tmp_path / "out"))
-    occupied = one_line_error(trimode("quantize", random_checkpoint, random_checkpoint, "--method", "rtn"))
+    assert "is not an engine directory" in one_line_error(run_here("info", tmp_path))
+    assert "is not a folder" in one_line_error(run_here("build", tmp_path / "none", tmp_path / "out"))
+    assert "is not a folder" in one_line_error(run_here("quantize", tmp_path / "none", tmp_path / "out"))
+    assert "config.json is missing" in one_line_error(run_here("build", tmp_path, tmp_path / "out"))
+    occupied = one_line_error(run_here("quantize", random_checkpoint, random_checkpoint, "--method", "rtn"))
     assert "exists already" in occupied
     assert sorted(path.name for path in tmp_path.iterdir()) == []
 
 
 def test_quantize_build_and_info_print_json(random_checkpoint: Path, tmp_path: Path) -> None:
-    quantized = trimode("quantize", random_checkpoint, tmp_path / "w4", "--method", "rtn", "--json")
+    quantized = run_here("quantize", random_checkpoint, tmp_path / "w4", "--method", "rtn", "--json")
     assert json.loads(quantized.stdout)["method"] == "rtn"
-    built = json.loads(trimode("build", tmp_path / "w4", tmp_path / "engine", "--json").stdout)
-    assert built == json.loads(trimode("info", tmp_path / "engine", "--json").stdout)
-    assert "int4 in groups of 128" in trimode("info", tmp_path / "engine").stdout.decode()
+    built = json.loads(run_here("build", tmp_path / "w4", tmp_path / "engine", "--json").stdout)
+    assert built == json.loads(run_here("info", tmp_path / "engine", "--json").stdout)
+    assert "int4 in groups of 128" in run_here("info", tmp_path / "engine").stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["engine", "w4"]
 
 
@@ -248,7 +249,7 @@ def test_help_of_each_command(name: str) -> None:
     ],
 )
 def test_a_usage_error_names_the_help(arguments: list[str], command: str) -> None:
-    assert re.search(rf"[^.?][.?] Try '{command} --help'\.\n$", one_line_error(trimode(*arguments)))
+    assert re.search(rf"[^.?][.?] Try '{command} --help'\.\n$", one_line_error(run_here(*arguments)))
 
 
 def test_a_missing_package_names_its_extra(tmp_path: Path) -> None:
