@@ -97,6 +97,17 @@ def test_replayed_tokens_take_one_pass_a_token_in_ar_and_one_a_block_in_speculat
         assert (found.counts.commit, found.counts.draft, found.counts.drafted) == (passes, 0, 0)
 
 
+@pytest.mark.parametrize("options", [{"mode": "ar"}, {"mode": "linear_spec"}, {"mode": "auto", **SAMPLED}], ids=str)
+def test_begun_tokens_stay_where_the_model_would_have_chosen_others(llm: LLM, options: dict[str, Any]) -> None:
+    """As after a move to a machine that rounds differently."""
+    begun = llm.tokenizer.encode("Ones: 1x1=7, carry 8.", add_special_tokens=False)
+    prompt = llm.tokenizer.encode(PROMPT, add_special_tokens=False)
+    params = SamplingParams(max_tokens=len(begun) + 12, ignore_eos=True, **options)
+    found = llm.generate(_cut(prompt, begun, len(begun)), params).outputs[0]
+    assert found.token_ids[: len(begun)] == begun
+    assert found.length == len(begun) + 12
+
+
 def test_what_cannot_be_continued_is_refused(llm: LLM) -> None:
     record = {"prompt_token_ids": [1, 2], "answer_token_ids": [3, 4]}
     with pytest.raises(TriModeError, match="answer_token_ids has 2 tokens and max_tokens"):

@@ -160,8 +160,10 @@ def test_abort_and_a_closed_stream_free_the_slot(rig: Rig) -> None:
         context = Context("to abort")
         stream = rig.workers[0].generate(request_of(rig.prompt, max_tokens=1500, ignore_eos=True), context)
         await anext(stream)
+        answer = rig.workers[0]._answers[context.id()]
         await end(stream, context)
         await stream.aclose()
+        assert answer._requests[0].aborted
 
     async def abort(stream: Any, context: Context) -> None:
         await rig.workers[0].abort(context)
