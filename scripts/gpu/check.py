@@ -86,8 +86,9 @@ def emit(folder: Path, sm: int, prompts: int, largest: int) -> None:
     """Write all that ``run`` needs. sm: compute capability, 90 for 9.0. prompts: of the comparison with target cpu.
     largest: MiB of all of it.
     """
-    from scripts.gpu.engine_emission import emit_engines, held_out, refuse_large, write_packages
-    from scripts.gpu.kernel_tests import emit_test_kernels
+    from scripts.gpu.engine_emission import emit_engines, held_out, refuse_large, remove_ptx, write_packages
+    from scripts.gpu.kernel_tests import KERNELS, emit_test_kernels
+    from scripts.gpu.random_weights import TIMED
     from trimode.build.kernel_emission import NeededKernel, kernels_of, write_kernels
     from trimode.common.progress import no_progress
     from trimode.engine.kernel_library import library_folder
@@ -102,6 +103,10 @@ def emit(folder: Path, sm: int, prompts: int, largest: int) -> None:
     print(f"{len(needed)} kernels in {target}", flush=True)
     print(f"{emit_test_kernels(folder, sm)} kernels of the kernel tests", flush=True)
     emit_engines(folder, sm, held_out(prompts))
+    remove_ptx(target, PTX_OPERATORS)
+    # The tiny engines' files are checked when they are loaded.
+    for unchecked in (folder / KERNELS, folder / "engines" / TIMED):
+        remove_ptx(unchecked)
     write_packages(folder / "site")
     refuse_large(folder, largest)
 
@@ -246,7 +251,7 @@ def main() -> int:
         dry="every part with small sizes",
     )
     of_emit.add_argument("--prompts", type=int, default=200, help="prompts of the comparison with target cpu")
-    of_emit.add_argument("--most-mib", type=int, default=64, help="largest size of the folder")
+    of_emit.add_argument("--most-mib", type=int, default=54, help="largest size of the folder")
     of_run.add_argument("--parts", type=_parts, default=list(PARTS), help=f"some of {', '.join((*GROUPS, *PARTS))}")
     of_part = commands.add_parser("part", help="one part, in this process")
     of_part.add_argument("part")

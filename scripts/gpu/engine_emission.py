@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
@@ -189,6 +189,13 @@ def write_packages(folder: Path) -> None:
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-compile", "--no-deps", *wheels]
     pinned = [f"{name}=={version(name)}" for name in sorted(required(ADDED) - {"numpy"})]
     subprocess.run([*command, "--target", folder, *pinned], check=True)
+
+
+def remove_ptx(folder: Path, kept: Collection[str] = ()) -> None:
+    """Of kernels that are only loaded from their binaries, except those of the operators ``kept``."""
+    for path in folder.rglob("*.ptx"):
+        if path.name.partition(".")[0] not in kept:
+            path.unlink()
 
 
 def refuse_large(folder: Path, limit: int) -> None:

@@ -19,9 +19,11 @@ MODES: list[dict[str, Any]] = [
     {"mode": "linear_spec", "block_length": 8, "max_tokens": 8},
     {"mode": "diffusion", "block_length": 4, "max_tokens": 4},
     {"mode": "auto", "block_length": 8, "max_tokens": 4},
+    {"mode": "linear_spec", "block_length": 4, "tree_width": 8, "max_tokens": 4},
 ]
 PROMPT = [{"role": "user", "content": "What is 60% of 440?"}]
 OTHER = [{"role": "user", "content": "What is 7 + 8?"}]
+PROMPTS = [PROMPT, OTHER, PROMPT, PROMPT, PROMPT]
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +41,10 @@ def equal_pass_costs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def tokens(engine: Path) -> list[list[int]]:
-    """Of a request in each mode, two at a time. The later ones reuse the KV rows of the first one's prompt."""
+    """Of a request in each mode, and of one with a tree, two at a time. The later ones reuse the KV rows of the first one's prompt."""
     params = [SamplingParams(**options) for options in MODES]
     with LLM(engine, max_batch_size=2, verify=False, measure_passes=False) as llm:
-        return [output.outputs[0].token_ids for output in llm.generate([PROMPT, OTHER, PROMPT, PROMPT], params)]
+        return [output.outputs[0].token_ids for output in llm.generate(PROMPTS, params)]
 
 
 def test_tokens_in_every_mode(tiny: Engines, gpu: Gpu) -> None:

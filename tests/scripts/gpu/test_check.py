@@ -16,7 +16,7 @@ from packaging.utils import canonicalize_name
 
 from scripts.gpu import check, part_runner
 from scripts.gpu.check import DEVICE_PART, GROUPS, KERNEL_PARTS, LIMITS, PARTS, run_part, used_nodes
-from scripts.gpu.engine_emission import ADDED, PRESENT, refuse_large, required
+from scripts.gpu.engine_emission import ADDED, PRESENT, refuse_large, remove_ptx, required
 from scripts.gpu.kernel_launch import KernelLaunch
 from scripts.gpu.token_check import Answer, comparison
 from tests.plugins.conftest import KERNEL_TESTS
@@ -109,6 +109,15 @@ def test_parts_are_named_alone_or_by_their_group() -> None:
     assert check._parts("attention,engines,8b") == ["attention", *GROUPS["engines"]]
     with pytest.raises(SystemExit, match=r"no part atention; there are engines, kernels, tiny-fp32, "):
         check._parts("atention")
+
+
+def test_ptx_is_removed_but_for_some_operators(tmp_path: Path) -> None:
+    for name in ("MergeSplits.GROUP4.1.ptx", "MergeSplits.GROUP4.1.cubin", "KvWrite.GROUP4.1.ptx", "kernels.json"):
+        (tmp_path / name).touch()
+    remove_ptx(tmp_path, check.PTX_OPERATORS)
+    assert {path.suffix for path in tmp_path.iterdir()} == {".ptx", ".cubin", ".json"}
+    remove_ptx(tmp_path)
+    assert {path.suffix for path in tmp_path.iterdir()} == {".cubin", ".json"}
 
 
 def test_what_is_emitted_has_a_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
