@@ -47,6 +47,8 @@ TOLERANCE = 1e-2
 CACHE_BYTES = 160 << 20
 Part = Literal["kv write", "attention", "products", "qkv products", "same bits"]
 PARTS: tuple[Part, ...] = get_args(Part)
+# Of the engines' graphs.
+PATTERNS: tuple[Pattern, ...] = ("bidirectional", "masked")
 
 
 class Host(Protocol):
@@ -135,8 +137,9 @@ def used_nodes(sizes: CheckSizes) -> Iterator[tuple[Operator, Node]]:
     """Every operator of a run, with the sizes that its kernel is compiled for."""
     fixed = {**sizes.attention, "batch": 1, "step": 1}
     yield KvWrite(), KvWrite.node(capacity=1, **fixed)
-    for pattern in get_args(Pattern):
-        yield Attend(pattern), Attend(pattern).node(capacity=1, splits=sizes.splits, **fixed)
+    for pattern in PATTERNS:
+        for operator in (Attend(pattern, merge=True), Attend(pattern)):
+            yield operator, operator.node(capacity=1, splits=sizes.splits, **fixed)
     yield MergeSplits(), MergeSplits.node(splits=sizes.splits, **fixed)
     for product in sizes.products.values():
         yield product.operator, product.node(1)
@@ -200,7 +203,9 @@ def _kv_writes(host: Host, sizes: CheckSizes) -> Iterator[Result]:
 
 
 def _attention(host: Host, sizes: CheckSizes) -> Iterator[Result]:
-    """Attention and merge are compared together, and timed separately."""
+    """Attention that merges its splits, as engines launch it, and beside it attention and merge as two launches, which
+    are compared together and timed separately.
+    """
     for batch, step, committed in sizes.steps:
         written = _write_inputs(host, sizes, batch, step, committed)
         head_dim = sizes.attention["head_dim"]
@@ -216,24 +221,48 @@ def _attention(host: Host, sizes: CheckSizes) -> Iterator[Result]:
         triangle = torch.ones(step, step, dtype=torch.bool, device=host.device).tril()
         mask = triangle.expand(batch, -1, -1).contiguous()
         visibility: dict[Pattern, dict[str, Tensor]] = {
-            "causal": {},
             "bidirectional": {"step_lengths": lengths},
             "masked": {"block_mask": mask},
         }
-        for pattern, extra in visibility.items():
-            yield from _attention_tactics(host, sizes, Attend(pattern), {**inputs, **extra}, committed)
+        for pattern in PATTERNS:
+            seen = {**inputs, **visibility[pattern]}
+            expected = torch.cat(
+                [
+                    attention.attend(**{name: tensor[sequence : sequence + 1] for name, tensor in seen.items()})
+                    for sequence in range(batch)
+                ]
+            )
+            yield from _merging_attention(host, sizes, Attend(pattern, merge=True), seen, expected, committed)
+            yield from _attention_and_merge(host, sizes, Attend(pattern), seen, expected, committed)
 
 
-def _attention_tactics(
-    host: Host, sizes: CheckSizes, operator: Attend, inputs: dict[str, Tensor], committed: int
+def _merging_attention(
+    host: Host, sizes: CheckSizes, operator: Attend, inputs: dict[str, Tensor], expected: Tensor, committed: int
 ) -> Iterator[Result]:
     batch, _, step, _ = inputs["q"].shape
-    expected = torch.cat(
-        [
-            attention.attend(**{name: tensor[sequence : sequence + 1] for name, tensor in inputs.items()})
-            for sequence in range(batch)
-        ]
-    )
+    grouped = {name: sizes.attention[name] for name in ("kv_heads", "group")}
+    counters = torch.zeros(operator.counters(batch=batch, step=step, **grouped), dtype=torch.int32, device=host.device)
+    rows = [int(first) for first in inputs["write_indices"]]
+    for number, tactic in enumerate(Attend.TACTICS, 1):
+        launched = prepare(operator, {**inputs, "counters": counters}, tactic, {"splits": sizes.splits})
+        name = operator.kernel_name(launched.node, number)
+        host.launch(name, launched)
+        # The counters are zero after a launch, so that the next one can use them.
+        error = distance(launched.outputs[0], expected) + float(counters.abs().sum())
+        yield Result(
+            operator.name,
+            f"batch {batch}, step {step}, {committed} rows",
+            f"{tactic.constants['BLOCK_M']} queries",
+            error,
+            median_microseconds(host, name, [launched], 10),
+            needed_bytes(attend_traffic(operator, launched.node, tactic, rows, REAL_BYTES)),
+        )
+
+
+def _attention_and_merge(
+    host: Host, sizes: CheckSizes, operator: Attend, inputs: dict[str, Tensor], expected: Tensor, committed: int
+) -> Iterator[Result]:
+    batch, _, step, _ = inputs["q"].shape
     merge, attributes = MergeSplits(), {"splits": sizes.splits, "group": sizes.attention["group"]}
     case = f"batch {batch}, step {step}, {committed} rows"
     rows = [int(first) for first in inputs["write_indices"]]

@@ -112,7 +112,7 @@ def test_parts_are_named_alone_or_by_their_group() -> None:
 
 
 def test_ptx_is_removed_but_for_some_operators(tmp_path: Path) -> None:
-    for name in ("MergeSplits.GROUP4.1.ptx", "MergeSplits.GROUP4.1.cubin", "KvWrite.GROUP4.1.ptx", "kernels.json"):
+    for name in ("MergeCandidates.2.1.ptx", "MergeCandidates.2.1.cubin", "KvWrite.GROUP4.1.ptx", "kernels.json"):
         (tmp_path / name).touch()
     remove_ptx(tmp_path, check.PTX_OPERATORS)
     assert {path.suffix for path in tmp_path.iterdir()} == {".ptx", ".cubin", ".json"}
