@@ -28,7 +28,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from scripts.gpu.command_line import emit_run_dry
-from scripts.gpu.part_runner import Record, lines_of, read_lines, run_parts, write_lines
+from scripts.gpu.part_runner import LARGEST, Record, lines_of, read_lines, run_parts, write_lines
 
 # Seconds of each part; together at most six minutes.
 LIMITS = {"device": 25.0, "products": 80.0, "passes": 60.0, "bits": 110.0, "prefill": 25.0, "requests": 60.0}
@@ -38,9 +38,17 @@ def emit(folder: Path, sm: int) -> None:
     """Write all that ``run`` needs. sm: compute capability, 90 for 9.0."""
     from scripts.gpu import kernel_checks
     from scripts.gpu.bench_parts import write_tokenizer
-    from scripts.gpu.engine_emission import EmittedSizes, emit_timed_engine, write_packages
+    from scripts.gpu.engine_emission import (
+        EmittedSizes,
+        emit_timed_engine,
+        refuse_large,
+        remove_ptx,
+        write_packages,
+    )
+    from scripts.gpu.random_weights import TIMED
     from trimode.build.kernel_emission import NeededKernel, kernels_of, write_kernels
     from trimode.common.progress import no_progress
+    from trimode.engine.kernel_library import library_folder
     from trimode.engine.manifest import Limits
 
     needed: dict[str, NeededKernel] = {}
@@ -50,7 +58,10 @@ def emit(folder: Path, sm: int) -> None:
     limits = Limits(capacity=4096, prefill_step=256, top_k=4, max_batch=64, max_step=256)
     emit_timed_engine(folder, sm, EmittedSizes(timed=limits))
     write_tokenizer(folder)
+    for unchecked in (library_folder(folder, sm), folder / "engines" / TIMED):
+        remove_ptx(unchecked)
     write_packages(folder / "site")
+    refuse_large(folder, LARGEST)
 
 
 def run(folder: Path, out: Path, parts: list[str], change: str, prediction: str) -> bool:

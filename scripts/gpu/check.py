@@ -32,7 +32,7 @@ from scripts.gpu import graph_checks, kernel_checks
 from scripts.gpu.check_report import markdown
 from scripts.gpu.command_line import emit_run_dry
 from scripts.gpu.kernel_checks import Host, Result
-from scripts.gpu.part_runner import NO_TIME, lines_of, read_lines, run_parts, write_lines
+from scripts.gpu.part_runner import LARGEST, NO_TIME, lines_of, read_lines, run_parts, write_lines
 from trimode.plugins.operators import Node, Operator
 
 KERNEL_PARTS: tuple[str, ...] = (*kernel_checks.PARTS, graph_checks.PART)
@@ -251,7 +251,7 @@ def main() -> int:
         dry="every part with small sizes",
     )
     of_emit.add_argument("--prompts", type=int, default=200, help="prompts of the comparison with target cpu")
-    of_emit.add_argument("--most-mib", type=int, default=54, help="largest size of the folder")
+    of_emit.add_argument("--most-mib", type=int, default=LARGEST, help="largest size of the folder")
     of_run.add_argument("--parts", type=_parts, default=list(PARTS), help=f"some of {', '.join((*GROUPS, *PARTS))}")
     of_part = commands.add_parser("part", help="one part, in this process")
     of_part.add_argument("part")

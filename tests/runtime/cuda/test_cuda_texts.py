@@ -41,7 +41,9 @@ def equal_pass_costs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def tokens(engine: Path) -> list[list[int]]:
-    """Of a request in each mode, and of one with a tree, two at a time. The later ones reuse the KV rows of the first one's prompt."""
+    """Of a request in each mode, and of one with a tree, two at a time. The later ones reuse the KV rows of the first
+    one's prompt.
+    """
     params = [SamplingParams(**options) for options in MODES]
     with LLM(engine, max_batch_size=2, verify=False, measure_passes=False) as llm:
         return [output.outputs[0].token_ids for output in llm.generate(PROMPTS, params)]
