@@ -60,7 +60,8 @@ def emit(folder: Path, sm: int) -> None:
     write_tokenizer(folder)
     for unchecked in (library_folder(folder, sm), folder / "engines" / TIMED):
         remove_ptx(unchecked)
-    write_packages(folder / "site")
+    # The requests' tokenizer. Not every GPU machine has transformers, which requires these.
+    write_packages(folder / "site", ("jinja2", "safetensors", "tokenizers"))
     refuse_large(folder, LARGEST)
 
 

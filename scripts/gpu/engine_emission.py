@@ -180,14 +180,19 @@ def write_engine_without_weights(
     ).write(folder)
 
 
-def write_packages(folder: Path) -> None:
-    """Unpack :data:`ADDED` and what they require, except numpy, into ``folder`` for the GPU's machine."""
+def write_packages(folder: Path, further: Iterable[str] = ()) -> None:
+    """Unpack :data:`ADDED`, ``further`` packages and what they require into ``folder`` for the GPU's machine: all but
+    numpy, and the hub's client, which tokenizers imports for downloads only.
+    """
     # pip installs no wheel for an older C library than one that is named.
     libraries = ["2014", *(f"_2_{minor}" for minor in range(17, GLIBC_MINOR + 1))]
     platforms = [f"--platform=manylinux{library}_x86_64" for library in libraries]
     wheels = ["--only-binary=:all:", "--implementation=cp", f"--python-version={PYTHON}", *platforms]
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-compile", "--no-deps", *wheels]
-    pinned = [f"{name}=={version(name)}" for name in sorted(required(ADDED) - {"numpy"})]
+    pinned = [
+        f"{name}=={version(name)}"
+        for name in sorted(required((*ADDED, *further), without={"numpy", "huggingface-hub"}))
+    ]
     subprocess.run([*command, "--target", folder, *pinned], check=True)
 
 
@@ -211,12 +216,16 @@ def refuse_large(folder: Path, limit: int) -> None:
         raise SystemExit(f"{folder} exceeds the limit of {limit} MiB; emit fewer prompts, or raise it with --most-mib")
 
 
-def required(packages: Iterable[str]) -> set[str]:
-    """The packages and all that they require on the GPU's machine, as far as they are installed here."""
+def required(packages: Iterable[str], without: Collection[str] = ()) -> set[str]:
+    """The packages and all that they require on the GPU's machine, as far as they are installed here. without: packages
+    that are left out, with what only they require.
+    """
     found: set[str] = set()
     remaining = [canonicalize_name(name) for name in packages]
     while remaining:
         name = remaining.pop()
+        if name in without:
+            continue
         try:
             requirements = requires(name) or []
         except PackageNotFoundError:  # of another platform
