@@ -248,7 +248,7 @@ class _Sizes:
             "asked": 0,
         }
         self._tokens = batch * step
-        self._vocab_size = config.vocab_size
+        self._vocab_size = plan.manifest.model.vocab_size  # of the embedding, which every rank has all of
         self._kv_row = config.kv_width  # elements of one token's keys; its values have as many
         self._window = batch * window * config.kv_width
         self._capacity = plan.manifest.limits.capacity

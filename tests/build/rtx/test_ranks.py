@@ -66,6 +66,7 @@ def test_the_audit_counts_the_bytes_between_ranks(engine: Path, step: int) -> No
         assert found.bytes_by_kind["exchange"] == 2 * LAYERS * (1 + RANKS) * step * hidden * 2
         assert found.int4_products == found.int4_matrices == 4 * LAYERS + 1
         assert found.lone_dequantisations == 0
+        assert step > 1 or found.ratio < 1.1  # a pass looks up rows of the embedding, of which every rank has all
 
 
 def test_the_kernel_behind_an_exchange_adds_the_parts(engine: Path) -> None:
