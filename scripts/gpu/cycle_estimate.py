@@ -1,55 +1,72 @@
-"""A lower bound of self-speculation's time on the 8B checkpoint with these kernels: tables of docs/kernels.md.
+"""A lower bound of the time of target cuda's passes on the 8B checkpoint with an int4 head: tables of docs/kernels.md.
 
-    python -m scripts.gpu.cycle_estimate                prints a draft's kernels and a cycle's time; needs no GPU
+    python -m scripts.gpu.cycle_estimate                kernels, passes, cycles and a prompt; needs no GPU
+    python -m scripts.gpu.cycle_estimate --gpus h100    the same for one GPU, which compiles a quarter of the kernels
     python -m scripts.gpu.cycle_estimate --real fp16    the same for a build in fp16
 
-A kernel takes at least the longest of four times:
+The launches are those of an engine. Each takes at least the longest of four times:
 
 - memory: its bytes (scripts/gpu/traffic.py) at the GPU's bandwidth;
 - latency: a program waits for memory once for every tile that is not prefetched, and programs beyond those that fit on
   the GPU at once wait for an earlier one to end (waves);
 - tensor cores: the products of the programs on the busiest multiprocessor;
-- instructions: of the warps on its busiest scheduler, counted in the loop of the compiled kernel.
+- instructions: of the warps on its busiest scheduler, counted in the loop of the compiled product.
 
-The int4 products have their default tactics. TensorRT's own
-kernels (norms, SwiGLU, the adapter's down product, the head) count with their bytes only. The gap before each launch is
-added.
+Every kernel has its default tactic. The gap before each launch is added.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import re
-from collections.abc import Iterator
 from functools import cache
 from typing import NamedTuple
 
 from scripts.gpu.disassembly import disassembled, main_loop
-from scripts.gpu.kernel_table import default_product_tactic, smallest_fitting
-from scripts.gpu.kernels_8b import ATTENTION, PRODUCTS, SPLITS
+from scripts.gpu.kernels_8b import ATTENTION
+from scripts.gpu.pool_layout import pool_layout
 from scripts.gpu.traffic import (
+    KernelTraffic,
     attend_traffic,
     int4_product_traffic,
-    kv_write_traffic,
-    merge_traffic,
     moved_bytes,
+    operator_traffic,
+    qkv_product_traffic,
     split_rows,
 )
+from trimode.build.kernel_network import KernelNetwork
 from trimode.build.roofline import (
     ACCEPTANCE_LENGTH,
+    ADAPTER_RANK,
     CONFIG_8B,
     GPUS,
     PUBLISHED,
     REAL_BYTES,
-    TOP_K,
     GpuModel,
 )
+from trimode.engine.launch_list import LaunchList
+from trimode.engine.manifest import Limits
 from trimode.engine.precision import Real
 from trimode.plugins.compilation import compile_operator
-from trimode.plugins.operators import Attend, KvWrite, MergeSplits, Operator
-from trimode.plugins.operators.operator import ceil_div
+from trimode.plugins.launches import PassShape, PlannedLaunch, plan_pass
+from trimode.plugins.operators import (
+    OPERATORS,
+    Attend,
+    DenseHead,
+    DenseProduct,
+    Head,
+    Int4Product,
+    Node,
+    Operator,
+    QkvProduct,
+    Tactic,
+)
+from trimode.plugins.operators.operator import ceil_div, row_count
 
-BLOCK = 32
+BLOCK, GROUP, PREFILL_STEP, PROMPT, SHORT = 32, 128, 256, 2048, 512
+# Round trips of a program besides those of its loop: its first loads, and what depends on them.
+_WAITS = 2
 # Assumed: the gap between two dependent kernels of a CUDA graph. Not measured here.
 LAUNCH_SECONDS = 1.5e-6
 # Assumed: cycles from a load to its data, from an idle device memory; microbenchmarks of recent GPUs find 450 to 550
@@ -106,7 +123,7 @@ class Launch(NamedTuple):
 
 
 class Work(NamedTuple):
-    """``count`` kernels of a pass, each with so many bytes and FLOPs. launch: None for TensorRT's own kernels."""
+    """``count`` kernels of a pass, each with so many bytes and FLOPs. launch: None to count these alone."""
 
     name: str
     count: int
@@ -131,104 +148,123 @@ def seconds(gpu: GpuModel, work: Work) -> tuple[float, str]:
     return bounds[bound], bound
 
 
-def pass_work(gpu: GpuModel, step: int, window: int, adapter: bool, real: Real) -> Iterator[Work]:
-    """The kernels of a pass over a block; with the adapter it is a draft, without it a verification."""
-    config, layers, hidden = CONFIG_8B, CONFIG_8B.num_hidden_layers, CONFIG_8B.hidden_size
-    row, inner = step * hidden * REAL_BYTES, config.intermediate_size
-    yield Work("norms", 2 * layers + 1, 2 * row)
-    for name in ("qkv", "o", "gate_up", "down"):
-        yield _product(gpu, name, step, adapter and name == "o", real)
-    if adapter:
-        rank = PRODUCTS["o with adapter"].rank
-        yield Work("adapter down", layers, row + hidden * rank * REAL_BYTES, 2 * step * hidden * rank)
-    write = KvWrite.node(batch=1, step=step, capacity=window + step, **ATTENTION)
-    yield Work(
-        "KV write",
-        layers,
-        moved_bytes(kv_write_traffic(write, REAL_BYTES)),
-        launch=Launch(step, KvWrite.TACTICS[0].warps, resident=1, waits=1),
-    )
-    yield from _attention(gpu, step, window, adapter, real)
-    yield Work("SwiGLU", layers, 3 * step * inner * REAL_BYTES)
-    head = config.vocab_size * hidden
-    yield Work("head", 1, head * REAL_BYTES + step * config.vocab_size * 4, 2 * step * head)
-    # Three reads of the fp32 logits: their maximum, their sum of exponentials, and the mask token's bias.
-    yield Work("top-k, log-sum-exp", 3, step * config.vocab_size * 4 + step * TOP_K * 12)
-    yield Work("embedding, angles", 10, row)
+class Pass(NamedTuple):
+    """tokens: of the one request's step. rows: of logits. window: KV rows before the step."""
+
+    engine: str
+    tokens: int
+    rows: int
+    window: int
 
 
-def _product(gpu: GpuModel, name: str, rows: int, adapter: bool, real: Real) -> Work:
-    """The product in its default tactic."""
-    product = PRODUCTS["o with adapter" if adapter else name]
-    node = product.node(rows)
-    tactic = default_product_tactic(product, node)
-    number = next(n for n, other in product.operator.tactics(node).items() if other == tactic)
-    constants, sizes = tactic.constants, product.operator.constants(node)
-    block_m, block_n, unit = constants["BLOCK_M"], constants["BLOCK_N"], sizes["UNIT"]
-    binary = _binary(f"product {name}", number, gpu.compute_capability, real)
-    ahead = tactic.stages - 1 if binary.async_bytes >= unit * block_n // 2 + block_m * unit * REAL_BYTES else 1
-    row_tiles, strips, parts = product.operator.grid(node, tactic)
-    iterations = product.inner // unit // parts
+def pass_work(gpu: GpuModel, passed: Pass, real: Real) -> list[Work]:
+    """The launches of a pass of target cuda, those of one kernel together, in the order of their first launch."""
+    tokens, rows, window = passed.tokens, passed.rows, passed.window
+    shape = PassShape(1, tokens, rows, window + tokens, top_k=1, masked=False, asked=0)
+    alike: dict[str, list[PlannedLaunch]] = {}
+    for planned in plan_pass(_launch_lists(real)[passed.engine], shape):
+        alike.setdefault(planned.operator.kernel_name(planned.node, 0), []).append(planned)
+    return [_work(gpu, launches, window, real) for launches in alike.values()]
+
+
+@cache
+def _launch_lists(real: Real) -> dict[str, LaunchList]:
+    """Of the 8B checkpoint with int4 matrices and an int4 head, by engine."""
+    limits = Limits(capacity=65536, prefill_step=PREFILL_STEP, top_k=1, max_batch=1, max_step=PREFILL_STEP)
+    pool = pool_layout(CONFIG_8B, real, GROUP)
+    network = KernelNetwork(CONFIG_8B, pool, ADAPTER_RANK, real, limits)
+    return {name: lowered.launches for name, lowered in network.lowered.items()}
+
+
+def _work(gpu: GpuModel, launches: list[PlannedLaunch], window: int, real: Real) -> Work:
+    """Launches of one kernel, in its default tactic of those that fit the GPU."""
+    operator, node = launches[0].operator, launches[0].node
+    tactics = dict(operator.tactics(node))
+    while True:
+        number = operator.default_tactic(node, tactics.keys())
+        binary = _binary(operator.name, tuple(operator.constants(node).items()), number, gpu.compute_capability, real)
+        if binary is not None:
+            break
+        del tactics[number]
+    tactic = tactics[number]
     launch = Launch(
-        programs=row_tiles * strips * parts,
+        programs=math.prod(operator.grid(node, tactic)),
         warps=tactic.warps,
         resident=_resident(CHIPS[gpu.key], binary, tactic.warps),
-        # The parts' sums: a store, the counter, and the loads of the last program.
-        waits=iterations / ahead + (3 if parts > 1 else 0),
-        instructions=iterations * binary.loop_instructions,
+        waits=_WAITS,
     )
-    flops = 2 * rows * product.columns * (product.inner + product.rank)
-    moved = moved_bytes(int4_product_traffic(product.operator, node, tactic, REAL_BYTES))
-    return Work(f"{name} product", CONFIG_8B.num_hidden_layers, moved, flops, launch, f"{block_m}x{block_n}")
+    if isinstance(operator, Int4Product | DenseProduct | DenseHead):
+        launch = _product_launch(operator, node, tactic, binary, launch)
+    elif isinstance(operator, Attend):
+        launch = _attention_launch(operator, node, tactic, window, launch)
+    tile = "x".join(str(size) for name, size in tactic.constants.items() if name in ("BLOCK_M", "BLOCK_N"))
+    moved = moved_bytes(_traffic(operator, node, tactic, window))
+    return Work(operator.name, len(launches), moved, _flops(operator, node, window), launch, tile)
 
 
-def _attention(gpu: GpuModel, step: int, window: int, adapter: bool, real: Real) -> Iterator[Work]:
-    layers, sizes = CONFIG_8B.num_hidden_layers, ATTENTION
-    attend = Attend("bidirectional" if adapter else "masked")
-    node = attend.node(batch=1, step=step, capacity=window + step, splits=SPLITS, **sizes)
-    tactics = attend.tactics(node)
-    tactic = smallest_fitting(tactics, step * sizes["group"])
-    number = next(n for n, other in tactics.items() if other == tactic)
-    constants = tactic.constants
-    tiles, heads, _ = attend.grid(node, tactic)
-    splits = heads // sizes["kv_heads"]
-    block = constants["BLOCK_N"]
+def _traffic(operator: Operator, node: Node, tactic: Tactic, window: int) -> KernelTraffic:
+    if isinstance(operator, QkvProduct):
+        return qkv_product_traffic(operator, node, tactic, REAL_BYTES)
+    if isinstance(operator, Int4Product) and not isinstance(operator, Head):
+        return int4_product_traffic(operator, node, tactic, REAL_BYTES)
+    if isinstance(operator, Attend):
+        return attend_traffic(operator, node, tactic, [window], REAL_BYTES)
+    return operator_traffic(operator, node, tactic, REAL_BYTES)
+
+
+def _flops(operator: Operator, node: Node, window: int) -> int:
+    """On tensor cores."""
+    constants = operator.constants(node)
+    if isinstance(operator, Attend):
+        step = node.shapes["q"][2]
+        return 4 * step * (window + step) * CONFIG_8B.query_width
+    if "INNER" not in constants:
+        return 0
+    return 2 * row_count(node.shapes["x"]) * constants["COLUMNS"] * (constants["INNER"] + constants.get("RANK", 0))
+
+
+def _product_launch(operator: Operator, node: Node, tactic: Tactic, binary: Binary, launch: Launch) -> Launch:
+    constants, (*_, parts) = operator.constants(node), operator.grid(node, tactic)
+    block_m, block_n = tactic.constants["BLOCK_M"], tactic.constants["BLOCK_N"]
+    unit = constants["UNIT"] if "UNIT" in constants else tactic.constants["BLOCK_K"]
+    weight_bytes = unit * block_n // 2 if "UNIT" in constants else unit * block_n * REAL_BYTES
+    ahead = tactic.stages - 1 if binary.async_bytes >= weight_bytes + block_m * unit * REAL_BYTES else 1
+    iterations = constants["INNER"] // unit // parts
+    # Before the loop, the norm's terms; behind it, the residual. The parts' sums: a store, the counter, and the loads
+    # of the last program.
+    waits = iterations / ahead + _WAITS + (3 if parts > 1 else 0)
+    return launch._replace(waits=waits, instructions=iterations * binary.loop_instructions)
+
+
+def _attention_launch(operator: Attend, node: Node, tactic: Tactic, window: int, launch: Launch) -> Launch:
+    step, block = node.shapes["q"][2], tactic.constants["BLOCK_N"]
+    tiles, heads, _ = operator.grid(node, tactic)
+    splits = heads // ATTENTION["kv_heads"]
     busy = [rows for split in range(splits) if (rows := split_rows(window + step, split, splits, block))]
     # Tiles that every query attends to are prefetched; the others are not.
-    whole = (window + step if adapter else window) // block * block
+    whole = (window + step if operator.pattern == "bidirectional" else window) // block * block
     waits = max(
         sum(row < whole for row in rows) / block / (tactic.stages - 1)
         + ceil_div(sum(row >= whole for row in rows), block)
         for rows in busy
     )
-    binary = _binary(attend.name, number, gpu.compute_capability, real)
-    launch = Launch(
-        programs=tiles * len(busy) * sizes["kv_heads"],
-        warps=tactic.warps,
-        resident=_resident(CHIPS[gpu.key], binary, tactic.warps),
-        waits=waits,
-    )
-    attended = attend_traffic(attend, node, tactic, [window], REAL_BYTES)
-    flops = 4 * step * (window + step) * CONFIG_8B.query_width
-    yield Work("attention", layers, moved_bytes(attended), flops, launch, f"{constants['BLOCK_M']}")
-    merge = MergeSplits.node(batch=1, step=step, splits=SPLITS, **sizes)
-    merged = moved_bytes(merge_traffic(merge, attended, REAL_BYTES))
-    yield Work("merge", layers, merged, launch=Launch(step * sizes["kv_heads"], 2, resident=8, waits=2))
+    # The last split of a tile adds the results of all: a store, the counter, and loads that are prefetched.
+    merge = 3 + len(busy) / (tactic.stages - 1)
+    return launch._replace(programs=tiles * len(busy) * ATTENTION["kv_heads"], waits=waits + merge)
 
 
 @cache
-def _binary(name: str, number: int, capability: int, real: Real) -> Binary:
-    """name: ``product`` and its name, or an attention operator's."""
-    operator: Operator
-    if name.startswith("product "):
-        product = PRODUCTS[name.removeprefix("product ")]
-        operator, node = product.operator, product.node(1)
-    else:
-        attend = operator = Attend("bidirectional" if name == "AttendBidirectional" else "masked")
-        node = attend.node(batch=1, step=1, capacity=1, splits=SPLITS, **ATTENTION)
-    tactic = operator.tactics(node)[number]
-    kernel = compile_operator(operator, operator.constants(node), tactic, real, capability)
-    loop = main_loop(disassembled(kernel))
+def _binary(
+    name: str, constants: tuple[tuple[str, int], ...], number: int, capability: int, real: Real
+) -> Binary | None:
+    """The kernel of an operator's tactic; None if it does not fit the GPU."""
+    operator = OPERATORS[name]
+    tactic = operator.TACTICS[number - 1]  # type: ignore[attr-defined]
+    kernel = compile_operator(operator, dict(constants), tactic, real, capability)
+    if not kernel.fits:
+        return None
+    multiplies = isinstance(operator, Int4Product | DenseProduct | DenseHead)
+    loop = main_loop(disassembled(kernel)) if multiplies else []
     return Binary(
         kernel.resources.registers,
         kernel.shared_bytes,
@@ -259,54 +295,78 @@ def _ceil(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def print_kernels(real: Real, window: int) -> None:
-    print(f"\n### Kernels of a draft of {BLOCK} tokens over {window} rows: microseconds at least\n")
-    print("| kernel | a pass | MB | GFLOP |", *(f"{GPUS[key].name} |" for key in CHIPS))
-    print("|---|---|---|---|" + "---|" * len(CHIPS))
-    columns = [list(pass_work(GPUS[key], BLOCK, window, adapter=True, real=real)) for key in CHIPS]
-    for works in zip(*columns, strict=True):
-        cells = []
-        for key, work in zip(CHIPS, works, strict=True):
-            took, bound = seconds(GPUS[key], work)
-            tactic = f" ({work.tactic})" if work.tactic else ""
-            cells.append(f"{took * 1e6:.1f} {bound}{tactic}")
-        first = works[0]
-        print(f"| {first.name} | {first.count} | {first.moved / 1e6:.1f} | {first.flops / 1e9:.1f} |", end=" ")
-        print(" | ".join(cells), "|")
+def pass_seconds(gpu: GpuModel, passed: Pass, real: Real) -> tuple[float, float]:
+    """Of the kernels of a pass, and of the gaps before them."""
+    works = pass_work(gpu, passed, real)
+    busy = sum(work.count * seconds(gpu, work)[0] for work in works)
+    return busy, LAUNCH_SECONDS * sum(work.count for work in works)
 
 
-def print_cycles(real: Real) -> None:
-    print("\n### A cycle: a draft and a verification\n")
-    print("| GPU | rows | draft ms | verify ms | gaps ms | tokens a second at most | published |")
-    print("|---|---|---|---|---|---|---|")
-    for key in CHIPS:
-        gpu = GPUS[key]
-        for window in (512, 4096, 32768):
-            busy = gaps = 0.0
-            passes = []
-            for adapter in (True, False):
-                works = list(pass_work(gpu, BLOCK, window, adapter, real))
-                kernels = sum(work.count * seconds(gpu, work)[0] for work in works)
-                launches = LAUNCH_SECONDS * sum(work.count for work in works)
-                passes.append((kernels + launches) * 1e3)
-                busy, gaps = busy + kernels, gaps + launches
+def print_kernels(real: Real, gpus: list[GpuModel]) -> None:
+    for gpu in gpus:
+        for title, passed in (
+            ("AR, one token", Pass("ar", 1, 1, SHORT)),
+            (f"a draft of {BLOCK} tokens", Pass("diffusion", BLOCK, BLOCK, SHORT)),
+            (f"a chunk of {PREFILL_STEP} tokens", Pass("ar", PREFILL_STEP, 1, SHORT)),
+        ):
+            print(f"\n### {gpu.name}: {title}, {SHORT} rows\n")
+            print("| kernel | a pass | tile | programs | waves | MB | GFLOP | us each | bound |")
+            print("|---" * 9 + "|")
+            for work in pass_work(gpu, passed, real):
+                assert work.launch is not None
+                took, bound = seconds(gpu, work)
+                waves = _ceil(work.launch.programs, CHIPS[gpu.key].multiprocessors * work.launch.resident)
+                size = f"{work.moved / 1e6:.2f} | {work.flops / 1e9:.2f}"
+                print(f"| {work.name} | {work.count} | {work.tactic} | {work.launch.programs} | {waves} ", end="")
+                print(f"| {size} | {took * 1e6:.1f} | {bound} |", flush=True)
+
+
+def print_cycles(real: Real, gpus: list[GpuModel]) -> None:
+    print("\n### Passes and cycles, one request\n")
+    print(
+        "| GPU | rows | AR ms | tokens a second at most | draft ms | verify ms | cycle ms | tokens a second at most |",
+        end="",
+    )
+    print(" published |\n" + "|---" * 9 + "|")
+    for gpu in gpus:
+        for window in (SHORT, 4096, 32768):
+            passes = (
+                Pass("ar", 1, 1, window),
+                Pass("diffusion", BLOCK, BLOCK, window),
+                Pass("ar", BLOCK, BLOCK, window),
+            )
+            ar, draft, verify = (sum(pass_seconds(gpu, passed, real)) for passed in passes)
             published = ", ".join(
                 f"{figure:g} ({weights})"
                 for name, weights, mode, figure in PUBLISHED
-                if name == PUBLISHED_AT.get(key) and mode == "linear_spec"
+                if name == PUBLISHED_AT.get(gpu.key) and mode == "linear_spec"
             )
             print(
-                f"| {gpu.name} | {window} | {passes[0]:.2f} | {passes[1]:.2f} | {gaps * 1e3:.2f} "
-                f"| {ACCEPTANCE_LENGTH / (busy + gaps):.0f} | {published or '-'} |"
+                f"| {gpu.name} | {window} | {ar * 1e3:.2f} | {1 / ar:.0f} | {draft * 1e3:.2f} | {verify * 1e3:.2f} "
+                f"| {(draft + verify) * 1e3:.2f} | {ACCEPTANCE_LENGTH / (draft + verify):.0f} | {published or '-'} |",
+                flush=True,
             )
+
+
+def print_prefill(real: Real, gpus: list[GpuModel]) -> None:
+    print(f"\n### A prompt of {PROMPT} tokens, in chunks of {PREFILL_STEP}\n")
+    print("| GPU | ms at least | of the peak at most |\n|---|---|---|")
+    for gpu in gpus:
+        chunks = [Pass("ar", PREFILL_STEP, 1, start) for start in range(0, PROMPT, PREFILL_STEP)]
+        took = sum(sum(pass_seconds(gpu, chunk, real)) for chunk in chunks)
+        flops = sum(work.count * work.flops for chunk in chunks for work in pass_work(gpu, chunk, real))
+        print(f"| {gpu.name} | {took * 1e3:.1f} | {flops / took / gpu.peak:.0%} |")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--real", choices=["bf16", "fp16"], default="bf16")
-    real: Real = parser.parse_args().real
-    print_kernels(real, window=4096)
-    print_cycles(real)
+    parser.add_argument("--gpus", default=",".join(CHIPS), help=f"of {', '.join(CHIPS)}")
+    options = parser.parse_args()
+    gpus = [GPUS[key] for key in options.gpus.split(",")]
+    print_kernels(options.real, gpus)
+    print_cycles(options.real, gpus)
+    print_prefill(options.real, gpus)
 
 
 if __name__ == "__main__":
