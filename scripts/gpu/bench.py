@@ -9,6 +9,8 @@ Parts, each in a process of its own with its own time limit:
 
 - ``device``: bandwidth of a copy and of a read, and the peak of a bf16 product, which other parts are compared with;
 - ``products``: the int4 products beside torch's ``_weight_int4pack_mm`` and bf16 by cuBLAS;
+- ``variants``: attention that merges its splits beside two launches, the head with candidates beside a product, an int4
+  head beside a 16-bit one;
 - ``passes``: AR, draft, verification and cycle of one request, and the kernels of each pass;
 - ``bits``: the logits of 10,000 tokens in steps of 1, 8, 32 and 64 and in batches of 1 and 16, bit for bit;
 - ``prefill``: a prompt of 2,048 tokens against the measured peak;
@@ -31,12 +33,20 @@ from scripts.gpu.command_line import emit_run_dry
 from scripts.gpu.part_runner import LARGEST, Record, lines_of, read_lines, run_parts, write_lines
 
 # Seconds of each part; together at most six minutes.
-LIMITS = {"device": 25.0, "products": 80.0, "passes": 60.0, "bits": 110.0, "prefill": 25.0, "requests": 60.0}
+LIMITS = {
+    "device": 20.0,
+    "products": 70.0,
+    "variants": 25.0,
+    "passes": 55.0,
+    "bits": 110.0,
+    "prefill": 25.0,
+    "requests": 55.0,
+}
 
 
 def emit(folder: Path, sm: int) -> None:
     """Write all that ``run`` needs. sm: compute capability, 90 for 9.0."""
-    from scripts.gpu import kernel_checks
+    from scripts.gpu import kernel_checks, variants
     from scripts.gpu.bench_parts import write_tokenizer
     from scripts.gpu.engine_emission import (
         EmittedSizes,
@@ -54,6 +64,8 @@ def emit(folder: Path, sm: int) -> None:
     needed: dict[str, NeededKernel] = {}
     for product in kernel_checks.SIZES_8B.products.values():
         needed |= kernels_of(product.operator, product.node(1))
+    for operator, node in variants.used_nodes(small=False):
+        needed |= kernels_of(operator, node)
     write_kernels(needed, "bf16", (sm,), folder, no_progress)
     limits = Limits(capacity=4096, prefill_step=256, top_k=4, max_batch=64, max_step=256)
     emit_timed_engine(folder, sm, EmittedSizes(timed=limits))
@@ -102,7 +114,7 @@ def records_of(part: str, folder: Path) -> Iterable[Record]:
 
     from scripts.gpu.cuda_host import CudaHost
 
-    if part not in ("device", "products"):
+    if part not in ("device", "products", "variants"):
         from scripts.gpu import bench_parts
         from scripts.gpu.torch_device import TorchGpu
 
@@ -110,8 +122,8 @@ def records_of(part: str, folder: Path) -> Iterable[Record]:
     torch.backends.cuda.matmul.allow_tf32 = False
     major, minor = torch.cuda.get_device_capability()
     host = CudaHost(folder / f"sm_{10 * major + minor}")
-    if part == "products":
-        return product_records(host)
+    if part in ("products", "variants"):
+        return kernel_records(part, host)
     return [
         {
             **host.description(),
@@ -122,10 +134,13 @@ def records_of(part: str, folder: Path) -> Iterable[Record]:
     ]
 
 
-def product_records(host: object, *, small: bool = False) -> Iterator[Record]:
-    """small: with sizes for the interpreter."""
-    from scripts.gpu import kernel_checks
+def kernel_records(part: str, host: object, *, small: bool = False) -> Iterator[Record]:
+    """Of part ``products`` or ``variants``. small: with sizes for the interpreter."""
+    from scripts.gpu import kernel_checks, variants
 
+    if part == "variants":
+        yield from (result.record() for result in variants.variants(host, small=small))  # type: ignore[arg-type]
+        return
     sizes = kernel_checks.SMALL_SIZES if small else kernel_checks.SIZES_8B
     for result in kernel_checks.run_part("products", host, sizes):  # type: ignore[arg-type]
         yield result.record()

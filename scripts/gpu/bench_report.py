@@ -21,7 +21,8 @@ def markdown(report: Record) -> str:
         *(f"- {name}: {value}" for name, value in device.items() if isinstance(value, str)),
         *_measured(device),
         *(f"- part {part}: {state}" for part, state in report["parts"].items()),
-        *_products(records.get("products", []), device),
+        *_kernels("products", records.get("products", []), device),
+        *_kernels("variants", records.get("variants", []), device),
         *_passes(records.get("passes", []), device),
         *_bits(records.get("bits", [])),
         *_prefill(records.get("prefill", []), device),
@@ -40,9 +41,9 @@ def _measured(device: Record) -> Iterator[str]:
             yield f"- {name.replace('_', ' ')}: {device[name] / scale:.2f} {unit}"
 
 
-def _products(records: Sequence[Record], device: Record) -> Iterator[str]:
-    """The fastest tactic of each product beside torch's own."""
-    yield from _table("products", "case", "kernel", "tactic", "us", "of the copy bandwidth", "error")
+def _kernels(title: str, records: Sequence[Record], device: Record) -> Iterator[str]:
+    """The fastest tactic of each kernel in each case; products beside torch's own."""
+    yield from _table(title, "case", "kernel", "tactic", "us", "of the copy bandwidth", "error")
     fastest: dict[tuple[str, str], Record] = {}
     for record in records:
         key = (record["case"], record["kernel"])

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from scripts.gpu import bench_parts
-from scripts.gpu.bench import product_records
+from scripts.gpu.bench import kernel_records
 from scripts.gpu.engine_emission import EmittedSizes, emit_engines, emit_timed_engine
 from scripts.gpu.engine_times import TimedSizes, times_of_engine
 from scripts.gpu.memcheck import run_every_mode
@@ -104,8 +104,8 @@ def dry_bench(parts: Iterable[str]) -> Record:
 def _bench_records(part: str, folder: Path) -> Iterable[Record]:
     if part == "device":
         return [{"card": "a double of the driver"}]
-    if part == "products":
-        return product_records(InterpreterHost(), small=True)
+    if part in ("products", "variants"):
+        return kernel_records(part, InterpreterHost(), small=True)
     return bench_parts.engine_records(part, folder, TorchOnHost(), BENCH)
 
 

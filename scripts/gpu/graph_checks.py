@@ -124,11 +124,11 @@ def used_nodes(sizes: GraphSizes) -> Iterator[tuple[Operator, Node]]:
         yield product.operator, product.operator.node(step=1, **size)
     for top_k in sizes.top_k:
         for head in HEADS:
-            yield head, _head_node(head, sizes, 1, 1, top_k)
+            yield head, head_node(head, sizes, 1, 1, top_k)
         yield MergeCandidates(), MergeCandidates.node(batch=1, rows=1, vocabulary=sizes.vocabulary, top_k=top_k)
 
 
-def _head_node(head: Head, sizes: GraphSizes, batch: int, rows: int, top_k: int) -> Node:
+def head_node(head: Head, sizes: GraphSizes, batch: int, rows: int, top_k: int) -> Node:
     given = {"batch": batch, "rows": rows, "inner": sizes.hidden, "vocabulary": sizes.vocabulary, "asked": ASKED}
     if isinstance(head, Int4Head):
         return head.head_node(**given, top_k=top_k, mask_token=MASK_TOKEN, group=sizes.group)
@@ -176,20 +176,34 @@ def _cases(host: Host, sizes: GraphSizes, batch: int, step: int) -> Iterator[Cas
         }
         yield Case(operator, inputs, _dense_product, label=f"{label}, ", weight="weight")
     for top_k in sizes.top_k:
-        attributes = {"top_k": top_k, "mask_token": MASK_TOKEN}
-        for head in HEADS:
-            inputs = _head_inputs(host, random, head, _head_node(head, sizes, batch, step, top_k))
-            int4 = isinstance(head, Int4Head)
-            reference = head_product.int4_head if int4 else head_product.dense_head
-            weight = "packed" if int4 else "weight"
-            yield Case(head, inputs, reference, attributes, f"top {top_k}, ", weight=weight)
-        tiles = reference(**inputs, **attributes)[:4]
-        given = zip(("tile_logits", "tile_tokens", "tile_sums", "logits"), tiles, strict=True)
-        contiguous = {name: tensor.contiguous() for name, tensor in given}
-        yield Case(MergeCandidates(), contiguous, candidates.merge_candidates, {"top_k": top_k}, f"top {top_k}, ")
+        yield from _head_cases(host, random, sizes, batch, step, HEADS, top_k)
 
 
-def _head_inputs(host: Host, random: torch.Generator, head: Head, node: Node) -> dict[str, Tensor]:
+def head_results(host: Host, sizes: GraphSizes, step: int, heads: Sequence[Head], top_k: int) -> Iterator[Result]:
+    """Of one sequence."""
+    random = torch.Generator(host.device).manual_seed(4)
+    for case in _head_cases(host, random, sizes, 1, step, heads, top_k):
+        yield from _results(host, case, f"{case.label}batch 1, step {step}")
+
+
+def _head_cases(
+    host: Host, random: torch.Generator, sizes: GraphSizes, batch: int, step: int, heads: Sequence[Head], top_k: int
+) -> Iterator[Case]:
+    """The heads, and the merge behind the last one."""
+    attributes = {"top_k": top_k, "mask_token": MASK_TOKEN}
+    for head in heads:
+        inputs = head_inputs(host, random, head, head_node(head, sizes, batch, step, top_k))
+        int4 = isinstance(head, Int4Head)
+        reference = head_product.int4_head if int4 else head_product.dense_head
+        weight = "packed" if int4 else "weight"
+        yield Case(head, inputs, reference, attributes, f"top {top_k}, ", weight=weight)
+    tiles = reference(**inputs, **attributes)[:4]
+    given = zip(("tile_logits", "tile_tokens", "tile_sums", "logits"), tiles, strict=True)
+    contiguous = {name: tensor.contiguous() for name, tensor in given}
+    yield Case(MergeCandidates(), contiguous, candidates.merge_candidates, {"top_k": top_k}, f"top {top_k}, ")
+
+
+def head_inputs(host: Host, random: torch.Generator, head: Head, node: Node) -> dict[str, Tensor]:
     """Small integers, so that logits are exact in any order of their sums, and candidates must be equal."""
     (_, _, inner), inputs = node.shapes["x"], {}
 

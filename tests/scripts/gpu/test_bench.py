@@ -34,10 +34,18 @@ def test_every_part_has_records_and_no_fault(report: dict[str, Any]) -> None:
 def test_the_report_shows_every_part(report: dict[str, Any]) -> None:
     measured = copy.deepcopy(report)
     measured["records"]["device"] = [{"card": "H", "copy_bandwidth": 2e12, "read_bandwidth": 3e12, "bf16_peak": 8e14}]
-    for record in measured["records"]["products"]:
+    for record in (*measured["records"]["products"], *measured["records"]["variants"]):
         record["microseconds"] = 10.0
     text = markdown(measured)
-    for title in ("Products", "Passes", "Kernels of a pass", "Bits", "Prefill", "Requests at the same time"):
+    for title in (
+        "Products",
+        "Variants",
+        "Passes",
+        "Kernels of a pass",
+        "Bits",
+        "Prefill",
+        "Requests at the same time",
+    ):
         table = text.split(f"## {title}\n\n")[1].split("\n\n")[0]
         assert len(table.splitlines()) > 2, title
     assert "copy bandwidth: 2.00 TB/s" in text

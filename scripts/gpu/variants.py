@@ -1,0 +1,100 @@
+"""The part of the benchmark that times two forms of the same work in one run, over the same inputs.
+
+- attention whose last split merges, and attention and merge as two launches;
+- the head with its candidates, and the product alone with PyTorch's maximum and log-sum-exp of its logits;
+- an int4 head, and a 16-bit one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import get_args
+
+import torch
+
+from scripts.gpu import graph_checks, kernel_checks
+from scripts.gpu.graph_checks import GraphSizes
+from scripts.gpu.kernel_checks import REAL_BYTES, CheckSizes, Host, Result, distance
+from scripts.gpu.kernel_launch import prepare
+from scripts.gpu.traffic import int4_product_traffic, needed_bytes
+from trimode.plugins.operators import (
+    Attend,
+    DenseHead,
+    Int4Head,
+    Int4Product,
+    MergeCandidates,
+    MergeSplits,
+    Node,
+    Operator,
+)
+from trimode.plugins.operators.attention import Pattern
+from trimode.plugins.reference import int4_product
+
+HEADS = (Int4Head(normed=True), DenseHead())
+# Of one request: tokens, and committed KV rows.
+STEPS = ((1, 512), (32, 512), (32, 4096))
+_RUNS = 20
+
+
+def sizes_of(*, small: bool) -> tuple[CheckSizes, GraphSizes]:
+    if small:
+        return replace(kernel_checks.SMALL_SIZES, steps=((1, 3, 40),)), graph_checks.SMALL_SIZES
+    attention = tuple((1, step, committed) for step, committed in STEPS)
+    return replace(kernel_checks.SIZES_8B, steps=attention), graph_checks.SIZES_8B
+
+
+def used_nodes(*, small: bool) -> Iterator[tuple[Operator, Node]]:
+    """Every operator of a run, with the sizes that its kernel is compiled for."""
+    checked, graph = sizes_of(small=small)
+    fixed = {**checked.attention, "batch": 1, "step": 1}
+    for pattern in get_args(Pattern):
+        for merge in (False, True):
+            yield (attend := Attend(pattern, merge=merge)), attend.node(capacity=1, splits=checked.splits, **fixed)
+    yield MergeSplits(), MergeSplits.node(splits=checked.splits, **fixed)
+    for head in HEADS:
+        yield head, graph_checks.head_node(head, graph, 1, 1, top_k=1)
+    yield MergeCandidates(), MergeCandidates.node(batch=1, rows=1, vocabulary=graph.vocabulary, top_k=1)
+    yield _PRODUCT, _product_node(graph, 1)
+
+
+_PRODUCT = Int4Product(normed=True)
+
+
+def _product_node(sizes: GraphSizes, rows: int) -> Node:
+    return _PRODUCT.node(rows=rows, inner=sizes.hidden, columns=sizes.vocabulary, group=sizes.group)
+
+
+def variants(host: Host, *, small: bool = False) -> Iterator[Result]:
+    """small: with sizes for the interpreter."""
+    checked, graph = sizes_of(small=small)
+    yield from kernel_checks.run_part("attention", host, checked)
+    for step in sorted({step for _, step, _ in checked.steps}):
+        yield from graph_checks.head_results(host, graph, step, HEADS, top_k=1)
+        yield from _separate_head(host, graph, step)
+
+
+def _separate_head(host: Host, sizes: GraphSizes, rows: int) -> Iterator[Result]:
+    """The product, and what follows it."""
+    random = torch.Generator(host.device).manual_seed(4)
+    inputs = graph_checks.head_inputs(host, random, HEADS[0], graph_checks.head_node(HEADS[0], sizes, 1, rows, top_k=1))
+    inputs = {operand.name: inputs[operand.name] for operand in _PRODUCT.inputs} | {"x": inputs["x"][0]}
+    node = _product_node(sizes, rows)
+    tactics = _PRODUCT.tactics(node)
+    number = _PRODUCT.default_tactic(node, tactics.keys())
+    tactic, name = tactics[number], _PRODUCT.kernel_name(node, number)
+    launched = prepare(_PRODUCT, inputs, tactic)
+    host.launch(name, launched)
+    logits = launched.outputs[0]
+    error = distance(logits, int4_product.int4_product(**inputs))
+
+    def both(_run: int) -> None:
+        host.launch(name, launched)
+        wide = logits.float()
+        wide.max(-1)
+        wide.logsumexp(-1)
+
+    shown = f"{tactic.constants['BLOCK_M']} x {tactic.constants['BLOCK_N']}, {tactic.warps} warps"
+    least = needed_bytes(int4_product_traffic(_PRODUCT, node, tactic, REAL_BYTES))
+    took = host.microseconds(both, _RUNS)
+    yield Result(f"{_PRODUCT.name}, max, logsumexp", f"top 1, batch 1, step {rows}", shown, error, took, least)
