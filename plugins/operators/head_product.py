@@ -100,8 +100,7 @@ class DenseHead(Operator):
         Tactic({"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64}, warps=4, stages=4),
         Tactic({"BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_K": 64}, warps=4, stages=4),
         Tactic({"BLOCK_M": 32, "BLOCK_N": 128, "BLOCK_K": 64}, warps=4, stages=4),
-        Tactic({"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64}, warps=4, stages=3),
-        Tactic({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}, warps=8, stages=3),
+        Tactic({"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64}, warps=8, stages=3),
     )
 
     def __init__(self, *, masked: bool = False) -> None:
