@@ -144,5 +144,5 @@ def test_public_names_are_imported_without_the_build_tools() -> None:
     )
     first, all_names = json.loads(run(ROOT, sys.executable, "-c", program).stdout)
     assert not {"numpy", "onnxruntime", "pydantic", "click"} & set(first)
-    assert "onnxruntime" in all_names
+    assert "pydantic" in all_names
     assert not {"torch", "onnx", "transformers", "peft", "modelopt", "tensorrt_rtx", "triton"} & set(all_names)

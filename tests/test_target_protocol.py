@@ -149,7 +149,7 @@ def test_the_options_of_a_target_are_listed() -> None:
     assert flags == {
         "cpu": ["--activations", "--tp"],
         "cuda": ["--max-batch", "--max-step", "--dtype", "--sm", "--tp"],
-        "rtx": ["--max-batch", "--max-step", "--dtype", "--sm"],
+        "rtx": ["--max-batch", "--max-step", "--dtype", "--sm", "--tp"],
         "tensorrt": ["--max-batch", "--max-step", "--dtype", "--sm", "--operators", "--emit-only"],
     }
 

@@ -21,7 +21,7 @@ _FIRST_TREE_GAINS = [(1 << exponent) / 16 for exponent in range(LONGEST_BLOCK.bi
 _OWN_WEIGHT = 0.1  # weight of a cycle in the sequence's own averages
 _OWN_TREE_WEIGHT = 0.05  # of a cycle in the sequence's own tree gains
 _LIKE_BEFORE = 4.0  # cycles that the rate of the place before counts as, and the first guess of a tree gain
-_MOST_CYCLES = 50.0  # that count in the averages over all sequences; older ones are forgotten
+_MOST_CYCLES = 100.0  # that count in the averages over all sequences; older ones are forgotten
 _FIRST_END_RATE = 0.01
 _FIRST_TOKENS, _MOST_TOKENS = 100.0, 500.0  # that count in the end rate: before anything is seen, and at most
 # A cycle without drafts observes nothing; old averages decay.

@@ -94,9 +94,15 @@ def _documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 REFUSALS = _documented(401, 421, 500, 503)
 BODY_REFUSALS = REFUSALS | _documented(400, 404, 408, 413, 422, 429)
+# Before OpenAPI 3.2, the schema of an event stream describes one event.
+EVENT = {
+    "type": "object",
+    "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+    "required": ["data"],
+}
 STREAM: dict[str, Any] = {
     "description": "The response; with `stream`, its chunks as server-sent events.",
-    "content": {"text/event-stream": {"schema": {"type": "string"}}},
+    "content": {"text/event-stream": {"schema": EVENT}},
 }
 
 

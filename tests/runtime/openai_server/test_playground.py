@@ -286,7 +286,9 @@ def test_reading_back_while_text_arrives(page: Chrome) -> None:
     page.find_element(By.ID, "prompt").send_keys("y", Keys.ENTER)
 
     def tokens() -> int:
-        return int(page.execute_script("return document.querySelectorAll('.turn:last-child .token').length"))
+        # The last turn, not the last child: its summary follows it when it has ended, which may be at any time.
+        last = "[...document.querySelectorAll('.turn')].at(-1)"
+        return int(page.execute_script(f"return {last}.querySelectorAll('.token').length"))
 
     WebDriverWait(page, HANG_SECONDS, 0.02).until(
         lambda _: tokens() > 0 and page.execute_script("return !!window.goOn")
