@@ -8,12 +8,12 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.support.patience import HANG_SECONDS
+from tests.support.patience import HANG_SECONDS, wait_until
 from trimode import LLM, RequestOutput, SamplingParams
 from trimode.runtime.request.errors import EngineDeadError, ForkedError, ShutDownError
 
@@ -24,13 +24,6 @@ LONG = SamplingParams(max_tokens=8000, mode="ar", ignore_eos=True)
 def llm(random_engine: Path) -> Iterator[LLM]:
     with LLM(random_engine, max_batch_size=2, measure_passes=False) as llm:
         yield llm
-
-
-def wait_until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + HANG_SECONDS
-    while not holds():
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.001)
 
 
 def is_free(llm: LLM) -> bool:

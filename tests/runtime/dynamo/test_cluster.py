@@ -15,7 +15,7 @@ import pytest
 from scripts.serving.dynamo_check import EQUAL, Case, Received, solo_runs
 from scripts.serving.dynamo_cluster import ENVIRONMENT, MODEL_NAME, Cluster, Worker, dynamo_cluster
 from scripts.serving.event_client import stream
-from tests.support.patience import HANG_SECONDS
+from tests.support.patience import HANG_SECONDS, wait_until
 
 CHAT = [{"role": "user", "content": "Compute 47 * 36 step by step."}]
 PENALISED: tuple[dict[str, Any], dict[str, Any]] = (
@@ -95,10 +95,7 @@ def test_a_client_that_leaves_frees_the_slot(cluster: Cluster) -> None:
         await asyncio.gather(request, return_exceptions=True)
 
     asyncio.run(leave())
-    deadline = time.monotonic() + HANG_SECONDS
-    while any(map(running, cluster.workers)):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(lambda: not any(map(running, cluster.workers)))
 
 
 def test_tools_and_refusals(cluster: Cluster) -> None:

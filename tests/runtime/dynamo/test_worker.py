@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import importlib
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from tests.support.dynamo_double import (
     dynamo_modules,
     request_of,
 )
-from tests.support.patience import HANG_SECONDS
+from tests.support.patience import wait_until
 from trimode import LLM, SamplingParams
 from trimode.runtime.dynamo.block_events import BlockEvents
 from trimode.runtime.dynamo.worker_options import WorkerOptions, has_broker, listen_on
@@ -174,10 +173,7 @@ def test_abort_and_a_closed_stream_free_the_slot(rig: Rig) -> None:
 
     for end in (abort, leave):
         asyncio.run(run(end))
-        deadline = time.monotonic() + HANG_SECONDS
-        while rig.llms[0].stats().running:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_until(lambda: not rig.llms[0].stats().running)
         assert rig.workers[0]._answers == {}
 
 

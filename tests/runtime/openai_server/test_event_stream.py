@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable
 from typing import Any, Self
 
+from tests.support.patience import HANG_SECONDS
 from trimode.runtime.openai_server.event_stream import COMMENT, COMMENT_SECONDS, EventStream
 
 
@@ -21,16 +22,20 @@ class NoRun:
         await answering
 
 
-async def sent(events: AsyncIterator[str], comment_seconds: float) -> list[bytes]:
-    """The messages of a whole response, and of a moment after it."""
+async def sent(
+    events: AsyncIterator[str], comment_seconds: float, released: asyncio.Event, after: float = 0
+) -> list[bytes]:
+    """The messages of a whole response, and of so many seconds ``after`` it. The third comment sets ``released``."""
     bodies: list[bytes] = []
 
     async def send(message: Any) -> None:
         if message["type"] == "http.response.body":
             bodies.append(message["body"])
+            if bodies == [COMMENT] * 3:
+                released.set()
 
     await EventStream(NoRun(), events, comment_seconds)({}, None, send)  # type: ignore[arg-type]
-    await asyncio.sleep(3 * comment_seconds)
+    await asyncio.sleep(after)
     return bodies
 
 
@@ -43,12 +48,11 @@ def test_comments_while_waiting() -> None:
         yield "data: b\n\n"
 
     async def run() -> list[bytes]:
-        asyncio.get_running_loop().call_later(0.2, released.set)
-        return await sent(events(), 0.02)
+        return await sent(events(), 0.02, released, after=0.06)
 
     bodies = asyncio.run(run())
     first = bodies.index(b"data: a\n\n")
-    assert first >= 1
+    assert first >= 3
     assert bodies[:first] == [COMMENT] * first
     assert bodies[first:] == [b"data: a\n\n", b"data: b\n\n", b""]
 
@@ -59,7 +63,7 @@ def test_no_comments_between_events() -> None:
             await asyncio.sleep(0.01)
             yield "data: a\n\n"
 
-    assert COMMENT not in asyncio.run(sent(events(), 1.0))
+    assert COMMENT not in asyncio.run(sent(events(), HANG_SECONDS, asyncio.Event()))
 
 
 def test_clients_skip_a_comment() -> None:

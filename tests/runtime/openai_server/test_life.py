@@ -15,7 +15,7 @@ from scripts.serving.event_client import DONE, event_request, stream
 from scripts.serving.faults import LONG, SLOTS, kill_a_client, stop_under_load
 from scripts.serving.load_test import Load, run_load
 from scripts.serving.server_process import KEY, Served, serving
-from tests.support.patience import HANG_SECONDS
+from tests.support.patience import HANG_SECONDS, wait_until
 
 ANSWERS = 3  # with their likelihoods, more than the sockets' buffers hold
 
@@ -48,12 +48,12 @@ def test_unfinished_responses_end_with_an_error(tiny_engine: Path) -> None:
         while server.metrics()["trimode_requests_running"] == 0:
             await asyncio.sleep(0.01)
         server.terminate()
-        await asyncio.sleep(0.2)
+        await asyncio.to_thread(wait_until, lambda: httpx.get(f"{server.url}/health").status_code == 503)
         late = await stream(f"{server.url}/v1/completions", LONG, KEY)
         assert (late.status, late.events[-1]["error"]["code"]) == (503, "shutting_down")
         return (await running).events
 
-    with serving(tiny_engine, "--drain-seconds", "3") as server:
+    with serving(tiny_engine, "--drain-seconds", "5") as server:
         events = asyncio.run(ask_and_stop(server))
         assert events[-1]["error"]["code"] == "shutting_down"
         assert server.process.wait(HANG_SECONDS) == 0

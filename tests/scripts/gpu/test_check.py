@@ -21,6 +21,7 @@ from scripts.gpu.kernel_launch import KernelLaunch
 from scripts.gpu.token_check import Answer, comparison
 from tests.plugins.conftest import KERNEL_TESTS
 from tests.support.interpreter_host import InterpreterHost
+from tests.support.patience import HANG_SECONDS, wait_until
 
 ROOT = Path(__file__).resolve().parents[3]
 # Scripts for other machines.
@@ -151,33 +152,49 @@ def test_a_part_that_fails_is_reported(tmp_path: Path) -> None:
     assert "part kv write: failed" in (tmp_path / "out/check.md").read_text()
 
 
+class HangingPart(subprocess.Popen[bytes]):
+    """A part whose limit is reached as soon as its child process runs, however long that took."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        if timeout is None:
+            return super().wait()
+        started = Path(f"{self.args[-2]}.pid")  # type: ignore[index]
+        wait_until(lambda: started.exists() and started.read_text().endswith("\n"))
+        raise subprocess.TimeoutExpired(self.args, timeout)
+
+
 def test_a_part_is_stopped_at_its_limit_and_keeps_its_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A child process that writes one result and half of another, starts a process of its own, then hangs."""
     result = {"kernel": "KvWrite", "case": "c", "tactic": "t", "error": 0.5, "microseconds": 2.0, "least_bytes": 10**6}
     line = json.dumps({**result, "right": False})
-    program = """
+    program = f"""
 import pathlib, subprocess, sys, time
 lines, line = sys.argv[1:]
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(99)"])
-pathlib.Path(lines + ".pid").write_text(str(child.pid))
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep({HANG_SECONDS})"])
 pathlib.Path(lines).write_text(line + "\\n" + line[:9])
-time.sleep(99)
+pathlib.Path(lines + ".pid").write_text(str(child.pid) + "\\n")
+time.sleep({HANG_SECONDS})
 """
-    popen = subprocess.Popen
 
-    def hanging(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
-        return popen([sys.executable, "-c", program, command[-1], line], **options)  # type: ignore[no-any-return]
+    def hanging(command: list[str], **options: Any) -> HangingPart:
+        return HangingPart([sys.executable, "-c", program, command[-1], line], **options)
 
     monkeypatch.setattr(part_runner.subprocess, "Popen", hanging)
-    monkeypatch.setitem(check.LIMITS, DEVICE_PART, 1.0)
-    monkeypatch.setitem(check.LIMITS, "kv write", 2.0)
     assert not check.run(tmp_path, tmp_path / "out", ["kv write"])
     report = json.loads((tmp_path / "out/check.json").read_text())
-    assert report["parts"]["kv write"].startswith("stopped after 2 s")
+    assert report["parts"]["kv write"].startswith(f"stopped after {check.LIMITS['kv write']:.0f} s")
     assert [found["error"] for found in report["results"]] == [0.5]
     assert "5.0e-01 **wrong**" in (tmp_path / "out/check.md").read_text()
     started = int((tmp_path / "out/kv_write.jsonl.pid").read_text())
-    assert not psutil.pid_exists(started) or psutil.Process(started).status() == psutil.STATUS_ZOMBIE
+    wait_until(lambda: has_ended(started))
+
+
+def has_ended(process: int) -> bool:
+    """Also where nobody reaps it."""
+    try:
+        return psutil.Process(process).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def test_parts_without_time_are_named(
