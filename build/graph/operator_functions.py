@@ -172,7 +172,7 @@ def _product(body: FunctionBuilder, operator: Int4Product) -> str:
     groups = op("Concat", body.dims("scale", 0, 1), [-1], body.dims("scale", 1, 2), axis=0)
     weight = op("Mul", op("Reshape", op("Cast", integers, to=_FLOAT), groups), op("Unsqueeze", "scale", [1]))
     weight = op("Reshape", weight, op("Concat", [-1], body.dims("scale", 1, 2), axis=0))
-    x = op("Mul", "x", "input_scale") if "input_scale" in inputs else "x"
+    x = op("Mul", "x", op("CastLike", "input_scale", "x")) if "input_scale" in inputs else "x"
     y = op("MatMul", op("Cast", x, to=_FLOAT), weight)
     if "squares" in inputs:
         width = op("Cast", op("Shape", x, start=-1), to=_FLOAT)

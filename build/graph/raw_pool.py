@@ -26,10 +26,10 @@ from trimode.model.int4 import unpack
 from trimode.model.rope import query_scales, yarn_frequencies
 
 # What reads the pool. ``onnx``: int4 matrices are ONNX's INT4, with scales of the type of the activations. ``kernels``:
-# our GPU kernels. Int4 matrices are tiles with fp32 scales, and those of q, k and v and of gate and up have pairs of
-# columns; norms include the input scales of what reads them; the embedding has the type of the activations; the pool
-# holds the kernels' constants. ``dense``: int4 matrices are products of integers, scales and input scales in the type
-# of the activations.
+# our GPU kernels. Int4 matrices are tiles with fp32 scales and input scales, and those of q, k and v and of gate and up
+# have pairs of columns; norms include the input scales of what reads them; the embedding has the type of the
+# activations; the pool holds the kernels' constants. ``dense``: int4 matrices are products of integers, scales and
+# input scales in the type of the activations.
 Layout = Literal["onnx", "kernels", "dense"]
 ALIGNMENT = 4096  # a page: every tensor can be mapped separately
 
@@ -325,11 +325,16 @@ class _Writer:
             weight=stored,
             scale=self._put(f"{name}.scale", scale.T.astype(np.float32 if self._for_kernels else self._real)),
             input_scale=(
-                None if input_scale is None else self._put(f"{name}.input_scale", input_scale.astype(self._real))
+                None if input_scale is None else self._put(f"{name}.input_scale", self._stored_input_scale(input_scale))
             ),
             group=group,
             paired=half > 0,
         )
+
+    def _stored_input_scale(self, input_scale: NDArray[np.float32]) -> NDArray[np.generic]:
+        """In the type of the activations; kernels load the same values as fp32."""
+        rounded = input_scale.astype(self._real)
+        return rounded.astype(np.float32) if self._for_kernels else rounded
 
     def _put(
         self, name: str, array: NDArray[np.generic], dtype: int | None = None, shape: tuple[int, ...] | None = None

@@ -233,7 +233,7 @@ def _part(
         weights = _unpack(words, x.dtype.element_ty, CAPABILITY)
         tokens = tl.load(in_x + unit * UNIT, mask=exists, other=0.0)
         if input_scale is not None:
-            factor = tl.load(input_scale + unit * UNIT + inner).to(tl.float32)
+            factor = tl.load(input_scale + unit * UNIT + inner).to(tokens.dtype).to(tl.float32)
             tokens = (tokens.to(tl.float32) * factor[:, None]).to(tokens.dtype)
         in_scale = scale + unit * UNIT // GROUP * COLUMNS + column
         factors = tl.load(in_scale) if COLUMNS % BLOCK_N == 0 else tl.load(in_scale, mask=inside, other=0.0)

@@ -84,9 +84,9 @@ class Int4Product(Operator):
     ``packed`` [tiles, units, TILE_COLUMNS, words] holds W [K, N] for tensor cores. A tile is TILE_COLUMNS columns; the
     last one is padded. A unit is ``8 * words`` rows of W that share a scale (:func:`unit_of`). Nibble j of word w is
     n + 8 of the unit's row ``words * j + w``. ``scale`` has one fp32 factor for each group and column. So K is
-    ``8 * units * words``, N is the scale's, and a group is a multiple of :data:`LEAST_GROUP`. ``narrow`` is x times
-    the adapter's down matrix and its scale. The rows of ``x``, ``narrow``, ``residual`` and ``y`` may be spread over
-    several dimensions.
+    ``8 * units * words``, N is the scale's, and a group is a multiple of :data:`LEAST_GROUP`. ``input_scale`` holds
+    values of the activations' type as fp32, which cp.async can load. ``narrow`` is x times the adapter's down matrix
+    and its scale. The rows of ``x``, ``narrow``, ``residual`` and ``y`` may be spread over several dimensions.
 
     K is summed in :func:`split_count` parts, whose sums are added in order. With ``split``, for up to
     :data:`SPLIT_ROWS` rows, each part is a program of its own: programs leave their sums in ``partial``, and the last
@@ -130,7 +130,7 @@ class Int4Product(Operator):
             Operand("x", "real", ("M", "K")),
             Operand("packed", "int32", ("tiles", "units", "TILE_COLUMNS", "words")),
             Operand("scale", "fp32", ("K / group", "N")),
-            *((Operand("input_scale", "real", ("K",)),) if input_scale else ()),
+            *((Operand("input_scale", "fp32", ("K",)),) if input_scale else ()),
             *((SQUARES, EPSILON) if normed else ()),
             *((Operand("narrow", "real", ("M", "R")), Operand("adapter_up", "real", ("R", "N"))) if adapter else ()),
             *((Operand("residual", "real", ("M", "N")),) if residual else ()),

@@ -411,6 +411,8 @@ def product_inputs(host: Host, product: Product, node: Node) -> dict[str, Tensor
             inputs[name] = torch.full(shape, 1e-5, device=host.device)
         else:
             inputs[name] = _normal(host, random, *shape)
+    if "input_scale" in inputs:
+        inputs["input_scale"] = inputs["input_scale"].float()
     return inputs
 
 

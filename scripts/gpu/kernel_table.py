@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 from scripts.gpu import graph_checks
 from scripts.gpu.kernels_8b import ATTENTION, PRODUCTS, QKV, SPLITS, Product, qkv_node
@@ -30,9 +30,10 @@ from scripts.gpu.traffic import (
 )
 from trimode.build.roofline import REAL_BYTES
 from trimode.engine.precision import Real
-from trimode.plugins.operators import Attend, KvWrite, MergeSplits, Node, Operator, Pattern, Tactic
+from trimode.plugins.operators import Attend, Head, KvWrite, Node, Operator, Pattern, Tactic
 
 STEPS, WINDOWS, LIMIT = (1, 8, 32, 64, 256), (512, 4096, 32768), 1.1
+LAUNCHED_PATTERNS: tuple[Pattern, ...] = ("bidirectional", "masked")
 # Up to this many rows, memory bounds a step or a product; above, arithmetic.
 LONGEST_BOUND_BY_BYTES = 64
 
@@ -44,16 +45,18 @@ class Kernel(NamedTuple):
 
 
 def all_kernels(head_dim: int) -> Iterator[Kernel]:
-    """Every kernel with every tactic; of the products, the one without optional terms and the one with all of them."""
+    """The kernels that engines launch, with every tactic. Of products and heads, those with most terms; of the merge,
+    that of most candidates.
+    """
     sizes = {**ATTENTION, "head_dim": head_dim}
     nodes: list[tuple[Operator, Node]] = [(write := KvWrite(), write.node(batch=1, step=1, capacity=1, **sizes))]
-    attends = [Attend(pattern, merge=merge) for merge in (False, True) for pattern in get_args(Pattern)]
+    attends = [Attend(pattern, merge=True) for pattern in LAUNCHED_PATTERNS]
     nodes += [(attend, attend.node(batch=1, step=1, capacity=1, splits=SPLITS, **sizes)) for attend in attends]
-    nodes.append((merge := MergeSplits(), merge.node(batch=1, step=1, splits=SPLITS, **sizes)))
     if head_dim == ATTENTION["head_dim"]:  # products do not depend on it
         nodes.append((QKV, qkv_node(1, capacity=1)))
         nodes += [(PRODUCTS[name].operator, PRODUCTS[name].node(1)) for name in ("gate_up", "o with adapter")]
-        nodes += graph_checks.used_nodes(graph_checks.SIZES_8B)
+        around = {operator.name: (operator, node) for operator, node in graph_checks.used_nodes(graph_checks.SIZES_8B)}
+        nodes += [(o, node) for o, node in around.values() if not isinstance(o, Head) or o.masked]
     for operator, node in nodes:
         for tactic in operator.tactics(node).values():
             yield Kernel(operator, node, tactic)

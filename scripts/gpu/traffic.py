@@ -200,7 +200,7 @@ def int4_product_traffic(operator: Int4Product, node: Node, tactic: Tactic, real
         traffic["partial"] = TensorTraffic(loaded=parts, stored=parts, needed=parts, reloaded=parts)
         traffic["counters"] = _written(separate * strips * FLOAT_BYTES)
     if "input_scale" in node.shapes:
-        traffic["input_scale"] = _read(tiles * strips * inner * real, inner * real)
+        traffic["input_scale"] = _read(tiles * strips * inner * FLOAT_BYTES, inner * FLOAT_BYTES)
     if "squares" in node.shapes:
         squares = math.prod(node.shapes["squares"]) * FLOAT_BYTES
         programs = operator.grid(node, tactic)[2] * strips

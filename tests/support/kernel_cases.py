@@ -158,6 +158,8 @@ class ProductCase:
             else:
                 dtype = torch.float32 if name in ("scale", "squares", "epsilon") else self.dtype
                 inputs[name] = torch.randn(shape, generator=random).to(dtype) * sizes.get(name, 1.0)
+        if self.input_scale:
+            inputs["input_scale"] = inputs["input_scale"].float()
         if self.normed:
             # Of a stream whose rows differ in size, so that a missing norm exceeds the tolerance.
             inputs["squares"] = 64 * inputs["squares"].square() * torch.arange(1, self.rows + 1)

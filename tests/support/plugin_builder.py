@@ -40,7 +40,7 @@ INPUTS: dict[str, Input] = {
     "packed": ("INT32", (2, INNER // GROUP, 128, GROUP // 8), ()),
     "counters": ("INT32", (12,), ()),
     "scale": ("FLOAT", (INNER // GROUP, COLUMNS), ()),
-    "input_scale": ("HALF", (INNER,), ()),
+    "input_scale": ("FLOAT", (INNER,), ()),
     "squares": ("FLOAT", (INNER // 64, BATCH * STEP), (1,)),
     "next_weight": ("HALF", (COLUMNS,), ()),
     "narrow": ("HALF", (BATCH, STEP, RANK), (0, 1)),
