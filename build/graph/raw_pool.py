@@ -27,9 +27,9 @@ from trimode.model.rope import query_scales, yarn_frequencies
 
 # What reads the pool. ``onnx``: int4 matrices are ONNX's INT4, with scales of the type of the activations. ``kernels``:
 # our GPU kernels. Int4 matrices are tiles with fp32 scales and input scales, and those of q, k and v and of gate and up
-# have pairs of columns; norms include the input scales of what reads them; the embedding has the type of the
-# activations; the pool holds the kernels' constants. ``dense``: int4 matrices are products of integers, scales and
-# input scales in the type of the activations.
+# have pairs of columns; norms, and the scales of up, include the input scales of what reads them; the embedding has the
+# type of the activations; the pool holds the kernels' constants. ``dense``: int4 matrices are products of integers,
+# scales and input scales in the type of the activations.
 Layout = Literal["onnx", "kernels", "dense"]
 ALIGNMENT = 4096  # a page: every tensor can be mapped separately
 
@@ -207,7 +207,9 @@ def write_raw_pool(
                     post_attention_layernorm=writer.norm(
                         f"{prefix}.post_attention_layernorm", _of_layer(index, _GATE_UP)
                     ),
-                    gate_up_proj=writer.linear(*_of_layer(index, _GATE_UP), half=halves[1], of_norm=True),
+                    gate_up_proj=writer.linear(
+                        *_of_layer(index, _GATE_UP), half=halves[1], of_norm=True, reader=_of_layer(index, _DOWN)[0]
+                    ),
                     down_proj=writer.linear(*_of_layer(index, _DOWN)),
                 )
             )
@@ -260,6 +262,8 @@ class _Writer:
         self._real = real
         self._layout = layout
         self._for_kernels = layout == "kernels"
+        # Matrices whose input includes their input scale already.
+        self._scaled: set[str] = set()
         self.stored = 0
 
     def embedding(self, dtype: np.dtype[np.generic] | None) -> PoolRange:
@@ -291,11 +295,12 @@ class _Writer:
             weight = weight.astype(np.float32) * input_scale
         return self._put(module, weight.astype(self._real))
 
-    def linear(self, *modules: str, half: int = 0, of_norm: bool = False) -> PooledLinear:
+    def linear(self, *modules: str, half: int = 0, of_norm: bool = False, reader: str | None = None) -> PooledLinear:
         """One matrix, or several that read the same input, concatenated along ``out``.
 
         of_norm: whether it reads a norm, whose weight may then include the input scale. half: columns of an int4 matrix
-        from the first of a pair to the second; 0 to keep the order of the columns.
+        from the first of a pair to the second; 0 to keep the order of the columns. reader: the matrix that reads a
+        product with the last one's output. For kernels of our own, the last one's scales include its input scale.
         """
         weights = [self._checkpoint.linear(module) for module in modules]
         name = modules[0] if len(modules) == 1 else merged_name(modules)
@@ -312,8 +317,10 @@ class _Writer:
         packed = np.concatenate([weight.packed for weight in int4])
         scale = np.concatenate([weight.scale for weight in int4])
         group = packed.shape[1] // scale.shape[1]
-        input_scale = None if of_norm and self._for_kernels else int4[0].input_scale
+        input_scale = None if (of_norm and self._for_kernels) or name in self._scaled else int4[0].input_scale
         if self._for_kernels:
+            if reader is not None:
+                scale[-len(int4[-1].scale) :] *= self._output_scale(reader)
             integers = unpack(packed)
             if half:
                 integers, scale = pair_rows(integers, half), pair_rows(scale, half)
@@ -330,6 +337,14 @@ class _Writer:
             group=group,
             paired=half > 0,
         )
+
+    def _output_scale(self, reader: str) -> NDArray[np.float32]:
+        """The input scale of ``reader``, [in, 1], which is then not stored for it."""
+        weight = self._checkpoint.linear(reader)
+        if not isinstance(weight, Int4Weight) or weight.input_scale is None:
+            return np.ones((1, 1), np.float32)
+        self._scaled.add(reader)
+        return weight.input_scale[:, None]
 
     def _stored_input_scale(self, input_scale: NDArray[np.float32]) -> NDArray[np.generic]:
         """In the type of the activations; kernels load the same values as fp32."""

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from scripts.gpu import graph_checks
-from scripts.gpu.kernels_8b import ATTENTION, PRODUCTS, QKV, SPLITS, Product, qkv_node
+from scripts.gpu.kernels_8b import ATTENTION, HIDDEN, PRODUCTS, QKV, SPLITS, VOCABULARY, Product, qkv_node
 from scripts.gpu.traffic import (
     KernelTraffic,
     attend_traffic,
@@ -26,11 +26,22 @@ from scripts.gpu.traffic import (
     int4_product_traffic,
     moved_bytes,
     needed_bytes,
+    operator_traffic,
     qkv_product_traffic,
 )
 from trimode.build.roofline import REAL_BYTES
 from trimode.engine.precision import Real
-from trimode.plugins.operators import Attend, Head, KvWrite, Node, Operator, Pattern, Tactic
+from trimode.plugins.operators import (
+    Attend,
+    Head,
+    Int4Head,
+    KvWrite,
+    MergeCandidates,
+    Node,
+    Operator,
+    Pattern,
+    Tactic,
+)
 
 STEPS, WINDOWS, LIMIT = (1, 8, 32, 64, 256), (512, 4096, 32768), 1.1
 LAUNCHED_PATTERNS: tuple[Pattern, ...] = ("bidirectional", "masked")
@@ -97,7 +108,7 @@ def print_instructions(capabilities: list[int]) -> None:
 
     print("| product | tile | warps |", *(f"sm_{capability} |" for capability in capabilities))
     print("|---|---|---|" + "---|" * len(capabilities))
-    for name in ("qkv", "gate_up", "down"):
+    for name in ("qkv", "o", "gate_up", "down"):
         operator, node = PRODUCTS[name].operator, PRODUCTS[name].node(1)
         constants = operator.constants(node)
         for tactic in operator.tactics(node).values():
@@ -147,6 +158,14 @@ def print_traffic() -> bool:
             node = product.node(step)
             tactic = default_product_tactic(product, node)
             kernel(f"Int4Product, {name}", "-", step, int4_product_traffic(product.operator, node, tactic, REAL_BYTES))
+        head, merge = Int4Head(normed=True), MergeCandidates()
+        sizes = {"batch": 1, "rows": step, "vocabulary": VOCABULARY, "top_k": 1}
+        node = head.head_node(**sizes, inner=HIDDEN, mask_token=graph_checks.MASK_TOKEN)
+        tactics = head.tactics(node)
+        tactic = tactics[head.default_tactic(node, tactics.keys())]
+        kernel(head.name, "-", step, operator_traffic(head, node, tactic, REAL_BYTES))
+        node = merge.node(**sizes)
+        kernel(merge.name, "-", step, operator_traffic(merge, node, merge.TACTICS[0], REAL_BYTES))
         for window in WINDOWS:
             for pattern in ("bidirectional", "masked"):
                 attend = Attend(pattern, merge=True)

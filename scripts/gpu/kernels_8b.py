@@ -48,5 +48,5 @@ PRODUCTS = {
         ADAPTER_RANK,
     ),
     "gate_up": Product(Int4Product(normed=True, gated=True), HIDDEN, 2 * INTERMEDIATE),
-    "down": Product(Int4Product(split=True, input_scale=True, residual=True, for_norm=True), INTERMEDIATE, HIDDEN),
+    "down": Product(Int4Product(split=True, residual=True, for_norm=True), INTERMEDIATE, HIDDEN),
 }

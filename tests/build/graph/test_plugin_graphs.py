@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from numpy.typing import NDArray
 
 from tests.build.graph.test_target_graphs import (
     BATCH,
@@ -28,7 +29,7 @@ from trimode.build.graph.network import NetworkOptions
 from trimode.build.graph.operator_network import OperatorNetworkOptions, build_operator_network
 from trimode.build.graph.raw_pool import RawPool, write_raw_pool
 from trimode.common.progress import no_progress
-from trimode.model.checkpoint import Checkpoint
+from trimode.model.checkpoint import Checkpoint, linear_shapes
 from trimode.model.step import AttentionPattern
 
 
@@ -99,6 +100,30 @@ def test_the_plugins_functions_compute_the_same(
     found = execute(checkpoint, tiles, plugin_graph(checkpoint, tiles, pattern))
     assert not found.pop("counters_out").any()
     assert_same(found, execute(checkpoint, pool, plain_graph(checkpoint, pool, pattern)))
+
+
+@PATTERNS
+def test_input_scales_are_applied_wherever_the_pool_has_them(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: AttentionPattern
+) -> None:
+    """AWQ's. In the pool for kernels, norms and the scales of up include those of what reads them."""
+
+    def drawn(_checkpoint: Checkpoint, module: str) -> NDArray[np.float32]:
+        read = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1, "gate_proj": 2, "up_proj": 2, "down_proj": 3}
+        shapes = linear_shapes(checkpoint.config)
+        seed = read.get(module.rpartition(".")[2], 4)
+        return np.random.default_rng(seed).uniform(0.5, 2, shapes[module][1]).astype(np.float32)
+
+    monkeypatch.setattr(Checkpoint, "input_scale", drawn)
+    real = np.dtype(np.float32)
+    plain = write_raw_pool(checkpoint, tmp_path / "plain.bin", no_progress, real)
+    tiles = write_raw_pool(checkpoint, tmp_path / "tiles.bin", no_progress, real, "kernels")
+    assert all(linear.input_scale is not None for linear in plain.linears())
+    kept = [linear.weight.name for linear in tiles.linears() if linear.input_scale is not None]
+    assert kept == [f"encoder.layers.{layer}.self_attn.o_proj" for layer in range(checkpoint.config.num_hidden_layers)]
+    found = execute(checkpoint, tiles, plugin_graph(checkpoint, tiles, pattern))
+    assert not found.pop("counters_out").any()
+    assert_same(found, execute(checkpoint, plain, plain_graph(checkpoint, plain, pattern)))
 
 
 def less_or_equal(function: onnx.FunctionProto) -> None:
