@@ -194,7 +194,7 @@ class Checkpoint:
         self.folder = folder
         self.config = ModelConfig.of_folder(folder)
         self.name = name or _recorded_name(folder) or folder.resolve().name
-        self._files = TensorFiles(_weight_files(folder))
+        self._files = self._open_files()
         self.quantization = read_quantization(folder, self._group_of_scales())
         if self.quantization is None:
             self._refuse_unstated_quantization()
@@ -203,7 +203,7 @@ class Checkpoint:
 
     def unmap(self) -> None:
         """Release the mapped pages of the tensors read so far. Tensors can still be read."""
-        self._files = TensorFiles(_weight_files(self.folder))
+        self._files = self._open_files()
 
     def is_int4(self, module: str) -> bool:
         """Whether the matrix of that linear layer is int4; each matrix has its own type."""
@@ -240,6 +240,9 @@ class Checkpoint:
         """The number of weights of the network, without the adapter."""
         linear = sum(rows * columns for rows, columns in linear_shapes(self.config).values())
         return linear + sum(int(np.prod(shape)) for shape in vector_shapes(self.config).values())
+
+    def _open_files(self) -> TensorFiles:
+        return TensorFiles(_weight_files(self.folder))
 
     def _refuse_unstated_quantization(self) -> None:
         """Raises TriModeError if tensors are quantised but no file states how."""

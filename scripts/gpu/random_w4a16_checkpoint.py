@@ -3,14 +3,14 @@
     python -m scripts.gpu.random_w4a16_checkpoint 8b engines/random-8b
 
 Format, names, sizes and files are those of a quantised checkpoint; the integers are random. Use it to build and audit
-engines without the published weights: bytes, kernels and build time do not depend on the values. With ``--bits 16``,
-they are those of a checkpoint in bf16, which can be quantised.
+engines without the published weights: bytes, kernels and build time do not depend on the values.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import zlib
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,10 +22,18 @@ from rich.progress import track
 
 from tests.support.random_checkpoint import write_random_tokenizer
 from trimode.common.atomic_folder import atomic_folder
-from trimode.model.checkpoint import ADAPTER_FOLDER, HEAD, adapter_shapes, linear_shapes, vector_shapes
+from trimode.model.checkpoint import (
+    ADAPTER_FOLDER,
+    HEAD,
+    Checkpoint,
+    TensorFiles,
+    adapter_shapes,
+    linear_shapes,
+    vector_shapes,
+)
 from trimode.model.config import ModelConfig
 from trimode.quantize.modelopt_format import QUANT_CONFIG_FILE, excluded_modules, hf_quant_config, quantization_config
-from trimode.quantize.safetensors_stream import TensorSpec, write_tensors
+from trimode.quantize.safetensors_stream import DTYPE_NAMES, TensorSpec, write_tensors
 
 
 class ModelSizes(NamedTuple):
@@ -102,37 +110,73 @@ def write_checkpoint(
     vocab_size: int | None = None,
     int4_head: bool = True,
     seed: int = 0,
-    bits: int = 4,
 ) -> Path:
     """Write the checkpoint into the new ``folder``. After an error, there is no folder.
 
-    bits: of the matrices, 4 or 16. int4_head: whether the head has 4 bits as well.
+    int4_head: whether the head has 4 bits as well.
     """
     fields = config_fields(shape, layers, vocab_size)
     config = ModelConfig.model_validate(fields)
-    int4 = [module for module in linear_shapes(config) if bits == 4 and (int4_head or module != HEAD)]
-    specs = list(_specs(config, int4))
-    # Most of a 16-bit checkpoint's time would be spent in drawing. Its matrices repeat a few rows.
-    drawn = _DRAWN_ROWS if bits == 16 else None
+    specs = list(_specs(config, [module for module in linear_shapes(config) if int4_head or module != HEAD]))
     with atomic_folder(folder) as out:
-        write_tensors(out, specs, track(_random(specs, seed, drawn), f"{shape} weights", total=len(specs)))
-        if int4:
-            excluded = excluded_modules(int4_head)
-            fields["quantization_config"] = quantization_config(excluded)
-            (out / QUANT_CONFIG_FILE).write_text(json.dumps(hf_quant_config(GROUP, excluded), indent=2))
-        (out / "config.json").write_text(json.dumps(fields, indent=2))
-        adapter = out / ADAPTER_FOLDER
-        adapter.mkdir()
-        matrices = [TensorSpec(name, BF16, size) for name, size in adapter_shapes(config, RANK).items()]
-        write_tensors(adapter, matrices, _random(matrices, seed + 1))
-        (adapter / "model.safetensors").rename(adapter / "adapter_model.safetensors")
-        (adapter / "adapter_config.json").write_text(
-            json.dumps(
-                {"peft_type": "LORA", "r": RANK, "lora_alpha": 4 * RANK, "target_modules": ["o_proj"], "bias": "none"}
-            )
-        )
-        write_random_tokenizer(out, config.vocab_size)
+        write_tensors(out, specs, track(_random(specs, seed), f"{shape} weights", total=len(specs)))
+        excluded = excluded_modules(int4_head)
+        fields["quantization_config"] = quantization_config(excluded)
+        (out / QUANT_CONFIG_FILE).write_text(json.dumps(hf_quant_config(GROUP, excluded), indent=2))
+        _write_companions(out, fields, seed)
     return folder
+
+
+class DrawnCheckpoint(Checkpoint):
+    """A checkpoint in bf16 whose tensors are drawn whenever they are read: its weights need no disk. Its matrices
+    repeat a few rows, since drawing would take most of the time.
+
+    folder: new; ``config.json``, the adapter and the tokenizer are written there.
+    """
+
+    def __init__(self, folder: Path, shape: str, seed: int = 0) -> None:
+        folder.mkdir()
+        _write_companions(folder, config_fields(shape, None, None), seed)
+        super().__init__(folder, shape)
+
+    def _open_files(self) -> TensorFiles:
+        return _DrawnTensors(self.folder, self.config)
+
+
+class _DrawnTensors(TensorFiles):
+    def __init__(self, folder: Path, config: ModelConfig) -> None:
+        super().__init__([])
+        self._folder = folder
+        self._specs = {spec.name: spec for spec in _specs(config, [])}
+
+    def names(self) -> set[str]:
+        return set(self._specs)
+
+    def file_of(self, name: str) -> Path:
+        return self._folder / name
+
+    def described(self, name: str) -> tuple[str, tuple[int, ...]]:
+        return DTYPE_NAMES[self._specs[name].dtype], self._specs[name].shape
+
+    def read(self, name: str) -> NDArray[Any]:
+        return next(_random([self._specs[name]], zlib.crc32(name.encode()), _DRAWN_ROWS))
+
+
+def _write_companions(folder: Path, fields: dict[str, Any], seed: int) -> None:
+    """Write all files of a checkpoint but its weights. fields: of ``config.json``."""
+    config = ModelConfig.model_validate(fields)
+    (folder / "config.json").write_text(json.dumps(fields, indent=2))
+    adapter = folder / ADAPTER_FOLDER
+    adapter.mkdir()
+    matrices = [TensorSpec(name, BF16, size) for name, size in adapter_shapes(config, RANK).items()]
+    write_tensors(adapter, matrices, _random(matrices, seed + 1))
+    (adapter / "model.safetensors").rename(adapter / "adapter_model.safetensors")
+    (adapter / "adapter_config.json").write_text(
+        json.dumps(
+            {"peft_type": "LORA", "r": RANK, "lora_alpha": 4 * RANK, "target_modules": ["o_proj"], "bias": "none"}
+        )
+    )
+    write_random_tokenizer(folder, config.vocab_size)
 
 
 def _specs(config: ModelConfig, int4: Collection[str]) -> Iterator[TensorSpec]:
@@ -180,7 +224,6 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="number of layers [default: the shape's]")
     parser.add_argument("--vocab-size", type=int, help="size of the vocabulary [default: the shape's]")
     parser.add_argument("--head", choices=["int4", "16bit"], default="int4")
-    parser.add_argument("--bits", type=int, choices=[4, 16], default=4, help="bits of the matrices")
     arguments = parser.parse_args()
     write_checkpoint(
         arguments.out,
@@ -188,7 +231,6 @@ def main() -> None:
         arguments.layers,
         arguments.vocab_size,
         int4_head=arguments.head == "int4",
-        bits=arguments.bits,
     )
     print(arguments.out)
 

@@ -1,10 +1,11 @@
-"""Memory and time of what a large checkpoint goes through: it is quantised, built, and audited (target ``rtx``).
+"""Memory and time of what a large checkpoint goes through: it is quantised, built for a GPU, and audited.
 
     python -m scripts.prove.large_shape [14b] [--target cuda] [--sm 90] [--tp N] [--folder FOLDER]
 
-The weights are random. Each stage is a process of its own. Its *peak memory* is the most that it needs of its own;
-pages of files, which the kernel can drop at any time, are not counted. The folder needs 1.3 times the bytes of the
-16-bit checkpoint, 36 GB for the 14B shape. Everything in it is deleted as soon as no stage needs it.
+The weights are random; those of the 16-bit checkpoint are drawn when they are read, so that they need no disk. Each
+stage is a process of its own. Its *peak memory* is the most that it needs of its own; pages of files, which the kernel
+can drop at any time, are not counted. The folder needs twice the bytes of the int4 checkpoint, 17 GB for the 14B shape.
+Everything in it is deleted as soon as no stage needs it.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from typing import NamedTuple
 
 import psutil
 
-from scripts.gpu.random_w4a16_checkpoint import SHAPES
+from scripts.gpu.random_w4a16_checkpoint import SHAPES, DrawnCheckpoint
 from scripts.prove.proof_table import ProofRow, print_table
+from trimode.common.progress_bars import progress_bars
+from trimode.quantize import quantize_checkpoint
 
 LIMIT = 24 << 30  # bytes
 _INTERVAL = 0.1  # seconds between two samples of a process's memory
@@ -44,8 +47,12 @@ def main() -> None:
     parser.add_argument("--target", choices=["cuda", "rtx"], default="cuda")
     parser.add_argument("--sm", default="90", help="compute capability to build for")
     parser.add_argument("--tp", default="1", help="ranks to build for")
+    parser.add_argument("--quantize-to", type=Path, metavar="OUT", help="the stage quantize alone, into the folder OUT")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
+    if arguments.quantize_to is not None:
+        quantize(arguments.shape, arguments.quantize_to)
+        return
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         stages = list(run_stages(Path(folder), arguments))
     rows = [
@@ -61,16 +68,19 @@ def main() -> None:
 
 
 def run_stages(folder: Path, arguments: argparse.Namespace) -> Iterator[Stage]:
-    bf16, int4, engine = (str(folder / name) for name in ("bf16", "int4", "engine"))
+    int4, engine = (str(folder / name) for name in ("int4", "engine"))
     trimode = ("-m", "trimode")
-    yield run("weights", "-m", "scripts.gpu.random_w4a16_checkpoint", arguments.shape, bf16, "--bits", "16")
-    yield run("quantize", *trimode, "quantize", bf16, int4, "--method", "rtn", "--head", "int4")
-    shutil.rmtree(bf16)
+    yield run("quantize", "-m", "scripts.prove.large_shape", arguments.shape, "--quantize-to", int4)
     options = ("--target", arguments.target, "--sm", arguments.sm, "--tp", arguments.tp)
     yield run("build", *trimode, "build", int4, engine, *options)
     shutil.rmtree(int4)
-    if arguments.target == "rtx":
-        yield run("audit", *trimode, "audit", engine)
+    yield run("audit", *trimode, "audit", engine)
+
+
+def quantize(shape: str, out: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder, progress_bars() as progress:
+        checkpoint = DrawnCheckpoint(Path(folder) / shape, shape)
+        quantize_checkpoint(checkpoint, out, method="rtn", head="int4", progress=progress)
 
 
 def run(name: str, *command: str) -> Stage:
