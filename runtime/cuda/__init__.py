@@ -3,7 +3,6 @@
 | module | content |
 |---|---|
 | ``kernels`` | the kernels of a GPU, loaded when they are first needed |
-| ``arena`` | one allocation for all temporary tensors |
 | ``cuda_network`` | an engine's launches, bound to memory |
 | ``cuda_executor`` | both engines over one weight pool and one KV pool |
 | ``exchange`` | memory through which ranks add up their partial sums |

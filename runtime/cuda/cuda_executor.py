@@ -12,8 +12,8 @@ from trimode.engine.kernel_library import KERNELS
 from trimode.engine.launch_list import LaunchList
 from trimode.engine.manifest import Manifest
 from trimode.model.step import COUNTERS, ENGINES
-from trimode.plugins.launches import PassShape
-from trimode.runtime.cuda.cuda_network import CudaNetwork, arena_of
+from trimode.plugins.arena import arena_of
+from trimode.runtime.cuda.cuda_network import CudaNetwork
 from trimode.runtime.cuda.exchange import Exchange
 from trimode.runtime.cuda.kernels import Kernels
 from trimode.runtime.cuda.tactics import tactic_times
@@ -47,13 +47,11 @@ class CudaExecutor(GpuExecutor):
         exchange: Exchange | None = None,
     ) -> None:
         limits, real = manifest.limits, manifest.precision.kv_cache
-        max_batch, max_step = limits.largest_pass
         kernels = Kernels(device, (root or engine) / KERNELS)
         times = tactic_times(device, kernels.folder)
         launches = {_KINDS[name]: LaunchList.read(engine / name) for name, _ in ENGINES}
-        pool = DeviceKvPool(device, manifest.model, real, max_batch, limits.capacity)
-        largest = PassShape(max_batch, max_step, max_step, limits.capacity, limits.top_k, masked=True, asked=1)
-        plans = arena_of(list(launches.values()), real, largest)
+        pool = DeviceKvPool(device, manifest.model, real, limits.largest_pass[0], limits.capacity)
+        plans = arena_of(list(launches.values()), real, limits)
         self._weights = weights
         self._arena = device.allocate(max(plan.size for plan in plans), "activations")
         self.weight_bytes, self.arena_bytes = weights.size, self._arena.size

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import product
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from trimode.engine.launch_list import LaunchList
 from trimode.engine.precision import Real
 from trimode.model.step import cache_inputs
+from trimode.plugins.arena import ArenaPlan, tensor_bytes
 from trimode.plugins.launches import PassShape, PlannedLaunch, plan_pass
-from trimode.plugins.operators.attention import SPLIT_STEP
-from trimode.runtime.cuda.arena import ArenaPlan, plan_arena, tensor_bytes
-from trimode.runtime.cuda.exchange import partial_sums
 from trimode.runtime.cuda.kernels import Kernels
 from trimode.runtime.cuda.tactics import Candidate, Output, TacticTimes, can_be_timed, tactic_key
 from trimode.runtime.gpu.buckets import Bucket
@@ -35,7 +32,7 @@ class _Placed(NamedTuple):
 
 class CudaNetwork:
     """addresses: of the weights and of the engine's other fixed inputs, by name. arena: its address; see
-    :func:`arena_of`. times: chooses tactics by time; None for the operators' rules.
+    :mod:`trimode.plugins.arena`. times: chooses tactics by time; None for the operators' rules.
     """
 
     windowed = False
@@ -156,30 +153,3 @@ def _place(launch: PlannedLaunch, addresses: dict[str, int], early: bool) -> _Pl
 def pass_shape(bucket: Bucket) -> PassShape:
     """``window`` is the pool's capacity, since attention reads the pool in place."""
     return PassShape(bucket.batch, bucket.step, bucket.rows, bucket.window, bucket.top_k, bucket.masked, bucket.asked)
-
-
-def arena_of(engines: Sequence[LaunchList], real: Real, largest: PassShape) -> list[ArenaPlan]:
-    """Plans of the temporary tensors of engines whose passes follow one another, so that they share one arena."""
-    return [
-        plan_arena(
-            (plan_pass(launches, shape) for shape in _shapes(largest)),
-            real,
-            (
-                *(tensor.name for tensor in (*launches.inputs, *launches.weights)),
-                *launches.results,
-                *partial_sums(launches),
-            ),
-        )
-        for launches in engines
-    ]
-
-
-def _shapes(largest: PassShape) -> Iterator[PassShape]:
-    """Shapes among which each tensor has its largest size.
-
-    Sizes grow with the batch. They grow with the step, except where an operator changes how it divides its work:
-    attention does so at multiples of SPLIT_STEP, products behind the last step that they split.
-    """
-    steps = {*range(SPLIT_STEP, largest.step, SPLIT_STEP), min(SPLIT_STEP, largest.step), largest.step}
-    for step, masked in product(sorted(steps), (False, True)):
-        yield largest._replace(step=step, rows=step, masked=masked)

@@ -13,7 +13,7 @@ from trimode.engine.launch_list import LaunchList
 from trimode.engine.manifest import Manifest
 from trimode.engine.precision import NUMPY_TYPES
 from trimode.model.step import RANKS
-from trimode.plugins.operators import OPERATORS, AllReduce
+from trimode.plugins.arena import partial_sums
 from trimode.plugins.operators.all_reduce import EXCHANGE_HEADER
 from trimode.runtime.gpu.device import Device
 from trimode.runtime.ranks.group import Group
@@ -49,8 +49,3 @@ class Exchange:
         """
         sums = partial_sums(launches)
         return {RANKS: self._ranks.address, **{name: self._partials[index % 2] for index, name in enumerate(sums)}}
-
-
-def partial_sums(launches: LaunchList) -> list[str]:
-    """The tensors of an engine that all ranks add up, in order."""
-    return [launch.inputs[0] for launch in launches.launches if isinstance(OPERATORS[launch.operator], AllReduce)]

@@ -6,7 +6,7 @@
 
 The launches are those of an engine. Each takes at least the longest of four times:
 
-- memory: its bytes (scripts/gpu/traffic.py) at the GPU's bandwidth;
+- memory: its bytes (plugins/traffic.py) at the GPU's bandwidth;
 - latency: a program waits for memory once for every tile that is not prefetched, and programs beyond those that fit on
   the GPU at once wait for an earlier one to end (waves);
 - tensor cores: the products of the programs on the busiest multiprocessor;
@@ -26,15 +26,6 @@ from typing import NamedTuple
 from scripts.gpu.disassembly import disassembled, main_loop
 from scripts.gpu.kernels_8b import ATTENTION
 from scripts.gpu.pool_layout import pool_layout
-from scripts.gpu.traffic import (
-    KernelTraffic,
-    attend_traffic,
-    int4_product_traffic,
-    moved_bytes,
-    operator_traffic,
-    qkv_product_traffic,
-    split_rows,
-)
 from trimode.build.kernel_network import KernelNetwork
 from trimode.build.roofline import (
     ACCEPTANCE_LENGTH,
@@ -55,14 +46,17 @@ from trimode.plugins.operators import (
     Attend,
     DenseHead,
     DenseProduct,
-    Head,
     Int4Product,
     Node,
     Operator,
-    QkvProduct,
     Tactic,
 )
 from trimode.plugins.operators.operator import ceil_div, row_count
+from trimode.plugins.traffic import (
+    launch_traffic,
+    moved_bytes,
+    split_rows,
+)
 
 BLOCK, GROUP, PREFILL_STEP, PROMPT, SHORT = 32, 128, 256, 2048, 512
 # Round trips of a program besides those of its loop: its first loads, and what depends on them.
@@ -198,18 +192,8 @@ def _work(gpu: GpuModel, launches: list[PlannedLaunch], window: int, real: Real)
     elif isinstance(operator, Attend):
         launch = _attention_launch(operator, node, tactic, window, launch)
     tile = "x".join(str(size) for name, size in tactic.constants.items() if name in ("BLOCK_M", "BLOCK_N"))
-    moved = moved_bytes(_traffic(operator, node, tactic, window))
+    moved = moved_bytes(launch_traffic(operator, node, tactic, [window], REAL_BYTES))
     return Work(operator.name, len(launches), moved, _flops(operator, node, window), launch, tile)
-
-
-def _traffic(operator: Operator, node: Node, tactic: Tactic, window: int) -> KernelTraffic:
-    if isinstance(operator, QkvProduct):
-        return qkv_product_traffic(operator, node, tactic, REAL_BYTES)
-    if isinstance(operator, Int4Product) and not isinstance(operator, Head):
-        return int4_product_traffic(operator, node, tactic, REAL_BYTES)
-    if isinstance(operator, Attend):
-        return attend_traffic(operator, node, tactic, [window], REAL_BYTES)
-    return operator_traffic(operator, node, tactic, REAL_BYTES)
 
 
 def _flops(operator: Operator, node: Node, window: int) -> int:

@@ -17,7 +17,6 @@ from torch import Tensor
 from scripts.gpu.kernel_checks import CACHE_BYTES, REAL, REAL_BYTES, Host, Result, distance
 from scripts.gpu.kernel_launch import node_of, prepare
 from scripts.gpu.kernels_8b import ADAPTER_RANK, ATTENTION, HIDDEN, INTERMEDIATE, KV_WIDTH, QUERY_WIDTH, VOCABULARY
-from scripts.gpu.traffic import needed_bytes, operator_traffic
 from trimode.plugins.operators import (
     DenseHead,
     DenseProduct,
@@ -33,6 +32,7 @@ from trimode.plugins.operators import (
     SwiGlu,
 )
 from trimode.plugins.reference import candidates, dense_product, head_product, rms_norm, rotations, rows, swiglu
+from trimode.plugins.traffic import needed_bytes, operator_traffic
 
 PART = "graph operators"
 MASK_TOKEN, LENGTH, SCALES, ASKED = 100, 16384, 16, 8

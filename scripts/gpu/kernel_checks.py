@@ -18,14 +18,6 @@ from torch import Tensor
 
 from scripts.gpu.kernel_launch import KernelLaunch, prepare
 from scripts.gpu.kernels_8b import ATTENTION, HIDDEN, PRODUCTS, QKV, SPLITS, VOCABULARY, Product
-from scripts.gpu.traffic import (
-    attend_traffic,
-    int4_product_traffic,
-    kv_write_traffic,
-    merge_traffic,
-    needed_bytes,
-    qkv_product_traffic,
-)
 from trimode.plugins.operators import (
     Attend,
     Int4Product,
@@ -38,6 +30,14 @@ from trimode.plugins.operators import (
     Tactic,
 )
 from trimode.plugins.reference import attention, int4_product, kv_write, qkv_product
+from trimode.plugins.traffic import (
+    attend_traffic,
+    int4_product_traffic,
+    kv_write_traffic,
+    merge_traffic,
+    needed_bytes,
+    qkv_product_traffic,
+)
 
 REAL = torch.bfloat16
 REAL_BYTES = 2

@@ -19,16 +19,6 @@ from typing import NamedTuple
 
 from scripts.gpu import graph_checks
 from scripts.gpu.kernels_8b import ATTENTION, HIDDEN, PRODUCTS, QKV, SPLITS, VOCABULARY, Product, qkv_node
-from scripts.gpu.traffic import (
-    KernelTraffic,
-    attend_traffic,
-    cache_bytes,
-    int4_product_traffic,
-    moved_bytes,
-    needed_bytes,
-    operator_traffic,
-    qkv_product_traffic,
-)
 from trimode.build.roofline import REAL_BYTES
 from trimode.engine.precision import Real
 from trimode.plugins.operators import (
@@ -41,6 +31,16 @@ from trimode.plugins.operators import (
     Operator,
     Pattern,
     Tactic,
+)
+from trimode.plugins.traffic import (
+    KernelTraffic,
+    attend_traffic,
+    cache_bytes,
+    int4_product_traffic,
+    moved_bytes,
+    needed_bytes,
+    operator_traffic,
+    qkv_product_traffic,
 )
 
 STEPS, WINDOWS, LIMIT = (1, 8, 32, 64, 256), (512, 4096, 32768), 1.1

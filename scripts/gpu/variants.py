@@ -17,7 +17,6 @@ from scripts.gpu import graph_checks, kernel_checks
 from scripts.gpu.graph_checks import GraphSizes
 from scripts.gpu.kernel_checks import REAL_BYTES, CheckSizes, Host, Result, distance
 from scripts.gpu.kernel_launch import prepare
-from scripts.gpu.traffic import int4_product_traffic, needed_bytes
 from trimode.plugins.operators import (
     Attend,
     DenseHead,
@@ -30,6 +29,7 @@ from trimode.plugins.operators import (
 )
 from trimode.plugins.operators.attention import Pattern
 from trimode.plugins.reference import int4_product
+from trimode.plugins.traffic import int4_product_traffic, needed_bytes
 
 HEADS = (Int4Head(normed=True), DenseHead())
 # Of one request: tokens, and committed KV rows.

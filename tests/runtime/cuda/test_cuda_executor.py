@@ -25,7 +25,8 @@ from trimode.build.engine_builder import build_engine
 from trimode.common.errors import TriModeError
 from trimode.model.checkpoint import Checkpoint
 from trimode.model.step import cache_inputs
-from trimode.runtime.cuda import arena, cuda_network
+from trimode.plugins import arena
+from trimode.runtime.cuda import cuda_network
 from trimode.runtime.executor import BidirectionalStep, CausalStep, SpeculatingExecutor
 from trimode.runtime.loading import load_engine
 

@@ -19,6 +19,7 @@ from trimode.plugins.operators import (
     Head,
     Int4Head,
     Int4Product,
+    KvWrite,
     MergeCandidates,
     Node,
     Operator,
@@ -73,6 +74,21 @@ def needed_bytes(traffic: Mapping[str, TensorTraffic]) -> int:
 def cache_bytes(traffic: Mapping[str, TensorTraffic]) -> int:
     """Bytes between the L2 cache and the multiprocessors."""
     return sum(tensor.loaded + tensor.stored for tensor in traffic.values())
+
+
+def launch_traffic(
+    operator: Operator, node: Node, tactic: Tactic, committed: Sequence[int], real: int
+) -> KernelTraffic:
+    """Of any launch of an engine. committed: rows of each sequence before the step. real: bytes of an activation."""
+    if isinstance(operator, KvWrite):
+        return kv_write_traffic(node, real)
+    if isinstance(operator, QkvProduct):
+        return qkv_product_traffic(operator, node, tactic, real)
+    if isinstance(operator, Int4Product) and not isinstance(operator, Head):
+        return int4_product_traffic(operator, node, tactic, real)
+    if isinstance(operator, Attend):
+        return attend_traffic(operator, node, tactic, committed, real)
+    return operator_traffic(operator, node, tactic, real)
 
 
 def kv_write_traffic(node: Node, real: int) -> KernelTraffic:

@@ -22,17 +22,6 @@ from scripts.gpu.kernels_8b import (
     SPLITS,
     VOCABULARY,
 )
-from scripts.gpu.traffic import (
-    KernelTraffic,
-    attend_traffic,
-    int4_product_traffic,
-    kv_write_traffic,
-    merge_traffic,
-    moved_bytes,
-    needed_bytes,
-    operator_traffic,
-    qkv_product_traffic,
-)
 from tests.support.kernel_cases import AttentionCase, ProductCase, operator_inputs
 from tests.support.kernel_functions import attend, attend_and_merge, int4_product, kv_write, run
 from tests.support.triton_interpreter import Traffic
@@ -47,6 +36,17 @@ from trimode.plugins.operators import (
     Pattern,
     QkvProduct,
     Tactic,
+)
+from trimode.plugins.traffic import (
+    KernelTraffic,
+    attend_traffic,
+    int4_product_traffic,
+    kv_write_traffic,
+    merge_traffic,
+    moved_bytes,
+    needed_bytes,
+    operator_traffic,
+    qkv_product_traffic,
 )
 
 REAL = 2

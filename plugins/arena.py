@@ -6,13 +6,18 @@ the largest pass, because captured passes contain addresses.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
 
+from trimode.engine.launch_list import LaunchList
+from trimode.engine.manifest import Limits
 from trimode.engine.precision import NUMPY_TYPES, Real
-from trimode.plugins.launches import PlannedLaunch
+from trimode.plugins.launches import PassShape, PlannedLaunch, plan_pass
+from trimode.plugins.operators import OPERATORS, AllReduce
+from trimode.plugins.operators.attention import SPLIT_STEP
 
 ALIGNMENT = 256
 _BYTES = {"fp32": 4, "int64": 8, "int32": 4, "bool": 1, "int8": 1}
@@ -30,6 +35,39 @@ class _Lifetime(NamedTuple):
 
     first: int
     last: int
+
+
+def arena_of(engines: Sequence[LaunchList], real: Real, limits: Limits) -> list[ArenaPlan]:
+    """Plans of the temporary tensors of engines whose passes follow one another, so that they share one arena."""
+    return [
+        plan_arena(
+            (plan_pass(launches, shape) for shape in _shapes(limits)),
+            real,
+            (
+                *(tensor.name for tensor in (*launches.inputs, *launches.weights)),
+                *launches.results,
+                *partial_sums(launches),
+            ),
+        )
+        for launches in engines
+    ]
+
+
+def partial_sums(launches: LaunchList) -> list[str]:
+    """The tensors of an engine that all ranks add up, in order."""
+    return [launch.inputs[0] for launch in launches.launches if isinstance(OPERATORS[launch.operator], AllReduce)]
+
+
+def _shapes(limits: Limits) -> Iterator[PassShape]:
+    """Shapes among which each tensor has its largest size.
+
+    Sizes grow with the batch. They grow with the step, except where an operator changes how it divides its work:
+    attention does so at multiples of SPLIT_STEP, products behind the last step that they split.
+    """
+    batch, longest = limits.largest_pass
+    steps = {*range(SPLIT_STEP, longest, SPLIT_STEP), min(SPLIT_STEP, longest), longest}
+    for step, masked in product(sorted(steps), (False, True)):
+        yield PassShape(batch, step, step, limits.capacity, limits.top_k, masked, asked=1)
 
 
 def plan_arena(passes: Iterable[Sequence[PlannedLaunch]], real: Real, bound: Iterable[str]) -> ArenaPlan:

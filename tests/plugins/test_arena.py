@@ -5,9 +5,9 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trimode.plugins.arena import ALIGNMENT, plan_arena
 from trimode.plugins.launches import PlannedLaunch
 from trimode.plugins.operators import Node, SwiGlu
-from trimode.runtime.cuda.arena import ALIGNMENT, plan_arena
 
 
 @st.composite
