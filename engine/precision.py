@@ -24,7 +24,7 @@ _MOST_NAMES = 4
 
 class Precision(Record):
     """matrices: the type of every matrix that multiplies activations, by the checkpoint's module name. ``int4`` weights
-    share a scale, of the type of the KV pool, by ``group`` input channels. activations: the type of the hidden states.
+    share a scale by ``group`` input channels. activations: the type of the hidden states.
     """
 
     matrices: dict[str, Stored]

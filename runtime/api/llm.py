@@ -21,7 +21,7 @@ from trimode.runtime.api.inputs import Input, InputEncoder, is_one_input
 from trimode.runtime.api.request_factory import RequestFactory
 from trimode.runtime.api.request_output import RequestOutput
 from trimode.runtime.api.scheduler_thread import SchedulerThread
-from trimode.runtime.decoding.acceptance import LONGEST_BLOCK
+from trimode.runtime.decoding.acceptance_rates import LONGEST_BLOCK
 from trimode.runtime.executor import Executor, ExecutorLostError, OwningExecutor
 from trimode.runtime.grammar.compiler import GrammarCompiler
 from trimode.runtime.kv.prefix_cache import BlockListener, PrefixCache

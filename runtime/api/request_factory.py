@@ -10,7 +10,7 @@ from trimode.engine.manifest import Manifest
 from trimode.model.tokenizer import Tokenizer
 from trimode.runtime.api.capacity import Capacity
 from trimode.runtime.api.inputs import InputEncoder, Prompt
-from trimode.runtime.decoding.acceptance import Acceptance, SharedAcceptance
+from trimode.runtime.decoding.acceptance_rates import Acceptance, SharedAcceptance
 from trimode.runtime.decoding.bad_words import BadWords
 from trimode.runtime.decoding.ending import Ending
 from trimode.runtime.decoding.lookup import Lookup, SharedLookupAcceptance

@@ -46,11 +46,13 @@ class CudaExecutor(GpuExecutor):
         root: Path | None = None,
         exchange: Exchange | None = None,
     ) -> None:
-        limits, real = manifest.limits, manifest.precision.kv_cache
+        limits, real = manifest.limits, manifest.precision.activations
         kernels = Kernels(device, (root or engine) / KERNELS)
         times = tactic_times(device, kernels.folder)
         launches = {_KINDS[name]: LaunchList.read(engine / name) for name, _ in ENGINES}
-        pool = DeviceKvPool(device, manifest.model, real, limits.largest_pass[0], limits.capacity)
+        pool = DeviceKvPool(
+            device, manifest.model, manifest.precision.kv_cache, limits.largest_pass[0], limits.capacity
+        )
         plans = arena_of(list(launches.values()), real, limits)
         self._weights = weights
         self._arena = device.allocate(max(plan.size for plan in plans), "activations")

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from trimode.runtime.decoding.acceptance import Acceptance, SharedAcceptance
+from trimode.runtime.decoding.acceptance_rates import Acceptance, SharedAcceptance
 from trimode.runtime.decoding.ngram_index import NgramIndex
 
 LONG_MATCH = 8  # tokens

@@ -25,7 +25,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from trimode.runtime.decoding.acceptance import Acceptance
+from trimode.runtime.decoding.acceptance_rates import Acceptance
 from trimode.runtime.decoding.denoising import settled
 from trimode.runtime.decoding.draft_tree import DraftTree, likeliest_nodes
 from trimode.runtime.decoding.ending import Ending

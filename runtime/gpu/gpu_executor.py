@@ -91,7 +91,7 @@ class GpuExecutor:
         """The draft adapter, an input of the diffusion engine, on the device."""
         if self._manifest.adapter is None:
             return {}
-        dtype, tensors = NUMPY_TYPES[self._manifest.precision.kv_cache], {}
+        dtype, tensors = NUMPY_TYPES[self._manifest.precision.activations], {}
         for name, array in load_file(engine / ADAPTER).items():
             memory = self._device.store(array.astype(dtype), "the draft adapter")
             self._adapter_memory.append(memory)

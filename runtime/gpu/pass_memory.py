@@ -51,7 +51,7 @@ class PassLayout:
         else:
             self._add(self.inputs, "step_lengths", np.int64, batch)
             if manifest.adapter:
-                self._add(self.inputs, "adapter_scale", NUMPY_TYPES[manifest.precision.kv_cache], batch)
+                self._add(self.inputs, "adapter_scale", NUMPY_TYPES[manifest.precision.activations], batch)
         if bucket.masked:
             self._add(self.inputs, "token_mask", np.uint32, batch, rows, mask_words(manifest.model.vocab_size))
         if bucket.asked:

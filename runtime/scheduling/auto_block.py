@@ -3,7 +3,7 @@
 A cycle with blocks of b tokens runs a draft pass and a commit pass over the whole batch; b = 1 is AR and runs the
 commit pass alone. A sequence's cycle yields ``1 + sum over j < b of (r[1] * ... * r[j])`` tokens: the drafts that are
 expected to be accepted before the text ends, and the causal row's token, with ``r[j] = rates[j] * (1 - end_rate)``
-(:mod:`trimode.runtime.decoding.acceptance`). So each cycle uses
+(:mod:`trimode.runtime.decoding.acceptance_rates`). So each cycle uses
 
     b* = argmax over b of  (sum of yields over the batch) / (seconds of the draft pass + seconds of the commit pass)
 
@@ -34,7 +34,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Many
 from typing import NamedTuple
 
-from trimode.runtime.decoding.acceptance import LONGEST_BLOCK
+from trimode.runtime.decoding.acceptance_rates import LONGEST_BLOCK
 from trimode.runtime.decoding.sequence import Sequence
 from trimode.runtime.scheduling.pass_cost import PassCost
 

@@ -16,7 +16,7 @@ from typing import TypeVar, get_args
 
 import numpy as np
 
-from trimode.runtime.decoding.acceptance import LONGEST_BLOCK
+from trimode.runtime.decoding.acceptance_rates import LONGEST_BLOCK
 from trimode.runtime.decoding.sequence import Pass
 from trimode.runtime.executor import Candidates, Executor, Speculated, SpeculatingExecutor
 from trimode.runtime.scheduling.batching import (

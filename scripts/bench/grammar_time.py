@@ -26,7 +26,7 @@ from rich.table import Table
 
 from tests.support.drawn_schemas import Schema, drawn_schema
 from trimode.model.tokenizer import TOKENIZER_FILE, Tokenizer
-from trimode.runtime.decoding.acceptance import Acceptance, SharedAcceptance
+from trimode.runtime.decoding.acceptance_rates import Acceptance, SharedAcceptance
 from trimode.runtime.decoding.ending import Ending
 from trimode.runtime.decoding.ruled_rows import AgainRate
 from trimode.runtime.decoding.sequence import Pass, Sequence

@@ -15,7 +15,7 @@ from scripts.drafting.cost_table import CostTable
 from scripts.drafting.recording import BLOCKS, MAX_TOKENS, Text
 from tests.support.exact_law import NoText
 from trimode import SamplingParams
-from trimode.runtime.decoding.acceptance import LONGEST_BLOCK, Acceptance, SharedAcceptance
+from trimode.runtime.decoding.acceptance_rates import LONGEST_BLOCK, Acceptance, SharedAcceptance
 from trimode.runtime.decoding.ending import Ending
 from trimode.runtime.decoding.lookup import Lookup, SharedLookupAcceptance
 from trimode.runtime.decoding.sequence import TREE_RANKS, Pass

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from tests.support.token_masks import best_legal
 from trimode import SamplingParams
-from trimode.runtime.decoding.acceptance import Acceptance
+from trimode.runtime.decoding.acceptance_rates import Acceptance
 from trimode.runtime.decoding.ending import Ending
 from trimode.runtime.decoding.lookup import Lookup, SharedLookupAcceptance
 from trimode.runtime.decoding.ruled_rows import Biases

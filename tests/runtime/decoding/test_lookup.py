@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from trimode import LLM, CompletionOutput, GuidedDecodingParams, SamplingParams
-from trimode.runtime.decoding.acceptance import Acceptance
+from trimode.runtime.decoding.acceptance_rates import Acceptance
 from trimode.runtime.decoding.lookup import LONG_MATCH, Lookup, LookupAcceptance, SharedLookupAcceptance
 from trimode.runtime.scheduling.auto_block import Opening, Plan
 

@@ -19,7 +19,7 @@ from trimode.model.config import ModelConfig
 from trimode.model.reference.decoding import PassTotals
 from trimode.model.reference.loading import load_reference
 from trimode.model.reference.network import NemotronLabsDiffusionModel
-from trimode.runtime.decoding.acceptance import Acceptance
+from trimode.runtime.decoding.acceptance_rates import Acceptance
 from trimode.runtime.decoding.ending import Ending
 from trimode.runtime.decoding.sequence import Sequence
 from trimode.runtime.decoding.thinking_budget import ThinkingBudget, ThinkingIds

@@ -24,7 +24,7 @@ from trimode.common.errors import TriModeError
 from trimode.model.checkpoint import Checkpoint
 from trimode.model.reference.loading import load_reference
 from trimode.model.reference.network import NemotronLabsDiffusionModel
-from trimode.runtime.decoding.acceptance import Acceptance, SharedAcceptance
+from trimode.runtime.decoding.acceptance_rates import Acceptance, SharedAcceptance
 from trimode.runtime.decoding.ending import Ending
 from trimode.runtime.decoding.ruled_rows import Biases, RuledRows
 from trimode.runtime.decoding.sequence import Sequence

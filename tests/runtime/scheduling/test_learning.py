@@ -8,7 +8,7 @@ import statistics
 import pytest
 
 from trimode import SamplingParams
-from trimode.runtime.decoding.acceptance import Acceptance, SharedAcceptance
+from trimode.runtime.decoding.acceptance_rates import Acceptance, SharedAcceptance
 from trimode.runtime.decoding.ending import Ending
 from trimode.runtime.decoding.sequence import Sequence
 from trimode.runtime.scheduling.auto_block import CHOICES, BlockChooser, Opening

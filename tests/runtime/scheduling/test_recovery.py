@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.exact_law import Bench
 from trimode import SamplingParams
-from trimode.runtime.decoding.acceptance import Acceptance
+from trimode.runtime.decoding.acceptance_rates import Acceptance
 from trimode.runtime.decoding.ending import Ending
 from trimode.runtime.decoding.sequence import Sequence
 from trimode.runtime.scheduling.auto_block import CHOICES, BlockChooser, Opening
