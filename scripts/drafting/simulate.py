@@ -99,11 +99,11 @@ def ratio(by_kind: dict[str, dict[str, dict[str, float]]], load: str, some: Any,
 def report(found: Speeds, plot: Path | None) -> list[str]:
     """A Markdown table; also a plot of the same ratios."""
     columns = {
-        "fastest linear, tokens a second": None,
-        "tree / linear": (TREES, LINEAR),
-        "verified by confidence / linear": (CONFIDENT, LINEAR),
-        "auto / fastest fixed": (["auto"], FIXED),
-        "auto with lookup / auto, `copy`": (["auto, lookup"], ["auto"]),
+        "best chain, tokens/s": None,
+        "tree / chain": (TREES, LINEAR),
+        "confident prefix / chain": (CONFIDENT, LINEAR),
+        "`auto` / best fixed setting": (["auto"], FIXED),
+        "`auto` with lookup / `auto`, repeated questions": (["auto, lookup"], ["auto"]),
     }
     lines = [f"| machine | drafter | requests | {' | '.join(columns)} |", "|---" * (3 + len(columns)) + "|"]
     for machine, by_drafter in found.items():
@@ -114,7 +114,7 @@ def report(found: Speeds, plot: Path | None) -> list[str]:
                 cells = [f"{fastest:.0f}"]
                 for title, sides in columns.items():
                     if sides is not None:
-                        chosen = {"copy": kinds["copy"]} if "copy" in title else kinds
+                        chosen = {"copy": kinds["copy"]} if "repeated" in title else kinds
                         cells.append(f"{ratio(chosen, load, *sides):.2f}")
                 lines.append(f"| {machine} | {drafter} | {load} | {' | '.join(cells)} |")
     if plot is not None:
