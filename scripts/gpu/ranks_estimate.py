@@ -25,7 +25,8 @@ PAIRS = (
     ("rtx-4090", "pcie4"),
     ("dgx-spark", "cx7"),
 )
-COLUMNS = ("GPU", "link", "ranks", "AR, ms", "cycle, ms", "tok/s", "AR", "cycle", "cycle per GPU", "sums of AR")
+SPEED_UPS = ("AR speed-up", "cycle speed-up", "cycle speed-up per GPU", "communication share of AR")
+COLUMNS = ("GPU", "link", "ranks", "AR, ms", "cycle, ms", "tok/s", *SPEED_UPS)
 
 
 def main() -> None:
