@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, get_type_hints
 
 from trimode.common.installation import Installation
 from trimode.common.progress import Progress
-from trimode.engine.manifest import Limits, PoolEntry
+from trimode.engine.manifest import Limits, Manifest, PoolEntry
 from trimode.engine.precision import Real
 from trimode.engine.targets.section import TargetSection
 from trimode.model.checkpoint import Checkpoint
 from trimode.model.config import ModelConfig
+
+if TYPE_CHECKING:
+    from trimode.build.audit import EngineAudit
 
 
 class RequestedLimits(NamedTuple):
@@ -61,6 +64,13 @@ class BuildTarget(Protocol):
 
     def build(self, checkpoint: Checkpoint, folder: Path, limits: Limits, progress: Progress) -> Built:
         """Write ``ar/``, ``diffusion/`` and the weight pool of each rank into ``folder``, which is new and empty."""
+        ...
+
+    @classmethod
+    def open_audit(cls, engine: Path, manifest: Manifest) -> EngineAudit:
+        """Read what ``trimode audit`` counts. Raises TriModeError if the target has no lists of kernels, or a file was
+        changed after the build.
+        """
         ...
 
     @classmethod

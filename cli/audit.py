@@ -19,16 +19,16 @@ from trimode.cli.parameters import PATH, integers, json_option
     "steps",
     callback=integers,
     metavar="N,N,...",
-    help="Tokens of a sequence in a pass [default: 1,8,32, as far as the plan allows].",
+    help="Tokens of a sequence in a pass [default: 1,8,32, as far as ENGINE allows].",
 )
 @click.option(
     "--window",
     "windows",
     callback=integers,
     metavar="N,N,...",
-    help="KV rows [default: 512,4096, as far as the plan allows].",
+    help="KV rows [default: 512,4096, as far as ENGINE allows].",
 )
-@click.option("--gpu", default="dgx-spark", show_default=True, help="GPU whose minimum times to compute.")
+@click.option("--gpu", help="GPU whose minimum times to compute, such as h100 [default: one that ENGINE is built for].")
 @click.option("--link", help="Link between GPUs, such as nvlink4 or pcie5 [default: the usual one of --gpu].")
 @click.option("--acceptance", type=float, default=6.82, show_default=True, help="Tokens of a self-speculation cycle.")
 @click.option("--plot", type=PATH, help="Write the bytes of each kind of kernel to this PNG.")
@@ -38,15 +38,15 @@ def command(
     batch: int,
     steps: tuple[int, ...] | None,
     windows: tuple[int, ...] | None,
-    gpu: str,
+    gpu: str | None,
     link: str | None,
     acceptance: float,
     plot: Path | None,
     as_json: bool,
 ) -> None:
-    """List the GPU kernels of ENGINE (target rtx) and the bytes that each moves. Needs no GPU."""
+    """List the GPU kernels of ENGINE (target cuda or rtx) and the bytes that they move. Needs no GPU."""
     with requires_extra("build"):
-        from trimode.build.rtx.audit.report import audit_engine, print_report, write_plot
+        from trimode.build.audit import audit_engine, print_report, write_plot
 
     report = audit_engine(engine, batch=batch, steps=steps, windows=windows, gpu=gpu, acceptance=acceptance, link=link)
     if plot is not None:

@@ -17,7 +17,7 @@ from scripts.prove.quantization import MODES, score
 from scripts.tiny.weak_drafter import write_weak_drafter
 from trimode import LLM, CompletionOutput, SamplingParams
 from trimode.build.engine_builder import build_engine
-from trimode.build.rtx.audit.counting import audit_pass, read_plans
+from trimode.build.rtx.audit import audit_pass, read_plans
 from trimode.build.rtx.target import RtxTarget
 from trimode.model.checkpoint import Checkpoint
 from trimode.model.reference.loading import load_reference

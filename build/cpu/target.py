@@ -5,16 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from trimode.build.target import BuildTarget, Built, RequestedLimits, option
 from trimode.common.extras import requires_extra
 from trimode.common.installation import Installation
 from trimode.common.progress import Progress
-from trimode.engine.manifest import Limits
+from trimode.engine.manifest import Limits, Manifest
 from trimode.engine.targets.cpu import Activations
 from trimode.model.checkpoint import Checkpoint
 from trimode.model.config import ModelConfig
+
+if TYPE_CHECKING:
+    from trimode.build.audit import EngineAudit
 
 DEFAULT_TOP_K = 64
 
@@ -61,6 +64,12 @@ class CpuTarget:
         from trimode.build.cpu.optimised_graphs import build_cpu_engines
 
         return build_cpu_engines(checkpoint, folder, self.activations, self.unpacked_bytes, self.tp, progress)
+
+    @classmethod
+    def open_audit(cls, engine: Path, _manifest: Manifest) -> EngineAudit:
+        from trimode.build.audit import no_kernels
+
+        raise no_kernels(engine, cls.name)
 
     @classmethod
     def can_build(cls, installation: Installation) -> str:

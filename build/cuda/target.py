@@ -9,17 +9,19 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from trimode.build.kernel_target import KernelTarget
 from trimode.build.target import BuildTarget, Built, option
 from trimode.common.errors import TriModeError
+from trimode.common.extras import requires_extra
 from trimode.common.gpus import find_gpus
 from trimode.common.installation import Installation
 from trimode.common.progress import Progress
 from trimode.engine.files import rank_folder
 from trimode.engine.kernel_library import COMPUTE_CAPABILITIES
-from trimode.engine.manifest import Limits
+from trimode.engine.manifest import Limits, Manifest
 from trimode.engine.targets.cuda import CudaSection
 from trimode.model.checkpoint import Checkpoint
 from trimode.plugins.operators.all_reduce import MOST_RANKS
 
 if TYPE_CHECKING:
+    from trimode.build.audit import EngineAudit
     from trimode.build.kernel_network import KernelNetwork
 
 
@@ -66,6 +68,13 @@ class CudaTarget(KernelTarget):
 
         write_launches(network, folder, progress)
         return CudaSection(sms=sms)
+
+    @classmethod
+    def open_audit(cls, engine: Path, manifest: Manifest) -> EngineAudit:
+        with requires_extra("build"):
+            from trimode.build.cuda.audit import LaunchAudit
+
+        return LaunchAudit(engine, manifest)
 
     @classmethod
     def can_build(cls, installation: Installation) -> str:

@@ -5,15 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from trimode.build.gpu_target import GpuTarget
 from trimode.build.target import BuildTarget, Built, option
 from trimode.common.extras import requires_extra
 from trimode.common.installation import Installation
 from trimode.common.progress import Progress
-from trimode.engine.manifest import Limits
+from trimode.engine.manifest import Limits, Manifest
 from trimode.model.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from trimode.build.audit import EngineAudit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +44,13 @@ class RtxTarget(GpuTarget):
         from trimode.build.rtx.plan_building import build_plans
 
         return build_plans(checkpoint, folder, self, limits, progress)
+
+    @classmethod
+    def open_audit(cls, engine: Path, manifest: Manifest) -> EngineAudit:
+        with requires_extra("build"):
+            from trimode.build.rtx.audit import PlanAudit
+
+        return PlanAudit(engine, manifest)
 
     @classmethod
     def can_build(cls, installation: Installation) -> str:

@@ -12,11 +12,12 @@ from trimode.common.errors import TriModeError
 from trimode.common.installation import Installation
 from trimode.common.progress import Progress
 from trimode.engine.kernel_library import COMPUTE_CAPABILITIES
-from trimode.engine.manifest import Limits
+from trimode.engine.manifest import Limits, Manifest
 from trimode.engine.targets.tensorrt import Operators, TensorrtSection, has_tensorrt
 from trimode.model.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
+    from trimode.build.audit import EngineAudit
     from trimode.build.kernel_network import KernelNetwork
 
 
@@ -72,6 +73,12 @@ class TensorrtTarget(KernelTarget):
             raise TriModeError("target tensorrt takes bf16 and fp16, and the engine is fp32; build it again")
         plugins = write_graphs(network, folder, self.operators, progress)
         return TensorrtSection(sms=sms, operators=self.operators, plugins=plugins, plans=None)
+
+    @classmethod
+    def open_audit(cls, engine: Path, _manifest: Manifest) -> EngineAudit:
+        from trimode.build.audit import no_kernels
+
+        raise no_kernels(engine, cls.name)
 
     @classmethod
     def can_build(cls, installation: Installation) -> str:

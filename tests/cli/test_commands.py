@@ -256,7 +256,6 @@ def test_a_missing_package_names_its_extra(tmp_path: Path) -> None:
     for package, extra, arguments in (
         ("onnx", "build", ["build", "x", "y"]),
         ("fastapi", "serve", ["serve", "x"]),
-        ("onnx", "build", ["audit", "x"]),
     ):
         program = f"import sys; sys.modules[{package!r}] = None; from trimode.cli.main import main; main()"
         command = [sys.executable, "-c", program, *arguments]

@@ -16,10 +16,10 @@ import pytest
 from PIL import Image
 
 from tests.support.command import run_here
+from trimode.build.audit import audit_engine, write_plot
 from trimode.build.engine_builder import build_engine
 from trimode.build.rtx import plan_building as rtx
-from trimode.build.rtx.audit.counting import Plan, audit_pass, kind_of, read_plans
-from trimode.build.rtx.audit.report import audit_engine, write_plot
+from trimode.build.rtx.audit import Plan, audit_pass, kind_of, read_plans
 from trimode.build.rtx.graph_form import refuse_disorder
 from trimode.build.rtx.kernel_list import KernelTensor, PlanKernel
 from trimode.build.rtx.target import RtxTarget
@@ -135,7 +135,7 @@ def test_an_unfused_product_is_counted_as_such() -> None:
 def test_the_report_and_its_plot(engine: Path, tmp_path: Path) -> None:
     report = audit_engine(engine, steps=(1, 8), windows=(512, 1024), gpu="dgx-spark", acceptance=6.82)
     assert len(report.passes) == 2 * 2 * 2
-    assert report.weights_private == 0 < report.weights_shared
+    assert report.memory["weights of one plan"] == 0 < report.memory["weights of both plans"]
     assert [bound.window for bound in report.bounds] == [512, 1024]
     assert report.bounds[0].ar_ms < report.bounds[1].ar_ms
     write_plot(report, tmp_path / "bytes.png")
@@ -166,9 +166,9 @@ def test_a_refused_build_prints_one_line(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--window", "4096"), "window 4096 is outside the plan's 1 to 1024"),
-        (("--window", "512", "--step", "128"), "step 128 is outside the plan's 1 to 64"),
-        (("--window", "512", "--batch", "9"), "batch 9 is outside the plan's 1 to 4"),
+        (("--window", "4096"), "window 4096 is outside the engine's 1 to 1024"),
+        (("--window", "512", "--step", "128"), "step 128 is outside the engine's 1 to 64"),
+        (("--window", "512", "--batch", "9"), "batch 9 is outside the engine's 1 to 4"),
         (("--window", "512", "--gpu", "b100"), "GPU b100 is not known"),
     ],
 )

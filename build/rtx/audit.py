@@ -33,12 +33,11 @@ from typing import Literal
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
-from pydantic import BaseModel
 
+from trimode.build.audit import PassAudit, kv_pool_bytes, least_work
 from trimode.build.graph.raw_pool import merged_matrices
-from trimode.build.roofline import PassShape, least_bytes, least_flops, stored_matrix_bytes
+from trimode.build.roofline import GpuModel
 from trimode.build.rtx.kernel_list import KernelList, KernelTensor, PlanKernel
-from trimode.common.errors import TriModeError
 from trimode.common.records import read_json_record
 from trimode.engine.files import rank_folder, verify_file
 from trimode.engine.manifest import Manifest
@@ -73,34 +72,26 @@ _REAL_TYPES = {"Half", "BFloat16", "Float"}
 _TILE = 64  # KV rows in a tile of the fused attention
 
 
-class PassAudit(BaseModel):
-    """One pass of one engine. Bytes are of device memory.
-
-    kernels_a_layer: the most frequent count. bound: bytes that any implementation must move. ratio: bytes / bound.
-    ratio_whole_pool, ratio_with_cache: the same for the two bounding totals of this module. exchanges: kernels in which
-    ranks exchange partial sums. link_bytes: that a rank receives in them.
+class PlanPass(PassAudit):
+    """lone_dequantisations: kernels that only dequantise. kv_copies: kernels that copy keys or values.
+    ratio_whole_pool, ratio_with_cache: bytes / bound for the two bounding totals of this module. unresolved: tensors
+    that were not counted.
     """
 
-    engine: str
-    batch: int
-    step: int
-    window: int
-    kernels: int
-    kernels_a_layer: int
-    int4_products: int
-    int4_matrices: int
     lone_dequantisations: int
     kv_copies: int
-    bytes: int
-    bound: int
-    ratio: float
     ratio_whole_pool: float
     ratio_with_cache: float
-    flops: int
-    bytes_by_kind: dict[str, int]
-    exchanges: int
-    link_bytes: int
     unresolved: int
+
+    def cells(self) -> dict[str, str]:
+        return super().cells() | {
+            "whole": f"{self.ratio_whole_pool:.3f}",
+            "cache": f"{self.ratio_with_cache:.3f}",
+            "alone": str(self.lone_dequantisations),
+            "copies": str(self.kv_copies),
+            "not counted": str(self.unresolved),
+        }
 
 
 @dataclass(frozen=True)
@@ -110,20 +101,50 @@ class Plan:
     engine: str
     manifest: Manifest
     model: ModelConfig  # of a rank, if there are several
-    rtx: RtxSection
     kernels: tuple[PlanKernel, ...]
     graph: onnx.ModelProto
 
 
+class PlanAudit:
+    """Both plans of an engine directory; see :func:`read_plans`."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.manifest = manifest
+        self._section = manifest.section(RtxSection)
+        self.sms = self._section.sms
+        self.candidates = manifest.limits.top_k
+        self._plans = {plan.engine: plan for plan in read_plans(folder)}
+
+    def count(self, engine: str, batch: int, step: int, window: int, gpu: GpuModel) -> PlanPass:
+        return audit_pass(self._plans[engine], batch, step, window, gpu.cache)
+
+    def memory(self) -> dict[str, int]:
+        plans = self._section.ar, self._section.diffusion
+        # Bytes between two runs of the pool are a constant of one plan that the other plan lacks.
+        private = [
+            following.plan_offset - splice.plan_offset
+            for plan in plans
+            for splice, following in zip(plan.splices, plan.splices[1:], strict=False)
+        ]
+        return {
+            "weights of both plans": sum(splice.bytes for splice in plans[0].splices),
+            "weights of one plan": sum(private),
+            "KV pool": kv_pool_bytes(self.manifest),
+        }
+
+    def notes(self) -> list[str]:
+        return [
+            "whole: /bound if attention reads the whole pool; cache: /bound if each kernel reads the previous one's "
+            "results from the L2 cache; alone: kernels that only dequantise; copies: of keys and values; not counted: "
+            "tensors internal to the builder"
+        ]
+
+
 def read_plans(folder: Path) -> list[Plan]:
-    """Both plans of an engine directory, of rank 0 if it has several; the others differ in their weights only. Raises
-    TriModeError if its target is not rtx, or if a file that is read was
-    changed after the build.
+    """Both plans of an engine directory for target rtx, of rank 0 if it has several; the others differ in their weights
+    only. Raises TriModeError if a file that is read was changed after the build.
     """
     manifest = Manifest.read(folder)
-    section = manifest.target
-    if not isinstance(section, RtxSection):
-        raise TriModeError(f"{folder} is for target {section.name}; an audit reads the kernels of target rtx")
     plans = []
     for entry in manifest.files:
         if entry.path.endswith((KERNELS, GRAPH)):
@@ -132,15 +153,14 @@ def read_plans(folder: Path) -> list[Plan]:
     for name, _ in ENGINES:
         kernels = read_json_record(KernelList, of_rank / name / KERNELS).root
         graph = onnx.load(of_rank / name / GRAPH, load_external_data=False)
-        plans.append(Plan(name, manifest, Shard(0, manifest.ranks).config(manifest.model), section, kernels, graph))
+        plans.append(Plan(name, manifest, Shard(0, manifest.ranks).config(manifest.model), kernels, graph))
     return plans
 
 
-def audit_pass(plan: Plan, batch: int, step: int, window: int, cache_bytes: int = 0) -> PassAudit:
+def audit_pass(plan: Plan, batch: int, step: int, window: int, cache_bytes: int = 0) -> PlanPass:
     """Count a pass of ``step`` tokens for each of ``batch`` sequences over ``window`` KV rows, with logits for every
     token. cache_bytes: size of the GPU's L2 cache.
     """
-    _refuse_impossible(plan, batch, step, window)
     sizes = _Sizes(plan, batch, step, window)
     unlisted = 0
     by_kind: Counter[Kind] = Counter()
@@ -153,17 +173,10 @@ def audit_pass(plan: Plan, batch: int, step: int, window: int, cache_bytes: int 
         unlisted += sizes.unlisted_bytes(kernel)
         if (layer := _layer_of(kernel)) is not None:
             layers[layer] += 1
-    config, precision = plan.model, plan.manifest.precision
-    shape = PassShape(
-        batch,
-        step,
-        window,
-        step,
-        plan.manifest.limits.top_k,
-        plan.manifest.adapter.rank if plan.manifest.adapter and plan.engine == "diffusion" else 0,
-    )
-    bound, total = least_bytes(config, shape, stored_matrix_bytes(config, precision)), sum(by_kind.values())
-    return PassAudit(
+    config, manifest = plan.model, plan.manifest
+    bound, flops = least_work(manifest, plan.engine, batch, step, window, manifest.limits.top_k)
+    total = sum(by_kind.values())
+    return PlanPass(
         engine=plan.engine,
         batch=batch,
         step=step,
@@ -171,7 +184,7 @@ def audit_pass(plan: Plan, batch: int, step: int, window: int, cache_bytes: int 
         kernels=len(sizes.kernels),
         kernels_a_layer=mode(layers.values()),
         int4_products=sum(_reads_int4(kernel) and "MatMul" in _operators(kernel) for kernel in sizes.kernels),
-        int4_matrices=sum(precision.all_int4(modules) for modules in merged_matrices(config)),
+        int4_matrices=sum(manifest.precision.all_int4(modules) for modules in merged_matrices(config)),
         lone_dequantisations=kinds["dequantisation"],
         kv_copies=kinds["KV copy"],
         bytes=total,
@@ -179,19 +192,12 @@ def audit_pass(plan: Plan, batch: int, step: int, window: int, cache_bytes: int 
         ratio=total / bound,
         ratio_whole_pool=(total + unlisted) / bound,
         ratio_with_cache=(total - sizes.cached_bytes(cache_bytes // 2)) / bound,
-        flops=least_flops(config, shape),
+        flops=flops,
         bytes_by_kind={kind: count for kind, count in by_kind.most_common() if count},
         exchanges=kinds["exchange"],
-        link_bytes=(plan.manifest.ranks - 1) * sum(map(sizes.sent_bytes, sizes.kernels)),
+        link_bytes=(manifest.ranks - 1) * sum(map(sizes.sent_bytes, sizes.kernels)),
         unresolved=sizes.unresolved,
     )
-
-
-def cycle_bytes_to_host(manifest: Manifest, block_length: int) -> int:
-    """Bytes copied to the host in one request's self-speculation cycle: candidates and log-sum-exp of the masked rows
-    of the draft and of all rows of the verification."""
-    a_row = manifest.limits.top_k * (4 + 8) + 4
-    return a_row * (block_length - 1 + block_length)
 
 
 def kind_of(kernel: PlanKernel) -> Kind:
@@ -213,20 +219,6 @@ def kind_of(kernel: PlanKernel) -> Kind:
     if not kernel.sources or operators & {"LessOrEqual", "Less", "GatherElements", "And"}:
         return "mask"
     return "element-wise"
-
-
-def _refuse_impossible(plan: Plan, batch: int, step: int, window: int) -> None:
-    max_batch, max_step = plan.manifest.limits.largest_pass
-    limits = {
-        "batch": (batch, max_batch),
-        "step": (step, max_step),
-        "window": (window, plan.manifest.limits.capacity),
-    }
-    for name, (value, largest) in limits.items():
-        if not 1 <= value <= largest:
-            raise TriModeError(f"{name} {value} is outside the plan's 1 to {largest}; build with a larger limit")
-    if step > window:
-        raise TriModeError(f"step {step} exceeds the window {window}: a step's own rows are part of it")
 
 
 class _Sizes:

@@ -1,1 +1,0 @@
-"""Kernels, bytes and least time of compiled plans, counted without a GPU."""
