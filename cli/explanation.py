@@ -14,6 +14,7 @@ _MEANINGS: dict[Drafting, str] = {
     "draft": "draft pass",
     "tree": "draft pass, verified as a tree",
     "copy": "copied by lookup, no draft pass",
+    "kept": "kept from the last commit",
 }
 
 

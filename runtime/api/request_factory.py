@@ -48,6 +48,7 @@ class RequestFactory:
         self._update_seconds = update_seconds
         self._shared_acceptance = SharedAcceptance()
         self._shared_lookup_acceptance = SharedLookupAcceptance()
+        self._shared_kept_acceptance = SharedAcceptance(first_guess=0.5)
         self._again_rate = AgainRate()
 
     def resolve(self, prompt: Prompt, params: SamplingParams) -> SamplingParams:
@@ -167,6 +168,7 @@ class RequestFactory:
             rules=self._rules(prompt, params),
             biases=Biases(params.logit_bias, model.vocab_size) if params.logit_bias else None,
             again_rate=self._again_rate,
+            kept_acceptance=Acceptance(self._shared_kept_acceptance),
             most_step=self.manifest.limits.max_step,
             lookup=lookup,
             begun=prompt.answer,

@@ -27,7 +27,7 @@ from trimode.runtime.decoding.token_rules import DeadEndError, TokenRules, Walk,
 from trimode.runtime.executor import Candidates, Ints, Words
 
 _ABSENT = -1e29  # logits below it mark places behind the last legal token
-_OF_FORCED = np.zeros(1, np.float32)  # logits of a choice of one forced token
+_OF_ONE = np.zeros(1, np.float32)  # logits of a choice of one token
 
 _FIRST_RATE = 0.1
 _LEAST_RATE = 0.03  # a pass takes many times as long as a mask
@@ -67,11 +67,10 @@ class AgainRate:
 
 
 class Choice(NamedTuple):
-    """A row's legal candidates, best first, [k]. forced: the grammar allows one token only."""
+    """A row's legal candidates, best first, [k]."""
 
     logits: Reals
     tokens: Ints
-    forced: bool = False
 
 
 class RowInputs(NamedTuple):
@@ -92,7 +91,8 @@ class RuledRows:
     def __init__(
         self, rules: TokenRules, biases: Biases | None, walk: Walk, needed: int | None, logprobs: bool
     ) -> None:
-        self._choices: list[Choice] = []  # of the rows that may be emitted, once the pass is complete
+        self._agreed = 0  # first rows of greedy decoding whose best legal candidate is their draft
+        self._choices: list[Choice] = []  # of the rows behind them that may be emitted, once the pass is complete
         self._dead_end: DeadEndError | None = None  # of the row behind them
         self._rules = rules
         self._biases = biases
@@ -152,11 +152,19 @@ class RuledRows:
             self._second[row] = found.logits[index], found.tokens[index]
         self._choose()
 
+    def forces(self, row: int) -> bool:
+        """Whether the grammar forces the token of a row that the text comes to."""
+        return self._walk.forced[row] is not None
+
+    def agreed_draft(self, row: int) -> int | None:
+        """The token of a row that the text comes to, if it is known to be the draft; else :meth:`choice` has it."""
+        return self._walk.drafts[row] if row < self._agreed else None
+
     def choice(self, row: int) -> Choice:
-        """Of a row that the text comes to. Raises DeadEndError if no token is legal there."""
-        if row == len(self._choices) and self._dead_end is not None:
+        """Of a row that the text comes to, without an agreed draft. Raises DeadEndError if no token is legal there."""
+        if row - self._agreed == len(self._choices) and self._dead_end is not None:
             raise self._dead_end
-        return self._choices[row]
+        return self._choices[row - self._agreed]
 
     def logit(self, row: int, token: int) -> float:
         """The model's logit of a token of the row's choice."""
@@ -173,10 +181,11 @@ class RuledRows:
 
         The first row without a legal token ends them: it is an error only if the text comes to it.
         """
-        self._choices, self._again, self._reached = [], {}, 0
+        self._choices, self._again = [], {}
+        self._agreed = self._reached = self._count_agreed()
         drafts = self._walk.drafts
         with self._moving():
-            for row, forced in enumerate(self._walk.forced):
+            for row, forced in list(enumerate(self._walk.forced))[self._agreed :]:
                 try:
                     choice = self._choice(row) if forced is None else self._forced(row, forced)
                     if choice is None:
@@ -191,13 +200,26 @@ class RuledRows:
                 if self._needed == 1 and row < len(drafts) and choice.tokens[0] != drafts[row]:
                     break  # greedy: the run ends here
 
+    def _count_agreed(self) -> int:
+        """The first rows of greedy decoding whose token is their draft: forced, or the best candidate."""
+        if self._needed != 1 or self._biases is not None:
+            return 0
+        drafts, forced = self._walk.drafts, self._walk.forced
+        best = self.reported.tokens[: len(forced), 0].tolist()
+        for row, (_, tokens) in self._second.items():
+            best[row] = int(tokens[0])
+        row = 0
+        while self._walk.is_legal(row) and (best[row] == drafts[row] or forced[row] is not None):
+            row += 1
+        return row
+
     def _forced(self, row: int, token: int) -> Choice:
         """The choice of a row where the grammar forces a token."""
         if not self._walk.is_legal(row):  # the draft behind a row is this token, if it is legal
             self._move(row)
             if not self._rules.allows(token):
                 raise self._rules.dead_end()
-        return Choice(_OF_FORCED, np.array([token]), forced=True)
+        return Choice(_OF_ONE, np.array([token]))
 
     def _choice(self, row: int) -> Choice | None:
         """The row's legal candidates; None if there are too few of them and the row has not been run again."""

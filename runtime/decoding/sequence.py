@@ -9,9 +9,9 @@ Every cycle drafts zero or more bidirectional passes until its block is full, th
 | ``diffusion`` | b, the last block too | denoise until filled | the whole block, and one more token |
 | ``auto`` | chosen each cycle | as ``linear_spec``, or ``ar`` with a block of one | as ``linear_spec`` |
 
-AR is speculation with a block of one. Tokens that a grammar forces and tokens that prompt lookup copies are drafts
-without a bidirectional pass. A :class:`Sequence` is one answer's state: it states which pass it needs next and
-absorbs the result, so sequences of all modes can share a batch.
+AR is speculation with a block of one. Tokens that a grammar forces, tokens that prompt lookup copies, and tokens that
+the last commit predicted behind a rejected draft are drafts without a bidirectional pass. A :class:`Sequence` is one
+answer's state: it states which pass it needs next and absorbs the result, so sequences of all modes can share a batch.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ DOUBTFUL_RANK = 8
 TREE_RANKS = 8  # candidates of each place that may be nodes of a tree
 # Most tokens of a prefill pass that needs the logits of all its rows, which a CPU computes over the whole vocabulary.
 PROMPT_LOGPROB_STEP = 128
+LEAST_KEPT = 0.1  # least probability that a kept draft and all before it are accepted
 NO_BLOCK = np.empty(0, np.int64)
 
 
@@ -77,8 +78,9 @@ class Sequence:
     context: KV rows that the engine's context has. mask_id: the model's mask token. prefill_step: most tokens of a
     prefill pass. seed: of the random generator. acceptance: running estimate of this sequence's acceptance rate. rules:
     which tokens are legal, None if all are. biases: added to logits; they need rules. again_rate: of all sequences with
-    rules. most_step: most tokens of a pass, None for any number. lookup: copied drafts, None if the request has none.
-    begun: the answer's first tokens, which another process has emitted.
+    rules. kept_acceptance: running estimate of the acceptance of kept drafts. most_step: most tokens of a pass, None
+    for any number. lookup: copied drafts, None if the request has none. begun: the answer's first tokens, which another
+    process has emitted.
 
     The begun tokens are *replayed*: blocks of them are committed without drafts, in passes of the length that the mode
     has, so that KV rows, penalties, rules and budgets become those of the process that emitted them.
@@ -86,6 +88,9 @@ class Sequence:
     With rules, tokens that the grammar forces enter a block without a draft, illegal drafts are replaced by the draft's
     own next best, and every emitted token is chosen among its row's legal candidates
     (:mod:`trimode.runtime.decoding.ruled_rows`).
+
+    With rules, a rejected draft is often one wrong value in the right structure. So the candidates of the rows behind
+    it are *kept*: the best legal ones are the drafts of the next block, unless a draft pass is expected to yield more.
     """
 
     def __init__(
@@ -102,6 +107,7 @@ class Sequence:
         rules: TokenRules | None = None,
         biases: Biases | None = None,
         again_rate: AgainRate | None = None,
+        kept_acceptance: Acceptance | None = None,
         most_step: int | None = None,
         lookup: Lookup | None = None,
         begun: Many[int] = (),
@@ -143,6 +149,9 @@ class Sequence:
         self._ruled_rows: RuledRows | None = None  # of the causal pass in progress
         self._again: tuple[Ints, Words] | None = None  # its rows to run again, with their masks
         self._drafted: dict[int, Ints] = {}  # the draft's candidates [k], by place
+        self._kept: dict[int, Ints] = {}  # the same, of the rows behind the draft that the latest commit rejected
+        self._uses_kept = False  # whether they are the block's drafts
+        self._kept_acceptance = kept_acceptance or Acceptance()
         self._doubtful_rows: set[int] = set()  # of the block: their best candidates are probably illegal
         self._again_rate = again_rate or AgainRate()
         # Of the block, in diffusion:
@@ -235,26 +244,34 @@ class Sequence:
 
         The drafts are masks, or copies if ``looked_up``; the latest :meth:`look_up` has found some. Tokens that the
         grammar forces come first, in addition, as far as a pass has room; AR's block stays one token. There are no
-        masks where the forced tokens alone yield more a pass. tree: as many nodes of the draft are verified as the
-        block has tokens; a request's own ``tree_width`` comes first.
+        masks where the forced tokens and kept drafts alone yield more a pass. tree: as many nodes of the draft are
+        verified as the block has tokens; a request's own ``tree_width`` comes first.
         """
         if self.replaying:
             self._open_replay(length)
             return
         forced = self._forced_next()
-        if forced and length > 1 and not looked_up and self._expected_drafts(length) <= len(forced) + 1:
-            length = 1
+        kept = {} if looked_up else self._kept_behind(len(forced))
+        if length > 1 and (forced or kept) and not looked_up:
+            undrafted = 1 + len(forced) + self._expected_kept(len(kept))  # tokens of a cycle without a draft pass
+            if 1 + len(forced) + self._expected_drafts(length) <= 2 * undrafted:
+                length = 1
+            elif kept:
+                self._kept_acceptance.forget()
+        self._uses_kept = bool(kept) and length == 1
         length = min(length, self._room - len(forced)) if forced else length
         free = [self.pending_token, *forced]
         if looked_up and self._lookup is not None:
             free += self._lookup.proposal[: length - 1]
             length = len(free) - len(forced)
+        length += len(kept) if self._uses_kept else 0
         self._block = np.full(length + len(forced), self._mask_id, np.int64)
         self._block[: len(free)] = free
-        self._masks = len(self._block) - len(free)
+        self._masks = 0 if self._uses_kept else len(self._block) - len(free)
         self._forced_places = set(range(1, 1 + len(forced)))
         self._begin_block(looked_up, self.params.tree_width or (length if tree else None))
-        if looked_up and self._rules is not None:
+        if (looked_up or self._uses_kept) and self._rules is not None:
+            self._drafted = kept
             self._repair_drafts(self._rules)
         if self.params.mode == "diffusion":
             self._place_end_of_thinking()
@@ -277,7 +294,7 @@ class Sequence:
         self._tree_width = tree_width
         self._likeliest = []
         self._drafted = {}
-        self._doubtful_rows = set() if self._masks or looked_up else {len(self._block) - 1}
+        self._doubtful_rows = set() if self._masks or looked_up or self._uses_kept else {len(self._block) - 1}
         self.rejected = []
         self._drafted_tokens = len(self._block)
         self._walk = None
@@ -298,6 +315,19 @@ class Sequence:
         """Drafts that are expected to be accepted of a block."""
         yields = self.acceptance.yields()
         return yields[min(length, len(yields)) - 1] - 1
+
+    def _kept_behind(self, forced: int) -> dict[int, Ints]:
+        """The kept candidates by place, behind so many forced tokens, as far as their drafts may well be accepted."""
+        if not self._kept:
+            return {}
+        likely = sum(product >= LEAST_KEPT for product in accumulate(self._kept_acceptance.rates, mul))
+        end = min(forced + likely + 1, self._room)
+        return {place: found for place, found in self._kept.items() if forced < place < end}
+
+    def _expected_kept(self, count: int) -> float:
+        """Drafts that are expected to be accepted of so many kept ones."""
+        yields = self._kept_acceptance.yields()
+        return yields[min(1 + count, len(yields)) - 1] - 1
 
     def next_pass(self) -> Pass:
         """The next pass of a sequence that is in its prefill or has a block."""
@@ -487,6 +517,7 @@ class Sequence:
             stays = next(place for place, row in enumerate(rows) if row != place)
             self.moves = Moves(self.committed + stays, [self.committed + row for row in rows[stays:]])
         self.committed += len(rows)
+        self._kept = {}
         if self._replays:  # which says nothing about drafts
             self.cycles.append(Cycle("none", len(rows), len(rows), len(rows), len(rows)))
             self.counts.cycles += 1
@@ -501,17 +532,24 @@ class Sequence:
         if drafted > 0 and not self._looked_up:
             if tree is None:
                 untested = len([place for place in self._forced_places if place <= tested])
-                self.acceptance.observe(agreed - forced, tested - untested, ended)
+                acceptance = self._kept_acceptance if self._uses_kept else self.acceptance
+                acceptance.observe(agreed - forced, tested - untested, ended)
             else:
                 self._observe_tree(self.emitted[before:], ended)
             if self.params.mode == "auto" and tree is None:
                 self.acceptance.forget_trees()
-        source: Drafting = "tree" if tree is not None else "copy" if self._looked_up else "draft" if drafts else "none"
+        source: Drafting = "draft" if drafts else "none"
+        if tree is not None:
+            source = "tree"
+        elif self._looked_up or self._uses_kept:
+            source = "copy" if self._looked_up else "kept"
         emitted = len(self.emitted) - before
         self.cycles.append(Cycle(source, self._drafted_tokens, 1 + len(drafts), expected, emitted))
         if self._lookup is not None:
             self._lookup.observe(self.emitted[before + len(self._forced_next()) :], ended)
         self.rejected = rest if tested > agreed else []
+        if self._rules is not None and tree is None:
+            self._kept = {row - agreed: found.tokens[row] for row in range(agreed + 1, len(self._block))}
         self.counts.cycles += 1
         self.counts.trees += tree is not None
         self.counts.drafted += drafted
@@ -538,7 +576,10 @@ class Sequence:
 
     def _expected_tokens(self) -> float:
         """Tokens that the block's commit is expected to emit."""
-        yields = self._lookup.yields() if self._looked_up and self._lookup is not None else self.acceptance.yields()
+        if self._looked_up and self._lookup is not None:
+            yields = self._lookup.yields()
+        else:
+            yields = (self._kept_acceptance if self._uses_kept else self.acceptance).yields()
         return yields[min(len(self._block), len(yields)) - 1]
 
     def _commit_diffusion(self, found: Candidates) -> None:
@@ -577,7 +618,7 @@ class Sequence:
             next_row = follow(row, token)
             rows.append(row)
             agreed += next_row is not None
-            is_forced = forced is not None or (self._ruled_rows is not None and self._ruled_rows.choice(row).forced)
+            is_forced = forced is not None or (self._ruled_rows is not None and self._ruled_rows.forces(row))
             if not self._emit(token, "forced" if is_forced else origin if next_row is None else "accepted"):
                 break
         if self._rules is not None and self.ending.finish_reason is None and self.params.logprobs is None:
@@ -593,6 +634,9 @@ class Sequence:
         rows = self._ruled_rows
 
         def draw(row: int) -> int:
+            agreed = rows.agreed_draft(row)
+            if agreed is not None:
+                return agreed
             choice = rows.choice(row)
             return self._sampler.choose(choice.logits, choice.tokens, positions[row])
 

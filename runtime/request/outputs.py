@@ -9,8 +9,9 @@ FinishReason = Literal["stop", "length", "cancelled"]
 # The source of a token: the prefill's last row; an accepted draft; the causal row's own token after the drafts; a
 # denoise pass of a diffusion block; the thinking budget, or a grammar that allows no other token.
 Origin = Literal["prefill", "accepted", "bonus", "denoised", "forced"]
-# The source of a cycle's drafts: no drafts; a draft pass, verified as a chain or as a tree; prompt lookup.
-Drafting = Literal["none", "draft", "tree", "copy"]
+# The source of a cycle's drafts: no drafts; a draft pass, verified as a chain or as a tree; prompt lookup; the rows
+# behind the draft that the last commit rejected.
+Drafting = Literal["none", "draft", "tree", "copy", "kept"]
 
 
 # Of each token of the prompt, its own log-probability first, then those of the likeliest. None for the first token.

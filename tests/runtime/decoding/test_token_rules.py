@@ -291,7 +291,7 @@ def candidates(*best: int) -> Candidates:
     )
 
 
-def under_regex(llm: LLM, regex: str) -> Sequence:
+def under_regex(llm: LLM, regex: str, **options: Any) -> Sequence:
     params = SamplingParams(max_tokens=40, mode="linear_spec", block_length=4)
     return Sequence(
         [300],
@@ -303,6 +303,7 @@ def under_regex(llm: LLM, regex: str) -> Sequence:
         prefill_step=10,
         seed=0,
         rules=TokenRules(768, {11}, grammar=llm._grammars.compile(GuidedDecodingParams(regex=regex)).matcher()),
+        **options,
     )
 
 
@@ -334,6 +335,41 @@ def test_a_block_whose_forced_text_yields_more_than_a_draft_has_none(tiny: LLM) 
     commit = sequence.next_pass()
     assert commit.kind == "commit"
     assert tiny.tokenizer.decode(commit.tokens.tolist()) == "abcdefghijklmnopqrstuvwxyz"
+
+
+def after_a_rejected_draft(llm: LLM, kept_guess: float) -> Sequence:
+    """Behind 17, with the next block open: 234 was drafted, the rows say 7, 8, x and 5. Digits are legal, but no x."""
+    sequence = under_regex(llm, "[0-9]{5}", kept_acceptance=Acceptance(SharedAcceptance(first_guess=kept_guess)))
+    sequence.absorb(sequence.next_pass(), digits(llm, "1"))
+    sequence.open_block(4)
+    sequence.absorb(sequence.next_pass(), digits(llm, "234"))
+    sequence.absorb(sequence.next_pass(), digits(llm, "78x5"))
+    assert llm.tokenizer.decode(sequence.emitted) == "17"
+    sequence.open_block(4)
+    return sequence
+
+
+def digits(llm: LLM, text: str) -> Candidates:
+    """One row for each letter, which is by far the best, and 0 is the second."""
+    zero = llm.tokenizer.encode("0")[0]
+    found = candidates(*(llm.tokenizer.encode(letter)[0] for letter in text))
+    return found._replace(tokens=np.stack([found.tokens[:, 0], np.full(len(text), zero), found.tokens[:, 2]], axis=1))
+
+
+def test_rows_behind_a_rejected_draft_are_the_next_drafts_where_they_are_legal(tiny: LLM) -> None:
+    sequence = after_a_rejected_draft(tiny, kept_guess=0.5)
+    commit = sequence.next_pass()
+    assert commit.kind == "commit"
+    assert tiny.tokenizer.decode(commit.tokens.tolist()) == "7805"
+    sequence.absorb(commit, digits(tiny, "80355"))  # the last row is behind the end
+    assert tiny.tokenizer.decode(sequence.emitted) == "17803"
+    assert [cycle.drafting for cycle in sequence.cycles] == ["draft", "kept"]
+    assert sequence.counts.draft == 1
+    assert (sequence.counts.drafted, sequence.counts.accepted) == (6, 2)
+
+
+def test_a_draft_pass_replaces_rows_behind_a_rejected_draft_where_it_yields_more(tiny: LLM) -> None:
+    assert after_a_rejected_draft(tiny, kept_guess=0.2).next_pass().kind == "draft"
 
 
 def test_no_draft_is_made_where_forced_text_yields_more(tiny: LLM) -> None:
