@@ -117,7 +117,7 @@ CLIENTS = (
     Client(
         "openai (Python), tools and responses",
         "openai",
-        "tools, parse, stream helpers, responses whole, streamed and parsed, errors",
+        "tools, parsing, stream helpers, errors; Responses API: streamed, not streamed, parsed",
         _script("tools_with_openai.py"),
     ),
     Client(
@@ -126,7 +126,7 @@ CLIENTS = (
     Client(
         "openai (JavaScript), tools and responses",
         "openai",
-        "tools, stream helper, responses whole, streamed and parsed",
+        "tools, stream helper; Responses API: streamed, not streamed, parsed",
         _program("tools_with_openai.mjs"),
         "npm",
     ),
@@ -134,7 +134,7 @@ CLIENTS = (
     Client(
         "LangChain, agents",
         "langchain",
-        "bound tools, three kinds of structured output, agents; over both APIs",
+        "bound tools, three kinds of structured output, agents; both APIs",
         _script("agent_with_langchain.py"),
         beside=("langchain-openai",),
     ),
@@ -146,24 +146,27 @@ CLIENTS = (
     ),
     Client("LiteLLM", "litellm", "completion, stream, text completion, errors", _script("chat_with_litellm.py")),
     Client(
-        "instructor", "instructor", "instances by tools and by schema, streamed", _script("typed_with_instructor.py")
+        "instructor",
+        "instructor",
+        "Pydantic models through tools and through JSON schemas, streamed",
+        _script("typed_with_instructor.py"),
     ),
     Client(
         "pydantic-ai",
         "pydantic-ai-slim[openai]",
-        "typed output by tools and by schema, tool turns, streams; over both APIs",
+        "typed output through tools and JSON schemas, tool turns, streams; both APIs",
         _script("agent_with_pydantic_ai.py"),
     ),
     Client(
         "openai-agents",
         "openai-agents",
-        "a call, its result and the answer; streamed; typed output; over both APIs",
+        "a tool call, its result and the final answer; streams; typed output; both APIs",
         _script("agent_with_openai_agents.py"),
     ),
     Client(
         "AI SDK",
         "ai",
-        "calls, results and answer; objects; streams; over both APIs",
+        "tool calls, results and the final answer; objects; streams; both APIs",
         _program("agent_with_ai_sdk.mjs"),
         "npm",
         beside=("@ai-sdk/openai", "@ai-sdk/openai-compatible", "zod"),
@@ -239,7 +242,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=[client.name for client in CLIENTS])
     options = parser.parse_args()
     failed = False
-    print("| client | version | what it does | requests answered | errors | unknown fields | result |")
+    print("| client | version | what it does | successful requests | errors | unknown fields | result |")
     print("|---|---|---|---|---|---|---|")
     for client in CLIENTS:
         if options.only and client.name not in options.only:
