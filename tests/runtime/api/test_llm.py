@@ -223,6 +223,16 @@ def test_an_aborted_request_ends_at_once_and_frees_its_slot(llm: LLM) -> None:
     assert llm.stats().running == 0
 
 
+def test_a_prompt_with_more_answers_than_may_wait_is_rejected(random_engine: Path) -> None:
+    with LLM(random_engine, max_batch_size=1, max_queue_size=1) as llm:
+        long = SamplingParams(max_tokens=3000, mode="ar", ignore_eos=True)
+        first = llm.generate_async([300], long, streaming=True)
+        next(iter(first))
+        with pytest.raises(QueueFullError, match=r"^0 answers wait already"):
+            llm.generate_async([300], greedy(n=2, temperature=1.0))
+        first.abort()
+
+
 def test_back_pressure(random_engine: Path) -> None:
     long = SamplingParams(max_tokens=3000, mode="ar", ignore_eos=True)
     with LLM(random_engine, max_batch_size=1, max_queue_size=2) as llm:
@@ -235,7 +245,7 @@ def test_back_pressure(random_engine: Path) -> None:
             request.abort()
         for request in (first, *waiting):
             request.result(timeout=HANG_SECONDS)
-        # An idle engine takes in what may run and what may wait, each answer of a prompt counted.
+        # An idle engine accepts what may run and what may wait, each answer of a prompt counted.
         three = llm.generate_async([300], greedy(n=3, temperature=1.0))
         with pytest.raises(QueueFullError):
             llm.generate_async([300], long)

@@ -49,6 +49,13 @@ def legal(matcher: GrammarMatcher) -> set[int]:
     return set(np.flatnonzero(bits).tolist())
 
 
+def test_one_end_token_ends_a_complete_text(tokenizer: Tokenizer) -> None:
+    matcher = GrammarCompiler(tokenizer, VOCABULARY, [END, END + 1]).compile(GuidedDecodingParams(regex="ab")).matcher()
+    tokens = tokenizer.encode("ab")
+    assert taken(matcher, tokens) == len(tokens)
+    assert (matcher.complete, matcher.forced, legal(matcher)) == (True, [END], {END})
+
+
 @pytest.mark.parametrize(
     ("fields", "right", "wrong"),
     [

@@ -95,6 +95,18 @@ def test_a_pass_returns_the_candidates_of_the_member_that_needs_most() -> None:
         assert bidirectional_step(span, committed).top_k == drafted
 
 
+def test_a_step_carries_asked_ids_without_masks() -> None:
+    """Of the members that ask; the others' are padding."""
+    asked = np.array([[7, 8], [9, 10]])
+    asking = member(1, 2)
+    members = [member(0, 2), asking._replace(needed=asking.needed._replace(asked=asked))]
+    step = causal_step(span_of(members), [0, 0])
+    assert step.token_mask is None
+    assert step.asked_ids is not None
+    assert step.asked_ids[1].tolist() == asked.tolist()
+    assert causal_step(span_of(members[:1]), [0, 0]).asked_ids is None
+
+
 def test_steps_carry_each_member_and_leave_the_rest_as_padding() -> None:
     members = [member(1, 3), member(3, 2)]
     span = Span(1, 3, 3, members)
