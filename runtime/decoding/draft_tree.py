@@ -67,37 +67,60 @@ def likeliest_nodes(log_probs: NDArray[np.floating], most: int) -> list[Node]:
 
 class DraftTree:
     """Nodes in depth-first order, the likelier child first: node 0 is the pending token, and the likeliest path is a
-    prefix of the nodes. tokens: [N]. parents: of each node, -1 for node 0; every parent comes before its children.
+    prefix of the nodes. ids: the nodes' tokens. parents: of each node, -1 for node 0; every parent comes before its
+    children.
     """
 
-    def __init__(self, tokens: list[int], parents: list[int]) -> None:
-        self.tokens: Ints = np.array(tokens)
+    def __init__(self, ids: list[int], parents: list[int]) -> None:
+        self.ids = ids
         self.parents = parents
-        self._children = dict(zip(zip(parents, tokens, strict=True), range(len(tokens)), strict=True))
 
     def __len__(self) -> int:
         return len(self.parents)
 
     @classmethod
+    def chain(cls, ids: list[int]) -> DraftTree:
+        return cls(ids, list(range(-1, len(ids) - 1)))
+
+    @classmethod
     def of(cls, pending_token: int, tokens: Ints, nodes: Sequence[Node]) -> DraftTree:
         """The tree of the pending token and these nodes, in the order of :func:`likeliest_nodes`. tokens: [D, k]."""
-        children: list[list[int]] = [[] for _ in range(len(nodes) + 1)]  # of each node; of the pending token at the end
-        for index, node in enumerate(nodes):
-            children[node[0]].append(index)
         by_place = tokens.tolist()
-        ids, parents = [pending_token], [-1]
-        unplaced = [(index, 0) for index in reversed(children[-1])]
+        ids = [pending_token, *(by_place[place][rank] for _, place, rank, _ in nodes)]
+        return cls.depth_first(ids, [-1, *(parent + 1 for parent, _, _, _ in nodes)])[0]
+
+    @classmethod
+    def depth_first(cls, ids: list[int], parents: list[int]) -> tuple[DraftTree, list[int]]:
+        """The tree of nodes that come behind their parents, the likelier child first, and their indices in its order.
+
+        ids, parents: as of the tree, but for the order.
+        """
+        children: list[list[int]] = [[] for _ in ids]
+        for index in range(1, len(ids)):
+            children[parents[index]].append(index)
+        order: list[int] = []
+        places, placed_parents = [0] * len(ids), list[int]()
+        unplaced = [0]
         while unplaced:
-            index, parent = unplaced.pop()
+            index = unplaced.pop()
+            places[index] = len(order)
+            placed_parents.append(places[parents[index]] if index else -1)
+            order.append(index)
             below = children[index]
             if len(below) == 1:
-                unplaced.append((below[0], len(ids)))
+                unplaced.append(below[0])
             elif below:
-                unplaced += [(child, len(ids)) for child in reversed(below)]
-            _, place, rank, _ = nodes[index]
-            ids.append(by_place[place][rank])
-            parents.append(parent)
-        return cls(ids, parents)
+                unplaced += reversed(below)
+        return cls([ids[index] for index in order], placed_parents), order
+
+    @cached_property
+    def tokens(self) -> Ints:
+        """[N]."""
+        return np.array(self.ids)
+
+    @cached_property
+    def _children(self) -> dict[tuple[int, int], int]:
+        return dict(zip(zip(self.parents, self.ids, strict=True), range(len(self)), strict=True))
 
     @cached_property
     def mask(self) -> NDArray[np.bool_]:
@@ -134,5 +157,5 @@ class DraftTree:
         path: list[int] = []
         while self.has_children(node):
             node += 1
-            path.append(int(self.tokens[node]))
+            path.append(self.ids[node])
         return path

@@ -11,7 +11,8 @@ would report them. Greedy decoding needs the best one only.
 - Otherwise the row is run again with a mask of the legal tokens without a bias.
 
 Rows that would probably be run again get their masks at once. A walk along the pass's drafts has found what the grammar
-forces and which drafts are legal, so the rules move to a row only where more must be known.
+forces and which drafts are legal, so the rules move to a row only where more must be known. The drafts form a tree, of
+which a chain is one; what is legal at a row depends on its node's path alone.
 """
 
 from __future__ import annotations
@@ -91,17 +92,18 @@ class RuledRows:
     def __init__(
         self, rules: TokenRules, biases: Biases | None, walk: Walk, needed: int | None, logprobs: bool
     ) -> None:
-        self._agreed = 0  # first rows of greedy decoding whose best legal candidate is their draft
-        self._choices: list[Choice] = []  # of the rows behind them that may be emitted, once the pass is complete
-        self._dead_end: DeadEndError | None = None  # of the row behind them
+        # Greedy rows from the first one on whose best legal candidate is a draft, each with that token.
+        self._agreed: dict[int, int] = {}
+        self._choices: dict[int, Choice] = {}  # of the other rows that may be emitted, once the pass is complete
+        self._dead_ends: dict[int, DeadEndError] = {}  # of the rows behind them
         self._rules = rules
         self._biases = biases
         self._walk = walk
         self._needed = needed
         self._logprobs = logprobs
-        self._at = 0  # drafts that the rules have taken
+        self._at = 0  # the node that the rules are behind
         self._masked: set[int] = set()  # rows that have their mask in the first run
-        self._reached = 0  # rows that the text may come to, by their candidates
+        self._reached: set[int] = set()  # rows that the text may come to, by their candidates
         self._again: dict[int, Words] = {}  # masks of the rows that must be run again
         self._asked: Ints | None = None
         self._reported: Candidates | None = None  # by the first run
@@ -116,21 +118,22 @@ class RuledRows:
 
     def inputs(self, masked: Collection[int]) -> RowInputs:
         """Of the first run. masked: rows that get their masks at once, if log-probabilities allow it."""
-        rows, forced = len(self._walk.drafts) + 1, self._walk.forced
+        rows, forced = len(self._walk.tree), self._walk.forced
         masks = None
         if masked and not self._logprobs:
             masks = np.full((rows, self._rules.words), ~np.uint32(0))
-            with self._moving(), suppress(DeadEndError):
+            with self._moving():
                 for row in sorted(masked):
-                    if row < len(forced) and forced[row] is None:
-                        masks[row] = self._mask_of_unbiased(row)
-                        self._masked.add(row)
+                    if row in forced and forced[row] is None:
+                        with suppress(DeadEndError):
+                            masks[row] = self._mask_of_unbiased(row)
+                            self._masked.add(row)
         biased = [] if self._biases is None else self._biases.ids.tolist()
         if biased or self._logprobs:
             self._asked = np.zeros((rows, len(biased) + self._logprobs), np.int64)
             self._asked[:, : len(biased)] = biased
             if self._logprobs:
-                self._asked[: len(forced), -1] = [token or 0 for token in forced]
+                self._asked[list(forced), -1] = [token or 0 for token in forced.values()]
         return RowInputs(masks, self._asked)
 
     def absorb(self, found: Candidates) -> tuple[Ints, Words] | None:
@@ -141,7 +144,7 @@ class RuledRows:
 
     def observe(self, doubtful: Collection[int], rate: AgainRate) -> None:
         """Update the rate, after the first run, by the doubtful rows that the text may come to."""
-        reached = [row for row in doubtful if row < self._reached and self._walk.forced[row] is None]
+        reached = [row for row in doubtful if row in self._reached and self._walk.forced[row] is None]
         masked = len(self._masked.intersection(reached))
         again = len(self._again.keys() & reached)
         rate.observe(masked, again, len(reached) - masked - again)
@@ -158,13 +161,13 @@ class RuledRows:
 
     def agreed_draft(self, row: int) -> int | None:
         """The token of a row that the text comes to, if it is known to be the draft; else :meth:`choice` has it."""
-        return self._walk.drafts[row] if row < self._agreed else None
+        return self._agreed.get(row)
 
     def choice(self, row: int) -> Choice:
         """Of a row that the text comes to, without an agreed draft. Raises DeadEndError if no token is legal there."""
-        if row - self._agreed == len(self._choices) and self._dead_end is not None:
-            raise self._dead_end
-        return self._choices[row - self._agreed]
+        if row in self._dead_ends:
+            raise self._dead_ends[row]
+        return self._choices[row]
 
     def logit(self, row: int, token: int) -> float:
         """The model's logit of a token of the row's choice."""
@@ -179,43 +182,57 @@ class RuledRows:
     def _choose(self) -> None:
         """Set the choices of the rows that may be emitted, and the masks of those that must be run again.
 
-        The first row without a legal token ends them: it is an error only if the text comes to it.
+        A row without a legal token ends its path: it is an error only if the text comes to it.
         """
-        self._choices, self._again = [], {}
-        self._agreed = self._reached = self._count_agreed()
-        drafts = self._walk.drafts
+        self._choices, self._dead_ends, self._again = {}, {}, {}
+        self._agreed = self._agreed_rows()
+        self._reached = set(self._agreed)
         with self._moving():
-            for row, forced in list(enumerate(self._walk.forced))[self._agreed :]:
+            for row, forced in self._walk.forced.items():
+                if row in self._agreed or not self._leads_to(row):
+                    continue
                 try:
                     choice = self._choice(row) if forced is None else self._forced(row, forced)
                     if choice is None:
                         self._again[row] = self._mask_of_unbiased(row)
+                    else:
+                        self._choices[row] = choice
+                    self._reached.add(row)
                 except DeadEndError as error:
-                    self._dead_end = error
-                    break
-                self._reached = row + 1
-                if choice is None:
-                    continue
-                self._choices.append(choice)
-                if self._needed == 1 and row < len(drafts) and choice.tokens[0] != drafts[row]:
-                    break  # greedy: the run ends here
+                    self._dead_ends[row] = error
 
-    def _count_agreed(self) -> int:
-        """The first rows of greedy decoding whose token is their draft: forced, or the best candidate."""
+    def _agreed_rows(self) -> dict[int, int]:
+        """The first rows of greedy decoding whose token is drafted, forced or best. Each with its token."""
+        agreed: dict[int, int] = {}
         if self._needed != 1 or self._biases is not None:
-            return 0
-        drafts, forced = self._walk.drafts, self._walk.forced
-        best = self.reported.tokens[: len(forced), 0].tolist()
+            return agreed
+        best = self.reported.tokens[:, 0].tolist()
         for row, (_, tokens) in self._second.items():
             best[row] = int(tokens[0])
-        row = 0
-        while self._walk.is_legal(row) and (best[row] == drafts[row] or forced[row] is not None):
-            row += 1
-        return row
+        following: int | None = 0
+        while following is not None:
+            row, forced = following, self._walk.forced[following]
+            token = best[row] if forced is None else forced
+            following = self._walk.legal_child(row, token)
+            if following is not None:
+                agreed[row] = token
+        return agreed
+
+    def _leads_to(self, row: int) -> bool:
+        """Whether the text may come to a row, by what is known of the rows before it."""
+        if not row:
+            return True
+        tree = self._walk.tree
+        before, token = tree.parents[row], tree.ids[row]
+        if before in self._agreed:
+            return self._agreed[before] == token
+        if self._needed == 1 and before in self._choices:
+            return bool(self._choices[before].tokens[0] == token)
+        return before in self._reached
 
     def _forced(self, row: int, token: int) -> Choice:
         """The choice of a row where the grammar forces a token."""
-        if not self._walk.is_legal(row):  # the draft behind a row is this token, if it is legal
+        if self._walk.legal_child(row, token) is None:
             self._move(row)
             if not self._rules.allows(token):
                 raise self._rules.dead_end()
@@ -227,7 +244,7 @@ class RuledRows:
         logits, tokens = self._second.get(row, (reported.logits[row], reported.tokens[row]))
         unmasked = row not in self._second and row not in self._masked
         greedy = self._needed == 1 and self._biases is None
-        if unmasked and greedy and self._walk.is_legal(row) and tokens[0] == self._walk.drafts[row]:
+        if unmasked and greedy and self._walk.legal_child(row, int(tokens[0])) is not None:
             return Choice(logits[:1], tokens[:1])
         self._move(row)
         if unmasked and greedy:
@@ -271,11 +288,8 @@ class RuledRows:
         return mask if self._biases is None else mask & self._biases.others
 
     def _move(self, row: int) -> None:
-        """Move the rules to the place behind the first ``row`` drafts."""
-        for token in self._walk.drafts[self._at : row]:
-            self._rules.take(token)
-        if row < self._at:
-            self._rules.undo(self._at - row)
+        """Move the rules to the place behind the row's node."""
+        self._rules.move(self._walk.tree.ids, self._walk.tree.parents, self._at, row)
         self._at = row
 
     @contextmanager

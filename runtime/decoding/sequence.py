@@ -31,6 +31,7 @@ from trimode.runtime.decoding.draft_tree import DraftTree, likeliest_nodes
 from trimode.runtime.decoding.ending import Ending
 from trimode.runtime.decoding.lookup import Lookup
 from trimode.runtime.decoding.ruled_rows import AgainRate, Biases, RuledRows
+from trimode.runtime.decoding.ruled_tree import DOUBTFUL_RANK, Drafted, legal_tree
 from trimode.runtime.decoding.sampling import Sampler
 from trimode.runtime.decoding.token_rules import TokenRules, Walk
 from trimode.runtime.executor import Candidates, Ints, Words
@@ -38,8 +39,6 @@ from trimode.runtime.request.outputs import Counts, Cycle, Drafting, Logprob, Or
 from trimode.runtime.request.sampling_params import SamplingParams
 
 PassKind = Literal["prefill", "draft", "denoise", "commit"]
-# Where the draft's best legal candidate has this rank, counted from 0, the verifier may report no legal one at all.
-DOUBTFUL_RANK = 8
 TREE_RANKS = 8  # candidates of each place that may be nodes of a tree
 # Most tokens of a prefill pass that needs the logits of all its rows, which a CPU computes over the whole vocabulary.
 PROMPT_LOGPROB_STEP = 128
@@ -86,8 +85,8 @@ class Sequence:
     has, so that KV rows, penalties, rules and budgets become those of the process that emitted them.
 
     With rules, tokens that the grammar forces enter a block without a draft, illegal drafts are replaced by the draft's
-    own next best, and every emitted token is chosen among its row's legal candidates
-    (:mod:`trimode.runtime.decoding.ruled_rows`).
+    own next best, trees have legal nodes only (:mod:`trimode.runtime.decoding.ruled_tree`), and every emitted token is
+    chosen among its row's legal candidates (:mod:`trimode.runtime.decoding.ruled_rows`).
 
     With rules, a rejected draft is often one wrong value in the right structure. So the candidates of the rows behind
     it are *kept*: the best legal ones are the drafts of the next block, unless a draft pass is expected to yield more.
@@ -133,7 +132,7 @@ class Sequence:
         self._prefill_step = prefill_step
         self._block = NO_BLOCK
         self._masks = 0  # places of the block that are not settled
-        self._forced_places: set[int] = set()
+        self._forced_places: set[int] = set()  # of the block, or of its tree's nodes
         self._forced_run: list[int] | None = None  # at the start of the block, once it is known
         self._walk: Walk | None = None  # of the rules along the block
         self._lookup = lookup
@@ -357,11 +356,11 @@ class Sequence:
             return needed
         if self._again is not None:
             return needed._replace(rows=needed.rows[self._again[0]], masks=self._again[1])
-        walk = self._walk or self._rules.walk(self._block[1:].tolist())
+        walk = self._walk or self._rules.walk(needed.tokens[needed.rows[0] :].tolist())
         needs = self.params.needed_candidates
         self._ruled_rows = RuledRows(self._rules, self._biases, walk, needs, self.params.logprobs is not None)
         if needed.kind == "prefill" or needs != 1:
-            masked: Collection[int] = range(len(walk.forced))  # of many candidates, some are hardly ever legal
+            masked: Collection[int] = walk.forced  # of many candidates, some are hardly ever legal
         else:
             masked = self._doubtful_rows if self._again_rate.pays else ()
         masks, asked = self._ruled_rows.inputs(masked)
@@ -415,17 +414,9 @@ class Sequence:
         return self._again is None
 
     def _draft(self, done: Pass, found: Candidates) -> None:
-        """Fill masks with the most likely tokens, at any temperature: they are the most likely to be accepted. A tree
-        has less likely ones too.
-        """
-        if self._tree_width is not None and self._rules is None:
-            tokens, logits = found.tokens[:, :TREE_RANKS], found.logits[:, :TREE_RANKS]
-            # A tree may be wider than the block is long, but its rows must have room.
-            width = min(self._tree_width, self.kv_rows - self.committed)
-            nodes = likeliest_nodes(logits - found.log_sum_exp[:, None], width - 1)
-            self._tree = DraftTree.of(self.pending_token, tokens, nodes)
-            self._block, self._masks = self._tree.tokens, 0
-            self._likeliest = tokens[:, 0].tolist()
+        """Fill masks with the most likely tokens, at any temperature: they are the most likely to be accepted."""
+        if self._tree_width is not None:
+            self._draft_tree(self._tree_width, done, found)
             return
         threshold = self.params.draft_threshold
         if self._rules is not None:
@@ -440,14 +431,34 @@ class Sequence:
         if self._rules is not None and not self._masks:
             self._repair_drafts(self._rules)
 
+    def _draft_tree(self, width: int, done: Pass, found: Candidates) -> None:
+        """Make the block a tree, which has less likely tokens too. Tokens that the grammar forces come in addition."""
+        # A tree may be wider than the block is long, but its rows must have room.
+        room = self.kv_rows - self.committed
+        if self._rules is None:
+            tokens, logits = found.tokens[:, :TREE_RANKS], found.logits[:, :TREE_RANKS]
+            nodes = likeliest_nodes(logits - found.log_sum_exp[:, None], min(width, room) - 1)
+            self._tree = DraftTree.of(self.pending_token, tokens, nodes)
+            self._likeliest = tokens[:, 0].tolist()
+        else:
+            width = min(width + len(self._forced_places), room, self._most_step or room)
+            log_probs = found.logits - found.log_sum_exp[:, None]
+            drafted = Drafted(int(done.rows[0]), found.tokens, log_probs)
+            ruled = legal_tree(self._rules, self.pending_token, drafted, width, self._room - 1)
+            self._walk, self._tree = ruled.walk, ruled.walk.tree
+            self._forced_places, self._doubtful_rows = ruled.forced, ruled.doubtful
+            self._likeliest = self._tree.likeliest_path(0)
+            self._likeliest += found.tokens[max(0, len(self._likeliest) + 1 - drafted.first) :, 0].tolist()
+        self._block, self._masks = self._tree.tokens, 0
+
     def _repair_drafts(self, rules: TokenRules) -> None:
         """Replace illegal drafts by the best legal candidate of their place, and places that the grammar forces by what
         it forces. The block ends before a place without a legal candidate, or behind what is forced after its end.
         """
-        drafted, drafts, forced_tokens = len(self._block), list[int](), list[int | None]()
+        drafted, drafts, forced_tokens = len(self._block), list[int](), dict[int, int | None]()
         while not rules.ended:
             place, forced = len(drafts) + 1, rules.forced_token
-            forced_tokens.append(forced)
+            forced_tokens[len(drafts)] = forced
             if place == self._room or (forced is None and place >= drafted):
                 break
             if forced is not None:
@@ -467,7 +478,8 @@ class Sequence:
         rules.undo(len(drafts))
         if len(drafts) + 1 > drafted:  # the draft has no candidates for the last row's token
             self._doubtful_rows.add(len(drafts))
-        self._block, self._walk = np.array([self.pending_token, *drafts]), Walk(drafts, forced_tokens)
+        self._walk = Walk(DraftTree.chain([self.pending_token, *drafts]), forced_tokens)
+        self._block = self._walk.tree.tokens
 
     def _denoise(self, done: Pass, found: Candidates) -> None:
         """Settle masked positions of the block by confidence, the probability of the token chosen for them."""
@@ -512,7 +524,8 @@ class Sequence:
             return row + 1 if row < len(drafts) and token == drafts[row] else None
 
         follow = next_in_chain if tree is None else tree.child
-        rows, agreed = self._emit_run(found, [self.committed + 1 + depth for depth in depths], "bonus", follow)
+        rows, accepted = self._emit_run(found, [self.committed + 1 + depth for depth in depths], "bonus", follow)
+        agreed = len(accepted)
         if rows[-1] != len(rows) - 1:
             stays = next(place for place, row in enumerate(rows) if row != place)
             self.moves = Moves(self.committed + stays, [self.committed + row for row in rows[stays:]])
@@ -526,7 +539,7 @@ class Sequence:
         rest = drafts[agreed:] if tree is None else tree.likeliest_path(rows[-1])
         tested = agreed + bool(rest and self.ending.finish_reason is None)
         # What the grammar forces says nothing about the draft.
-        forced = len([place for place in self._forced_places if place <= agreed])
+        forced = len(self._forced_places.intersection(accepted))
         drafted = len(drafts) - len(self._forced_places)
         ended = self.ending.finish_reason == "stop"
         if drafted > 0 and not self._looked_up:
@@ -535,7 +548,7 @@ class Sequence:
                 acceptance = self._kept_acceptance if self._uses_kept else self.acceptance
                 acceptance.observe(agreed - forced, tested - untested, ended)
             else:
-                self._observe_tree(self.emitted[before:], ended)
+                self._observe_tree(tree, self.emitted[before:], ended)
             if self.params.mode == "auto" and tree is None:
                 self.acceptance.forget_trees()
         source: Drafting = "draft" if drafts else "none"
@@ -560,19 +573,25 @@ class Sequence:
             self.counts.accepted_copies += agreed - forced
         self._block, self._forced_run = NO_BLOCK, None
 
-    def _observe_tree(self, emitted: list[int], ended: bool) -> None:
+    def _observe_tree(self, tree: DraftTree, emitted: list[int], ended: bool) -> None:
         """Learn what the block alone would have yielded, and how many tokens came because of the tree."""
         chain = self._likeliest
         compared = min(len(chain), len(emitted))
         agreed = next((place for place in range(compared) if chain[place] != emitted[place]), compared)
-        self.acceptance.observe(agreed, min(agreed + 1, compared), ended)
+        tested = min(agreed + 1, compared)
+        # The likeliest path comes first, so its nodes are places. What the grammar forces says nothing about the draft.
+        path = len(tree.likeliest_path(0))
+        forced, untested = (
+            len([place for place in self._forced_places if place <= min(last, path)]) for last in (agreed, tested)
+        )
+        self.acceptance.observe(agreed - forced, tested - untested, ended)
         if self.params.mode != "auto":
             return
         if agreed < len(emitted) or self.ending.finish_reason is not None:
             gained = float(len(emitted) - min(agreed + 1, len(emitted)))
         else:  # the tree left out the end of the chain, whose drafts may have been right
             gained = -sum(accumulate(self.acceptance.rates[agreed : len(chain)], mul))
-        self.acceptance.observe_tree(len(self._block), gained)
+        self.acceptance.observe_tree(min(self._tree_width or 1, len(tree)), gained)
 
     def _expected_tokens(self) -> float:
         """Tokens that the block's commit is expected to emit."""
@@ -598,15 +617,16 @@ class Sequence:
         positions: Many[int],
         origin: Origin,
         follow: Callable[[int, int], int | None],
-    ) -> tuple[list[int], int]:
-        """Emit the tokens of causal rows, as long as each is drafted; returns the rows, and the number of such tokens.
+    ) -> tuple[list[int], list[int]]:
+        """Emit the tokens of causal rows, as long as each is drafted; returns the rows, and the rows behind accepted
+        drafts.
 
         positions: absolute positions of the rows' tokens. follow: the row behind a row if this is its token, None if
         the token is not drafted.
         """
         draw = self._draw(found, positions)
         rows: list[int] = []
-        agreed = 0
+        accepted: list[int] = []
         next_row: int | None = 0
         while next_row is not None:
             row = next_row
@@ -617,7 +637,8 @@ class Sequence:
                 self.logprobs.append({} if replayed else self._logprobs(found, row, token))
             next_row = follow(row, token)
             rows.append(row)
-            agreed += next_row is not None
+            if next_row is not None:
+                accepted.append(next_row)
             is_forced = forced is not None or (self._ruled_rows is not None and self._ruled_rows.forces(row))
             if not self._emit(token, "forced" if is_forced else origin if next_row is None else "accepted"):
                 break
@@ -625,7 +646,7 @@ class Sequence:
             end = self._rules.forced_token if self._rules.complete else None
             if end is not None:  # the end of a complete grammar needs no pass
                 self._emit(end, "forced")
-        return rows, agreed
+        return rows, accepted
 
     def _draw(self, found: Candidates, positions: Many[int]) -> Callable[[int], int]:
         """A function from a causal row to its token. A token may depend on those emitted before the call."""

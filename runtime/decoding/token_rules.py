@@ -7,6 +7,7 @@ come.
 from __future__ import annotations
 
 from collections.abc import Collection
+from collections.abc import Sequence as Many
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from trimode.model.step import mask_words
 from trimode.runtime.decoding.bad_words import BadWords
+from trimode.runtime.decoding.draft_tree import DraftTree
 from trimode.runtime.executor import Ints, Words
 from trimode.runtime.grammar.matcher import GrammarMatcher
 from trimode.runtime.request.errors import GrammarError
@@ -26,19 +28,20 @@ class DeadEndError(GrammarError):
 
 
 class Walk(NamedTuple):
-    """A draft of an answer, and the rows of a pass that verifies it.
+    """Drafts of an answer, and what the grammar says of the rows of a pass that verifies them.
 
-    drafts: the tokens behind those taken. forced: for each row that the text may come to, the token that the grammar
-    forces there, None where it forces none. Row i is behind the first i drafts. The text comes to no row behind an
-    illegal draft, or behind an end token.
+    tree: the newest token taken, and the drafts behind it. Row i of the pass is behind node i and its ancestors.
+    forced: for each row that the text may come to, the token that the grammar forces there, None where it forces none.
+    The text comes to no row behind an illegal draft, or behind an end token.
     """
 
-    drafts: list[int]
-    forced: list[int | None]
+    tree: DraftTree
+    forced: dict[int, int | None]
 
-    def is_legal(self, row: int) -> bool:
-        """Whether the draft that follows a row is known to be legal there."""
-        return row < len(self.forced) - 1
+    def legal_child(self, row: int, token: int) -> int | None:
+        """The row behind this one if the token is drafted, legal, and no end of the text; otherwise None."""
+        child = self.tree.child(row, token)
+        return child if child in self.forced else None
 
 
 class TokenRules:
@@ -163,19 +166,34 @@ class TokenRules:
         self.undo(len(run))
         return run
 
-    def walk(self, drafts: list[int]) -> Walk:
-        """Along drafts behind the tokens taken."""
-        forced = [self.forced_token]
+    def walk(self, ids: list[int]) -> Walk:
+        """Along the newest token taken and a chain of drafts behind it."""
+        forced = {0: self.forced_token}
         taken = 0
-        for token in drafts:
+        for token in ids[1:]:
             if not self.take_if_legal(token):
                 break
             taken += 1
             if self.ended:
                 break
-            forced.append(self.forced_token)
+            forced[taken] = self.forced_token
         self.undo(taken)
-        return Walk(drafts, forced)
+        return Walk(DraftTree.chain(ids), forced)
+
+    def move(self, ids: Many[int], parents: Many[int], at: int, to: int) -> None:
+        """Move from one node of a tree of drafts to another. ids, parents: as of :class:`DraftTree`."""
+        ahead: list[int] = []
+        undone = 0
+        while at != to:  # the common ancestor comes before both
+            if to > at:
+                ahead.append(ids[to])
+                to = parents[to]
+            else:
+                undone += 1
+                at = parents[at]
+        self.undo(undone)
+        for token in reversed(ahead):
+            self.take(token)
 
     @property
     def ended(self) -> bool:

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
+from tests.support.exact_law import after_penalties
+from trimode import SamplingParams
 from trimode.model.reference.network import NemotronLabsDiffusionModel
 from trimode.runtime.grammar.compiler import CompiledGrammar
 
@@ -28,8 +30,13 @@ def masked_ar(
     banned: Sequence[int] = (),
     biases: Mapping[int, float] | None = None,
     min_tokens: int = 0,
+    penalties: SamplingParams | None = None,
+    reported: int | None = None,
 ) -> list[int]:
-    """The greedy tokens: the likeliest legal one after another."""
+    """The greedy tokens: the likeliest legal one after another.
+
+    penalties: whose penalties hold; they apply to the ``reported`` best legal tokens of each row.
+    """
     matcher = None if grammar is None else grammar.matcher()
     logits, cache = reference._causal_pass(torch.tensor(prompt), [])
     tokens: list[int] = []
@@ -42,6 +49,11 @@ def masked_ar(
         if len(tokens) < min_tokens:
             illegal[list(end_ids)] = True
         row[illegal] = -np.inf
+        if penalties is not None:
+            best = np.argsort(-row, kind="stable")[:reported]
+            kept = np.full(len(row), -np.inf, np.float32)
+            kept[best] = after_penalties(row, tuple(prompt), tuple(tokens), penalties)[best]
+            row = kept
         token = int(row.argmax())
         tokens.append(token)
         if token in end_ids or len(tokens) == max_tokens:

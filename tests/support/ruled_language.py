@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
-from tests.support.exact_law import END, MASK, VOCABULARY, Bench, ExactLawExecutor, law
+from tests.support.exact_law import END, MASK, VOCABULARY, Bench, WeakDraftExecutor, law
 from trimode import SamplingParams
 from trimode.runtime.decoding.ruled_rows import Biases
 from trimode.runtime.decoding.sampling import kept_weights
@@ -31,8 +31,8 @@ SETTINGS: tuple[dict[str, Any], ...] = (
 )
 
 
-class FewCandidatesExecutor(ExactLawExecutor):
-    """Reports the best REPORTED tokens of each row."""
+class FewCandidatesExecutor(WeakDraftExecutor):
+    """Reports the best REPORTED tokens of each row; its drafts are often wrong."""
 
     def run(self, step: CausalStep | BidirectionalStep) -> Candidates:
         found = super().run(step)
@@ -47,12 +47,12 @@ class _Letters:
         return [letter - ord("a") + 2 for letter in text]
 
 
-_LETTERS = Vocabulary(LLTokenizer(TokenizerWrapper(_Letters())), VOCABULARY, (END,))
-_GRAMMAR = LLMatcher(_LETTERS.tokenizer, LLMatcher.grammar_from_regex(EXPRESSION))
+LETTERS = Vocabulary(LLTokenizer(TokenizerWrapper(_Letters())), VOCABULARY, (END,))
+_GRAMMAR = LLMatcher(LETTERS.tokenizer, LLMatcher.grammar_from_regex(EXPRESSION))
 
 
-def rules() -> TokenRules:
-    return TokenRules(VOCABULARY, {END}, grammar=GrammarMatcher(_GRAMMAR.deep_copy(), _LETTERS))
+def rules(grammar: LLMatcher = _GRAMMAR, **options: Any) -> TokenRules:
+    return TokenRules(VOCABULARY, {END}, grammar=GrammarMatcher(grammar.deep_copy(), LETTERS), **options)
 
 
 def drawn(prompt: tuple[int, ...], params: SamplingParams, seeds: range) -> Counter[tuple[int, ...]]:
@@ -78,7 +78,7 @@ def constrained_law(prompt: tuple[int, ...], length: int, params: SamplingParams
     for _ in range(length):
         longer: dict[tuple[int, ...], float] = {}
         for text, probability in found.items():
-            matcher = GrammarMatcher(_GRAMMAR.deep_copy(), _LETTERS)
+            matcher = GrammarMatcher(_GRAMMAR.deep_copy(), LETTERS)
             assert all(matcher.take(token) for token in text)
             logits = law(prompt + text, end=False).copy()
             for token, bias in (params.logit_bias or {}).items():

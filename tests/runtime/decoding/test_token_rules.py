@@ -37,6 +37,7 @@ MODES: tuple[dict[str, Any], ...] = (
     {"mode": "ar"},
     {"mode": "linear_spec", "block_length": 8},
     {"mode": "linear_spec", "block_length": 16, "draft_threshold": 0.5},
+    {"mode": "linear_spec", "block_length": 8, "tree_width": 16},
     {"mode": "auto"},
 )
 CHAT = [{"role": "user", "content": "Describe a user as JSON."}]
@@ -388,7 +389,7 @@ def test_a_dead_end_behind_a_draft_is_an_error_only_if_the_text_comes_to_it(tiny
     a, b, c = (tiny.tokenizer.encode(letter)[0] for letter in "abc")
     grammar = tiny._grammars.compile(GuidedDecodingParams(regex="a|b(c|c?d)")).matcher()
     rules = TokenRules(768, {11}, grammar=grammar, allowed=[a, b, 11])
-    rows = RuledRows(rules, None, rules.walk([b]), needed, logprobs=False)
+    rows = RuledRows(rules, None, rules.walk([a, b]), needed, logprobs=False)
     masks = rows.inputs([0, 1]).masks
     assert masks is not None
     assert are_legal(masks[0], np.array([a, b, c])).tolist() == [True, True, False]
@@ -408,7 +409,7 @@ def test_a_dead_end_behind_a_draft_is_an_error_only_if_the_text_comes_to_it(tiny
 def test_a_bias_below_the_reported_tokens_does_not_stand_for_a_token_that_was_not_reported() -> None:
     """Two candidates are needed; 201 is banned, and 300 with its bias is worse than tokens that were not reported."""
     rules = TokenRules(768, {11}, banned=[201])
-    rows = RuledRows(rules, Biases({300: 0.5}, 768), rules.walk([]), 2, logprobs=False)
+    rows = RuledRows(rules, Biases({300: 0.5}, 768), rules.walk([0]), 2, logprobs=False)
     assert rows.inputs([]).asked is not None
     none = np.zeros(1, np.float32)
     first = Candidates(np.array([[5, 4]], np.float32), np.array([[200, 201]]), none, np.array([[0.5]], np.float32))
