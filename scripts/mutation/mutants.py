@@ -60,7 +60,7 @@ def mutants_of(source: str) -> Iterator[Mutant]:
 
 
 def _ignored(tree: ast.AST) -> Iterator[ast.AST]:
-    """Nodes that do not run, and those that tests cannot judge: annotations, decorators, messages."""
+    """Nodes that do not run, and those that tests cannot judge: annotations, decorators, messages, checks of zip."""
     for node in ast.walk(tree):
         roots: list[ast.AST | None] = []
         if isinstance(node, ast.AnnAssign | ast.arg):
@@ -71,6 +71,8 @@ def _ignored(tree: ast.AST) -> Iterator[ast.AST]:
             roots += node.decorator_list
         elif isinstance(node, ast.Raise | ast.JoinedStr) or _is_log_call(node):
             roots.append(node)
+        elif isinstance(node, ast.keyword) and node.arg == "strict":
+            roots.append(node.value)
         elif isinstance(node, ast.Assign) and isinstance(node.value, ast.BinOp | ast.Subscript):
             # Aliases of types: ``Input = str | Many[int]``.
             names = [target.id for target in node.targets if isinstance(target, ast.Name)]

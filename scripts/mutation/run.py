@@ -47,7 +47,13 @@ _SCHEDULING = tuple(
     for name in ("policy", "pass_cost", "auto_block", "drafting", "learning", "recovery", "batching", "scheduler")
 )
 TESTS: dict[str, tuple[str, ...]] = {
-    "decoding": (*_DECODING, *_SCHEDULING, "tests/runtime/decoding/test_sequence.py", *_RULES),
+    "decoding": (
+        *_DECODING,
+        *_SCHEDULING,
+        "tests/runtime/decoding/test_sequence.py",
+        "tests/runtime/api/test_prompt_logprobs.py",
+        *_RULES,
+    ),
     "scheduling": _SCHEDULING,
     "kv": ("tests/runtime/kv", "tests/runtime/scheduling/test_policy.py"),
     "api": (

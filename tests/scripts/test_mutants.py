@@ -14,6 +14,7 @@ class Pair(Base):
         if not self.open:
             raise ValueError(f"{rows + 1} are too many")
         self.used += 2
+        self.pairs = zip(self.pairs, rows, strict=True)
         return rows < self.size and "ä" == self.name
 '''
 
@@ -25,9 +26,9 @@ def test_each_mutant_changes_one_operator_or_constant() -> None:
         (7, "not self.open", "self.open"),
         (9, "2", "3"),
         (9, "self.used += 2", "self.used -= 2"),
-        (10, '"ä" == self.name', "'ä' != self.name"),
-        (10, "rows < self.size", "rows <= self.size"),
-        (10, 'rows < self.size and "ä" == self.name', "rows < self.size or 'ä' == self.name"),
+        (11, '"ä" == self.name', "'ä' != self.name"),
+        (11, "rows < self.size", "rows <= self.size"),
+        (11, 'rows < self.size and "ä" == self.name', "rows < self.size or 'ä' == self.name"),
     ]
     for mutant in found:
         compile(mutant.source, "mutant", "exec")

@@ -233,6 +233,15 @@ def test_a_prompt_with_more_answers_than_may_wait_is_rejected(random_engine: Pat
         first.abort()
 
 
+def test_steps_longer_than_the_engine_was_built_for_are_rejected(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = llm.manifest.limits.model_copy(update={"max_step": 8})
+    monkeypatch.setattr(llm._factory, "manifest", llm.manifest.model_copy(update={"limits": limits}))
+    for field in ("block_length", "tree_width"):
+        with pytest.raises(TriModeError, match=f"{field} is 9, but the engine was built for steps of 8"):
+            llm.generate([300], greedy(**{field: 9}))
+    assert llm.generate([300], greedy(max_tokens=1, tree_width=8)).outputs[0].length == 1
+
+
 def test_back_pressure(random_engine: Path) -> None:
     long = SamplingParams(max_tokens=3000, mode="ar", ignore_eos=True)
     with LLM(random_engine, max_batch_size=1, max_queue_size=2) as llm:

@@ -107,6 +107,8 @@ def test_the_mask_is_the_tokens_that_are_allowed_one_by_one(compiler: GrammarCom
     matcher = compiler.compile(GuidedDecodingParams(json=POINT)).matcher()
     for token in [*tokenizer.encode('{"x": 12, "unit": "µm"}'), END]:
         assert legal(matcher) == {each for each in range(VOCABULARY) if matcher.allows(each)}
+        assert not matcher.allows(VOCABULARY)
+        assert not matcher.take(VOCABULARY)
         assert matcher.take(token)
 
 

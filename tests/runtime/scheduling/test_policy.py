@@ -197,4 +197,6 @@ def test_a_trial_pass_has_the_batch_and_the_step_that_it_measures() -> None:
     bench.scheduler.measure_passes()
     assert [type(step) for step in bench.passes[-1]] == [CausalStep, BidirectionalStep]
     assert [step.input_ids.shape for step in bench.passes[-1]] == [(3, 4), (1, 8)]
+    assert [step.top_k for step in bench.passes[-1]] == [1, 1]
+    assert bench.passes[-1][1].adapter.tolist() == [True]  # as in a draft
     assert bench.executor.pool.active == 0
