@@ -308,7 +308,8 @@ def print_kernels(real: Real, gpus: list[GpuModel]) -> None:
 def print_cycles(real: Real, gpus: list[GpuModel]) -> None:
     print("\n### Passes and cycles, one request\n")
     print(
-        "| GPU | rows | AR ms | tokens a second at most | draft ms | verify ms | cycle ms | tokens a second at most |",
+        "| GPU | KV entries | AR, ms | AR, tokens/s at most | draft, ms | verify, ms | cycle, ms "
+        "| cycle, tokens/s at most |",
         end="",
     )
     print(" published |\n" + "|---" * 9 + "|")
