@@ -131,12 +131,12 @@ class DrawnCheckpoint(Checkpoint):
     """A checkpoint in bf16 whose tensors are drawn whenever they are read: its weights need no disk. Its matrices
     repeat a few rows, since drawing would take most of the time.
 
-    folder: new; ``config.json``, the adapter and the tokenizer are written there.
+    folder: new; ``config.json``, the adapter and the tokenizer are written there. layers: None for the shape's.
     """
 
-    def __init__(self, folder: Path, shape: str, seed: int = 0) -> None:
+    def __init__(self, folder: Path, shape: str, layers: int | None = None, seed: int = 0) -> None:
         folder.mkdir()
-        _write_companions(folder, config_fields(shape, None, None), seed)
+        _write_companions(folder, config_fields(shape, layers, None), seed)
         super().__init__(folder, shape)
 
     def _open_files(self) -> TensorFiles:

@@ -1,6 +1,6 @@
 """Memory and time of what a large checkpoint goes through: it is quantised, built for a GPU, and audited.
 
-    python -m scripts.prove.large_shape [14b] [--target cuda] [--sm 90] [--tp N] [--folder FOLDER]
+    python -m scripts.prove.large_shape [14b] [--layers N] [--target cuda] [--sm 90] [--tp N] [--folder FOLDER]
 
 The weights are random; those of the 16-bit checkpoint are drawn when they are read, so that they need no disk. Each
 stage is a process of its own. Its *peak memory* is the most that it needs of its own; pages of files, which the kernel
@@ -43,6 +43,7 @@ class Stage(NamedTuple):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shape", choices=SHAPES, nargs="?", default="14b")
+    parser.add_argument("--layers", type=int, help="of the network [default: the shape's]")
     parser.add_argument("--folder", type=Path, help="where to write [default: the system's temporary folder]")
     parser.add_argument("--target", choices=["cuda", "rtx"], default="cuda")
     parser.add_argument("--sm", default="90", help="compute capability to build for")
@@ -51,13 +52,14 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     if arguments.quantize_to is not None:
-        quantize(arguments.shape, arguments.quantize_to)
+        quantize(arguments.shape, arguments.layers, arguments.quantize_to)
         return
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         stages = list(run_stages(Path(folder), arguments))
+    of_layers = f", {arguments.layers} layers" if arguments.layers else ""
     rows = [
         ProofRow(
-            f"{arguments.shape} shape, {stage.name}: peak memory",
+            f"{arguments.shape} shape{of_layers}, {stage.name}: peak memory",
             f"<= {LIMIT / 2**30:.0f} GiB",
             f"{stage.peak / 2**30:.1f} GiB; {stage.seconds:.0f} s, {stage.processor:.0f} s of processor time",
             stage.peak <= LIMIT,
@@ -70,16 +72,17 @@ def main() -> None:
 def run_stages(folder: Path, arguments: argparse.Namespace) -> Iterator[Stage]:
     int4, engine = (str(folder / name) for name in ("int4", "engine"))
     trimode = ("-m", "trimode")
-    yield run("quantize", "-m", "scripts.prove.large_shape", arguments.shape, "--quantize-to", int4)
+    layers = ("--layers", str(arguments.layers)) if arguments.layers else ()
+    yield run("quantize", "-m", "scripts.prove.large_shape", arguments.shape, *layers, "--quantize-to", int4)
     options = ("--target", arguments.target, "--sm", arguments.sm, "--tp", arguments.tp)
     yield run("build", *trimode, "build", int4, engine, *options)
     shutil.rmtree(int4)
     yield run("audit", *trimode, "audit", engine)
 
 
-def quantize(shape: str, out: Path) -> None:
+def quantize(shape: str, layers: int | None, out: Path) -> None:
     with tempfile.TemporaryDirectory() as folder, progress_bars() as progress:
-        checkpoint = DrawnCheckpoint(Path(folder) / shape, shape)
+        checkpoint = DrawnCheckpoint(Path(folder) / shape, shape, layers)
         quantize_checkpoint(checkpoint, out, method="rtn", head="int4", progress=progress)
 
 
