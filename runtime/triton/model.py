@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import os
+import signal
 import threading
 import time
 from concurrent.futures import Future, wait
@@ -27,7 +29,7 @@ from trimode.runtime.triton.engine_metrics import EngineMetrics
 from trimode.runtime.triton.triton_request import TritonRequest, read, stops_another
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
-# Time between two checks of whether the client has left.
+# Time between two checks of whether the client has left, or the engine has stopped.
 WATCH_SECONDS = 0.05
 # Time that running requests have to finish before the model stops; tritonserver exits after 30 s.
 DRAIN_SECONDS = 20.0
@@ -51,6 +53,7 @@ class TritonPythonModel:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="trimode-requests", daemon=True)
         self._thread.start()
+        self._watching = asyncio.run_coroutine_threadsafe(self._watch(), self._loop)
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
@@ -64,8 +67,18 @@ class TritonPythonModel:
         self._metrics.stop()
         self._llm.shutdown()
         wait(unfinished, LAST_WORDS_SECONDS)
+        self._watching.cancel()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
+
+    async def _watch(self) -> None:
+        """Stop the server if the engine stops by an error, so that a supervisor starts both again. Triton's Python
+        backend cannot report a model as not ready.
+        """
+        while self._llm.failure is None:
+            await asyncio.sleep(WATCH_SECONDS)
+        pb_utils.Logger.log_error(f"the server stops, because its engine has: {self._llm.failure}")
+        stop_server()
 
     async def _execute(self, request: Any) -> None:
         sender = request.get_response_sender()
@@ -109,6 +122,11 @@ class TritonPythonModel:
             raise TriModeError("stop needs a request id: that of the request to end")
         if name in self._running:
             self._running[name].abort()
+
+
+def stop_server() -> None:
+    """Stop tritonserver, the parent of the backend's process, as SIGTERM from a supervisor does."""
+    os.kill(os.getppid(), signal.SIGTERM)
 
 
 async def _abort_when_cancelled(sender: Any, output: RequestOutput) -> None:
