@@ -141,10 +141,6 @@ class DraftTree:
             depths.append(depths[parent] + 1 if parent >= 0 else 0)
         return depths
 
-    @property
-    def is_chain(self) -> bool:
-        return self.parents == list(range(-1, len(self) - 1))
-
     def child(self, node: int, token: int) -> int | None:
         """The child of ``node`` that has this token; None if none has."""
         return self._children.get((node, token))

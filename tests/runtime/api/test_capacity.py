@@ -46,6 +46,7 @@ def test_memory_shortens_the_context() -> None:
     )
     assert (capacity(rows=None).context, capacity(rows=None).slot_context) == (1000, 1000)
     assert "KV cache 1 KiB at" in str(capacity(rows=64))
+    assert "KV cache 2048 TiB at" in str(capacity(rows=1 << 47))
     limited = capacity(rows=None, max_seq_len=200)
     assert (limited.context, limited.slot_context) == (200, 200)
 

@@ -276,12 +276,23 @@ def test_longest_matching_run_and_one_more() -> None:
     assert sequence.ending.finish_reason == "length"
 
 
+def test_rejected_drafts_are_reported() -> None:
+    sequence = sequence_of([200], SamplingParams(mode="linear_spec", block_length=4, max_tokens=9))
+    for tokens in ([300], [301, 302, 303], [301, 999, 303, 304]):  # prefill, draft, commit
+        if sequence.needs_block:
+            sequence.open_block(4)
+        sequence.absorb(sequence.next_pass(), certain(tokens))
+    assert sequence.emitted == [300, 301, 999]
+    assert sequence.rejected == [302, 303]
+
+
 def test_an_end_token_ends_the_text_at_once() -> None:
     for mode, draft, commit in (("linear_spec", "draft", [301, END, 303, 304]), ("diffusion", "denoise", [305])):
         sequence = sequence_of([200], SamplingParams(mode=mode, block_length=4, max_tokens=9))
         kinds = run_script(sequence, {"prefill": [[300]], draft: [[301, END, 303]], "commit": [commit]})
         assert sequence.emitted == [300, 301, END]
         assert sequence.ending.finish_reason == "stop"
+        assert sequence.rejected == []  # the draft after the end was not compared
         # Diffusion sees the end without a mask before it, and needs no commit.
         assert kinds == ["prefill", draft, "commit"][: 3 if mode == "linear_spec" else 2]
 
