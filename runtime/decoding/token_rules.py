@@ -77,6 +77,7 @@ class TokenRules:
         always &= token_bits(vocab_size, range(vocab_size)) & ~token_bits(vocab_size, banned)
         self._always = _Static.of(always)
         self._always_without_ends = _Static.of(always & ~token_bits(vocab_size, ends))
+        self._changes = min_tokens > 0 or thought_end is not None  # whether the static mask depends on the place
 
     @property
     def complete(self) -> bool:
@@ -133,10 +134,11 @@ class TokenRules:
         """Take the first legal one of some tokens; returns its index, None if there is none."""
         if self.take_if_legal(int(tokens[0])):
             return 0
-        index = self.first_legal(tokens)
-        if index is not None:
-            self.take(int(tokens[index]))
-        return index
+        behind = self.first_legal(tokens[1:])
+        if behind is None:
+            return None
+        self.take(int(tokens[1 + behind]))
+        return 1 + behind
 
     def take(self, token: int) -> None:
         """A token that was emitted or drafted. Raises ValueError if the grammar does not allow it."""
@@ -218,6 +220,8 @@ class TokenRules:
 
     def _static(self) -> _Static:
         """The tokens that neither the grammar nor the bad words decide."""
+        if not self._changes:
+            return self._always
         too_short = len(self._taken) < self._min_tokens and not self.complete
         thinking = self._grammar is not None and self._grammar_from is None
         return self._always_without_ends if too_short or thinking else self._always

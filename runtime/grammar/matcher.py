@@ -75,7 +75,9 @@ class GrammarMatcher:
     @property
     def forced_token(self) -> int | None:
         """The next token where it is the only legal one; None if several are legal, or none."""
-        place = self._known_place()
+        place = self._places[self._at]
+        if place.run is None:
+            place = self._known_place()
         return place.run[place.index] if place.run else None
 
     @property
