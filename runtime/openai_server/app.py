@@ -23,6 +23,13 @@ from trimode.runtime.openai_server.chat import complete_chat
 from trimode.runtime.openai_server.completions import complete
 from trimode.runtime.openai_server.gate import HEALTH
 from trimode.runtime.openai_server.http_errors import BAD_METHOD, BAD_REQUEST, ENGINE_DEAD, NOT_FOUND, ApiError
+from trimode.runtime.openai_server.messages import count_tokens, create_message
+from trimode.runtime.openai_server.messages_bodies import (
+    CountTokensRequest,
+    MessageRecord,
+    MessagesRequest,
+    TokenCount,
+)
 from trimode.runtime.openai_server.model_names import ModelName
 from trimode.runtime.openai_server.request_bodies import (
     ChatCompletionRequest,
@@ -36,6 +43,7 @@ from trimode.runtime.openai_server.response_bodies import (
     Detokenized,
     ErrorBody,
     Health,
+    MessagesErrorBody,
     ModelList,
     ServedModel,
     Tokenized,
@@ -76,7 +84,7 @@ NOT_OFFERED = {
     "/v1/files": "files are not offered",
     "/v1/fine_tuning": "training is not offered",
     "/v1/images": "images are not offered: this server reads and writes text only",
-    "/v1/messages": "Anthropic's API is not offered; use /v1/chat/completions or /v1/responses",
+    "/v1/messages/": "message batches are not offered; send requests side by side, the server batches them",
     "/v1/moderations": "moderation is not offered: this server has a generative model only",
     "/v1/realtime": "realtime sessions are not offered",
     "/v1/rerank": "ranking is not offered: this server has a generative model only",
@@ -94,6 +102,7 @@ def _documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 REFUSALS = _documented(401, 421, 500, 503)
 BODY_REFUSALS = REFUSALS | _documented(400, 404, 408, 413, 422, 429)
+MESSAGES_REFUSALS: dict[int | str, dict[str, Any]] = {status: {"model": MessagesErrorBody} for status in BODY_REFUSALS}
 # Before OpenAPI 3.2, the schema of an event stream describes one event.
 EVENT = {
     "type": "object",
@@ -121,6 +130,14 @@ def create_app(service: Service, root_path: str = "") -> FastAPI:
     @app.post("/v1/responses", responses=BODY_REFUSALS | {200: STREAM | {"model": ResponseRecord}}, **LOCKED)
     async def responses(body: ResponsesRequest, http: Request) -> Response:
         return await respond(service, body, http)
+
+    @app.post("/v1/messages", responses=MESSAGES_REFUSALS | {200: STREAM | {"model": MessageRecord}}, **LOCKED)
+    async def messages(body: MessagesRequest, http: Request) -> Response:
+        return await create_message(service, body, http)
+
+    @app.post("/v1/messages/count_tokens", responses=MESSAGES_REFUSALS, response_model=TokenCount, **LOCKED)
+    async def tokens_of_messages(body: CountTokensRequest, http: Request) -> Response:
+        return await count_tokens(service, body, http)
 
     @app.post("/v1/completions", responses=BODY_REFUSALS | {200: STREAM | {"model": Completion}}, **LOCKED)
     async def completions(body: CompletionRequest, http: Request) -> Response:
@@ -164,7 +181,7 @@ def create_app(service: Service, root_path: str = "") -> FastAPI:
     @app.get(HEALTH, responses=_documented(503), response_model=Health)
     async def health() -> Response:
         if service.llm.failure is not None:
-            return errors.respond(ApiError(ENGINE_DEAD, service.llm.failure))
+            return errors.respond(ApiError(ENGINE_DEAD, service.llm.failure), HEALTH)
         return json_response(Health(status="ok"))
 
     @app.get("/metrics", responses=REFUSALS | {200: METRICS}, **LOCKED)
@@ -219,38 +236,38 @@ def _release(error: Exception) -> None:
 
 def _add_handlers(app: FastAPI) -> None:
     @app.exception_handler(TriModeError)
-    async def refuse(_: Request, error: TriModeError) -> Response:
-        return errors.respond(error)
+    async def refuse(http: Request, error: TriModeError) -> Response:
+        return errors.respond(error, http.url.path)
 
     @app.exception_handler(RequestValidationError)
-    async def refuse_body(_: Request, error: RequestValidationError) -> Response:
+    async def refuse_body(http: Request, error: RequestValidationError) -> Response:
         _release(error)
-        return errors.respond(errors.of_validation(error.errors()))
+        return errors.respond(errors.of_validation(error.errors()), http.url.path)
 
     @app.exception_handler(HTTPException)
     async def refuse_http(http: Request, error: HTTPException) -> Response:
         _release(error)
         # FastAPI raises this from any error while it reads a body, the gate's among them.
         if isinstance(error.__cause__, ApiError):
-            return errors.respond(error.__cause__)
+            return errors.respond(error.__cause__, http.url.path)
         kind, message = {
             404: (NOT_FOUND, _why_not_found(http.url.path)),
             405: (BAD_METHOD, "this path does not support the method"),
         }.get(error.status_code, (BAD_REQUEST, "the body cannot be read as JSON in UTF-8"))
-        response = errors.respond(ApiError(kind, message))
+        response = errors.respond(ApiError(kind, message), http.url.path)
         response.headers.update(error.headers or {})
         return response
 
     @app.exception_handler(RecursionError)
-    async def refuse_nesting(_: Request, error: RecursionError) -> Response:
+    async def refuse_nesting(http: Request, error: RecursionError) -> Response:
         """Only data of a request is nested."""
         _release(error)
-        return errors.respond(ApiError(BAD_REQUEST, "the body is nested too deeply"))
+        return errors.respond(ApiError(BAD_REQUEST, "the body is nested too deeply"), http.url.path)
 
     @app.exception_handler(ClientLeftError)
     async def client_left(_: Request, _error: ClientLeftError) -> Response:
         return Response(status_code=CLIENT_LEFT)
 
     @app.exception_handler(Exception)
-    async def fail(_: Request, error: Exception) -> Response:
-        return errors.respond(error)
+    async def fail(http: Request, error: Exception) -> Response:
+        return errors.respond(error, http.url.path)

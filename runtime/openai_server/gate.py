@@ -55,7 +55,7 @@ class Gate:
             await self._app(scope, receive, send)
             return
         if refusal := self._refusal(scope["path"], dict(scope["headers"])):
-            response = respond(refusal)
+            response = respond(refusal, scope["path"])
             response.headers["connection"] = "close"  # the body stays unread
             await response(scope, receive, send)
             return
@@ -72,17 +72,18 @@ class Gate:
             return ApiError(
                 WRONG_HOST, "this server has no API key and accepts requests to localhost or an IP address only"
             )
-        if self._key is not None and path not in OPEN_PATHS and not self._has_key(headers.get(b"authorization", b"")):
+        if self._key is not None and path not in OPEN_PATHS and not self._has_key(headers):
             return ApiError(UNAUTHORIZED, "the API key is missing or wrong; send it as `Authorization: Bearer KEY`")
         length = headers.get(b"content-length", b"")
         if length.isdigit() and int(length) > self._max_body:
             return self._too_large()
         return None
 
-    def _has_key(self, authorization: bytes) -> bool:
-        """The scheme's name has no case; the key is compared in constant time."""
-        scheme, _, key = authorization.partition(b" ")
-        return scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), self._key or b"")
+    def _has_key(self, headers: dict[bytes, bytes]) -> bool:
+        """The scheme's name has no case; the key is compared in constant time. ``x-api-key`` is Anthropic's header."""
+        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+        sent = key.strip() if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")
+        return hmac.compare_digest(sent, self._key or b"")
 
     def _too_large(self) -> ApiError:
         return ApiError(BODY_TOO_LARGE, f"the body is longer than {self._max_body} bytes, the limit of this server")

@@ -19,6 +19,8 @@
 Clients of OpenAI's API repeat a request after 408, 409, 429 and every 5xx. A response that took too long would take too
 long again and keep the engine busy, so it is 422. Every error also has the header ``x-should-retry``, which OpenAI's
 clients obey: it stops them from repeating a request after a 500.
+
+Under ``/v1/messages``, errors have Anthropic's shape and types, with the same statuses.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from fastapi.responses import Response
 
 from trimode.common.errors import TriModeError
 from trimode.runtime.openai_server.request_bodies import BRANCHES, TOO_MANY_FIELDS, UNSUPPORTED_FIELD
-from trimode.runtime.openai_server.response_bodies import ErrorBody, ErrorDetail
+from trimode.runtime.openai_server.response_bodies import ErrorBody, ErrorDetail, MessagesError, MessagesErrorBody
 from trimode.runtime.request.errors import (
     ContextLengthError,
     EngineDeadError,
@@ -41,6 +43,18 @@ from trimode.runtime.request.errors import (
 
 # Characters of a field's path in a message: a name may be as long as a body.
 LONGEST_PATH = 200
+MESSAGES = "/v1/messages"
+# Anthropic's types, by status.
+_MESSAGES_TYPES = {
+    401: "authentication_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    422: "timeout_error",
+    429: "rate_limit_error",
+    500: "api_error",
+    503: "overloaded_error",
+}
 # pydantic's findings about what is no JSON object.
 _NO_OBJECT = frozenset({"dict_type", "model_type", "model_attributes_type"})
 
@@ -91,12 +105,19 @@ def error_body(error: Exception) -> ErrorBody:
     return ErrorBody(error=ErrorDetail(message=message, type=kind.type, param=param, code=kind.code))
 
 
+def messages_error(error: Exception) -> MessagesErrorBody:
+    """As :func:`error_body`, in Anthropic's shape."""
+    kind = _MESSAGES_TYPES.get(kind_of(error).status, "invalid_request_error")
+    return MessagesErrorBody(type="error", error=MessagesError(type=kind, message=error_body(error).error.message))
+
+
 def context_limit(tokens: int) -> str:
     """OpenAI's words, which clients match."""
     return f"This model's maximum context length is {tokens} tokens"
 
 
-def respond(error: Exception) -> Response:
+def respond(error: Exception, path: str) -> Response:
+    """path: of the request; it decides the error's shape."""
     kind = kind_of(error)
     headers = {"x-should-retry": "true" if kind.retry else "false"}
     if kind in (QUEUE_FULL, SHUTTING_DOWN):
@@ -105,7 +126,8 @@ def respond(error: Exception) -> Response:
         headers["www-authenticate"] = "Bearer"
     if kind in (BODY_TIMEOUT, BODY_TOO_LARGE):
         headers["connection"] = "close"  # the rest of the body stays unread
-    return Response(error_body(error).json_text(), kind.status, headers=headers, media_type="application/json")
+    body = messages_error(error) if path.startswith(MESSAGES) else error_body(error)
+    return Response(body.json_text(), kind.status, headers=headers, media_type="application/json")
 
 
 def kind_of(error: Exception) -> ErrorKind:

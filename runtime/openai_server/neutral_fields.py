@@ -75,6 +75,16 @@ RESPONSES_REASONING: Mapping[str, Neutral] = {
     "generate_summary": Neutral("reasoning is returned whole", ("auto",)),
     "summary": Neutral("reasoning is returned whole", ("auto",)),
 }
+MESSAGES: Mapping[str, Neutral] = {
+    "container": Neutral("there are no built-in tools"),
+    "context_management": RESPONSES["context_management"],
+    "max_completion_tokens": Neutral("its name here is max_tokens"),
+    "mcp_servers": Neutral("there are no built-in tools", ([],)),
+    "n": RESPONSES["n"],
+    "response_format": Neutral("its name here is output_config.format"),
+    "service_tier": Neutral("there is one service tier", ("auto", "standard_only")),
+    "stop": Neutral("its name here is stop_sequences"),
+}
 MESSAGE: Mapping[str, Neutral] = {"audio": Neutral(_TEXT_ONLY)}
 
 # Accepted with any value: they do not change the response.
@@ -93,5 +103,6 @@ NO_EFFECT_DECODING = frozenset(
     }
 )
 NO_EFFECT_MESSAGE = frozenset({"annotations", "cache_control", "id", "refusal", "status", "type"})
+NO_EFFECT_BLOCK = frozenset({"cache_control", "caller", "citations", "data", "is_error", "signature"})
 NO_EFFECT_ITEM = frozenset({"encrypted_content", "id", "phase", "status"})
 NO_EFFECT_PART = frozenset({"annotations", "cache_control", "id", "logprobs"})

@@ -251,3 +251,15 @@ class ErrorDetail(ResponseBody):
 
 class ErrorBody(ResponseBody):
     error: ErrorDetail
+
+
+class MessagesError(ResponseBody):
+    type: str
+    message: str
+
+
+class MessagesErrorBody(ResponseBody):
+    """An error of Anthropic's API."""
+
+    type: Literal["error"]
+    error: MessagesError

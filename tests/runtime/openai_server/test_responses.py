@@ -215,7 +215,6 @@ def test_refused_by_name(http: httpx.Client, param: str) -> None:
     [
         ("/v1/embeddings", "embeddings are not offered"),
         ("/v1/images/generations", "images are not offered"),
-        ("/v1/messages", "Anthropic's API is not offered"),
         ("/v1/responses/resp_1", "responses are not stored"),
         ("/v1/nothing", "this path does not exist"),
     ],
