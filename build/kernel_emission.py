@@ -35,7 +35,7 @@ def kernels_of(operator: Operator, node: Node) -> dict[str, NeededKernel]:
     constants = operator.constants(node)
     return {
         operator.kernel_name(node, number): NeededKernel(operator, constants, tactic)
-        for number, tactic in operator.tactics(node).items()
+        for number, tactic in operator.compiled_tactics(node).items()
     }
 
 

@@ -34,6 +34,8 @@ from trimode.plugins.kernels.norm_terms import one_over_rms, write_norm_terms
 _TILE = tl.constexpr(128)
 SPLIT_ROWS = tl.constexpr(64)
 _PAIRED = tl.constexpr(8)
+# Sums of the largest tile of a step.
+_LARGE = tl.constexpr(64 * 128)
 
 
 def _assembly(power: int, offset: int, subtract: str) -> tl.constexpr:
@@ -91,11 +93,12 @@ def int4_product_kernel(
     GATED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    STEPS: tl.constexpr,
     CAPABILITY: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """GATED: y is the gated activation of the pairs of columns. CAPABILITY: compute capability, 90 for 9.0; None in the
-    interpreter.
+    """GATED: y is the gated activation of the pairs of columns. STEPS: of a tactic for at most SPLIT_ROWS rows.
+    CAPABILITY: compute capability, 90 for 9.0; None in the interpreter.
     """
     wait_for_previous(CAPABILITY)
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -105,7 +108,7 @@ def int4_product_kernel(
         norm = one_over_rms(squares, epsilon, row, rows, INNER)
     complete, result = product_sum(
         x, packed, scale, input_scale, partial, counters_out, row, rows, column,
-        INNER, COLUMNS, GROUP, UNIT, SPLITS, BLOCK_M, BLOCK_N, CAPABILITY, STAGES,
+        INNER, COLUMNS, GROUP, UNIT, SPLITS, BLOCK_M, BLOCK_N, STEPS, CAPABILITY, STAGES,
     )  # fmt: skip
     if complete:
         if squares is not None:
@@ -149,16 +152,19 @@ def product_sum(
     SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    STEPS: tl.constexpr,
     CAPABILITY: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Whether this program has the sum over all of K of its tile, and that sum, [columns, rows]."""
     part = tl.program_id(2)
     first, end, complete = 0, SPLITS, True
-    # Whether the parts of this tile's sums are separate programs.
+    # Whether the parts of this tile's sums are separate programs: known for steps, whose programs then hold no sum of
+    # several parts in registers while they sum one.
     SEPARABLE: tl.constexpr = SPLITS > 1 and partial is not None and BLOCK_M <= SPLIT_ROWS
-    separate = False
-    if SEPARABLE:
+    ONE_PART: tl.constexpr = SEPARABLE and STEPS
+    separate = ONE_PART
+    if SEPARABLE and not ONE_PART:
         separate = (tl.program_id(0) + 1) * BLOCK_M <= SPLIT_ROWS
         if separate:
             first, end = part, part + 1
@@ -166,9 +172,9 @@ def product_sum(
             complete = part == 0
             end = SPLITS * complete.to(tl.int32)
 
-    if SPLITS == 1:
+    if SPLITS == 1 or ONE_PART:
         result = _part(
-            x, packed, scale, input_scale, row, rows, column, 0,
+            x, packed, scale, input_scale, row, rows, column, part if ONE_PART else 0,
             INNER, COLUMNS, GROUP, UNIT, SPLITS, BLOCK_M, BLOCK_N, CAPABILITY, STAGES,
         )  # fmt: skip
     else:
@@ -253,7 +259,9 @@ def combined(result, part, sums, here, counters, COLUMNS: tl.constexpr, SPLITS: 
     if complete:
         tl.store(counter, 0)
         result = tl.zeros(result.shape, tl.float32)
-        for index in tl.static_range(SPLITS):
+        # All parts are loaded at once, or one by one where a part takes most registers.
+        AT_ONCE: tl.constexpr = 1 if result.shape[0] * result.shape[1] >= _LARGE else SPLITS
+        for index in tl.range(0, SPLITS, num_stages=1, loop_unroll_factor=AT_ONCE):
             # From the L2 cache: other multiprocessors have written them.
             at = sums + index * (SPLIT_ROWS * COLUMNS)
             result += tl.load(at, mask=here, other=0.0, cache_modifier=".cg")

@@ -50,6 +50,7 @@ def qkv_product_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    STEPS: tl.constexpr,
     CAPABILITY: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -63,7 +64,7 @@ def qkv_product_kernel(
         norm = one_over_rms(squares, epsilon, row, rows, INNER)
     complete, result = product_sum(
         x, packed, scale, None, partial, counters_out, row, rows, column,
-        INNER, COLUMNS, GROUP, UNIT, SPLITS, BLOCK_M, BLOCK_N, CAPABILITY, STAGES,
+        INNER, COLUMNS, GROUP, UNIT, SPLITS, BLOCK_M, BLOCK_N, STEPS, CAPABILITY, STAGES,
     )  # fmt: skip
     if complete:
         HALF: tl.constexpr = HEAD_DIM // 2

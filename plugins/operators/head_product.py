@@ -71,7 +71,7 @@ class Int4Head(Int4Product):
     def parts(self, _node: Node) -> int:
         return 1
 
-    def held_tiles(self, _node: Node) -> int:
+    def held_tiles(self, _node: Node, _tactic: Tactic) -> int:
         """Of logits, of legal ones, and of exponentials."""
         return 3
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from typing import ClassVar
 
@@ -97,14 +98,15 @@ class Int4Product(Operator):
     kernel = "int4_product.int4_product_kernel"
     scalars: tuple[str, ...] = ("rows",)
 
-    # For steps, by their rows; the last two for chunks of prompts.
+    # For steps, by their rows; the last two for chunks of prompts. Where K is split, a tactic with STEPS is for at most
+    # SPLIT_ROWS rows: a program sums one part, so its threads need no registers for the sum of several.
     TACTICS: ClassVar[tuple[Tactic, ...]] = (
         Tactic({"BLOCK_M": 16, "BLOCK_N": 64}, warps=4, stages=5),
         Tactic({"BLOCK_M": 16, "BLOCK_N": 128}, warps=4, stages=5),
         Tactic({"BLOCK_M": 32, "BLOCK_N": 64}, warps=4, stages=4),
         Tactic({"BLOCK_M": 32, "BLOCK_N": 128}, warps=4, stages=5),
         Tactic({"BLOCK_M": 64, "BLOCK_N": 64}, warps=4, stages=3),
-        Tactic({"BLOCK_M": 64, "BLOCK_N": 128}, warps=4, stages=3),
+        Tactic({"BLOCK_M": 64, "BLOCK_N": 128, "STEPS": 1}, warps=4, stages=3),
         Tactic({"BLOCK_M": 64, "BLOCK_N": 128}, warps=8, stages=3),
         Tactic({"BLOCK_M": 128, "BLOCK_N": 128}, warps=8, stages=3),
     )
@@ -124,6 +126,7 @@ class Int4Product(Operator):
         terms |= {"Residual": residual, "Gated": gated, "ForNorm": for_norm}
         self.name = "Int4Product" + "".join(term for term, present in terms.items() if present)
         self.split = split
+        self.input_scale = input_scale
         self.gated = gated
         self.for_norm = for_norm
         self.inputs = (
@@ -191,18 +194,24 @@ class Int4Product(Operator):
             "GATED": int(self.gated),
         }
 
-    def held_tiles(self, node: Node) -> int:
-        """Tiles of sums that threads hold at once: of a unit, of a part, and of several parts."""
-        return 2 if self.parts(node) == 1 else 3
+    def held_tiles(self, node: Node, tactic: Tactic) -> int:
+        """Tiles that threads hold at once: sums of a unit and of a part, and sums of several parts or scaled tokens."""
+        one_part = self.parts(node) == 1 or (self.split and "STEPS" in tactic.constants and not self.input_scale)
+        return 2 if one_part else 3
 
-    def tactics(self, node: Node) -> dict[int, Tactic]:
+    def compiled_tactics(self, node: Node) -> dict[int, Tactic]:
         """Those that leave registers for weights."""
-        held = self.held_tiles(node)
         return {
             number: tactic
             for number, tactic in numbered(self.TACTICS).items()
-            if held * tactic.constants["BLOCK_M"] * tactic.constants["BLOCK_N"] <= _SUM_REGISTERS * 32 * tactic.warps
+            if self.held_tiles(node, tactic) * math.prod(_shape(tactic)) <= _SUM_REGISTERS * 32 * tactic.warps
         }
+
+    def tactics(self, node: Node) -> dict[int, Tactic]:
+        sizes = node.fixed["x"]
+        is_step = min(sizes) >= 0 and row_count(sizes) <= SPLIT_ROWS
+        any_rows = self.parts(node) == 1 or is_step
+        return {n: t for n, t in self.compiled_tactics(node).items() if any_rows or "STEPS" not in t.constants}
 
     def default_tactic(self, node: Node, emitted: Collection[int]) -> int:
         """The tactic for a launch that was not timed. emitted: the tactics that the GPU has kernels of.

@@ -91,7 +91,13 @@ class Operator(ABC):
 
     @abstractmethod
     def tactics(self, node: Node) -> dict[int, Tactic]:
-        """The tactics that TensorRT times on the GPU, numbered from 1."""
+        """The tactics that can compute the node, by their numbers from 1. With a dimension that is known at run time
+        only, those that take any size.
+        """
+
+    def compiled_tactics(self, node: Node) -> dict[int, Tactic]:
+        """The tactics for every size that is known at run time only."""
+        return self.tactics(node)
 
     def default_tactic(self, _node: Node, emitted: Collection[int]) -> int:
         """The tactic for a launch that was not timed. The node's shapes are integers. emitted: the tactics that the GPU

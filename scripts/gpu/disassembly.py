@@ -8,7 +8,6 @@ import tempfile
 from pathlib import Path
 
 import triton
-from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 
 from trimode.plugins.compilation import CompiledKernel
 
@@ -18,10 +17,8 @@ _WARP = 32
 def disassembled(kernel: CompiledKernel) -> str:
     """nvdisasm's listing of the kernel's binary."""
     with tempfile.TemporaryDirectory() as folder:
-        source, binary = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
-        source.write_text(kernel.ptx)
-        target = f"--gpu-name={sm_arch_from_capability(kernel.compute_capability)}"
-        subprocess.run([get_ptxas(kernel.compute_capability).path, target, source, "-o", binary], check=True)
+        binary = Path(folder, "kernel.cubin")
+        binary.write_bytes(kernel.cubin)
         nvdisasm = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
         return subprocess.run([nvdisasm, "-c", binary], check=True, capture_output=True, text=True).stdout
 
@@ -54,6 +51,6 @@ def blocking_loads(loop: list[str]) -> list[str]:
     return [line for line in loop if re.search(r"\bLDG\b", line)]
 
 
-def instructions_per_weight(kernel: CompiledKernel, weights: int) -> float:
-    """Instructions of all threads in an iteration of the main loop, which unpacks so many weights."""
-    return len(main_loop(disassembled(kernel))) * kernel.warps * _WARP / weights
+def instructions_per_weight(loop: list[str], warps: int, weights: int) -> float:
+    """Instructions of all threads of so many warps in an iteration of the loop, which unpacks so many weights."""
+    return len(loop) * warps * _WARP / weights

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from scripts.gpu import graph_checks
-from scripts.gpu.kernels_8b import ATTENTION, HIDDEN, PRODUCTS, QKV, SPLITS, VOCABULARY, Product, qkv_node
+from scripts.gpu.kernels_8b import ATTENTION, HIDDEN, PRODUCTS, QKV, SPLITS, UNSCALED_O, VOCABULARY, Product, qkv_node
 from trimode.build.roofline import REAL_BYTES
 from trimode.engine.precision import Real
 from trimode.plugins.operators import (
@@ -65,7 +65,7 @@ def all_kernels(head_dim: int) -> Iterator[Kernel]:
     nodes += [(attend, attend.node(batch=1, step=1, capacity=1, splits=SPLITS, **sizes)) for attend in attends]
     if head_dim == ATTENTION["head_dim"]:  # products do not depend on it
         nodes.append((QKV, qkv_node(1, capacity=1)))
-        nodes += [(PRODUCTS[name].operator, PRODUCTS[name].node(1)) for name in ("gate_up", "o with adapter")]
+        nodes += [(PRODUCTS[name].operator, PRODUCTS[name].node(1)) for name in ("gate_up", "down", "o with adapter")]
         around = {operator.name: (operator, node) for operator, node in graph_checks.used_nodes(graph_checks.SIZES_8B)}
         nodes += [(o, node) for o, node in around.values() if not isinstance(o, Head) or o.masked]
     for operator, node in nodes:
@@ -103,20 +103,22 @@ def print_resources(real: Real, head_dim: int, capabilities: list[int]) -> bool:
 
 def print_instructions(capabilities: list[int]) -> None:
     """Instructions of all threads for each weight, in the main loop of the products in bf16."""
-    from scripts.gpu.disassembly import instructions_per_weight
+    from scripts.gpu.disassembly import disassembled, instructions_per_weight, main_loop
     from trimode.plugins.compilation import compile_operator
 
     print("| product | tile | warps |", *(f"sm_{capability} |" for capability in capabilities))
     print("|---|---|---|" + "---|" * len(capabilities))
-    for name in ("qkv", "o", "gate_up", "down"):
-        operator, node = PRODUCTS[name].operator, PRODUCTS[name].node(1)
+    for name in ("qkv", "o", "o without AWQ", "gate_up", "down"):
+        product = PRODUCTS.get(name, UNSCALED_O)
+        operator, node = product.operator, product.node(1)
         constants = operator.constants(node)
         for tactic in operator.tactics(node).values():
             block_m, block_n = tactic.constants["BLOCK_M"], tactic.constants["BLOCK_N"]
             cells = []
             for capability in capabilities:
                 kernel = compile_operator(operator, constants, tactic, "bf16", capability)
-                count = instructions_per_weight(kernel, block_n * constants["UNIT"])
+                loop = main_loop(disassembled(kernel))
+                count = instructions_per_weight(loop, kernel.warps, block_n * constants["UNIT"])
                 cells.append(f"{count:.2f}" if kernel.fits else "-")
             print(f"| {name} | {block_m} x {block_n} | {tactic.warps} |", *(f"{cell} |" for cell in cells), flush=True)
 

@@ -32,7 +32,7 @@ from scripts.gpu.kernel_checks import (
 )
 from scripts.gpu.kernel_launch import prepare
 from scripts.gpu.kernels_8b import HIDDEN, INTERMEDIATE, KV_WIDTH, QUERY_WIDTH, Product
-from trimode.plugins.operators import Constants, Int4Product, Node, Tactic
+from trimode.plugins.operators import Int4Product, Node, Tactic
 from trimode.plugins.operators.int4_product import SPLIT_ROWS
 
 
@@ -44,10 +44,10 @@ class SplitVariant(Int4Product):
         self.splits = splits
         self._tactics = tactics
 
-    def constants(self, node: Node) -> Constants:
-        return {**super().constants(node), "SPLITS": self.splits}
+    def parts(self, _node: Node) -> int:
+        return self.splits
 
-    def tactics(self, _node: Node) -> dict[int, Tactic]:
+    def compiled_tactics(self, _node: Node) -> dict[int, Tactic]:
         return dict(enumerate(self._tactics, 1))
 
 

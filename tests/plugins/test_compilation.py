@@ -64,6 +64,7 @@ KERNELS: dict[str, tuple[Operator, Node, Tactic]] = {
 # Without wgmma or tcgen05, the largest tiles spill, and are not emitted.
 LARGEST = (
     "product in parts, 64 x 64, 4 warps",
+    "qkv product, 64 x 128, 4 warps",
     "product, 64 x 128, 4 warps",
     "product, 128 x 128, 8 warps",
 )

@@ -136,15 +136,17 @@ FLAGS = {
 @pytest.mark.parametrize("split", [False, True], ids=["one program", "separate programs"])
 @pytest.mark.parametrize(("groups", "gated"), [(3, False), (16, False), (16, True)])
 def test_a_rows_bits_depend_neither_on_other_rows_nor_on_the_tile(groups: int, gated: bool, split: bool) -> None:
-    """Steps of 1, 8 and 64 rows, and a chunk, in every tactic; the matrix of 16 groups is summed in two parts."""
+    """Steps of 1, 8, 32 and 64 rows, and a chunk, in every tactic; the matrix of 16 groups is summed in two parts."""
     case = replace(SPLIT, rows=70, groups=groups, split=split, for_norm=True)
     if gated:
         case = replace(case, columns=80, rank=0, residual=False, for_norm=False, normed=True, gated=True)
     inputs = case.inputs()
-    tactics = list(case.operator.tactics(case.node).values())
-    expected = rows_of(inputs, 0, 70, tactics[-1], gated=gated)
-    for tactic in tactics:
-        for first, rows in ((69, 1), (3, 8), (5, 64)):
+    *_, chunk = case.operator.tactics(case.node).values()
+    expected = rows_of(inputs, 0, 70, chunk, gated=gated)
+    for first, rows in ((69, 1), (3, 8), (7, 32), (5, 64)):
+        tactics = case.operator.tactics(replace(case, rows=rows).node).values()
+        assert any("STEPS" in tactic.constants for tactic in tactics) == (split or groups == 3)
+        for tactic in tactics:
             found = rows_of(inputs, first, rows, tactic, gated=gated)
             assert torch.equal(found, expected[first : first + rows]), (tactic, first, rows)
 
@@ -167,7 +169,7 @@ def test_parts_and_their_order_depend_on_the_matrix_alone() -> None:
         assert splits == split_count(product.inner, product.columns, 128)
         assert product.operator.split == (splits > 1)
         for tactic in product.operator.tactics(product.node(1)).values():
-            assert tactic.constants.keys() == {"BLOCK_M", "BLOCK_N"}
+            assert tactic.constants.keys() - {"STEPS"} == {"BLOCK_M", "BLOCK_N"}
             parts = {product.operator.grid(product.node(rows), tactic)[2] for rows in (1, 16, 64, 65, 4096)}
             assert parts == {splits if tactic.constants["BLOCK_M"] <= SPLIT_ROWS else 1}
     assert {name: split_count(p.inner, p.columns, 128) for name, p in PRODUCTS.items()} == {
@@ -177,6 +179,20 @@ def test_parts_and_their_order_depend_on_the_matrix_alone() -> None:
         "gate_up": 1,
         "down": 8,
     }
+
+
+def test_a_tactic_for_steps_is_used_for_steps_only() -> None:
+    """Where K is split: it is compiled, but neither a chunk nor a number of rows that is not known has it."""
+    product = PRODUCTS["down"]
+    node = product.node(1)
+    (number,) = (n for n, tactic in product.operator.compiled_tactics(node).items() if "STEPS" in tactic.constants)
+    assert number in product.operator.tactics(product.node(SPLIT_ROWS))
+    assert number not in product.operator.tactics(product.node(SPLIT_ROWS + 1))
+    for x in ((-1, product.inner), (1, -1, product.inner), (-1, -1, product.inner)):
+        unknown = node._replace(fixed={**node.fixed, "x": x})
+        assert number in product.operator.compiled_tactics(unknown)
+        assert number not in product.operator.tactics(unknown)
+    assert number in PRODUCTS["gate_up"].operator.tactics(PRODUCTS["gate_up"].node(4096))
 
 
 def test_the_counters_are_zero_after_each_launch() -> None:

@@ -218,7 +218,7 @@ PRODUCT_FAULTS: dict[str, tuple[str, str]] = {
     "the wrong rows of the residual": ("residual + at", "residual + (at + COLUMNS) % (rows * COLUMNS)"),
 }
 SPLIT_FAULTS: dict[str, tuple[str, str]] = {
-    "a part not added": ("tl.static_range(SPLITS)", "tl.static_range(SPLITS - 1)"),
+    "a part not added": ("tl.range(0, SPLITS,", "tl.range(0, SPLITS - 1,"),
     "one part added twice": ("sums + index *", "sums + 0 * index *"),
     "the same part in every program": ("tl.range(part * UNITS, (part + 1) * UNITS", "tl.range(0 * part, UNITS"),
     "the parts left in one place": ("tl.store(sums + part *", "tl.store(sums + 0 * part *"),
@@ -274,6 +274,12 @@ def test_a_wrong_order_of_parts_is_detected(right: str, wrong: str, mutant: Call
     mutant(product_kernels, "int4_product_kernel", right, wrong)
     with pytest.raises(AssertionError):
         test_int4_product.test_separate_programs_give_the_bits_of_one_program()
+
+
+def test_another_part_in_the_tactic_for_steps_is_detected(mutant: Callable[..., None]) -> None:
+    mutant(product_kernels, "int4_product_kernel", "part if ONE_PART else 0", "0")
+    with pytest.raises(AssertionError):
+        test_int4_product.test_a_rows_bits_depend_neither_on_other_rows_nor_on_the_tile(16, False, split=True)
 
 
 def test_a_sum_that_depends_on_the_tile_is_detected(mutant: Callable[..., None]) -> None:
