@@ -30,7 +30,7 @@ FIXED: dict[str, dict[str, Any]] = {"ar": {"mode": "ar"}} | {
 }
 TREE: dict[str, dict[str, Any]] = {"tree 32": {"mode": "linear_spec", "block_length": 32, "tree_width": 32}}
 AUTO, BEFORE = "auto", "auto before"
-PROMPTS, MAX_TOKENS = 32, 200
+MAX_TOKENS = 200
 RESAMPLES = 2000
 
 
@@ -98,6 +98,7 @@ def main() -> None:
     parser.add_argument("--before", type=Path, help="a checkout of an earlier version, which can read the engines")
     parser.add_argument("--loads", default="1,4,16", help="requests at once, with commas")
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--prompts", type=int, default=32, help="of a run; at least as many as requests at once")
     parser.add_argument("--json", type=Path, help="also write all speeds to this file")
     arguments = parser.parse_args()
     from scripts.drafting.prompts import KINDS, conversations
@@ -112,7 +113,7 @@ def main() -> None:
             if arguments.before:
                 workers[BEFORE] = Worker(arguments.before, engine, load)
             for kind in KINDS:
-                found = measure(workers, conversations(kind, PROMPTS), arguments.rounds, settings)
+                found = measure(workers, conversations(kind, max(load, arguments.prompts)), arguments.rounds, settings)
                 best = max([*FIXED, *TREE], key=lambda name: statistics.median(found[name]))
                 cells = [f"{engine.name}, {kind}, {load}", best]
                 for other in (best, BEFORE):
