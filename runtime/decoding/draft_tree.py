@@ -150,8 +150,7 @@ class DraftTree:
 
     def likeliest_path(self, node: int) -> list[int]:
         """The tokens of the likeliest path below ``node``."""
-        path: list[int] = []
-        while self.has_children(node):
-            node += 1
-            path.append(self.ids[node])
-        return path
+        last = node
+        while self.has_children(last):
+            last += 1
+        return self.ids[node + 1 : last + 1]

@@ -1,8 +1,9 @@
 """Which sequences share a pass, and the step that they form.
 
 A pass covers neighbouring slots. Slots between its sequences that do not need the pass are padding, or the pass is
-split in two, whichever costs less by :mod:`trimode.runtime.scheduling.pass_cost`. The same rule separates one-token
-steps from long prefill chunks where padding would cost more than another pass.
+split in two, whichever is expected to cost less by :mod:`trimode.runtime.scheduling.pass_cost`. The same rule separates
+one-token steps from long prefill chunks where padding would cost more than another pass. Passes in doubt are not tried:
+a padded prefill of a large batch may take as long as many cycles.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def plan_spans(
     whole = span_of(members)
     if _alike(members) and max(committed[whole.first : whole.last + 1]) + whole.step <= most_rows:
         return [whole]
-    seconds_of = cache(lambda batch, step: cost.least_seconds(engine, batch, step))
+    seconds_of = cache(lambda batch, step: cost.seconds(engine, batch, step))
     # By number of members: the least seconds for the first members, and where the last span of them begins.
     least, begins = [0.0], [0]
     for end in range(1, len(members) + 1):

@@ -10,9 +10,9 @@ doubt, or if the pass before it was slow too.
 Every cell has a *doubt*, its expected error as a logarithm; so has the pace. An observed pass moves the cells and the
 pace in proportion to the squares of their doubts (a Kalman filter without correlations), and the remaining error is the
 new doubt. The doubt of a cell grows with every pass that does not meet it. :meth:`PassCost.least_seconds`, the cost
-less its doubt, is what the scheduler chooses by: a choice that looks bad is tried again once its doubt exceeds the gap,
-so a wrong cell is always found out. Each time a retried cell proves right, its doubt grows more slowly, so retries
-become rare. Choices by cost never change which tokens are emitted.
+less its doubt, is what blocks are chosen by: a choice that looks bad is tried again once its doubt exceeds the gap, so
+a wrong cell is always found out. Each time a retried cell proves right, its doubt grows more slowly, so retries become
+rare. Choices by cost never change which tokens are emitted.
 """
 
 from __future__ import annotations

@@ -73,9 +73,21 @@ def test_no_other_cut_costs_less(lengths: list[int | None], per_token: float, da
 def test_neighbours_with_steps_of_one_length_share_a_pass_at_any_cost() -> None:
     """So the plan does not depend on measured costs where no pass has padding."""
     cost = machine(0.05)
-    cost.least_seconds = None  # type: ignore[assignment,method-assign]
+    cost.seconds = None  # type: ignore[assignment,method-assign]
     members = [member(2, 3), member(3, 3), member(4, 3)]
     assert plan_spans(members, [0] * 5, CAPACITY, "ar", cost) == [Span(2, 4, 3, members)]
+
+
+def test_passes_in_doubt_are_not_tried() -> None:
+    """Beside a long prefill, padding is dear, however long ago that was measured."""
+    cost = machine(2.0)
+    members = [member(0, 1), member(1, 12), member(2, 1)]
+    before = plan_spans(members, [0] * 3, CAPACITY, "ar", cost)
+    for _ in range(3000):
+        cost.observe("ar", 1, 1, 3.0)
+    assert cost.least_seconds("ar", 3, 12) < cost.seconds("ar", 3, 12) / 10
+    assert [len(span.members) for span in before] == [1, 1, 1]
+    assert plan_spans(members, [0] * 3, CAPACITY, "ar", cost) == before
 
 
 def test_a_pass_returns_the_candidates_of_the_member_that_needs_most() -> None:

@@ -28,7 +28,7 @@ class Watched(Bench):
             return run(step)
 
         self.executor.run = noting  # type: ignore[method-assign]
-        self.cost.least_seconds = lambda _engine, batch, _step: 1.0 + 1e-3 * batch  # type: ignore[method-assign]
+        self.cost.seconds = lambda _engine, batch, _step: 1.0 + 1e-3 * batch  # type: ignore[method-assign]
 
     def submit(self, prompt: int, max_tokens: int = 50, **params: Any) -> Request:
         """A request with a prompt of so many tokens."""
