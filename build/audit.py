@@ -293,9 +293,10 @@ def print_report(report: AuditReport, console: Console) -> None:
     )
     for note in report.notes:
         console.print(note)
-    for found in {row.engine: row for row in reversed(report.passes)}.values():
-        if parts := found.parts():
-            console.print(f"{found.engine}, step {found.step}, window {found.window}")
+    for name in dict.fromkeys(row.engine for row in report.passes):
+        first = next(row for row in report.passes if row.engine == name)
+        if parts := first.parts():
+            console.print(f"{name}, step {first.step}, window {first.window}")
             _print_table(parts, console)
     held = ", ".join(f"{what} {size / 1e6:.1f} MB" for what, size in report.memory.items())
     console.print(f"memory of a GPU: {held}")
