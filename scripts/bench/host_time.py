@@ -19,7 +19,7 @@ from rich.table import Table
 
 from tests.support.exact_law import NoText
 from trimode import SamplingParams
-from trimode.runtime.decoding.acceptance import Acceptance
+from trimode.runtime.decoding.acceptance_rates import Acceptance
 from trimode.runtime.decoding.ending import Ending
 from trimode.runtime.decoding.sequence import Sequence
 from trimode.runtime.executor import BidirectionalStep, Candidates, CausalStep, Executor
