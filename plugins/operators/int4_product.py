@@ -98,6 +98,7 @@ class Int4Product(Operator):
     kernel = "int4_product.int4_product_kernel"
     scalars: tuple[str, ...] = ("rows",)
 
+    # BLOCK_N divides TILE_COLUMNS: a program reads words of one tile of the layout.
     # For steps, by their rows; the last two for chunks of prompts. Where K is split, a tactic with STEPS is for at most
     # SPLIT_ROWS rows: a program sums one part, so its threads need no registers for the sum of several.
     TACTICS: ClassVar[tuple[Tactic, ...]] = (

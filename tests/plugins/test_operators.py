@@ -30,6 +30,8 @@ from trimode.plugins.operators import (
     SwiGlu,
 )
 from trimode.plugins.operators.attention import SPLIT_STEP, split_count
+from trimode.plugins.operators.head_product import Int4Head
+from trimode.plugins.operators.int4_product import TILE_COLUMNS
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = {"kv_heads": 8, "group": 4, "head_dim": 128}
@@ -153,3 +155,9 @@ def test_longer_steps_have_fewer_splits(splits: int) -> None:
     for step in range(1, 20 * SPLIT_STEP):
         chunks = -(-step // SPLIT_STEP)
         assert split_count(splits, step) == -(-splits // chunks)
+
+
+@pytest.mark.parametrize("operator", [Int4Product, QkvProduct, Int4Head], ids=lambda operator: operator.__name__)
+def test_a_program_reads_columns_of_one_tile_of_the_layout(operator: type[Int4Product]) -> None:
+    """The kernels compute one address of words for all columns of a program."""
+    assert all(TILE_COLUMNS % tactic.constants["BLOCK_N"] == 0 for tactic in operator.TACTICS)
