@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from trimode.build import registry
+from trimode.build.audit import EngineAudit, no_kernels
 from trimode.build.engine_builder import build_engine
 from trimode.build.target import Built, RequestedLimits, TargetOption, option, options_of
 from trimode.cli.machine_report import examine
@@ -76,6 +77,10 @@ class ToyTarget:
             (folder / name).parent.mkdir()
             (folder / name).write_text("toy")
         return Built(ToySection(token=self.token), ())
+
+    @classmethod
+    def open_audit(cls, engine: Path, _manifest: Manifest) -> EngineAudit:
+        raise no_kernels(engine, cls.name)
 
     @classmethod
     def can_build(cls, _installation: Installation) -> str:
