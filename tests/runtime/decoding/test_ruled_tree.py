@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from llguidance import LLMatcher
 
@@ -59,6 +59,7 @@ def fresh(expression: str, options: dict[str, Any], taken: list[int]) -> TokenRu
     return found
 
 
+@settings(deadline=None)
 @given(st.sampled_from(EXPRESSIONS), st.sampled_from(OPTIONS), drafts(), st.integers(1, 20), st.integers(0, 6))
 def test_every_node_is_legal_and_knows_what_its_path_forces(
     expression: str, options: dict[str, Any], drafted: Drafted, most: int, deepest: int
@@ -102,6 +103,7 @@ def legal_paths(expression: str, options: dict[str, Any], drafted: Drafted, deep
     return found
 
 
+@settings(deadline=None)
 @given(st.sampled_from(EXPRESSIONS), st.sampled_from(OPTIONS), drafts(), st.integers(1, 12))
 def test_it_leaves_out_a_legal_path_only_if_it_has_no_room(
     expression: str, options: dict[str, Any], drafted: Drafted, most: int
@@ -122,6 +124,7 @@ def test_the_probability_of_illegal_candidates_goes_to_those_behind_them() -> No
     assert [path(free, node) for node in (1, 2, 3)] == [[2], [2, 6], [3]]
 
 
+@settings(deadline=None)
 @given(drafts(), st.integers(1, 20))
 def test_without_an_illegal_token_it_has_the_products_of_free_text(drafted: Drafted, most: int) -> None:
     """Rounding decides between paths of equal products."""
