@@ -178,16 +178,22 @@ class _ChatChoiceBuilder:
             ),
         )
 
-    def chunk(self, output: CompletionOutput) -> ChatChunkChoice | None:
-        """What the latest update added; None if it added nothing to this choice."""
+    def chunks(self, output: CompletionOutput) -> Iterator[ChatChunkChoice]:
+        """What the latest update added, nothing if it added nothing to this choice.
+
+        The end after a call is a chunk of its own: OpenAI's client does not report the end of a call whose last
+        arguments come with the ``finish_reason``.
+        """
         if self._finished or not (output.length > self._sent or output.finish_reason):
-            return None
+            return
         self._sent = output.length
         piece = self._splitter.feed(output.text_diff)
         if output.finish_reason is not None:
             self._finished = True
             piece.add(self._splitter.finish())
-        return ChatChunkChoice(
+        reason = _finish_reason(output, self._splitter.has_calls)
+        apart = reason is not None and bool(piece.calls)
+        yield ChatChunkChoice(
             index=output.index,
             delta=Delta(
                 **without_none(
@@ -196,12 +202,14 @@ class _ChatChoiceBuilder:
                     tool_calls=[_tool_call_delta(call) for call in piece.calls] or None,
                 )
             ),
-            finish_reason=_finish_reason(output, self._splitter.has_calls),
+            finish_reason=None if apart else reason,
             **without_none(
                 logprobs=self._build_logprobs(output.logprobs_diff, piece.content),
                 trimode=self._build_origins(output.token_ids_diff, output),
             ),
         )
+        if apart:
+            yield ChatChunkChoice(index=output.index, delta=Delta(), finish_reason=reason)
 
     def _build_logprobs(self, rows: Sequence[dict[int, Logprob]], content: str) -> ChatLogprobs | None:
         return None if self._logprobs is None else self._logprobs.build(rows, content)
@@ -248,7 +256,7 @@ class _ChatChunks:
 
     def of_update(self, _: int, request: RequestOutput) -> Iterator[ChatCompletionChunk]:
         for builder, output in zip(self._builders, request.outputs, strict=True):
-            if choice := builder.chunk(output):
+            for choice in builder.chunks(output):
                 yield self._chunk(choice)
 
     def last(self, _: Sequence[RequestOutput]) -> Iterator[ChatCompletionChunk]:

@@ -44,6 +44,8 @@ def deltas(text: str) -> tuple[list[dict[str, Any]], str | None]:
     """The deltas of a streamed choice, and its finish_reason."""
     events = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
     choices = [event["choices"][0] for event in events if event["choices"]]
+    # OpenAI's client does not report the end of a call whose last arguments come with the finish_reason.
+    assert not any(choice["delta"].get("tool_calls") and choice["finish_reason"] for choice in choices)
     return [choice["delta"] for choice in choices], choices[-1]["finish_reason"]
 
 
