@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from trimode.model.quantization import QUANT_CONFIG_FILE
 from trimode.model.tokenizer import TEMPLATE_FOLDER
-from trimode.quantize.modelopt_format import QUANT_CONFIG_FILE
 from trimode.quantize.report import REPORT_FILE
 from trimode.quantize.safetensors_stream import INDEX
 

@@ -11,7 +11,6 @@ from typing import Any
 
 from trimode.model.checkpoint import HEAD
 
-QUANT_CONFIG_FILE = "hf_quant_config.json"
 ALGORITHM = "W4A16_AWQ"
 # The release that defines this layout; the extra `build` pins the same one.
 PRODUCER = {"name": "modelopt", "version": "0.47.0"}

@@ -12,12 +12,11 @@ from trimode.common.errors import TriModeError
 from trimode.common.progress import Progress, no_progress
 from trimode.common.records import read_json
 from trimode.model.checkpoint import ADAPTER_FOLDER, HEAD, SOURCE_NAME, Checkpoint, linear_shapes
-from trimode.model.quantization import HeadFormat, Method
+from trimode.model.quantization import QUANT_CONFIG_FILE, HeadFormat, Method
 from trimode.model.tokenizer import Tokenizer
 from trimode.quantize.calibration import calibration_tokens
 from trimode.quantize.companions import copy_companions, write_json
 from trimode.quantize.modelopt_format import (
-    QUANT_CONFIG_FILE,
     excluded_modules,
     hf_quant_config,
     quantization_config,

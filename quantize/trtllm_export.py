@@ -22,8 +22,9 @@ from trimode.common.errors import TriModeError
 from trimode.common.progress import Progress, no_progress
 from trimode.model.checkpoint import HEAD, Checkpoint
 from trimode.model.config import ModelConfig
+from trimode.model.quantization import QUANT_CONFIG_FILE
 from trimode.quantize.companions import copy_companions, write_json
-from trimode.quantize.modelopt_format import QUANT_CONFIG_FILE, hf_quant_config, quantization_config
+from trimode.quantize.modelopt_format import hf_quant_config, quantization_config
 from trimode.quantize.safetensors_stream import DTYPE_NAMES, TensorSpec, write_tensors
 
 EXCLUDED = ("lm_head", "model.embed_tokens")

@@ -124,10 +124,14 @@ class Acceptance:
             self.end_rate = self._shared.end_rate
         self._yields = None
 
+    def tree_gain(self, width: int) -> float:
+        """The tree gain of the largest width that is at most ``width``."""
+        return self.tree_gains[_place_of_width(width)]
+
     def observe_tree(self, width: int, gained: float) -> None:
         """Count a cycle in which a tree was verified. gained: as ``tree_gains``. Other widths decay."""
         self.forget_trees()
-        at = min(width.bit_length(), len(_FIRST_TREE_GAINS)) - 1
+        at = _place_of_width(width)
         self.tree_gains[at] += _OWN_TREE_WEIGHT * (gained - self.tree_gains[at])
         if self._shared is not None:
             self._shared.observe_tree(at, gained)
@@ -154,3 +158,8 @@ class Acceptance:
             emitted = accumulate([rate * goes_on for rate in self.rates], mul)
             self._yields = list(accumulate(emitted, initial=1.0))
         return self._yields
+
+
+def _place_of_width(width: int) -> int:
+    """Of a tree of ``width`` nodes in the lists of tree gains."""
+    return min(width.bit_length(), len(_FIRST_TREE_GAINS)) - 1

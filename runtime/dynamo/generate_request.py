@@ -11,6 +11,7 @@ import numpy as np
 from trimode.common.errors import TriModeError
 from trimode.runtime.dynamo.annotations import own_fields
 from trimode.runtime.request.guided_decoding import GuidedDecodingParams
+from trimode.runtime.request.openai_defaults import set_temperature
 from trimode.runtime.request.sampling_params import SamplingParams
 
 # Fields of a request that another kind of worker serves, and what they are.
@@ -83,10 +84,7 @@ def sampling_params(
         raise TriModeError(f"{name} is set by the request and by an annotation; set it once")
     given |= own
     given.setdefault("max_tokens", None)
-    if given.get("temperature") == 0:
-        given.pop("min_p", None)
-    elif given.get("min_p"):
-        given.setdefault("temperature", 1.0)  # OpenAI's default
+    set_temperature(given)
     given["seed"] = _seed_of(request_id) if given.get("seed") is None else given["seed"] % 2**64
     return SamplingParams(**given)
 

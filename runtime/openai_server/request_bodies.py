@@ -33,6 +33,7 @@ from trimode.runtime.openai_server.closed_schema import closed
 from trimode.runtime.openai_server.neutral_fields import Neutral
 from trimode.runtime.openai_server.output_formats import FormatError, OutputFormat, requested_format
 from trimode.runtime.openai_server.tools.tool import Tool, ToolChoice
+from trimode.runtime.request.openai_defaults import set_temperature
 from trimode.runtime.request.sampling_params import MOST_BIASES, Denoising, Mode, SamplingParams
 
 SAMPLING_FIELDS = frozenset(field.name for field in dataclasses.fields(SamplingParams))
@@ -325,16 +326,8 @@ class DecodingBody(PromptBody):
             given["seed"] %= 2**64
         if not given.get("stop"):
             given.pop("stop", None)
-        if given.get("temperature") == 0:
-            given.pop("min_p", None)
-        elif self.draws:
-            given.setdefault("temperature", 1.0)
+        set_temperature(given)
         return SamplingParams(**given)
-
-    @property
-    def draws(self) -> bool:
-        """Whether the request has a meaning only at a temperature; OpenAI's default is 1."""
-        return (self.n or 1) > 1 or bool(self.min_p)
 
     @property
     def include_usage(self) -> bool:
@@ -577,10 +570,6 @@ class CompletionRequest(DecodingBody):
     def echoes_alone(self) -> bool:
         """Whether the response is the prompt alone: ``echo`` with ``max_tokens`` 0, which scores a text."""
         return bool(self.echo) and self.max_tokens == 0
-
-    @property
-    def draws(self) -> bool:
-        return super().draws or (self.best_of or 1) > 1
 
 
 class ChatTokenizeRequest(ConversationBody):

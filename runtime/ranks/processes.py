@@ -18,7 +18,7 @@ from typing import Any
 
 from trimode.common.errors import TriModeError
 from trimode.runtime.executor import ExecutorLostError
-from trimode.runtime.ranks.start_up import StartUp, environment
+from trimode.runtime.ranks.pmi import StartUp, environment
 
 END_SECONDS = 5.0  # for ranks to end by themselves after their sockets are closed
 

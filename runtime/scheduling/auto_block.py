@@ -162,7 +162,7 @@ def _cycles(opening: Many[Opening], others: Many[Sequence]) -> list[_Cycle]:
                 tokens += drafted[index][column] if auto_drafts else 1.0
                 drafts += auto_drafts
                 if auto_drafts and opening[index].sequence.longest_block > 1:
-                    trees, gained = trees + 1, gained + opening[index].sequence.acceptance.tree_gains[column]
+                    trees, gained = trees + 1, gained + opening[index].sequence.acceptance.tree_gain(block)
             else:
                 tokens += drafted[index][column]
         step = max(min(block, longest), fixed_step if drafts else 1)

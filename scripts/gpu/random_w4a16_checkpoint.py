@@ -32,7 +32,8 @@ from trimode.model.checkpoint import (
     vector_shapes,
 )
 from trimode.model.config import ModelConfig
-from trimode.quantize.modelopt_format import QUANT_CONFIG_FILE, excluded_modules, hf_quant_config, quantization_config
+from trimode.model.quantization import QUANT_CONFIG_FILE
+from trimode.quantize.modelopt_format import excluded_modules, hf_quant_config, quantization_config
 from trimode.quantize.safetensors_stream import DTYPE_NAMES, TensorSpec, write_tensors
 
 

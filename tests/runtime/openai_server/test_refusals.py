@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from scripts.serving.malformed_bodies import WIDE, malformed, wide
 from scripts.serving.server_process import KEY, Served, serving
 from tests.support.patience import HANG_SECONDS
+from trimode.runtime.openai_server.app import NOT_OFFERED
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "Hi"}]
@@ -208,6 +209,25 @@ def test_many_malformed_bodies(served: Served, http: httpx.Client) -> None:
 def test_any_bytes(http: httpx.Client, body: bytes) -> None:
     response = http.post(CHAT, content=body, headers={"content-type": "application/json"})
     assert response.status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        *NOT_OFFERED.items(),
+        ("/v1/embeddings", "embeddings are not offered"),
+        ("/v1/images/generations", "images are not offered"),
+        ("/v1/responses/resp_1", "responses are not stored"),
+        ("/v1/nothing", "this path does not exist"),
+    ],
+)
+def test_what_is_not_offered(http: httpx.Client, path: str, reason: str) -> None:
+    refused = http.post(path, json={"model": "tiny", "input": "a"})
+    assert refused.status_code == 404
+    error = refused.json()["error"]
+    if not path.startswith("/v1/messages"):  # whose errors are in Anthropic's shape
+        assert (error["code"], error["type"]) == ("not_found", "invalid_request_error")
+    assert error["message"].startswith(reason)
 
 
 def test_unknown_paths_and_methods(http: httpx.Client) -> None:

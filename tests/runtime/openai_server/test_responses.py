@@ -208,20 +208,3 @@ def test_refused_by_name(http: httpx.Client, param: str) -> None:
     assert error["param"] == param
     assert error["message"].startswith(param)
     assert "\n" not in error["message"]
-
-
-@pytest.mark.parametrize(
-    ("path", "reason"),
-    [
-        ("/v1/embeddings", "embeddings are not offered"),
-        ("/v1/images/generations", "images are not offered"),
-        ("/v1/responses/resp_1", "responses are not stored"),
-        ("/v1/nothing", "this path does not exist"),
-    ],
-)
-def test_what_is_not_offered(http: httpx.Client, path: str, reason: str) -> None:
-    refused = http.post(path, json={"model": "tiny", "input": "a"})
-    assert refused.status_code == 404
-    error = refused.json()["error"]
-    assert (error["code"], error["type"]) == ("not_found", "invalid_request_error")
-    assert error["message"].startswith(reason)

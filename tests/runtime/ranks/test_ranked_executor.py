@@ -13,9 +13,9 @@ from trimode.common.errors import TriModeError
 from trimode.runtime.executor import ExecutorLostError
 from trimode.runtime.kv.host_kv_pool import KvPool
 from trimode.runtime.ranks.messages import Call, Loaded
+from trimode.runtime.ranks.pmi import StartUp
 from trimode.runtime.ranks.rank_loop import _answer
 from trimode.runtime.ranks.ranked_executor import RankedPool
-from trimode.runtime.ranks.start_up import StartUp
 
 
 class Rank:
