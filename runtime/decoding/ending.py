@@ -60,12 +60,11 @@ class Ending:
         """The token that must come next, whatever the model predicts."""
         return self._budget.ids.end if self._budget is not None and self._budget.spent else None
 
-    def forced_among(self, tokens: list[int]) -> Forced | None:
-        """The first token that the budget forces if these come next."""
+    def forced_among(self, tokens: list[int]) -> list[Forced]:
+        """The tokens that the budget forces if these come next."""
         if self._budget is None:
-            return None
-        place = self._budget.runs_out_at(tokens)
-        return None if place is None else Forced(place, self._budget.ids.end)
+            return []
+        return [Forced(place, self._budget.ids.end) for place in self._budget.ends_among(tokens)]
 
     def ends_with(self, token: int) -> bool:
         """Whether this token ends the text, wherever it comes."""

@@ -499,12 +499,12 @@ class Sequence:
             self._block, self._masks = NO_BLOCK, 0
 
     def _place_end_of_thinking(self) -> None:
-        """Put the end of thinking where the budget runs out, so that the next passes attend to it.
+        """Put the end of thinking wherever the budget runs out, so that the next passes attend to it.
 
-        NVIDIA's code does so when it opens the block. Here each pass repeats it, since the block may open ``<think>``.
+        NVIDIA's code does so when it opens the block. Here each pass repeats it, since the block may open ``<think>``,
+        also more than once.
         """
-        forced = self.ending.forced_among(self._block[1:].tolist())
-        if forced is not None:
+        for forced in self.ending.forced_among(self._block[1:].tolist()):
             place = forced.place + 1
             self._masks -= int(self._block[place] == self._mask_id)
             self._block[place] = forced.token

@@ -65,11 +65,13 @@ class ThinkingBudget:
         elif token == self.ids.begin:
             self._open, self._thought = True, 0
 
-    def runs_out_at(self, tokens: list[int]) -> int | None:
-        """Index of the first of the next ``tokens`` at which the budget is spent. A mask counts as a thought."""
-        ahead = copy(self)
+    def ends_among(self, tokens: list[int]) -> list[int]:
+        """Indices of the next ``tokens`` at which thinking must end. A mask counts as a thought."""
+        ahead, ends = copy(self), []
         for index, token in enumerate(tokens):
             if ahead.spent:
-                return index
-            ahead.take(token)
-        return None
+                ends.append(index)
+                ahead.take(self.ids.end)
+            else:
+                ahead.take(token)
+        return ends

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.support.random_checkpoint import config_fields
@@ -342,11 +342,19 @@ def test_a_thought_that_a_block_opens_is_closed_in_it() -> None:
     assert sequence.emitted == [300, 301, THINK, 303, 304, END_THINK, 306, 307, 308]
 
 
+def test_all_thoughts_that_a_pass_opens_are_closed() -> None:
+    sequence = thinking_in_diffusion([200], budget=1)
+    sequence.absorb(sequence.next_pass(), certain([300]))
+    sequence.open_block(8)
+    sequence.absorb(sequence.next_pass(), certain([THINK, 302, 303, THINK, 305, 306, 307]))
+    assert sequence.next_pass().tokens.tolist() == [300, THINK, 302, END_THINK, THINK, 305, END_THINK, 307]
+
+
 def test_a_thought_within_a_thought_does_not_renew_the_budget() -> None:
     budget = ThinkingBudget(2, ThinkingIds(THINK, END_THINK), [THINK])
     budget.take(THINK)
     assert not budget.spent
-    assert budget.runs_out_at([THINK, THINK]) == 1
+    assert budget.ends_among([THINK, THINK]) == [1]
     budget.take(300)
     assert budget.spent
 
@@ -393,6 +401,17 @@ def longest_thought(emitted: list[int]) -> int:
 
 
 @settings(max_examples=200, deadline=None)
+@example(
+    mode="diffusion",
+    block_length=8,
+    max_tokens=8,
+    threshold=0.0,
+    denoising="quota",
+    budget=1,
+    prompt=11,
+    room=0,
+    seed=0,
+)
 @given(
     mode=st.sampled_from(["auto", "ar", "diffusion", "linear_spec"]),
     block_length=st.integers(1, 9),

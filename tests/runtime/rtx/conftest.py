@@ -68,7 +68,9 @@ def fp32(
     folder, checkpoint = tmp_path_factory.mktemp("fp32"), Checkpoint(rtn_checkpoint)
     rtx = Path(shutil.copytree(fp16.rtx, folder / "rtx"))
     manifest = Manifest.read(rtx)
-    manifest.model_copy(update={"precision": manifest.precision.model_copy(update={"kv_cache": "fp32"})}).write(rtx)
+    manifest.model_copy(
+        update={"precision": manifest.precision.model_copy(update={"activations": "fp32", "kv_cache": "fp32"})}
+    ).write(rtx)
     pool = write_raw_pool(checkpoint, folder / "raw.bin", no_progress, np.dtype(np.float32))
     options = NetworkOptions(
         top_k=4,

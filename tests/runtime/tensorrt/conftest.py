@@ -85,7 +85,7 @@ def _in_fp32(fp16: Engines, folder: Path, operators: Operators) -> Engines:
     network = write_pool_and_kernels(checkpoint, folder / "graphs", "tensorrt", "fp32", (), limits, no_progress)
     write_graphs(network, folder / "graphs", operators, no_progress)
     shutil.copyfile(folder / "graphs" / POOL, compiled / POOL)
-    precision = manifest.precision.model_copy(update={"kv_cache": "fp32"})
+    precision = manifest.precision.model_copy(update={"activations": "fp32", "kv_cache": "fp32"})
     manifest.model_copy(update={"precision": precision, "pool": network.pool.entries()}).write(compiled)
     graphs = {hash_file(compiled / name / GRAPH): folder / "graphs" / name / GRAPH for name, _ in ENGINES}
     return Engines(fp16.emitted, compiled, fp16.cpu, graphs)
