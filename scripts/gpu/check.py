@@ -86,7 +86,14 @@ def emit(folder: Path, sm: int, prompts: int, largest: int) -> None:
     """Write all that ``run`` needs. sm: compute capability, 90 for 9.0. prompts: of the comparison with target cpu.
     largest: MiB of all of it.
     """
-    from scripts.gpu.engine_emission import emit_engines, held_out, refuse_large, remove_ptx, write_packages
+    from scripts.gpu.engine_emission import (
+        emit_engines,
+        held_out,
+        refuse_large,
+        remove_engine_ptx,
+        remove_ptx,
+        write_packages,
+    )
     from scripts.gpu.kernel_tests import KERNELS, emit_test_kernels
     from scripts.gpu.random_weights import TIMED
     from trimode.build.kernel_emission import NeededKernel, kernels_of, write_kernels
@@ -104,9 +111,10 @@ def emit(folder: Path, sm: int, prompts: int, largest: int) -> None:
     print(f"{emit_test_kernels(folder, sm)} kernels of the kernel tests", flush=True)
     emit_engines(folder, sm, held_out(prompts))
     remove_ptx(target, PTX_OPERATORS)
-    # The tiny engines' files are checked when they are loaded.
     for unchecked in (folder / KERNELS, folder / "engines" / TIMED):
         remove_ptx(unchecked)
+    for engine in (folder / "engines").glob("tiny-*"):
+        remove_engine_ptx(engine)
     write_packages(folder / "site")
     refuse_large(folder, largest)
 

@@ -62,6 +62,9 @@ PRESENT = ("torch", "numpy", "ml-dtypes", "transformers", "triton", "cuda-bindin
 # version of hypothesis, so all have the versions of this machine.
 ADDED = ("pydantic", "llguidance", "psutil", "rich", "hypothesis", "pytest")
 
+# Of pygments, which has 4 MB of lexers: those that pytest imports.
+_LEXERS = ("__init__", "_mapping", "diff", "python")
+
 
 @dataclass(frozen=True)
 class EmittedSizes:
@@ -194,6 +197,9 @@ def write_packages(folder: Path, further: Iterable[str] = ()) -> None:
         for name in sorted(required((*ADDED, *further), without={"numpy", "huggingface-hub"}))
     ]
     subprocess.run([*command, "--target", folder, *pinned], check=True)
+    for lexer in (folder / "pygments" / "lexers").glob("*.py"):
+        if lexer.stem not in _LEXERS:
+            lexer.unlink()
 
 
 def remove_ptx(folder: Path, kept: Collection[str] = ()) -> None:
@@ -201,6 +207,14 @@ def remove_ptx(folder: Path, kept: Collection[str] = ()) -> None:
     for path in folder.rglob("*.ptx"):
         if path.name.partition(".")[0] not in kept:
             path.unlink()
+
+
+def remove_engine_ptx(engine: Path) -> None:
+    """As :func:`remove_ptx`, for an engine whose files are checked when it is loaded."""
+    remove_ptx(engine)
+    manifest = Manifest.read(engine)
+    files = tuple(entry for entry in manifest.files if (engine / entry.path).exists())
+    manifest.model_copy(update={"files": files}).write(engine)
 
 
 def refuse_large(folder: Path, limit: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from importlib.metadata import packages_distributions
@@ -16,12 +17,15 @@ from packaging.utils import canonicalize_name
 
 from scripts.gpu import check, part_runner
 from scripts.gpu.check import DEVICE_PART, GROUPS, KERNEL_PARTS, LIMITS, PARTS, run_part, used_nodes
-from scripts.gpu.engine_emission import ADDED, PRESENT, refuse_large, remove_ptx, required
+from scripts.gpu.engine_emission import ADDED, PRESENT, refuse_large, remove_engine_ptx, remove_ptx, required
 from scripts.gpu.kernel_launch import KernelLaunch
 from scripts.gpu.token_check import Answer, comparison
 from tests.plugins.conftest import KERNEL_TESTS
 from tests.support.interpreter_host import InterpreterHost
 from tests.support.patience import HANG_SECONDS, wait_until
+from trimode.common.progress import no_progress
+from trimode.engine.files import MANIFEST, hash_files, verify_files
+from trimode.engine.manifest import Manifest
 
 ROOT = Path(__file__).resolve().parents[3]
 # Scripts for other machines.
@@ -119,6 +123,21 @@ def test_ptx_is_removed_but_for_some_operators(tmp_path: Path) -> None:
     assert {path.suffix for path in tmp_path.iterdir()} == {".ptx", ".cubin", ".json"}
     remove_ptx(tmp_path)
     assert {path.suffix for path in tmp_path.iterdir()} == {".cubin", ".json"}
+
+
+def test_an_engine_without_its_ptx_passes_its_check(random_engine: Path, tmp_path: Path) -> None:
+    engine = Path(shutil.copytree(random_engine, tmp_path / "engine"))
+    (engine / "kernels").mkdir()
+    for name in ("a.ptx", "a.cubin"):
+        (engine / "kernels" / name).write_text(name)
+    manifest = Manifest.read(engine)
+    (engine / MANIFEST).unlink()
+    manifest.model_copy(update={"files": hash_files(engine, no_progress)}).write(engine)
+    remove_engine_ptx(engine)
+    found = Manifest.read(engine)
+    assert {entry.path for entry in found.files} - {entry.path for entry in manifest.files} == {"kernels/a.cubin"}
+    assert not (engine / "kernels" / "a.ptx").exists()
+    verify_files(engine, found.files)
 
 
 def test_what_is_emitted_has_a_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
