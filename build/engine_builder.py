@@ -14,7 +14,7 @@ from safetensors.numpy import save
 
 from trimode.build.cpu.target import CpuTarget
 from trimode.build.sharded_checkpoint import sharded
-from trimode.build.target import BuildTarget, RequestedLimits
+from trimode.build.target import BuildTarget, Built, RequestedLimits
 from trimode.common.atomic_folder import atomic_folder
 from trimode.common.errors import TriModeError
 from trimode.common.progress import Progress, no_progress
@@ -60,7 +60,7 @@ def build_engine(
     Tokenizer.from_folder(checkpoint.folder)
     with atomic_folder(out) as folder:
         built = target.build(checkpoint, folder, limits, progress)
-        adapter = _write_adapter(checkpoint, folder, built.ranks)
+        adapter = _write_adapter(checkpoint, folder, built)
         # Other servers read end tokens from the generation config; TriMode's runtime reads them from the manifest.
         for path in (*tokenizer_files(checkpoint.folder), PurePath(GENERATION_CONFIG)):
             if (checkpoint.folder / path).exists():
@@ -103,14 +103,15 @@ def _precision(checkpoint: Checkpoint, real: Real) -> Precision:
     )
 
 
-def _write_adapter(checkpoint: Checkpoint, folder: Path, ranks: int) -> AdapterEntry | None:
+def _write_adapter(checkpoint: Checkpoint, folder: Path, built: Built) -> AdapterEntry | None:
     """Each rank's part of the adapter, as inputs of the diffusion engine."""
     adapter = checkpoint.adapter
     if adapter is None:
         return None
-    for rank, part in enumerate(sharded(checkpoint, ranks)):
+    for rank, part in enumerate(sharded(checkpoint, built.ranks)):
         tensors: dict[str, NDArray[np.float32]] = {}
         for index in range(checkpoint.config.num_hidden_layers):
-            tensors |= zip(adapter_inputs(index), part.adapter_matrices(index), strict=True)
-        (folder / rank_folder(rank, ranks) / ADAPTER).write_bytes(save(tensors))
+            matrices = part.adapter_matrices(index, scaled_input=built.scales_attention)
+            tensors |= zip(adapter_inputs(index), matrices, strict=True)
+        (folder / rank_folder(rank, built.ranks) / ADAPTER).write_bytes(save(tensors))
     return AdapterEntry(rank=adapter.config.r, scale=adapter.config.scale)

@@ -13,6 +13,10 @@ from trimode.model.shards import Shard
 _BY_COLUMNS = ("o_proj", "down_proj")
 
 
+def _by_columns(module: str) -> bool:
+    return module.rpartition(".")[2] in _BY_COLUMNS
+
+
 class ShardedCheckpoint:
     """What the weight pool is written from, of one rank. ``config`` has the sizes of the rank's part."""
 
@@ -29,34 +33,48 @@ class ShardedCheckpoint:
     def linear(self, module: str) -> DenseWeight | Int4Weight:
         """The rank's rows or columns of a matrix. int4 columns are whole groups; int4 rows are whole bytes."""
         weight = self._checkpoint.linear(module)
-        by_columns = module.rpartition(".")[2] in _BY_COLUMNS
+        by_columns = _by_columns(module)
         if isinstance(weight, DenseWeight):
             if by_columns:
                 return DenseWeight(weight.array[:, self._shard.part(weight.array.shape[1])])
             return DenseWeight(weight.array[self._shard.part(weight.array.shape[0])])
         if not by_columns:
             packed = weight.packed[self._shard.part(len(weight.packed))]
-            return Int4Weight(packed, weight.scale[self._shard.part(len(weight.scale))], weight.input_scale)
+            return Int4Weight(packed, weight.scale[self._shard.part(len(weight.scale))], self.input_scale(module))
         columns = self._shard.part(weight.packed.shape[1])
         return Int4Weight(
             weight.packed[:, columns],
             weight.scale[:, self._shard.part(weight.scale.shape[1])],
-            None if weight.input_scale is None else weight.input_scale[columns],
+            self.input_scale(module),
         )
 
     def input_scale(self, module: str) -> NDArray[np.float32] | None:
-        """Of a matrix that reads a norm, of which every rank has all."""
-        return self._checkpoint.input_scale(module)
+        """Of a matrix by columns, the rank's part. The others read a norm, of which every rank has all."""
+        scale = self._checkpoint.input_scale(module)
+        return scale if scale is None or not _by_columns(module) else scale[self._shard.part(len(scale))]
 
-    def adapter_matrices(self, layer: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    def adapter_matrices(
+        self, layer: int, *, scaled_input: bool = False
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """The draft adapter as inputs of the diffusion engine, for ``x @ down @ up``: down [rank's query width, r],
         and up [r, hidden], with the adapter's scale.
+
+        scaled_input: x is the attention's output times the input scale of o_proj, so down is divided by it. Raises
+        TriModeError if a value of that scale is 0.
         """
         adapter = self._checkpoint.adapter
         if adapter is None:
             raise ValueError(f"{self.folder} has no adapter")
         a, b = adapter.matrices(layer)
         down = a.astype(np.float32).T[self._shard.part(a.shape[1])]
+        module = f"encoder.layers.{layer}.self_attn.o_proj"
+        if scaled_input and (scale := self.input_scale(module)) is not None:
+            if not scale.all():
+                raise TriModeError(
+                    f"{self.folder}: {module}.pre_quant_scale has zeros, so the draft adapter cannot read its input; "
+                    "quantise the checkpoint with `trimode quantize`"
+                )
+            down = down / scale[:, None]
         return np.ascontiguousarray(down), np.ascontiguousarray(
             b.astype(np.float32).T * np.float32(adapter.config.scale)
         )

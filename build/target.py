@@ -34,12 +34,14 @@ class RequestedLimits(NamedTuple):
 class Built(NamedTuple):
     """The result of a target's build: its section of the manifest, and the ranges of the pool that it wrote.
 
-    ranks: that the network is divided among; each has a pool of these ranges.
+    ranks: that the network is divided among; each has a pool of these ranges. scales_attention: whether attention
+    multiplies its output by the input scale of o_proj, as kernels of our own do. The draft adapter reads this output.
     """
 
     section: TargetSection
     pool: tuple[PoolEntry, ...]
     ranks: int = 1
+    scales_attention: bool = False
 
 
 class BuildTarget(Protocol):

@@ -37,7 +37,7 @@ from trimode.engine.targets.section import TargetSection
 from trimode.model.config import ModelConfig
 from trimode.model.step import ENGINES
 
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 
 Section = TypeVar("Section", bound=TargetSection)
 
@@ -73,7 +73,7 @@ class Limits(Record):
 
 
 class AdapterEntry(Record):
-    """The draft adapter. ``scale`` is part of its stored matrices."""
+    """The draft adapter. ``scale`` is part of its stored matrices (:mod:`trimode.model.step`)."""
 
     rank: PositiveInt
     scale: float
@@ -94,7 +94,7 @@ class Manifest(Record):
     weight.
     """
 
-    format_version: Literal[6]
+    format_version: Literal[7]
     target: Annotated[SerializeAsAny[TargetSection], BeforeValidator(_section)]
     source: str
     quantization: str

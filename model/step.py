@@ -14,13 +14,16 @@ number of committed rows.
 | ``asked_ids`` (optional) | [B, R, M] | tokens whose logits these rows return as well |
 | ``top_k`` (target cpu) | [1] | k: candidates to return for each of these rows |
 | ``adapter_scale`` (diffusion) | [B] | 1: with the draft adapter; 0: without |
-| ``adapter_down.i`` (diffusion) | [query width, rank] | the draft adapter's A, transposed |
+| ``adapter_down.i`` (diffusion) | [query width, rank] | the draft adapter's A, transposed; see below |
 | ``adapter_up.i`` (diffusion) | [rank, hidden] | the draft adapter's B, transposed and scaled |
 | ``k_cache.i``, ``v_cache.i`` | [B, KV heads, C, D] | the KV pool: C rows of D; the outputs ``*_out.i`` alias them |
 | ``k_view.i``, ``v_view.i`` (rtx, view) | [B, KV heads, C, D] | the same memory, bound again for attention to read |
 | ``counters`` (tensorrt, cuda) | [N] int32 | zeros before and after every pass; ``counters_out`` aliases it |
 | ``total.i`` (several ranks) | [B, S, hidden] | the sum over all ranks of the output ``partial.i`` |
 | ``window_rows`` (rtx, window) | [W] | 0 .. W - 1: attend to the first W rows of the pool |
+
+``adapter_down.i``: on tensorrt and cuda, attention multiplies its output by AWQ's input scale of ``o_proj``, which the
+adapter reads too. There, A's columns are divided by that scale.
 
 ``block_mask``: a lower triangle is causal; a tree's ancestors verify a tree; a row of padding attends to itself.
 :mod:`trimode.model.attention` defines which KV rows a token attends to, and the result.

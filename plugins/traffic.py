@@ -167,6 +167,10 @@ def attend_traffic(operator: Attend, node: Node, tactic: Tactic, committed: Sequ
     traffic["k_cache"].needed = traffic["v_cache"].needed = kv
     for name in traffic.keys() & {"partial", "log_sum_exp", "attended", "counters"}:
         traffic[name].needed = traffic[name].stored
+    if "output_scale" in node.shapes:
+        # One value for each result; all tokens read the same ones.
+        results = traffic["attended"].stored // real
+        traffic["output_scale"] = _read(results * FLOAT_BYTES, heads * head_dim * FLOAT_BYTES)
     if operator.pattern == "masked":
         traffic["block_mask"].needed = len(committed) * step * step
     for name in traffic.keys() & {"write_indices", "step_lengths"}:
@@ -184,9 +188,11 @@ def merge_traffic(node: Node, attended: Mapping[str, TensorTraffic], real: int) 
     """attended: of the attention whose splits are merged. real: bytes of an activation."""
     partial, log_sum_exp = attended["partial"].stored, attended["log_sum_exp"].stored
     batch, _, heads, step, head_dim = node.shapes["partial"]
+    scale = heads * head_dim * FLOAT_BYTES if "output_scale" in node.shapes else 0
     return {
         "partial": _read(partial, partial),
         "log_sum_exp": _read(log_sum_exp, log_sum_exp),
+        **({"output_scale": _read(batch * step * scale, scale)} if scale else {}),
         "attended": _written(batch * step * heads * head_dim * real),
     }
 
@@ -215,8 +221,6 @@ def int4_product_traffic(operator: Int4Product, node: Node, tactic: Tactic, real
         # The last program of a tile reads the parts just after they were written.
         traffic["partial"] = TensorTraffic(loaded=parts, stored=parts, needed=parts, reloaded=parts)
         traffic["counters"] = _written(separate * strips * FLOAT_BYTES)
-    if "input_scale" in node.shapes:
-        traffic["input_scale"] = _read(tiles * strips * inner * FLOAT_BYTES, inner * FLOAT_BYTES)
     if "squares" in node.shapes:
         squares = math.prod(node.shapes["squares"]) * FLOAT_BYTES
         programs = operator.grid(node, tactic)[2] * strips

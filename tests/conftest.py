@@ -13,6 +13,7 @@ from transformers import logging as transformers_logging
 
 from scripts.serving.triton_server import Ports
 from tests.support.cpu_share import keep_to_own_share
+from tests.support.input_scales import write_input_scales
 from tests.support.random_checkpoint import write_random_checkpoint
 from tests.support.tritonserver import serving
 from trimode.build.cpu.target import CpuTarget
@@ -62,6 +63,12 @@ def random_int4_checkpoint(random_checkpoint: Path, tmp_path_factory: pytest.Tem
     out = tmp_path_factory.mktemp("checkpoint") / "int4"
     quantize_checkpoint(Checkpoint(random_checkpoint), out, method="rtn", head="int4")
     return out
+
+
+@pytest.fixture(scope="session")
+def random_awq_checkpoint(random_int4_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with input scales, as AWQ writes them."""
+    return write_input_scales(random_int4_checkpoint, tmp_path_factory.mktemp("checkpoint") / "awq")
 
 
 @pytest.fixture(scope="session")

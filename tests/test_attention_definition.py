@@ -24,7 +24,7 @@ from trimode.model.checkpoint import Checkpoint
 from trimode.model.reference.loading import load_reference
 from trimode.model.reference.patterns import bidirectional, blocks_of_text, causal
 from trimode.model.step import AttentionPattern, mask_words
-from trimode.plugins.operators import DOMAIN, Pattern
+from trimode.plugins.operators import DOMAIN, Attend, Pattern
 from trimode.plugins.reference import attention
 
 BATCH, STEP, HEADS, KV_HEADS, SIZE, CAPACITY = 3, 4, 6, 2, 8, 20
@@ -109,7 +109,7 @@ def test_the_kernels_reference(pattern: Pattern) -> None:
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_the_onnx_functions(pattern: Pattern) -> None:
     inputs: dict[str, NDArray[Any]] = {**tensors(), "write_indices": COMMITTED, **extra(pattern)}
-    function = attend_function(pattern)
+    function = attend_function(Attend(pattern))
     values = [
         helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
         for name, array in inputs.items()

@@ -59,7 +59,7 @@ class CudaTarget(KernelTarget):
         networks = write_ranks(checkpoint, folder, self.name, self.dtype, sms, limits, self.tp, progress)
         for rank, network in enumerate(networks):
             self.write_engines(network, folder / rank_folder(rank, self.tp), sms, progress)
-        return Built(CudaSection(sms=sms), networks[0].pool.entries(), self.tp)
+        return Built(CudaSection(sms=sms), networks[0].pool.entries(), self.tp, scales_attention=True)
 
     def write_engines(
         self, network: KernelNetwork, folder: Path, sms: tuple[int, ...], progress: Progress

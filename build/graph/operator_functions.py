@@ -60,9 +60,9 @@ def _write_heads(body: FunctionBuilder, heads: str) -> None:
         body.node("TensorScatter", [cache, rows, "write_indices"], [f"{cache}_out"], axis=2, mode="linear")
 
 
-def attend_function(pattern: Pattern, *, merge: bool = False) -> onnx.FunctionProto:
-    body = FunctionBuilder(Attend(pattern, merge=merge), ATTRIBUTES)
-    op = body.op
+def attend_function(operator: Attend) -> onnx.FunctionProto:
+    body = FunctionBuilder(operator, ATTRIBUTES)
+    op, pattern = body.op, operator.pattern
     # Queries that share a KV head become rows of one matrix.
     folded = op("Concat", body.dims("k_cache", 0, 2), [-1], body.dims("q", 3, 4), axis=0)
     queries = op("Cast", op("Reshape", "q", folded), to=_FLOAT)
@@ -78,13 +78,21 @@ def attend_function(pattern: Pattern, *, merge: bool = False) -> onnx.FunctionPr
     seen = op("Cast", op("Transpose", seen, perm=[0, 1, 3, 2]), to=TensorProto.BOOL)
     values = op("Where", seen, values, 0.0)
     attended = op("Reshape", op("MatMul", weights, values), op("Shape", "q"))
-    if merge:
-        by_token = op("Transpose", op("CastLike", attended, "q"), perm=[0, 2, 1, 3])
-        body.node("Reshape", [by_token, [0, 0, -1]], ["attended"])
+    if operator.merge:
+        _write_attended(body, operator, attended, "q")
         body.node("Identity", ["counters"], ["counters_out"])
     body.node("Unsqueeze", [op("CastLike", attended, "q"), [1]], ["partial"])
     body.node("Unsqueeze", [op("Squeeze", log_sum_exp, [-1]), [1]], ["log_sum_exp"])
     return body.function()
+
+
+def _write_attended(body: FunctionBuilder, operator: Attend | MergeSplits, heads: str, like: str) -> None:
+    """heads: [B, HQ, S, D], in fp32. like: a value of the type of the activations."""
+    op = body.op
+    attended = op("Reshape", op("Transpose", heads, perm=[0, 2, 1, 3]), [0, 0, -1])
+    if any(operand.name == "output_scale" for operand in operator.inputs):
+        attended = op("Mul", attended, "output_scale")
+    body.node("CastLike", [attended, like], ["attended"])
 
 
 def _softmax(body: FunctionBuilder, logits: str, axis: int) -> tuple[str, str]:
@@ -115,15 +123,14 @@ def _visible(body: FunctionBuilder, pattern: Pattern) -> str:
     return op("Or", op("Less", row_in_step, 0), inside)
 
 
-def merge_function() -> onnx.FunctionProto:
-    body = FunctionBuilder(MergeSplits(), ATTRIBUTES)
+def merge_function(operator: MergeSplits) -> onnx.FunctionProto:
+    body = FunctionBuilder(operator, ATTRIBUTES)
     op = body.op
     weights, _ = _softmax(body, "log_sum_exp", axis=1)
     weights = op("Unsqueeze", weights, [-1])
     parts = op("Where", op("Greater", weights, 0.0), op("Cast", "partial", to=_FLOAT), 0.0)
     merged = op("ReduceSum", op("Mul", parts, weights), [1], keepdims=0)
-    merged = op("CastLike", op("Transpose", merged, perm=[0, 2, 1, 3]), "partial")
-    body.node("Reshape", [merged, [0, 0, -1]], ["attended"])
+    _write_attended(body, operator, merged, "partial")
     return body.function()
 
 
@@ -154,8 +161,8 @@ def _write_norm_terms(body: FunctionBuilder, x: str) -> None:
 
 
 def _product(body: FunctionBuilder, operator: Int4Product) -> str:
-    """(x * input_scale) W in fp32, divided by the norm's root mean square if there is one. K is summed in one part, so
-    ``partial`` has one.
+    """x W in fp32, divided by the norm's root mean square if there is one. K is summed in one part, so ``partial`` has
+    one.
     """
     op, inputs = body.op, {operand.name for operand in operator.inputs}
     powers = body.constant(np.array([16**j for j in range(8)], np.int32), "powers")
@@ -172,13 +179,12 @@ def _product(body: FunctionBuilder, operator: Int4Product) -> str:
     groups = op("Concat", body.dims("scale", 0, 1), [-1], body.dims("scale", 1, 2), axis=0)
     weight = op("Mul", op("Reshape", op("Cast", integers, to=_FLOAT), groups), op("Unsqueeze", "scale", [1]))
     weight = op("Reshape", weight, op("Concat", [-1], body.dims("scale", 1, 2), axis=0))
-    x = op("Mul", "x", op("CastLike", "input_scale", "x")) if "input_scale" in inputs else "x"
-    y = op("MatMul", op("Cast", x, to=_FLOAT), weight)
+    y = op("MatMul", op("Cast", "x", to=_FLOAT), weight)
     if "squares" in inputs:
-        width = op("Cast", op("Shape", x, start=-1), to=_FLOAT)
+        width = op("Cast", op("Shape", "x", start=-1), to=_FLOAT)
         mean = op("Div", op("ReduceSum", "squares", [0], keepdims=0), width)
         rms = op("Sqrt", op("Add", mean, "epsilon"))
-        y = op("Div", y, op("Reshape", rms, op("Concat", body.dims(x, 0, -1), [1], axis=0)))
+        y = op("Div", y, op("Reshape", rms, op("Concat", body.dims("x", 0, -1), [1], axis=0)))
     if operator.split:
         _write_one_part(body, y, body.dims("scale", 1, 2))
     return y

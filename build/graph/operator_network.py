@@ -53,6 +53,7 @@ from trimode.plugins.operators import (
     KvWrite,
     MergeCandidates,
     Operator,
+    Pattern,
     QkvProduct,
     RmsNorm,
     Rotations,
@@ -228,7 +229,7 @@ class _OperatorGraph:
             case KvWrite():
                 return kv_write_function(self.config.head_dim)
             case Attend():
-                return attend_function(operator.pattern, merge=operator.merge)
+                return attend_function(operator)
             case SwiGlu():
                 return swiglu_function()
             case SelectRows():
@@ -255,14 +256,17 @@ class _OperatorGraph:
         return self._run(RmsNorm(), [stream.x, self.graph.pooled(weight), epsilon], prefix)[0], []
 
     def _attention(self, stream: Stream, layer: PooledLayer, index: int) -> str:
-        """Write the step's keys and values, and attend: [batch, step, query width]."""
+        """Write the step's keys and values, and attend: [batch, step, query width], times AWQ's input scale of o."""
         config, splits = self.config, self.options.splits
         caches = cache_inputs(config.num_hidden_layers)[2 * index : 2 * index + 2]
         updated = cache_outputs(config.num_hidden_layers)[2 * index : 2 * index + 2]
         q = self._queries(stream, layer, caches, updated)
-        attend = Attend("masked" if self.pattern == "causal" else "bidirectional", merge=True)
+        scale = layer.o_proj.input_scale
+        visibility: Pattern = "masked" if self.pattern == "causal" else "bidirectional"
+        attend = Attend(visibility, merge=True, output_scale=scale is not None)
         before, after = self.split_products.next(f"{self.graph.scope}attention")
-        inputs = [q, *updated, self.write_indices, self.visibility, before]
+        scales = [] if scale is None else [self.graph.pooled(scale)]
+        inputs = [q, *updated, self.write_indices, self.visibility, *scales, before]
         results = [f"{self.graph.scope}{name}" for name in ("attended", "attention_partial", "log_sum_exp")]
         return self._run_into(attend, inputs, results, [after], splits=splits)[0]
 
@@ -275,7 +279,7 @@ class _OperatorGraph:
             return self._run_into(KvWrite(), [qkv, *written], results, updated)[0]
         counters = self.split_products.counters(linear)
         operator = QkvProduct(split=counters is not None, normed=bool(norm))
-        given = [x, *(self.graph.pooled(part) for part in linear.ranges()), *norm, *written]
+        given = [x, *(self.graph.pooled(part) for part in linear.matrix()), *norm, *written]
         if counters is None:
             return self._run_into(operator, given, results, updated)[0]
         results.append(f"{self.graph.scope}qkv_partial")
@@ -291,7 +295,7 @@ class _OperatorGraph:
         behind = (layer.post_attention_layernorm, layer.gate_up_proj)
         if not self.has_adapter:
             return self._residual(attended, layer.o_proj, "attention_x", residual, *behind)
-        # The adapter reads the attention's output itself; AWQ's input scale applies to the base matrix only.
+        # The adapter reads the same input as the base matrix; its first matrix is divided by AWQ's input scale.
         down, up = adapter_inputs(index)
         narrow = self._narrow(attended, down)
         return self._residual(attended, layer.o_proj, "attention_x", residual, *behind, (narrow, up))
@@ -353,14 +357,14 @@ class _OperatorGraph:
         adapter: narrow [batch, step, rank] and up [rank, out]. norm, next_weight: as :class:`Int4Product` takes them.
         """
         terms = {"adapter": adapter is not None, "residual": residual is not None}
-        given = [x, *(self.graph.pooled(part) for part in linear.ranges()), *norm, *(adapter or ())]
+        given = [x, *(self.graph.pooled(part) for part in linear.matrix()), *norm, *(adapter or ())]
         given += [value for value in (residual, next_weight) if value is not None]
         if linear.scale is None:
             if self.options.standard_products:
                 return [self._matmul(x, linear, residual, adapter)]
             return self._run(DenseProduct(**terms), given, f"{result}_")
         counters = self.split_products.counters(linear)
-        terms |= {"split": counters is not None, "input_scale": linear.input_scale is not None, "gated": linear.paired}
+        terms |= {"split": counters is not None, "gated": linear.paired}
         operator = Int4Product(**terms, normed=bool(norm), for_norm=next_weight is not None)
         results = [f"{self.graph.scope}{result}_{operand.name}" for operand in operator.outputs if not operand.aliases]
         if counters is None:
@@ -385,7 +389,7 @@ class _OperatorGraph:
         token_mask = self.graph.input("token_mask", INT32, ["batch", "rows", mask_words(self.config.vocab_size)])
         asked_ids = self.graph.input("asked_ids", INT64, ["batch", "rows", "asked"])
         operator = DenseHead(masked=True) if head.scale is None else Int4Head(normed=bool(norm), masked=True)
-        given = [x, *(self.graph.pooled(part) for part in head.ranges()), *norm, token_mask, asked_ids]
+        given = [x, *(self.graph.pooled(part) for part in head.matrix()), *norm, token_mask, asked_ids]
         tiles = [f"{self.graph.scope}{operand.name}" for operand in operator.outputs[:-1]]
         self._run_into(operator, given, [*tiles, "asked_logits"], top_k=top_k, mask_token=mask_token)
         self._run_into(MergeCandidates(), tiles, ["top_logits", "top_tokens", "log_sum_exp"], top_k=top_k)

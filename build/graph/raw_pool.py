@@ -26,10 +26,10 @@ from trimode.model.int4 import unpack
 from trimode.model.rope import query_scales, yarn_frequencies
 
 # What reads the pool. ``onnx``: int4 matrices are ONNX's INT4, with scales of the type of the activations. ``kernels``:
-# our GPU kernels. Int4 matrices are tiles with fp32 scales and input scales, and those of q, k and v and of gate and up
-# have pairs of columns; norms, and the scales of up, include the input scales of what reads them; the embedding has the
-# type of the activations; the pool holds the kernels' constants. ``dense``: int4 matrices are products of integers,
-# scales and input scales in the type of the activations.
+# our GPU kernels. Int4 matrices are tiles with fp32 scales, and those of q, k and v and of gate and up have pairs of
+# columns; norms and up include the input scales of what reads them, and attention multiplies its output by that of o,
+# which is fp32; the embedding has the type of the activations; the pool holds the kernels' constants. ``dense``: int4
+# matrices are products of integers, scales and input scales in the type of the activations.
 Layout = Literal["onnx", "kernels", "dense"]
 ALIGNMENT = 4096  # a page: every tensor can be mapped separately
 
@@ -79,6 +79,7 @@ class PoolRange:
 class PooledLinear:
     """y = (x * input_scale) W. With ``scale``, W is int4, in the layout that the pool was written with.
 
+    input_scale: for kernels of our own, the operator that writes x multiplies it.
     paired: the columns are in the order of pairs (:mod:`trimode.build.graph.int4_tiles`).
     """
 
@@ -88,8 +89,14 @@ class PooledLinear:
     group: int = 0
     paired: bool = False
 
+    def matrix(self) -> Iterator[PoolRange]:
+        """W."""
+        yield from (part for part in (self.weight, self.scale) if part is not None)
+
     def ranges(self) -> Iterator[PoolRange]:
-        yield from (part for part in (self.weight, self.scale, self.input_scale) if part is not None)
+        yield from self.matrix()
+        if self.input_scale is not None:
+            yield self.input_scale
 
 
 @dataclass(frozen=True)
@@ -202,20 +209,20 @@ def write_raw_pool(
             pooled.append(
                 PooledLayer(
                     input_layernorm=writer.norm(f"{prefix}.input_layernorm", _of_layer(index, _QKV)),
-                    qkv_proj=writer.linear(*_of_layer(index, _QKV), half=halves[0], of_norm=True),
+                    qkv_proj=writer.linear(*_of_layer(index, _QKV), half=halves[0], folded=True),
                     o_proj=writer.linear(*_of_layer(index, _O)),
                     post_attention_layernorm=writer.norm(
                         f"{prefix}.post_attention_layernorm", _of_layer(index, _GATE_UP)
                     ),
                     gate_up_proj=writer.linear(
-                        *_of_layer(index, _GATE_UP), half=halves[1], of_norm=True, reader=_of_layer(index, _DOWN)[0]
+                        *_of_layer(index, _GATE_UP), half=halves[1], folded=True, reader=_of_layer(index, _DOWN)[0]
                     ),
-                    down_proj=writer.linear(*_of_layer(index, _DOWN)),
+                    down_proj=writer.linear(*_of_layer(index, _DOWN), folded=True),
                 )
             )
         progress("weights", layers, layers + 1)
         norm = writer.norm(_NORM, (HEAD,))
-        head = writer.linear(HEAD, of_norm=True)
+        head = writer.linear(HEAD, folded=True)
         constants = writer.kernel_constants() if for_kernels else None
         progress("weights", layers + 1, layers + 1)
     return RawPool(path, writer.stored, embed_tokens, tuple(pooled), norm, head, constants)
@@ -262,8 +269,6 @@ class _Writer:
         self._real = real
         self._layout = layout
         self._for_kernels = layout == "kernels"
-        # Matrices whose input includes their input scale already.
-        self._scaled: set[str] = set()
         self.stored = 0
 
     def embedding(self, dtype: np.dtype[np.generic] | None) -> PoolRange:
@@ -295,18 +300,21 @@ class _Writer:
             weight = weight.astype(np.float32) * input_scale
         return self._put(module, weight.astype(self._real))
 
-    def linear(self, *modules: str, half: int = 0, of_norm: bool = False, reader: str | None = None) -> PooledLinear:
+    def linear(self, *modules: str, half: int = 0, folded: bool = False, reader: str | None = None) -> PooledLinear:
         """One matrix, or several that read the same input, concatenated along ``out``.
 
-        of_norm: whether it reads a norm, whose weight may then include the input scale. half: columns of an int4 matrix
-        from the first of a pair to the second; 0 to keep the order of the columns. reader: the matrix that reads a
-        product with the last one's output. For kernels of our own, the last one's scales include its input scale.
+        half: columns of an int4 matrix from the first of a pair to the second; 0 to keep the order of the columns.
+        folded: for kernels of our own, the norm or the matrix before it includes its input scale. reader: the matrix
+        that reads a product with the last one's output, and whose input scale the last one then includes.
         """
         weights = [self._checkpoint.linear(module) for module in modules]
         name = modules[0] if len(modules) == 1 else merged_name(modules)
         int4 = [weight for weight in weights if isinstance(weight, Int4Weight)]
+        factors = self._output_scale(reader)
         if self._layout == "dense" or not int4:
-            matrices = (weight.to_float32() if isinstance(weight, Int4Weight) else weight.array for weight in weights)
+            matrices = [weight.to_float32() if isinstance(weight, Int4Weight) else weight.array for weight in weights]
+            if factors is not None:
+                matrices[-1] = matrices[-1].astype(np.float32) * factors
             dense = [matrix.astype(self._real, copy=False) for matrix in matrices]
             return PooledLinear(self._put(name, np.concatenate(dense).T))
         if len(int4) < len(weights) or not _share_input_scale(int4):
@@ -317,10 +325,9 @@ class _Writer:
         packed = np.concatenate([weight.packed for weight in int4])
         scale = np.concatenate([weight.scale for weight in int4])
         group = packed.shape[1] // scale.shape[1]
-        input_scale = None if (of_norm and self._for_kernels) or name in self._scaled else int4[0].input_scale
+        if factors is not None:
+            scale[-len(int4[-1].scale) :] *= factors
         if self._for_kernels:
-            if reader is not None:
-                scale[-len(int4[-1].scale) :] *= self._output_scale(reader)
             integers = unpack(packed)
             if half:
                 integers, scale = pair_rows(integers, half), pair_rows(scale, half)
@@ -328,28 +335,22 @@ class _Writer:
         else:
             # ModelOpt packs pairs along `out`. Transposed, that is ONNX's packing along the last dimension.
             stored = self._put(name, packed.T, TensorProto.INT4, (packed.shape[1], packed.shape[0] * 2))
+        factor_type = np.dtype(np.float32) if self._for_kernels else self._real
+        input_scale = None if folded and self._for_kernels else int4[0].input_scale
         return PooledLinear(
             weight=stored,
-            scale=self._put(f"{name}.scale", scale.T.astype(np.float32 if self._for_kernels else self._real)),
+            scale=self._put(f"{name}.scale", scale.T.astype(factor_type)),
             input_scale=(
-                None if input_scale is None else self._put(f"{name}.input_scale", self._stored_input_scale(input_scale))
+                None if input_scale is None else self._put(f"{name}.input_scale", input_scale.astype(factor_type))
             ),
             group=group,
             paired=half > 0,
         )
 
-    def _output_scale(self, reader: str) -> NDArray[np.float32]:
-        """The input scale of ``reader``, [in, 1], which is then not stored for it."""
-        weight = self._checkpoint.linear(reader)
-        if not isinstance(weight, Int4Weight) or weight.input_scale is None:
-            return np.ones((1, 1), np.float32)
-        self._scaled.add(reader)
-        return weight.input_scale[:, None]
-
-    def _stored_input_scale(self, input_scale: NDArray[np.float32]) -> NDArray[np.generic]:
-        """In the type of the activations; kernels load the same values as fp32."""
-        rounded = input_scale.astype(self._real)
-        return rounded.astype(np.float32) if self._for_kernels else rounded
+    def _output_scale(self, reader: str | None) -> NDArray[np.float32] | None:
+        """For kernels of our own, the input scale of ``reader``, [in, 1]; None if it has none."""
+        scale = self._checkpoint.input_scale(reader) if self._for_kernels and reader is not None else None
+        return None if scale is None else scale[:, None]
 
     def _put(
         self, name: str, array: NDArray[np.generic], dtype: int | None = None, shape: tuple[int, ...] | None = None

@@ -62,7 +62,7 @@ class TensorrtTarget(KernelTarget):
             from trimode.build.tensorrt.plan_compilation import compile_plans
 
             section = section.model_copy(update={"plans": compile_plans(folder, section, limits, gpu, progress)})
-        return Built(section, network.pool.entries())
+        return Built(section, network.pool.entries(), scales_attention=True)
 
     def write_engines(
         self, network: KernelNetwork, folder: Path, sms: tuple[int, ...], progress: Progress

@@ -11,7 +11,8 @@ With counters, the splits are merged in the same launch. A split stores its resu
 tile of queries, as the parts of a product do (:mod:`trimode.plugins.kernels.int4_product`). The last one to arrive sets
 the counter to 0 and adds the results in the order of the splits. Splits without a tile of KV rows take no part.
 
-The queries come multiplied by the softmax's scale. Logits, softmax and sums are fp32.
+The queries come multiplied by the softmax's scale. Logits, softmax and sums are fp32. Merged results are multiplied by
+``output_scale``, if there is one, before they are rounded.
 
 With a paged pool only the address of a tile of rows would change: for pages of a multiple of BLOCK_N rows, one load
 from the page table for each tile; for smaller pages, one for each row.
@@ -35,6 +36,7 @@ def attend_kernel(
     write_indices,
     step_lengths,
     block_mask,
+    output_scale,
     counters,
     step,
     capacity,
@@ -133,8 +135,10 @@ def attend_kernel(
             merged = _merged(
                 partial, log_sum_exp, of_first_split, between, taking_part, exists, HEAD_DIM, BLOCK_M, CAPABILITY
             )
-            of_token = (batch * step + token) * (KV_HEADS * GROUP * HEAD_DIM) + (head * GROUP + row // step) * HEAD_DIM
-            in_attended = attended + of_token[:, None] + column[None, :]
+            in_token = ((head * GROUP + row // step) * HEAD_DIM)[:, None] + column[None, :]
+            if output_scale is not None:
+                merged *= tl.load(output_scale + in_token, mask=exists[:, None], other=0.0)
+            in_attended = attended + ((batch * step + token) * (KV_HEADS * GROUP * HEAD_DIM))[:, None] + in_token
             tl.store(in_attended, merged.to(attended.dtype.element_ty), mask=exists[:, None])
 
 
@@ -199,6 +203,7 @@ def _accumulate(logits, value, best, total, sums):
 def merge_kernel(
     partial,
     log_sum_exp,
+    output_scale,
     step,
     splits,
     attended,
@@ -225,5 +230,8 @@ def merge_kernel(
     at = partial + row[:, :, None] * HEAD_DIM + column[None, None, :]
     parts = tl.load(at, mask=saw[:, :, None], other=0.0).to(tl.float32)
     merged = tl.sum(parts * weight[:, :, None], 0) / tl.where(total > 0, total, 1.0)[:, None]
-    target = attended + ((batch * step + token) * (KV_HEADS * GROUP) + head[:, None]) * HEAD_DIM + column[None, :]
-    tl.store(target, merged.to(attended.dtype.element_ty), mask=(member < GROUP)[:, None])
+    in_token, inside = head[:, None] * HEAD_DIM + column[None, :], (member < GROUP)[:, None]
+    if output_scale is not None:
+        merged *= tl.load(output_scale + in_token, mask=inside, other=0.0)
+    target = attended + (batch * step + token) * (KV_HEADS * GROUP) * HEAD_DIM + in_token
+    tl.store(target, merged.to(attended.dtype.element_ty), mask=inside)

@@ -61,7 +61,7 @@ def int4_head_kernel(
     if squares is not None:
         norm = one_over_rms(squares, epsilon, row, rows, INNER)
     _, result = product_sum(
-        x, packed, scale, None, None, None, row, rows, column,
+        x, packed, scale, None, None, row, rows, column,
         INNER, COLUMNS, GROUP, UNIT, 1, BLOCK_M, BLOCK_N, False, CAPABILITY, STAGES,
     )  # fmt: skip
     if squares is not None:

@@ -1,4 +1,4 @@
-"""y = (x * input_scale) W + narrow up + residual. W is int4 in tiles of words, with a scale for each group and column.
+"""y = x W + narrow up + residual. W is int4 in tiles of words, with a scale for each group and column.
 
 A program computes a tile of y transposed: W^T is the tensor cores' first operand, and their second one is x^T. So the
 weights go from words to that operand inside the registers, and the tokens are the operand of any width. The integers
@@ -70,7 +70,6 @@ def int4_product_kernel(
     x,
     packed,
     scale,
-    input_scale,
     squares,
     epsilon,
     narrow,
@@ -107,7 +106,7 @@ def int4_product_kernel(
         # Before the sums take the registers.
         norm = one_over_rms(squares, epsilon, row, rows, INNER)
     complete, result = product_sum(
-        x, packed, scale, input_scale, partial, counters_out, row, rows, column,
+        x, packed, scale, partial, counters_out, row, rows, column,
         INNER, COLUMNS, GROUP, UNIT, SPLITS, BLOCK_M, BLOCK_N, STEPS, CAPABILITY, STAGES,
     )  # fmt: skip
     if complete:
@@ -139,7 +138,6 @@ def product_sum(
     x,
     packed,
     scale,
-    input_scale,
     partial,
     counters,
     row,
@@ -174,14 +172,14 @@ def product_sum(
 
     if SPLITS == 1 or ONE_PART:
         result = _part(
-            x, packed, scale, input_scale, row, rows, column, part if ONE_PART else 0,
+            x, packed, scale, row, rows, column, part if ONE_PART else 0,
             INNER, COLUMNS, GROUP, UNIT, SPLITS, BLOCK_M, BLOCK_N, CAPABILITY, STAGES,
         )  # fmt: skip
     else:
         result = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         for index in tl.range(first, end):
             result += _part(
-                x, packed, scale, input_scale, row, rows, column, index,
+                x, packed, scale, row, rows, column, index,
                 INNER, COLUMNS, GROUP, UNIT, SPLITS, BLOCK_M, BLOCK_N, CAPABILITY, STAGES,
             )  # fmt: skip
     if SEPARABLE:
@@ -209,7 +207,6 @@ def _part(
     x,
     packed,
     scale,
-    input_scale,
     row,
     rows,
     column,
@@ -238,9 +235,6 @@ def _part(
         words = tl.load(in_packed + unit * (_TILE * WORDS))
         weights = _unpack(words, x.dtype.element_ty, CAPABILITY)
         tokens = tl.load(in_x + unit * UNIT, mask=exists, other=0.0)
-        if input_scale is not None:
-            factor = tl.load(input_scale + unit * UNIT + inner).to(tokens.dtype).to(tl.float32)
-            tokens = (tokens.to(tl.float32) * factor[:, None]).to(tokens.dtype)
         in_scale = scale + unit * UNIT // GROUP * COLUMNS + column
         factors = tl.load(in_scale) if COLUMNS % BLOCK_N == 0 else tl.load(in_scale, mask=inside, other=0.0)
         total += tl.dot(weights, tokens, input_precision="ieee") * factors[:, None]

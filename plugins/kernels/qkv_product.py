@@ -63,7 +63,7 @@ def qkv_product_kernel(
     if squares is not None:
         norm = one_over_rms(squares, epsilon, row, rows, INNER)
     complete, result = product_sum(
-        x, packed, scale, None, partial, counters_out, row, rows, column,
+        x, packed, scale, partial, counters_out, row, rows, column,
         INNER, COLUMNS, GROUP, UNIT, SPLITS, BLOCK_M, BLOCK_N, STEPS, CAPABILITY, STAGES,
     )  # fmt: skip
     if complete:

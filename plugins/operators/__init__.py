@@ -54,15 +54,20 @@ __all__ = [
 
 _ALL: tuple[Operator, ...] = (
     KvWrite(),
-    *(Attend(pattern, merge=merge) for merge in (False, True) for pattern in get_args(Pattern)),
-    MergeSplits(),
+    *(Attend(pattern) for pattern in get_args(Pattern)),
     *(
-        Int4Product(split=split, input_scale=input_scale, adapter=adapter, residual=residual)
-        for split, input_scale, adapter, residual in product((False, True), repeat=4)
+        Attend(pattern, merge=True, output_scale=output_scale)
+        for output_scale in (False, True)
+        for pattern in get_args(Pattern)
+    ),
+    *(MergeSplits(output_scale=output_scale) for output_scale in (False, True)),
+    *(
+        Int4Product(split=split, adapter=adapter, residual=residual)
+        for split, adapter, residual in product((False, True), repeat=3)
     ),
     *(
-        Int4Product(split=split, input_scale=input_scale, adapter=adapter, residual=True, for_norm=True)
-        for split, input_scale, adapter in product((False, True), repeat=3)
+        Int4Product(split=split, adapter=adapter, residual=True, for_norm=True)
+        for split, adapter in product((False, True), repeat=2)
     ),
     *(Int4Product(split=split, normed=True) for split in (False, True)),
     *(Int4Product(split=split, normed=normed, gated=True) for split, normed in product((False, True), repeat=2)),

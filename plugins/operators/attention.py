@@ -21,6 +21,7 @@ _CACHE = ("B", "HKV", "C", "D")
 _PARTIAL = Operand("partial", "real", ("B", "P", "HQ", "S", "D"))
 _LOG_SUM_EXP = Operand("log_sum_exp", "fp32", ("B", "P", "HQ", "S"))
 ATTENDED = Operand("attended", "real", ("B", "S", "HQ D"))
+_OUTPUT_SCALE = Operand("output_scale", "fp32", ("HQ D",))
 _VISIBILITY: dict[Pattern, tuple[Operand, ...]] = {
     "causal": (),
     "bidirectional": (Operand("step_lengths", "int64", ("B",)),),
@@ -40,6 +41,9 @@ class Attend(Operator):
 
     With ``merge``, the last split of a tile of queries merges the results into ``attended``. ``counters`` are then zero
     before a launch and after it, one for each tile of the queries of a KV head (:meth:`counters`).
+
+    With ``output_scale``, for which ``merge`` is needed, ``attended`` is multiplied by it: by AWQ's input scale of the
+    matrix that reads it. The product is rounded once.
     """
 
     kernel = "attention.attend_kernel"
@@ -55,16 +59,19 @@ class Attend(Operator):
         Tactic({"BLOCK_M": 16, "BLOCK_N": KV_TILE}, warps=4, stages=2),
     )
 
-    def __init__(self, pattern: Pattern, *, merge: bool = False) -> None:
+    def __init__(self, pattern: Pattern, *, merge: bool = False, output_scale: bool = False) -> None:
+        if output_scale and not merge:
+            raise ValueError("splits are scaled when they are merged")
         self.pattern = pattern
         self.merge = merge
-        self.name = f"Attend{pattern.capitalize()}{'Merged' if merge else ''}"
+        self.name = f"Attend{pattern.capitalize()}{'Merged' if merge else ''}{'Scaled' if output_scale else ''}"
         self.inputs = (
             Operand("q", "real", ("B", "HQ", "S", "D")),
             Operand("k_cache", "real", _CACHE),
             Operand("v_cache", "real", _CACHE),
             Operand("write_indices", "int64", ("B",)),
             *_VISIBILITY[pattern],
+            *((_OUTPUT_SCALE,) if output_scale else ()),
             *((Operand("counters", "int32", ("tiles",)),) if merge else ()),
         )
         self.outputs = (
@@ -77,22 +84,16 @@ class Attend(Operator):
     def node(
         self, *, batch: int, step: int, capacity: int, kv_heads: int, group: int, head_dim: int, splits: int
     ) -> Node:
-        named = {
+        shapes = {
+            "q": (batch, kv_heads * group, step, head_dim),
+            **dict.fromkeys(("k_cache", "v_cache"), (batch, kv_heads, capacity, head_dim)),
+            "write_indices": (batch,),
             "step_lengths": (batch,),
             "block_mask": (batch, step, step),
+            "output_scale": (kv_heads * group * head_dim,),
             "counters": (self.counters(batch=batch, step=step, kv_heads=kv_heads, group=group),),
         }
-        visibility = _VISIBILITY[self.pattern]
-        return Node.of(
-            {
-                "q": (batch, kv_heads * group, step, head_dim),
-                **dict.fromkeys(("k_cache", "v_cache"), (batch, kv_heads, capacity, head_dim)),
-                "write_indices": (batch,),
-                **{operand.name: named[operand.name] for operand in visibility},
-                **({"counters": named["counters"]} if self.merge else {}),
-            },
-            {"splits": splits},
-        )
+        return Node.of({operand.name: shapes[operand.name] for operand in self.inputs}, {"splits": splits})
 
     @classmethod
     def counters(cls, *, batch: int, step: int, kv_heads: int, group: int) -> int:
@@ -140,22 +141,29 @@ class Attend(Operator):
 
 class MergeSplits(Operator):
     """The splits' results, weighted by their log-sum-exps. Attributes: :class:`Attend`'s ``splits``; ``group``, the
-    query heads of a key-value head.
+    query heads of a key-value head. ``output_scale``: as :class:`Attend`'s.
     """
 
-    name = "MergeSplits"
     kernel = "attention.merge_kernel"
-    inputs = (_PARTIAL, _LOG_SUM_EXP)
     scalars = ("step", "splits")
     outputs = (ATTENDED,)
     attributes = ("splits", "group")
 
     TACTICS: ClassVar[tuple[Tactic, ...]] = (Tactic({}, warps=2, stages=1), Tactic({}, warps=4, stages=1))
 
-    @staticmethod
-    def node(*, batch: int, step: int, kv_heads: int, group: int, head_dim: int, splits: int) -> Node:
+    def __init__(self, *, output_scale: bool = False) -> None:
+        self.name = f"MergeSplits{'Scaled' if output_scale else ''}"
+        self.inputs = (_PARTIAL, _LOG_SUM_EXP, *((_OUTPUT_SCALE,) if output_scale else ()))
+
+    def node(self, *, batch: int, step: int, kv_heads: int, group: int, head_dim: int, splits: int) -> Node:
         rows = (batch, split_count(splits, step), kv_heads * group, step)
-        return Node.of({"partial": (*rows, head_dim), "log_sum_exp": rows}, {"splits": splits, "group": group})
+        shapes = {
+            "partial": (*rows, head_dim),
+            "log_sum_exp": rows,
+            "output_scale": (kv_heads * group * head_dim,),
+        }
+        attributes = {"splits": splits, "group": group}
+        return Node.of({operand.name: shapes[operand.name] for operand in self.inputs}, attributes)
 
     def constants(self, node: Node) -> Constants:
         """SPLITS: the next power of two."""

@@ -72,7 +72,7 @@ def norm_tiles(width: Dim) -> Dim:
 
 
 class Int4Product(Operator):
-    """y = (x * input_scale) W + narrow up + residual, with the terms that the operator was made with.
+    """y = x W + narrow up + residual, with the terms that the operator was made with.
 
     With ``normed``, x is the residual stream times the norm's weight, ``squares`` are the sums of the stream's squares
     over tiles of :data:`NORM_COLUMNS` columns, and the product is divided by the root of their mean plus ``epsilon``.
@@ -85,9 +85,9 @@ class Int4Product(Operator):
     ``packed`` [tiles, units, TILE_COLUMNS, words] holds W [K, N] for tensor cores. A tile is TILE_COLUMNS columns; the
     last one is padded. A unit is ``8 * words`` rows of W that share a scale (:func:`unit_of`). Nibble j of word w is
     n + 8 of the unit's row ``words * j + w``. ``scale`` has one fp32 factor for each group and column. So K is
-    ``8 * units * words``, N is the scale's, and a group is a multiple of :data:`LEAST_GROUP`. ``input_scale`` holds
-    values of the activations' type as fp32, which cp.async can load. ``narrow`` is x times the adapter's down matrix
-    and its scale. The rows of ``x``, ``narrow``, ``residual`` and ``y`` may be spread over several dimensions.
+    ``8 * units * words``, N is the scale's, and a group is a multiple of :data:`LEAST_GROUP`. ``narrow`` is x
+    times the adapter's down matrix and its scale. The rows of ``x``, ``narrow``, ``residual`` and ``y`` may be spread
+    over several dimensions.
 
     K is summed in :func:`split_count` parts, whose sums are added in order. With ``split``, for up to
     :data:`SPLIT_ROWS` rows, each part is a program of its own: programs leave their sums in ``partial``, and the last
@@ -116,25 +116,22 @@ class Int4Product(Operator):
         self,
         *,
         split: bool = False,
-        input_scale: bool = False,
         adapter: bool = False,
         residual: bool = False,
         normed: bool = False,
         gated: bool = False,
         for_norm: bool = False,
     ) -> None:
-        terms = {"Split": split, "Normed": normed, "Scaled": input_scale, "Adapted": adapter}
+        terms = {"Split": split, "Normed": normed, "Adapted": adapter}
         terms |= {"Residual": residual, "Gated": gated, "ForNorm": for_norm}
         self.name = "Int4Product" + "".join(term for term, present in terms.items() if present)
         self.split = split
-        self.input_scale = input_scale
         self.gated = gated
         self.for_norm = for_norm
         self.inputs = (
             Operand("x", "real", ("M", "K")),
             Operand("packed", "int32", ("tiles", "units", "TILE_COLUMNS", "words")),
             Operand("scale", "fp32", ("K / group", "N")),
-            *((Operand("input_scale", "fp32", ("K",)),) if input_scale else ()),
             *((SQUARES, EPSILON) if normed else ()),
             *((Operand("narrow", "real", ("M", "R")), Operand("adapter_up", "real", ("R", "N"))) if adapter else ()),
             *((Operand("residual", "real", ("M", "N")),) if residual else ()),
@@ -161,7 +158,6 @@ class Int4Product(Operator):
             "x": (rows, inner),
             "packed": (ceil_div(columns, TILE_COLUMNS), inner // unit, TILE_COLUMNS, unit // WORD),
             "scale": (inner // group, columns),
-            "input_scale": (inner,),
             "squares": (norm_tiles(inner), rows),
             "epsilon": (1,),
             "next_weight": (columns,),
@@ -196,8 +192,8 @@ class Int4Product(Operator):
         }
 
     def held_tiles(self, node: Node, tactic: Tactic) -> int:
-        """Tiles that threads hold at once: sums of a unit and of a part, and sums of several parts or scaled tokens."""
-        one_part = self.parts(node) == 1 or (self.split and "STEPS" in tactic.constants and not self.input_scale)
+        """Tiles that threads hold at once: sums of a unit and of a part, and sums of several parts."""
+        one_part = self.parts(node) == 1 or (self.split and "STEPS" in tactic.constants)
         return 2 if one_part else 3
 
     def compiled_tactics(self, node: Node) -> dict[int, Tactic]:

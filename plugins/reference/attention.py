@@ -28,13 +28,15 @@ def attend(
     write_indices: Tensor,
     step_lengths: Tensor | None = None,
     block_mask: Tensor | None = None,
+    output_scale: Tensor | None = None,
 ) -> Tensor:
-    """softmax(q k) v over the visible rows: [B, S, HQ D], 0 where no row is visible. Reference of both kernels.
+    """softmax(q k) v output_scale over the visible rows: [B, S, HQ D], 0 where no row is visible. Reference of both
+    kernels.
 
     q: [B, HQ, S, D], rotated and scaled. k_cache, v_cache: [B, HKV, C, D]. write_indices, step_lengths: [B].
-    block_mask: [B, S, S] bool.
+    block_mask: [B, S, S] bool. output_scale: [HQ D].
     """
-    batch, heads, step, _ = q.shape
+    _, heads, step, _ = q.shape
     group = heads // k_cache.shape[1]
     seen = visible(step, write_indices, k_cache.shape[2], step_lengths, block_mask)[:, None]
     keys, values = (cache.float().repeat_interleave(group, 1) for cache in (k_cache, v_cache))
@@ -42,13 +44,22 @@ def attend(
     # Rows that no token attends to may hold any value, including NaN.
     values = values.masked_fill(~seen.any(2)[..., None], 0)
     attended = logits.softmax(-1).nan_to_num(0) @ values
-    return attended.transpose(1, 2).reshape(batch, step, -1).to(q.dtype)
+    return _scaled(attended, output_scale).to(q.dtype)
 
 
-def merge(partial: Tensor, log_sum_exp: Tensor) -> Tensor:
-    """Reference of the merge: partial [B, P, HQ, S, D] and log_sum_exp [B, P, HQ, S] give [B, S, HQ D]."""
+def _scaled(attended: Tensor, output_scale: Tensor | None) -> Tensor:
+    """[B, HQ, S, D] as [B, S, HQ D], times the scale."""
+    by_token = attended.transpose(1, 2).flatten(2)
+    return by_token if output_scale is None else by_token * output_scale
+
+
+def merge(partial: Tensor, log_sum_exp: Tensor, output_scale: Tensor | None = None) -> Tensor:
+    """Reference of the merge: partial [B, P, HQ, S, D] and log_sum_exp [B, P, HQ, S] give [B, S, HQ D].
+
+    output_scale: [HQ D].
+    """
     best = log_sum_exp.amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
     weights = (log_sum_exp - best).exp()
     parts = partial.float().masked_fill((weights == 0)[..., None], 0)
     merged = (parts * weights[..., None]).sum(1) / weights.sum(1).clamp(min=1e-30)[..., None]
-    return merged.transpose(1, 2).flatten(2).to(partial.dtype)
+    return _scaled(merged, output_scale).to(partial.dtype)

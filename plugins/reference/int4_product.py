@@ -36,7 +36,6 @@ def int4_product(
     x: Tensor,
     packed: Tensor,
     scale: Tensor,
-    input_scale: Tensor | None = None,
     narrow: Tensor | None = None,
     adapter_up: Tensor | None = None,
     residual: Tensor | None = None,
@@ -45,13 +44,12 @@ def int4_product(
     epsilon: Tensor | None = None,
     gated: bool = False,
 ) -> Tensor:
-    """y [M, N] from x [M, K]. input_scale: [K]. narrow: [M, R]. adapter_up: [R, N]. residual: [M, N].
+    """y [M, N] from x [M, K]. narrow: [M, R]. adapter_up: [R, N]. residual: [M, N].
 
     squares: [T, M], and epsilon: [1], of the norm whose weighted input x is. gated: y [M, N / 2] is the gated
     activation of the pairs of columns.
     """
-    scaled = x if input_scale is None else (x.float() * input_scale.float()).to(x.dtype)
-    y = scaled.float() @ dequantize(packed, scale)
+    y = x.float() @ dequantize(packed, scale)
     if squares is not None and epsilon is not None:
         y = y / (squares.sum(0).reshape(*x.shape[:-1], 1) / x.shape[-1] + epsilon).sqrt()
     if narrow is not None and adapter_up is not None:

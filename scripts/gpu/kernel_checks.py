@@ -117,7 +117,7 @@ SMALL_SIZES = CheckSizes(
     4,
     ((2, 5, 130), (1, 1, 0)),
     {
-        "fused": Product(Int4Product(input_scale=True, adapter=True, residual=True), 256, 130, 16),
+        "fused": Product(Int4Product(adapter=True, residual=True), 256, 130, 16),
         "split": Product(Int4Product(split=True, adapter=True, residual=True, for_norm=True), 2048, 130, 16),
         "gated": Product(Int4Product(normed=True, gated=True), 256, 144),
     },
@@ -138,9 +138,9 @@ def used_nodes(sizes: CheckSizes) -> Iterator[tuple[Operator, Node]]:
     fixed = {**sizes.attention, "batch": 1, "step": 1}
     yield KvWrite(), KvWrite.node(capacity=1, **fixed)
     for pattern in PATTERNS:
-        for operator in (Attend(pattern, merge=True), Attend(pattern)):
+        for operator in (Attend(pattern, merge=True, output_scale=True), Attend(pattern)):
             yield operator, operator.node(capacity=1, splits=sizes.splits, **fixed)
-    yield MergeSplits(), MergeSplits.node(splits=sizes.splits, **fixed)
+    yield (merge := MergeSplits(output_scale=True)), merge.node(splits=sizes.splits, **fixed)
     for product in sizes.products.values():
         yield product.operator, product.node(1)
     yield sizes.qkv, sizes.qkv.qkv_node(capacity=1, inner=sizes.hidden, **fixed)
@@ -203,8 +203,8 @@ def _kv_writes(host: Host, sizes: CheckSizes) -> Iterator[Result]:
 
 
 def _attention(host: Host, sizes: CheckSizes) -> Iterator[Result]:
-    """Attention that merges its splits, as engines launch it, and beside it attention and merge as two launches, which
-    are compared together and timed separately.
+    """Attention that merges its splits, as engines of AWQ's weights launch it, and beside it attention and merge as two
+    launches, which are compared together and timed separately.
     """
     for batch, step, committed in sizes.steps:
         written = _write_inputs(host, sizes, batch, step, committed)
@@ -217,6 +217,7 @@ def _attention(host: Host, sizes: CheckSizes) -> Iterator[Result]:
         heads = sizes.attention["kv_heads"] * sizes.attention["group"]
         queries = _normal(host, _generator(host, 3), batch, heads, step, head_dim)
         inputs = {"q": (queries / head_dim**0.5).contiguous(), **inputs}
+        scale = torch.rand(heads * head_dim, generator=_generator(host, 5), device=host.device) + 0.5
         lengths = torch.full((batch,), step, device=host.device)
         triangle = torch.ones(step, step, dtype=torch.bool, device=host.device).tril()
         mask = triangle.expand(batch, -1, -1).contiguous()
@@ -228,12 +229,15 @@ def _attention(host: Host, sizes: CheckSizes) -> Iterator[Result]:
             seen = {**inputs, **visibility[pattern]}
             expected = torch.cat(
                 [
-                    attention.attend(**{name: tensor[sequence : sequence + 1] for name, tensor in seen.items()})
+                    attention.attend(
+                        **{name: tensor[sequence : sequence + 1] for name, tensor in seen.items()}, output_scale=scale
+                    )
                     for sequence in range(batch)
                 ]
             )
-            yield from _merging_attention(host, sizes, Attend(pattern, merge=True), seen, expected, committed)
-            yield from _attention_and_merge(host, sizes, Attend(pattern), seen, expected, committed)
+            merging = Attend(pattern, merge=True, output_scale=True)
+            yield from _merging_attention(host, sizes, merging, {**seen, "output_scale": scale}, expected, committed)
+            yield from _attention_and_merge(host, sizes, Attend(pattern), seen, scale, expected, committed)
 
 
 def _merging_attention(
@@ -260,10 +264,16 @@ def _merging_attention(
 
 
 def _attention_and_merge(
-    host: Host, sizes: CheckSizes, operator: Attend, inputs: dict[str, Tensor], expected: Tensor, committed: int
+    host: Host,
+    sizes: CheckSizes,
+    operator: Attend,
+    inputs: dict[str, Tensor],
+    output_scale: Tensor,
+    expected: Tensor,
+    committed: int,
 ) -> Iterator[Result]:
     batch, _, step, _ = inputs["q"].shape
-    merge, attributes = MergeSplits(), {"splits": sizes.splits, "group": sizes.attention["group"]}
+    merge, attributes = MergeSplits(output_scale=True), {"splits": sizes.splits, "group": sizes.attention["group"]}
     case = f"batch {batch}, step {step}, {committed} rows"
     rows = [int(first) for first in inputs["write_indices"]]
     for number, tactic in enumerate(Attend.TACTICS, 1):
@@ -273,7 +283,7 @@ def _attention_and_merge(
         partial, log_sum_exp = over_splits.outputs
         traffic = attend_traffic(operator, over_splits.node, tactic, rows, REAL_BYTES)
         for merge_number, merge_tactic in enumerate(MergeSplits.TACTICS, 1):
-            parts = {"partial": partial, "log_sum_exp": log_sum_exp}
+            parts = {"partial": partial, "log_sum_exp": log_sum_exp, "output_scale": output_scale}
             merged = prepare(merge, parts, merge_tactic, attributes)
             merge_name = merge.kernel_name(merged.node, merge_number)
             host.launch(merge_name, merged)
@@ -411,8 +421,6 @@ def product_inputs(host: Host, product: Product, node: Node) -> dict[str, Tensor
             inputs[name] = torch.full(shape, 1e-5, device=host.device)
         else:
             inputs[name] = _normal(host, random, *shape)
-    if "input_scale" in inputs:
-        inputs["input_scale"] = inputs["input_scale"].float()
     return inputs
 
 

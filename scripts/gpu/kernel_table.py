@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from scripts.gpu import graph_checks
-from scripts.gpu.kernels_8b import ATTENTION, HIDDEN, PRODUCTS, QKV, SPLITS, UNSCALED_O, VOCABULARY, Product, qkv_node
+from scripts.gpu.kernels_8b import ATTENTION, HIDDEN, PRODUCTS, QKV, SPLITS, VOCABULARY, Product, qkv_node
 from trimode.build.roofline import REAL_BYTES
 from trimode.engine.precision import Real
 from trimode.plugins.operators import (
@@ -56,12 +56,12 @@ class Kernel(NamedTuple):
 
 
 def all_kernels(head_dim: int) -> Iterator[Kernel]:
-    """The kernels that engines launch, with every tactic. Of products and heads, those with most terms; of the merge,
-    that of most candidates.
+    """The kernels that engines launch, with every tactic. Of attention, products and heads, those with most terms; of
+    the merge, that of most candidates.
     """
     sizes = {**ATTENTION, "head_dim": head_dim}
     nodes: list[tuple[Operator, Node]] = [(write := KvWrite(), write.node(batch=1, step=1, capacity=1, **sizes))]
-    attends = [Attend(pattern, merge=True) for pattern in LAUNCHED_PATTERNS]
+    attends = [Attend(pattern, merge=True, output_scale=True) for pattern in LAUNCHED_PATTERNS]
     nodes += [(attend, attend.node(batch=1, step=1, capacity=1, splits=SPLITS, **sizes)) for attend in attends]
     if head_dim == ATTENTION["head_dim"]:  # products do not depend on it
         nodes.append((QKV, qkv_node(1, capacity=1)))
@@ -108,8 +108,8 @@ def print_instructions(capabilities: list[int]) -> None:
 
     print("| product | tile | warps |", *(f"sm_{capability} |" for capability in capabilities))
     print("|---|---|---|" + "---|" * len(capabilities))
-    for name in ("qkv", "o", "o without AWQ", "gate_up", "down"):
-        product = PRODUCTS.get(name, UNSCALED_O)
+    for name in ("qkv", "o", "gate_up", "down"):
+        product = PRODUCTS[name]
         operator, node = product.operator, product.node(1)
         constants = operator.constants(node)
         for tactic in operator.tactics(node).values():
@@ -170,7 +170,7 @@ def print_traffic() -> bool:
         kernel(merge.name, "-", step, operator_traffic(merge, node, merge.TACTICS[0], REAL_BYTES))
         for window in WINDOWS:
             for pattern in ("bidirectional", "masked"):
-                attend = Attend(pattern, merge=True)
+                attend = Attend(pattern, merge=True, output_scale=True)
                 node = attend.node(batch=1, step=step, capacity=window + step, splits=SPLITS, **ATTENTION)
                 tactic = smallest_fitting(attend.tactics(node), step * ATTENTION["group"])
                 attended = attend_traffic(attend, node, tactic, [window], REAL_BYTES)

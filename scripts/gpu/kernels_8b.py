@@ -38,13 +38,11 @@ def qkv_node(step: int, capacity: int) -> Node:
     return QKV.qkv_node(batch=1, step=step, capacity=capacity, inner=HIDDEN, **ATTENTION)
 
 
-# Of a checkpoint without AWQ.
-UNSCALED_O = Product(Int4Product(split=True, residual=True, for_norm=True), QUERY_WIDTH, HIDDEN)
 PRODUCTS = {
     "qkv": Product(Int4Product(split=True), HIDDEN, QUERY_WIDTH + 2 * KV_WIDTH),
-    "o": Product(Int4Product(split=True, input_scale=True, residual=True, for_norm=True), QUERY_WIDTH, HIDDEN),
+    "o": Product(Int4Product(split=True, residual=True, for_norm=True), QUERY_WIDTH, HIDDEN),
     "o with adapter": Product(
-        Int4Product(split=True, input_scale=True, adapter=True, residual=True, for_norm=True),
+        Int4Product(split=True, adapter=True, residual=True, for_norm=True),
         QUERY_WIDTH,
         HIDDEN,
         ADAPTER_RANK,

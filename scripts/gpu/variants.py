@@ -50,8 +50,9 @@ def used_nodes(*, small: bool) -> Iterator[tuple[Operator, Node]]:
     fixed = {**checked.attention, "batch": 1, "step": 1}
     for pattern in get_args(Pattern):
         for merge in (False, True):
-            yield (attend := Attend(pattern, merge=merge)), attend.node(capacity=1, splits=checked.splits, **fixed)
-    yield MergeSplits(), MergeSplits.node(splits=checked.splits, **fixed)
+            attend = Attend(pattern, merge=merge, output_scale=merge)
+            yield attend, attend.node(capacity=1, splits=checked.splits, **fixed)
+    yield (merging := MergeSplits(output_scale=True)), merging.node(splits=checked.splits, **fixed)
     for head in HEADS:
         yield head, graph_checks.head_node(head, graph, 1, 1, top_k=1)
     yield MergeCandidates(), MergeCandidates.node(batch=1, rows=1, vocabulary=graph.vocabulary, top_k=1)

@@ -29,9 +29,9 @@ TARGETS: dict[str, KernelTarget] = {
 }
 
 
-@pytest.fixture(scope="module", params=["random_int4_checkpoint", "random_checkpoint", "tiny_checkpoint"])
+@pytest.fixture(scope="module", params=["random_awq_checkpoint", "random_checkpoint", "tiny_checkpoint"])
 def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One checkpoint for both targets: with an int4 head, with 16-bit matrices only, and in bf16."""
+    """One checkpoint for both targets: with input scales and an int4 head, with 16-bit matrices only, and in bf16."""
     checkpoint, folder = Checkpoint(request.getfixturevalue(request.param)), tmp_path_factory.mktemp("built")
     with pytest.MonkeyPatch.context() as patch:
         UncompiledKernels(patch)

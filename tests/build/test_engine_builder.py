@@ -10,18 +10,26 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
 
+from tests.support.input_scales import write_input_scales
+from tests.support.uncompiled_kernels import UncompiledKernels
 from trimode.build.cpu import optimised_graphs as cpu
 from trimode.build.cpu.prepacked_pool import data_file
 from trimode.build.cpu.target import CpuTarget
+from trimode.build.cuda.target import CudaTarget
 from trimode.build.engine_builder import build_engine
 from trimode.common.errors import TriModeError
-from trimode.engine.files import ADAPTER, hash_file
+from trimode.engine.files import ADAPTER, hash_file, rank_folder
 from trimode.engine.manifest import Manifest
 from trimode.engine.targets.cpu import Activations, CpuSection
 from trimode.model.checkpoint import Checkpoint, linear_shapes
+from trimode.model.step import adapter_inputs
+from trimode.quantize import quantize_checkpoint
 
 
 def test_the_manifest_describes_every_file(random_int4_engine: Path) -> None:
@@ -181,6 +189,46 @@ def test_engines_whose_constants_differ_are_not_merged(
     with pytest.raises(RuntimeError, match=r"the engines' constant .* differs"):
         build_engine(Checkpoint(random_checkpoint), tmp_path / "engine")
     assert leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_adapter_reads_what_attention_writes(random_checkpoint: Path, tmp_path: Path, ranks: int) -> None:
+    """With kernels of our own, that includes o's input scale, by which the rows of the adapter's first matrix are
+    divided: on each rank, those of its heads.
+    """
+    quantize_checkpoint(Checkpoint(random_checkpoint), tmp_path / "int4", method="rtn", group=64)
+    checkpoint = Checkpoint(write_input_scales(tmp_path / "int4", tmp_path / "awq"))
+    with pytest.MonkeyPatch.context() as patch:
+        UncompiledKernels(patch)
+        build_engine(checkpoint, tmp_path / "cuda", target=CudaTarget(sms=(90,), tp=ranks), capacity=64, top_k=4)
+    build_engine(checkpoint, tmp_path / "cpu", capacity=64)
+    plain = load_file(tmp_path / "cpu" / ADAPTER)
+    parts = [load_file(tmp_path / "cuda" / rank_folder(rank, ranks) / ADAPTER) for rank in range(ranks)]
+    for layer in range(checkpoint.config.num_hidden_layers):
+        down, up = adapter_inputs(layer)
+        scale = checkpoint.input_scale(f"encoder.layers.{layer}.self_attn.o_proj")
+        assert scale is not None
+        found = np.concatenate([part[down] for part in parts])
+        np.testing.assert_array_equal(found, plain[down] / scale[:, None])
+        assert all(np.array_equal(part[up], plain[up]) for part in parts)
+
+
+def test_an_adapter_whose_input_would_be_zero_is_refused(
+    random_awq_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    UncompiledKernels(monkeypatch)
+    input_scale = Checkpoint.input_scale
+
+    def with_a_zero(checkpoint: Checkpoint, module: str) -> NDArray[np.float32] | None:
+        scale = input_scale(checkpoint, module)
+        return scale if scale is None else np.where(np.arange(len(scale)) == 3, np.float32(0), scale)
+
+    monkeypatch.setattr(Checkpoint, "input_scale", with_a_zero)
+    checkpoint = Checkpoint(random_awq_checkpoint)
+    with pytest.raises(TriModeError, match=r"layers\.0\.self_attn\.o_proj\.pre_quant_scale has zeros, so the draft"):
+        build_engine(checkpoint, tmp_path / "cuda", target=CudaTarget(sms=(90,)), capacity=64, top_k=4)
+    assert leftovers(tmp_path) == []
+    build_engine(checkpoint, tmp_path / "cpu", capacity=64)
 
 
 def test_the_engine_of_a_checkpoint_without_an_adapter_has_none(random_checkpoint: Path, tmp_path: Path) -> None:

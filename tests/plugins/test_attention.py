@@ -47,6 +47,7 @@ def test_every_tactic_with_a_long_sequence_among_short_ones(tactic: Tactic, patt
         pattern=pattern,
         group=group,
         head_dim=(64, 128)[(turn + other) % 2],
+        scaled=other > 0,
         tactic=tactic,
         dtype=DTYPES[(turn + 2 * other) % 3],
     )
@@ -80,7 +81,7 @@ def test_a_sequence_without_visible_rows_gives_zeros(pattern: Pattern) -> None:
 @pytest.mark.parametrize("tactic", Attend.TACTICS, ids=lambda tactic: str(tactic.constants["BLOCK_M"]))
 def test_a_token_has_the_same_bits_in_every_step(tactic: Tactic) -> None:
     """In a verification of 17 tokens beside another sequence, and in a step of one token alone."""
-    case = AttentionCase((75, 0), 17, "masked", group=4, splits=4, tactic=tactic)
+    case = AttentionCase((75, 0), 17, "masked", group=4, splits=4, scaled=True, tactic=tactic, dtype=torch.bfloat16)
     inputs = case.inputs()
     inputs["block_mask"] = torch.ones(2, 17, 17, dtype=torch.bool).tril()
     whole, *_ = attend_and_merge(**inputs, splits=case.splits, tactic=tactic)
@@ -90,6 +91,7 @@ def test_a_token_has_the_same_bits_in_every_step(tactic: Tactic) -> None:
             **{name: inputs[name][:1].clone() for name in ("k_cache", "v_cache")},
             "write_indices": inputs["write_indices"][:1] + token,
             "block_mask": torch.ones(1, 1, 1, dtype=torch.bool),
+            "output_scale": inputs["output_scale"],
         }
         for name in ("k_cache", "v_cache"):
             alone[name][:, :, 75 + token + 1 :] = float("nan")

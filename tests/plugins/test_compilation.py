@@ -36,7 +36,7 @@ def attention_kernel(operator: Attend, tactic: Tactic) -> tuple[Operator, Node, 
 
 WRITE = KvWrite.node(batch=1, step=1, capacity=1, **ATTENTION)
 QKV_NODE = qkv_node(1, capacity=1)
-MERGE = MergeSplits.node(batch=1, step=1, splits=SPLITS, **ATTENTION)
+MERGE = MergeSplits(output_scale=True).node(batch=1, step=1, splits=SPLITS, **ATTENTION)
 # Of several nodes of one operator, the last one: the most candidates. Heads with a mask contain those without.
 AROUND = {
     o.name: (o, node)
@@ -47,9 +47,13 @@ KERNELS: dict[str, tuple[Operator, Node, Tactic]] = {
     "write": (KvWrite(), WRITE, KvWrite.TACTICS[0]),
     "attention, few rows": attention_kernel(Attend("bidirectional"), Attend.TACTICS[0]),
     "attention, many rows": attention_kernel(Attend("masked"), Attend.TACTICS[-1]),
-    "attention that merges, few rows": attention_kernel(Attend("bidirectional", merge=True), Attend.TACTICS[0]),
-    "attention that merges, many rows": attention_kernel(Attend("masked", merge=True), Attend.TACTICS[1]),
-    "merge": (MergeSplits(), MERGE, MergeSplits.TACTICS[0]),
+    "attention that merges, few rows": attention_kernel(
+        Attend("bidirectional", merge=True, output_scale=True), Attend.TACTICS[0]
+    ),
+    "attention that merges, many rows": attention_kernel(
+        Attend("masked", merge=True, output_scale=True), Attend.TACTICS[1]
+    ),
+    "merge": (MergeSplits(output_scale=True), MERGE, MergeSplits.TACTICS[0]),
     **{f"qkv product, {shape(tactic)}": (QKV, QKV_NODE, tactic) for tactic in QKV.tactics(QKV_NODE).values()},
     **{
         f"product in parts, {shape(tactic)}": (ADAPTED.operator, ADAPTED.node(1), tactic)
@@ -124,7 +128,7 @@ def test_a_tactic_that_spills_is_not_emitted(tmp_path: Path, monkeypatch: pytest
     """Four warps do not have enough registers for 128 splits of four heads, eight have."""
     tactics = (Tactic({}, warps=4, stages=1), Tactic({}, warps=8, stages=1))
     monkeypatch.setattr(MergeSplits, "TACTICS", tactics)
-    needed = kernels_of(MergeSplits(), MergeSplits.node(batch=1, step=1, splits=128, **ATTENTION))
+    needed = kernels_of(MergeSplits(), MergeSplits().node(batch=1, step=1, splits=128, **ATTENTION))
     write_kernels(needed, "fp16", (90,), tmp_path / "both", no_progress)
     library = KernelLibrary(tmp_path / "both", 90)
     assert library.available(dict(enumerate(needed, 1))) == [2]

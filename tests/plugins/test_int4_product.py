@@ -49,7 +49,7 @@ def test_the_product_equals_the_reference(case: ProductCase) -> None:
 @by_shape
 def test_every_tactic_with_more_rows_than_a_tile(tactic: Tactic, dtype: torch.dtype) -> None:
     rows = tactic.constants["BLOCK_M"] + 1
-    check(ProductCase(rows, 2, 130, input_scale=True, rank=128, residual=True, tactic=tactic, dtype=dtype))
+    check(ProductCase(rows, 2, 130, rank=128, residual=True, tactic=tactic, dtype=dtype))
 
 
 @by_shape
@@ -101,7 +101,7 @@ def test_every_group(group: int) -> None:
     unit = unit_of(group)
     assert group % unit == 0
     assert LEAST_GROUP <= unit <= LONGEST_UNIT
-    check(ProductCase(3, 5, 130, group=group, input_scale=True, dtype=torch.bfloat16))
+    check(ProductCase(3, 5, 130, group=group, dtype=torch.bfloat16))
 
 
 def rows_of(inputs: dict[str, Tensor], first: int, rows: int, tactic: Tactic, *, gated: bool = False) -> Tensor:
@@ -126,7 +126,6 @@ def rows_of(inputs: dict[str, Tensor], first: int, rows: int, tactic: Tactic, *,
 FLAGS = {
     "split": "counters",
     "normed": "squares",
-    "input_scale": "input_scale",
     "adapter": "narrow",
     "residual": "residual",
     "for_norm": "next_weight",

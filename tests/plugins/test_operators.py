@@ -46,12 +46,16 @@ NODES: dict[str, Node] = {
         )
     },
     **{
-        f"Attend{pattern.capitalize()}Merged": Attend(pattern, merge=True).node(
+        f"Attend{pattern.capitalize()}Merged{suffix}": Attend(pattern, merge=True, output_scale=bool(suffix)).node(
             batch=2, step=5, capacity=64, splits=16, **SIZES
         )
         for pattern in get_args(Pattern)
+        for suffix in ("", "Scaled")
     },
-    "MergeSplits": MergeSplits.node(batch=2, step=5, splits=16, **SIZES),
+    **{
+        f"MergeSplits{suffix}": MergeSplits(output_scale=bool(suffix)).node(batch=2, step=5, splits=16, **SIZES)
+        for suffix in ("", "Scaled")
+    },
     **{
         name: operator.node(rows=10, inner=512, columns=384, rank=16)
         for name, operator in OPERATORS.items()
@@ -132,7 +136,17 @@ def test_parameters_and_constants_are_the_kernels(name: str) -> None:
     """Every parameter of the kernel is the operator's, a constant, or an input that this operator lacks."""
     operator, node = OPERATORS[name], NODES[name]
     lacking = name.startswith(
-        ("Attend", "Int4Product", "QkvProduct", "DenseProduct", "Int4Head", "DenseHead", "Embed", "AllReduce")
+        (
+            "Attend",
+            "MergeSplits",
+            "Int4Product",
+            "QkvProduct",
+            "DenseProduct",
+            "Int4Head",
+            "DenseHead",
+            "Embed",
+            "AllReduce",
+        )
     )
     known = kernel_of(operator).arg_names
     for tactic in operator.tactics(node).values():
@@ -144,7 +158,7 @@ def test_parameters_and_constants_are_the_kernels(name: str) -> None:
         assert not absent or lacking
         assert absent <= {
             *("step_lengths", "block_mask", "token_mask"),
-            *("input_scale", "row_scale", "step", "narrow", "adapter_up", "residual"),
+            *("output_scale", "row_scale", "step", "narrow", "adapter_up", "residual"),
             *("counters", "partial", "counters_out", "attended"),
             *("squares", "epsilon", "next_weight", "weighted", "next_squares"),
         }

@@ -43,7 +43,7 @@ CACHES = ("k_cache", "v_cache")
 
 def attention_distance(pattern: Pattern, stale: int = 0) -> float:
     """stale: rows by which the kernel's lengths lag behind the right ones."""
-    case = AttentionCase((316, 9), 6, pattern, group=4, kv_heads=2, seed=3)
+    case = AttentionCase((316, 9), 6, pattern, group=4, kv_heads=2, scaled=True, seed=3)
     inputs = {name: tensor.nan_to_num() for name, tensor in case.inputs().items()}
     if pattern == "bidirectional":
         inputs["step_lengths"][:] = torch.tensor([4, 5])
@@ -53,8 +53,7 @@ def attention_distance(pattern: Pattern, stale: int = 0) -> float:
 
 # One program for a tile, and two with a part of K each.
 PRODUCTS = {
-    split: ProductCase(4, 16 if split else 3, 70, split=split, input_scale=True, rank=24, residual=True)
-    for split in (False, True)
+    split: ProductCase(4, 16 if split else 3, 70, split=split, rank=24, residual=True) for split in (False, True)
 }
 
 
@@ -154,6 +153,11 @@ ATTENTION_FAULTS: dict[str, tuple[Pattern, str, str]] = {
     "a tile with masks left out": ("masked", "first = split + tl.cdiv(", "first = split + splits + tl.cdiv("),
     "a sum that is not rescaled": ("causal", "tl.fma(total, fade, ", "tl.fma(total, 1.0, "),
     "splits of equal weight": ("causal", "parts * weight[:, :, None]", "parts * saw.to(tl.float32)[:, :, None]"),
+    "another head's scale": (
+        "causal",
+        "output_scale + in_token, mask=inside",
+        "output_scale + (in_token + HEAD_DIM) % (KV_HEADS * GROUP * HEAD_DIM), mask=inside",
+    ),
     "a head's splits of another": ("causal", "* step + token\n", "* step + (token + 1) % step\n"),
 }
 
@@ -166,13 +170,23 @@ MERGE_FAULTS = {
         "(batch * step + token) * (KV_HEADS * GROUP * HEAD_DIM)",
         "(batch * step + (token + 1) % step) * (KV_HEADS * GROUP * HEAD_DIM)",
     ),
+    "another head's scale": (
+        "output_scale + in_token, mask=exists",
+        "output_scale + (in_token + HEAD_DIM) % (KV_HEADS * GROUP * HEAD_DIM), mask=exists",
+    ),
+    "another channel's scale": ("output_scale + in_token, mask=exists", "output_scale + (in_token ^ 1), mask=exists"),
+    "the scale of the first KV head": (
+        "output_scale + in_token, mask=exists",
+        "output_scale + in_token % (GROUP * HEAD_DIM), mask=exists",
+    ),
+    "no scale": ("            if output_scale is not None:\n", "            if GROUP < 0:\n"),
     "no split is the last": ("== taking_part - 1", "== taking_part"),
     "a counter that is not reset": ("            tl.store(counter, 0)\n", ""),
 }
 
 
 def merged_distance() -> float:
-    case = AttentionCase((316, 9), 6, "causal", group=4, kv_heads=2)
+    case = AttentionCase((316, 9), 6, "causal", group=4, kv_heads=2, scaled=True)
     inputs = {name: tensor.nan_to_num() for name, tensor in case.inputs().items()}
     found, _ = attend_and_merge(**inputs)
     return distance(found, attention.attend(**inputs))
@@ -510,5 +524,4 @@ def test_a_stale_length_is_detected(pattern: Pattern) -> None:
 @pytest.mark.parametrize("split", [False, True])
 def test_a_missing_input_is_detected(split: bool) -> None:
     assert product_distance(split, without=("narrow", "adapter_up")) > 10 * TOLERANCE
-    assert product_distance(split, without=("input_scale",)) > 10 * TOLERANCE
     assert product_distance(split, without=("residual",)) > 10 * TOLERANCE

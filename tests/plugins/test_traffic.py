@@ -86,29 +86,32 @@ def test_kv_write_traffic_equals_the_interpreters() -> None:
 @pytest.mark.parametrize("tactic", Attend.TACTICS, ids=lambda tactic: str(tactic.constants["BLOCK_M"]))
 @pytest.mark.parametrize("pattern", ["causal", "bidirectional", "masked"])
 def test_attention_traffic_equals_the_interpreters(pattern: Pattern, tactic: Tactic) -> None:
-    for committed, step in (((300, 0), 1), ((130, 270), 7), ((200,), 70)):
-        case = AttentionCase(committed, step, pattern, group=2, kv_heads=2, tactic=tactic, dtype=torch.float16)
+    for committed, step, scaled in (((300, 0), 1, True), ((130, 270), 7, False), ((200,), 70, True)):
+        case = AttentionCase(
+            committed, step, pattern, group=2, kv_heads=2, scaled=scaled, tactic=tactic, dtype=torch.float16
+        )
         inputs = {name: tensor.nan_to_num() for name, tensor in case.inputs().items()}
         if pattern == "bidirectional":
             inputs["step_lengths"][:] = step
         if pattern == "masked":
             inputs["block_mask"] = torch.ones(case.batch, step, step).tril().bool()
         _, attended, merged = attend(**inputs, splits=case.splits, tactic=tactic)
-        counted = attend_traffic(Attend(pattern), node_of(inputs, {"splits": case.splits}), tactic, committed, REAL)
+        attributes = {"splits": case.splits}
+        node = node_of({name: tensor for name, tensor in inputs.items() if name != "output_scale"}, attributes)
+        counted = attend_traffic(Attend(pattern), node, tactic, committed, REAL)
         assert_same(counted, attended)
         _, merging = attend_and_merge(**inputs, splits=case.splits, tactic=tactic)
-        operator = Attend(pattern, merge=True)
-        assert_same(
-            attend_traffic(operator, node_of(inputs, {"splits": case.splits}), tactic, committed, REAL), merging
-        )
+        operator, node = Attend(pattern, merge=True, output_scale=scaled), node_of(inputs, attributes)
+        assert_same(attend_traffic(operator, node, tactic, committed, REAL), merging)
         sizes = {"kv_heads": case.kv_heads, "group": case.group, "head_dim": case.head_dim, "splits": case.splits}
-        assert_same(merge_traffic(MergeSplits.node(batch=case.batch, step=step, **sizes), counted, REAL), merged)
+        node = MergeSplits(output_scale=scaled).node(batch=case.batch, step=step, **sizes)
+        assert_same(merge_traffic(node, counted, REAL), merged)
 
 
 @pytest.mark.parametrize("tactic", Int4Product.TACTICS, ids=lambda tactic: str(tuple(tactic.constants.values())))
 def test_product_traffic_equals_the_interpreters(tactic: Tactic) -> None:
     plain = ProductCase(tactic.constants["BLOCK_M"] + 3, 2, 2 * 97, tactic=tactic, dtype=torch.float16)
-    fused = replace(plain, input_scale=True, rank=32, residual=True, for_norm=True)
+    fused = replace(plain, rank=32, residual=True, for_norm=True)
     split = replace(plain, rows=64 if "STEPS" in tactic.constants else 70, groups=16, split=True)
     gated = replace(split, columns=144, rank=0, residual=False, normed=True, gated=True)
     for case in (plain, fused, replace(plain, group=32), replace(plain, group=256), split, gated):
@@ -160,7 +163,7 @@ def test_no_kernel_moves_more_than_a_tenth_above_its_least_bytes(group: int, bat
             node = operator.node(capacity=window + step, splits=SPLITS, **sizes)
             found = [attend_traffic(operator, node, t, [window] * batch, REAL) for t in Attend.TACTICS]
             assert least(found) <= LIMIT
-            merge = MergeSplits.node(splits=SPLITS, **sizes)
+            merge = MergeSplits().node(splits=SPLITS, **sizes)
             assert least([merge_traffic(merge, traffic, REAL) for traffic in found]) <= LIMIT
     rows = batch * step
     for product in PRODUCTS.values() if rows <= LONGEST_BOUND_BY_BYTES else ():

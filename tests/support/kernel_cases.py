@@ -30,7 +30,9 @@ HEAD_MASK_TOKEN = 9
 
 @dataclass(frozen=True)
 class AttentionCase:
-    """committed: rows of each sequence before the step. slack: rows of the pool after the longest sequence."""
+    """committed: rows of each sequence before the step. slack: rows of the pool after the longest sequence. scaled:
+    with an output scale.
+    """
 
     committed: tuple[int, ...]
     step: int
@@ -40,6 +42,7 @@ class AttentionCase:
     head_dim: int = 64
     splits: int = 4
     slack: int = 3
+    scaled: bool = False
     tactic: Tactic = Attend.TACTICS[0]
     dtype: torch.dtype = torch.float32
     seed: int = 0
@@ -78,6 +81,8 @@ class AttentionCase:
         empty = torch.arange(self.capacity) >= written[:, None]
         for name in ("k_cache", "v_cache"):
             inputs[name].masked_fill_(empty[:, None, :, None], float("nan"))
+        if self.scaled:
+            inputs["output_scale"] = torch.rand(self.kv_heads * self.group * self.head_dim, generator=random) + 0.5
         return inputs
 
 
@@ -97,6 +102,7 @@ def attention_cases(draw: Any) -> AttentionCase:
         head_dim=draw(st.sampled_from([64, 128])),
         splits=draw(st.integers(1, 6)),
         slack=draw(st.integers(0, 70)),
+        scaled=draw(st.booleans()),
         tactic=tactic,
         dtype=draw(st.sampled_from(DTYPES)),
         seed=draw(st.integers(0, 2**16)),
@@ -114,7 +120,6 @@ class ProductCase:
     columns: int
     group: int = 128
     split: bool = False
-    input_scale: bool = False
     rank: int = 0
     residual: bool = False
     normed: bool = False
@@ -128,7 +133,6 @@ class ProductCase:
     def operator(self) -> Int4Product:
         return Int4Product(
             split=self.split,
-            input_scale=self.input_scale,
             adapter=self.rank > 0,
             residual=self.residual,
             normed=self.normed,
@@ -158,8 +162,6 @@ class ProductCase:
             else:
                 dtype = torch.float32 if name in ("scale", "squares", "epsilon") else self.dtype
                 inputs[name] = torch.randn(shape, generator=random).to(dtype) * sizes.get(name, 1.0)
-        if self.input_scale:
-            inputs["input_scale"] = inputs["input_scale"].float()
         if self.normed:
             # Of a stream whose rows differ in size, so that a missing norm exceeds the tolerance.
             inputs["squares"] = 64 * inputs["squares"].square() * torch.arange(1, self.rows + 1)
@@ -175,7 +177,6 @@ def product_cases(draw: Any) -> ProductCase:
         groups=draw(st.integers(1, 5)),
         columns=2 * draw(st.integers(1, 150)),
         group=group,
-        input_scale=draw(st.booleans()),
         rank=draw(st.sampled_from([0, 8, 24, 64, 128])),
         residual=draw(st.booleans()),
         dtype=draw(st.sampled_from(DTYPES)),
@@ -184,11 +185,11 @@ def product_cases(draw: Any) -> ProductCase:
     if group != 96 and draw(st.integers(0, 3)) == 0:
         case = replace(case, groups=2048 // group, columns=2 * draw(st.integers(1, 70)), split=True)
     if draw(st.integers(0, 3)) == 0:
-        case = replace(case, columns=16 * draw(st.integers(1, 18)), rank=0, residual=False, input_scale=False)
+        case = replace(case, columns=16 * draw(st.integers(1, 18)), rank=0, residual=False)
         case = replace(case, gated=True, normed=draw(st.booleans()))
     elif draw(st.booleans()):
         case = replace(case, residual=True, for_norm=True)
-    elif not (case.residual or case.rank or case.input_scale):
+    elif not (case.residual or case.rank):
         case = replace(case, normed=True)
     return replace(case, tactic=draw(st.sampled_from(list(case.operator.tactics(case.node).values()))))
 

@@ -98,7 +98,11 @@ def kv_write(**inputs: Tensor) -> tuple[Tensor, dict[str, Traffic]]:
 
 
 def attend(
-    *, splits: int = 4, tactic: Tactic = Attend.TACTICS[0], **inputs: Tensor
+    *,
+    splits: int = 4,
+    tactic: Tactic = Attend.TACTICS[0],
+    output_scale: Tensor | None = None,
+    **inputs: Tensor,
 ) -> tuple[Tensor, dict[str, Traffic], dict[str, Traffic]]:
     """As the reference, and both kernels' traffic."""
     operator = Attend("bidirectional" if "step_lengths" in inputs else "masked" if "block_mask" in inputs else "causal")
@@ -108,9 +112,10 @@ def attend(
     assert not log_sum_exp.isnan().any()
     written = ~partial.isnan().any(-1)
     assert torch.equal(written, log_sum_exp != -torch.inf), "a split is written if and only if it attended to a row"
+    scale = {} if output_scale is None else {"output_scale": output_scale}
     merged = prepare(
-        MergeSplits(),
-        {"partial": partial, "log_sum_exp": log_sum_exp},
+        MergeSplits(output_scale=output_scale is not None),
+        {"partial": partial, "log_sum_exp": log_sum_exp, **scale},
         MergeSplits.TACTICS[0],
         {"splits": splits, "group": inputs["q"].shape[1] // inputs["k_cache"].shape[1]},
     )
@@ -123,7 +128,7 @@ def attend_and_merge(
 ) -> tuple[Tensor, dict[str, Traffic]]:
     """As the reference, and the traffic of the kernel that merges its splits."""
     visibility = "bidirectional" if "step_lengths" in inputs else "masked" if "block_mask" in inputs else "causal"
-    operator = Attend(visibility, merge=True)  # type: ignore[arg-type]
+    operator = Attend(visibility, merge=True, output_scale="output_scale" in inputs)  # type: ignore[arg-type]
     batch, heads, step, _ = inputs["q"].shape
     kv_heads = inputs["k_cache"].shape[1]
     count = Attend.counters(batch=batch, step=step, kv_heads=kv_heads, group=heads // kv_heads)
@@ -138,7 +143,6 @@ def int4_product(*, tactic: Tactic, gated: bool = False, **inputs: Tensor) -> tu
     """As the reference, and the kernel's traffic. counters: of an operator whose parts are separate programs."""
     operator = Int4Product(
         split="counters" in inputs,
-        input_scale="input_scale" in inputs,
         adapter="narrow" in inputs,
         residual="residual" in inputs,
         normed="squares" in inputs,

@@ -40,7 +40,7 @@ INPUTS: dict[str, Input] = {
     "packed": ("INT32", (2, INNER // GROUP, 128, GROUP // 8), ()),
     "counters": ("INT32", (12,), ()),
     "scale": ("FLOAT", (INNER // GROUP, COLUMNS), ()),
-    "input_scale": ("FLOAT", (INNER,), ()),
+    "output_scale": ("FLOAT", (HEADS * SIZE,), ()),
     "squares": ("FLOAT", (INNER // 64, BATCH * STEP), (1,)),
     "next_weight": ("HALF", (COLUMNS,), ()),
     "narrow": ("HALF", (BATCH, STEP, RANK), (0, 1)),
@@ -90,7 +90,7 @@ OTHER_INPUTS: dict[str, dict[str, Input]] = {
 # Operators of which all tactics are compiled. The others have the same kernels with other terms.
 COMPILED = (
     *("KvWrite", "AttendMasked", "AttendBidirectional", "MergeSplits"),
-    *("Int4Product", "Int4ProductSplitScaledAdaptedResidual", "Int4ProductSplitNormedGated", "QkvProductSplitNormed"),
+    *("Int4Product", "Int4ProductSplitAdaptedResidual", "Int4ProductSplitNormedGated", "QkvProductSplitNormed"),
     *("EmbedForNorm", "Rotations", "RmsNorm", "SwiGlu", "SelectRows"),
     *("DenseProductRowScaled", "DenseProductAdaptedResidual", "DenseHeadMasked", "MergeCandidates"),
 )

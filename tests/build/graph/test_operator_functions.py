@@ -34,11 +34,13 @@ from trimode.build.graph.operator_functions import (
 from trimode.plugins.operators import (
     DOMAIN,
     OPERATORS,
+    Attend,
     DenseProduct,
     Embed,
     Head,
     Int4Head,
     Int4Product,
+    MergeSplits,
     Pattern,
     QkvProduct,
 )
@@ -141,10 +143,17 @@ def test_attention(pattern: Pattern, blind: bool) -> None:
     for name in ("k_cache", "v_cache"):
         inputs[name] = np.where(empty[:, None, :, None], np.float32(np.nan), inputs[name])
     tensors = {name: torch.from_numpy(array) for name, array in {**inputs, **extra}.items()}
-    partial, log_sum_exp = execute(attend_function(pattern), {**inputs, **extra})
-    (attended,) = execute(merge_function(), {"partial": partial, "log_sum_exp": log_sum_exp})
+    partial, log_sum_exp = execute(attend_function(Attend(pattern)), {**inputs, **extra})
+    (attended,) = execute(merge_function(MergeSplits()), {"partial": partial, "log_sum_exp": log_sum_exp})
     expected = attention.attend(**tensors)
     near(attended, expected)
+    scale: dict[str, NDArray[np.generic]] = {"output_scale": random(HEADS * SIZE)}
+    counters = {"counters": np.zeros(4, np.int32)}
+    merging = attend_function(Attend(pattern, merge=True, output_scale=True))
+    types = {"counters_out": onnx.TensorProto.INT32}
+    found, plain, *_ = execute(merging, {**inputs, **extra, **scale, **counters}, types)
+    near(found, attention.attend(**tensors, **tensors_of(scale)))
+    assert np.array_equal(plain, partial)
     saw_nothing = (expected == 0).all(-1).numpy()
     assert saw_nothing.any() == blind
     assert np.array_equal(np.isneginf(log_sum_exp[:, 0]).all(1), saw_nothing)
@@ -155,15 +164,18 @@ def test_merge_weights_splits_and_ignores_those_without_attended_rows() -> None:
     logs[:, 2] = logs[0, :, :, 1] = -np.inf
     parts[np.isneginf(logs)] = np.nan
     expected = attention.merge(torch.from_numpy(parts), torch.from_numpy(logs))
-    near(execute(merge_function(), {"partial": parts, "log_sum_exp": logs})[0], expected)
+    near(execute(merge_function(MergeSplits()), {"partial": parts, "log_sum_exp": logs})[0], expected)
+    scale = random(HEADS * SIZE)
+    merging = merge_function(MergeSplits(output_scale=True))
+    found = execute(merging, {"partial": parts, "log_sum_exp": logs, "output_scale": scale})[0]
+    near(found, attention.merge(torch.from_numpy(parts), torch.from_numpy(logs), torch.from_numpy(scale)))
 
 
 @pytest.mark.parametrize("split", [False, True])
-@pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("rank", [0, 8])
 @pytest.mark.parametrize("residual", [False, True])
-def test_int4_product(split: bool, scaled: bool, rank: int, residual: bool) -> None:
-    operator = Int4Product(split=split, input_scale=scaled, adapter=rank > 0, residual=residual)
+def test_int4_product(split: bool, rank: int, residual: bool) -> None:
+    operator = Int4Product(split=split, adapter=rank > 0, residual=residual)
     node = operator.node(rows=6, inner=64, columns=10, group=16, rank=rank)
     inputs: dict[str, NDArray[np.generic]] = {name: random(*shape) for name, shape in node.shapes.items()}
     words = np.random.default_rng(0).integers(0, 2**32, node.shapes["packed"], np.uint32)
@@ -174,7 +186,7 @@ def test_int4_product(split: bool, scaled: bool, rank: int, residual: bool) -> N
     y, *others = execute(int4_product_function(operator), inputs, {"counters_out": onnx.TensorProto.INT32})
     np.testing.assert_allclose(y, int4_product.int4_product(**given).numpy(), rtol=1e-4, atol=1e-3)
     if split:
-        product = {name: given[name] for name in given.keys() & {"x", "packed", "scale", "input_scale"}}
+        product = {name: given[name] for name in given.keys() & {"x", "packed", "scale"}}
         np.testing.assert_allclose(others[0][0], int4_product.int4_product(**product).numpy(), rtol=1e-4, atol=1e-3)
         assert not others[1].any()
 

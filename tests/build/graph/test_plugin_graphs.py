@@ -29,7 +29,7 @@ from trimode.build.graph.network import NetworkOptions
 from trimode.build.graph.operator_network import OperatorNetworkOptions, build_operator_network
 from trimode.build.graph.raw_pool import RawPool, write_raw_pool
 from trimode.common.progress import no_progress
-from trimode.model.checkpoint import Checkpoint, linear_shapes
+from trimode.model.checkpoint import Checkpoint, DenseWeight, Int4Weight, linear_shapes
 from trimode.model.step import AttentionPattern
 
 
@@ -73,10 +73,12 @@ def plugin_graph(checkpoint: Checkpoint, tiles: RawPool, pattern: AttentionPatte
     return graph
 
 
-def execute(checkpoint: Checkpoint, pool: RawPool, graph: onnx.ModelProto) -> Arrays:
-    """One pass over a pool of random rows in ONNX Runtime. Weights that are inputs are bound to their pool ranges."""
+def execute(checkpoint: Checkpoint, pool: RawPool, graph: onnx.ModelProto, changed: Arrays | None = None) -> Arrays:
+    """One pass over a pool of random rows in ONNX Runtime. Weights that are inputs are bound to their pool ranges.
+    changed: inputs that differ from the usual ones.
+    """
     onnx.save(graph, source := pool.path.with_name("executed.onnx"))
-    session, feeds = open_session(source), inputs_of(checkpoint)
+    session, feeds = open_session(source), inputs_of(checkpoint) | (changed or {})
     binding = session.io_binding()
     data = np.memmap(pool.path, np.uint8, mode="r")
     pooled = {entry.name: data[entry.offset : entry.offset + entry.length] for entry in pool.ranges()}
@@ -103,25 +105,42 @@ def test_the_plugins_functions_compute_the_same(
 
 
 @PATTERNS
+@pytest.mark.parametrize("dense_up", [False, True], ids=["int4", "16-bit gate and up"])
 def test_input_scales_are_applied_wherever_the_pool_has_them(
-    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: AttentionPattern
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: AttentionPattern, dense_up: bool
 ) -> None:
-    """AWQ's. In the pool for kernels, norms and the scales of up include those of what reads them."""
+    """AWQ's. In the pool for kernels, norms and up include those of what reads them. Attention multiplies its output by
+    that of o, and the adapter is divided by it.
+    """
 
-    def drawn(_checkpoint: Checkpoint, module: str) -> NDArray[np.float32]:
+    linear, dense = Checkpoint.linear, ("gate_proj", "up_proj") if dense_up else ()
+
+    def drawn(_checkpoint: Checkpoint, module: str) -> NDArray[np.float32] | None:
+        if module.endswith(dense):
+            return None
         read = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1, "gate_proj": 2, "up_proj": 2, "down_proj": 3}
         shapes = linear_shapes(checkpoint.config)
         seed = read.get(module.rpartition(".")[2], 4)
         return np.random.default_rng(seed).uniform(0.5, 2, shapes[module][1]).astype(np.float32)
 
+    def mixed(opened: Checkpoint, module: str) -> DenseWeight | Int4Weight:
+        weight = linear(opened, module)
+        return DenseWeight(weight.to_float32()) if module.endswith(dense) else weight
+
     monkeypatch.setattr(Checkpoint, "input_scale", drawn)
+    monkeypatch.setattr(Checkpoint, "linear", mixed)
     real = np.dtype(np.float32)
     plain = write_raw_pool(checkpoint, tmp_path / "plain.bin", no_progress, real)
     tiles = write_raw_pool(checkpoint, tmp_path / "tiles.bin", no_progress, real, "kernels")
-    assert all(linear.input_scale is not None for linear in plain.linears())
-    kept = [linear.weight.name for linear in tiles.linears() if linear.input_scale is not None]
+    assert all(matrix.input_scale is not None for matrix in plain.linears() if matrix.scale is not None)
+    kept = [matrix.weight.name for matrix in tiles.linears() if matrix.input_scale is not None]
     assert kept == [f"encoder.layers.{layer}.self_attn.o_proj" for layer in range(checkpoint.config.num_hidden_layers)]
-    found = execute(checkpoint, tiles, plugin_graph(checkpoint, tiles, pattern))
+    divided = inputs_of(checkpoint)
+    for layer in range(checkpoint.config.num_hidden_layers):
+        scale = drawn(checkpoint, f"encoder.layers.{layer}.self_attn.o_proj")
+        assert scale is not None
+        divided[f"adapter_down.{layer}"] = divided[f"adapter_down.{layer}"] / scale[:, None]
+    found = execute(checkpoint, tiles, plugin_graph(checkpoint, tiles, pattern), divided)
     assert not found.pop("counters_out").any()
     assert_same(found, execute(checkpoint, plain, plain_graph(checkpoint, plain, pattern)))
 

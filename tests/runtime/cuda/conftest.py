@@ -14,6 +14,7 @@ import torch
 
 from tests.support.driver_double import DriverDouble, LibcudaDouble
 from tests.support.executor_cases import StepCases
+from tests.support.input_scales import write_input_scales
 from tests.support.random_checkpoint import write_random_checkpoint
 from tests.support.uncompiled_kernels import UncompiledKernels
 from trimode.build import kernel_network
@@ -78,14 +79,16 @@ def _large_tiles(needed: Mapping[str, NeededKernel]) -> dict[str, NeededKernel]:
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Engines:
-    """int4 with a 16-bit head, two layers; the type of target cuda is fp32, so that results can be compared closely."""
+    """int4 with AWQ's input scales and a 16-bit head, two layers; the type of target cuda is fp32, so that results can
+    be compared closely.
+    """
     folder = tmp_path_factory.mktemp("small")
     write_random_checkpoint(
         folder / "random", hidden_size=64, intermediate_size=64, num_hidden_layers=2, vocab_size=VOCABULARY
     )
     quantize_checkpoint(Checkpoint(folder / "random"), folder / "int4", method="rtn", group=32)
     target = CudaTarget(sms=(121,), dtype="fp32", max_batch=MAX_BATCH, max_step=MAX_STEP)
-    return build_engines(folder / "int4", folder, target, CAPACITY)
+    return build_engines(write_input_scales(folder / "int4", folder / "awq"), folder, target, CAPACITY)
 
 
 @pytest.fixture

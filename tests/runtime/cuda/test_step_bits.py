@@ -16,6 +16,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from tests.support.input_scales import write_input_scales
 from tests.support.interpreting_gpu import interpreting_gpu
 from tests.support.random_checkpoint import write_random_checkpoint
 from tests.support.uncompiled_kernels import UncompiledKernels
@@ -36,8 +37,8 @@ Bits = NDArray[np.uint32]
 
 @pytest.fixture(scope="module")
 def executor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CudaExecutor]:
-    """One layer in bf16, all matrices int4. Attention has two splits. K of down_proj is summed in two parts, which is
-    done for longer ones only.
+    """One layer in bf16, all matrices int4, with AWQ's input scales. Attention has two splits. K of down_proj is summed
+    in two parts, which is done for longer ones only.
     """
     folder = tmp_path_factory.mktemp("bits")
     write_random_checkpoint(
@@ -49,9 +50,10 @@ def executor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CudaExecutor]
         compiler = UncompiledKernels(patch)
         patch.setattr(kernel_network, "SPLITS", 2)
         patch.setattr(int4_product, "_LEAST_SPLIT", 128)
-        build_engine(Checkpoint(folder / "int4"), folder / "cuda", target=target, capacity=CAPACITY, top_k=TOP_K)
+        checkpoint = Checkpoint(write_input_scales(folder / "int4", folder / "awq"))
+        build_engine(checkpoint, folder / "cuda", target=target, capacity=CAPACITY, top_k=TOP_K)
         operators = {launch.operator for launch in LaunchList.read(folder / "cuda" / "ar").launches}
-        assert {"Int4ProductSplitResidualForNorm", "Int4HeadNormed", "AttendMaskedMerged"} <= operators
+        assert {"Int4ProductSplitResidualForNorm", "Int4HeadNormed", "AttendMaskedMergedScaled"} <= operators
         patch.undo()
         patch.setattr(int4_product, "_LEAST_SPLIT", 128)
         with interpreting_gpu(compiler.kernels, torch.bfloat16):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from scripts.gpu.disassembly import blocking_loads, disassembled, instructions_per_weight, main_loop
-from scripts.gpu.kernels_8b import PRODUCTS, QKV, UNSCALED_O, qkv_node
+from scripts.gpu.kernels_8b import PRODUCTS, QKV, qkv_node
 from trimode.plugins.compilation import compile_operator
 from trimode.plugins.operators import Int4Product, Node
 
@@ -31,8 +31,7 @@ def test_the_main_loop_is_found_in_a_listing() -> None:
 
 MATRICES: dict[str, tuple[Int4Product, Node]] = {
     "qkv": (QKV, qkv_node(1, capacity=1)),
-    "o": (UNSCALED_O.operator, UNSCALED_O.node(1)),
-    **{name: (PRODUCTS[name].operator, PRODUCTS[name].node(1)) for name in ("gate_up", "down")},
+    **{name: (PRODUCTS[name].operator, PRODUCTS[name].node(1)) for name in ("o", "gate_up", "down")},
 }
 
 
