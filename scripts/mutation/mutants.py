@@ -31,18 +31,22 @@ _OPERATORS: dict[type[ast.operator], type[ast.operator]] = {
 
 
 class Mutant(NamedTuple):
-    """line: of the change. before, after: the changed expression. source: of the whole mutated file."""
+    """line: of the change. before, after: the changed expression. source: of the whole mutated file. function: first
+    line of the innermost function around the change, decorators included; None outside functions.
+    """
 
     line: int
     before: str
     after: str
     source: str
+    function: int | None
 
 
 def mutants_of(source: str) -> Iterator[Mutant]:
-    """Every mutant of a file, in the order of its text."""
+    """Every mutant of a file."""
     tree = ast.parse(source)
     ignored = set(_ignored(tree))
+    functions = dict(_functions(tree, None))
     starts = [0]
     for line in source.splitlines(keepends=True):
         starts.append(starts[-1] + len(line.encode()))
@@ -56,7 +60,17 @@ def mutants_of(source: str) -> Iterator[Mutant]:
             # Parentheses, where the new expression binds less tightly than the old one; none round a statement.
             text = after if isinstance(node, ast.AugAssign | ast.Constant) else f"({after})"
             before = encoded[begin:end].decode()
-            yield Mutant(node.lineno, before, after, (encoded[:begin] + text.encode() + encoded[end:]).decode())
+            mutated = (encoded[:begin] + text.encode() + encoded[end:]).decode()
+            yield Mutant(node.lineno, before, after, mutated, functions[node])
+
+
+def _functions(node: ast.AST, function: int | None) -> Iterator[tuple[ast.AST, int | None]]:
+    """Each node with the first line of the innermost function around it."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        function = min(each.lineno for each in (node, *node.decorator_list))
+    yield node, function
+    for child in ast.iter_child_nodes(node):
+        yield from _functions(child, function)
 
 
 def _ignored(tree: ast.AST) -> Iterator[ast.AST]:

@@ -1,9 +1,11 @@
 """Change one operator or constant of the runtime's core at a time, and count how often its tests notice.
 
-A sample of all mutants of ``runtime/{decoding,scheduling,kv,api,grammar}`` is tested in a copy of the working tree. A
-mutant's tests are those of its module, then those of its folder, the fastest first. Limits are in processor time, so
-that other work on the machine catches no mutant. Takes from seconds to minutes for each mutant; not part of CI. Exit
-code 1 if fewer than 92 % of the sample are caught. Results: docs/results.md.
+A sample of all mutants of ``runtime/{decoding,scheduling,kv,api,grammar}`` is tested in a copy of the working tree. The
+tests of these folders run once without a mutant, and the functions that each of them calls are recorded. A mutant's
+tests are those that call its function, or any function of its file if it is in none: the fastest ones, as many as take
+MOST_SECONDS together. Limits are in processor time, so that other work on the machine catches no mutant. Takes from
+seconds to minutes for each mutant; not part of CI. Exit code 1 if fewer than 92 % of the sample are caught. Results:
+docs/results.md.
 
     python -m scripts.mutation.run --count 48 --seed 0
 """
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import math
 import multiprocessing
 import os
@@ -22,50 +25,27 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import NamedTuple
+from types import FrameType
+from typing import Any, NamedTuple
 
 from scripts.mutation.mutants import Mutant, mutants_of
 
 ROOT = Path(__file__).resolve().parents[2]
 BAR = 0.92
+FOLDERS = ("decoding", "scheduling", "kv", "api", "grammar")
+TESTS = tuple(f"tests/runtime/{folder}" for folder in (*FOLDERS, "request"))
+MOST_SECONDS = 60  # of processor time, of a mutant's tests without it
 # Processor time of a mutant's tests, in that of the tests without a mutant: tests that take longer do not end. A mutant
 # may also wait forever without taking any, so time has a limit, too.
 PATIENCE, LONGEST_WAIT = 4, 8
+SETUP_SECONDS = 30  # for what all tests share, such as engines
 PATIENCE_OF_TESTS = 90  # seconds that a test waits for what must come, in place of HANG_SECONDS
-# The tests of each folder, the fastest first.
-_DECODING = tuple(
-    f"tests/runtime/decoding/test_{name}.py"
-    for name in ("denoising", "draft_tree", "lookup", "ngram_index", "sampling", "text_stream")
-)
-_RULES = ("tests/runtime/decoding/test_constrained_law.py", "tests/runtime/decoding/test_token_rules.py")
-_SCHEDULING = tuple(
-    f"tests/runtime/scheduling/test_{name}.py"
-    for name in ("policy", "pass_cost", "auto_block", "drafting", "learning", "recovery", "batching", "scheduler")
-)
-TESTS: dict[str, tuple[str, ...]] = {
-    "decoding": (
-        *_DECODING,
-        *_SCHEDULING,
-        "tests/runtime/decoding/test_sequence.py",
-        "tests/runtime/api/test_prompt_logprobs.py",
-        *_RULES,
-    ),
-    "scheduling": _SCHEDULING,
-    "kv": ("tests/runtime/kv", "tests/runtime/scheduling/test_policy.py"),
-    "api": (
-        "tests/runtime/api/test_capacity.py",
-        "tests/runtime/api/test_inputs.py",
-        "tests/runtime/api/test_prompt_logprobs.py",
-        "tests/runtime/api/test_continuation.py",
-        "tests/runtime/api/test_life.py",
-        "tests/runtime/api/test_llm.py",
-    ),
-    "grammar": ("tests/runtime/grammar", "tests/runtime/decoding/test_token_rules.py"),
-}
 
 
 class Place(NamedTuple):
@@ -78,8 +58,22 @@ class Place(NamedTuple):
         return f"{self.file}:{self.mutant.line}: {self.mutant.before}  ->  {self.mutant.after}"
 
 
+class Test(NamedTuple):
+    """A test that ran without a mutant. seconds: of processor time. calls: file and first line of each function of the
+    runtime's core that it called.
+    """
+
+    name: str
+    seconds: float
+    calls: frozenset[tuple[str, int]]
+
+    @property
+    def file(self) -> str:
+        return self.name.partition("::")[0]
+
+
 def all_mutants() -> list[Place]:
-    files = [file for folder in TESTS for file in sorted((ROOT / "runtime" / folder).glob("*.py"))]
+    files = [file for folder in FOLDERS for file in sorted((ROOT / "runtime" / folder).glob("*.py"))]
     return [Place(file.relative_to(ROOT), mutant) for file in files for mutant in mutants_of(file.read_text())]
 
 
@@ -128,10 +122,89 @@ class Limits(NamedTuple):
     wall: float
 
 
-def outcome(tree: Path, tests: tuple[str, ...], limits: Limits | None = None) -> Outcome:
+class Failures:
+    """A pytest plugin that sends the names of failed tests."""
+
+    def __init__(self, failed: Connection) -> None:
+        self._failed = failed
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.failed:
+            self._failed.send(report.nodeid)
+
+    def pytest_collectreport(self, report: Any) -> None:
+        if report.failed:
+            self._failed.send(report.nodeid)
+
+
+class Only:
+    """A pytest plugin that runs these tests only."""
+
+    def __init__(self, names: frozenset[str]) -> None:
+        self._names = names
+
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        items[:] = [item for item in items if item.nodeid in self._names]
+
+
+class Calls:
+    """A pytest plugin that records which functions of the core each test calls, and writes them to ``file``."""
+
+    def __init__(self, tree: Path, file: Path) -> None:
+        self._tree, self._file = tree.resolve(), file
+        self._files: dict[str, str | None] = {}
+        self._called: set[tuple[str, int]] = set()
+        self._tests: list[tuple[str, float, list[tuple[str, int]]]] = []
+
+    def pytest_runtest_protocol(self) -> None:
+        self._called.clear()
+        self._begun = time.process_time()
+        threading.settrace(self._call)
+        sys.settrace(self._call)
+
+    def pytest_runtest_logfinish(self, nodeid: str) -> None:
+        sys.settrace(None)
+        self._tests.append((nodeid, time.process_time() - self._begun, sorted(self._called)))
+
+    def pytest_sessionfinish(self) -> None:
+        self._file.write_text(json.dumps(self._tests))
+
+    def _call(self, frame: FrameType, _event: str, _argument: Any) -> None:
+        code = frame.f_code
+        name = code.co_filename
+        if name not in self._files:
+            self._files[name] = self._core_file(name)
+        file = self._files[name]
+        if file is not None:
+            self._called.add((file, code.co_firstlineno))
+
+    def _core_file(self, name: str) -> str | None:
+        try:
+            file = Path(name).resolve().relative_to(self._tree)
+        except ValueError:
+            return None
+        return str(file) if file.parts[0] == "runtime" and file.parts[1] in FOLDERS else None
+
+
+def outcome(tree: Path, tests: list[Test], limits: Limits) -> Outcome:
+    """Of these tests in the tree."""
+    files = list(dict.fromkeys(test.file for test in tests))
+    return _in_a_process(tree, files, limits, lambda: [Only(frozenset(test.name for test in tests))])
+
+
+def recorded(tree: Path, file: Path) -> tuple[Outcome, list[Test]]:
+    """Of all tests, without a mutant. file: for what they call."""
+    found = _in_a_process(tree, list(TESTS), None, lambda: [Calls(tree, file)])
+    if found.caught_by is not None:
+        return found, []
+    tests = json.loads(file.read_text())
+    return found, [Test(name, seconds, frozenset(map(tuple, calls))) for name, seconds, calls in tests]
+
+
+def _in_a_process(tree: Path, files: list[str], limits: Limits | None, plugins: Any) -> Outcome:
     context = multiprocessing.get_context("fork")
     begun, (failed, sender) = processor_seconds(), context.Pipe(duplex=False)
-    process = context.Process(target=run_tests, args=(tree, tests, limits, sender))
+    process = context.Process(target=run_tests, args=(tree, files, limits, sender, plugins))
     process.start()
     sender.close()
     process.join(None if limits is None else limits.wall)
@@ -156,7 +229,7 @@ def processor_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def run_tests(tree: Path, tests: tuple[str, ...], limits: Limits | None, failed: Connection) -> None:
+def run_tests(tree: Path, files: list[str], limits: Limits | None, failed: Connection, plugins: Any) -> None:
     """In a process of its own: the tests of ``tree`` import the modules of ``tree``. Sends the first that fails."""
     os.setsid()
     os.chdir(tree)
@@ -167,35 +240,44 @@ def run_tests(tree: Path, tests: tuple[str, ...], limits: Limits | None, failed:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     if limits is not None:
         resource.setrlimit(resource.RLIMIT_CPU, (limits.processor, limits.processor))
+    import hypothesis
     import pytest
 
-    class Recorder:
-        @staticmethod
-        def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-            if report.failed:
-                failed.send(report.nodeid)
-
-        @staticmethod
-        def pytest_collectreport(report: pytest.CollectReport) -> None:
-            if report.failed:
-                failed.send(report.nodeid)
-
-    arguments = ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0", *tests]
-    sys.exit(pytest.main(arguments, plugins=[Recorder()]))
+    hypothesis.settings.register_profile("mutation", deadline=None)  # tests are slower while their calls are recorded
+    hypothesis.settings.load_profile("mutation")
+    arguments = ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0", *files]
+    sys.exit(pytest.main(arguments, plugins=[Failures(failed), *plugins()]))
 
 
-def tests_of(file: Path) -> tuple[str, ...]:
-    """Those of the module, then those of its folder."""
-    own = f"tests/{file.parent}/test_{file.stem}.py"
-    others = TESTS[file.parts[1]]
-    return (own, *(test for test in others if test != own)) if (ROOT / own).exists() else others
+def tests_of(place: Place, tests: list[Test]) -> list[Test]:
+    """Those that call the mutant's function: the fastest ones, by file, the fastest file first."""
+    file, function = str(place.file), place.mutant.function
+    calling = [
+        test
+        for test in tests
+        if ((file, function) in test.calls if function is not None else any(name == file for name, _ in test.calls))
+    ]
+    chosen = list(_fastest(calling))
+    seconds = {test.file: 0.0 for test in chosen}
+    for test in chosen:
+        seconds[test.file] += test.seconds
+    return sorted(chosen, key=lambda test: (seconds[test.file], test.file, test.seconds))
+
+
+def _fastest(tests: list[Test]) -> Iterator[Test]:
+    seconds = 0.0
+    for test in sorted(tests, key=lambda test: test.seconds):
+        seconds += test.seconds
+        if seconds > MOST_SECONDS:
+            return
+        yield test
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=48)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", choices=TESTS, help="mutants of this folder alone")
+    parser.add_argument("--folder", choices=FOLDERS, help="mutants of this folder alone")
     parser.add_argument("--list", action="store_true", help="print the sample and end")
     options = parser.parse_args()
     os.nice(10)
@@ -208,29 +290,38 @@ def main() -> int:
     os.environ["OMP_NUM_THREADS"] = "1"
     import_libraries()
     outcomes: Counter[bool] = Counter()
-    limits: dict[str, Limits] = {}
     with tempfile.TemporaryDirectory(prefix="trimode-mutation-") as temporary:
-        tree = Path(temporary)
+        tree = Path(temporary) / "tree"
         copy_tree(tree)
         shorten_waits(tree)
-        for name in sorted({place.file.parts[1] for place in sample}):
-            begun = time.monotonic()
-            found = outcome(tree, TESTS[name])
-            if found.caught_by is not None:
-                print(f"without a mutant, the tests of {name} fail: {found.caught_by}", file=sys.stderr)
-                return 2
-            limits[name] = Limits(math.ceil(PATIENCE * found.seconds), LONGEST_WAIT * (time.monotonic() - begun))
-            print(f"without a mutant, the tests of {name} take {found.seconds:.0f} s of processor time", flush=True)
+        found, tests = recorded(tree, Path(temporary) / "calls.json")
+        if found.caught_by is not None:
+            print(f"without a mutant, the tests fail: {found.caught_by}", file=sys.stderr)
+            return 2
+        print(f"without a mutant, {len(tests)} tests take {found.seconds:.0f} s of processor time", flush=True)
         for place in sample:
-            original = (tree / place.file).read_text()
-            (tree / place.file).write_text(place.mutant.source)
-            found = outcome(tree, tests_of(place.file), limits[place.file.parts[1]])
-            (tree / place.file).write_text(original)
+            chosen = tests_of(place, tests)
+            found = mutated_outcome(tree, place, chosen)
             outcomes[found.caught_by is not None] += 1
             verdict = "SURVIVED" if found.caught_by is None else "caught"
-            print(f"{verdict} after {found.seconds:.0f} s: {place}\n    {found.caught_by or ''}".rstrip(), flush=True)
+            print(f"{verdict} after {found.seconds:.0f} s, {len(chosen)} tests: {place}", flush=True)
+            if found.caught_by is not None:
+                print(f"    {found.caught_by}", flush=True)
     print(f"{outcomes[True]} of {outcomes.total()} caught, {outcomes[True] / outcomes.total():.0%}")
     return 0 if outcomes[True] >= BAR * outcomes.total() else 1
+
+
+def mutated_outcome(tree: Path, place: Place, tests: list[Test]) -> Outcome:
+    """Of these tests with the mutant in place; it survives where no test calls it."""
+    if not tests:
+        return Outcome(None, 0.0)
+    seconds = SETUP_SECONDS + sum(test.seconds for test in tests)
+    original = (tree / place.file).read_text()
+    (tree / place.file).write_text(place.mutant.source)
+    try:
+        return outcome(tree, tests, Limits(math.ceil(PATIENCE * seconds), LONGEST_WAIT * seconds))
+    finally:
+        (tree / place.file).write_text(original)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,8 @@ def test_each_mutant_changes_one_operator_or_constant() -> None:
         (11, "rows < self.size", "rows <= self.size"),
         (11, 'rows < self.size and "ä" == self.name', "rows < self.size or 'ä' == self.name"),
     ]
+    assert {mutant.function for mutant in found if mutant.line > 3} == {5}
+    assert [mutant.function for mutant in found if mutant.line == 3] == [None]
     for mutant in found:
         compile(mutant.source, "mutant", "exec")
         assert mutant.source != SOURCE
