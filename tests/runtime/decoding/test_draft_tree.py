@@ -117,6 +117,15 @@ def test_children_are_found_by_their_token(
     )
 
 
+def test_of_equal_products_the_node_that_was_found_first_comes_first() -> None:
+    """So a tree does not depend on the order in which a heap holds equal costs."""
+    found = likeliest_nodes(np.zeros((3, 2)), 12)
+    assert [(node.parent, node.place, node.rank) for node in found] == [
+        (-1, 0, 0), (-1, 0, 1), (0, 1, 0), (1, 1, 0), (0, 1, 1), (2, 2, 0),
+        (1, 1, 1), (3, 2, 0), (4, 2, 0), (2, 2, 1), (6, 2, 0), (3, 2, 1),
+    ]  # fmt: skip
+
+
 def test_a_sure_draft_is_a_chain_and_an_unsure_one_is_wide() -> None:
     tokens = 10 * np.arange(1, 6)[:, None] + np.arange(4)
     sure, unsure = np.full((5, 4), np.log(0.001)), np.log(np.tile([0.3, 0.25, 0.24, 0.21], (5, 1)))

@@ -93,6 +93,20 @@ def test_copies_follow_what_the_grammar_forces(llm: LLM) -> None:
     assert counts.draft < counts.cycles
 
 
+def test_copies_behind_a_long_match_are_assumed_to_be_better() -> None:
+    """A match of 8 tokens is long."""
+    known = SharedLookupAcceptance()
+    assert (known.short.rates[0], known.long.rates[0]) == pytest.approx((0.5, 0.8))
+    own = known.of_new_answer()
+    text = list(range(1, 20))
+    for length, acceptance in ((7, own.short), (8, own.long)):
+        lookup = Lookup(text, own)
+        lookup.find(range(1, 1 + length), 3)
+        assert lookup.yields() == acceptance.yields()[:4]
+    lookup.find([400, 401, 402], 3)
+    assert lookup.proposal == []
+
+
 def test_acceptance_is_learnt_apart_for_long_and_for_short_matches() -> None:
     known = SharedLookupAcceptance()
     own = known.of_new_answer()
@@ -108,6 +122,23 @@ def test_acceptance_is_learnt_apart_for_long_and_for_short_matches() -> None:
     assert own.long.rates[0] > long[0]
     assert own.long.rates[1:] == long[1:]
     assert known.short.rates != SharedLookupAcceptance().short.rates
+
+
+def test_the_tokens_that_came_say_how_many_copies_were_right() -> None:
+    """Copies behind the last token that came, and none where nothing came, are not compared."""
+    for emitted, ended, counted in (
+        ([4, 5, 9, 7], False, [(2, 3, False)]),
+        ([4, 5], True, [(2, 2, True)]),
+        ([4, 5, 6, 7, 8, 9], False, [(4, 4, False)]),
+        ([9], False, [(0, 1, False)]),
+        ([], True, []),
+    ):
+        lookup = Lookup([1, 2, 3, 4, 5, 6, 7, 8], LookupAcceptance(Acceptance(), Acceptance()))
+        lookup.find([1, 2, 3], 4)
+        found: list[tuple[int, int, bool]] = []
+        lookup._of_proposal.observe = lambda *cycle, found=found: found.append(cycle)  # type: ignore[method-assign]
+        lookup.observe(emitted, ended)
+        assert found == counted
 
 
 def test_a_proposal_is_compared_once() -> None:

@@ -8,7 +8,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trimode.runtime.decoding.draft_tree import DraftTree
 from trimode.runtime.decoding.sequence import Pass
+from trimode.runtime.executor import CausalStep
 from trimode.runtime.scheduling.batching import (
     Member,
     Span,
@@ -117,6 +119,53 @@ def test_a_step_carries_asked_ids_without_masks() -> None:
     assert step.asked_ids is not None
     assert step.asked_ids[1].tolist() == asked.tolist()
     assert causal_step(span_of(members[:1]), [0, 0]).asked_ids is None
+
+
+def test_masks_of_members_lie_in_their_own_rows_and_all_else_is_legal() -> None:
+    """Members have different numbers of rows, and some have no masks. Asked ids are padded with token 0."""
+    every = int(~np.uint32(0))
+    three, none, one = member(4, 3), member(5, 2), member(6, 1)
+    masks = np.arange(6, dtype=np.uint32).reshape(3, 2)
+    asked = np.array([[7, 8], [9, 10], [11, 12]])
+    three = three._replace(needed=three.needed._replace(masks=masks, asked=asked))
+    one = one._replace(needed=one.needed._replace(masks=masks[:1] + 9, asked=asked[:1, :1]))
+    step = causal_step(span_of([three, none, one]), [0] * 7)
+    assert step.token_mask is not None
+    assert step.token_mask.tolist() == [masks.tolist(), [[every] * 2] * 3, [[9, 10], [every] * 2, [every] * 2]]
+    assert step.asked_ids is not None
+    assert step.asked_ids.tolist() == [asked.tolist(), [[0, 0]] * 3, [[7, 0], [0, 0], [0, 0]]]
+    only = causal_step(span_of([none, one._replace(needed=one.needed._replace(asked=None))]), [0] * 7)
+    assert only.asked_ids is None
+    assert only.token_mask is not None
+
+
+def test_a_tree_stands_at_its_depths_behind_the_committed_rows_and_sees_its_ancestors() -> None:
+    """The members beside it, and the padding behind it, are chains."""
+    tree = DraftTree([300, 301, 302, 401], [-1, 0, 1, 0])
+    chain, branching = member(2, 5), member(3, 4)
+    branching = branching._replace(needed=branching.needed._replace(tree=tree))
+    step = causal_step(span_of([chain, branching]), [0, 0, 6, 9])
+    assert step.position_ids.tolist() == [[6, 7, 8, 9, 10], [9, 10, 11, 10, 13]]
+    causal = np.tril(np.ones((5, 5), np.bool_))
+    assert (step.block_mask[0] == causal).all()
+    expected = causal.copy()
+    expected[:4, :4] = [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 0, 1]]
+    assert (step.block_mask[1] == expected).all()
+    assert (CausalStep.chain(0, step.input_ids, step.write_indices, step.logit_rows).block_mask[1] == causal).all()
+
+
+def test_a_draft_uses_the_adapter_of_its_own_sequence() -> None:
+    members = [member(slot, 2) for slot in (4, 5)]
+    assert bidirectional_step(span_of(members), [0] * 6).adapter.tolist() == [True, False]
+
+
+def test_equal_members_that_reach_past_the_rows_do_not_share_a_pass() -> None:
+    members = [member(0, 3), member(1, 3)]
+    for committed, spans in (([37, 5], 1), ([38, 5], 2), ([5, 37], 1), ([5, 38], 2)):
+        assert len(plan_spans(members, committed, CAPACITY, "ar", machine(0.05))) == spans
+    apart = [member(0, 3), member(2, 3)]  # the slot between is full
+    assert len(plan_spans(apart, [0, 38, 0], CAPACITY, "ar", machine(0.05))) == 2
+    assert len(plan_spans(apart, [0, 37, 0], CAPACITY, "ar", machine(0.05))) == 1
 
 
 def test_steps_carry_each_member_and_leave_the_rest_as_padding() -> None:
