@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import logging
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from trimode import LLM, SamplingParams
 from trimode.common.errors import TriModeError
 from trimode.runtime import loading
 from trimode.runtime.api.capacity import Capacity, Defaults
+from trimode.runtime.api.llm import EngineLLM
 from trimode.runtime.cpu import cpu_executor
 from trimode.runtime.kv import default_budget
 from trimode.runtime.kv.host_kv_pool import KvPool
@@ -49,6 +52,32 @@ def test_memory_shortens_the_context() -> None:
     assert "KV cache 2048 TiB at" in str(capacity(rows=1 << 47))
     limited = capacity(rows=None, max_seq_len=200)
     assert (limited.context, limited.slot_context) == (200, 200)
+
+
+@pytest.mark.parametrize(
+    ("defaults", "ending"),
+    [
+        (Defaults(), "2 threads; mode auto, blocks of 32"),
+        (Defaults("ar"), "2 threads; mode ar"),
+        (Defaults("linear_spec", 8), "2 threads; mode linear_spec, blocks of 8"),
+        (Defaults("ar", enable_thinking=True), "mode ar; thinking on"),
+        (Defaults("diffusion", None, False), "mode diffusion, blocks of 32; thinking off"),
+    ],
+)
+def test_the_line_ends_with_the_defaults_of_requests(defaults: Defaults, ending: str) -> None:
+    line = str(dataclasses.replace(capacity(rows=600), defaults=defaults))
+    assert line.endswith("; " + ending)
+    assert ("thinking" in line) == (defaults.enable_thinking is not None)
+
+
+def test_the_line_leaves_out_what_says_nothing() -> None:
+    whole = capacity(rows=None)
+    assert str(dataclasses.replace(whole, threads=None)) == (
+        "a model on cpu; context 1,000 tokens; 4 slots; KV cache unlimited at 16 bytes a token; "
+        "prefix cache 256 MiB; mode auto, blocks of 32"
+    )
+    for count, size in ((0, "0 bytes"), (1023, "1023 bytes"), (1024, "1 KiB"), (1536 << 20, "1.5 GiB")):
+        assert f"prefix cache {size};" in str(dataclasses.replace(whole, prefix_cache_bytes=count))
 
 
 @pytest.mark.parametrize(
@@ -104,11 +133,40 @@ def test_defaults_of_requests(random_engine: Path, mode: Any) -> None:
         ({"mode": "fast"}, "mode is 'fast'; it must be one of"),
         ({"block_length": 0}, "block_length is 0; it must be at least 1"),
         ({"threads": 0}, "threads is 0; it must be at least 1"),
+        ({"max_batch_size": 0}, "max_batch_size is 0; it must be at least 1"),
+        ({"max_queue_size": 0}, "max_queue_size is 0; it must be at least 1"),
+        ({"kv_cache_bytes": 0}, "kv_cache_bytes is 0; it must be at least 1"),
+        ({"prefix_cache_bytes": -1}, "prefix_cache_bytes is -1; it must be at least 0"),
+        ({"update_seconds": -0.5}, "update_seconds is -0.5; it must be at least 0"),
     ],
 )
 def test_options_that_cannot_be(random_engine: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(TriModeError, match=message):
         LLM(random_engine, measure_passes=False, verify=False, **options)
+
+
+def test_options_at_their_least(random_engine: Path) -> None:
+    least: dict[str, Any] = {"threads": 1, "max_batch_size": 1, "max_queue_size": 1, "max_seq_len": 2}
+    with LLM(random_engine, prefix_cache_bytes=0, update_seconds=0, measure_passes=False, **least) as llm:
+        assert (llm.capacity.context, llm.capacity.slots, llm.max_answers) == (2, 1, 2)
+        assert llm.generate([300], SamplingParams(max_tokens=1)).outputs[0].length == 1
+        assert llm.stats().prefix_cache_bytes == 0
+    with LLM(random_engine, max_seq_len=8192, measure_passes=False) as llm:
+        assert llm.capacity.context == 8192
+
+
+def test_what_an_engine_does_unless_it_is_told() -> None:
+    """The values that the documentation names."""
+    named = {name: parameter.default for name, parameter in inspect.signature(EngineLLM.__init__).parameters.items()}
+    assert {name: named[name] for name in ("max_queue_size", "prefix_cache_bytes", "update_seconds", "mode")} == {
+        "max_queue_size": 1024,
+        "prefix_cache_bytes": 256 * 2**20,
+        "update_seconds": 0,
+        "mode": "auto",
+    }
+    assert named["measure_passes"] is named["verify"] is True
+    assert inspect.signature(EngineLLM.generate_async).parameters["streaming"].default is False
+    assert inspect.signature(EngineLLM.generate).parameters["use_tqdm"].default is True
 
 
 def test_the_default_limit_is_a_share_of_available_memory(random_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:

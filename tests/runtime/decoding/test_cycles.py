@@ -146,7 +146,7 @@ def test_a_chain_of_auto_forgets_what_trees_gained() -> None:
 
 
 def tree_case(probability: float = 0.6, **options: Any) -> Case:
-    """Of the draft 301, 302 with the second candidates 401, 402, the likeliest nodes are 301, 401 and 302 behind 301."""
+    """The likeliest nodes are 301, 401 and 302 behind 301; 402 is the second candidate of the second place."""
     case = Case(**{"mode": "auto", "block_length": 8} | options)
     case.sequence.open_block(3, tree=True)
     case.sequence._tree_width = options.get("tree_width", 4)

@@ -192,3 +192,107 @@ def test_doubt_is_bounded() -> None:
     for _ in range(100_000):
         cost.observe("ar", 1, 1, 1e-3)
     assert cost.least_seconds("ar", 1, 2) > 1e-4 * cost.seconds("ar", 1, 2)
+
+
+class Filter:
+    """The costs of one engine's passes of one sequence and 1, 2, 4 tokens, by plain arithmetic: a Kalman filter."""
+
+    def __init__(self) -> None:
+        self.logs = {step: math.log((64 + step) * 1e-5) for step in (1, 2, 4)}
+        self.known = dict.fromkeys(self.logs, math.log(8))  # doubt when last met
+        self.growth = dict.fromkeys(self.logs, math.log(2) / 4)
+        self.met_at = dict.fromkeys(self.logs, 0)
+        self.errors = dict.fromkeys(self.logs, 0.0)
+        self.pace, self.pace_doubt, self.passes = 0.0, math.log(4), 0
+
+    def doubt(self, step: int) -> float:
+        return min(math.log(1000), self.known[step] + self.growth[step] * (self.passes - self.met_at[step]))
+
+    @staticmethod
+    def weights(step: int) -> dict[int, float]:
+        return {2: 2 - math.log2(3), 4: math.log2(3) - 1} if step == 3 else {step: 1.0}
+
+    def log_seconds(self, step: int) -> float:
+        return self.pace + sum(weight * self.logs[cell] for cell, weight in self.weights(step).items())
+
+    def log_least(self, step: int) -> float:
+        least, shorter = {}, -math.inf
+        for cell in (1, 2, 4):
+            shorter = least[cell] = min(self.logs[cell], max(shorter, self.logs[cell] - self.doubt(cell)))
+        return self.pace + sum(weight * least[cell] for cell, weight in self.weights(step).items())
+
+    def observe(self, step: int, log_seconds: float) -> None:
+        weights, expected = self.weights(step), self.log_seconds(step)
+        doubts = {cell: self.doubt(cell) for cell in weights}
+        nearest = max(weights, key=lambda cell: weights[cell])
+        error, most = log_seconds - expected, max(math.log(4), *doubts.values())
+        # A delay counts in full if the cell was in doubt, or if the pass before it was slow too.
+        counted = max(-most, min(error, most, max(0.3, self.errors[nearest], *doubts.values())))
+        self.errors[nearest] = error
+        variances = {cell: (weight * max(doubts[cell], 0.06)) ** 2 for cell, weight in weights.items()}
+        total = self.pace_doubt**2 + sum(variances.values()) + 0.4**2
+        self.pace += counted * self.pace_doubt**2 / total
+        for cell, weight in weights.items():
+            self.logs[cell] += counted * variances[cell] / total / weight
+        remaining = abs(expected + counted - self.log_seconds(step))
+        self.pace_doubt = max(0.13, (self.pace_doubt + min(2 * remaining, math.log(4))) / 2)
+        self.passes += 1
+        if abs(counted) > math.log(2) + max(doubts.values()):  # it was met lately, and is another one now
+            for cell in self.logs:
+                self.known[cell], self.met_at[cell] = self.doubt(cell), self.passes
+                self.growth[cell] = max(self.growth[cell], math.log(2) / 16)
+        for cell, weight in weights.items():
+            if weight >= 0.5 and abs(counted) < math.log(1.5):
+                self.growth[cell] = max(math.log(2) / 1024, self.growth[cell] / 4)
+            elif abs(counted) > math.log(2):
+                self.growth[cell] = math.log(2) / 4
+            self.known[cell] = (1 - weight) * doubts[cell] + weight * remaining
+            self.met_at[cell] = self.passes
+
+
+@given(
+    passes=st.lists(
+        st.tuples(st.sampled_from([1, 2, 3, 4]), st.sampled_from([-0.1, 0.1, 0.35, 0.5, 0.9, -0.9, 1.6, -1.6, 4, -4])),
+        max_size=40,
+    )
+)
+def test_observations_move_cells_and_pace_as_the_filter_says(passes: list[tuple[int, float]]) -> None:
+    """Passes that differ from the expectation by errors of all sizes."""
+    cost, plain = PassCost(1, 4), Filter()
+    for step, error in passes:
+        log_seconds = plain.log_seconds(step) + error
+        plain.observe(step, log_seconds)
+        cost.observe("ar", 1, step, math.exp(log_seconds))
+        for each in (1, 2, 3, 4):
+            assert math.log(cost.seconds("ar", 1, each)) == pytest.approx(plain.log_seconds(each), abs=1e-9)
+            assert math.log(cost.least_seconds("ar", 1, each)) == pytest.approx(plain.log_least(each), abs=1e-9)
+
+
+def test_trial_passes_are_no_larger_than_the_largest() -> None:
+    run: set[tuple[int, int]] = set()
+
+    def noted(engine: EngineName, batch: int, step: int) -> float:
+        run.add((batch, step))
+        return seconds(engine, batch, step)
+
+    PassCost(3, 20).measure(noted, seconds=1e9)
+    assert run == {(batch, step) for batch in (1, 2, 3) for step in (1, 2, 4, 8, 16, 20)}
+
+
+def test_the_fastest_of_three_trials_counts_and_is_not_in_doubt() -> None:
+    cost, taken = PassCost(1, 1), iter([5e-3, 3e-3, 4e-3, 9e-3, 8e-3, 7e-3])
+    cost.measure(lambda *_: next(taken), seconds=1e9)
+    for engine, expected in (("ar", 3e-3), ("diffusion", 7e-3)):
+        assert cost.seconds(engine, 1, 1) == pytest.approx(expected)  # type: ignore[arg-type]
+        assert cost.least_seconds(engine, 1, 1) == pytest.approx(expected)  # type: ignore[arg-type]
+
+
+def test_the_doubt_of_a_measured_pass_grows_more_slowly_than_that_of_a_guessed_one() -> None:
+    """By a sixteenth of a factor of two for each pass elsewhere, and by a quarter."""
+    measured, guessed = PassCost(1, 1), PassCost(1, 1)
+    measured.measure(lambda *_: 1e-3, seconds=1e9)
+    for cost, first, growth in ((measured, 0.0, 1 / 16), (guessed, 3.0, 1 / 4)):
+        for passes in range(3):
+            factor = cost.seconds("diffusion", 1, 1) / cost.least_seconds("diffusion", 1, 1)
+            assert math.log2(factor) == pytest.approx(first + growth * passes)
+            cost.observe("ar", 1, 1, cost.seconds("ar", 1, 1))
