@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from tests.support.exact_law import Bench
+from tests.support.exact_law import Bench, SpeculatingExactLawExecutor
 from trimode import SamplingParams
 from trimode.runtime.executor import BidirectionalStep, CausalStep
+from trimode.runtime.request.outputs import Counts
 from trimode.runtime.scheduling.auto_block import Opening, Plan
 from trimode.runtime.scheduling.running_request import Request
+from trimode.runtime.scheduling.scheduler import Stats
 
 PREFILL_STEP = 4  # of the bench's sequences
 
@@ -200,3 +203,139 @@ def test_a_trial_pass_has_the_batch_and_the_step_that_it_measures() -> None:
     assert [step.top_k for step in bench.passes[-1]] == [1, 1]
     assert bench.passes[-1][1].adapter.tolist() == [True]  # as in a draft
     assert bench.executor.pool.active == 0
+
+
+def planned(bench: Watched, plan: Callable[[list[Opening]], Plan]) -> None:
+    """Replace the choices."""
+    bench.scheduler._block_chooser.choose = lambda opening, _others: plan(opening)  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    ("block", "copies", "forgets"), [(1, False, True), (4, False, False), (4, True, True), (1, True, True)]
+)
+def test_a_cycle_of_auto_without_a_draft_forgets(block: int, copies: bool, forgets: bool) -> None:
+    """A fixed mode forgets nothing, whether it copies or drafts."""
+    bench, forgotten = Watched(max_batch=2, prefill_tokens=100), []
+    requests = [bench.submit(6, mode=mode, lookup=True) for mode in ("auto", "linear_spec")]
+    for index, request in enumerate(requests):
+        request.sequence.acceptance.forget = lambda index=index: forgotten.append(index)  # type: ignore[method-assign]
+        # Three tokens of which a copy is known.
+        request.sequence.look_up = lambda request=request: request.sequence.acceptance.yields()[:4]  # type: ignore[method-assign]
+        request.sequence.open_block = lambda *_, open_block=request.sequence.open_block: open_block(1)  # type: ignore[method-assign]
+    planned(bench, lambda opening: Plan(block, 4, [copies] * len(opening)))
+    for _ in range(3):
+        bench.step()
+    assert forgotten == [0] * forgets
+    assert all(len(request.sequence.emitted) == 2 for request in requests)
+
+
+def test_each_sequence_opens_the_block_that_the_plan_gives_it() -> None:
+    """Copies are as long as the plan says; drafts of a fixed mode are its own; no block is longer than its text."""
+    bench, opened = Watched(max_batch=8, prefill_tokens=100), []
+    requests = [
+        bench.submit(1, mode="auto"),
+        bench.submit(1, mode="auto", max_tokens=3),
+        bench.submit(1, mode="auto", lookup=True),
+        bench.submit(1, mode="linear_spec", block_length=6),
+        bench.submit(1, mode="linear_spec", block_length=6, lookup=True),
+        bench.submit(1, mode="linear_spec", block_length=6, lookup=True),
+    ]
+    for index, request in enumerate(requests):
+        open_block = request.sequence.open_block
+
+        def noted(*block: Any, open_block: Any = open_block, index: int = index) -> None:
+            opened.append((index, *block))
+            open_block(1)
+
+        request.sequence.open_block = noted  # type: ignore[method-assign]
+        if request.sequence.params.lookup:
+            request.sequence.look_up = lambda: [1.0, 1.5]  # type: ignore[method-assign]
+    planned(bench, lambda opening: Plan(4, 8, [index in (2, 3) for index in range(len(opening))], tree=True))
+    bench.step()
+    assert opened == []
+    bench.step()
+    assert opened == [
+        (0, 4, False, True),
+        (1, 2, False, True),
+        (2, 8, True, False),
+        (3, 6, False, False),
+        (4, 6, True, False),
+        (5, 6, False, False),
+    ]
+
+
+def test_an_executor_that_speculates_drafts_no_trees() -> None:
+    bench = Watched(max_batch=1, executor=SpeculatingExactLawExecutor)
+    request = bench.submit(1, mode="auto")
+    planned(bench, lambda _: Plan(4, 4, [False], tree=True))
+    bench.step()
+    bench.step()
+    assert [cycle.drafting for cycle in request.sequence.cycles] == ["draft"]
+
+
+def test_a_snapshot_of_the_scheduler() -> None:
+    bench = Watched(max_batch=2, prefill_tokens=100)
+    requests = [bench.submit(1, max_tokens=tokens) for tokens in (1, 3, 3, 3)]
+    assert bench.scheduler.stats() == Stats(0, 4, 1, 0, 0, 0, 0, Counts(), 0)
+    bench.step()
+    stats = bench.scheduler.stats()
+    assert (stats.running, stats.waiting, stats.slots, stats.steps) == (1, 2, 2, 1)
+    assert (stats.finished, stats.failed, stats.emitted, stats.counts) == (1, 0, 1, Counts(prefill=1))
+    requests[2].siblings = [bench.submit(1)]
+    bench.scheduler.waiting.pop()
+    bench.scheduler.fail_all(RuntimeError("out of order"))
+    stats = bench.scheduler.stats()
+    assert (stats.running, stats.waiting, stats.failed, stats.finished) == (0, 0, 4, 1)
+    assert not bench.scheduler.busy
+
+
+def test_every_aborted_request_ends_in_the_next_step_whether_it_runs_or_waits() -> None:
+    bench, ended = Watched(max_batch=3, prefill_tokens=100), []
+    requests = [bench.submit(1) for _ in range(6)]
+    for index, request in enumerate(requests):
+        request._listener = lambda update, index=index: ended.append((index, update.finish_reason))
+    requests[4].siblings = [bench.submit(1)]
+    sibling = bench.scheduler.waiting.pop()
+    sibling._listener = lambda update: ended.append((6, update.finish_reason))
+    bench.step()
+    for index in (0, 2, 4, 5):
+        requests[index].aborted = True
+    bench.step()
+    assert sorted(entry for entry in ended if entry[1]) == [(index, "cancelled") for index in (0, 2, 4, 5, 6)]
+    assert set(bench.running) == {requests[1], requests[3]}
+    assert bench.executor.pool.active == 2
+
+
+@pytest.mark.parametrize("kind", ["ar", "diffusion"])
+def test_a_pass_is_timed_by_the_clock_and_a_speculation_is_split(kind: str) -> None:
+    """A draft and its verification take 9 s together; by the table, a draft takes twice as long."""
+    times = iter(range(0, 900, 9))
+    bench = Bench(max_batch=1, end=False, clock=lambda: float(next(times)), executor=SpeculatingExactLawExecutor)
+    observed: list[tuple[str, int, int, float]] = []
+    bench.cost.seconds = lambda engine, *_: 2.0 if engine == "diffusion" else 1.0  # type: ignore[method-assign]
+    bench.cost.observe = lambda *a_pass: observed.append(a_pass)  # type: ignore[method-assign]
+    options: dict[str, Any] = {"mode": "ar"} if kind == "ar" else {"mode": "linear_spec", "block_length": 4}
+    bench.add((2, 3, 4), SamplingParams(max_tokens=9, **options), lambda _: None)
+    bench.scheduler.step()
+    bench.scheduler.step()
+    expected = [("ar", 1, 3, 9.0)]
+    expected += [("ar", 1, 1, 9.0)] if kind == "ar" else [("ar", 1, 4, 3.0), ("diffusion", 1, 4, 6.0)]
+    assert sorted(observed, key=lambda a_pass: (a_pass[2] != 3, a_pass[0])) == expected
+
+
+def test_passes_are_measured_for_half_a_second_where_the_pool_has_room() -> None:
+    bench, given = Watched(max_batch=4, capacity=64, limit_rows=64), []
+    bench.cost.measure = lambda *options: given.append(options)  # type: ignore[method-assign]
+    bench.scheduler.measure_passes()
+    ((_, seconds, possible, _),) = given
+    assert seconds == 0.5
+    assert [possible(batch, 16) for batch in (1, 4, 5)] == [True, True, False]
+    assert [possible(1, step) for step in (64, 65)] == [True, False]
+
+
+def test_a_trial_pass_needs_no_more_logits_than_the_longest_block() -> None:
+    bench = Watched(max_batch=1)
+    bench.passes.append([])
+    bench.cost.measure = lambda run, *_: [run("ar", 1, step) for step in (8, 40)]  # type: ignore[method-assign]
+    bench.scheduler.measure_passes()
+    assert [step.logit_rows.tolist() for step in bench.passes[-1]] == [[list(range(8))], [list(range(32))]]
