@@ -24,6 +24,8 @@ from trimode.runtime.decoding.sampling import Sampler, UniformNumbers, kept_weig
 LOGITS = np.array([2.0, 1.5, 0.0, -3.0], np.float32)
 TOKENS = np.array([40, 7, 300, 2])
 NO_PROMPT = np.empty(0, np.int64)
+# Of seed 7, the second draw after the first one, at positions 0, 1, 63, 64 and 200.
+NUMBERS = [0.9063653532456504, 0.9896668165446781, 0.2848746638902756, 0.40330925111751337, 0.5915461803165305]
 
 
 @pytest.mark.parametrize(
@@ -106,3 +108,10 @@ def test_numbers_depend_on_seed_position_and_draw_and_not_on_the_order_of_asking
         for draw in (0, 2):
             expected = [numbers[keys.index((1, position, draw))] for position in range(start, min(start + 7, 150))]
             assert together.at(range(start, min(start + 7, 150)), draw).tolist() == expected
+
+
+def test_a_seed_gives_the_same_numbers_in_every_version() -> None:
+    """An answer can be continued by another process, and its seed reproduces it later."""
+    found = UniformNumbers(7).at([0, 1, 63, 64, 200], draw=2)
+    np.testing.assert_allclose(found, NUMBERS, rtol=1e-12)
+    assert UniformNumbers(7).at([0])[0] != found[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import time
 from pathlib import Path
@@ -12,9 +13,10 @@ import pytest
 from trimode.model.tokenizer import Tokenizer
 from trimode.runtime.grammar import compiler as compiler_module
 from trimode.runtime.grammar.compiler import GrammarCompiler
+from trimode.runtime.grammar.definition import _literal, definition
 from trimode.runtime.grammar.matcher import GrammarMatcher
 from trimode.runtime.request.errors import GrammarError
-from trimode.runtime.request.guided_decoding import GuidedDecodingParams
+from trimode.runtime.request.guided_decoding import GrammarSource, GuidedDecodingParams
 
 VOCABULARY, END = 768, 11
 POINT = {
@@ -172,8 +174,91 @@ def test_equal_grammars_are_compiled_once_and_the_cache_is_bounded(
     assert compiler.compile(GuidedDecodingParams(json={"type": "integer"})) is not first
 
 
+def test_the_limits_of_a_source_and_of_what_is_kept(compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    """131,072 characters each, and 128 grammars of 1,048,576 characters together. Two are compiled at once."""
+    compiled: list[str] = []
+    monkeypatch.setattr(compiler, "_compile", lambda source: compiled.append(source.text))
+
+    def compilations(text: str) -> int:
+        before = len(compiled)
+        compiler.compile(GuidedDecodingParams(regex=text))
+        return len(compiled) - before
+
+    short = [f"{number:03}" for number in range(129)]
+    assert [compilations(text) for text in short[:128]] == [1] * 128
+    assert [compilations(text) for text in (short[0], short[127])] == [0, 0]
+    assert compilations(short[128]) == 1
+    assert [compilations(text) for text in (short[0], short[1])] == [0, 1]
+    long = [str(number) * 131_072 for number in range(9)]
+    assert [compilations(text) for text in long[:8]] == [1] * 8
+    assert [compilations(text) for text in long[:8]] == [0] * 8
+    assert compilations(long[8]) == 1
+    assert compilations(long[1]) == 0
+    assert compilations(long[0]) == 1
+    with pytest.raises(GrammarError, match="regex has 131073 characters; the limit is 131072"):
+        compilations("a" * 131_073)
+    assert [compiler._compiling.acquire(blocking=False) for _ in range(3)] == [True, True, False]
+
+
+def test_the_masks_of_the_latest_64_places_are_kept(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
+    matcher = compiler.compile(GuidedDecodingParams(regex="[a-z]*")).matcher()
+    letter = tokenizer.encode("a")[0]
+    masks = []
+    for _ in range(64):
+        masks.append(matcher.mask())
+        assert matcher.take(letter)
+    matcher.undo(64)
+    assert matcher.mask() is masks[0]
+    for _ in range(64):
+        assert matcher.take(letter)
+    matcher.mask()
+    matcher.undo(63)
+    assert matcher.mask() is masks[1]
+    matcher.undo(1)
+    assert matcher.mask() is not masks[0]
+    np.testing.assert_array_equal(matcher.mask(), masks[0])
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("", ""),
+        ("ab", '"ab"'),
+        ("<x>", "<[5]>"),
+        ("a<x>b", '"a" <[5]> "b"'),
+        ("a<x>b<y><x>", '"a" <[5]> "b" <[6]> <[5]>'),
+        ("<x>>", "<[7]>"),  # the longest of those that begin there
+        ('"<y', '"\\"<y"'),
+    ],
+)
+def test_special_tokens_in_a_literal(text: str, parts: str) -> None:
+    assert _literal(text, {"": 4, "<x>": 5, "<y>": 6, "<x>>": 7}) == parts
+
+
+@pytest.mark.parametrize(
+    ("tag", "reason"),
+    [
+        ([], "must be an object"),
+        ({"type": "other"}, "must be an object of type structural_tag"),
+        ({"triggers": [], "structures": TAG["structures"]}, "needs triggers"),
+        ({"triggers": ["<call>", 3], "structures": TAG["structures"]}, "needs triggers"),
+        ({"triggers": ["<call>"], "structures": []}, "needs triggers"),
+        ({"triggers": ["<call>"], "structures": ["<call>"]}, "needs triggers"),
+        ({"triggers": "<call>", "structures": TAG["structures"]}, "needs triggers"),
+        ({"triggers": [""], "structures": TAG["structures"]}, "begins with none of the triggers"),
+        ({"triggers": ["<call>"], "structures": [{"begin": 3, "schema": {}, "end": ""}]}, "each structure needs"),
+        ({"triggers": ["<"], "structures": [{"begin": "<", "schema": {}, "end": None}]}, "each structure needs"),
+        ({"triggers": ["<"], "structures": [{"begin": "<", "schema": "a", "end": ""}]}, "each structure needs"),
+    ],
+)
+def test_what_is_no_structural_tag(tag: object, reason: str) -> None:
+    source = GrammarSource("structural_tag", json.dumps(tag))
+    with pytest.raises(GrammarError, match=reason):
+        definition(source, {})
+
+
 def test_a_reason_is_cut_past_its_longest_length() -> None:
-    source, longest = GuidedDecodingParams(regex="a{").source, compiler_module._LONGEST_REASON
+    source, longest = GuidedDecodingParams(regex="a{").source, 300
     assert str(compiler_module._refusal(source, "x" * longest)).endswith(": " + "x" * longest)
     assert str(compiler_module._refusal(source, "x" * (longest + 1))).endswith(": " + "x" * longest + "...")
 

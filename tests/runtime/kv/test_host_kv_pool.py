@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from trimode.common.errors import TriModeError
-from trimode.runtime.kv.host_kv_pool import FIRST_ROWS, KvPool
+from trimode.runtime.kv import default_budget
+from trimode.runtime.kv.host_kv_pool import FIRST_ROWS, KvBudget, KvPool
 
 LIMIT_BYTES = 1500 * 2 * 2 * 2 * 4  # 1500 rows: two sequences of the capacity, or eleven short ones
 
@@ -74,6 +75,68 @@ class PoolAgainstModel(RuleBasedStateMachine):
 
 TestPool = PoolAgainstModel.TestCase
 TestPool.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def test_the_budget_is_shared_by_the_sequences_that_run() -> None:
+    budget = KvBudget(capacity=30, rows=80, spare_rows=2)
+    assert [budget.most_rows(sequences) for sequences in (0, 1, 2, 3, 4, 40, 41)] == [30, 30, 30, 24, 18, 0, -1]
+    assert (budget.fits(4, 18), budget.fits(4, 19), budget.fits(1, 78), budget.fits(1, 79)) == (True, False) * 2
+    without = KvBudget(capacity=30, rows=None, spare_rows=2)
+    assert (without.most_rows(100), without.fits(100, 1000)) == (30, True)
+
+
+def test_the_default_budget_is_four_fifths_of_what_the_weights_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(default_budget, "available_memory", lambda: 1100)
+    assert [default_budget.default_kv_bytes(weights) for weights in (100, 1098, 1099, 2000)] == [800, 1, 1, 1]
+
+
+def test_slots_double_while_the_limit_allows_it() -> None:
+    pool = KvPool(layers=1, kv_heads=1, head_dim=2, capacity=10, limit_bytes=5 * 10 * 16)
+    slots = []
+    for _ in range(5):
+        pool.acquire()
+        slots.append(pool.slots)
+    assert slots == [1, 2, 4, 4, 5]
+    assert pool.generation == 3
+    unlimited = KvPool(layers=1, kv_heads=1, head_dim=2, capacity=10)
+    for _ in range(5):
+        unlimited.acquire()
+    assert unlimited.slots == 8
+
+
+def test_the_last_sequence_moves_into_a_slot_that_is_freed() -> None:
+    pool = KvPool(layers=1, kv_heads=1, head_dim=2, capacity=300)
+    for slot in range(3):
+        assert pool.acquire() == slot
+    pool.reserve(300)
+    for buffer in pool.buffers:
+        buffer[:3] = np.arange(3)[:, None, None, None]
+    assert pool.release(0) == 2
+    assert [buffer[:2, 0, 0, 0].tolist() for buffer in pool.buffers] == [[2, 1]] * 2
+    assert pool.release(1) == 1
+    assert (pool.active, pool.rows) == (1, 300)  # one is left
+    with pytest.raises(ValueError, match="slot 1 is not active; 1 are"):
+        pool.release(1)
+    with pytest.raises(ValueError, match="slot -1 is not active"):
+        pool.release(-1)
+    assert pool.release(0) == 0
+    assert (pool.active, pool.rows, pool.slots) == (0, 128, 4)
+
+
+def test_rows_are_read_moved_and_written_in_their_own_slot() -> None:
+    pool = KvPool(layers=2, kv_heads=3, head_dim=2, capacity=20)
+    for _ in range(2):
+        pool.acquire()
+    for number, buffer in enumerate(pool.buffers):
+        buffer[:2] = 100 * number + np.arange(2 * 20).reshape(2, 1, 20, 1)
+    rows = pool.read_rows(1, 3, 7)
+    assert rows.shape == (4, 3, 4, 2)
+    assert rows[:, 0, :, 0].tolist() == [[100 * number + row for row in range(23, 27)] for number in range(4)]
+    pool.move_rows(1, 10, [12, 15, 16])
+    assert [pool.buffers[2][1, 2, row, 1] for row in (9, 10, 11, 12, 13)] == [229, 232, 235, 236, 233]
+    pool.write_rows(0, 5, rows)
+    assert [pool.buffers[3][0, 1, row, 0] for row in (4, 5, 8, 9)] == [304, 323, 326, 309]
+    assert pool.row_bytes == 2 * 2 * 3 * 2 * 4
 
 
 def test_rows_grow_by_doubling_up_to_the_capacity() -> None:
@@ -151,6 +214,8 @@ def test_a_limit_below_one_token_is_refused() -> None:
     with pytest.raises(TriModeError, match="kv_cache_bytes is 15, but one token's keys and values take 16 bytes"):
         KvPool(layers=1, kv_heads=1, head_dim=2, capacity=8, limit_bytes=15)
     assert KvPool(layers=1, kv_heads=1, head_dim=2, capacity=8, limit_bytes=16).rows == 1
+    with pytest.raises(TriModeError, match="one token's keys and values take 48 bytes"):
+        KvPool(layers=1, kv_heads=1, head_dim=2, capacity=8, limit_bytes=32, spare_rows=2)
 
 
 def test_spare_rows_lie_behind_every_sequence_and_within_the_limit() -> None:

@@ -101,6 +101,16 @@ def test_the_least_recently_used_goes_first() -> None:
     assert found == [BLOCK, 0, BLOCK, BLOCK]
 
 
+def test_whole_blocks_of_32_tokens_are_reused() -> None:
+    cache = Cache(blocks=9)
+    cache.store(np.arange(100))
+    for common, reused in ((31, 0), (32, 32), (63, 32), (64, 64), (100, 100)):
+        prompt = np.append(np.arange(common), [500, 501])
+        assert cache.cache.restore(prompt, cache.pool, 0) == reused
+    assert cache.cache.restore(np.arange(64), cache.pool, 0) == 63  # the last token gives the first logits
+    assert cache.cache.restore(np.arange(1), cache.pool, 0) == 0
+
+
 class Cache:
     """A cache of so many blocks, over one slot."""
 
