@@ -25,10 +25,11 @@ def settled(confidence: NDArray[np.floating], params: SamplingParams, masks: int
     if policy == "threshold":
         return chosen | (confidence >= threshold)
     order = np.argsort(-confidence, kind="stable")
+    run: int | None
     if policy == "quota":
         run = quota(masks, params.denoising_steps or params.longest_block, done)
     elif policy == "top_n":
-        run = params.denoising_top_n or 1
+        run = params.denoising_top_n
     else:
         ranked = confidence[order]
         holds = (
