@@ -30,6 +30,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -41,9 +42,9 @@ BAR = 0.92
 FOLDERS = ("decoding", "scheduling", "kv", "api", "grammar")
 TESTS = tuple(f"tests/runtime/{folder}" for folder in (*FOLDERS, "request"))
 MOST_SECONDS = 60  # of processor time, of a mutant's tests without it
-# Processor time of a mutant's tests, in that of the tests without a mutant: tests that take longer do not end. A mutant
-# may also wait forever without taking any, so time has a limit, too.
-PATIENCE, LONGEST_WAIT = 4, 8
+# Processor time of a mutant's tests, in that of the tests without a mutant: tests that take longer do not end.
+PATIENCE = 4
+IDLE_SECONDS, IDLE_USE = 150, 0.5  # tests that take less processor time in so many seconds wait forever
 SETUP_SECONDS = 30  # for what all tests share, such as engines
 PATIENCE_OF_TESTS = 90  # seconds that a test waits for what must come, in place of HANG_SECONDS
 
@@ -115,13 +116,6 @@ class Outcome(NamedTuple):
     seconds: float
 
 
-class Limits(NamedTuple):
-    """processor, wall: seconds."""
-
-    processor: int
-    wall: float
-
-
 class Failures:
     """A pytest plugin that sends the names of failed tests."""
 
@@ -186,10 +180,10 @@ class Calls:
         return str(file) if file.parts[0] == "runtime" and file.parts[1] in FOLDERS else None
 
 
-def outcome(tree: Path, tests: list[Test], limits: Limits) -> Outcome:
-    """Of these tests in the tree."""
+def outcome(tree: Path, tests: list[Test], most_seconds: int) -> Outcome:
+    """Of these tests in the tree. most_seconds: of processor time."""
     files = list(dict.fromkeys(test.file for test in tests))
-    return _in_a_process(tree, files, limits, lambda: [Only(frozenset(test.name for test in tests))])
+    return _in_a_process(tree, files, most_seconds, lambda: [Only(frozenset(test.name for test in tests))])
 
 
 def recorded(tree: Path, file: Path) -> tuple[Outcome, list[Test]]:
@@ -201,14 +195,13 @@ def recorded(tree: Path, file: Path) -> tuple[Outcome, list[Test]]:
     return found, [Test(name, seconds, frozenset(map(tuple, calls))) for name, seconds, calls in tests]
 
 
-def _in_a_process(tree: Path, files: list[str], limits: Limits | None, plugins: Any) -> Outcome:
+def _in_a_process(tree: Path, files: list[str], most_seconds: int | None, plugins: Any) -> Outcome:
     context = multiprocessing.get_context("fork")
     begun, (failed, sender) = processor_seconds(), context.Pipe(duplex=False)
-    process = context.Process(target=run_tests, args=(tree, files, limits, sender, plugins))
+    process = context.Process(target=run_tests, args=(tree, files, most_seconds, sender, plugins))
     process.start()
     sender.close()
-    process.join(None if limits is None else limits.wall)
-    ended = process.exitcode is not None
+    ended = _ends(process)
     if not ended:
         process.kill()
         process.join()
@@ -223,13 +216,31 @@ def _in_a_process(tree: Path, files: list[str], limits: Limits | None, plugins: 
     return Outcome(f"exit status {process.exitcode}" if ended else "waiting forever", seconds)
 
 
+def _ends(process: ForkProcess) -> bool:
+    """Wait for the end of a process; False if it waits itself, and takes no processor time."""
+    since, used = time.monotonic(), 0.0
+    while process.exitcode is None:
+        process.join(1)
+        try:
+            fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:  # it has ended
+            continue
+        seconds = sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")  # its own, and that of its ended children
+        now = time.monotonic()
+        if seconds > used + IDLE_USE:
+            since, used = now, seconds
+        elif now - since > IDLE_SECONDS:
+            return False
+    return True
+
+
 def processor_seconds() -> float:
     """Of the processes that this one has started and that have ended."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
-def run_tests(tree: Path, files: list[str], limits: Limits | None, failed: Connection, plugins: Any) -> None:
+def run_tests(tree: Path, files: list[str], most_seconds: int | None, failed: Connection, plugins: Any) -> None:
     """In a process of its own: the tests of ``tree`` import the modules of ``tree``. Sends the first that fails."""
     os.setsid()
     os.chdir(tree)
@@ -238,8 +249,8 @@ def run_tests(tree: Path, files: list[str], limits: Limits | None, failed: Conne
     sys.dont_write_bytecode = True
     for stream in (1, 2):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-    if limits is not None:
-        resource.setrlimit(resource.RLIMIT_CPU, (limits.processor, limits.processor))
+    if most_seconds is not None:
+        resource.setrlimit(resource.RLIMIT_CPU, (most_seconds, most_seconds))
     import hypothesis
     import pytest
 
@@ -319,7 +330,7 @@ def mutated_outcome(tree: Path, place: Place, tests: list[Test]) -> Outcome:
     original = (tree / place.file).read_text()
     (tree / place.file).write_text(place.mutant.source)
     try:
-        return outcome(tree, tests, Limits(math.ceil(PATIENCE * seconds), LONGEST_WAIT * seconds))
+        return outcome(tree, tests, math.ceil(PATIENCE * seconds))
     finally:
         (tree / place.file).write_text(original)
 
