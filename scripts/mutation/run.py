@@ -59,7 +59,7 @@ class Place(NamedTuple):
         return f"{self.file}:{self.mutant.line}: {self.mutant.before}  ->  {self.mutant.after}"
 
 
-class Test(NamedTuple):
+class RecordedTest(NamedTuple):
     """A test that ran without a mutant. seconds: of processor time. calls: file and first line of each function of the
     runtime's core that it called.
     """
@@ -180,19 +180,19 @@ class Calls:
         return str(file) if file.parts[0] == "runtime" and file.parts[1] in FOLDERS else None
 
 
-def outcome(tree: Path, tests: list[Test], most_seconds: int) -> Outcome:
+def outcome(tree: Path, tests: list[RecordedTest], most_seconds: int) -> Outcome:
     """Of these tests in the tree. most_seconds: of processor time."""
     files = list(dict.fromkeys(test.file for test in tests))
     return _in_a_process(tree, files, most_seconds, lambda: [Only(frozenset(test.name for test in tests))])
 
 
-def recorded(tree: Path, file: Path) -> tuple[Outcome, list[Test]]:
+def recorded(tree: Path, file: Path) -> tuple[Outcome, list[RecordedTest]]:
     """Of all tests, without a mutant. file: for what they call."""
     found = _in_a_process(tree, list(TESTS), None, lambda: [Calls(tree, file)])
     if found.caught_by is not None:
         return found, []
     tests = json.loads(file.read_text())
-    return found, [Test(name, seconds, frozenset(map(tuple, calls))) for name, seconds, calls in tests]
+    return found, [RecordedTest(name, seconds, frozenset(map(tuple, calls))) for name, seconds, calls in tests]
 
 
 def _in_a_process(tree: Path, files: list[str], most_seconds: int | None, plugins: Any) -> Outcome:
@@ -260,7 +260,7 @@ def run_tests(tree: Path, files: list[str], most_seconds: int | None, failed: Co
     sys.exit(pytest.main(arguments, plugins=[Failures(failed), *plugins()]))
 
 
-def tests_of(place: Place, tests: list[Test]) -> list[Test]:
+def tests_of(place: Place, tests: list[RecordedTest]) -> list[RecordedTest]:
     """Those that call the mutant's function: the fastest ones, by file, the fastest file first."""
     file, function = str(place.file), place.mutant.function
     calling = [
@@ -275,11 +275,12 @@ def tests_of(place: Place, tests: list[Test]) -> list[Test]:
     return sorted(chosen, key=lambda test: (seconds[test.file], test.file, test.seconds))
 
 
-def _fastest(tests: list[Test]) -> Iterator[Test]:
+def _fastest(tests: list[RecordedTest]) -> Iterator[RecordedTest]:
+    """The fastest one, and as many more as have time."""
     seconds = 0.0
-    for test in sorted(tests, key=lambda test: test.seconds):
+    for number, test in enumerate(sorted(tests, key=lambda test: test.seconds)):
         seconds += test.seconds
-        if seconds > MOST_SECONDS:
+        if number and seconds > MOST_SECONDS:
             return
         yield test
 
@@ -322,7 +323,7 @@ def main() -> int:
     return 0 if outcomes[True] >= BAR * outcomes.total() else 1
 
 
-def mutated_outcome(tree: Path, place: Place, tests: list[Test]) -> Outcome:
+def mutated_outcome(tree: Path, place: Place, tests: list[RecordedTest]) -> Outcome:
     """Of these tests with the mutant in place; it survives where no test calls it."""
     if not tests:
         return Outcome(None, 0.0)
