@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.patience import HANG_SECONDS
 from trimode.runtime.api.request_output import Mailbox, RequestOutput
 from trimode.runtime.request.outputs import Update
 
@@ -81,7 +82,7 @@ def test_a_loop_that_is_left_ends_the_request() -> None:
 def test_a_thread_that_waits_is_woken() -> None:
     found = output()
     threading.Timer(0.02, put, (found, update(0, 5, finish_reason="stop"))).start()
-    assert found.result(timeout=60).outputs[0].token_ids == [5]
+    assert found.result(timeout=HANG_SECONDS).outputs[0].token_ids == [5]
 
 
 def test_an_event_loop_is_woken_from_another_thread() -> None:
@@ -99,7 +100,7 @@ def test_an_event_loop_is_woken_from_another_thread() -> None:
         assert (await whole).outputs[0].token_ids == [5, 6]
         return seen
 
-    assert asyncio.run(asyncio.wait_for(read(), 60)) == [[5], [6]]
+    assert asyncio.run(asyncio.wait_for(read(), HANG_SECONDS)) == [[5], [6]]
 
 
 def test_it_is_awaited_where_it_was_made() -> None:

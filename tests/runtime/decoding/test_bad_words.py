@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from trimode.runtime.decoding.bad_words import BadWords
@@ -28,6 +28,7 @@ words = st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=3)
 tokens = st.lists(st.integers(0, len(TEXTS) - 1), max_size=6)
 
 
+@settings(deadline=None)
 @given(words=words, taken=tokens)
 def test_a_token_completes_a_word_where_the_text_then_has_one(words: list[str], taken: list[int]) -> None:
     before = b"".join(TEXTS[token] for token in taken)

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trimode.runtime.scheduling.pass_cost import EngineName, PassCost
@@ -250,6 +250,7 @@ class Filter:
             self.met_at[cell] = self.passes
 
 
+@settings(deadline=None)
 @given(
     passes=st.lists(
         st.tuples(st.sampled_from([1, 2, 3, 4]), st.sampled_from([-0.1, 0.1, 0.35, 0.5, 0.9, -0.9, 1.6, -1.6, 4, -4])),
