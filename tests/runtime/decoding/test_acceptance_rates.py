@@ -113,6 +113,7 @@ def test_a_tree_counts_for_the_power_of_two_below_its_width(width: int, place: i
     expected = WIDTHS.copy()
     expected[place] += 0.05 * (3 - WIDTHS[place])
     assert own.tree_gains == pytest.approx(expected)
+    assert own.tree_gain(width) == own.tree_gains[place]
     of_all = WIDTHS.copy()
     of_all[place] = (3 + 4 * WIDTHS[place]) / 5
     assert shared.tree_gains == pytest.approx(of_all)

@@ -54,18 +54,20 @@ def test_without_a_stop_string_of_many_tokens_it_feeds_no_text() -> None:
 
 def test_the_budget_forces_the_end_of_thinking_once() -> None:
     found = ending(ThinkingBudget(2, IDS, [THINK]), max_tokens=9)
-    assert found.forced_among([300]) is None
-    assert found.forced_among([300, 301, 302, 303]) == Forced(2, END_THINK)
+    assert found.forced_among([300]) == []
+    assert found.forced_among([300, 301, 302, 303]) == [Forced(2, END_THINK)]
+    assert found.forced_among([300, END_THINK, THINK, 301, 302, 303]) == [Forced(5, END_THINK)]
+    assert found.forced_among([300, 301, 302, THINK, 303, 304, 305]) == [Forced(2, END_THINK), Forced(6, END_THINK)]
     for token in (300, 301):
         assert found.forced is None
         found.take(token)
     assert found.forced == END_THINK
-    assert found.forced_among([302]) == Forced(0, END_THINK)
+    assert found.forced_among([302]) == [Forced(0, END_THINK)]
     found.take(END_THINK)
     assert found.forced is None
-    assert found.forced_among([302, 303, 304]) is None
+    assert found.forced_among([302, 303, 304]) == []
     assert ending().forced is None
-    assert ending().forced_among([300]) is None
+    assert ending().forced_among([300]) == []
 
 
 @pytest.mark.parametrize(
@@ -93,7 +95,7 @@ def test_a_thought_that_begins_anew_has_the_whole_budget() -> None:
     for token in (300, 301, END_THINK, 302, THINK):
         budget.take(token)
     assert not budget.spent
-    assert budget.runs_out_at([300, 301, 302]) == 2
+    assert budget.ends_among([300, 301, 302]) == [2]
     budget.take(300)
     budget.take(301)
     assert budget.spent
