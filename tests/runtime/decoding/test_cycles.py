@@ -353,3 +353,20 @@ def test_prompt_logprobs_need_short_passes_of_all_rows_and_more_candidates() -> 
     assert len(sequence.prompt_logprobs) == len(prompt)
     assert sequence.prompt_logprobs[1] == {201: (0.0, None), 0: (0.0, 1), 600: (pytest.approx(np.log(1e-6)), 2)}
     assert sequence.emitted == [300]
+
+
+def test_blocks_of_diffusion_are_cycles_without_drafts() -> None:
+    """A block that ends the text needs no commit, and counts."""
+    case = Case(mode="diffusion")
+    case.sequence.open_block(4)
+    case.absorb("denoise", certain([301, 302, 303]))
+    case.absorb("commit", certain([304]))
+    assert case.sequence.counts == Counts(prefill=1, denoise=1, commit=1, cycles=1)
+    assert (case.sequence.committed, case.sequence.emitted) == (5, [300, 301, 302, 303, 304])
+    case.sequence.open_block(4)
+    case.absorb("denoise", certain([401, END, 403]))
+    assert case.sequence.counts == Counts(prefill=1, denoise=2, commit=1, cycles=2)
+    assert case.sequence.emitted == [300, 301, 302, 303, 304, 401, END]
+    assert case.sequence.origins == ["prefill", *["denoised"] * 3, "bonus", *["denoised"] * 2]
+    assert case.sequence.cycles == []
+    assert case.acceptance.cycles == []
