@@ -156,7 +156,7 @@ def test_options_at_their_least(random_engine: Path) -> None:
 
 
 def test_what_an_engine_does_unless_it_is_told() -> None:
-    """The values that the documentation names."""
+    """Servers and users rely on these values."""
     named = {name: parameter.default for name, parameter in inspect.signature(EngineLLM.__init__).parameters.items()}
     assert {name: named[name] for name in ("max_queue_size", "prefix_cache_bytes", "update_seconds", "mode")} == {
         "max_queue_size": 1024,
