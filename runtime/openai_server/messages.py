@@ -11,6 +11,7 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from trimode.runtime.api.request_output import RequestOutput
+from trimode.runtime.openai_server.answer_events import AnswerEvents
 from trimode.runtime.openai_server.answer_splitter import AnswerPiece
 from trimode.runtime.openai_server.chat import StartedChat, encode_chat, start_chat
 from trimode.runtime.openai_server.http_errors import messages_error
@@ -31,23 +32,7 @@ async def create_message(service: Service, body: MessagesRequest, http: Request)
     headers = service.report_ignored_fields(body, http)
     model = service.names.resolve(body.model)
     chat = await start_chat(service, body.as_chat(), model)
-    events = _Events(service, chat, model)
-    if body.stream:
-        response = service.stream(
-            chat.run,
-            events.first(),
-            events.of_update,
-            events.last,
-            write=MessageEvent.event_text,
-            failure=_failure,
-            end="",
-        )
-        response.headers.update(headers)
-        return response
-    with chat.run as run:
-        await run.finish(http)
-        service.metrics.observe(chat.request)
-        return json_response(events.whole(), headers)
+    return await _Events(service, chat, model).respond(bool(body.stream), headers, http)
 
 
 async def count_tokens(service: Service, body: CountTokensRequest, http: Request) -> Response:
@@ -57,22 +42,15 @@ async def count_tokens(service: Service, body: CountTokensRequest, http: Request
     return json_response(TokenCount(input_tokens=len(prompt.token_ids)), headers)
 
 
-def _failure(error: Exception) -> MessageEvent:
-    return MessageEvent(type="error", error=messages_error(error).error)
-
-
-class _Events:
+class _Events(AnswerEvents[MessageEvent]):
     """The events of one message. Its content is a thought, a text and tool calls, in this order."""
 
     def __init__(self, service: Service, chat: StartedChat, model: ModelName) -> None:
-        self._service = service
-        self._chat = chat
+        super().__init__(service, chat)
         self._model = model
         self._id = f"msg_{uuid.uuid4().hex}"
-        self._splitter = chat.splitters[0]
         self._index = -1  # of the latest block
         self._open: str | None = None  # its type, while it grows
-        self._finished = False
 
     def whole(self) -> MessageRecord:
         answer = self._splitter.whole(self._chat.request.outputs[0].text)
@@ -87,14 +65,6 @@ class _Events:
     def first(self) -> Iterator[MessageEvent]:
         yield MessageEvent(type="message_start", message=self._record([], None))
 
-    def of_update(self, _: int, request: RequestOutput) -> Iterator[MessageEvent]:
-        output = request.outputs[0]
-        piece = self._splitter.feed(output.text_diff)
-        if output.finish_reason is not None and not self._finished:
-            self._finished = True
-            piece.add(self._splitter.finish())
-        yield from self._of_piece(piece)
-
     def last(self, _: Sequence[RequestOutput]) -> Iterator[MessageEvent]:
         if self._index < 0:
             yield from self._begin({"type": "text", "text": "", "citations": None})
@@ -103,6 +73,9 @@ class _Events:
         delta = {"stop_reason": reason, "stop_sequence": self._stop_sequence(reason)}
         yield MessageEvent(type="message_delta", delta=delta, usage=self._usage())
         yield MessageEvent(type="message_stop")
+
+    def failure(self, error: Exception) -> MessageEvent:
+        return MessageEvent(type="error", error=messages_error(error).error)
 
     def _of_piece(self, piece: AnswerPiece) -> Iterator[MessageEvent]:
         if piece.reasoning:

@@ -29,7 +29,7 @@ from trimode.runtime.openai_server.request_bodies import (
     content_text,
     unsupported,
 )
-from trimode.runtime.openai_server.response_bodies import MessagesError, ResponseBody
+from trimode.runtime.openai_server.response_bodies import MessagesError, NamedEvent, ResponseBody
 
 FORMAT = "output_config.format"
 # Fields that each kind of block needs.
@@ -249,19 +249,15 @@ class MessageRecord(ResponseBody):
     usage: MessagesUsage
 
 
-class MessageEvent(ResponseBody):
+class MessageEvent(NamedEvent):
     """One event of a stream; which fields are set depends on its type."""
 
-    type: str
     message: MessageRecord | None = None
     index: int | None = None
     content_block: dict[str, Any] | None = None
     delta: dict[str, Any] | None = None
     usage: MessagesUsage | None = None
     error: MessagesError | None = None
-
-    def event_text(self) -> str:
-        return f"event: {self.type}\ndata: {self.json_text()}\n\n"
 
 
 class TokenCount(ResponseBody):

@@ -14,6 +14,15 @@ class ResponseBody(BaseModel):
         return self.model_dump_json(exclude_unset=True)
 
 
+class NamedEvent(ResponseBody):
+    """A server-sent event with its type as name; which other fields are set depends on it."""
+
+    type: str
+
+    def event_text(self) -> str:
+        return f"event: {self.type}\ndata: {self.json_text()}\n\n"
+
+
 class PromptTokensDetails(ResponseBody):
     cached_tokens: int
 

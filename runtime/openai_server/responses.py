@@ -11,6 +11,7 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from trimode.runtime.api.request_output import RequestOutput
+from trimode.runtime.openai_server.answer_events import AnswerEvents
 from trimode.runtime.openai_server.answer_splitter import AnswerPiece
 from trimode.runtime.openai_server.chat import StartedChat, new_call_id, start_chat
 from trimode.runtime.openai_server.http_errors import error_body
@@ -27,7 +28,7 @@ from trimode.runtime.openai_server.responses_bodies import (
     Status,
     echoed_tools,
 )
-from trimode.runtime.openai_server.service import ResponseHead, Service, json_response
+from trimode.runtime.openai_server.service import ResponseHead, Service
 
 
 async def respond(service: Service, body: ResponsesRequest, http: Request) -> Response:
@@ -35,38 +36,20 @@ async def respond(service: Service, body: ResponsesRequest, http: Request) -> Re
     model = service.names.resolve(body.model)
     chat = await start_chat(service, body.as_chat(), model)
     events = _Events(service, body, chat, service.head("resp", model))
-    if body.stream:
-        response = service.stream(
-            chat.run,
-            events.first(),
-            events.of_update,
-            events.last,
-            write=ResponseEvent.event_text,
-            failure=events.failure,
-            end="",
-        )
-        response.headers.update(headers)
-        return response
-    with chat.run as run:
-        await run.finish(http)
-        service.metrics.observe(chat.request)
-        return json_response(events.whole(), headers)
+    return await events.respond(bool(body.stream), headers, http)
 
 
-class _Events:
+class _Events(AnswerEvents[ResponseEvent]):
     """The events of one response. Its output is reasoning, a message and function calls, in this order."""
 
     def __init__(self, service: Service, body: ResponsesRequest, chat: StartedChat, head: ResponseHead) -> None:
-        self._service = service
+        super().__init__(service, chat)
         self._body = body
-        self._chat = chat
         self._head = head
-        self._splitter = chat.splitters[0]
         self._number = -1  # of the latest event
         self._output: list[OutputItem] = []
         self._open: OutputItem | None = None  # the latest item, while it grows
         self._part = OutputPart(type="output_text", text="")  # of the open item, unless that is a call
-        self._finished = False
 
     def whole(self) -> ResponseRecord:
         piece = self._splitter.feed(self._chat.request.outputs[0].text)
@@ -78,14 +61,6 @@ class _Events:
     def first(self) -> Iterator[ResponseEvent]:
         for kind in ("created", "in_progress"):
             yield self._event(f"response.{kind}", response=self._record("in_progress"))
-
-    def of_update(self, _: int, request: RequestOutput) -> Iterator[ResponseEvent]:
-        output = request.outputs[0]
-        piece = self._splitter.feed(output.text_diff)
-        if output.finish_reason is not None and not self._finished:
-            self._finished = True
-            piece.add(self._splitter.finish())
-        yield from self._of_piece(piece)
 
     def last(self, _: Sequence[RequestOutput]) -> Iterator[ResponseEvent]:
         yield from self._ending()

@@ -29,7 +29,7 @@ from trimode.runtime.openai_server.request_bodies import (
     content_text,
     unsupported,
 )
-from trimode.runtime.openai_server.response_bodies import ResponseBody
+from trimode.runtime.openai_server.response_bodies import NamedEvent, ResponseBody
 
 ITEM_TYPES = ("message", "function_call", "function_call_output", "reasoning")
 TEXT_FORMAT = "text.format"
@@ -327,10 +327,9 @@ class ResponseRecord(ResponseBody):
     usage: ResponseUsage | None
 
 
-class ResponseEvent(ResponseBody):
+class ResponseEvent(NamedEvent):
     """One event of a stream; which fields are set depends on its type."""
 
-    type: str
     sequence_number: int
     response: ResponseRecord | None = None
     output_index: int | None = None
@@ -346,9 +345,6 @@ class ResponseEvent(ResponseBody):
     code: str | None = None
     message: str | None = None
     param: str | None = None
-
-    def event_text(self) -> str:
-        return f"event: {self.type}\ndata: {self.json_text()}\n\n"
 
 
 def echoed_tools(body: ResponsesRequest) -> list[dict[str, Any]]:

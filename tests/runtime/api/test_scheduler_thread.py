@@ -17,7 +17,7 @@ from trimode.runtime.request.errors import EngineDeadError, QueueFullError, Shut
 
 
 class Scheduler:
-    """Takes no step until it is told to."""
+    """Runs no step by itself."""
 
     def __init__(self) -> None:
         self.waiting: deque[Any] = deque()
