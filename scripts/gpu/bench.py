@@ -14,7 +14,7 @@ Parts, each in a process of its own with its own time limit:
 - ``passes``: AR, draft, verification and cycle of one request, and the kernels of each pass;
 - ``bits``: the logits of 10,000 tokens in steps of 1, 8, 32 and 64 and in batches of 1 and 16, bit for bit;
 - ``prefill``: a prompt of 2,048 tokens against the measured peak;
-- ``requests``: 64 requests at the same time, by mode, and what ``auto`` chose.
+- ``requests``: one request, and 64 at the same time, by mode, and what ``auto`` chose.
 
 --change and --prediction describe what differs from the last run and what it should gain. The report repeats them
 beside the results, for the log in docs/kernels.md. The GPU's machine needs what ``scripts.gpu.check`` needs. The exit

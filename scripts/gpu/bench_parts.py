@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from unittest.mock import patch
 
@@ -36,13 +37,13 @@ from trimode.runtime.request.sampling_params import SamplingParams
 
 @dataclass(frozen=True)
 class BenchSizes:
-    """timed: of passes and prefill. compared: the text of part ``bits``. requests: at the same time, each with so many
-    prompt_tokens and new tokens. block: of modes with blocks.
+    """timed: of passes and prefill. compared: the text of part ``bits``. requests: numbers of requests at the
+    same time, each with so many prompt_tokens and new tokens. block: of modes with blocks.
     """
 
     timed: TimedSizes
     compared: ComparedSteps
-    requests: int
+    requests: tuple[int, ...]
     prompt_tokens: int
     new_tokens: int
     block: int
@@ -56,7 +57,7 @@ class BenchSizes:
 SIZES_8B = BenchSizes(
     replace(engine_times.SIZES_8B, batches={512: (1,), 4096: (1,)}),
     ComparedSteps(10_000, ((1, 8), (1, 32), (1, 64), (16, 1), (16, 8), (16, 32), (16, 64))),
-    requests=64,
+    requests=(1, 64),
     prompt_tokens=128,
     new_tokens=32,
     block=32,
@@ -128,23 +129,23 @@ def prefill_flops(config: ModelConfig, tokens: int) -> int:
 
 def _requests(engine: RandomEngine, torch_device: TorchDevice, sizes: BenchSizes) -> Iterator[Record]:
     """Tokens a second of requests that run at the same time, by mode. For ``auto``, the passes show what it chose."""
-    capacity = sizes.prompt_tokens + sizes.new_tokens + 2 * sizes.block
+    capacity, largest = sizes.prompt_tokens + sizes.new_tokens + 2 * sizes.block, max(sizes.requests)
     rng = np.random.default_rng(3)
-    prompts = rng.integers(101, engine.manifest.model.vocab_size, (sizes.requests, sizes.prompt_tokens))
+    prompts = rng.integers(101, engine.manifest.model.vocab_size, (largest, sizes.prompt_tokens))
     inputs = [{"prompt_token_ids": prompt.tolist()} for prompt in prompts]
-    with _executor(engine, torch_device, capacity, sizes.requests) as (_, loaded):
+    with _executor(engine, torch_device, capacity, largest) as (_, loaded):
         with patch.object(llm_module, "load_engine", lambda *_arguments, **_options: loaded):
-            llm = EngineLLM(engine.folder, max_batch_size=sizes.requests, prefix_cache_bytes=0, verify=False)
+            llm = EngineLLM(engine.folder, max_batch_size=largest, prefix_cache_bytes=0, verify=False)
         with llm:
-            for mode in sizes.modes:
+            for requests, mode in product(sizes.requests, sizes.modes):
                 params = SamplingParams(max_tokens=sizes.new_tokens, ignore_eos=True, **mode)
-                llm.generate(inputs, params)  # captures the passes
+                llm.generate(inputs[:requests], params)  # captures the passes
                 before, started = llm.stats(), time.perf_counter()
-                outputs = llm.generate(inputs, params)
+                outputs = llm.generate(inputs[:requests], params)
                 seconds = time.perf_counter() - started
                 after, emitted = llm.stats(), sum(len(output.outputs[0].token_ids) for output in outputs)
                 yield {
-                    "what": f"{TIMED}: {sizes.requests} requests, {mode['mode']}",
+                    "what": f"{TIMED}: {requests} requests, {mode['mode']}",
                     "tokens": emitted,
                     "tokens_per_second": emitted / seconds,
                     "counts": {

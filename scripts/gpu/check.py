@@ -41,12 +41,12 @@ DEVICE_PART = "device"
 TEST_PART = "tests"
 # Seconds of each part. Those that run engines, and the PyTorch reference of the same size:
 ENGINE_LIMITS = {
-    "tiny-fp32": 40.0,
-    "tiny-bf16": 40.0,
-    "memcheck": 40.0,
-    "8b": 90.0,
+    "tiny-fp32": 60.0,
+    "tiny-bf16": 60.0,
+    "memcheck": 50.0,
+    "8b": 60.0,
     "8b-bits": 50.0,
-    "8b-reference": 70.0,
+    "8b-reference": 50.0,
 }
 ENGINE_PARTS = tuple(ENGINE_LIMITS)
 LIMITS = {

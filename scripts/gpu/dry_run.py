@@ -55,7 +55,7 @@ PASSES = ((16, 1), (16, 4))
 BENCH = bench_parts.BenchSizes(
     replace(TIMES, batches={16: (1,)}, prefill=16),
     ComparedSteps(4, ((1, 2), (2, 2))),
-    requests=1,
+    requests=(1,),
     prompt_tokens=4,
     new_tokens=2,
     block=2,

@@ -30,7 +30,7 @@ from packaging.utils import canonicalize_name
 from scripts.gpu.pool_layout import pool_layout
 from scripts.gpu.random_w4a16_checkpoint import GROUP, RANK, config_fields
 from scripts.gpu.random_weights import TIMED
-from scripts.gpu.token_check import RANKED, Answer
+from scripts.gpu.token_check import RANKED, Answer, Setting
 from trimode.build.cpu.target import CpuTarget
 from trimode.build.cuda.emission import write_launches
 from trimode.build.cuda.target import CudaTarget
@@ -48,7 +48,6 @@ from trimode.model.rope import query_scales, yarn_frequencies
 from trimode.quantize import quantize_checkpoint
 from trimode.quantize.quantizing import Method
 from trimode.runtime.api.llm import EngineLLM
-from trimode.runtime.request.sampling_params import SamplingParams
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "checkpoints" / "tiny"
@@ -62,6 +61,14 @@ PRESENT = ("torch", "numpy", "ml-dtypes", "transformers", "triton", "cuda-bindin
 # version of hypothesis, so all have the versions of this machine.
 ADDED = ("pydantic", "llguidance", "psutil", "rich", "hypothesis", "pytest")
 
+# What settings with a form answer.
+FORM = {
+    "type": "object",
+    "properties": {"answer": {"type": "string", "maxLength": 24}, "sure": {"type": "boolean"}},
+    "required": ["answer", "sure"],
+    "additionalProperties": False,
+}
+
 # Of pygments, which has 4 MB of lexers: those that pytest imports.
 _LEXERS = ("__init__", "_mapping", "diff", "python")
 
@@ -71,13 +78,15 @@ class EmittedSizes:
     """What the engines are compared and timed with.
 
     method: quantises the compared checkpoint. max_tokens, block: of an answer, and of a block of ``linear_spec`` and
-    ``diffusion``. capacity, max_batch, max_step: of the compared engines. shape, layers, vocabulary: of the engine
-    without weights, whose limits are ``timed``; None for those of the shape.
+    ``diffusion``. few_prompts: answered in settings other than the three modes. capacity, max_batch, max_step: of the
+    compared engines. shape, layers, vocabulary: of the engine without weights, whose limits are ``timed``; None for
+    those of the shape.
     """
 
     method: Method = "awq"
     max_tokens: int = 64
     block: int = 16
+    few_prompts: int = 40
     capacity: int = 512
     max_batch: int = 8
     max_step: int = 64
@@ -89,9 +98,34 @@ class EmittedSizes:
     )
 
     @property
-    def modes(self) -> tuple[dict[str, Any], ...]:
-        blocks = {"block_length": self.block}
-        return {"mode": "ar"}, {"mode": "linear_spec", **blocks}, {"mode": "diffusion", **blocks}
+    def settings(self) -> tuple[Setting, ...]:
+        """Each mode with all prompts, and what else changes the passes of a request with the first few prompts."""
+        few, blocks = self.few_prompts, {"block_length": self.block}
+        speculation = {"mode": "linear_spec", **blocks}
+        # A tree of twice the block.
+        tree = {**speculation, "tree_width": 2 * self.block}
+        form = {"guided_decoding": {"json": FORM}}
+        rules = {"frequency_penalty": 0.3, "bad": ["the"]}
+        sampled = {"temperature": 0.8, "top_k": RANKED, "seed": 7}
+        return (
+            Setting("ar", {"mode": "ar"}),
+            Setting("linear_spec", speculation, repeats="ar"),
+            Setting("diffusion", {"mode": "diffusion", **blocks}),
+            Setting("auto", {"mode": "auto", **blocks}, few, "ar"),
+            Setting("trees", tree, few, "ar"),
+            Setting("refined drafts", {**speculation, "draft_threshold": 0.9}, few, "ar"),
+            Setting("copies", {**speculation, "lookup": True}, few, "ar"),
+            Setting("drafts without adapter", {**speculation, "adapter": False}, few, "ar"),
+            Setting("sampled ar", {"mode": "ar", **sampled}, few),
+            Setting("sampled linear_spec", {**speculation, **sampled}, few),
+            Setting("sampled trees", {**tree, **sampled}, few),
+            Setting("JSON, ar", {"mode": "ar", **form}, few),
+            Setting("JSON, linear_spec", {**speculation, **form}, few, "JSON, ar"),
+            Setting("JSON, trees", {**tree, **form}, few, "JSON, ar"),
+            Setting("rules, ar", {"mode": "ar", **rules}, few),
+            Setting("rules, linear_spec", {**speculation, **rules}, few, "rules, ar"),
+            Setting("rules, trees", {**tree, **rules}, few, "rules, ar"),
+        )
 
 
 def held_out(prompts: int) -> list[Any]:
@@ -125,18 +159,13 @@ def emit_timed_engine(folder: Path, sm: int, sizes: EmittedSizes) -> None:
 
 
 def _expected(engine: Path, prompts: list[Any], sizes: EmittedSizes) -> dict[str, Any]:
-    """Prompts, and the answers of each mode."""
+    """Prompts, and the answers of each setting."""
+    answers = {}
     with EngineLLM(engine, measure_passes=False) as llm:
-        answers = {
-            str(options["mode"]): [
-                Answer.of(output.outputs[0]).stored()
-                for output in llm.generate(
-                    prompts, SamplingParams(max_tokens=sizes.max_tokens, logprobs=RANKED, **options)
-                )
-            ]
-            for options in sizes.modes
-        }
-    return {"modes": sizes.modes, "max_tokens": sizes.max_tokens, "prompts": prompts, "answers": answers}
+        for setting in sizes.settings:
+            outputs = llm.generate(prompts[: setting.prompts], setting.params(sizes.max_tokens, logprobs=RANKED))
+            answers[setting.name] = [Answer.of(output.outputs[0]).stored() for output in outputs]
+    return {"settings": sizes.settings, "max_tokens": sizes.max_tokens, "prompts": prompts, "answers": answers}
 
 
 def write_engine_without_weights(

@@ -36,14 +36,14 @@ def checked_memory(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def run_every_mode(folder: Path, prompts: int = PROMPTS, max_tokens: int = MAX_TOKENS) -> None:
-    """Answer prompts in every mode: prefills, single tokens, drafts, verifications and denoise passes."""
+    """Answer prompts in every setting: prefills, single tokens, drafts, verifications and denoise passes."""
+    from scripts.gpu.token_check import Setting
     from trimode.runtime.api.llm import EngineLLM
-    from trimode.runtime.request.sampling_params import SamplingParams
 
     expected = json.loads((folder / "expected.json").read_text())
     with EngineLLM(folder / "engines" / "tiny-bf16", measure_passes=False) as llm:
-        for options in expected["modes"]:
-            llm.generate(expected["prompts"][:prompts], SamplingParams(max_tokens=max_tokens, **options))
+        for fields in expected["settings"]:
+            llm.generate(expected["prompts"][:prompts], Setting(*fields).params(max_tokens))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -18,6 +17,7 @@ from unittest.mock import patch
 from trimode.runtime.api.llm import EngineLLM
 from trimode.runtime.gpu.device import Device
 from trimode.runtime.gpu.device_kv_pool import DeviceKvPool
+from trimode.runtime.request.guided_decoding import GuidedDecodingParams
 from trimode.runtime.request.outputs import CompletionOutput
 from trimode.runtime.request.sampling_params import SamplingParams
 
@@ -67,35 +67,58 @@ class Margin(NamedTuple):
         return cls(ranked[own] - ranked.get(other, min(ranked.values())), other not in ranked)
 
 
+class Setting(NamedTuple):
+    """How prompts are answered. options: fields of the sampling parameters, as JSON. prompts: the first so many; None
+    for all. repeats: the setting whose tokens this one must emit, because self-speculation changes no answer.
+    """
+
+    name: str
+    options: dict[str, Any]
+    prompts: int | None = None
+    repeats: str | None = None
+
+    def params(self, max_tokens: int, **others: Any) -> SamplingParams:
+        options = dict(self.options)
+        if guided := options.pop("guided_decoding", None):
+            options["guided_decoding"] = GuidedDecodingParams(**guided)
+        return SamplingParams(max_tokens=max_tokens, **options, **others)
+
+
 def tokens_of_tiny(folder: Path, real: str) -> Iterator[Record]:
-    """Tokens of every mode against those of target cpu. Unused rows of the KV pool hold NaN."""
+    """Tokens of every setting against those of target cpu. Unused rows of the KV pool hold NaN."""
     expected = json.loads((folder / "expected.json").read_text())
     found: dict[str, list[list[int]]] = {}
     answers: dict[str, Answers] = {}
     engine = folder / "engines" / f"tiny-{real}"
     with patch.object(DeviceKvPool, "__init__", _poisoned), EngineLLM(engine, measure_passes=False) as llm:
-        for options in expected["modes"]:
-            params, mode = SamplingParams(max_tokens=expected["max_tokens"], **options), str(options["mode"])
-            outputs = llm.generate(expected["prompts"], params)
-            found[mode] = [output.outputs[0].token_ids for output in outputs]
-            answers[mode] = _again(llm, expected["prompts"], params)
-            recorded = [Answer.read(stored) for stored in expected["answers"][mode]]
+        for setting in (Setting(*fields) for fields in expected["settings"]):
+            name, prompts = setting.name, expected["prompts"][: setting.prompts]
+            outputs = llm.generate(prompts, setting.params(expected["max_tokens"]))
+            found[name] = [output.outputs[0].token_ids for output in outputs]
+            answers[name] = _again(llm, prompts, setting.params(expected["max_tokens"], logprobs=RANKED))
+            recorded = [Answer.read(stored) for stored in expected["answers"][name]]
             yield comparison(
-                f"tiny-{real}, {mode}: tokens of target cpu",
-                found[mode],
+                f"tiny-{real}, {name}: tokens of target cpu",
+                found[name],
                 [answer.tokens for answer in recorded],
-                answers[mode],
+                answers[name],
                 lambda numbers, recorded=recorded: [recorded[number] for number in numbers],
             )
-        what = f"tiny-{real}: linear_spec emits the tokens of ar"
-        yield comparison(what, found["linear_spec"], found["ar"], answers["linear_spec"], answers["ar"])
+            if setting.repeats is not None:
+                yield comparison(
+                    f"tiny-{real}, {name}: tokens of {setting.repeats}",
+                    found[name],
+                    found[setting.repeats][: len(prompts)],
+                    answers[name],
+                    answers[setting.repeats],
+                )
 
 
 def _again(llm: EngineLLM, prompts: list[Any], params: SamplingParams) -> Answers:
-    """Repeats requests with log-probabilities, which the requests that are compared do without."""
+    """Repeats requests with parameters that ask for log-probabilities, which the compared requests do without."""
 
     def answers(numbers: Sequence[int]) -> list[Answer]:
-        outputs = llm.generate([prompts[number] for number in numbers], replace(params, logprobs=RANKED))
+        outputs = llm.generate([prompts[number] for number in numbers], params)
         return [Answer.of(output.outputs[0]) for output in outputs]
 
     return answers
