@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from trimode.plugins.kernels.dependent_launch import wait_for_previous
+from trimode.plugins.kernels.dependent_launch import allow_next, wait_for_previous
 from trimode.plugins.kernels.norm_terms import write_norm_terms
 from trimode.plugins.operators import all_reduce
 
@@ -40,6 +40,7 @@ def all_reduce_kernel(
 ):
     """A program adds a tile of rows and columns."""
     wait_for_previous(CAPABILITY)
+    allow_next(CAPABILITY)
     rank = tl.load(ranks + RANKS)
     own = tl.load(ranks + rank)
     words = own.to(tl.pointer_type(tl.int32))

@@ -23,7 +23,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from trimode.plugins.kernels.dependent_launch import wait_for_previous
+from trimode.plugins.kernels.dependent_launch import allow_next, wait_for_previous
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -119,6 +119,7 @@ def attend_kernel(
         value = tl.load(values + at[:, None] * HEAD_DIM, mask=at[:, None] < length, other=0.0)
         best, total, sums = _accumulate(logits, value, best, total, sums)
 
+    allow_next(CAPABILITY)
     saw = total > 0
     total = tl.where(saw, total, 1.0)
     tl.store(log_sum_exp + result, tl.where(saw, best + tl.log2(total) / LOG2_E, float("-inf")), mask=exists)
@@ -215,6 +216,7 @@ def merge_kernel(
 ):
     """A program merges one token's queries of one key-value head. SPLITS: a power of two, at least ``splits``."""
     wait_for_previous(CAPABILITY)
+    allow_next(CAPABILITY)
     token, group, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     member = tl.arange(0, triton.next_power_of_2(GROUP))
     head = group * GROUP + member

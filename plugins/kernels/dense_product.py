@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from trimode.plugins.kernels.dependent_launch import wait_for_previous
+from trimode.plugins.kernels.dependent_launch import allow_next, wait_for_previous
 from trimode.plugins.kernels.int4_product import SPLIT_ROWS, combined
 
 
@@ -45,6 +45,7 @@ def dense_product_kernel(
     complete = True
     if SPLITS == 1:
         result = _add_product(zeros, x, weight, row, rows, column, 0, INNER, INNER, COLUMNS, BLOCK_K)
+        allow_next(CAPABILITY)
     else:
         PART: tl.constexpr = INNER // SPLITS
         part = tl.program_id(2)
@@ -56,6 +57,7 @@ def dense_product_kernel(
         result = zeros
         for index in tl.range(first, end):
             result += _add_product(zeros, x, weight, row, rows, column, index * PART, PART, INNER, COLUMNS, BLOCK_K)
+        allow_next(CAPABILITY)
         if separate:
             sums = partial + row[:, None] * COLUMNS + column[None, :]
             complete, result = combined(result, part, sums, here, counters_out, COLUMNS, SPLITS)

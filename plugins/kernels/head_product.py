@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from trimode.plugins.kernels.dependent_launch import wait_for_previous
+from trimode.plugins.kernels.dependent_launch import allow_next, wait_for_previous
 from trimode.plugins.kernels.int4_product import product_sum
 from trimode.plugins.kernels.norm_terms import one_over_rms
 from trimode.plugins.operators import candidates
@@ -114,6 +114,7 @@ def dense_head_kernel(
             weights = tl.load(weights_here, mask=inside & remaining[None, :], other=0.0)
             tokens = tl.load(in_x + first, mask=exists & remaining[:, None], other=0.0)
         result = tl.dot(weights, tokens, result, input_precision="ieee")
+    allow_next(CAPABILITY)
     _write_results(
         result, column, row, rows, token_mask, asked_ids, asked,
         tile_logits, tile_tokens, tile_sums, logits, asked_logits, COLUMNS, MASK_TOKEN, LISTED,

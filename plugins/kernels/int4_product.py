@@ -27,7 +27,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from trimode.plugins.kernels.dependent_launch import wait_for_previous
+from trimode.plugins.kernels.dependent_launch import allow_next, wait_for_previous
 from trimode.plugins.kernels.norm_terms import one_over_rms, write_norm_terms
 
 # As trimode.plugins.operators.int4_product defines them.
@@ -182,6 +182,7 @@ def product_sum(
                 x, packed, scale, row, rows, column, index,
                 INNER, COLUMNS, GROUP, UNIT, SPLITS, BLOCK_M, BLOCK_N, CAPABILITY, STAGES,
             )  # fmt: skip
+    allow_next(CAPABILITY)
     if SEPARABLE:
         here = (column < COLUMNS)[:, None] & (row < rows)[None, :]
         sums = partial + row[None, :] * COLUMNS + column[:, None]

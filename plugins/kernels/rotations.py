@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from trimode.plugins.kernels.dependent_launch import wait_for_previous
+from trimode.plugins.kernels.dependent_launch import allow_next, wait_for_previous
 
 
 @triton.jit
@@ -32,6 +32,7 @@ def rotations_kernel(
 ):
     """A program handles one token."""
     wait_for_previous(CAPABILITY)
+    allow_next(CAPABILITY)
     token = tl.program_id(0).to(tl.int64)
     pair = tl.arange(0, triton.next_power_of_2(HALF))
     exists = pair < HALF

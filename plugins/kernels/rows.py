@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from trimode.plugins.kernels.dependent_launch import wait_for_previous
+from trimode.plugins.kernels.dependent_launch import allow_next, wait_for_previous
 from trimode.plugins.kernels.norm_terms import write_norm_terms
 
 
@@ -24,6 +24,7 @@ def embed_kernel(
 ):
     """A program copies BLOCK columns of one token's row."""
     wait_for_previous(CAPABILITY)
+    allow_next(CAPABILITY)
     token = tl.program_id(0).to(tl.int64)
     source = table + tl.load(input_ids + token) * WIDTH
     _copy(source, embedded + token * WIDTH, WIDTH, BLOCK)
@@ -47,6 +48,7 @@ def select_rows_kernel(
 ):
     """A program copies BLOCK columns of one selected row."""
     wait_for_previous(CAPABILITY)
+    allow_next(CAPABILITY)
     row = tl.program_id(0).to(tl.int64)
     source = row // selected_rows * step + tl.load(logit_rows + row)
     _copy(x + source * WIDTH, selected + row * WIDTH, WIDTH, BLOCK)

@@ -70,11 +70,20 @@ def test_every_kernel_is_among_these() -> None:
 
 @pytest.mark.parametrize("name", CONSTANTS)
 def test_a_kernel_waits_before_it_reads_or_writes_memory(name: str) -> None:
-    """Every program waits, since nothing branches or ends before. The next kernel may then begin."""
+    """Every program waits, since nothing branches or ends before. Later, it allows the next kernel to be placed."""
     ptx = ptx_of(name, 90)
     assert effects_before_the_wait(ptx) == []
     assert ptx.count(WAIT) == ptx.count(ALLOW) == 1
     assert ptx.index(WAIT) < ptx.index(ALLOW)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in CONSTANTS if re.search("Product|Head|Attend", name) and "Adapted" not in name]
+)
+def test_a_large_kernel_has_multiplied_its_tiles_when_the_next_one_is_placed(name: str) -> None:
+    before, _, after = ptx_of(name, 90).partition(ALLOW)
+    assert "mma" in before
+    assert "mma" not in after
 
 
 @pytest.mark.parametrize("name", ["Int4Product", "RmsNorm", "AttendMasked"])
