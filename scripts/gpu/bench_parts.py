@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -31,6 +32,8 @@ from trimode.runtime.api import llm as llm_module
 from trimode.runtime.api.llm import EngineLLM
 from trimode.runtime.cuda.cuda_executor import CudaExecutor
 from trimode.runtime.cuda.cuda_network import CudaNetwork
+from trimode.runtime.executor import Executor, Step
+from trimode.runtime.gpu.device import Device, Graph
 from trimode.runtime.loading import LoadedEngine
 from trimode.runtime.request.sampling_params import SamplingParams
 
@@ -140,9 +143,11 @@ def _requests(engine: RandomEngine, torch_device: TorchDevice, sizes: BenchSizes
             for requests, mode in product(sizes.requests, sizes.modes):
                 params = SamplingParams(max_tokens=sizes.new_tokens, ignore_eos=True, **mode)
                 llm.generate(inputs[:requests], params)  # captures the passes
-                before, started = llm.stats(), time.perf_counter()
-                outputs = llm.generate(inputs[:requests], params)
-                seconds = time.perf_counter() - started
+                before = llm.stats()
+                with _recorded(loaded.executor) as passes:
+                    started = time.perf_counter()
+                    outputs = llm.generate(inputs[:requests], params)
+                    seconds = time.perf_counter() - started
                 after, emitted = llm.stats(), sum(len(output.outputs[0].token_ids) for output in outputs)
                 yield {
                     "what": f"{TIMED}: {requests} requests, {mode['mode']}",
@@ -151,4 +156,42 @@ def _requests(engine: RandomEngine, torch_device: TorchDevice, sizes: BenchSizes
                     "counts": {
                         name: value - getattr(before.counts, name) for name, value in vars(after.counts).items()
                     },
+                    "seconds": seconds,
+                    "passes": list(passes.values()),
                 }
+
+
+@contextmanager
+def _recorded(executor: Executor) -> Iterator[dict[str, Record]]:
+    """The calls of the executor, by kind, batch and tokens of a sequence: how many, their seconds, and how many graphs
+    were captured in them.
+    """
+    passes: dict[str, Record] = {}
+    captured = 0
+    capture = Device.capture
+
+    def counted(device: Device, enqueue: Callable[[], None]) -> Graph:
+        nonlocal captured
+        captured += 1
+        return capture(device, enqueue)
+
+    def timed(call: Callable[..., Any]) -> Callable[..., Any]:
+        def timing(step: Step, *arguments: Any, **options: Any) -> Any:
+            captured_before, started = captured, time.perf_counter()
+            result = call(step, *arguments, **options)
+            seconds = time.perf_counter() - started
+            what = f"{call.__name__} {type(step).__name__}, {step.batch} x {step.input_ids.shape[1]}"
+            record = passes.setdefault(what, {"what": what, "calls": 0, "seconds": 0.0, "captured": 0})
+            record["calls"] += 1
+            record["seconds"] += seconds
+            record["captured"] += captured - captured_before
+            return result
+
+        return timing
+
+    with (
+        patch.object(Device, "capture", counted),
+        patch.object(executor, "run", timed(executor.run)),
+        patch.object(executor, "speculate", timed(executor.speculate)),
+    ):
+        yield passes

@@ -90,6 +90,14 @@ def _requests(records: Sequence[Record]) -> Iterator[str]:
         counts = record["counts"]
         speed = f"{record['tokens_per_second']:.0f}"
         yield _row(record["what"], record["tokens"], speed, counts["draft"] + counts["denoise"], counts["commit"])
+    yield from _table(
+        "passes of these requests", "requests", "pass", "calls", "ms each", "share of the time", "captured"
+    )
+    for record in records:
+        for found in sorted(record["passes"], key=lambda found: -found["seconds"]):
+            each = f"{1e3 * found['seconds'] / found['calls']:.2f}"
+            share = f"{found['seconds'] / record['seconds']:.0%}"
+            yield _row(record["what"], found["what"], found["calls"], each, share, found["captured"])
 
 
 def _table(title: str, *columns: str) -> Iterator[str]:

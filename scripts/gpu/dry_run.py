@@ -54,7 +54,7 @@ COMPARED = ComparedSteps(2, ((1, 2), (2, 1)))
 PASSES = ((16, 1), (16, 4))
 BENCH = bench_parts.BenchSizes(
     replace(TIMES, batches={16: (1,)}, prefill=16),
-    ComparedSteps(4, ((1, 2), (2, 2))),
+    ComparedSteps(5, ((1, 2), (2, 2))),
     requests=(1,),
     prompt_tokens=4,
     new_tokens=2,

@@ -52,7 +52,7 @@ def _logits(executor: CudaExecutor, text: NDArray[np.int64], batch: int, step: i
     found = []
     for start in range(0, len(text), step):
         ids = np.tile(text[start : start + step], (batch, 1))
-        rows = np.tile(np.arange(step), (batch, 1))
+        rows = np.tile(np.arange(ids.shape[1]), (batch, 1))  # the last step may be shorter
         candidates = executor.run(CausalStep.chain(0, ids, np.full(batch, start), rows))
         found.append(np.concatenate([candidates.logits[-1], candidates.log_sum_exp[-1][:, None]], axis=-1))
     return np.concatenate(found).view(np.uint32)
