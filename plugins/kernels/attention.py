@@ -62,7 +62,10 @@ def attend_kernel(
     split, head, batch = tl.program_id(1) % splits, tl.program_id(1) // splits, tl.program_id(2).to(tl.int64)
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     exists = row < GROUP * step
-    token = row % step
+    # row % step. A division of integers takes many more instructions.
+    token = row
+    for member in tl.static_range(1, GROUP):
+        token -= tl.where(row >= member * step, step, 0)
     # No token of the tile attends to rows from `length` on. Every token attends to all rows before `plain`.
     committed = tl.load(write_indices + batch).to(tl.int32)
     if step_lengths is not None:
@@ -105,18 +108,23 @@ def attend_kernel(
     first = split + tl.cdiv(tl.maximum(whole - split, 0), splits) * splits
     for tile in tl.range(first, tiles, splits, num_stages=1):
         at = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        key = tl.load(keys + at[:, None] * HEAD_DIM, mask=at[:, None] < length, other=0.0)
-        logits = tl.dot(query, tl.trans(key), input_precision="ieee")
+        inside = (at < length)[:, None]
+        key = tl.load(keys + at[:, None] * HEAD_DIM, mask=inside, other=0.0)
+        value = tl.load(values + at[:, None] * HEAD_DIM, mask=inside, other=0.0)
         other = (at - committed)[None, :]  # token of the step; negative for committed rows
         seen = (at < length)[None, :]
         if block_mask is not None:
             named = seen & exists[:, None] & (other >= 0)
-            mask = block_mask + batch * step * step
-            seen = seen & ((other < 0) | (tl.load(mask + token[:, None] * step + other, mask=named, other=0) != 0))
+            in_mask = block_mask + batch * step * step + token[:, None] * step + other
+            allowed = (other < 0) | (tl.load(in_mask, mask=named, other=0) != 0)
+            # As the bits of one integer for each query, which a gather takes from the layout of the load to that of the
+            # logits. Otherwise the compiler computes the softmax in both layouts.
+            bit = tl.arange(0, BLOCK_N)[None, :]
+            bits = tl.gather(tl.sum(allowed.to(tl.int32) << bit, 1), tl.arange(0, BLOCK_M), 0)
+            seen = seen & (((bits[:, None] >> bit) & 1) != 0)
         elif step_lengths is None:
             seen = seen & (other <= token[:, None])
-        logits = tl.where(seen, logits, float("-inf"))
-        value = tl.load(values + at[:, None] * HEAD_DIM, mask=at[:, None] < length, other=0.0)
+        logits = tl.where(seen, tl.dot(query, tl.trans(key), input_precision="ieee"), float("-inf"))
         best, total, sums = _accumulate(logits, value, best, total, sums)
 
     allow_next(CAPABILITY)
