@@ -122,6 +122,10 @@ class Candidates(NamedTuple):
         """The first ``rows`` rows of one sequence: [rows, k], [rows, k], [rows], [rows, M]."""
         return self._each(lambda array: array[index, :rows])
 
+    def of_sequences(self, first: int, count: int) -> Candidates:
+        """Those of ``count`` sequences of the batch, from ``first`` on."""
+        return self._each(lambda array: array[first : first + count])
+
     def first_rows(self, rows: int) -> Candidates:
         """The first ``rows`` rows of each sequence."""
         return self._each(lambda array: array[:, :rows])
@@ -189,6 +193,22 @@ class ExecutorLostError(BaseException):
     """The executor cannot run any pass any more; the message says why. It is not an Exception, so that it ends the
     scheduler: what fails for one request or for one step raises an Exception.
     """
+
+
+@runtime_checkable
+class PreparingExecutor(Executor, Protocol):
+    """An executor that prepares passes for each shape and range of slots, which takes longer than a pass does."""
+
+    @property
+    def preparations(self) -> int:
+        """How many times a pass was prepared so far."""
+        ...
+
+    def padded_slots(self, first: int, last: int, step: int) -> tuple[int, int]:
+        """The first and the last slot that a pass over the slots ``first`` to ``last`` should cover, so that few ranges
+        of slots occur. step: tokens of each sequence. Slots of the pool that no sequence has are among them.
+        """
+        ...
 
 
 class Speculated(NamedTuple):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from trimode.engine.launch_list import LaunchList
@@ -13,7 +13,7 @@ from trimode.plugins.launches import PassShape, PlannedLaunch, plan_pass
 from trimode.runtime.cuda.kernels import Kernels
 from trimode.runtime.cuda.tactics import Candidate, Output, TacticTimes, can_be_timed, tactic_key
 from trimode.runtime.gpu.buckets import Bucket
-from trimode.runtime.gpu.device import BoundLaunch, Device
+from trimode.runtime.gpu.device import BoundLaunch, Device, Kernel
 from trimode.runtime.gpu.device_kv_pool import DeviceKvPool
 from trimode.runtime.gpu.gpu_network import DeviceTensor, Enqueue
 
@@ -28,6 +28,33 @@ class _Placed(NamedTuple):
     inputs: list[int]
     outputs: list[int]
     early: bool
+
+
+class _Variant(NamedTuple):
+    """What the launches of one operator and equal nodes share, with one tactic."""
+
+    kernel: Kernel
+    grid: tuple[int, int, int]
+    scalars: list[int]
+
+
+class _MovableLaunches:
+    """The launches of a pass, bound to the slots of the KV pool from slot 0 on. They can be moved to other slots. A
+    graph that was captured before keeps its slots.
+    """
+
+    def __init__(self, launches: list[BoundLaunch], pool: DeviceKvPool) -> None:
+        self.launches = launches
+        self._pool = pool
+        self._slot = 0
+        self._pointers = [pointer for launch in launches for pointer in launch.pointers_into(pool.memory)]
+
+    def move_to(self, slot: int) -> None:
+        distance = self._pool.address(0, slot) - self._pool.address(0, self._slot)
+        if distance:
+            for pointer in self._pointers:
+                pointer.value += distance
+            self._slot = slot
 
 
 class CudaNetwork:
@@ -60,13 +87,21 @@ class CudaNetwork:
         self._kernels = kernels
         self._pool = pool
         self._arena_tensors = plan.offsets.keys()
+        self._movable: dict[tuple[Bucket, tuple[int, ...]], _MovableLaunches] = {}
         self._fixed = {**addresses, **{name: arena + offset for name, offset in plan.offsets.items()}}
 
     def bind(self, bucket: Bucket, inputs: Mapping[str, DeviceTensor], results: Mapping[str, DeviceTensor]) -> Enqueue:
-        prepared = [launch for _, launch in self.prepare(bucket, inputs, results)]
+        """Passes that differ in their first slot only share their launches, which are moved to the slot."""
+        at_first = bucket._replace(first_slot=0)
+        key = at_first, tuple(tensor.address for tensor in (*inputs.values(), *results.values()))
+        if key not in self._movable:
+            prepared = [launch for _, launch in self.prepare(at_first, inputs, results)]
+            self._movable[key] = _MovableLaunches(prepared, self._pool)
+        movable = self._movable[key]
 
         def enqueue() -> None:
-            for launch in prepared:
+            movable.move_to(bucket.first_slot)
+            for launch in movable.launches:
                 self._device.launch_kernel(launch)
 
         return enqueue
@@ -83,26 +118,22 @@ class CudaNetwork:
         early = self._kernels.wait and bucket.batch * bucket.step <= self.early_rows
         # The first kernel follows a copy, which it has to wait for.
         placed = [_place(launch, addresses, early and index > 0) for index, launch in enumerate(planned)]
-        chosen = zip(placed, self._tactics(placed), strict=True)
-        return [(launch.planned, self._bound(launch, number)) for launch, number in chosen]
-
-    def _tactics(self, placed: Sequence[_Placed]) -> list[int]:
-        """The tactic of each launch. Launches of one operator and node have one tactic."""
-        keys = [tactic_key(launch.planned.operator, launch.planned.node) for launch in placed]
-        alike: dict[str, list[_Placed]] = {}
-        for key, launch in zip(keys, placed, strict=True):
-            alike.setdefault(key, []).append(launch)
-        chosen = {key: self._tactic(key, launches) for key, launches in alike.items()}
+        alike: dict[Hashable, list[_Placed]] = {}
+        for launch in placed:
+            alike.setdefault(_sizes(launch.planned), []).append(launch)
+        chosen = {sizes: self._variant(same[0].planned, self._tactic(same)) for sizes, same in alike.items()}
         if self._times is not None:
             self._times.save()
-        return [chosen[key] for key in keys]
+        return [(launch.planned, _bound(launch, chosen[_sizes(launch.planned)])) for launch in placed]
 
-    def _tactic(self, key: str, launches: Sequence[_Placed]) -> int:
+    def _tactic(self, launches: Sequence[_Placed]) -> int:
+        """The tactic of launches of one operator and equal nodes."""
         planned, times = launches[0].planned, self._times
         fitting = self._kernels.fitting(planned.operator, planned.node)
         rule = planned.operator.default_tactic(planned.node, fitting)
         if times is None or len(fitting) == 1 or not can_be_timed(planned):
             return rule
+        key = tactic_key(planned.operator, planned.node)
         known = times.known(key)
         return known if known in fitting else self._timed(times, key, launches, rule, fitting)
 
@@ -116,24 +147,33 @@ class CudaNetwork:
                 if name in self._arena_tensors:
                     size = tensor_bytes(launch.planned.node.fixed[operand.name], operand.type, self._real)
                     self._device.fill(address, _ACTIVATION, size)
-        candidates = {
-            number: Candidate(number, [self._bound(launch._replace(early=False), number) for launch in launches])
-            for number in fitting
-        }
         first = launches[0].planned
+        candidates: dict[int, Candidate] = {}
+        for number in fitting:
+            variant = self._variant(first, number)
+            bound = [_bound(launch._replace(early=False), variant) for launch in launches]
+            candidates[number] = Candidate(number, bound)
         size = tensor_bytes(first.shapes[0], first.operator.outputs[0].type, self._real)
         return times.choose(key, candidates.pop(rule), list(candidates.values()), Output(launches[0].outputs[0], size))
 
-    def _bound(self, launch: _Placed, number: int) -> BoundLaunch:
-        operator, node = launch.planned.operator, launch.planned.node
-        return BoundLaunch(
-            self._kernels.load(operator, node, number),
-            operator.grid(node, operator.tactics(node)[number]),
-            launch.inputs,
+    def _variant(self, planned: PlannedLaunch, tactic: int) -> _Variant:
+        operator, node = planned.operator, planned.node
+        return _Variant(
+            self._kernels.load(operator, node, tactic),
+            operator.grid(node, operator.tactics(node)[tactic]),
             [int(value) for value in operator.scalar_values(node)],
-            launch.outputs,
-            launch.early,
         )
+
+
+def _sizes(planned: PlannedLaunch) -> Hashable:
+    """Equal for launches of one operator and equal nodes, which differ in their tensors only."""
+    node = planned.node
+    return planned.operator.name, tuple(node.fixed.items()), tuple(node.attributes.items())
+
+
+def _bound(launch: _Placed, variant: _Variant) -> BoundLaunch:
+    kernel, grid, scalars = variant
+    return BoundLaunch(kernel, grid, launch.inputs, scalars, launch.outputs, launch.early)
 
 
 def _place(launch: PlannedLaunch, addresses: dict[str, int], early: bool) -> _Placed:

@@ -1,9 +1,11 @@
 """Buckets: the few shapes that steps are padded to, each with its own CUDA graph.
 
 A graph serves one shape and one set of addresses. Therefore a step's length, its number of logit rows and its window
-are rounded up to a few values; so is the number of asked ids. The batch is not, because a padded sequence would write
-into another sequence's slot. Token masks and asked ids take 16 kB and more a row, so only the buckets of passes that
-have them hold them.
+are rounded up to a few values; so is the number of asked ids. Token masks and asked ids take 16 kB and more a row, so
+only the buckets of passes that have them hold them.
+
+The batch of a step is not changed here, because a padded sequence needs a slot and the number of its committed rows.
+The scheduler asks :func:`padded_slots` for the slots of a pass before it makes the step.
 """
 
 from __future__ import annotations
@@ -13,6 +15,10 @@ from typing import NamedTuple
 from trimode.runtime.executor import Step
 
 SMALLEST_WINDOW = 256
+# A pass of up to so many tokens takes nearly the time of one token: its products have one tile of rows.
+CHEAP_TOKENS = 64
+# Of larger passes, the part of the sequences that may be padding.
+MOST_PADDING = 1 / 8
 
 
 class Bucket(NamedTuple):
@@ -53,6 +59,28 @@ def bucket_of(step: Step, max_step: int, capacity: int, windowed: bool, top_k: i
     window = _rounded(committed + padded, SMALLEST_WINDOW, capacity) if windowed else capacity
     asked = _power_of_two(step.asked) if step.asked else 0
     return Bucket(type(step), step.first_slot, batch, padded, rows, window, top_k, masked, asked)
+
+
+def padded_slots(first: int, last: int, step: int, slots: int) -> tuple[int, int]:
+    """The first and the last slot of a pass that covers the slots ``first`` to ``last``, of ``slots`` in the pool.
+
+    Passes over few ranges of slots result: a pass begins at slot 0 and its batch is a power of two, if it then has at
+    most :data:`CHEAP_TOKENS` tokens. The batch of a larger pass is rounded up to a few numbers.
+    """
+    tokens = _power_of_two(step)
+    whole = min(_power_of_two(last + 1), slots)
+    if whole * tokens <= CHEAP_TOKENS:
+        return 0, whole - 1
+    batch = last - first + 1
+    if _few_batches(last + 1) <= batch * (1 + MOST_PADDING):
+        first, batch = 0, last + 1
+    return first, min(first + _few_batches(batch), slots) - 1
+
+
+def _few_batches(batch: int) -> int:
+    """The batch, rounded up to a multiple of an eighth of the power of two that is not above it."""
+    unit = max(1, int(_power_of_two(batch + 1) // 2 * MOST_PADDING))
+    return -(-batch // unit) * unit
 
 
 def _rounded(number: int, smallest: int, largest: int) -> int:

@@ -1,7 +1,9 @@
 """Single passes and self-speculation cycles, each of which is one CUDA graph that includes its copies.
 
 The first pass of a bucket runs without a graph, since TensorRT may compile kernels for the shape then; after it, the
-same work is captured.
+same work is captured. Passes that do not begin at slot 0 are never captured: they are large
+(:func:`trimode.runtime.gpu.buckets.padded_slots`), so that their kernels take longer than the host needs to launch
+them, and there would be a graph for each of their slots.
 """
 
 from __future__ import annotations
@@ -24,11 +26,12 @@ class BoundPass(NamedTuple):
 
 
 class CapturedWork:
-    """Work of the stream that is captured once it has run."""
+    """Work of the stream that is captured once it has run, if it begins at slot 0."""
 
-    def __init__(self, device: Device, enqueue: Callable[[], None]) -> None:
+    def __init__(self, device: Device, enqueue: Callable[[], None], first_slot: int) -> None:
         self._device = device
         self._enqueue = enqueue
+        self._is_captured = first_slot == 0
         self._graph: Graph | None = None
 
     def run(self) -> None:
@@ -39,15 +42,16 @@ class CapturedWork:
         else:
             self._enqueue()
             self._device.synchronize()
-            self._graph = self._device.capture(self._enqueue)
+            if self._is_captured:
+                self._graph = self._device.capture(self._enqueue)
 
 
 class SinglePass:
     """One pass of one engine."""
 
-    def __init__(self, device: Device, bound: BoundPass) -> None:
+    def __init__(self, device: Device, bucket: Bucket, bound: BoundPass) -> None:
         self._bound = bound
-        self._work = CapturedWork(device, self._enqueue)
+        self._work = CapturedWork(device, self._enqueue, bucket.first_slot)
 
     def run(self, step: CausalStep | BidirectionalStep) -> Candidates:
         self._bound.memory.put(step)
@@ -71,7 +75,7 @@ class SpeculationCycle:
         self._bucket = bucket
         self._draft = draft
         self._commit = commit
-        self._work = CapturedWork(device, self._enqueue)
+        self._work = CapturedWork(device, self._enqueue, bucket.first_slot)
 
     def run(self, draft: BidirectionalStep, commit: CausalStep) -> Speculated:
         self._draft.memory.put(draft)

@@ -76,6 +76,12 @@ class BoundLaunch:
         ]
         self._pointers = (ctypes.c_void_p * len(self._values))(*map(ctypes.addressof, self._values))
 
+    def pointers_into(self, memory: Buffer) -> list[ctypes.c_uint64]:
+        """The arguments that are addresses in ``memory``. Their values may be changed between launches."""
+        end = memory.address + memory.size
+        addresses = [value for value in self._values if isinstance(value, ctypes.c_uint64)]
+        return [address for address in addresses if memory.address <= address.value < end]
+
     @property
     def parameters(self) -> int:
         """The address of an array of pointers to the arguments, as ``cuLaunchKernel`` takes it."""

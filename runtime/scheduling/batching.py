@@ -34,7 +34,7 @@ class Member(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Slots ``first`` to ``last`` in one pass of ``step`` tokens each."""
+    """Slots ``first`` to ``last`` in one pass of ``step`` tokens each. Slots without a member are padding."""
 
     first: int
     last: int
@@ -133,7 +133,10 @@ def _arrays(span: Span, committed: Many[int]) -> tuple[Ints, Ints, Ints]:
         needed, index = member.needed, member.slot - span.first
         ids[index, : len(needed.tokens)] = needed.tokens
         rows[index, : len(needed.rows)] = needed.rows
-    return ids, rows, np.array(committed[span.first : span.last + 1], np.int64)
+    write = np.zeros(span.batch, np.int64)  # a slot that no sequence has needs none of its rows
+    given = committed[span.first : span.last + 1]
+    write[: len(given)] = given
+    return ids, rows, write
 
 
 def _masks(span: Span, shape: tuple[int, ...]) -> Words | None:

@@ -18,7 +18,7 @@ import numpy as np
 
 from trimode.runtime.decoding.acceptance_rates import LONGEST_BLOCK
 from trimode.runtime.decoding.sequence import Pass
-from trimode.runtime.executor import Candidates, Executor, Speculated, SpeculatingExecutor
+from trimode.runtime.executor import Candidates, Executor, PreparingExecutor, Speculated, SpeculatingExecutor
 from trimode.runtime.scheduling.batching import (
     Member,
     Span,
@@ -43,6 +43,7 @@ class PassRunner:
     def __init__(self, executor: Executor, cost: PassCost, clock: Callable[[], float] = time.perf_counter) -> None:
         self._executor = executor
         self._speculating = executor if isinstance(executor, SpeculatingExecutor) else None
+        self._preparing = executor if isinstance(executor, PreparingExecutor) else None
         self._cost = cost
         self._clock = clock
 
@@ -52,29 +53,32 @@ class PassRunner:
         return self._speculating is not None
 
     def run(
-        self, engine: EngineName, members: list[Member], committed: Many[int], most_rows: int
+        self, engine: EngineName, members: list[Member], committed: Callable[[], list[int]], most_rows: int
     ) -> Iterator[tuple[Member, Candidates | Exception]]:
         """Run one engine for all members; yields each with the candidates of its rows, or with why its pass failed.
 
-        committed: KV rows of every active slot. most_rows: rows that a slot may have.
+        committed: returns the KV rows of every active slot, which change with what is yielded. most_rows: rows that a
+        slot may have.
         """
 
         def run(span: Span) -> Candidates:
-            begun = self._clock()
-            found = self._executor.run(
-                causal_step(span, committed) if engine == "ar" else bidirectional_step(span, committed)
-            )
-            self._cost.observe(engine, span.batch, span.step, self._clock() - begun)
-            return found
+            rows = committed()
+            padded = self._padded(span, rows, most_rows)
+            step = causal_step(padded, rows) if engine == "ar" else bidirectional_step(padded, rows)
+            begun, preparations = self._clock(), self._preparations
+            found = self._executor.run(step)
+            if self._preparations == preparations:
+                self._cost.observe(engine, padded.batch, span.step, self._clock() - begun)
+            return found.of_sequences(span.first - padded.first, span.batch)
 
-        for span in plan_spans(members, committed, most_rows, engine, self._cost):
+        for span in plan_spans(members, committed(), most_rows, engine, self._cost):
             for part, found in _in_halves(run, span):
                 for member in part.members:
                     index = member.slot - part.first
                     yield member, found if isinstance(found, Exception) else found.of(index, len(member.needed.rows))
 
     def speculate(
-        self, members: list[Member], committed: Many[int], most_rows: int
+        self, members: list[Member], committed: Callable[[], list[int]], most_rows: int
     ) -> Iterator[tuple[Member, Speculated | Exception]]:
         """Draft and verify the members' whole blocks without waiting in between.
 
@@ -85,14 +89,18 @@ class PassRunner:
             raise ValueError("this executor does not speculate")
 
         def run(span: Span) -> Speculated:
-            rows = np.tile(np.arange(span.step), (span.batch, 1))
-            draft = dataclasses.replace(bidirectional_step(span, committed), logit_rows=rows)
-            begun = self._clock()
+            kv_rows = committed()
+            padded = self._padded(span, kv_rows, most_rows)
+            rows = np.tile(np.arange(padded.step), (padded.batch, 1))
+            draft = dataclasses.replace(bidirectional_step(padded, kv_rows), logit_rows=rows)
+            begun, preparations = self._clock(), self._preparations
             found = speculating.speculate(draft, chosen_among(span))
-            self._observe_both(span, self._clock() - begun)
-            return found
+            if self._preparations == preparations:
+                self._observe_both(padded, self._clock() - begun)
+            first = span.first - padded.first
+            return Speculated(*(each.of_sequences(first, span.batch) for each in found))
 
-        for span in plan_spans(members, committed, most_rows, "diffusion", self._cost):
+        for span in plan_spans(members, committed(), most_rows, "diffusion", self._cost):
             for part, found in _in_halves(run, span):
                 for member in part.members:
                     if isinstance(found, Exception):
@@ -108,6 +116,19 @@ class PassRunner:
         self._cost.measure(
             self._trial_pass, MEASURING_SECONDS, lambda batch, step: pool.most_rows(batch) >= step, self._clock
         )
+
+    @property
+    def _preparations(self) -> int:
+        return 0 if self._preparing is None else self._preparing.preparations
+
+    def _padded(self, span: Span, committed: Many[int], most_rows: int) -> Span:
+        """The span over the slots that the executor prefers, if all of them have rows for the step."""
+        if self._preparing is None:
+            return span
+        first, last = self._preparing.padded_slots(span.first, span.last, span.step)
+        if max(committed[first : last + 1]) + span.step > most_rows:
+            return span
+        return span._replace(first=first, last=last)
 
     def _observe_both(self, span: Span, seconds: float) -> None:
         """Split the seconds of a draft and its verification as the cost table does."""

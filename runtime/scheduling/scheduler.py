@@ -229,7 +229,7 @@ class Scheduler:
         members = self._members(engine, again)
         if not members:
             return
-        for member, found in self._passes.run(engine, members, self._committed(), self._most_rows()):
+        for member, found in self._passes.run(engine, members, self._committed, self._most_rows()):
             request = self._running[member.slot]
             with _Isolated(request):
                 self._absorb(member.slot, member.needed, _candidates(found))
@@ -243,7 +243,7 @@ class Scheduler:
             return False
         if any(self._sequence(member).drafts_on_host for member in members):
             return False
-        for member, found in self._passes.speculate(members, self._committed(), self._most_rows()):
+        for member, found in self._passes.speculate(members, self._committed, self._most_rows()):
             request = self._running[member.slot]
             with _Isolated(request):
                 drafted, verified = _candidates(found)

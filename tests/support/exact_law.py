@@ -107,6 +107,25 @@ class SpeculatingExactLawExecutor(ExactLawExecutor):
         return Speculated(drafted, self.run(draft.verification(drafted.tokens[..., 0], top_k)))
 
 
+class PreparingExactLawExecutor(SpeculatingExactLawExecutor):
+    """Prepares every range of slots and step length when it first runs, and prefers one range: all slots."""
+
+    def __init__(self, *options: Any, **more: Any) -> None:
+        super().__init__(*options, **more)
+        self._prepared: set[tuple[object, ...]] = set()
+
+    @property
+    def preparations(self) -> int:
+        return len(self._prepared)
+
+    def padded_slots(self, first: int, last: int, step: int) -> tuple[int, int]:  # noqa: ARG002
+        return 0, self.pool.slots - 1
+
+    def run(self, step: CausalStep | BidirectionalStep) -> Candidates:
+        self._prepared.add((type(step), step.first_slot, step.input_ids.shape))
+        return super().run(step)
+
+
 class NoText:
     """An empty detokenizer: the tests compare tokens."""
 

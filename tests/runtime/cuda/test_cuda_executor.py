@@ -124,6 +124,34 @@ def test_a_cycle_returns_the_candidates_that_each_of_its_passes_needs(small: Eng
     assert sent[0] < sent[1]
 
 
+def test_passes_of_one_shape_are_prepared_once_and_only_those_at_slot_0_are_captured(
+    small: Engines, gpu: Gpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Equal tokens in other slots give equal results, also where a graph is replayed between passes at other slots."""
+    driver, shapes = gpu(small), []
+    executor = load_engine(small.cuda, verify=False).executor
+    prepare = cuda_network.CudaNetwork.prepare
+
+    def noting(self: Any, bucket: Any, *tensors: Any) -> Any:
+        shapes.append(bucket)
+        return prepare(self, bucket, *tensors)
+
+    monkeypatch.setattr(cuda_network.CudaNetwork, "prepare", noting)
+    for _ in range(3):
+        executor.pool.acquire()
+    ids = np.array([[301, 302, 303]])
+    found = [
+        executor.run(CausalStep.chain(slot, ids, np.array([0]), np.arange(3)[None])) for slot in (0, 2, 1, 0, 2, 0)
+    ]
+    assert (len(shapes), driver.captures, driver.launches) == (1, 1, 2)
+    for other in found[1:]:
+        np.testing.assert_array_equal(other.logits, found[0].logits)
+    rows = [executor.pool.read_rows(slot, 0, 3) for slot in range(3)]
+    assert rows[0].any()
+    np.testing.assert_array_equal(rows[1], rows[0])
+    np.testing.assert_array_equal(rows[2], rows[0])
+
+
 # Planted faults that the tests above must detect.
 
 
@@ -156,9 +184,15 @@ def wrong_alias(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(cuda_network.CudaNetwork, "bind", binding)
 
 
+def launches_not_moved(patch: pytest.MonkeyPatch) -> None:
+    """Passes of one shape write into slot 0, whatever their slot is."""
+    patch.setattr(cuda_network._MovableLaunches, "move_to", lambda _self, _slot: None)
+
+
 @pytest.mark.parametrize(
     ("plant", "run"),
     [
+        (launches_not_moved, StepCases.draft_and_commit),
         (activations_overlap, StepCases.prefill),
         (wrong_alias, StepCases.draft_and_commit),
         (stale_graph, StepCases.some_of_the_slots),

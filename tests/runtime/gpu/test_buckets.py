@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trimode.runtime.executor import CausalStep
-from trimode.runtime.gpu.buckets import SMALLEST_WINDOW, Bucket, bucket_of
+from trimode.runtime.gpu.buckets import CHEAP_TOKENS, SMALLEST_WINDOW, Bucket, bucket_of, padded_slots
 
 MAX_STEP, CAPACITY, TOP_K = 200, 3000, 4
 
@@ -81,3 +81,43 @@ def test_a_bucket_has_a_token_mask_and_asked_ids_only_for_passes_that_have_them(
     for asked, padded in ((1, 1), (2, 2), (3, 4), (5, 8), (300, 512)):
         asking = replace(ordinary, asked_ids=np.zeros((2, 3, asked), np.int64))
         assert bucket_of(asking, MAX_STEP, CAPACITY, True, 1) == bucket._replace(top_k=1, rows=4, asked=padded)
+
+
+@given(slots=st.integers(1, 80), step=st.integers(1, MAX_STEP), data=st.data())
+def test_padded_slots_hold_the_slots_of_the_pass_and_are_in_the_pool(
+    slots: int, step: int, data: st.DataObject
+) -> None:
+    """A pass of more than 64 tokens has at most an eighth more sequences."""
+    last = data.draw(st.integers(0, slots - 1))
+    first = data.draw(st.integers(0, last))
+    begin, end = padded_slots(first, last, step, slots)
+    assert 0 <= begin <= first <= last <= end < slots
+    padded, batch = end - begin + 1, last - first + 1
+    if padded * step > CHEAP_TOKENS:
+        assert padded <= batch * 9 / 8
+
+
+def test_passes_of_one_token_have_few_batches_and_begin_at_slot_0() -> None:
+    seen = {padded_slots(first, last, 1, 64) for last in range(64) for first in range(last + 1)}
+    assert seen == {(0, batch - 1) for batch in (1, 2, 4, 8, 16, 32, 64)}
+
+
+def test_large_passes_have_few_batches() -> None:
+    batches = {end + 1 for last in range(64) for _, end in [padded_slots(0, last, 128, 64)]}
+    assert batches == {*range(1, 17), *range(18, 33, 2), *range(36, 65, 4)}
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "step", "expected"),
+    [
+        (3, 3, 16, (0, 3)),  # four sequences of 16 tokens cost what one does
+        (3, 3, 17, (3, 3)),  # padded to 32 tokens each, they do not
+        (2, 30, 32, (0, 31)),
+        (4, 37, 32, (4, 39)),  # 40 sequences would be more than an eighth more than 34
+        (1, 17, 32, (0, 17)),
+        (40, 62, 32, (40, 63)),
+        (40, 56, 32, (40, 57)),
+    ],
+)
+def test_slots_by_hand(first: int, last: int, step: int, expected: tuple[int, int]) -> None:
+    assert padded_slots(first, last, step, 64) == expected

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.exact_law import Bench, SpeculatingExactLawExecutor
+from tests.support.exact_law import Bench, PreparingExactLawExecutor, SpeculatingExactLawExecutor
 from trimode import SamplingParams
 from trimode.runtime.executor import BidirectionalStep, CausalStep
 from trimode.runtime.request.outputs import Counts
@@ -321,6 +321,24 @@ def test_a_pass_is_timed_by_the_clock_and_a_speculation_is_split(kind: str) -> N
     expected = [("ar", 1, 3, 9.0)]
     expected += [("ar", 1, 1, 9.0)] if kind == "ar" else [("ar", 1, 4, 3.0), ("diffusion", 1, 4, 6.0)]
     assert sorted(observed, key=lambda a_pass: (a_pass[2] != 3, a_pass[0])) == expected
+
+
+@pytest.mark.parametrize("kind", ["ar", "linear_spec"])
+def test_a_pass_that_was_prepared_tells_nothing_about_its_cost(kind: str) -> None:
+    """The first pass of each shape, or cycle, is not observed. Others are observed with the slots that they cover."""
+    bench = Bench(max_batch=4, end=False, prefill_tokens=100, executor=PreparingExactLawExecutor)
+    observed: list[tuple[str, int, int]] = []
+    bench.cost.observe = lambda *a_pass: observed.append(a_pass[:3])  # type: ignore[method-assign]
+    options: dict[str, Any] = {"mode": "ar"} if kind == "ar" else {"mode": "linear_spec", "block_length": 4}
+    for _ in range(3):
+        bench.add((2, 3), SamplingParams(max_tokens=40, **options), lambda _: None)
+    bench.scheduler.step()
+    assert observed == []  # the prefill
+    bench.scheduler.step()
+    assert observed == []
+    assert bench.executor.pool.active == 3
+    bench.scheduler.step()
+    assert sorted(observed) == ([("ar", 4, 1)] if kind == "ar" else [("ar", 4, 4), ("diffusion", 4, 4)])
 
 
 def test_passes_are_measured_for_half_a_second_where_the_pool_has_room() -> None:

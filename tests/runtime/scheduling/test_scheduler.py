@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from tests.support.exact_law import (
     MASK,
     Bench,
+    PreparingExactLawExecutor,
     SpeculatingExactLawExecutor,
     greedy_text,
     law,
@@ -289,6 +290,36 @@ def test_an_executor_that_speculates_gives_the_same_texts(batch: int) -> None:
     bench.run()
     assert bench.texts == expected
     assert 0 < bench.executor.speculations < bench.executor.passes / 2
+
+
+@pytest.mark.parametrize("capacity", [64, 32])
+def test_padding_over_free_and_over_running_slots_changes_no_text(capacity: int) -> None:
+    """Every pass covers all slots, except where one of them has no room for the step. Prefills, drafts and commits of
+    one step overlap: each must leave the rows that the one before it has committed.
+    """
+    bench = Recorder(max_batch=8, capacity=capacity, end=False, executor=PreparingExactLawExecutor)
+    expected, batches = {}, Counter[bool]()
+    run = bench.executor.run
+
+    def count(step: Any) -> Any:
+        batches[step.batch == bench.executor.pool.slots] += 1
+        return run(step)
+
+    bench.executor.run = count  # type: ignore[method-assign]
+    for index, prompt in enumerate(prompts(40, seed=4)):
+        params = SamplingParams(max_tokens=3 + index % 20, **[*GREEDY_MODES, DIFFUSION][index % 5])
+        number = bench.submit(prompt, params)
+        if params.mode != "diffusion":
+            expected[number] = greedy_text(prompt, params.max_tokens or 0, end=False)
+        else:
+            single = Recorder(max_batch=1, prefix_cache=False, capacity=capacity, end=False)
+            single.submit(prompt, params)
+            single.run()
+            expected[number] = single.texts[0]
+    bench.run()
+    assert bench.texts == expected
+    assert batches[True] > 50
+    assert bool(batches[False]) == (capacity == 32)
 
 
 @pytest.mark.parametrize(
