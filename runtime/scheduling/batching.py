@@ -2,13 +2,15 @@
 
 A pass covers neighbouring slots. Slots between its sequences that do not need the pass are padding, or the pass is
 split in two, whichever is expected to cost less by :mod:`trimode.runtime.scheduling.pass_cost`. The same rule separates
-one-token steps from long prefill chunks where padding would cost more than another pass. Passes in doubt are not tried:
-a padded prefill of a large batch may take as long as many cycles.
+one-token steps from long prefill chunks where padding would cost more than another pass; steps of one token then share
+a pass even if prefills are between them. Passes in doubt are not tried: a padded prefill of a large batch may take as
+long as many cycles.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from collections.abc import Sequence as Many
 from functools import cache
 from typing import NamedTuple
@@ -49,24 +51,75 @@ class Span(NamedTuple):
 def plan_spans(
     members: list[Member], committed: Many[int], most_rows: int, engine: EngineName, cost: PassCost
 ) -> list[Span]:
-    """Cut the members, in order of their slots, into the passes that take the least time together.
+    """The passes that take the least time together, in the order in which they must run. The members are cut by their
+    slots, or they are divided into those with short and those with long steps, and both are cut by their slots.
 
     committed: KV rows of every active slot. most_rows: rows that a slot may have. No pass reaches past it, padding
     included: a slot too full for its neighbours' step gets a pass of its own.
     """
-    whole = span_of(members)
-    if _alike(members) and max(committed[whole.first : whole.last + 1]) + whole.step <= most_rows:
-        return [whole]
+    blocks = _blocks(members, committed, most_rows)
+    if len(blocks) == 1:
+        return [span_of(members)]
     seconds_of = cache(lambda batch, step: cost.seconds(engine, batch, step))
-    # By number of members: the least seconds for the first members, and where the last span of them begins.
+    plans = [_cut(blocks, committed, most_rows, seconds_of)]
+    for longest_short in sorted({_step(block) for block in blocks})[:-1]:
+        short = [member for member in members if len(member.needed.tokens) <= longest_short]
+        long = [member for member in members if len(member.needed.tokens) > longest_short]
+        first = _cut(_blocks(short, committed, most_rows), committed, most_rows, seconds_of)
+        second = _cut(_blocks(long, committed, most_rows), _after(short, committed), most_rows, seconds_of)
+        plans.append(_Cut(first.seconds + second.seconds, first.spans + second.spans))
+    return min(plans, key=lambda plan: plan.seconds).spans
+
+
+def _after(members: list[Member], committed: Many[int]) -> list[int]:
+    """The most rows that the slots may have when the members' passes have run."""
+    rows = list(committed)
+    for member in members:
+        rows[member.slot] += len(member.needed.tokens)
+    return rows
+
+
+class _Cut(NamedTuple):
+    """Passes, and the seconds that they take together."""
+
+    seconds: float
+    spans: list[Span]
+
+
+def _blocks(members: list[Member], committed: Many[int], most_rows: int) -> list[list[Member]]:
+    """The members in runs of neighbours with steps of one length, which share a pass: it has no padding. A slot that is
+    too full for its own step is alone.
+    """
+    blocks: list[list[Member]] = []
+    room = False
+    for member in members:
+        had_room, step = room, len(member.needed.tokens)
+        room = committed[member.slot] + step <= most_rows
+        last = blocks[-1][-1] if blocks else None
+        if last is not None and room and had_room and last.slot + 1 == member.slot and len(last.needed.tokens) == step:
+            blocks[-1].append(member)
+        else:
+            blocks.append([member])
+    return blocks
+
+
+def _step(block: list[Member]) -> int:
+    return len(block[0].needed.tokens)
+
+
+def _cut(
+    blocks: list[list[Member]], committed: Many[int], most_rows: int, seconds_of: Callable[[int, int], float]
+) -> _Cut:
+    """The blocks, in order of their slots, cut into the passes that take the least time together."""
+    # By number of blocks: the least seconds for the first blocks, and where the last span of them begins.
     least, begins = [0.0], [0]
-    for end in range(1, len(members) + 1):
+    for end in range(1, len(blocks) + 1):
         choices: list[tuple[float, int]] = []
-        last, step, highest = members[end - 1].slot, 0, 0
+        last, step, highest = blocks[end - 1][-1].slot, 0, 0
         for start in range(end - 1, -1, -1):
-            first = members[start].slot
-            step = max(step, len(members[start].needed.tokens))
-            highest = max(highest, *committed[first : members[start + 1].slot if start + 1 < end else last + 1])
+            first = blocks[start][0].slot
+            step = max(step, _step(blocks[start]))
+            highest = max(highest, *committed[first : blocks[start + 1][0].slot if start + 1 < end else last + 1])
             if start < end - 1 and highest + step > most_rows:
                 break
             choices.append((least[start] + seconds_of(last - first + 1, step), start))
@@ -74,11 +127,11 @@ def plan_spans(
         least.append(seconds)
         begins.append(start)
     spans: list[Span] = []
-    end = len(members)
+    end = len(blocks)
     while end:
-        spans.append(span_of(members[begins[end] : end]))
+        spans.append(span_of([member for block in blocks[begins[end] : end] for member in block]))
         end = begins[end]
-    return spans[::-1]
+    return _Cut(least[-1], spans[::-1])
 
 
 def causal_step(span: Span, committed: Many[int]) -> CausalStep:
@@ -159,14 +212,6 @@ def _asked(span: Span, shape: tuple[int, ...]) -> Ints | None:
     for index, asked in given:
         all_asked[index, : len(asked), : asked.shape[-1]] = asked
     return all_asked
-
-
-def _alike(members: list[Member]) -> bool:
-    """Whether the members are neighbours with steps of one length, so that no pass has padding."""
-    first, last = members[0], members[-1]
-    return last.slot - first.slot == len(members) - 1 and all(
-        len(member.needed.tokens) == len(first.needed.tokens) for member in members
-    )
 
 
 def span_of(members: list[Member]) -> Span:

@@ -63,8 +63,14 @@ def test_no_other_cut_costs_less(lengths: list[int | None], per_token: float, da
     committed = [data.draw(st.integers(0, CAPACITY - (length or 0))) for length in lengths]
     members = [member(slot, length) for slot, length in enumerate(lengths) if length is not None]
     spans = plan_spans(members, committed, CAPACITY, "ar", cost)
-    assert [each for span in spans for each in span.members] == members
-    found = total([span.members for span in spans], committed, cost)
+    assert sorted(each.slot for span in spans for each in span.members) == [each.slot for each in members]
+    found = sum(cost.seconds("ar", span.batch, span.step) for span in spans)
+    rows = list(committed)
+    for span in spans:
+        assert span == span_of(span.members)
+        assert span.batch == 1 or max(rows[span.first : span.last + 1]) + span.step <= CAPACITY
+        for each in span.members:
+            rows[each.slot] += len(each.needed.tokens)
     places = range(1, len(members))
     for chosen in itertools.chain.from_iterable(itertools.combinations(places, k) for k in range(len(members))):
         bounds = [0, *chosen, len(members)]
@@ -78,6 +84,15 @@ def test_neighbours_with_steps_of_one_length_share_a_pass_at_any_cost() -> None:
     cost.seconds = None  # type: ignore[assignment,method-assign]
     members = [member(2, 3), member(3, 3), member(4, 3)]
     assert plan_spans(members, [0] * 5, CAPACITY, "ar", cost) == [Span(2, 4, 3, members)]
+
+
+def test_steps_of_one_token_share_a_pass_although_prefills_are_between_them() -> None:
+    """Padding of one token is cheap. It comes first, since a prefill may leave no room for it."""
+    cost = machine(0.05)
+    members = [member(slot, 12 if slot in (2, 5) else 1) for slot in range(8)]
+    short, *prefills = plan_spans(members, [CAPACITY - 12] * 8, CAPACITY, "ar", cost)
+    assert short == Span(0, 7, 1, [each for each in members if each.slot not in (2, 5)])
+    assert [(span.first, span.last, span.step) for span in prefills] == [(2, 2, 12), (5, 5, 12)]
 
 
 def test_passes_in_doubt_are_not_tried() -> None:
