@@ -47,13 +47,14 @@ class _MovableLaunches:
         self.launches = launches
         self._pool = pool
         self._slot = 0
-        self._pointers = [pointer for launch in launches for pointer in launch.pointers_into(pool.memory)]
+        of_pool = ((launch, launch.addresses_in(pool.memory)) for launch in launches)
+        self._moved = [(launch, arguments) for launch, arguments in of_pool if arguments]
 
     def move_to(self, slot: int) -> None:
         distance = self._pool.address(0, slot) - self._pool.address(0, self._slot)
         if distance:
-            for pointer in self._pointers:
-                pointer.value += distance
+            for launch, arguments in self._moved:
+                launch.move(arguments, distance)
             self._slot = slot
 
 

@@ -69,18 +69,27 @@ class BoundLaunch:
         self.early = early
         self.kernel = kernel
         self.grid = grid
-        self._values = [
-            *(ctypes.c_uint64(address) for address in inputs),
-            *(ctypes.c_int32(scalar) for scalar in scalars),
-            *(ctypes.c_uint64(address) for address in outputs),
-        ]
-        self._pointers = (ctypes.c_void_p * len(self._values))(*map(ctypes.addressof, self._values))
+        # Few objects: an engine has thousands of launches, and the garbage collector visits all objects. The kernel
+        # reads the first four of a scalar's eight bytes.
+        values = (*inputs, *(scalar & 0xFFFFFFFF for scalar in scalars), *outputs)
+        self._values = (ctypes.c_uint64 * len(values))(*values)
+        begin, size = ctypes.addressof(self._values), ctypes.sizeof(ctypes.c_uint64)
+        self._pointers = (ctypes.c_uint64 * len(values))(*range(begin, begin + size * len(values), size))
+        self._scalars = range(len(inputs), len(inputs) + len(scalars))
 
-    def pointers_into(self, memory: Buffer) -> list[ctypes.c_uint64]:
-        """The arguments that are addresses in ``memory``. Their values may be changed between launches."""
+    def addresses_in(self, memory: Buffer) -> list[int]:
+        """The arguments that are addresses in ``memory``, by their numbers."""
         end = memory.address + memory.size
-        addresses = [value for value in self._values if isinstance(value, ctypes.c_uint64)]
-        return [address for address in addresses if memory.address <= address.value < end]
+        return [
+            number
+            for number, value in enumerate(self._values)
+            if memory.address <= value < end and number not in self._scalars
+        ]
+
+    def move(self, arguments: Sequence[int], distance: int) -> None:
+        """Add bytes to addresses among the arguments. Work that was enqueued or captured before is not changed."""
+        for number in arguments:
+            self._values[number] += distance
 
     @property
     def parameters(self) -> int:

@@ -33,6 +33,9 @@ from trimode.runtime.scheduling.running_request import Request
 
 log = logging.getLogger(__name__)
 
+# The time for which prompts may delay the sequences that decode in each step, if one chunk does not take longer.
+PREFILL_SECONDS = 0.05
+
 Found = TypeVar("Found")
 
 
@@ -69,7 +72,8 @@ class Scheduler:
     """Runs requests on one executor. All calls come from one thread, except for :meth:`stats`.
 
     max_batch: the most sequences that run at once. context: the most KV rows of a sequence. prefill_tokens: prompt
-    tokens that one step processes, not counting the first chunk. clock: seconds, for what passes take.
+    tokens that one step processes, not counting the first chunk; more if they take at most PREFILL_SECONDS. clock:
+    seconds, for what passes take.
     """
 
     def __init__(
@@ -90,6 +94,7 @@ class Scheduler:
         self._max_batch = max_batch
         self._context = context
         self._prefill_tokens = prefill_tokens
+        self._cost = cost
         self._block_chooser = BlockChooser(cost)
         self._prefix_cache = prefix_cache
         self._steps = 0
@@ -266,7 +271,7 @@ class Scheduler:
     def _members(self, engine: EngineName, again: bool = False) -> list[Member]:
         """The sequences that need a pass of this engine now, by slot. again: only those that must repeat their pass."""
         members: list[Member] = []
-        prefill = 0
+        prefill, prefill_seconds = 0, 0.0
         for slot, request in enumerate(self._running):
             sequence = request.sequence
             # A denoise pass may have found the end of the text.
@@ -277,10 +282,15 @@ class Scheduler:
             with _Isolated(request):
                 needed = sequence.next_pass()
                 if needed.kind == "prefill":
-                    # One chunk always runs; more of them would delay the sequences that decode.
-                    if prefill and prefill + len(needed.tokens) > self._prefill_tokens:
+                    # One chunk always runs; more of them would delay the sequences that decode. Chunks of one pass take
+                    # less time than this sum.
+                    tokens = len(needed.tokens)
+                    seconds = self._cost.seconds(engine, 1, tokens)
+                    is_short = prefill_seconds + seconds <= PREFILL_SECONDS
+                    if prefill and prefill + tokens > self._prefill_tokens and not is_short:
                         continue
-                    prefill += len(needed.tokens)
+                    prefill += tokens
+                    prefill_seconds += seconds
                 members.append(
                     Member(slot, needed, sequence.params.uses_adapter, sequence.candidates, sequence.draft_candidates)
                 )

@@ -94,6 +94,22 @@ def test_the_prefill_budget_of_a_step(budget: int, prompts: list[int], prefilled
     assert [request.sequence.committed for request in requests] == prefilled
 
 
+@pytest.mark.parametrize(
+    ("milliseconds", "chunks"),
+    [(60, 1), (50, 1), (25, 2), (24, 2), (12, 4)],  # of a chunk, and how many fit into 50 ms
+)
+def test_more_prompts_are_prefilled_as_long_as_they_take_little_time(milliseconds: int, chunks: int) -> None:
+    """Whatever the other sequences do. The sum counts, although one pass of all chunks takes less time."""
+    bench = Watched(max_batch=8, prefill_tokens=PREFILL_STEP)
+    decoding = bench.submit(1)
+    bench.step()
+    bench.cost.seconds = lambda _engine, batch, step: 1e-3 * milliseconds * batch * step / PREFILL_STEP  # type: ignore[method-assign]
+    requests = [bench.submit(12) for _ in range(6)]
+    bench.step()
+    assert [request.sequence.committed for request in requests] == [PREFILL_STEP] * chunks + [0] * (6 - chunks)
+    assert len(decoding.sequence.emitted) == 2
+
+
 def test_prefills_run_beside_commits_and_do_not_stop_them() -> None:
     bench = Watched(max_batch=4, prefill_tokens=4)
     decoding = bench.submit(1)
