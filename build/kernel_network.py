@@ -86,10 +86,7 @@ class KernelNetwork:
 
     def graph_options(self) -> OperatorNetworkOptions:
         """Of the graphs of our own operators only."""
-        limits = self.limits
-        return OperatorNetworkOptions(
-            self.real, limits.top_k, SPLITS, self.rank, *limits.largest_pass, ranks=self.ranks
-        )
+        return OperatorNetworkOptions(self.real, self.limits.top_k, SPLITS, self.rank, ranks=self.ranks)
 
 
 def write_pool_and_kernels(

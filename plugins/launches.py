@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from trimode.common.errors import TriModeError
 from trimode.engine.launch_list import Condition, Launch, LaunchList
-from trimode.model.step import COUNTERS
 from trimode.plugins.operators import OPERATORS, Node, Operator
 
 Sizes = tuple[int, ...]
@@ -63,26 +61,15 @@ class PlannedLaunch(NamedTuple):
 
 
 def plan_pass(launches: LaunchList, shape: PassShape) -> list[PlannedLaunch]:
-    """The launches of a pass of this shape, in order. Raises TriModeError if the engine was built for smaller ones."""
+    """The launches of a pass of this shape, in order."""
     symbols = shape.symbols
     shapes: dict[str, Sizes] = {tensor.name: tensor.sizes(symbols) for tensor in (*launches.inputs, *launches.weights)}
     planned = []
     for launch in launches.launches:
         if shape.makes(launch.when):
             planned.append(_planned(launch, shapes, launch.values(symbols)))
-            _refuse_few_counters(planned[-1], shape)
             shapes |= dict(zip(launch.outputs, planned[-1].shapes, strict=True))
     return planned
-
-
-def _refuse_few_counters(planned: PlannedLaunch, shape: PassShape) -> None:
-    """A kernel would write behind counters that are too few. Their number is that of the largest pass of the build."""
-    needed = planned.operator.least_counters(planned.node)
-    if needed and planned.node.fixed[COUNTERS][0] < needed:
-        raise TriModeError(
-            f"the engine was built for smaller passes than {shape.batch} sequences of {shape.step} tokens; build with "
-            "a larger --max-batch or --max-step"
-        )
 
 
 def _planned(launch: Launch, shapes: Mapping[str, Sizes], attributes: dict[str, int]) -> PlannedLaunch:

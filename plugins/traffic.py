@@ -21,15 +21,17 @@ from trimode.plugins.operators import (
     Int4Product,
     KvWrite,
     MergeCandidates,
+    MergeSplits,
     Node,
     Operator,
+    Pattern,
     QkvProduct,
     RmsNorm,
     Rotations,
     SelectRows,
     Tactic,
 )
-from trimode.plugins.operators.attention import split_count
+from trimode.plugins.operators.attention import KV_TILE, split_count
 from trimode.plugins.operators.candidates import TILE
 from trimode.plugins.operators.int4_product import SPLIT_ROWS, norm_tiles
 from trimode.plugins.operators.operator import ceil_div, row_count
@@ -77,9 +79,11 @@ def cache_bytes(traffic: Mapping[str, TensorTraffic]) -> int:
 
 
 def launch_traffic(
-    operator: Operator, node: Node, tactic: Tactic, committed: Sequence[int], real: int
+    operator: Operator, node: Node, tactic: Tactic, pattern: Pattern, committed: Sequence[int], real: int
 ) -> KernelTraffic:
-    """Of any launch of an engine. committed: rows of each sequence before the step. real: bytes of an activation."""
+    """Of any launch of an engine. pattern: of its attention. committed: rows of each sequence before the step. real:
+    bytes of an activation.
+    """
     if isinstance(operator, KvWrite):
         return kv_write_traffic(node, real)
     if isinstance(operator, QkvProduct):
@@ -88,6 +92,8 @@ def launch_traffic(
         return int4_product_traffic(operator, node, tactic, real)
     if isinstance(operator, Attend):
         return attend_traffic(operator, node, tactic, committed, real)
+    if isinstance(operator, MergeSplits):
+        return merge_traffic(node, pattern, committed, real)
     return operator_traffic(operator, node, tactic, real)
 
 
@@ -117,8 +123,6 @@ def attend_traffic(operator: Attend, node: Node, tactic: Tactic, committed: Sequ
     tiles, splits = ceil_div(rows, block_m), split_count(node.attributes["splits"], step)
     names = ("q", "k_cache", "v_cache", "write_indices", "partial", "log_sum_exp")
     traffic = {name: TensorTraffic() for name in names}
-    if operator.merge:
-        traffic |= {name: TensorTraffic() for name in ("attended", "counters")}
     # All heads move the same bytes, so count one. Its tiles run at the same time, one split after the other.
     for length_before, split in product(committed, range(splits)):
         walked, queries = [], 0
@@ -126,21 +130,12 @@ def attend_traffic(operator: Attend, node: Node, tactic: Tactic, committed: Sequ
             tokens = [row % step for row in range(tile * block_m, min((tile + 1) * block_m, rows))]
             traffic["write_indices"].loaded += INDEX_BYTES
             length = length_before + (max(tokens) + 1 if operator.pattern == "causal" else step)
-            taking_part = min(splits, ceil_div(length, block_n)) if operator.merge else splits
-            if split < taking_part:
-                traffic["log_sum_exp"].stored += FLOAT_BYTES * len(tokens)
-            if operator.merge and split == 0:
-                # The last split reads every sum twice, and its own result and those of the others once.
-                traffic["log_sum_exp"].loaded += 2 * taking_part * FLOAT_BYTES * len(tokens)
-                traffic["attended"].stored += row_bytes * len(tokens)
-                traffic["counters"].stored += FLOAT_BYTES
+            traffic["log_sum_exp"].stored += FLOAT_BYTES * len(tokens)
             own = split_rows(length, split, splits, block_n)
             if not own:
                 continue
             walked.append(own)
             queries += len(tokens)
-            sees = [t for t in tokens if operator.pattern == "bidirectional" or own[0] - length_before <= t]
-            traffic["partial"].stored += len(sees) * row_bytes
             if operator.pattern == "masked":
                 mask = traffic.setdefault("block_mask", TensorTraffic())
                 mask.loaded += len(tokens) * sum(row >= length_before for row in own)
@@ -154,23 +149,16 @@ def attend_traffic(operator: Attend, node: Node, tactic: Tactic, committed: Sequ
             traffic["v_cache"].reloaded += (loaded - distinct) * row_bytes
     if operator.pattern == "bidirectional":
         traffic["step_lengths"] = TensorTraffic(loaded=traffic["write_indices"].loaded)
-    if operator.merge:
-        # Read just after they were written.
-        traffic["partial"].loaded = traffic["partial"].reloaded = traffic["partial"].stored
-        traffic["log_sum_exp"].reloaded = traffic["log_sum_exp"].loaded
     for tensor in traffic.values():
         tensor.loaded *= kv_heads
         tensor.stored *= kv_heads
         tensor.reloaded *= kv_heads
+    traffic["partial"].stored = heads * split_results(operator.pattern, step, splits, committed) * row_bytes
     kv = kv_heads * row_bytes * sum(length + step for length in committed)
     traffic["q"].needed = len(committed) * kv_heads * rows * row_bytes
     traffic["k_cache"].needed = traffic["v_cache"].needed = kv
-    for name in traffic.keys() & {"partial", "log_sum_exp", "attended", "counters"}:
+    for name in ("partial", "log_sum_exp"):
         traffic[name].needed = traffic[name].stored
-    if "output_scale" in node.shapes:
-        # One value for each result; all tokens read the same ones.
-        results = traffic["attended"].stored // real
-        traffic["output_scale"] = _read(results * FLOAT_BYTES, heads * head_dim * FLOAT_BYTES)
     if operator.pattern == "masked":
         traffic["block_mask"].needed = len(committed) * step * step
     for name in traffic.keys() & {"write_indices", "step_lengths"}:
@@ -184,10 +172,19 @@ def split_rows(length: int, split: int, splits: int, block_n: int) -> list[int]:
     return [row for tile in tiles for row in range(tile * block_n, min((tile + 1) * block_n, length))]
 
 
-def merge_traffic(node: Node, attended: Mapping[str, TensorTraffic], real: int) -> KernelTraffic:
-    """attended: of the attention whose splits are merged. real: bytes of an activation."""
-    partial, log_sum_exp = attended["partial"].stored, attended["log_sum_exp"].stored
-    batch, _, heads, step, head_dim = node.shapes["partial"]
+def split_results(pattern: Pattern, step: int, splits: int, committed: Sequence[int]) -> int:
+    """The results of a query head over splits with a row that their token attends to. A mask is a lower triangle."""
+    return sum(
+        min(splits, ceil_div(length + (step if pattern == "bidirectional" else token + 1), KV_TILE))
+        for length, token in product(committed, range(step))
+    )
+
+
+def merge_traffic(node: Node, pattern: Pattern, committed: Sequence[int], real: int) -> KernelTraffic:
+    """Of the splits of an attention with this pattern. committed, real: as :func:`attend_traffic`'s."""
+    batch, splits, heads, step, head_dim = node.shapes["partial"]
+    partial = heads * split_results(pattern, step, splits, committed) * head_dim * real
+    log_sum_exp = math.prod(node.shapes["log_sum_exp"]) * FLOAT_BYTES
     scale = heads * head_dim * FLOAT_BYTES if "output_scale" in node.shapes else 0
     return {
         "partial": _read(partial, partial),

@@ -177,7 +177,7 @@ class LaunchAudit:
         """The launches of a pass, each counted. The rows before the step are those of the window."""
         library = KernelLibrary(self._kernels, library_for(self._kernels, gpu.compute_capability))
         shape = PassShape(batch, step, step, self.manifest.limits.capacity, self.candidates, masked=False, asked=0)
-        known: dict[str, LaunchCount] = {}
+        pattern, known = dict(ENGINES)[engine], dict[str, LaunchCount]()
         for planned in plan_pass(self._engines[engine], shape):
             operator, node = planned.operator, planned.node
             names = {number: operator.kernel_name(node, number) for number in operator.tactics(node)}
@@ -185,7 +185,7 @@ class LaunchAudit:
             key = f"{names[number]} {node.fixed} {node.attributes}"
             if key not in known:
                 tactic = operator.tactics(node)[number]
-                traffic = launch_traffic(operator, node, tactic, [window - step] * batch, REAL_BYTES)
+                traffic = launch_traffic(operator, node, tactic, pattern, [window - step] * batch, REAL_BYTES)
                 sides = [str(tactic.constants[side]) for side in ("BLOCK_M", "BLOCK_N") if side in tactic.constants]
                 known[key] = LaunchCount(
                     operator=operator.name,

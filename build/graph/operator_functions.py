@@ -78,9 +78,6 @@ def attend_function(operator: Attend) -> onnx.FunctionProto:
     seen = op("Cast", op("Transpose", seen, perm=[0, 1, 3, 2]), to=TensorProto.BOOL)
     values = op("Where", seen, values, 0.0)
     attended = op("Reshape", op("MatMul", weights, values), op("Shape", "q"))
-    if operator.merge:
-        _write_attended(body, operator, attended, "q")
-        body.node("Identity", ["counters"], ["counters_out"])
     body.node("Unsqueeze", [op("CastLike", attended, "q"), [1]], ["partial"])
     body.node("Unsqueeze", [op("Squeeze", log_sum_exp, [-1]), [1]], ["log_sum_exp"])
     return body.function()

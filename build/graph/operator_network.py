@@ -28,6 +28,7 @@ from trimode.build.graph.operator_functions import (
     int4_product_function,
     kv_write_function,
     merge_candidates_function,
+    merge_function,
     qkv_product_function,
     rms_norm_function,
     rotations_function,
@@ -52,6 +53,7 @@ from trimode.plugins.operators import (
     Int4Product,
     KvWrite,
     MergeCandidates,
+    MergeSplits,
     Operator,
     Pattern,
     QkvProduct,
@@ -78,8 +80,7 @@ class Stream(NamedTuple):
 
 class OperatorNetworkOptions(NamedTuple):
     """activations: type of activations, KV pool and adapter. top_k: candidates of a row. splits: parts of a sequence's
-    KV rows that attention computes in parallel. rank: of the draft adapter; 0 without one. max_batch, max_step: of a
-    pass.
+    KV rows that attention computes in parallel. rank: of the draft adapter; 0 without one.
 
     standard_results: standard operators compute the results from the logits, as :mod:`trimode.build.graph.network` has
     them with masks apart. standard_products: and products with weights that are not int4. capacity: KV rows, if they
@@ -90,8 +91,6 @@ class OperatorNetworkOptions(NamedTuple):
     top_k: int
     splits: int
     rank: int
-    max_batch: int
-    max_step: int
     standard_results: bool = False
     standard_products: bool = False
     capacity: int | None = None
@@ -172,20 +171,8 @@ class _OperatorGraph:
 
     def _counters(self) -> dict[str, int]:
         """Those of launches that are no int4 products, by name."""
-        config, options = self.config, self.options
-        heads = config.num_key_value_heads
-        attention = Attend.counters(
-            batch=options.max_batch,
-            step=options.max_step,
-            kv_heads=heads,
-            group=config.num_attention_heads // heads,
-        )
-        layers = [f"layers.{index}/" for index in range(config.num_hidden_layers)]
-        adapters = layers if self.splits_adapter else []
-        return {
-            **{f"{layer}attention": attention for layer in layers},
-            **{f"{layer}adapter": DenseProduct.counters(options.rank) for layer in adapters},
-        }
+        layers = range(self.config.num_hidden_layers) if self.splits_adapter else ()
+        return {f"layers.{index}/adapter": DenseProduct.counters(self.options.rank) for index in layers}
 
     def _run(self, operator: Operator, inputs: Sequence[str], prefix: str = "", **attributes: int) -> list[str]:
         """Add a node. Returns its outputs, without those that alias an input."""
@@ -230,6 +217,8 @@ class _OperatorGraph:
                 return kv_write_function(self.config.head_dim)
             case Attend():
                 return attend_function(operator)
+            case MergeSplits():
+                return merge_function(operator)
             case SwiGlu():
                 return swiglu_function()
             case SelectRows():
@@ -261,14 +250,13 @@ class _OperatorGraph:
         caches = cache_inputs(config.num_hidden_layers)[2 * index : 2 * index + 2]
         updated = cache_outputs(config.num_hidden_layers)[2 * index : 2 * index + 2]
         q = self._queries(stream, layer, caches, updated)
-        scale = layer.o_proj.input_scale
         visibility: Pattern = "masked" if self.pattern == "causal" else "bidirectional"
-        attend = Attend(visibility, merge=True, output_scale=scale is not None)
-        before, after = self.split_products.next(f"{self.graph.scope}attention")
+        parts = self._run(Attend(visibility), [q, *updated, self.write_indices, self.visibility], splits=splits)
+        scale = layer.o_proj.input_scale
         scales = [] if scale is None else [self.graph.pooled(scale)]
-        inputs = [q, *updated, self.write_indices, self.visibility, *scales, before]
-        results = [f"{self.graph.scope}{name}" for name in ("attended", "attention_partial", "log_sum_exp")]
-        return self._run_into(attend, inputs, results, [after], splits=splits)[0]
+        group = config.num_attention_heads // config.num_key_value_heads
+        merge = MergeSplits(output_scale=scale is not None)
+        return self._run(merge, [*parts, *scales], splits=splits, group=group)[0]
 
     def _queries(self, stream: Stream, layer: PooledLayer, caches: list[str], updated: list[str]) -> str:
         """Rotated queries; keys and values are written. With int4 weights, the product does both."""

@@ -7,10 +7,6 @@ the order in which a query's logits are summed: a token gets the same bits alone
 of launched splits depends on shapes only. The step's own rows are read from the pool, where
 :mod:`trimode.plugins.kernels.kv_write` has stored them: a second source would double the inner loop.
 
-With counters, the splits are merged in the same launch. A split stores its result and then adds 1 to the counter of its
-tile of queries, as the parts of a product do (:mod:`trimode.plugins.kernels.int4_product`). The last one to arrive sets
-the counter to 0 and adds the results in the order of the splits. Splits without a tile of KV rows take no part.
-
 The queries come multiplied by the softmax's scale. Logits, softmax and sums are fp32. Merged results are multiplied by
 ``output_scale``, if there is one, before they are rounded.
 
@@ -36,14 +32,10 @@ def attend_kernel(
     write_indices,
     step_lengths,
     block_mask,
-    output_scale,
-    counters,
     step,
     capacity,
-    attended,
     partial,
     log_sum_exp,
-    counters_out,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -81,12 +73,7 @@ def attend_kernel(
 
     tiles, whole = tl.cdiv(length, BLOCK_N), tl.minimum(plain, length) // BLOCK_N
     result = ((batch * splits + split) * KV_HEADS + head) * GROUP * step + row
-    if counters is not None:
-        # One split writes the zeros of a sequence without rows.
-        taking_part = tl.maximum(tl.minimum(splits, tiles), 1)
-        if split >= taking_part:
-            return
-    elif split >= tiles:
+    if split >= tiles:
         tl.store(log_sum_exp + result, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=exists)
         return
 
@@ -134,61 +121,6 @@ def attend_kernel(
     sums = sums / total[:, None]
     target = partial + result[:, None] * HEAD_DIM + column[None, :]
     tl.store(target, sums.to(partial.dtype.element_ty), mask=(exists & saw)[:, None])
-    if counters is not None:
-        counter = counters_out + (batch * KV_HEADS + head) * tl.num_programs(0) + tl.program_id(0)
-        tl.debug_barrier()
-        if tl.atomic_add(counter, 1, sem="acq_rel") == taking_part - 1:
-            tl.store(counter, 0)
-            of_first_split = (batch * splits * KV_HEADS + head) * GROUP * step + row
-            between = KV_HEADS * GROUP * step
-            merged = _merged(
-                partial, log_sum_exp, of_first_split, between, taking_part, exists, HEAD_DIM, BLOCK_M, CAPABILITY
-            )
-            in_token = ((head * GROUP + row // step) * HEAD_DIM)[:, None] + column[None, :]
-            if output_scale is not None:
-                merged *= tl.load(output_scale + in_token, mask=exists[:, None], other=0.0)
-            in_attended = attended + ((batch * step + token) * (KV_HEADS * GROUP * HEAD_DIM))[:, None] + in_token
-            tl.store(in_attended, merged.to(attended.dtype.element_ty), mask=exists[:, None])
-
-
-@triton.jit
-def _merged(
-    partial,
-    log_sum_exp,
-    first,
-    between,
-    splits,
-    exists,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    CAPABILITY: tl.constexpr,
-):
-    """The results of all splits, weighted by their log-sum-exps, added in their order.
-
-    first: the queries' rows in split 0. between: rows from one split to the next. A split that saw nothing changes no
-    bit of the result.
-    """
-    # From the L2 cache: other multiprocessors have written them.
-    best = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    for split in tl.range(0, splits):
-        found = tl.load(log_sum_exp + first + split * between, mask=exists, other=float("-inf"), cache_modifier=".cg")
-        best = tl.maximum(best, found)
-    best = tl.where(best == float("-inf"), 0.0, best)
-    column = tl.arange(0, HEAD_DIM)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    sums = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
-    # With two stages, registers are spilled on 8.6 and 8.9.
-    STAGES: tl.constexpr = 1 if CAPABILITY == 86 or CAPABILITY == 89 else 2
-    for split in tl.range(0, splits, num_stages=STAGES):
-        row = first + split * between
-        found = tl.load(log_sum_exp + row, mask=exists, other=float("-inf"), cache_modifier=".cg")
-        weight = tl.exp2((found - best) * LOG2_E)
-        saw = (found > float("-inf"))[:, None]
-        at = partial + row[:, None] * HEAD_DIM + column[None, :]
-        part = tl.load(at, mask=saw, other=0.0, cache_modifier=".cg")
-        total += weight
-        sums = tl.fma(part.to(tl.float32), weight[:, None], sums)
-    return sums / tl.where(total > 0, total, 1.0)[:, None]
 
 
 @triton.jit

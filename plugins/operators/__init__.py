@@ -55,11 +55,6 @@ __all__ = [
 _ALL: tuple[Operator, ...] = (
     KvWrite(),
     *(Attend(pattern) for pattern in get_args(Pattern)),
-    *(
-        Attend(pattern, merge=True, output_scale=output_scale)
-        for output_scale in (False, True)
-        for pattern in get_args(Pattern)
-    ),
     *(MergeSplits(output_scale=output_scale) for output_scale in (False, True)),
     *(
         Int4Product(split=split, adapter=adapter, residual=residual)

@@ -38,16 +38,11 @@ class Attend(Operator):
 
     ``partial`` is normalised within its split. ``log_sum_exp`` is -inf for a split without an attended row, and its
     ``partial`` is not written. Attribute ``splits``: the number of splits of a step of up to :data:`SPLIT_STEP` tokens.
-
-    With ``merge``, the last split of a tile of queries merges the results into ``attended``. ``counters`` are then zero
-    before a launch and after it, one for each tile of the queries of a KV head (:meth:`counters`).
-
-    With ``output_scale``, for which ``merge`` is needed, ``attended`` is multiplied by it: by AWQ's input scale of the
-    matrix that reads it. The product is rounded once.
     """
 
     kernel = "attention.attend_kernel"
     scalars = ("step", "capacity")
+    outputs = (_PARTIAL, _LOG_SUM_EXP)
     attributes = ("splits",)
 
     # BLOCK_M: queries of a tile; 128 hold a step of 32 tokens with groups of 4, so that K and V are read once for them.
@@ -59,26 +54,15 @@ class Attend(Operator):
         Tactic({"BLOCK_M": 16, "BLOCK_N": KV_TILE}, warps=4, stages=2),
     )
 
-    def __init__(self, pattern: Pattern, *, merge: bool = False, output_scale: bool = False) -> None:
-        if output_scale and not merge:
-            raise ValueError("splits are scaled when they are merged")
+    def __init__(self, pattern: Pattern) -> None:
         self.pattern = pattern
-        self.merge = merge
-        self.name = f"Attend{pattern.capitalize()}{'Merged' if merge else ''}{'Scaled' if output_scale else ''}"
+        self.name = f"Attend{pattern.capitalize()}"
         self.inputs = (
             Operand("q", "real", ("B", "HQ", "S", "D")),
             Operand("k_cache", "real", _CACHE),
             Operand("v_cache", "real", _CACHE),
             Operand("write_indices", "int64", ("B",)),
             *_VISIBILITY[pattern],
-            *((_OUTPUT_SCALE,) if output_scale else ()),
-            *((Operand("counters", "int32", ("tiles",)),) if merge else ()),
-        )
-        self.outputs = (
-            *((ATTENDED,) if merge else ()),
-            _PARTIAL,
-            _LOG_SUM_EXP,
-            *((Operand("counters_out", "int32", ("tiles",), aliases="counters"),) if merge else ()),
         )
 
     def node(
@@ -90,21 +74,8 @@ class Attend(Operator):
             "write_indices": (batch,),
             "step_lengths": (batch,),
             "block_mask": (batch, step, step),
-            "output_scale": (kv_heads * group * head_dim,),
-            "counters": (self.counters(batch=batch, step=step, kv_heads=kv_heads, group=group),),
         }
         return Node.of({operand.name: shapes[operand.name] for operand in self.inputs}, {"splits": splits})
-
-    @classmethod
-    def counters(cls, *, batch: int, step: int, kv_heads: int, group: int) -> int:
-        """The number of counters that a pass needs, in the tactic with most tiles."""
-        return batch * kv_heads * max(-(-step * group // tactic.constants["BLOCK_M"]) for tactic in cls.TACTICS)
-
-    def least_counters(self, node: Node) -> int:
-        (batch, heads, step, _), kv_heads = node.fixed["q"], node.fixed["k_cache"][1]
-        if not self.merge:
-            return 0
-        return self.counters(batch=batch, step=step, kv_heads=kv_heads, group=heads // kv_heads)
 
     def constants(self, node: Node) -> Constants:
         (_, heads, _, head_dim), kv_heads = node.fixed["q"], node.fixed["k_cache"][1]
@@ -133,15 +104,15 @@ class Attend(Operator):
     def output_shapes(self, node: Node) -> list[tuple[Dim, ...]]:
         batch, heads, step, head_dim = node.shapes["q"]
         splits = split_count(node.attributes["splits"], step)
-        parts = [(batch, splits, heads, step, head_dim), (batch, splits, heads, step)]
-        if not self.merge:
-            return parts
-        return [(batch, step, heads * head_dim), *parts, tuple(node.shapes["counters"])]
+        return [(batch, splits, heads, step, head_dim), (batch, splits, heads, step)]
 
 
 class MergeSplits(Operator):
     """The splits' results, weighted by their log-sum-exps. Attributes: :class:`Attend`'s ``splits``; ``group``, the
-    query heads of a key-value head. ``output_scale``: as :class:`Attend`'s.
+    query heads of a key-value head.
+
+    With ``output_scale``, the merged result is multiplied by it: by AWQ's input scale of the matrix that reads it. The
+    product is rounded once.
     """
 
     kernel = "attention.merge_kernel"

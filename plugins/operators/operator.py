@@ -114,10 +114,6 @@ class Operator(ABC):
     @abstractmethod
     def output_shapes(self, node: Node) -> list[tuple[Dim, ...]]: ...
 
-    def least_counters(self, _node: Node) -> int:
-        """The number of counters that a launch needs; 0 where the size of a pass does not matter."""
-        return 0
-
     def kernel_name(self, node: Node, tactic: int) -> str:
         """Name of the compiled kernel, for instance ``AttendMasked.KV_HEADS8.GROUP4.HEAD_DIM128.tactic1``."""
         constants = (f"{name}{value}" for name, value in self.constants(node).items())

@@ -64,7 +64,7 @@ PARTS = tuple(part for part in LIMITS if part != DEVICE_PART)
 # Names of several parts.
 GROUPS = {"engines": ENGINE_PARTS, "kernels": (TEST_PART, *KERNEL_PARTS)}
 # Also loaded from PTX, to check that the driver accepts it.
-PTX_OPERATORS = ("AttendMaskedMergedScaled", "MergeCandidates")
+PTX_OPERATORS = ("AttendMasked", "MergeCandidates")
 ROOT = Path(__file__).resolve().parents[2]
 
 

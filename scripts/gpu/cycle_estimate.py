@@ -39,6 +39,7 @@ from trimode.build.roofline import (
 from trimode.engine.launch_list import LaunchList
 from trimode.engine.manifest import Limits
 from trimode.engine.precision import Real
+from trimode.model.step import ENGINES
 from trimode.plugins.compilation import compile_operator
 from trimode.plugins.launches import PassShape, PlannedLaunch, plan_pass
 from trimode.plugins.operators import (
@@ -158,7 +159,7 @@ def pass_work(gpu: GpuModel, passed: Pass, real: Real) -> list[Work]:
     alike: dict[str, list[PlannedLaunch]] = {}
     for planned in plan_pass(_launch_lists(real)[passed.engine], shape):
         alike.setdefault(planned.operator.kernel_name(planned.node, 0), []).append(planned)
-    return [_work(gpu, launches, window, real) for launches in alike.values()]
+    return [_work(gpu, launches, passed, real) for launches in alike.values()]
 
 
 @cache
@@ -170,7 +171,7 @@ def _launch_lists(real: Real) -> dict[str, LaunchList]:
     return {name: lowered.launches for name, lowered in network.lowered.items()}
 
 
-def _work(gpu: GpuModel, launches: list[PlannedLaunch], window: int, real: Real) -> Work:
+def _work(gpu: GpuModel, launches: list[PlannedLaunch], passed: Pass, real: Real) -> Work:
     """Launches of one kernel, in its default tactic of those that fit the GPU."""
     operator, node = launches[0].operator, launches[0].node
     tactics = dict(operator.tactics(node))
@@ -190,10 +191,11 @@ def _work(gpu: GpuModel, launches: list[PlannedLaunch], window: int, real: Real)
     if isinstance(operator, Int4Product | DenseProduct | DenseHead):
         launch = _product_launch(operator, node, tactic, binary, launch)
     elif isinstance(operator, Attend):
-        launch = _attention_launch(operator, node, tactic, window, launch)
+        launch = _attention_launch(operator, node, tactic, passed.window, launch)
     tile = "x".join(str(size) for name, size in tactic.constants.items() if name in ("BLOCK_M", "BLOCK_N"))
-    moved = moved_bytes(launch_traffic(operator, node, tactic, [window], REAL_BYTES))
-    return Work(operator.name, len(launches), moved, _flops(operator, node, window), launch, tile)
+    pattern = dict(ENGINES)[passed.engine]
+    moved = moved_bytes(launch_traffic(operator, node, tactic, pattern, [passed.window], REAL_BYTES))
+    return Work(operator.name, len(launches), moved, _flops(operator, node, passed.window), launch, tile)
 
 
 def _flops(operator: Operator, node: Node, window: int) -> int:
@@ -232,9 +234,7 @@ def _attention_launch(operator: Attend, node: Node, tactic: Tactic, window: int,
         + ceil_div(sum(row >= whole for row in rows), block)
         for rows in busy
     )
-    # The last split of a tile adds the results of all: a store, the counter, and loads that are prefetched.
-    merge = 3 + len(busy) / (tactic.stages - 1)
-    return launch._replace(programs=tiles * len(busy) * ATTENTION["kv_heads"], waits=waits + merge)
+    return launch._replace(programs=tiles * len(busy) * ATTENTION["kv_heads"], waits=waits + _WAITS)
 
 
 @cache

@@ -138,8 +138,7 @@ def used_nodes(sizes: CheckSizes) -> Iterator[tuple[Operator, Node]]:
     fixed = {**sizes.attention, "batch": 1, "step": 1}
     yield KvWrite(), KvWrite.node(capacity=1, **fixed)
     for pattern in PATTERNS:
-        for operator in (Attend(pattern, merge=True, output_scale=True), Attend(pattern)):
-            yield operator, operator.node(capacity=1, splits=sizes.splits, **fixed)
+        yield (attend := Attend(pattern)), attend.node(capacity=1, splits=sizes.splits, **fixed)
     yield (merge := MergeSplits(output_scale=True)), merge.node(splits=sizes.splits, **fixed)
     for product in sizes.products.values():
         yield product.operator, product.node(1)
@@ -203,9 +202,7 @@ def _kv_writes(host: Host, sizes: CheckSizes) -> Iterator[Result]:
 
 
 def _attention(host: Host, sizes: CheckSizes) -> Iterator[Result]:
-    """Attention that merges its splits, as engines of AWQ's weights launch it, and beside it attention and merge as two
-    launches, which are compared together and timed separately.
-    """
+    """Attention, and the merge as engines of AWQ's weights launch it: compared together and timed separately."""
     for batch, step, committed in sizes.steps:
         written = _write_inputs(host, sizes, batch, step, committed)
         head_dim = sizes.attention["head_dim"]
@@ -235,32 +232,7 @@ def _attention(host: Host, sizes: CheckSizes) -> Iterator[Result]:
                     for sequence in range(batch)
                 ]
             )
-            merging = Attend(pattern, merge=True, output_scale=True)
-            yield from _merging_attention(host, sizes, merging, {**seen, "output_scale": scale}, expected, committed)
             yield from _attention_and_merge(host, sizes, Attend(pattern), seen, scale, expected, committed)
-
-
-def _merging_attention(
-    host: Host, sizes: CheckSizes, operator: Attend, inputs: dict[str, Tensor], expected: Tensor, committed: int
-) -> Iterator[Result]:
-    batch, _, step, _ = inputs["q"].shape
-    grouped = {name: sizes.attention[name] for name in ("kv_heads", "group")}
-    counters = torch.zeros(operator.counters(batch=batch, step=step, **grouped), dtype=torch.int32, device=host.device)
-    rows = [int(first) for first in inputs["write_indices"]]
-    for number, tactic in enumerate(Attend.TACTICS, 1):
-        launched = prepare(operator, {**inputs, "counters": counters}, tactic, {"splits": sizes.splits})
-        name = operator.kernel_name(launched.node, number)
-        host.launch(name, launched)
-        # The counters are zero after a launch, so that the next one can use them.
-        error = distance(launched.outputs[0], expected) + float(counters.abs().sum())
-        yield Result(
-            operator.name,
-            f"batch {batch}, step {step}, {committed} rows",
-            f"{tactic.constants['BLOCK_M']} queries",
-            error,
-            median_microseconds(host, name, [launched], 10),
-            needed_bytes(attend_traffic(operator, launched.node, tactic, rows, REAL_BYTES)),
-        )
 
 
 def _attention_and_merge(
@@ -294,7 +266,7 @@ def _attention_and_merge(
                 yield Result(operator.name, case, block, error, took, needed_bytes(traffic))
             if number == 1 and operator.pattern == "bidirectional":
                 took = median_microseconds(host, merge_name, [merged], 10)
-                least = needed_bytes(merge_traffic(merged.node, traffic, REAL_BYTES))
+                least = needed_bytes(merge_traffic(merged.node, operator.pattern, rows, REAL_BYTES))
                 yield Result(merge.name, case, f"{merge_tactic.warps} warps", error, took, least)
 
 

@@ -27,6 +27,7 @@ from trimode.plugins.operators import (
     Int4Head,
     KvWrite,
     MergeCandidates,
+    MergeSplits,
     Node,
     Operator,
     Pattern,
@@ -37,6 +38,7 @@ from trimode.plugins.traffic import (
     attend_traffic,
     cache_bytes,
     int4_product_traffic,
+    merge_traffic,
     moved_bytes,
     needed_bytes,
     operator_traffic,
@@ -61,8 +63,10 @@ def all_kernels(head_dim: int) -> Iterator[Kernel]:
     """
     sizes = {**ATTENTION, "head_dim": head_dim}
     nodes: list[tuple[Operator, Node]] = [(write := KvWrite(), write.node(batch=1, step=1, capacity=1, **sizes))]
-    attends = [Attend(pattern, merge=True, output_scale=True) for pattern in LAUNCHED_PATTERNS]
+    attends = [Attend(pattern) for pattern in LAUNCHED_PATTERNS]
     nodes += [(attend, attend.node(batch=1, step=1, capacity=1, splits=SPLITS, **sizes)) for attend in attends]
+    merging = MergeSplits(output_scale=True)
+    nodes.append((merging, merging.node(batch=1, step=1, splits=SPLITS, **sizes)))
     if head_dim == ATTENTION["head_dim"]:  # products do not depend on it
         nodes.append((QKV, qkv_node(1, capacity=1)))
         nodes += [(PRODUCTS[name].operator, PRODUCTS[name].node(1)) for name in ("gate_up", "down", "o with adapter")]
@@ -135,10 +139,10 @@ def default_product_tactic(product: Product, node: Node) -> Tactic:
 
 
 def print_traffic() -> bool:
-    """Bytes of each kernel for one request. The last row of each window excludes the splits' results from attention's
-    least bytes. Returns whether every kernel is within :data:`LIMIT` of its least bytes.
+    """Bytes of each kernel for one request. For masked attention and its merge together, the least bytes exclude the
+    splits' results. Returns whether every kernel is within :data:`LIMIT` of its least bytes.
     """
-    ratios = []
+    ratios, merging = [], MergeSplits(output_scale=True)
     print("| kernel | KV rows | step | least MB | moved MB | ratio | L2 MB |\n" + "|---" * 7 + "|")
 
     def row(name: str, window: object, step: int, bound: float, moved: float, cached: float) -> None:
@@ -169,15 +173,18 @@ def print_traffic() -> bool:
         node = merge.node(**sizes)
         kernel(merge.name, "-", step, operator_traffic(merge, node, merge.TACTICS[0], REAL_BYTES))
         for window in WINDOWS:
-            for pattern in ("bidirectional", "masked"):
-                attend = Attend(pattern, merge=True, output_scale=True)
+            for pattern in LAUNCHED_PATTERNS:
+                attend = Attend(pattern)
                 node = attend.node(batch=1, step=step, capacity=window + step, splits=SPLITS, **ATTENTION)
                 tactic = smallest_fitting(attend.tactics(node), step * ATTENTION["group"])
                 attended = attend_traffic(attend, node, tactic, [window], REAL_BYTES)
                 kernel(attend.name, window, step, attended)
-            needed, moved, cached = (count(attended) for count in (needed_bytes, moved_bytes, cache_bytes))
-            parts = sum(attended[name].stored for name in ("partial", "log_sum_exp"))
-            row("*without splits' results*", window, step, needed - parts, moved, cached)
+            node = merging.node(batch=1, step=step, splits=SPLITS, **ATTENTION)
+            merged = merge_traffic(node, pattern, [window], REAL_BYTES)
+            kernel(merging.name, window, step, merged)
+            needed, moved, cached = (f(attended) + f(merged) for f in (needed_bytes, moved_bytes, cache_bytes))
+            parts = sum(2 * attended[name].stored for name in ("partial", "log_sum_exp"))
+            row("*both together*", window, step, needed - parts, moved, cached)
     return max(ratios) <= LIMIT
 
 

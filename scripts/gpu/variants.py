@@ -1,6 +1,5 @@
 """The part of the benchmark that times two forms of the same work in one run, over the same inputs.
 
-- attention whose last split merges, and attention and merge as two launches;
 - the head with its candidates, and the product alone with PyTorch's maximum and log-sum-exp of its logits;
 - an int4 head, and a 16-bit one.
 """
@@ -8,55 +7,41 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
-from typing import get_args
 
 import torch
 
-from scripts.gpu import graph_checks, kernel_checks
+from scripts.gpu import graph_checks
 from scripts.gpu.graph_checks import GraphSizes
-from scripts.gpu.kernel_checks import REAL_BYTES, CheckSizes, Host, Result, distance
+from scripts.gpu.kernel_checks import REAL_BYTES, Host, Result, distance
 from scripts.gpu.kernel_launch import prepare
 from trimode.plugins.operators import (
-    Attend,
     DenseHead,
     Int4Head,
     Int4Product,
     MergeCandidates,
-    MergeSplits,
     Node,
     Operator,
 )
-from trimode.plugins.operators.attention import Pattern
 from trimode.plugins.reference import int4_product
 from trimode.plugins.traffic import int4_product_traffic, needed_bytes
 
 HEADS = (Int4Head(normed=True), DenseHead())
-# Of one request: tokens, and committed KV rows.
-STEPS = ((1, 512), (32, 512), (32, 4096))
+# Tokens of one request.
+STEPS = (1, 32)
 _RUNS = 20
-
-
-def sizes_of(*, small: bool) -> tuple[CheckSizes, GraphSizes]:
-    if small:
-        return replace(kernel_checks.SMALL_SIZES, steps=((1, 3, 40),)), graph_checks.SMALL_SIZES
-    attention = tuple((1, step, committed) for step, committed in STEPS)
-    return replace(kernel_checks.SIZES_8B, steps=attention), graph_checks.SIZES_8B
 
 
 def used_nodes(*, small: bool) -> Iterator[tuple[Operator, Node]]:
     """Every operator of a run, with the sizes that its kernel is compiled for."""
-    checked, graph = sizes_of(small=small)
-    fixed = {**checked.attention, "batch": 1, "step": 1}
-    for pattern in get_args(Pattern):
-        for merge in (False, True):
-            attend = Attend(pattern, merge=merge, output_scale=merge)
-            yield attend, attend.node(capacity=1, splits=checked.splits, **fixed)
-    yield (merging := MergeSplits(output_scale=True)), merging.node(splits=checked.splits, **fixed)
+    sizes = _sizes(small=small)
     for head in HEADS:
-        yield head, graph_checks.head_node(head, graph, 1, 1, top_k=1)
-    yield MergeCandidates(), MergeCandidates.node(batch=1, rows=1, vocabulary=graph.vocabulary, top_k=1)
-    yield _PRODUCT, _product_node(graph, 1)
+        yield head, graph_checks.head_node(head, sizes, 1, 1, top_k=1)
+    yield MergeCandidates(), MergeCandidates.node(batch=1, rows=1, vocabulary=sizes.vocabulary, top_k=1)
+    yield _PRODUCT, _product_node(sizes, 1)
+
+
+def _sizes(*, small: bool) -> GraphSizes:
+    return graph_checks.SMALL_SIZES if small else graph_checks.SIZES_8B
 
 
 _PRODUCT = Int4Product(normed=True)
@@ -68,11 +53,10 @@ def _product_node(sizes: GraphSizes, rows: int) -> Node:
 
 def variants(host: Host, *, small: bool = False) -> Iterator[Result]:
     """small: with sizes for the interpreter."""
-    checked, graph = sizes_of(small=small)
-    yield from kernel_checks.run_part("attention", host, checked)
-    for step in sorted({step for _, step, _ in checked.steps}):
-        yield from graph_checks.head_results(host, graph, step, HEADS, top_k=1)
-        yield from _separate_head(host, graph, step)
+    sizes = _sizes(small=small)
+    for step in STEPS[:1] if small else STEPS:
+        yield from graph_checks.head_results(host, sizes, step, HEADS, top_k=1)
+        yield from _separate_head(host, sizes, step)
 
 
 def _separate_head(host: Host, sizes: GraphSizes, rows: int) -> Iterator[Result]:

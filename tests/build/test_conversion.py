@@ -69,7 +69,7 @@ def test_the_targets_have_all_files_but_the_engines_in_common(built: dict[str, P
 
 
 def cut_a_kernel(engine: Path) -> None:
-    kernel = next((engine / "kernels/sm_90").glob("AttendMaskedMerged*.ptx"))
+    kernel = next((engine / "kernels/sm_90").glob("AttendMasked*.ptx"))
     kernel.write_bytes(kernel.read_bytes()[:-1])
 
 
@@ -88,7 +88,7 @@ def of_cpu(engine: Path, checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda engine, _: cut_a_kernel(engine), r"AttendMaskedMerged.*\.ptx has \d+ bytes, the manifest says"),
+        (lambda engine, _: cut_a_kernel(engine), r"AttendMasked.*\.ptx has \d+ bytes, the manifest says"),
         (of_fp32, "target tensorrt takes bf16 and fp16, and the engine is fp32"),
         (
             of_cpu,

@@ -13,7 +13,7 @@ from torch import Tensor
 from scripts.gpu.kernel_checks import distance
 from scripts.gpu.kernel_launch import prepare
 from tests.support.kernel_cases import DTYPES, GROUPS, AttentionCase, attention_cases
-from tests.support.kernel_functions import TOLERANCES, attend, attend_and_merge, launch
+from tests.support.kernel_functions import TOLERANCES, attend, launch
 from trimode.plugins.operators import Attend, Pattern, Tactic
 from trimode.plugins.operators.attention import SPLIT_STEP, split_count
 from trimode.plugins.reference import attention
@@ -24,9 +24,8 @@ PATTERNS: tuple[Pattern, ...] = ("causal", "bidirectional", "masked")
 def check(case: AttentionCase) -> None:
     inputs = case.inputs()
     expected = attention.attend(**inputs)
-    for kernels in (attend, attend_and_merge):
-        found, *_ = kernels(**inputs, splits=case.splits, tactic=case.tactic)
-        assert distance(found, expected) <= TOLERANCES[case.dtype]
+    found, *_ = attend(**inputs, splits=case.splits, tactic=case.tactic)
+    assert distance(found, expected) <= TOLERANCES[case.dtype]
 
 
 @given(attention_cases())
@@ -65,16 +64,15 @@ def test_a_prefill_chunk_has_fewer_splits(pattern: Pattern) -> None:
 def test_a_sequence_without_visible_rows_gives_zeros(pattern: Pattern) -> None:
     case = AttentionCase((0, 5), 3, pattern, group=4)
     inputs = case.inputs()
-    for kernels in (attend, attend_and_merge):
-        if pattern == "bidirectional":
-            inputs["step_lengths"][:] = 0
-            found, *_ = kernels(**inputs)
-            assert not found[0].any()
-            assert found[1].all()
-        if pattern == "masked":
-            inputs["block_mask"][0] = False
-            found, *_ = kernels(**inputs)
-            assert not found[0].any()
+    if pattern == "bidirectional":
+        inputs["step_lengths"][:] = 0
+        found, *_ = attend(**inputs)
+        assert not found[0].any()
+        assert found[1].all()
+    if pattern == "masked":
+        inputs["block_mask"][0] = False
+        found, *_ = attend(**inputs)
+        assert not found[0].any()
     check(case)
 
 
@@ -84,7 +82,7 @@ def test_a_token_has_the_same_bits_in_every_step(tactic: Tactic) -> None:
     case = AttentionCase((75, 0), 17, "masked", group=4, splits=4, scaled=True, tactic=tactic, dtype=torch.bfloat16)
     inputs = case.inputs()
     inputs["block_mask"] = torch.ones(2, 17, 17, dtype=torch.bool).tril()
-    whole, *_ = attend_and_merge(**inputs, splits=case.splits, tactic=tactic)
+    whole, *_ = attend(**inputs, splits=case.splits, tactic=tactic)
     for token in (0, 5, 16):
         alone = {
             "q": inputs["q"][:1, :, token : token + 1].contiguous(),
@@ -95,7 +93,7 @@ def test_a_token_has_the_same_bits_in_every_step(tactic: Tactic) -> None:
         }
         for name in ("k_cache", "v_cache"):
             alone[name][:, :, 75 + token + 1 :] = float("nan")
-        found, *_ = attend_and_merge(**alone, splits=case.splits, tactic=Attend.TACTICS[0])
+        found, *_ = attend(**alone, splits=case.splits, tactic=Attend.TACTICS[0])
         assert torch.equal(found[0, 0], whole[0, token])
 
 

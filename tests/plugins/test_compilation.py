@@ -45,14 +45,11 @@ AROUND = {
 }
 KERNELS: dict[str, tuple[Operator, Node, Tactic]] = {
     "write": (KvWrite(), WRITE, KvWrite.TACTICS[0]),
-    "attention, few rows": attention_kernel(Attend("bidirectional"), Attend.TACTICS[0]),
-    "attention, many rows": attention_kernel(Attend("masked"), Attend.TACTICS[-1]),
-    "attention that merges, few rows": attention_kernel(
-        Attend("bidirectional", merge=True, output_scale=True), Attend.TACTICS[0]
-    ),
-    "attention that merges, many rows": attention_kernel(
-        Attend("masked", merge=True, output_scale=True), Attend.TACTICS[1]
-    ),
+    "bidirectional attention": attention_kernel(Attend("bidirectional"), Attend.TACTICS[0]),
+    **{
+        f"masked attention, {tactic.constants['BLOCK_M']} queries": attention_kernel(Attend("masked"), tactic)
+        for tactic in Attend.TACTICS
+    },
     "merge": (MergeSplits(output_scale=True), MERGE, MergeSplits.TACTICS[0]),
     **{f"qkv product, {shape(tactic)}": (QKV, QKV_NODE, tactic) for tactic in QKV.tactics(QKV_NODE).values()},
     **{
@@ -73,8 +70,8 @@ LARGEST = (
     "product, 128 x 128, 8 warps",
 )
 HEAVIEST = (
-    "attention, many rows",
-    "attention that merges, many rows",
+    "masked attention, 64 queries",
+    "masked attention, 128 queries",
     "qkv product, 64 x 128, 8 warps",
     "product in parts, 32 x 128, 4 warps",
     "product in parts, 64 x 128, 8 warps",

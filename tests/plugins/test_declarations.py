@@ -76,7 +76,7 @@ def built(tensorrt: ModuleType, declarations: ModuleType, library: Path) -> dict
 
 def test_every_operator_is_declared_in_our_namespace(tensorrt: ModuleType, built: dict[str, Built]) -> None:
     assert {name for space, name in tensorrt.get_plugin_registry().creators if space == "trimode"} == built.keys()
-    assert len(built) == 1 + 9 + 2 + 8 + 4 + 2 + 4 + 4 + 13 + 6
+    assert len(built) == 1 + 3 + 2 + 8 + 4 + 2 + 4 + 4 + 13 + 6
 
 
 @pytest.mark.parametrize("name", COMPILED)

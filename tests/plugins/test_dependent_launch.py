@@ -19,7 +19,6 @@ CONSTANTS: dict[str, dict[str, int]] = {
     "AttendCausal": HEADS,
     "AttendBidirectional": HEADS,
     "AttendMasked": HEADS,
-    "AttendMaskedMergedScaled": HEADS,
     "MergeSplitsScaled": {**HEADS, "SPLITS": 16},
     "Int4Product": PRODUCT,
     "Int4ProductNormedGated": {**PRODUCT, "GATED": 1},

@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args
 
 import pytest
 
@@ -22,7 +21,6 @@ from trimode.plugins.operators import (
     MergeCandidates,
     MergeSplits,
     Node,
-    Pattern,
     QkvProduct,
     RmsNorm,
     Rotations,
@@ -44,13 +42,6 @@ NODES: dict[str, Node] = {
             ("AttendBidirectional", "bidirectional"),
             ("AttendMasked", "masked"),
         )
-    },
-    **{
-        f"Attend{pattern.capitalize()}Merged{suffix}": Attend(pattern, merge=True, output_scale=bool(suffix)).node(
-            batch=2, step=5, capacity=64, splits=16, **SIZES
-        )
-        for pattern in get_args(Pattern)
-        for suffix in ("", "Scaled")
     },
     **{
         f"MergeSplits{suffix}": MergeSplits(output_scale=bool(suffix)).node(batch=2, step=5, splits=16, **SIZES)
@@ -159,7 +150,7 @@ def test_parameters_and_constants_are_the_kernels(name: str) -> None:
         assert absent <= {
             *("step_lengths", "block_mask", "token_mask"),
             *("output_scale", "row_scale", "step", "narrow", "adapter_up", "residual"),
-            *("counters", "partial", "counters_out", "attended"),
+            *("counters", "partial", "counters_out"),
             *("squares", "epsilon", "next_weight", "weighted", "next_squares"),
         }
 

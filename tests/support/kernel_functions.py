@@ -123,22 +123,6 @@ def attend(
     return merged.outputs[0], attend_traffic, merge_traffic
 
 
-def attend_and_merge(
-    *, splits: int = 4, tactic: Tactic = Attend.TACTICS[0], **inputs: Tensor
-) -> tuple[Tensor, dict[str, Traffic]]:
-    """As the reference, and the traffic of the kernel that merges its splits."""
-    visibility = "bidirectional" if "step_lengths" in inputs else "masked" if "block_mask" in inputs else "causal"
-    operator = Attend(visibility, merge=True, output_scale="output_scale" in inputs)  # type: ignore[arg-type]
-    batch, heads, step, _ = inputs["q"].shape
-    kv_heads = inputs["k_cache"].shape[1]
-    count = Attend.counters(batch=batch, step=step, kv_heads=kv_heads, group=heads // kv_heads)
-    counters = torch.zeros(count, dtype=torch.int32)
-    launched = prepare(operator, {**inputs, "counters": counters}, tactic, {"splits": splits})
-    traffic = launch(launched)
-    assert not counters.any(), "a launch leaves the counters zero"
-    return launched.outputs[0], traffic
-
-
 def int4_product(*, tactic: Tactic, gated: bool = False, **inputs: Tensor) -> tuple[Tensor, dict[str, Traffic]]:
     """As the reference, and the kernel's traffic. counters: of an operator whose parts are separate programs."""
     operator = Int4Product(

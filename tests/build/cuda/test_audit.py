@@ -57,8 +57,8 @@ def count(engine: Path, name: str = "ar", batch: int = 1, step: int = 1, window:
 
 
 def test_the_launches_are_those_of_the_list(engine: Path) -> None:
-    """A layer has four int4 products and attention; a draft has the adapter's first product as well."""
-    for name, a_layer in (("ar", 5), ("diffusion", 6)):
+    """A layer has four int4 products, attention and its merge; a draft has the adapter's first product as well."""
+    for name, a_layer in (("ar", 6), ("diffusion", 7)):
         found = count(engine, name)
         assert found.kernels_a_layer == a_layer
         assert found.kernels == a_layer * LAYERS + 6  # embedding, rotations, two selections, the head and its merge
@@ -85,10 +85,10 @@ def test_the_count_agrees_with_one_by_hand(engine: Path, checkpoint: Path) -> No
 
 @pytest.mark.parametrize("name", ["ar", "diffusion"])
 def test_a_pass_of_one_token_moves_hardly_more_than_the_least_bytes(engine: Path, name: str) -> None:
-    """The bound counts scales in 16 bits, and the kernels read them in fp32."""
+    """The bound counts scales in 16 bits, and the kernels read them in fp32. It has no results of splits."""
     for batch, window in ((1, 512), (1, 1024), (4, 512)):
         found = count(engine, name, batch=batch, window=window)
-        assert 1 < found.ratio < 1.06
+        assert 1 < found.ratio < 1.07
 
 
 def test_ranks_move_their_part_and_exchange_two_sums_a_layer(engine: Path, ranked: Path) -> None:

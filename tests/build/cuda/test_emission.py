@@ -16,6 +16,7 @@ from trimode.build.cpu.target import CpuTarget
 from trimode.build.cuda.emission import write_launches
 from trimode.build.cuda.target import CudaTarget
 from trimode.build.engine_builder import build_engine
+from trimode.build.graph import split_products
 from trimode.build.graph.lowering import launch_list
 from trimode.build.kernel_network import write_pool_and_kernels
 from trimode.common.errors import TriModeError
@@ -77,7 +78,7 @@ def test_every_node_is_a_launch_in_the_order_of_the_graph(engine: Path, name: st
     ]
 
 
-@pytest.mark.parametrize(("name", "count"), [("ar", 5), ("diffusion", 6)])
+@pytest.mark.parametrize(("name", "count"), [("ar", 6), ("diffusion", 7)])
 def test_the_launches_of_a_layer(engine: Path, name: str, count: int) -> None:
     """With int4 weights. The last layer selects the rows with logits in two launches more."""
     launches = LaunchList.read(engine / name).launches
@@ -137,10 +138,12 @@ def test_the_kernels_of_every_pass_are_in_the_library(
         ]
 
 
+@pytest.mark.parametrize("split", [False, True])
 def test_the_graphs_executed_through_their_functions_equal_target_cpu(
-    random_int4_checkpoint: Path, tmp_path: Path
+    random_int4_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split: bool
 ) -> None:
-    """A prompt, a draft with the adapter, and its verification, in fp32."""
+    """A prompt, a draft with the adapter, and its verification, in fp32. split: products that are too short for it."""
+    monkeypatch.setattr(split_products, "split_count", lambda *_: 2 if split else 1)
     checkpoint = Checkpoint(random_int4_checkpoint)
     cpu = CpuTarget(activations="fp32")
     build_engine(checkpoint, tmp_path / "cpu", target=cpu, capacity=CAPACITY, top_k=TOP_K)

@@ -14,10 +14,8 @@ import pytest
 from numpy.typing import NDArray
 
 from tests.build.graph.test_target_graphs import (
-    BATCH,
     CAPACITY,
     PATTERNS,
-    STEP,
     Arrays,
     assert_same,
     graph_of,
@@ -62,8 +60,6 @@ def plugin_graph(checkpoint: Checkpoint, tiles: RawPool, pattern: AttentionPatte
         top_k=768,
         splits=16,
         rank=8,
-        max_batch=BATCH,
-        max_step=STEP,
         standard_results=True,
         standard_products=True,
         capacity=CAPACITY,
@@ -86,8 +82,7 @@ def execute(checkpoint: Checkpoint, pool: RawPool, graph: onnx.ModelProto, chang
         if value.name in pooled:
             bind_pooled(binding, value, pooled[value.name])
         else:
-            counters = np.zeros(value.shape, np.int32) if value.name == "counters" else None
-            binding.bind_cpu_input(value.name, feeds[value.name] if counters is None else counters)
+            binding.bind_cpu_input(value.name, feeds[value.name])
     names = [value.name for value in session.get_outputs()]
     for name in names:
         binding.bind_output(name)
@@ -100,7 +95,6 @@ def test_the_plugins_functions_compute_the_same(
     checkpoint: Checkpoint, pool: RawPool, tiles: RawPool, pattern: AttentionPattern
 ) -> None:
     found = execute(checkpoint, tiles, plugin_graph(checkpoint, tiles, pattern))
-    assert not found.pop("counters_out").any()
     assert_same(found, execute(checkpoint, pool, plain_graph(checkpoint, pool, pattern)))
 
 
@@ -141,7 +135,6 @@ def test_input_scales_are_applied_wherever_the_pool_has_them(
         assert scale is not None
         divided[f"adapter_down.{layer}"] = divided[f"adapter_down.{layer}"] / scale[:, None]
     found = execute(checkpoint, tiles, plugin_graph(checkpoint, tiles, pattern), divided)
-    assert not found.pop("counters_out").any()
     assert_same(found, execute(checkpoint, plain, plain_graph(checkpoint, plain, pattern)))
 
 

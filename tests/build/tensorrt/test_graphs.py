@@ -122,7 +122,7 @@ def test_both_graphs_read_weights_from_the_one_pool_and_contain_none(emitted: Pa
 
 
 def _attentions(operators: list[str]) -> int:
-    return sum(name in {"AttendMaskedMerged", "AttendBidirectionalMerged"} for name in operators)
+    return sum(name in {"AttendMasked", "AttendBidirectional"} for name in operators)
 
 
 def _bytes(value: onnx.ValueInfoProto) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runtime.cuda.conftest import MAX_BATCH, MAX_STEP, Engines, Gpu
+from tests.runtime.cuda.conftest import Engines, Gpu
 from tests.support.driver_double import LibcudaDouble
 from trimode.common.errors import TriModeError
 from trimode.engine.kernel_library import LibraryIndex
@@ -83,18 +83,6 @@ def test_a_gpu_that_no_kernels_run_on_is_refused(small: Engines, gpu: Gpu, tmp_p
 def test_too_little_memory_is_refused(small: Engines, gpu: Gpu) -> None:
     gpu(small).free = 1 << 12
     assert "GB left for the weights" in refusal(small.cuda)
-
-
-@pytest.mark.parametrize("larger", [{"max_batch": 2 * MAX_BATCH}, {"max_step": 64 * MAX_STEP}])
-def test_passes_beyond_those_of_the_build_are_refused(
-    small: Engines, gpu: Gpu, tmp_path: Path, larger: dict[str, int]
-) -> None:
-    """The engine has counters for the largest pass that it was built for."""
-    gpu(small, computes=False)
-    engine = Path(shutil.copytree(small.cuda, tmp_path / "engine"))
-    manifest = Manifest.read(engine)
-    manifest.model_copy(update={"limits": manifest.limits.model_copy(update=larger)}).write(engine)
-    assert "the engine was built for smaller passes than" in refusal(engine)
 
 
 def test_the_error_for_a_missing_package_names_the_remedy(

@@ -53,7 +53,7 @@ def executor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CudaExecutor]
         checkpoint = Checkpoint(write_input_scales(folder / "int4", folder / "awq"))
         build_engine(checkpoint, folder / "cuda", target=target, capacity=CAPACITY, top_k=TOP_K)
         operators = {launch.operator for launch in LaunchList.read(folder / "cuda" / "ar").launches}
-        assert {"Int4ProductSplitResidualForNorm", "Int4HeadNormed", "AttendMaskedMergedScaled"} <= operators
+        assert {"Int4ProductSplitResidualForNorm", "Int4HeadNormed", "AttendMasked", "MergeSplitsScaled"} <= operators
         patch.undo()
         patch.setattr(int4_product, "_LEAST_SPLIT", 128)
         with interpreting_gpu(compiler.kernels, torch.bfloat16):

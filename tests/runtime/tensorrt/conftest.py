@@ -27,10 +27,11 @@ from trimode.engine.manifest import Manifest
 from trimode.engine.targets.tensorrt import GRAPH, Operators
 from trimode.model.checkpoint import Checkpoint
 from trimode.model.step import ENGINES
+from trimode.plugins.operators import int4_product
 from trimode.quantize import quantize_checkpoint
 from trimode.runtime.gpu import device
 
-CAPACITY, MAX_BATCH, MAX_STEP = 512, 4, 80
+CAPACITY, MAX_BATCH, MAX_STEP, LEAST_SPLIT = 512, 4, 80, 64
 
 
 class Engines(NamedTuple):
@@ -46,13 +47,16 @@ class Engines(NamedTuple):
 
 @pytest.fixture(scope="session")
 def fp16(tensorrt: ModuleType, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Engines:
-    """Built and compiled as for users. The double runs the graphs of the engine directory."""
+    """Built and compiled as for users, with products split that are too short for it. The double runs the graphs of the
+    engine directory.
+    """
     folder = tmp_path_factory.mktemp("tensorrt_fp16")
     quantize_checkpoint(Checkpoint(tiny_checkpoint), folder / "int4", method="rtn", group=64)
     checkpoint = Checkpoint(folder / "int4")
     options = TensorrtTarget(sms=(121,), dtype="fp16", max_batch=MAX_BATCH, max_step=MAX_STEP, emit_only=True)
     with pytest.MonkeyPatch.context() as patch:
         UncompiledKernels(patch)
+        patch.setattr(int4_product, "_LEAST_SPLIT", LEAST_SPLIT)
         patch.setattr(ctypes, "CDLL", lambda _name: LibcudaDouble())
         patch.setattr(compiled_directory, "find_gpus", find_gpus)
         TensorrtDouble(tensorrt, patch)
@@ -82,8 +86,10 @@ def _in_fp32(fp16: Engines, folder: Path, operators: Operators) -> Engines:
     manifest = Manifest.read(compiled)
     (folder / "graphs").mkdir()
     limits = manifest.limits
-    network = write_pool_and_kernels(checkpoint, folder / "graphs", "tensorrt", "fp32", (), limits, no_progress)
-    write_graphs(network, folder / "graphs", operators, no_progress)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(int4_product, "_LEAST_SPLIT", LEAST_SPLIT)
+        network = write_pool_and_kernels(checkpoint, folder / "graphs", "tensorrt", "fp32", (), limits, no_progress)
+        write_graphs(network, folder / "graphs", operators, no_progress)
     shutil.copyfile(folder / "graphs" / POOL, compiled / POOL)
     precision = manifest.precision.model_copy(update={"activations": "fp32", "kv_cache": "fp32"})
     manifest.model_copy(update={"precision": precision, "pool": network.pool.entries()}).write(compiled)

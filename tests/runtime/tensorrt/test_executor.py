@@ -80,7 +80,7 @@ def test_both_engines_read_one_copy_of_the_weights(exact: Engines, machine: Mach
     for context in contexts:
         bound = {entry.name: entry.offset for entry in pool}
         assert {name: context.addresses[name] - begin for name in bound} == bound
-        assert context.addresses.get(COUNTERS) == context.addresses.get(f"{COUNTERS}_out")
+        assert context.addresses[COUNTERS] == context.addresses[f"{COUNTERS}_out"]
 
 
 @pytest.mark.usefixtures("machine")
