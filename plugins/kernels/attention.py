@@ -91,27 +91,33 @@ def attend_kernel(
         logits = tl.dot(query, tl.trans(key), input_precision="ieee")
         value = tl.load(values + at * HEAD_DIM)
         best, total, sums = _accumulate(logits, value, best, total, sums)
-    # Tiles with rows that some query does not attend to. Prefetching would need more registers than there are.
+    # Tiles with rows that some query does not attend to: at most a few, so that one is prefetched.
     first = split + tl.cdiv(tl.maximum(whole - split, 0), splits) * splits
-    for tile in tl.range(first, tiles, splits, num_stages=1):
-        at = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        inside = (at < length)[:, None]
-        key = tl.load(keys + at[:, None] * HEAD_DIM, mask=inside, other=0.0)
-        value = tl.load(values + at[:, None] * HEAD_DIM, mask=inside, other=0.0)
-        other = (at - committed)[None, :]  # token of the step; negative for committed rows
-        seen = (at < length)[None, :]
+    in_tile = tl.arange(0, BLOCK_N)
+    if block_mask is not None:
+        tl.static_assert(BLOCK_N <= 32, "a word has a bit for each KV row of a tile")
+        mask, in_mask = block_mask + batch * step * step, tl.where(exists, token * step, -1)
+    for tile in tl.range(first, tiles, splits, num_stages=2):
+        at = tile * BLOCK_N + in_tile
+        inside = at < length
+        other = at - committed  # token of the step; negative for committed rows
         if block_mask is not None:
-            named = seen & exists[:, None] & (other >= 0)
-            in_mask = block_mask + batch * step * step + token[:, None] * step + other
-            allowed = (other < 0) | (tl.load(in_mask, mask=named, other=0) != 0)
-            # As the bits of one integer for each query, which a gather takes from the layout of the load to that of the
-            # logits. Otherwise the compiler computes the softmax in both layouts.
-            bit = tl.arange(0, BLOCK_N)[None, :]
-            bits = tl.gather(tl.sum(allowed.to(tl.int32) << bit, 1), tl.arange(0, BLOCK_M), 0)
-            seen = seen & (((bits[:, None] >> bit) & 1) != 0)
-        elif step_lengths is None:
-            seen = seen & (other <= token[:, None])
-        logits = tl.where(seen, tl.dot(query, tl.trans(key), input_precision="ieee"), float("-inf"))
+            # As the bits of one word for each query. If logits were compared with the bytes, the compiler would compute
+            # the softmax in the layout of their load: with more barriers and registers, and sums in another order.
+            named = (in_mask >= 0)[:, None] & ((other >= 0) & inside)[None, :]
+            allowed = tl.load(mask + (in_mask[:, None] + other[None, :]), mask=named, other=0) != 0
+            allowed = allowed | ((other < 0) & inside)[None, :]
+            words = tl.sum(allowed.to(tl.int32) << in_tile[None, :], 1)
+        key = tl.load(keys + at[:, None] * HEAD_DIM, mask=inside[:, None], other=0.0)
+        logits = tl.dot(query, tl.trans(key), input_precision="ieee")
+        if block_mask is not None:
+            seen = ((words[:, None] >> in_tile[None, :]) & 1) != 0
+        elif step_lengths is not None:
+            seen = inside[None, :]
+        else:
+            seen = inside[None, :] & (other[None, :] <= token[:, None])
+        logits = tl.where(seen, logits, float("-inf"))
+        value = tl.load(values + at[:, None] * HEAD_DIM, mask=inside[:, None], other=0.0)
         best, total, sums = _accumulate(logits, value, best, total, sums)
 
     allow_next(CAPABILITY)

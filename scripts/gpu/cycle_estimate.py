@@ -227,7 +227,7 @@ def _attention_launch(operator: Attend, node: Node, tactic: Tactic, window: int,
     tiles, heads, _ = operator.grid(node, tactic)
     splits = heads // ATTENTION["kv_heads"]
     busy = [rows for split in range(splits) if (rows := split_rows(window + step, split, splits, block))]
-    # Tiles that every query attends to are prefetched; the others are not.
+    # Of the tiles that every query attends to, several are prefetched; of the others, one.
     whole = (window + step if operator.pattern == "bidirectional" else window) // block * block
     waits = max(
         sum(row < whole for row in rows) / block / (tactic.stages - 1)

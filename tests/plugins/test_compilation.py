@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 from triton.compiler import ASTSource
@@ -149,6 +150,25 @@ def test_a_kernel_that_would_spill_gets_more_registers(monkeypatch: pytest.Monke
     assert asked == [None, 255]
     assert kernel.resources.registers > 64
     assert not kernel.resources.spills
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100, 120])
+def test_tiles_with_a_mask_are_summed_as_tiles_without(monkeypatch: pytest.MonkeyPatch, capability: int) -> None:
+    """Over threads in the same way. In another order, a query's bits would depend on the length of the step."""
+    texts, compiled = [], compilation.triton.compile
+
+    def kept(*arguments: Any, **options: Any) -> Any:
+        found = compiled(*arguments, **options)
+        texts.append(found.asm["ttgir"])
+        return found
+
+    monkeypatch.setattr(compilation.triton, "compile", kept)
+    operator, node, tactic = KERNELS["masked attention, 64 queries"]
+    compile_operator(operator, operator.constants(node), tactic, "bf16", capability)
+    (text,) = texts
+    layouts = re.findall(r"\}\) : \(tensor<64x32xf32, (#\w+)>\) -> ", text)
+    assert len(layouts) >= 4  # of the maximum and of the sum, with a mask and without
+    assert len(set(layouts)) == 1
 
 
 def test_an_unknown_gpu_is_refused() -> None:

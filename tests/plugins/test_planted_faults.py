@@ -112,8 +112,8 @@ def test_without_a_fault_all_are_within_the_tolerance() -> None:
 
 
 ATTENTION_FAULTS: dict[str, tuple[Pattern, str, str]] = {
-    "a causal mask one further": ("causal", "other <= token[:, None]", "other <= token[:, None] + 1"),
-    "a causal mask one short": ("causal", "other <= token[:, None]", "other < token[:, None]"),
+    "a causal mask one further": ("causal", "<= token[:, None]", "<= token[:, None] + 1"),
+    "a causal mask one short": ("causal", "<= token[:, None]", "< token[:, None]"),
     "a causal length one short": ("causal", "0) + 1\n        plain", "0)\n        plain"),
     "a stale length": (
         "causal",
@@ -132,16 +132,17 @@ ATTENTION_FAULTS: dict[str, tuple[Pattern, str, str]] = {
         "step_lengths + batch).to(tl.int32)",
         "step_lengths + batch).to(tl.int32) - 1",
     ),
-    "a mask one column off": ("masked", "step + other, mask=named", "step + (other + 1) % step, mask=named"),
-    "a mask one row off": ("masked", "token[:, None] * step + other", "(token[:, None] + 1) % step * step + other"),
+    "a mask one column off": ("masked", "+ other[None, :]), mask", "+ (other[None, :] + 1) % step), mask"),
+    "a mask one row off": ("masked", "exists, token * step", "exists, (token + 1) % step * step"),
     "another sequence's mask": ("masked", "block_mask + batch * step * step", "block_mask + (1 - batch) * step * step"),
-    "the committed rows by the mask": ("masked", "((other < 0) | ", "((other < -1) | "),
+    "the committed rows by the mask": ("masked", "| ((other < 0)", "| ((other < -1)"),
+    "a word's bits in another order": ("masked", ">> in_tile[None, :]", ">> (in_tile ^ 1)[None, :]"),
     "the wrong group": (
         "causal",
         "(batch * KV_HEADS + head) * capacity",
         "(batch * KV_HEADS + (head + 1) % KV_HEADS) * capacity",
     ),
-    "the wrong token of a group": ("causal", "token = row % step", "token = row // GROUP"),
+    "the wrong token of a group": ("causal", "row >= member * step", "row > member * step"),
     "the wrong sequence's rows": (
         "causal",
         "(batch * KV_HEADS + head) * capacity",
@@ -471,8 +472,7 @@ def test_a_fault_in_an_operator_is_detected(name: str, right: str, wrong: str, m
 
 
 def test_a_load_outside_the_pool_is_detected(mutant: Callable[..., None]) -> None:
-    rows = "keys + at[:, None] * HEAD_DIM, mask=at[:, None] < length"
-    mutant(attention_kernels, "attend_kernel", rows, f"{rows} + 64")
+    mutant(attention_kernels, "attend_kernel", "inside = at < length", "inside = at < length + 64")
     case = AttentionCase((9, 316), 6, "causal", group=4, slack=0)
     with pytest.raises(TriModeError, match="attend_kernel loads outside its tensors, near k_cache"):
         attend(**case.inputs())

@@ -60,9 +60,9 @@ def test_programs_beyond_the_resident_ones_wait_for_another_wave() -> None:
 
 
 def test_a_pass_has_the_launches_of_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Five a layer in AR and six in a draft, two that select rows, and four before and behind the layers."""
+    """Six a layer in AR and seven in a draft, two that select rows, and four before and behind the layers."""
     monkeypatch.setattr(cycle_estimate, "_binary", lambda *_: Binary(128, 48 << 10, 400, 1 << 20))
-    for engine, tokens, of_a_layer in (("ar", 1, 5), ("ar", BLOCK, 5), ("diffusion", BLOCK, 6)):
+    for engine, tokens, of_a_layer in (("ar", 1, 6), ("ar", BLOCK, 6), ("diffusion", BLOCK, 7)):
         works = pass_work(H100, Pass(engine, tokens, tokens, 512), "bf16")
         assert sum(work.count for work in works) == 34 * of_a_layer + 2 + 4
         weights = sum(work.count * work.moved for work in works if "Product" in work.name or "Head" in work.name)
