@@ -85,7 +85,10 @@ class Attend(Operator):
         return numbered(self.TACTICS)
 
     def default_tactic(self, node: Node, emitted: Collection[int]) -> int:
-        """By measurements on an H100: 128 queries if that holds those of one sequence, else 64."""
+        """128 queries if they hold those of one sequence, else 64. On an H100, the two differ by at most 5 % in steps
+        that get 128, and 64 are up to 1.8 times as fast in batches. The tile of 16 queries is faster only for few
+        queries and rows, and may round differently, so a GPU that has another one does not use it.
+        """
         batch, _, step, _ = node.shapes["q"]
         queries = step * self.constants(node)["GROUP"]
         wanted = 2 if batch == 1 and 64 < queries <= 128 else 1

@@ -9,8 +9,7 @@ Parts, each in a process of its own with its own time limit:
 
 - ``device``: bandwidth of a copy and of a read, and the peak of a bf16 product, which other parts are compared with;
 - ``products``: the int4 products beside torch's ``_weight_int4pack_mm`` and bf16 by cuBLAS;
-- ``variants``: attention that merges its splits beside two launches, the head with candidates beside a product, an int4
-  head beside a 16-bit one;
+- ``variants``: the head with candidates beside a product, an int4 head beside a 16-bit one;
 - ``passes``: AR, draft, verification and cycle of one request, and the kernels of each pass;
 - ``bits``: the logits of 10,000 tokens in steps of 1, 8, 32 and 64 and in batches of 1 and 16, bit for bit;
 - ``prefill``: a prompt of 2,048 tokens against the measured peak;
