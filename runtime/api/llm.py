@@ -51,8 +51,8 @@ class EngineLLM:
     prefix_cache_listener: called for each block of them that is stored or removed, on the scheduler's thread.
     mode, block_length, enable_thinking: for requests that do not set them; an enable_thinking of None leaves it to the
     chat template. update_seconds: the least time between two updates of a stream; 0 sends every step's tokens.
-    measure_passes: spend half a second on measuring what passes cost, for mode ``auto``; otherwise it learns that from
-    the passes of requests.
+    measure_passes: spend half a second, on a GPU a second, on measuring what passes cost, for mode ``auto``; otherwise
+    it learns that from the passes of requests.
 
     Usable from many threads and event loops of the process that loaded it. Logs its :attr:`capacity`. Raises
     TriModeError if the directory is not a valid engine.

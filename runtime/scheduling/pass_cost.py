@@ -17,6 +17,7 @@ rare. Choices by cost never change which tokens are emitted.
 
 from __future__ import annotations
 
+import bisect
 import math
 import time
 from collections.abc import Callable
@@ -138,31 +139,37 @@ class PassCost:
         possible: Callable[[int, int], bool] = lambda _batch, _step: True,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """Fill the table by trial passes, smallest first, for about ``seconds`` of ``clock``.
+        """Fill the table by trial passes for about ``seconds`` of ``clock``: first one sequence with steps of all
+        lengths, then steps of one token in all batches, then the others; the smallest come first.
 
         run: makes one pass of an engine, batch and step and returns its seconds. possible: whether a pass of that batch
-        and step can run. A cell that is not measured gets the seconds of the largest measured one, with more doubt: so
-        it is tried, and then observed, as soon as a request can use it.
+        and step can run. A cell that is not measured gets the seconds that measured passes of as many tokens would
+        take, with more doubt: so it is tried, and then observed, as soon as a request can use it.
         """
         places = [(row, column) for row in range(len(self._batches)) for column in range(len(self._steps))]
-        places.sort(key=self._tokens)
+        places.sort(key=self._order)
         for engine, table in self._cells.items():
             deadline = clock() + seconds / len(self._cells)
-            log_seconds = 0.0
+            found = _SecondsByTokens()
+            left_out: list[tuple[int, int]] = []
             for index, (row, column) in enumerate(places):
                 batch, step = min(self._batches[row], self._largest[0]), min(self._steps[column], self._largest[1])
-                measured = index == 0 or (clock() < deadline and possible(batch, step))
-                if measured:
-                    log_seconds = math.log(min(run(engine, batch, step) for _ in range(_TRIALS)))
-                cell = _Cell(log_seconds, met_at=self._passes)
-                if measured:
-                    cell.doubt, cell.growth = 0.0, _MEASURED_GROWTH
-                table[row][column] = cell
+                expected = _TRIALS * found.seconds(batch * step) if index else 0.0
+                if index == 0 or (clock() + expected < deadline and possible(batch, step)):
+                    fastest = min(run(engine, batch, step) for _ in range(_TRIALS))
+                    found.add(batch * step, fastest)
+                    table[row][column] = _Cell(math.log(fastest), 0.0, _MEASURED_GROWTH, self._passes)
+                else:
+                    left_out.append((row, column))
+            for row, column in left_out:
+                tokens = min(self._batches[row], self._largest[0]) * min(self._steps[column], self._largest[1])
+                table[row][column] = _Cell(math.log(found.seconds(tokens)), met_at=self._passes)
         self._log_pace = 0.0
         self._least.clear()
 
-    def _tokens(self, place: tuple[int, int]) -> int:
-        return self._batches[place[0]] * self._steps[place[1]]
+    def _order(self, place: tuple[int, int]) -> tuple[int, int]:
+        row, column = place
+        return 0 if row == 0 else 1 if column == 0 else 2, self._batches[row] * self._steps[column]
 
     def _doubt(self, cell: _Cell) -> float:
         return min(_MOST_DOUBT, cell.doubt + cell.growth * (self._passes - cell.met_at))
@@ -205,6 +212,29 @@ class PassCost:
             ]
             self._places[batch, step] = _Place(math.log(beyond), cells)
         return self._places[batch, step]
+
+
+class _SecondsByTokens:
+    """Seconds of passes by their number of tokens, interpolated in the logarithms of both."""
+
+    def __init__(self) -> None:
+        self._found: dict[int, float] = {}
+
+    def add(self, tokens: int, seconds: float) -> None:
+        """Of several passes of as many tokens, the slowest counts."""
+        self._found[tokens] = max(seconds, self._found.get(tokens, 0.0))
+
+    def seconds(self, tokens: int) -> float:
+        """More tokens than any pass has had take proportionally longer, fewer take as long as the smallest pass."""
+        known = sorted(self._found)
+        if tokens <= known[0]:
+            return self._found[known[0]]
+        if tokens >= known[-1]:
+            return self._found[known[-1]] * tokens / known[-1]
+        above = bisect.bisect_left(known, tokens)
+        fewer, more = known[above - 1], known[above]
+        weight = math.log(tokens / fewer) / math.log(more / fewer)
+        return math.pow(self._found[fewer], 1 - weight) * math.pow(self._found[more], weight)
 
 
 def _powers(largest: int) -> list[int]:

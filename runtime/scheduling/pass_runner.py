@@ -33,6 +33,8 @@ from trimode.runtime.scheduling.pass_cost import EngineName, PassCost
 log = logging.getLogger(__name__)
 
 MEASURING_SECONDS = 0.5
+# For an executor that prepares passes, which takes about half of it. Common passes are then prepared.
+PREPARING_SECONDS = 1.0
 
 Found = TypeVar("Found")
 
@@ -113,9 +115,8 @@ class PassRunner:
     def measure(self) -> None:
         """Fill the cost table by trial passes; the pool must have no active slot."""
         pool = self._executor.pool
-        self._cost.measure(
-            self._trial_pass, MEASURING_SECONDS, lambda batch, step: pool.most_rows(batch) >= step, self._clock
-        )
+        seconds = MEASURING_SECONDS if self._preparing is None else PREPARING_SECONDS
+        self._cost.measure(self._trial_pass, seconds, lambda batch, step: pool.most_rows(batch) >= step, self._clock)
 
     @property
     def _preparations(self) -> int:

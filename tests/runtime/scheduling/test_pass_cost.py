@@ -38,7 +38,7 @@ class Clock:
         return self.now
 
 
-def test_a_pass_that_is_not_possible_is_not_run_and_costs_what_the_largest_possible_does() -> None:
+def test_a_pass_that_is_not_possible_is_not_run_and_costs_what_its_tokens_would() -> None:
     cost, run = PassCost(8, 32), []
 
     def only_small(engine: EngineName, batch: int, step: int) -> float:
@@ -47,12 +47,13 @@ def test_a_pass_that_is_not_possible_is_not_run_and_costs_what_the_largest_possi
 
     cost.measure(only_small, seconds=1e9, possible=lambda batch, step: batch <= 2 and batch * step <= 16)
     assert max(batch * step for batch, step in run) == 16
-    assert cost.seconds("ar", 8, 32) == pytest.approx(seconds("ar", 1, 16))
+    assert cost.seconds("ar", 8, 32) == pytest.approx(16 * seconds("ar", 1, 16))
+    assert cost.seconds("ar", 4, 2) == pytest.approx(seconds("ar", 1, 8))
     assert cost.least_seconds("ar", 8, 32) < cost.seconds("ar", 8, 32) / 2
 
 
 def test_the_time_to_measure_is_split_between_the_engines_and_kept() -> None:
-    """An unmeasured pass costs what the largest measured pass does, until it is observed."""
+    """The four shortest steps of one sequence are measured. A larger pass costs proportionally more."""
     cost, clock, run = PassCost(8, 32), Clock(), Counter[str]()
 
     def slow(engine: EngineName, batch: int, step: int) -> float:
@@ -63,10 +64,37 @@ def test_the_time_to_measure_is_split_between_the_engines_and_kept() -> None:
     cost.measure(slow, seconds=0.2, clock=clock)
     assert run == {"ar": 12, "diffusion": 12}  # three trials of four cells: 0.12 s exceed 0.1 s
     assert cost.seconds("ar", 1, 1) == pytest.approx(1e-3)
-    assert cost.seconds("ar", 8, 32) == pytest.approx(1e-3)
+    assert cost.seconds("ar", 8, 32) == pytest.approx(32e-3)
+    assert cost.seconds("ar", 4, 2) == pytest.approx(1e-3)
     for _ in range(8):
-        cost.observe("ar", 8, 32, 32e-3)
-    assert cost.seconds("ar", 8, 32) == pytest.approx(32e-3, rel=0.05)
+        cost.observe("ar", 8, 32, 64e-3)
+    assert cost.seconds("ar", 8, 32) == pytest.approx(64e-3, rel=0.05)
+
+
+def test_one_sequence_and_steps_of_one_token_are_measured_first() -> None:
+    cost, run = PassCost(4, 4), list[tuple[int, int]]()
+
+    def noting(engine: EngineName, batch: int, step: int) -> float:
+        if engine == "ar":
+            run.append((batch, step))
+        return seconds(engine, batch, step)
+
+    cost.measure(noting, seconds=1e9)
+    assert run[::3] == [(1, 1), (1, 2), (1, 4), (2, 1), (4, 1), (2, 2), (2, 4), (4, 2), (4, 4)]
+
+
+def test_a_pass_that_would_exceed_the_time_is_not_measured() -> None:
+    """Three trials of 8 tokens would take 6 ms, and a little less is left for each engine."""
+    cost, clock, run = PassCost(1, 16), Clock(), list[int]()
+
+    def timed(_engine: EngineName, _batch: int, step: int) -> float:
+        run.append(step)
+        clock.now += step / 4e3
+        return step / 4e3
+
+    cost.measure(timed, seconds=2 * (3 * (1 + 2 + 4) / 4e3 + 3 * 8 / 4e3 - 1e-4), clock=clock)
+    assert run == 2 * [1, 1, 1, 2, 2, 2, 4, 4, 4]
+    assert cost.seconds("ar", 1, 16) == pytest.approx(4e-3)
 
 
 def test_the_smallest_pass_is_measured_even_without_time() -> None:

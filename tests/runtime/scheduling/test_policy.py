@@ -7,7 +7,12 @@ from typing import Any
 
 import pytest
 
-from tests.support.exact_law import Bench, PreparingExactLawExecutor, SpeculatingExactLawExecutor
+from tests.support.exact_law import (
+    Bench,
+    ExactLawExecutor,
+    PreparingExactLawExecutor,
+    SpeculatingExactLawExecutor,
+)
 from trimode import SamplingParams
 from trimode.runtime.executor import BidirectionalStep, CausalStep
 from trimode.runtime.request.outputs import Counts
@@ -357,12 +362,15 @@ def test_a_pass_that_was_prepared_tells_nothing_about_its_cost(kind: str) -> Non
     assert sorted(observed) == ([("ar", 4, 1)] if kind == "ar" else [("ar", 4, 4), ("diffusion", 4, 4)])
 
 
-def test_passes_are_measured_for_half_a_second_where_the_pool_has_room() -> None:
-    bench, given = Watched(max_batch=4, capacity=64, limit_rows=64), []
+@pytest.mark.parametrize(("executor", "least"), [(SpeculatingExactLawExecutor, 0.5), (PreparingExactLawExecutor, 1.0)])
+def test_passes_are_measured_for_some_time_where_the_pool_has_room(
+    executor: type[ExactLawExecutor], least: float
+) -> None:
+    bench, given = Watched(max_batch=4, capacity=64, limit_rows=64, executor=executor), []
     bench.cost.measure = lambda *options: given.append(options)  # type: ignore[method-assign]
     bench.scheduler.measure_passes()
     ((_, seconds, possible, _),) = given
-    assert seconds == 0.5
+    assert seconds == least
     assert [possible(batch, 16) for batch in (1, 4, 5)] == [True, True, False]
     assert [possible(1, step) for step in (64, 65)] == [True, False]
 
