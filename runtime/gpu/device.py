@@ -57,6 +57,8 @@ class BoundLaunch:
     (programmatic dependent launch, compute capability 9.0 and later).
     """
 
+    __slots__ = ("_pointers", "_scalars", "_values", "early", "grid", "kernel")
+
     def __init__(
         self,
         kernel: Kernel,

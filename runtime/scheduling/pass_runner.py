@@ -138,11 +138,12 @@ class PassRunner:
             self._cost.observe(engine, span.batch, span.step, seconds * share / sum(shares.values()))
 
     def _trial_pass(self, engine: EngineName, batch: int, step: int) -> float:
-        """Seconds of a pass over sequences of token 0."""
+        """Seconds of a pass over sequences of token 0. A step that is longer than all blocks has one logit row, like a
+        prefill.
+        """
         pool = self._executor.pool
-        idle = Pass(
-            "commit" if engine == "ar" else "draft", np.zeros(step, np.int64), np.arange(min(step, LONGEST_BLOCK))
-        )
+        rows = np.arange(step) if step <= LONGEST_BLOCK else np.array([step - 1])
+        idle = Pass("commit" if engine == "ar" else "draft", np.zeros(step, np.int64), rows)
         try:
             while pool.active < batch:
                 pool.acquire(step)

@@ -375,9 +375,9 @@ def test_passes_are_measured_for_some_time_where_the_pool_has_room(
     assert [possible(1, step) for step in (64, 65)] == [True, False]
 
 
-def test_a_trial_pass_needs_no_more_logits_than_the_longest_block() -> None:
+def test_a_trial_pass_needs_the_logits_of_a_block_or_of_a_prefill() -> None:
     bench = Watched(max_batch=1)
     bench.passes.append([])
-    bench.cost.measure = lambda run, *_: [run("ar", 1, step) for step in (8, 40)]  # type: ignore[method-assign]
+    bench.cost.measure = lambda run, *_: [run("ar", 1, step) for step in (8, 32, 33)]  # type: ignore[method-assign]
     bench.scheduler.measure_passes()
-    assert [step.logit_rows.tolist() for step in bench.passes[-1]] == [[list(range(8))], [list(range(32))]]
+    assert [step.logit_rows.tolist() for step in bench.passes[-1]] == [[list(range(8))], [list(range(32))], [[32]]]
