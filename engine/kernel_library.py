@@ -26,8 +26,6 @@ INDEX = "kernels.json"
 COMPUTE_CAPABILITIES = (80, 86, 89, 90, 100, 120, 121)
 # The first compute capability whose kernels run on that GPU only.
 FIRST_SPECIFIC = 90
-# The first compute capability whose kernels wait for the kernels before them (programmatic dependent launch).
-FIRST_WAITING = 90
 
 
 class LibraryKernel(Record):

@@ -13,7 +13,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from trimode.plugins.kernels.dependent_launch import allow_next, wait_for_previous
 from trimode.plugins.kernels.norm_terms import write_norm_terms
 from trimode.plugins.operators import all_reduce
 
@@ -36,11 +35,8 @@ def all_reduce_kernel(
     RANKS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    CAPABILITY: tl.constexpr,
 ):
     """A program adds a tile of rows and columns."""
-    wait_for_previous(CAPABILITY)
-    allow_next(CAPABILITY)
     rank = tl.load(ranks + RANKS)
     own = tl.load(ranks + rank)
     words = own.to(tl.pointer_type(tl.int32))

@@ -19,8 +19,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from trimode.plugins.kernels.dependent_launch import allow_next, wait_for_previous
-
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -41,14 +39,12 @@ def attend_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    CAPABILITY: tl.constexpr,
 ):
     """A program computes BLOCK_M rows of one key-value head's queries for one split of one sequence.
 
     With ``step_lengths`` the pattern is bidirectional, with ``block_mask`` masked, with neither causal. BLOCK_N: KV
     rows of a tile. Results have the same bits only for the same BLOCK_N.
     """
-    wait_for_previous(CAPABILITY)
     splits = tl.num_programs(1) // KV_HEADS
     # Neighbouring programs read the same data: tiles the same KV rows, splits of a head the same queries.
     split, head, batch = tl.program_id(1) % splits, tl.program_id(1) // splits, tl.program_id(2).to(tl.int64)
@@ -120,7 +116,6 @@ def attend_kernel(
         value = tl.load(values + at[:, None] * HEAD_DIM, mask=inside[:, None], other=0.0)
         best, total, sums = _accumulate(logits, value, best, total, sums)
 
-    allow_next(CAPABILITY)
     saw = total > 0
     total = tl.where(saw, total, 1.0)
     tl.store(log_sum_exp + result, tl.where(saw, best + tl.log2(total) / LOG2_E, float("-inf")), mask=exists)
@@ -158,11 +153,8 @@ def merge_kernel(
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     SPLITS: tl.constexpr,
-    CAPABILITY: tl.constexpr,
 ):
     """A program merges one token's queries of one key-value head. SPLITS: a power of two, at least ``splits``."""
-    wait_for_previous(CAPABILITY)
-    allow_next(CAPABILITY)
     token, group, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     member = tl.arange(0, triton.next_power_of_2(GROUP))
     head = group * GROUP + member

@@ -12,7 +12,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from trimode.plugins.kernels.dependent_launch import allow_next, wait_for_previous
 from trimode.plugins.operators import candidates
 
 TILE = tl.constexpr(candidates.TILE)
@@ -32,11 +31,8 @@ def merge_candidates_kernel(
     TILES: tl.constexpr,
     VOCABULARY: tl.constexpr,
     TOP_K: tl.constexpr,
-    CAPABILITY: tl.constexpr,
 ):
     """A program handles one row."""
-    wait_for_previous(CAPABILITY)
-    allow_next(CAPABILITY)
     row = tl.program_id(0).to(tl.int64)
     tile = tl.arange(0, triton.next_power_of_2(TILES))
     exists = tile < TILES

@@ -9,7 +9,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from trimode.plugins.kernels.dependent_launch import allow_next, wait_for_previous
 from trimode.plugins.kernels.int4_product import SPLIT_ROWS, combined
 
 
@@ -34,10 +33,8 @@ def dense_product_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    CAPABILITY: tl.constexpr,
 ):
     """A program computes BLOCK_M rows and BLOCK_N columns of one part of K, or of all SPLITS parts."""
-    wait_for_previous(CAPABILITY)
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     here = (row < rows)[:, None] & (column < COLUMNS)[None, :]
@@ -45,7 +42,6 @@ def dense_product_kernel(
     complete = True
     if SPLITS == 1:
         result = _add_product(zeros, x, weight, row, rows, column, 0, INNER, INNER, COLUMNS, BLOCK_K)
-        allow_next(CAPABILITY)
     else:
         PART: tl.constexpr = INNER // SPLITS
         part = tl.program_id(2)
@@ -57,7 +53,6 @@ def dense_product_kernel(
         result = zeros
         for index in tl.range(first, end):
             result += _add_product(zeros, x, weight, row, rows, column, index * PART, PART, INNER, COLUMNS, BLOCK_K)
-        allow_next(CAPABILITY)
         if separate:
             sums = partial + row[:, None] * COLUMNS + column[None, :]
             complete, result = combined(result, part, sums, here, counters_out, COLUMNS, SPLITS)

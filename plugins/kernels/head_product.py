@@ -17,7 +17,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from trimode.plugins.kernels.dependent_launch import allow_next, wait_for_previous
 from trimode.plugins.kernels.int4_product import product_sum
 from trimode.plugins.kernels.norm_terms import one_over_rms
 from trimode.plugins.operators import candidates
@@ -55,7 +54,6 @@ def int4_head_kernel(
     STAGES: tl.constexpr,
 ):
     """LISTED: whether logits are written. CAPABILITY: compute capability, 90 for 9.0; None in the interpreter."""
-    wait_for_previous(CAPABILITY)
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     if squares is not None:
@@ -92,11 +90,9 @@ def dense_head_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    CAPABILITY: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """As the kernel above."""
-    wait_for_previous(CAPABILITY)
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     exists, inside = (row < rows)[None, :], (column < COLUMNS)[:, None]
@@ -114,7 +110,6 @@ def dense_head_kernel(
             weights = tl.load(weights_here, mask=inside & remaining[None, :], other=0.0)
             tokens = tl.load(in_x + first, mask=exists & remaining[:, None], other=0.0)
         result = tl.dot(weights, tokens, result, input_precision="ieee")
-    allow_next(CAPABILITY)
     _write_results(
         result, column, row, rows, token_mask, asked_ids, asked,
         tile_logits, tile_tokens, tile_sums, logits, asked_logits, COLUMNS, MASK_TOKEN, LISTED,

@@ -27,7 +27,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from trimode.plugins.kernels.dependent_launch import allow_next, wait_for_previous
 from trimode.plugins.kernels.norm_terms import one_over_rms, write_norm_terms
 
 # As trimode.plugins.operators.int4_product defines them.
@@ -99,7 +98,6 @@ def int4_product_kernel(
     """GATED: y is the gated activation of the pairs of columns. STEPS: of a tactic for at most SPLIT_ROWS rows.
     CAPABILITY: compute capability, 90 for 9.0; None in the interpreter.
     """
-    wait_for_previous(CAPABILITY)
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     if squares is not None:
@@ -182,7 +180,6 @@ def product_sum(
                 x, packed, scale, row, rows, column, index,
                 INNER, COLUMNS, GROUP, UNIT, SPLITS, BLOCK_M, BLOCK_N, CAPABILITY, STAGES,
             )  # fmt: skip
-    allow_next(CAPABILITY)
     if SEPARABLE:
         here = (column < COLUMNS)[:, None] & (row < rows)[None, :]
         sums = partial + row[None, :] * COLUMNS + column[:, None]

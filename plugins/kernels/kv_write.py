@@ -12,8 +12,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from trimode.plugins.kernels.dependent_launch import allow_next, wait_for_previous
-
 
 @triton.jit
 def kv_write_kernel(
@@ -33,11 +31,8 @@ def kv_write_kernel(
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    CAPABILITY: tl.constexpr,
 ):
     """A program handles one token: all heads share its cos and sin. ``k_cache_out`` is the memory of ``k_cache``."""
-    wait_for_previous(CAPABILITY)
-    allow_next(CAPABILITY)
     token, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
     HEADS: tl.constexpr = KV_HEADS * GROUP
     HALF: tl.constexpr = HEAD_DIM // 2

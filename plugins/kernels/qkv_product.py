@@ -12,7 +12,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from trimode.plugins.kernels.dependent_launch import wait_for_previous
 from trimode.plugins.kernels.int4_product import halves_of, product_sum
 from trimode.plugins.kernels.norm_terms import one_over_rms
 
@@ -57,7 +56,6 @@ def qkv_product_kernel(
     """HEADS: of the queries. GROUP: rows of W that share a scale. CAPABILITY: compute capability, 90 for 9.0; None in
     the interpreter.
     """
-    wait_for_previous(CAPABILITY)
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     if squares is not None:

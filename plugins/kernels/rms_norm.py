@@ -5,14 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from trimode.plugins.kernels.dependent_launch import allow_next, wait_for_previous
-
 
 @triton.jit
-def rms_norm_kernel(x, weight, epsilon, normed, WIDTH: tl.constexpr, CAPABILITY: tl.constexpr):
+def rms_norm_kernel(x, weight, epsilon, normed, WIDTH: tl.constexpr):
     """A program normalises one row, which it holds in registers."""
-    wait_for_previous(CAPABILITY)
-    allow_next(CAPABILITY)
     column = tl.arange(0, triton.next_power_of_2(WIDTH))
     exists = column < WIDTH
     at = tl.program_id(0).to(tl.int64) * WIDTH + column

@@ -12,8 +12,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from trimode.plugins.kernels.dependent_launch import allow_next, wait_for_previous
-
 
 @triton.jit
 def rotations_kernel(
@@ -28,11 +26,8 @@ def rotations_kernel(
     HALF: tl.constexpr,
     SCALES: tl.constexpr,
     LENGTH: tl.constexpr,
-    CAPABILITY: tl.constexpr,
 ):
     """A program handles one token."""
-    wait_for_previous(CAPABILITY)
-    allow_next(CAPABILITY)
     token = tl.program_id(0).to(tl.int64)
     pair = tl.arange(0, triton.next_power_of_2(HALF))
     exists = pair < HALF

@@ -5,7 +5,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from trimode.plugins.kernels.dependent_launch import allow_next, wait_for_previous
 from trimode.plugins.kernels.norm_terms import write_norm_terms
 
 
@@ -20,11 +19,8 @@ def embed_kernel(
     next_squares,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
-    CAPABILITY: tl.constexpr,
 ):
     """A program copies BLOCK columns of one token's row."""
-    wait_for_previous(CAPABILITY)
-    allow_next(CAPABILITY)
     token = tl.program_id(0).to(tl.int64)
     source = table + tl.load(input_ids + token) * WIDTH
     _copy(source, embedded + token * WIDTH, WIDTH, BLOCK)
@@ -44,11 +40,8 @@ def select_rows_kernel(
     selected,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
-    CAPABILITY: tl.constexpr,
 ):
     """A program copies BLOCK columns of one selected row."""
-    wait_for_previous(CAPABILITY)
-    allow_next(CAPABILITY)
     row = tl.program_id(0).to(tl.int64)
     source = row // selected_rows * step + tl.load(logit_rows + row)
     _copy(x + source * WIDTH, selected + row * WIDTH, WIDTH, BLOCK)

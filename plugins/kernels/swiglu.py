@@ -5,14 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from trimode.plugins.kernels.dependent_launch import allow_next, wait_for_previous
-
 
 @triton.jit
-def swiglu_kernel(gate_up, activated, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CAPABILITY: tl.constexpr):
+def swiglu_kernel(gate_up, activated, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """A program computes BLOCK columns of one row."""
-    wait_for_previous(CAPABILITY)
-    allow_next(CAPABILITY)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     exists = column < WIDTH

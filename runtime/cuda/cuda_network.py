@@ -27,7 +27,6 @@ class _Placed(NamedTuple):
     planned: PlannedLaunch
     inputs: list[int]
     outputs: list[int]
-    early: bool
 
 
 class _Variant(NamedTuple):
@@ -65,9 +64,6 @@ class CudaNetwork:
 
     windowed = False
     returns_one = True
-    # The most rows of a pass whose kernels are launched early (programmatic dependent launch). On an H100, one row
-    # gained a tenth, and 32 rows lost as much.
-    early_rows = 1
 
     def __init__(
         self,
@@ -116,9 +112,7 @@ class CudaNetwork:
         for cache, name in enumerate(cache_inputs(self._pool.layers)):
             addresses[name] = self._pool.address(cache, bucket.first_slot)
         planned = plan_pass(self._launches, pass_shape(bucket))
-        early = self._kernels.wait and bucket.batch * bucket.step <= self.early_rows
-        # The first kernel follows a copy, which it has to wait for.
-        placed = [_place(launch, addresses, early and index > 0) for index, launch in enumerate(planned)]
+        placed = [_place(launch, addresses) for launch in planned]
         alike: dict[Hashable, list[_Placed]] = {}
         for launch in placed:
             alike.setdefault(_sizes(launch.planned), []).append(launch)
@@ -152,7 +146,7 @@ class CudaNetwork:
         candidates: dict[int, Candidate] = {}
         for number in fitting:
             variant = self._variant(first, number)
-            bound = [_bound(launch._replace(early=False), variant) for launch in launches]
+            bound = [_bound(launch, variant) for launch in launches]
             candidates[number] = Candidate(number, bound)
         size = tensor_bytes(first.shapes[0], first.operator.outputs[0].type, self._real)
         return times.choose(key, candidates.pop(rule), list(candidates.values()), Output(launches[0].outputs[0], size))
@@ -174,10 +168,10 @@ def _sizes(planned: PlannedLaunch) -> Hashable:
 
 def _bound(launch: _Placed, variant: _Variant) -> BoundLaunch:
     kernel, grid, scalars = variant
-    return BoundLaunch(kernel, grid, launch.inputs, scalars, launch.outputs, launch.early)
+    return BoundLaunch(kernel, grid, launch.inputs, scalars, launch.outputs)
 
 
-def _place(launch: PlannedLaunch, addresses: dict[str, int], early: bool) -> _Placed:
+def _place(launch: PlannedLaunch, addresses: dict[str, int]) -> _Placed:
     """Adds the addresses of outputs that alias an input. That of a tensor without elements is 0."""
     operator = launch.operator
     by_operand = dict(zip((operand.name for operand in operator.inputs), launch.inputs, strict=True))
@@ -188,7 +182,7 @@ def _place(launch: PlannedLaunch, addresses: dict[str, int], early: bool) -> _Pl
     made = zip(launch.outputs, launch.shapes, strict=True)
     # A pass without asked ids has no tensor for them.
     inputs, outputs = ([addresses[name] if all(shape) else 0 for name, shape in tensors] for tensors in (given, made))
-    return _Placed(launch, inputs, outputs, early)
+    return _Placed(launch, inputs, outputs)
 
 
 def pass_shape(bucket: Bucket) -> PassShape:

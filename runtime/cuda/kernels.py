@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from trimode.engine.kernel_library import FIRST_WAITING, KernelLibrary, library_folder, library_for
+from trimode.engine.kernel_library import KernelLibrary, library_folder, library_for
 from trimode.plugins.operators import Node, Operator, Tactic
 from trimode.runtime.gpu.device import Device, Kernel
 
@@ -32,8 +32,6 @@ class Kernels:
         self._library = KernelLibrary(folder, chosen)
         self.folder = library_folder(folder, chosen)
         self._is_native = chosen == present
-        # Whether kernels wait for the kernels before them, so that they may be launched early.
-        self.wait = chosen >= FIRST_WAITING
         self._most_shared_bytes = device.most_shared_bytes
         self._loaded: dict[str, Kernel] = {}
 

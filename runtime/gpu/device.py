@@ -52,9 +52,6 @@ class Kernel(NamedTuple):
 class BoundLaunch:
     """One launch of a kernel with its arguments. grid: blocks. The kernel's parameters are the addresses ``inputs``,
     32-bit ``scalars``, and the addresses ``outputs``, in this order.
-
-    early: the kernel may begin before the one before it on the stream has ended, and waits for its end itself
-    (programmatic dependent launch, compute capability 9.0 and later).
     """
 
     __slots__ = ("_pointers", "_scalars", "_values", "early", "grid", "kernel")
@@ -66,9 +63,7 @@ class BoundLaunch:
         inputs: Sequence[int],
         scalars: Sequence[int],
         outputs: Sequence[int],
-        early: bool = False,
     ) -> None:
-        self.early = early
         self.kernel = kernel
         self.grid = grid
         # Few objects: an engine has thousands of launches, and the garbage collector visits all objects. The kernel
@@ -171,11 +166,6 @@ class Device:
         config.gridDimX, config.gridDimY, config.gridDimZ = launch.grid
         config.blockDimX, config.blockDimY, config.blockDimZ = kernel.threads, 1, 1
         config.sharedMemBytes, config.hStream = kernel.shared_bytes, self._stream
-        if launch.early:
-            early = driver.CUlaunchAttribute()
-            early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-            early.value.programmaticStreamSerializationAllowed = 1
-            config.attrs, config.numAttrs = [early], 1
         _checked(driver.cuLaunchKernelEx(config, kernel.function, launch.parameters, 0))
 
     # Memory.

@@ -41,15 +41,14 @@ def _engine_tables(records: list[Record], bandwidth: float | None) -> list[str]:
     lines = ["", "| tokens | equal |", "|---|---|"]
     lines += [f"| {record['what']} | {record['equal']} of {record['of']} |" for record in records if "equal" in record]
     lines += _differences(records)
-    lines += ["", "| pass | early launches | rows | batch | ms | floor / ms |", "|---|---|---|---|---|---|"]
+    lines += ["", "| pass | rows | batch | ms | floor / ms |", "|---|---|---|---|---|"]
     for record in records:
         if "least_bytes" in record:
             share = f"{record['least_bytes'] / bandwidth * 1e3 / record['ms']:.0%}" if bandwidth else "-"
-            early = f"to {record['early_rows']} rows"
-            cells = (record["what"], early, record["rows"], record["batch"], f"{record['ms']:.2f}", share)
+            cells = (record["what"], record["rows"], record["batch"], f"{record['ms']:.2f}", share)
             lines.append("| " + " | ".join(map(str, cells)) + " |")
         elif "prefill" in record["what"]:
-            lines.append(f"| {record['what']} | - | - | 1 | {record['ms']:.1f} | - |")
+            lines.append(f"| {record['what']} | - | 1 | {record['ms']:.1f} | - |")
     lines += ["", "| PyTorch reference in bf16 | rows | tokens | eager, ms | CUDA graph, ms |", "|---|---|---|---|---|"]
     for record in records:
         if "eager_ms" in record:

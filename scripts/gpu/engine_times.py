@@ -83,13 +83,6 @@ def times_of_engine(folder: Path, shape: str, torch_device: TorchDevice, sizes: 
                     yield prefill_of(shape, executor, sizes, manifest)
             del executor
             gc.collect()
-            if rows < max(sizes.batches):
-                for early_rows in (0, sizes.block):
-                    with patch.object(CudaNetwork, "early_rows", early_rows):
-                        executor = CudaExecutor(engine, sized, device, weights)
-                        yield from passes_of(shape, executor, sizes, rows, 1, read_bytes)
-                    del executor
-                    gc.collect()
 
 
 def recording(prepared: Prepared) -> Callable[..., Any]:
@@ -131,7 +124,6 @@ def passes_of(
             "ms": statistics.median(times),
             "fastest_ms": min(times),
             "least_bytes": passes * (read + kv),
-            "early_rows": CudaNetwork.early_rows,
         }
 
 
@@ -179,12 +171,7 @@ def _graph_microseconds(device: Device, sizes: TimedSizes, launches: list[BoundL
         for launch in launches:
             device.launch_kernel(launch)
 
-    first, early = launches[0], launches[0].early
-    first.early = False  # in a graph of its own, no kernel comes before it
-    try:
-        graph, times = device.capture(enqueue), []
-    finally:
-        first.early = early
+    graph, times = device.capture(enqueue), []
     for repeat in range(1 + sizes.graph_repeats):
         started = time.perf_counter()
         for _ in range(sizes.replays):

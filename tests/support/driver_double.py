@@ -149,8 +149,6 @@ class DriverDouble:
         self.synchronisations = self.launches = self.captures = 0
         self.crossed = 0  # bytes copied to the host
         self.kernel_launches: list[str] = []  # launched or captured operators
-        self.early_launches = 0
-        self.after_kernel = False  # whether the last work on the stream is a kernel
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("cu"):
@@ -323,12 +321,12 @@ class DriverDouble:
 
     def cuStreamBeginCapture(self, hStream, mode):
         self._known(hStream)
-        self.capturing, self.after_kernel = [], False
+        self.capturing = []
         return (SUCCESS,)
 
     def cuStreamEndCapture(self, hStream):
         self._known(hStream)
-        captured, self.capturing, self.after_kernel = self.capturing, None, False
+        captured, self.capturing = self.capturing, None
         self.captures += 1
         self.graphs[len(self.graphs) + 1] = captured or []
         return SUCCESS, len(self.graphs)
@@ -384,7 +382,6 @@ class DriverDouble:
         operator, tactic = f.kernel.operator, f.kernel.tactic
         if (config.blockDimX, config.blockDimY, config.blockDimZ) != (32 * tactic.warps, 1, 1):
             raise FaultError(f"{operator.name} has blocks of {32 * tactic.warps} threads")
-        self.early_launches += self._is_early(config)
         kernel, grid = kernel_of(operator), (config.gridDimX, config.gridDimY, config.gridDimZ)
         # Like the driver, read the arguments now.
         arguments = self._arguments(operator, kernelParams)
@@ -397,24 +394,7 @@ class DriverDouble:
             self.clock += self.milliseconds(f.kernel)
 
         self._submit(int(config.hStream), run)
-        self.after_kernel = True
         return (SUCCESS,)
-
-    def _is_early(self, config: Any) -> bool:
-        """Whether a launch may begin before the work before it has ended, which only kernels of 9.0 and later may."""
-        early = real_driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-        attributes = config.attrs[: config.numAttrs]
-        if not attributes:
-            return False
-        if len(attributes) > 1 or attributes[0].id != early:
-            raise FaultError("an unknown attribute of a launch")
-        if attributes[0].value.programmaticStreamSerializationAllowed != 1:
-            raise FaultError("the attribute of an early launch is not set")
-        if self.capability < 90:
-            raise FaultError(f"no kernel waits on compute capability {self.capability}")
-        if not self.after_kernel:
-            raise FaultError("an early launch does not follow a kernel")
-        return True
 
     def _exchange(self, operator: Operator) -> list[torch.Tensor]:
         """The memory of all ranks, which only their sums read."""
@@ -507,7 +487,6 @@ class DriverDouble:
         if not self.current:
             raise FaultError("no context is current")
         (self.queue if self.capturing is None else self.capturing).append(work)
-        self.after_kernel = False
 
     def _submit(self, stream: Any, work: Callable[[], Any]) -> None:
         self._known(stream)
