@@ -34,12 +34,12 @@ from scripts.gpu.part_runner import LARGEST, Record, lines_of, read_lines, run_p
 # Seconds of each part; together at most six minutes.
 LIMITS = {
     "device": 20.0,
-    "products": 70.0,
-    "variants": 25.0,
-    "passes": 55.0,
-    "bits": 110.0,
+    "products": 40.0,
+    "variants": 20.0,
+    "passes": 45.0,
+    "bits": 150.0,
     "prefill": 25.0,
-    "requests": 55.0,
+    "requests": 60.0,
 }
 
 

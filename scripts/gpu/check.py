@@ -52,13 +52,13 @@ ENGINE_PARTS = tuple(ENGINE_LIMITS)
 LIMITS = {
     DEVICE_PART: 25.0,
     **ENGINE_LIMITS,
-    TEST_PART: 180.0,
+    TEST_PART: 160.0,
     "kv write": 20.0,
     "attention": 30.0,
     "products": 40.0,
     "qkv products": 25.0,
     "same bits": 20.0,
-    graph_checks.PART: 20.0,
+    graph_checks.PART: 40.0,
 }
 PARTS = tuple(part for part in LIMITS if part != DEVICE_PART)
 # Names of several parts.
