@@ -42,7 +42,7 @@ def _option(config: pytest.Config, name: str) -> Any:
 
 def pytest_configure(config: pytest.Config) -> None:
     if _option(config, "gpu"):
-        from tests.support.gpu_kernels import GpuKernels
+        from tests.support.gpu_kernels import GpuKernels, draw_the_same_cases_everywhere
         from trimode.common.gpus import find_gpus
 
         if not (gpus := find_gpus()).found:
@@ -50,10 +50,12 @@ def pytest_configure(config: pytest.Config) -> None:
         folder = _option(config, "kernels")
         if not folder.is_dir():
             raise pytest.UsageError(f"{folder} is missing; run `python -m scripts.gpu.check emit` on any machine")
+        draw_the_same_cases_everywhere()
         config.stash[_EXECUTOR] = Executed.by = GpuKernels(folder)
     elif _option(config, "list_kernels"):
-        from tests.support.gpu_kernels import ListedKernels
+        from tests.support.gpu_kernels import ListedKernels, draw_the_same_cases_everywhere
 
+        draw_the_same_cases_everywhere()
         config.stash[_EXECUTOR] = Executed.by = ListedKernels()
 
 

@@ -1,8 +1,8 @@
 """The kernel tests on a GPU: ``pytest tests/plugins --gpu`` executes compiled kernels in place of the interpreter.
 
 Kernels are compiled beforehand, on any machine, from a list of those that the tests launch. ``pytest tests/plugins
---list-kernels FILE`` writes the list, and :func:`compile_kernels` compiles it. Random cases are the same in every run,
-so the list is complete for one version of hypothesis.
+--list-kernels FILE`` writes the list, and :func:`compile_kernels` compiles it. Random cases are the same in both runs
+(:func:`draw_the_same_cases_everywhere`), so the list is complete for one version of hypothesis.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import hypothesis
 import pytest
 import torch
+from hypothesis.internal.conjecture import providers
 from torch import Tensor
 
 from scripts.gpu.kernel_launch import KernelLaunch
@@ -33,6 +34,14 @@ _GUARD, _GUARD_BYTE = 256, 0xA5
 # Kernels in fp32 with more rows in a tile take minutes to compile.
 _MOST_FP32_ROWS = 32
 _REALS: dict[torch.dtype, Real] = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+def draw_the_same_cases_everywhere() -> None:
+    """Also hypothesis without randomness takes some of its integers from the source of loaded modules, and the machine
+    with the GPU loads others. From here on it takes none of them.
+    """
+    constants = providers.Constants()
+    providers._get_local_constants = lambda: constants  # type: ignore[attr-defined]
 
 
 class TestedKernel(NamedTuple):
