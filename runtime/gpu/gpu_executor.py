@@ -13,7 +13,7 @@ from trimode.engine.manifest import Manifest
 from trimode.engine.precision import NUMPY_TYPES
 from trimode.runtime.executor import BidirectionalStep, Candidates, CausalStep, Speculated, Step
 from trimode.runtime.gpu.buckets import Bucket, bucket_of, padded_slots
-from trimode.runtime.gpu.captured_passes import BoundPass, SinglePass, SpeculationCycle
+from trimode.runtime.gpu.captured_passes import BoundPass, MovedGraphs, SinglePass, SpeculationCycle
 from trimode.runtime.gpu.device import Buffer, Device
 from trimode.runtime.gpu.device_kv_pool import DeviceKvPool
 from trimode.runtime.gpu.gpu_network import DeviceTensor, GpuNetwork
@@ -21,10 +21,7 @@ from trimode.runtime.gpu.pass_memory import PassLayout, PassMemory, Staging
 
 
 class GpuExecutor:
-    """Runs the networks of a GPU target, by the kind of step that each takes.
-
-    preparations: buckets of passes and of cycles that have run, each of which was prepared when it first ran.
-    """
+    """Runs the networks of a GPU target, by the kind of step that each takes."""
 
     threads: int | None = None
 
@@ -44,7 +41,7 @@ class GpuExecutor:
         self._adapter_memory: list[Buffer] = []
         self._adapter = self._load_adapter(engine)
         self._staging = {kind: self._allocate_staging(self._largest_ordinary_pass(kind)) for kind in networks}
-        self.preparations = 0
+        self._moved = MovedGraphs()
         self._bound: dict[Bucket, BoundPass] = {}
         self._passes: dict[Bucket, SinglePass] = {}
         self._cycles: dict[tuple[Bucket, Bucket], SpeculationCycle] = {}
@@ -52,8 +49,7 @@ class GpuExecutor:
     def run(self, step: CausalStep | BidirectionalStep) -> Candidates:
         bucket = self._admit(step)
         if bucket not in self._passes:
-            self._passes[bucket] = SinglePass(self._device, bucket, self._bind(bucket))
-            self.preparations += 1
+            self._passes[bucket] = SinglePass(self._device, self._bind(bucket), self._moved_graphs(bucket))
         return self._passes[bucket].run(step)
 
     def speculate(self, draft: BidirectionalStep, top_k: int | None = None) -> Speculated:
@@ -62,12 +58,20 @@ class GpuExecutor:
         commit = draft.verification(top_k=top_k)
         buckets = self._admit(draft), self._admit(commit)
         if buckets not in self._cycles:
-            self._cycles[buckets] = SpeculationCycle(self._device, buckets[0], *map(self._bind, buckets))
-            self.preparations += 1
+            bound, moved = [self._bind(bucket) for bucket in buckets], self._moved_graphs(buckets[0])
+            self._cycles[buckets] = SpeculationCycle(self._device, buckets[0], bound[0], bound[1], moved)
         return self._cycles[buckets].run(draft, commit)
+
+    @property
+    def preparations(self) -> int:
+        """Passes and cycles that were bound, and those that were captured later than in their first run."""
+        return len(self._passes) + len(self._cycles) + self._moved.captured
 
     def padded_slots(self, first: int, last: int, step: int) -> tuple[int, int]:
         return padded_slots(first, last, step, self.pool.slots)
+
+    def _moved_graphs(self, bucket: Bucket) -> MovedGraphs | None:
+        return self._moved if bucket.first_slot else None
 
     def _admit(self, step: Step) -> Bucket:
         self._refuse(step)

@@ -27,7 +27,14 @@ from trimode.model.checkpoint import Checkpoint
 from trimode.model.step import cache_inputs
 from trimode.plugins import arena
 from trimode.runtime.cuda import cuda_network
-from trimode.runtime.executor import BidirectionalStep, CausalStep, SpeculatingExecutor
+from trimode.runtime.executor import (
+    BidirectionalStep,
+    Candidates,
+    CausalStep,
+    PreparingExecutor,
+    SpeculatingExecutor,
+)
+from trimode.runtime.gpu import captured_passes
 from trimode.runtime.loading import load_engine
 
 Plant = Callable[[pytest.MonkeyPatch], None]
@@ -124,7 +131,7 @@ def test_a_cycle_returns_the_candidates_that_each_of_its_passes_needs(small: Eng
     assert sent[0] < sent[1]
 
 
-def test_passes_of_one_shape_are_prepared_once_and_only_those_at_slot_0_are_captured(
+def test_passes_of_one_shape_are_prepared_once_and_first_captured_at_slot_0(
     small: Engines, gpu: Gpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Equal tokens in other slots give equal results, also where a graph is replayed between passes at other slots."""
@@ -150,6 +157,35 @@ def test_passes_of_one_shape_are_prepared_once_and_only_those_at_slot_0_are_capt
     assert rows[0].any()
     np.testing.assert_array_equal(rows[1], rows[0])
     np.testing.assert_array_equal(rows[2], rows[0])
+
+
+def test_passes_at_other_slots_are_captured_when_they_have_run_often_and_only_some_of_them(
+    small: Engines, gpu: Gpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph at one slot is not changed when the launches that it was captured from move to another slot."""
+    monkeypatch.setattr(captured_passes, "RUNS_BEFORE_CAPTURE", 2)
+    monkeypatch.setattr(captured_passes, "MOST_MOVED_GRAPHS", 1)
+    driver = gpu(small)
+    executor = load_engine(small.cuda, verify=False).executor
+    assert isinstance(executor, PreparingExecutor)
+    for _ in range(3):
+        executor.pool.acquire()
+    ids, seen = {slot: np.array([[301 + slot, 302, 303]]) for slot in range(3)}, []
+
+    def run(slot: int) -> Candidates:
+        found = executor.run(CausalStep.chain(slot, ids[slot], np.array([0]), np.arange(3)[None]))
+        seen.append((driver.captures, driver.launches, executor.preparations))
+        return found
+
+    first, other = run(1), run(2)
+    run(1)
+    run(2)
+    again = run(1)
+    assert seen == [(0, 0, 1), (0, 0, 2), (1, 0, 3), (1, 0, 3), (1, 1, 3)]
+    np.testing.assert_array_equal(again.logits, first.logits)
+    assert not np.array_equal(other.logits, first.logits)
+    rows = [executor.pool.read_rows(slot, 0, 3) for slot in (1, 2)]
+    assert not np.array_equal(*rows)
 
 
 # Planted faults that the tests above must detect.
