@@ -4,7 +4,7 @@
 engines/tiny-bf16     the shipped checkpoint, quantised to int4
 engines/tiny-fp32     the same in fp32
 engines/8b            an engine of the 8B checkpoint's sizes without its weights, which the check draws on the GPU
-expected.json         prompts, and the tokens of target cpu with the candidates that they were chosen from
+expected.json.gz      prompts, and the tokens of target cpu with the candidates that they were chosen from
 site/                 Python packages that the GPU's machine lacks
 ```
 """
@@ -30,7 +30,7 @@ from packaging.utils import canonicalize_name
 from scripts.gpu.pool_layout import pool_layout
 from scripts.gpu.random_w4a16_checkpoint import GROUP, RANK, config_fields
 from scripts.gpu.random_weights import TIMED
-from scripts.gpu.token_check import RANKED, Answer, Setting
+from scripts.gpu.token_check import RANKED, Answer, Setting, write_expected
 from trimode.build.cpu.target import CpuTarget
 from trimode.build.cuda.emission import write_launches
 from trimode.build.cuda.target import CudaTarget
@@ -148,7 +148,7 @@ def emit_engines(
             build_engine(Checkpoint(int4), folder / "engines" / f"tiny-{real}", target=target, **limits)
         exact = CpuTarget(activations="fp32")
         build_engine(Checkpoint(int4), Path(scratch, "cpu"), target=exact, **limits)
-        (folder / "expected.json").write_text(json.dumps(_expected(Path(scratch, "cpu"), prompts, sizes)))
+        write_expected(folder, _expected(Path(scratch, "cpu"), prompts, sizes))
     emit_timed_engine(folder, sm, sizes)
 
 

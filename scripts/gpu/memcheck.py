@@ -8,7 +8,6 @@ see an access from one tensor of an allocation to another.
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
@@ -37,10 +36,10 @@ def checked_memory(folder: Path) -> Iterator[dict[str, Any]]:
 
 def run_every_mode(folder: Path, prompts: int = PROMPTS, max_tokens: int = MAX_TOKENS) -> None:
     """Answer prompts in every setting: prefills, single tokens, drafts, verifications and denoise passes."""
-    from scripts.gpu.token_check import Setting
+    from scripts.gpu.token_check import Setting, read_expected
     from trimode.runtime.api.llm import EngineLLM
 
-    expected = json.loads((folder / "expected.json").read_text())
+    expected = read_expected(folder)
     with EngineLLM(folder / "engines" / "tiny-bf16", measure_passes=False) as llm:
         for fields in expected["settings"]:
             llm.generate(expected["prompts"][:prompts], Setting(*fields).params(max_tokens))

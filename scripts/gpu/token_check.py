@@ -8,6 +8,7 @@ effect of an earlier difference in the same block.
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from trimode.runtime.request.sampling_params import SamplingParams
 
 # Candidates of each token whose logits the margins come from: as many as the engines return.
 RANKED = 4
+EXPECTED = "expected.json.gz"
 Record = dict[str, Any]
 # The likeliest tokens of a row with their log-probabilities, whose differences are those of the logits.
 Ranked = dict[int, float]
@@ -84,9 +86,21 @@ class Setting(NamedTuple):
         return SamplingParams(max_tokens=max_tokens, **options, **others)
 
 
+def write_expected(folder: Path, expected: Record) -> None:
+    """Prompts, settings, and the answers of target cpu."""
+    with gzip.open(folder / EXPECTED, "wt", encoding="utf-8") as file:
+        json.dump(expected, file)
+
+
+def read_expected(folder: Path) -> Record:
+    with gzip.open(folder / EXPECTED, "rt", encoding="utf-8") as file:
+        expected: Record = json.load(file)
+    return expected
+
+
 def tokens_of_tiny(folder: Path, real: str) -> Iterator[Record]:
     """Tokens of every setting against those of target cpu. Unused rows of the KV pool hold NaN."""
-    expected = json.loads((folder / "expected.json").read_text())
+    expected = read_expected(folder)
     found: dict[str, list[list[int]]] = {}
     answers: dict[str, Answers] = {}
     engine = folder / "engines" / f"tiny-{real}"
