@@ -83,15 +83,6 @@ def attend_function(operator: Attend) -> onnx.FunctionProto:
     return body.function()
 
 
-def _write_attended(body: FunctionBuilder, operator: Attend | MergeSplits, heads: str, like: str) -> None:
-    """heads: [B, HQ, S, D], in fp32. like: a value of the type of the activations."""
-    op = body.op
-    attended = op("Reshape", op("Transpose", heads, perm=[0, 2, 1, 3]), [0, 0, -1])
-    if any(operand.name == "output_scale" for operand in operator.inputs):
-        attended = op("Mul", attended, "output_scale")
-    body.node("CastLike", [attended, like], ["attended"])
-
-
 def _softmax(body: FunctionBuilder, logits: str, axis: int) -> tuple[str, str]:
     """Weights along ``axis``, all 0 where all logits are -inf, and the log-sum-exp."""
     op = body.op
@@ -127,7 +118,10 @@ def merge_function(operator: MergeSplits) -> onnx.FunctionProto:
     weights = op("Unsqueeze", weights, [-1])
     parts = op("Where", op("Greater", weights, 0.0), op("Cast", "partial", to=_FLOAT), 0.0)
     merged = op("ReduceSum", op("Mul", parts, weights), [1], keepdims=0)
-    _write_attended(body, operator, merged, "partial")
+    attended = op("Reshape", op("Transpose", merged, perm=[0, 2, 1, 3]), [0, 0, -1])
+    if any(operand.name == "output_scale" for operand in operator.inputs):
+        attended = op("Mul", attended, "output_scale")
+    body.node("CastLike", [attended, "partial"], ["attended"])
     return body.function()
 
 

@@ -23,9 +23,16 @@ MOST_MOVED_GRAPHS = 64
 
 
 class MovedGraphs:
-    """Counts the graphs of passes that do not begin at slot 0."""
+    """The graphs of passes that do not begin at slot 0. captured: their number."""
 
-    captured = 0
+    def __init__(self) -> None:
+        self.captured = 0
+
+    def admit(self, runs: int) -> bool:
+        """Whether a pass that has run so many times is captured. It then counts."""
+        admitted = runs >= RUNS_BEFORE_CAPTURE and self.captured < MOST_MOVED_GRAPHS
+        self.captured += admitted
+        return admitted
 
 
 class BoundPass(NamedTuple):
@@ -54,11 +61,8 @@ class CapturedWork:
             self._enqueue()
             self._device.synchronize()
             self._runs += 1
-            if self._moved is None:
+            if self._moved is None or self._moved.admit(self._runs):
                 self._graph = self._device.capture(self._enqueue)
-            elif self._runs >= RUNS_BEFORE_CAPTURE and self._moved.captured < MOST_MOVED_GRAPHS:
-                self._graph = self._device.capture(self._enqueue)
-                self._moved.captured += 1
 
 
 class SinglePass:

@@ -54,7 +54,7 @@ class BoundLaunch:
     32-bit ``scalars``, and the addresses ``outputs``, in this order.
     """
 
-    __slots__ = ("_pointers", "_scalars", "_values", "early", "grid", "kernel")
+    __slots__ = ("_pointers", "_scalars", "_values", "grid", "kernel")
 
     def __init__(
         self,

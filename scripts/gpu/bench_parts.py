@@ -139,9 +139,7 @@ def _requests(engine: RandomEngine, torch_device: TorchDevice, sizes: BenchSizes
     with _executor(engine, torch_device, capacity, largest) as (_, loaded):
         with patch.object(llm_module, "load_engine", lambda *_arguments, **_options: loaded):
             llm = EngineLLM(engine.folder, max_batch_size=largest, prefix_cache_bytes=0, verify=False)
-        gc.collect()
-        gc.freeze()  # as `trimode serve` does: torch's objects make a collection long
-        with llm:
+        with _frozen_heap(), llm:
             for requests, mode in product(sizes.requests, sizes.modes):
                 params = SamplingParams(max_tokens=sizes.new_tokens, ignore_eos=True, **mode)
                 llm.generate(inputs[:requests], params)  # captures the passes
@@ -161,6 +159,17 @@ def _requests(engine: RandomEngine, torch_device: TorchDevice, sizes: BenchSizes
                     "seconds": seconds,
                     "passes": list(passes.values()),
                 }
+
+
+@contextmanager
+def _frozen_heap() -> Iterator[None]:
+    """As in `trimode serve`: torch's objects make a collection long."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextmanager
