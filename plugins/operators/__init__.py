@@ -12,6 +12,7 @@ from trimode.plugins.operators.all_reduce import AllReduce
 from trimode.plugins.operators.attention import Attend, MergeSplits, Pattern
 from trimode.plugins.operators.candidates import MergeCandidates
 from trimode.plugins.operators.dense_product import DenseProduct
+from trimode.plugins.operators.embed import Embed
 from trimode.plugins.operators.head_product import DenseHead, Head, Int4Head
 from trimode.plugins.operators.int4_product import Int4Product
 from trimode.plugins.operators.kv_write import KvWrite
@@ -19,7 +20,7 @@ from trimode.plugins.operators.operator import DOMAIN, Constants, Dim, Node, Ope
 from trimode.plugins.operators.qkv_product import QkvProduct
 from trimode.plugins.operators.rms_norm import RmsNorm
 from trimode.plugins.operators.rotations import Rotations
-from trimode.plugins.operators.rows import Embed, SelectRows
+from trimode.plugins.operators.select_rows import SelectRows
 from trimode.plugins.operators.swiglu import SwiGlu
 
 __all__ = [

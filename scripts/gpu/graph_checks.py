@@ -31,7 +31,16 @@ from trimode.plugins.operators import (
     SelectRows,
     SwiGlu,
 )
-from trimode.plugins.reference import candidates, dense_product, head_product, rms_norm, rotations, rows, swiglu
+from trimode.plugins.reference import (
+    candidates,
+    dense_product,
+    embed,
+    head_product,
+    rms_norm,
+    rotations,
+    select_rows,
+    swiglu,
+)
 from trimode.plugins.traffic import needed_bytes, operator_traffic
 
 PART = "graph operators"
@@ -113,8 +122,8 @@ class Case:
 
 def used_nodes(sizes: GraphSizes) -> Iterator[tuple[Operator, Node]]:
     """Every operator of a run, with the sizes that its kernel is compiled for."""
-    for embed in (Embed(), Embed(for_norm=True)):
-        yield embed, embed.node(batch=1, step=1, vocabulary=sizes.vocabulary, width=sizes.hidden)
+    for operator in (Embed(), Embed(for_norm=True)):
+        yield operator, operator.node(batch=1, step=1, vocabulary=sizes.vocabulary, width=sizes.hidden)
     yield Rotations(), Rotations.node(batch=1, step=1, head_dim=sizes.head_dim, scales=SCALES, length=LENGTH)
     yield RmsNorm(), RmsNorm.node(rows=1, width=sizes.hidden)
     yield SwiGlu(), SwiGlu.node(rows=1, width=sizes.intermediate)
@@ -153,8 +162,8 @@ def _cases(host: Host, sizes: GraphSizes, batch: int, step: int) -> Iterator[Cas
     x, epsilon = normal(batch, step, sizes.hidden), torch.tensor([1e-5], device=host.device)
     table = normal(sizes.vocabulary, sizes.hidden)
     given = {"input_ids": below(sizes.vocabulary, batch, step), "table": table}
-    yield Case(Embed(), given, rows.embed)
-    yield Case(Embed(for_norm=True), {**given, "next_weight": normal(sizes.hidden)}, rows.embed_for_norm)
+    yield Case(Embed(), given, embed.embed)
+    yield Case(Embed(for_norm=True), {**given, "next_weight": normal(sizes.hidden)}, embed.embed_for_norm)
     del table
     angles = {
         "position_ids": below(262144, batch, step),
@@ -165,7 +174,7 @@ def _cases(host: Host, sizes: GraphSizes, batch: int, step: int) -> Iterator[Cas
     yield Case(Rotations(), angles, _rotations, {"length": LENGTH})
     yield Case(RmsNorm(), {"x": x, "weight": normal(sizes.hidden), "epsilon": epsilon}, rms_norm.rms_norm)
     yield Case(SwiGlu(), {"gate_up": normal(batch, step, 2 * sizes.intermediate)}, swiglu.swiglu)
-    yield Case(SelectRows(), {"x": x, "logit_rows": below(step, batch, step)}, rows.select_rows)
+    yield Case(SelectRows(), {"x": x, "logit_rows": below(step, batch, step)}, select_rows.select_rows)
     for label, product in sizes.products.items():
         operator = product.operator
         size = {"inner": product.inner, "columns": product.columns, "rank": product.rank}

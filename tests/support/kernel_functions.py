@@ -16,7 +16,16 @@ from torch import Tensor
 from scripts.gpu.kernel_checks import distance
 from scripts.gpu.kernel_launch import KernelLaunch, node_of, prepare
 from trimode.plugins.operators import Attend, Int4Product, KvWrite, MergeSplits, Operator, Tactic
-from trimode.plugins.reference import candidates, dense_product, head_product, rms_norm, rotations, rows, swiglu
+from trimode.plugins.reference import (
+    candidates,
+    dense_product,
+    embed,
+    head_product,
+    rms_norm,
+    rotations,
+    select_rows,
+    swiglu,
+)
 from trimode.plugins.reference.int4_product import norm_terms
 
 if TYPE_CHECKING:
@@ -37,9 +46,9 @@ def reference_of(name: str, real: torch.dtype) -> Callable[..., Any]:
     if name.startswith("DenseHead"):
         return head_product.dense_head
     return {
-        "Embed": rows.embed,
-        "EmbedForNorm": rows.embed_for_norm,
-        "SelectRows": rows.select_rows,
+        "Embed": embed.embed,
+        "EmbedForNorm": embed.embed_for_norm,
+        "SelectRows": select_rows.select_rows,
         "RmsNorm": rms_norm.rms_norm,
         "SwiGlu": swiglu.swiglu,
         "MergeCandidates": candidates.merge_candidates,

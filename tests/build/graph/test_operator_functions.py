@@ -49,13 +49,14 @@ from trimode.plugins.reference import (
     attention,
     candidates,
     dense_product,
+    embed,
     head_product,
     int4_product,
     kv_write,
     qkv_product,
     rms_norm,
     rotations,
-    rows,
+    select_rows,
     swiglu,
 )
 
@@ -220,7 +221,7 @@ def test_what_a_norm_reads() -> None:
         "next_weight": random(80),
     }
     x, weighted, squares = execute(embed_function(Embed(for_norm=True)), given)
-    wanted = rows.embed_for_norm(**tensors_of(given))
+    wanted = embed.embed_for_norm(**tensors_of(given))
     near(x, wanted[0])
     near(weighted, wanted[1])
     np.testing.assert_allclose(squares.sum(0), wanted[2].sum(0).numpy(), rtol=1e-5)
@@ -254,9 +255,9 @@ def tensors_of(inputs: Mapping[str, NDArray[np.generic]]) -> dict[str, torch.Ten
 
 def test_embed_and_select_rows() -> None:
     inputs: dict[str, NDArray[np.generic]] = {"input_ids": np.array([[3, 0, 7], [1, 1, 2]]), "table": random(8, 11)}
-    near(execute(embed_function(Embed()), inputs)[0], rows.embed(**tensors_of(inputs)))
+    near(execute(embed_function(Embed()), inputs)[0], embed.embed(**tensors_of(inputs)))
     inputs = {"x": random(2, 5, 11), "logit_rows": np.array([[4, 0], [2, 2]])}
-    near(execute(select_rows_function(), inputs)[0], rows.select_rows(**tensors_of(inputs)))
+    near(execute(select_rows_function(), inputs)[0], select_rows.select_rows(**tensors_of(inputs)))
 
 
 def test_rotations() -> None:

@@ -1,4 +1,4 @@
-"""References of the kernels that copy rows."""
+"""What the operators ``Embed`` and ``EmbedForNorm`` compute."""
 
 from __future__ import annotations
 
@@ -10,11 +10,6 @@ from trimode.plugins.reference.int4_product import norm_terms
 def embed(input_ids: Tensor, table: Tensor) -> Tensor:
     """[B, S, H] from input_ids [B, S] and table [V, H]."""
     return table[input_ids]
-
-
-def select_rows(x: Tensor, logit_rows: Tensor) -> Tensor:
-    """[B, L, W] from x [B, S, W] and logit_rows [B, L]."""
-    return x.gather(1, logit_rows[..., None].expand(-1, -1, x.shape[2]))
 
 
 def embed_for_norm(input_ids: Tensor, table: Tensor, next_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
