@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 import selectors
@@ -10,16 +11,20 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Sequence
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 from trimode.common.errors import TriModeError
 from trimode.runtime.executor import ExecutorLostError
+from trimode.runtime.ranks.messages import Load, Loaded
 from trimode.runtime.ranks.pmi import StartUp, environment
 
+# For all ranks to load their parts; the environment variable sets another limit, for slow disks.
+READY_SECONDS, READY_VARIABLE = 600.0, "TRIMODE_RANKS_READY_SECONDS"
 END_SECONDS = 5.0  # for ranks to end by themselves after their sockets are closed
 
 
@@ -32,6 +37,7 @@ class RankProcesses:
 
     def __init__(self, module: str, ranks: int) -> None:
         self.ranks = ranks
+        self._ready_seconds = _ready_seconds()
         self._connections: list[Connection] = []
         self._watch = _Watch()
         try:
@@ -53,6 +59,37 @@ class RankProcesses:
         """Why the ranks have ended; None while they run, and after :meth:`close`."""
         return self._watch.lost
 
+    def load(self, order: Load) -> list[Loaded]:
+        """Send each rank the order and return their answers, by rank.
+
+        Raises TriModeError that a rank answers, at once, since the others may wait for that rank; ExecutorLostError if
+        one has ended, or if not all have answered after :data:`READY_SECONDS`. All ranks are then ended.
+        """
+        deadline, answers = time.monotonic() + self._ready_seconds, dict[int, Loaded]()
+        try:
+            for connection in self._connections:
+                connection.send(order)
+            while missing := {each: rank for rank, each in enumerate(self._connections) if rank not in answers}:
+                answered = set(wait(list(missing), max(0.0, deadline - time.monotonic())))
+                if not answered:
+                    late = f"rank{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing.values()))}"
+                    self._watch.lose(
+                        f"{late} of {self.ranks} not ready after {self._ready_seconds:g} s; if loading takes longer, "
+                        f"set {READY_VARIABLE}"
+                    )
+                    raise EOFError
+                for connection in missing.keys() & answered:
+                    answer: Loaded | TriModeError = connection.recv()
+                    if isinstance(answer, TriModeError):
+                        self._watch.closing = True
+                        self._watch.kill()
+                        self.close()
+                        raise answer
+                    answers[missing[connection]] = answer
+        except (EOFError, OSError):
+            raise self._lost_error() from None
+        return [answers[rank] for rank in range(self.ranks)]
+
     def exchange(self, messages: Sequence[Any]) -> list[Any]:
         """Send each rank its message and return their answers, by rank. Raises ExecutorLostError if one has ended."""
         try:
@@ -60,12 +97,26 @@ class RankProcesses:
                 connection.send(message)
             return [connection.recv() for connection in self._connections]
         except (EOFError, OSError):
-            self._watch.thread.join()
-            raise ExecutorLostError(self.lost or "the ranks were ended") from None
+            raise self._lost_error() from None
 
     def close(self) -> None:
         """End all processes. May be called again."""
         self._end()
+
+    def _lost_error(self) -> ExecutorLostError:
+        self._watch.thread.join()
+        return ExecutorLostError(self.lost or "the ranks were ended")
+
+
+def _ready_seconds() -> float:
+    given = os.environ.get(READY_VARIABLE)
+    try:
+        seconds = READY_SECONDS if given is None else float(given)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise TriModeError(f"{READY_VARIABLE} is {given!r}; it must be a number of seconds above 0")
+    return seconds
 
 
 class _Watch:
@@ -116,17 +167,18 @@ class _Watch:
                         try:
                             start_up.receive(rank, data)
                         except TriModeError as error:
-                            self._lose(str(error))
+                            self.lose(str(error))
                         except OSError:  # the rank has ended, which the selector reports as well
                             continue
                     else:
                         selector.unregister(key.fileobj)
                         self._sockets[rank].close()
-                        self._lose(f"rank {rank} of {len(self._sockets)} has ended ({self._ending(rank)})")
+                        self.lose(f"rank {rank} of {len(self._sockets)} has ended ({self._ending(rank)})")
         for process in self.processes:
             process.wait()
 
-    def _lose(self, reason: str) -> None:
+    def lose(self, reason: str) -> None:
+        """End the ranks for a reason; the first one counts."""
         if self.closing:  # the ranks end by themselves
             return
         self.lost = self.lost or reason

@@ -24,7 +24,7 @@ from trimode.runtime.target import HostLimits
 
 
 class RankedExecutor:
-    """Starts the ranks of an engine directory. Raises TriModeError if one cannot load its part.
+    """Starts the ranks of an engine directory. Raises TriModeError if one cannot load its part, or takes too long.
 
     module: what each rank's process runs (:func:`trimode.runtime.ranks.rank_loop.follow`). limits: of all ranks
     together; each gets an equal share of the threads and of the memory. on_gpus: whether the passes run on GPUs.
@@ -40,14 +40,10 @@ class RankedExecutor:
         share = None if limits.kv_cache_bytes is None else limits.kv_cache_bytes // ranks
         self._processes = RankProcesses(module, ranks)
         try:
-            answers = self._processes.exchange([Load(engine.absolute(), ranks, threads, share)] * ranks)
+            loaded = self._processes.load(Load(engine.absolute(), ranks, threads, share))
         except ExecutorLostError as error:
             raise TriModeError(f"{engine} cannot be loaded: {error}") from None
-        for answer in answers:
-            if isinstance(answer, TriModeError):
-                self._processes.close()
-                raise answer
-        self.pool = RankedPool(self._processes, answers)
+        self.pool = RankedPool(self._processes, loaded)
 
     @property
     def pids(self) -> list[int]:

@@ -17,6 +17,8 @@ import psutil
 import pytest
 
 from scripts.serving.server_process import KEY, serving
+from tests.support import scripted_rank
+from tests.support.command import run_here
 from tests.support.executor_texts import conversations
 from tests.support.patience import HANG_SECONDS, wait_until
 from tests.support.random_checkpoint import write_random_checkpoint
@@ -26,6 +28,9 @@ from trimode.build.engine_builder import build_engine
 from trimode.common.errors import TriModeError
 from trimode.model.checkpoint import Checkpoint
 from trimode.quantize import quantize_checkpoint
+from trimode.runtime.ranks import ranked_executor
+from trimode.runtime.ranks.processes import READY_VARIABLE
+from trimode.runtime.ranks.ranked_executor import RankedExecutor
 from trimode.runtime.request.errors import EngineDeadError
 
 pytest.importorskip("mpi4py", reason="needs the extra [mpi]")
@@ -196,6 +201,23 @@ def test_ranks_end_with_the_process_that_started_them(engine: Path) -> None:
 def test_an_error_of_a_rank_while_loading_is_one_line(engine: Path) -> None:
     with pytest.raises(TriModeError, match=r"kv_cache_bytes is .* raise it"):
         LLM(engine, threads=2, verify=False, kv_cache_bytes=64)
+
+
+def test_ranks_that_hang_while_loading_end_a_command_with_one_line(
+    engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(_module: str, *arguments: Any, **options: Any) -> RankedExecutor:
+        return RankedExecutor(scripted_rank.MODULE, *arguments, **options)
+
+    monkeypatch.setattr(ranked_executor, "RankedExecutor", start)
+    monkeypatch.setenv(scripted_rank.SCRIPT, "hang hang")
+    monkeypatch.setenv(READY_VARIABLE, "0.5")
+    ended = run_here("generate", engine, "--prompt", "7 + 8")
+    assert ended.returncode == 2
+    reason = f"ranks 0, 1 of 2 not ready after 0.5 s; if loading takes longer, set {READY_VARIABLE}"
+    assert ended.stderr.splitlines()[-1].endswith(f"{engine} cannot be loaded: {reason}")
+    assert "Traceback" not in ended.stderr
+    assert ended.stdout == ""
 
 
 def test_a_server_whose_rank_dies_exits(engine: Path) -> None:

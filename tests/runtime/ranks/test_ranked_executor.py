@@ -1,19 +1,23 @@
-"""The pool of all ranks, and MPI's start-up, without processes."""
+"""The pool of all ranks and MPI's start-up without processes, and the start of processes that hang or fail."""
 
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
+from tests.support import scripted_rank
 from trimode.common.errors import TriModeError
 from trimode.runtime.executor import ExecutorLostError
 from trimode.runtime.kv.host_kv_pool import KvPool
-from trimode.runtime.ranks.messages import Call, Loaded
+from trimode.runtime.ranks.messages import Call, Load, Loaded
 from trimode.runtime.ranks.pmi import StartUp
+from trimode.runtime.ranks.processes import READY_VARIABLE, RankProcesses
 from trimode.runtime.ranks.rank_loop import _answer
 from trimode.runtime.ranks.ranked_executor import RankedPool
 
@@ -111,3 +115,53 @@ def test_the_start_up_answers_lines_that_arrive_in_parts() -> None:
         assert third == b"cmd=barrier_out"
         with pytest.raises(TriModeError, match="'spawn'"):
             job.receive(1, b"cmd=spawn\n")
+
+
+ORDER = Load(Path("engine"), 2, 1, None)
+
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], RankProcesses]:
+    def start(script: str) -> RankProcesses:
+        monkeypatch.setenv(scripted_rank.SCRIPT, script)
+        return RankProcesses(scripted_rank.MODULE, len(script.split()))
+
+    return start
+
+
+def test_ranks_that_are_ready_answer_by_rank(scripted: Callable[[str], RankProcesses]) -> None:
+    processes = scripted("ready ready ready")
+    assert processes.load(ORDER) == [Loaded(None, 1, None)] * 3
+    processes.close()
+    assert processes.lost is None
+
+
+@pytest.mark.parametrize("script", ["hang hang", "ready hang"])
+def test_ranks_that_hang_while_loading_are_ended(
+    script: str, scripted: Callable[[str], RankProcesses], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(READY_VARIABLE, "0.5")
+    processes = scripted(script)
+    # On a busy machine, the other rank is not ready either.
+    reason = rf"^(rank|ranks 0,) 1 of 2 not ready after 0.5 s; if loading takes longer, set {READY_VARIABLE}$"
+    with pytest.raises(ExecutorLostError, match=reason):
+        processes.load(ORDER)
+    assert not any(psutil.pid_exists(process) for process in processes.pids)
+
+
+def test_an_error_of_one_rank_while_loading_ends_those_that_wait_for_it(
+    scripted: Callable[[str], RankProcesses],
+) -> None:
+    processes = scripted("hang error hang")
+    with pytest.raises(TriModeError, match="this rank has no memory"):
+        processes.load(ORDER)
+    assert not any(psutil.pid_exists(process) for process in processes.pids)
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "soon", "inf", "nan"])
+def test_a_limit_that_is_no_time_is_refused(
+    seconds: str, scripted: Callable[[str], RankProcesses], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(READY_VARIABLE, seconds)
+    with pytest.raises(TriModeError, match=f"{READY_VARIABLE} is '{seconds}'; it must be a number of seconds above 0"):
+        scripted("ready ready")
