@@ -70,7 +70,7 @@ class RankProcesses:
             for connection in self._connections:
                 connection.send(order)
             while missing := {each: rank for rank, each in enumerate(self._connections) if rank not in answers}:
-                answered = set(wait(list(missing), max(0.0, deadline - time.monotonic())))
+                answered = wait(list(missing), max(0.0, deadline - time.monotonic()))
                 if not answered:
                     late = f"rank{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing.values()))}"
                     self._watch.lose(
@@ -78,14 +78,14 @@ class RankProcesses:
                         f"set {READY_VARIABLE}"
                     )
                     raise EOFError
-                for connection in missing.keys() & answered:
-                    answer: Loaded | TriModeError = connection.recv()
+                for rank in (rank for each, rank in missing.items() if each in answered):
+                    answer: Loaded | TriModeError = self._connections[rank].recv()
                     if isinstance(answer, TriModeError):
                         self._watch.closing = True
                         self._watch.kill()
                         self.close()
                         raise answer
-                    answers[missing[connection]] = answer
+                    answers[rank] = answer
         except (EOFError, OSError):
             raise self._lost_error() from None
         return [answers[rank] for rank in range(self.ranks)]

@@ -67,10 +67,9 @@ class PassRunner:
             rows = committed()
             padded = self._padded(span, rows, most_rows)
             step = causal_step(padded, rows) if engine == "ar" else bidirectional_step(padded, rows)
-            begun, preparations = self._clock(), self._preparations
-            found = self._executor.run(step)
-            if self._preparations == preparations:
-                self._cost.observe(engine, padded.batch, span.step, self._clock() - begun)
+            found, seconds = self._timed(lambda: self._executor.run(step))
+            if seconds is not None:
+                self._cost.observe(engine, padded.batch, span.step, seconds)
             return found.of_sequences(span.first - padded.first, span.batch)
 
         for span in plan_spans(members, committed(), most_rows, engine, self._cost):
@@ -95,10 +94,9 @@ class PassRunner:
             padded = self._padded(span, kv_rows, most_rows)
             rows = np.tile(np.arange(padded.step), (padded.batch, 1))
             draft = dataclasses.replace(bidirectional_step(padded, kv_rows), logit_rows=rows)
-            begun, preparations = self._clock(), self._preparations
-            found = speculating.speculate(draft, chosen_among(span))
-            if self._preparations == preparations:
-                self._observe_both(padded, self._clock() - begun)
+            found, seconds = self._timed(lambda: speculating.speculate(draft, chosen_among(span)))
+            if seconds is not None:
+                self._observe_both(padded, seconds)
             first = span.first - padded.first
             return Speculated(*(each.of_sequences(first, span.batch) for each in found))
 
@@ -117,6 +115,13 @@ class PassRunner:
         pool = self._executor.pool
         seconds = MEASURING_SECONDS if self._preparing is None else PREPARING_SECONDS
         self._cost.measure(self._trial_pass, seconds, lambda batch, step: pool.most_rows(batch) >= step, self._clock)
+
+    def _timed(self, run: Callable[[], Found]) -> tuple[Found, float | None]:
+        """What ``run`` returns, and its seconds; None if the executor also prepared a pass, which takes longer."""
+        begun, preparations = self._clock(), self._preparations
+        found = run()
+        seconds = self._clock() - begun
+        return found, seconds if self._preparations == preparations else None
 
     @property
     def _preparations(self) -> int:
