@@ -12,26 +12,17 @@ more often: a node goes on with the whole probability of its children.
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
-from functools import cached_property
-from typing import NamedTuple
+from heapq import heappop, heappush, heapreplace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trimode.runtime.executor import Ints
 
-
-class Node(NamedTuple):
-    """parent: its index among the nodes, -1 for the pending token. place, rank: of its token. log_product: logarithm of
-    the product of its path's probabilities.
-    """
-
-    parent: int
-    place: int
-    rank: int
-    log_product: float
+# cost: negative logarithm of the product of its path's probabilities. order: of equal costs, the lower one comes first.
+# parent: index among the nodes, -1 for the pending token. place, rank: of its token.
+Node = tuple[float, int, int, int, int]
 
 
 def likeliest_nodes(log_probs: NDArray[np.floating], most: int) -> list[Node]:
@@ -47,110 +38,87 @@ def likeliest_nodes(log_probs: NDArray[np.floating], most: int) -> list[Node]:
     # The product of a node bounds those of its first child and of its next sibling, which are pushed when it is found.
     # Of equal products, the one that was pushed first comes first.
     waiting = [(costs[0][0], 0, -1, 0, 0)]
-    pushed = 1
-    while waiting:
-        cost, _, parent, place, rank = waiting[0]
-        index = len(found)
-        found.append(Node(parent, place, rank, -cost))
-        if index + 1 == most:
+    for index in range(most):
+        if not waiting:
             break
+        node = waiting[0]
+        found.append(node)
+        cost, _, parent, place, rank = node
         row = costs[place]
         if rank + 1 < ranks:
-            heapq.heapreplace(waiting, (cost + row[rank + 1] - row[rank], pushed, parent, place, rank + 1))
+            heapreplace(waiting, (cost + row[rank + 1] - row[rank], 2 * index + 1, parent, place, rank + 1))
         else:
-            heapq.heappop(waiting)
+            heappop(waiting)
         if place + 1 < places:
-            heapq.heappush(waiting, (cost + costs[place + 1][0], pushed + 1, index, place + 1, 0))
-        pushed += 2
+            heappush(waiting, (cost + costs[place + 1][0], 2 * index + 2, index, place + 1, 0))
     return found
 
 
 class DraftTree:
     """Nodes in depth-first order, the likelier child first: node 0 is the pending token, and the likeliest path is a
-    prefix of the nodes. ids: the nodes' tokens. parents: of each node, -1 for node 0; every parent comes before its
-    children.
+    prefix of the nodes.
+
+    Of each node, ids: its token. parents: -1 for node 0; every parent comes before its children. depths: its number of
+    ancestors; node 0 has the pending token's position, its children the next one, ... ends: the node behind its last
+    descendant.
     """
 
-    def __init__(self, ids: list[int], parents: list[int]) -> None:
+    def __init__(self, ids: list[int], parents: list[int], depths: list[int], ends: list[int]) -> None:
         self.ids = ids
         self.parents = parents
+        self.depths = depths
+        self.ends = ends
 
     def __len__(self) -> int:
-        return len(self.parents)
+        return len(self.ids)
 
     @classmethod
     def chain(cls, ids: list[int]) -> DraftTree:
-        return cls(ids, list(range(-1, len(ids) - 1)))
+        nodes = len(ids)
+        return cls(ids, list(range(-1, nodes - 1)), list(range(nodes)), [nodes] * nodes)
 
     @classmethod
     def of(cls, pending_token: int, tokens: Ints, nodes: Sequence[Node]) -> DraftTree:
         """The tree of the pending token and these nodes, in the order of :func:`likeliest_nodes`. tokens: [D, k]."""
         by_place = tokens.tolist()
-        ids = [pending_token, *(by_place[place][rank] for _, place, rank, _ in nodes)]
-        return cls.depth_first(ids, [-1, *(parent + 1 for parent, _, _, _ in nodes)])[0]
+        ids = [pending_token, *[by_place[place][rank] for _, _, _, place, rank in nodes]]
+        return cls.depth_first(ids, [-1, *[node[2] + 1 for node in nodes]])[0]
 
     @classmethod
     def depth_first(cls, ids: list[int], parents: list[int]) -> tuple[DraftTree, list[int]]:
-        """The tree of nodes that come behind their parents, the likelier child first, and their indices in its order.
+        """The tree of nodes that come behind their parents, the likelier child first, and the place of each in it.
 
         ids, parents: as of the tree, but for the order.
         """
-        children: list[list[int]] = [[] for _ in ids]
-        for index in range(1, len(ids)):
-            children[parents[index]].append(index)
-        order: list[int] = []
-        places, placed_parents = [0] * len(ids), list[int]()
-        unplaced = [0]
-        while unplaced:
-            index = unplaced.pop()
-            places[index] = len(order)
-            placed_parents.append(places[parents[index]] if index else -1)
-            order.append(index)
-            below = children[index]
-            if len(below) == 1:
-                unplaced.append(below[0])
-            elif below:
-                unplaced += reversed(below)
-        return cls([ids[index] for index in order], placed_parents), order
-
-    @cached_property
-    def tokens(self) -> Ints:
-        """[N]."""
-        return np.array(self.ids)
-
-    @cached_property
-    def _children(self) -> dict[tuple[int, int], int]:
-        return dict(zip(zip(self.parents, self.ids, strict=True), range(len(self)), strict=True))
-
-    @cached_property
-    def mask(self) -> NDArray[np.bool_]:
-        """[N, N]: which nodes each node sees, itself and its ancestors."""
-        size = -(-len(self) // 8)
-        seen: list[int] = []  # bit j of an element: whether the node sees node j
-        for node, parent in enumerate(self.parents):
-            seen.append(1 << node | (seen[parent] if parent >= 0 else 0))
-        packed = np.frombuffer(b"".join([bits.to_bytes(size, "little") for bits in seen]), np.uint8)
-        bits = np.unpackbits(packed.reshape(-1, size), axis=1, count=len(self), bitorder="little")
-        return bits.view(np.bool_)
-
-    @cached_property
-    def depths(self) -> list[int]:
-        """Ancestors of each node. Node 0 has the pending token's position, its children the next one, ..."""
-        depths: list[int] = []
-        for parent in self.parents:
-            depths.append(depths[parent] + 1 if parent >= 0 else 0)
-        return depths
+        nodes = len(ids)
+        sizes = [1] * nodes  # of each node and its descendants
+        for index in range(nodes - 1, 0, -1):
+            sizes[parents[index]] += sizes[index]
+        places, free = [0], [1]  # free: the place of the next child of each node
+        new_ids, new_parents, depths, ends = ids[:1] * nodes, [-1] * nodes, [0] * nodes, [nodes] * nodes
+        for index in range(1, nodes):
+            parent = parents[index]
+            place, above = free[parent], places[parent]
+            ends[place] = free[parent] = place + sizes[index]
+            places.append(place)
+            free.append(place + 1)
+            new_ids[place] = ids[index]
+            new_parents[place] = above
+            depths[place] = depths[above] + 1
+        return cls(new_ids, new_parents, depths, ends), places
 
     def child(self, node: int, token: int) -> int | None:
         """The child of ``node`` that has this token; None if none has."""
-        return self._children.get((node, token))
-
-    def has_children(self, node: int) -> bool:
-        return node + 1 < len(self) and self.parents[node + 1] == node
+        child, end = node + 1, self.ends[node]
+        while child < end:
+            if self.ids[child] == token:
+                return child
+            child = self.ends[child]
+        return None
 
     def likeliest_path(self, node: int) -> list[int]:
         """The tokens of the likeliest path below ``node``."""
         last = node
-        while self.has_children(last):
+        while self.ends[last] > last + 1:
             last += 1
         return self.ids[node + 1 : last + 1]

@@ -89,11 +89,11 @@ class _Search:
             else:
                 self._pass_over(candidate.parent, candidate.rank)
         self._move(0)
-        tree, order = DraftTree.depth_first(self._ids, self._parents)
-        forced = {place: self._forced[node] for place, node in enumerate(order) if node in self._forced}
+        tree, places = DraftTree.depth_first(self._ids, self._parents)
+        forced = dict(sorted((places[node], token) for node, token in self._forced.items()))
         return RuledTree(
             Walk(tree, forced),
-            {place for place, node in enumerate(order) if node in self._doubtful},
+            {places[node] for node in self._doubtful},
             {place for place, parent in enumerate(tree.parents) if forced.get(parent) is not None},
         )
 

@@ -449,7 +449,7 @@ class Sequence:
             self._forced_places, self._doubtful_rows = ruled.forced, ruled.doubtful
             self._likeliest = self._tree.likeliest_path(0)
             self._likeliest += found.tokens[max(0, len(self._likeliest) + 1 - drafted.first) :, 0].tolist()
-        self._block, self._masks = self._tree.tokens, 0
+        self._block, self._masks = np.array(self._tree.ids), 0
 
     def _repair_drafts(self, rules: TokenRules) -> None:
         """Replace illegal drafts by the best legal candidate of their place, and places that the grammar forces by what
@@ -479,7 +479,7 @@ class Sequence:
         if len(drafts) + 1 > drafted:  # the draft has no candidates for the last row's token
             self._doubtful_rows.add(len(drafts))
         self._walk = Walk(DraftTree.chain([self.pending_token, *drafts]), forced_tokens)
-        self._block = self._walk.tree.tokens
+        self._block = np.array(self._walk.tree.ids)
 
     def _denoise(self, done: Pass, found: Candidates) -> None:
         """Settle masked positions of the block by confidence, the probability of the token chosen for them."""

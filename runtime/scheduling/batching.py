@@ -147,12 +147,14 @@ def _with_trees(step: CausalStep, span: Span) -> CausalStep:
     trees = [(member.slot - span.first, tree) for member in span.members if (tree := member.needed.tree) is not None]
     if not trees:
         return step
-    mask, positions = step.block_mask.copy(), step.position_ids.copy()
+    depths = np.tile(np.arange(span.step), (span.batch, 1))
+    ends = np.full_like(depths, span.step)
     for index, tree in trees:
-        nodes = len(tree)
-        mask[index, :nodes, :nodes] = tree.mask
-        positions[index, :nodes] = step.write_indices[index] + np.array(tree.depths)
-    return dataclasses.replace(step, block_mask=mask, position_ids=positions)
+        depths[index, : len(tree)] = tree.depths
+        ends[index, : len(tree)] = tree.ends
+    # A node comes behind its ancestors and before their ends.
+    mask = step.block_mask & (np.arange(span.step)[:, None] < ends[:, None])
+    return dataclasses.replace(step, block_mask=mask, position_ids=step.write_indices[:, None] + depths)
 
 
 def bidirectional_step(span: Span, committed: Many[int]) -> BidirectionalStep:

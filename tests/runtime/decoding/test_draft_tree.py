@@ -32,7 +32,7 @@ def path(tree: DraftTree, node: int) -> tuple[int, ...]:
     """The tokens from the root to a node, without the root's."""
     found: tuple[int, ...] = ()
     while node:
-        found = (int(tree.tokens[node]), *found)
+        found = (tree.ids[node], *found)
         node = tree.parents[node]
     return found
 
@@ -70,12 +70,12 @@ def test_fewer_nodes_are_the_first_ones(
     every = products(tokens, log_probs)
     nodes_found = likeliest_nodes(log_probs, 40)
     assert likeliest_nodes(log_probs, nodes) == nodes_found[:nodes]
-    for index, node in enumerate(nodes_found):
+    for index, (cost, *_) in enumerate(nodes_found):
         chosen = []
         while index >= 0:
-            chosen.append(int(tokens[nodes_found[index].place, nodes_found[index].rank]))
-            index = nodes_found[index].parent
-        np.testing.assert_allclose(node.log_product, every[tuple(chosen[::-1])], atol=1e-12)
+            _, _, index, place, rank = nodes_found[index]
+            chosen.append(int(tokens[place, rank]))
+        np.testing.assert_allclose(-cost, every[tuple(chosen[::-1])], atol=1e-12)
 
 
 @given(places(), st.integers(1, 40))
@@ -86,20 +86,21 @@ def test_nodes_are_in_depth_first_order_the_likelier_child_first(
     tree = grown(*given_places, nodes)
     paths = [path(tree, node) for node in range(len(tree))]
     assert paths == sorted(paths)  # tokens ascend with the rank, and a prefix sorts before its continuations
-    assert tree.tokens[0] == PENDING
+    assert tree.ids[0] == PENDING
     assert all(parent < node for node, parent in enumerate(tree.parents))
     assert tree.likeliest_path(0) == list(paths[len(tree.likeliest_path(0))])
 
 
 @given(places(), st.integers(1, 40))
-def test_a_node_sees_its_ancestors_and_itself(
+def test_a_nodes_descendants_lie_between_it_and_its_end(
     given_places: tuple[NDArray[np.int64], NDArray[np.float64]], nodes: int
 ) -> None:
     tree = grown(*given_places, nodes)
-    for node in range(len(tree)):
-        seen = np.flatnonzero(tree.mask[node]).tolist()
-        assert [int(token) for token in tree.tokens[seen]] == [PENDING, *path(tree, node)]
-        assert tree.depths[node] == len(path(tree, node))
+    paths = [path(tree, node) for node in range(len(tree))]
+    for node, own in enumerate(paths):
+        below = [other for other, longer in enumerate(paths) if other != node and longer[: len(own)] == own]
+        assert below == list(range(node + 1, tree.ends[node]))
+        assert tree.depths[node] == len(own)
 
 
 @given(places(), st.integers(1, 40))
@@ -109,18 +110,15 @@ def test_children_are_found_by_their_token(
     tree = grown(*given_places, nodes)
     for node in range(1, len(tree)):
         parent = tree.parents[node]
-        assert tree.child(parent, int(tree.tokens[node])) == node
-        assert tree.has_children(parent)
+        assert tree.child(parent, tree.ids[node]) == node
+        assert tree.child(node, tree.ids[node]) is None
     assert tree.child(0, PENDING) is None
-    assert {node for node in range(len(tree)) if not tree.has_children(node)} == set(range(len(tree))) - set(
-        tree.parents
-    )
 
 
 def test_of_equal_products_the_node_that_was_found_first_comes_first() -> None:
     """So a tree does not depend on the order in which a heap holds equal costs."""
     found = likeliest_nodes(np.zeros((3, 2)), 12)
-    assert [(node.parent, node.place, node.rank) for node in found] == [
+    assert [node[2:] for node in found] == [
         (-1, 0, 0), (-1, 0, 1), (0, 1, 0), (1, 1, 0), (0, 1, 1), (2, 2, 0),
         (1, 1, 1), (3, 2, 0), (4, 2, 0), (2, 2, 1), (6, 2, 0), (3, 2, 1),
     ]  # fmt: skip
@@ -132,3 +130,8 @@ def test_a_sure_draft_is_a_chain_and_an_unsure_one_is_wide() -> None:
     sure[:, 0] = np.log(0.997)
     assert grown(tokens, sure, 6).parents == [-1, 0, 1, 2, 3, 4]
     assert grown(tokens, unsure, 5).parents == [-1, 0, 0, 0, 0]
+
+
+def test_a_chain_is_a_tree() -> None:
+    chain, tree = DraftTree.chain([7, 8, 9]), DraftTree.depth_first([7, 8, 9], [-1, 0, 1])[0]
+    assert vars(chain) == vars(tree)

@@ -135,7 +135,7 @@ def test_without_an_illegal_token_it_has_the_products_of_free_text(drafted: Draf
     products = [
         sum(by_token[place][token] for place, token in enumerate(path(found, node))) for node in range(1, len(found))
     ]
-    expected = [node.log_product for node in likeliest_nodes(drafted.log_probs, most - 1)]
+    expected = [-node[0] for node in likeliest_nodes(drafted.log_probs, most - 1)]
     np.testing.assert_allclose(sorted(products, reverse=True), expected, atol=1e-9)
 
 

@@ -155,8 +155,8 @@ def test_masks_of_members_lie_in_their_own_rows_and_all_else_is_legal() -> None:
 
 
 def test_a_tree_stands_at_its_depths_behind_the_committed_rows_and_sees_its_ancestors() -> None:
-    """The members beside it, and the padding behind it, are chains."""
-    tree = DraftTree([300, 301, 302, 401], [-1, 0, 1, 0])
+    """The members beside it are chains, and so is the padding behind it, which sees no node."""
+    tree = DraftTree.depth_first([300, 301, 302, 401], [-1, 0, 1, 0])[0]
     chain, branching = member(2, 5), member(3, 4)
     branching = branching._replace(needed=branching.needed._replace(tree=tree))
     step = causal_step(span_of([chain, branching]), [0, 0, 6, 9])
@@ -164,7 +164,7 @@ def test_a_tree_stands_at_its_depths_behind_the_committed_rows_and_sees_its_ance
     causal = np.tril(np.ones((5, 5), np.bool_))
     assert (step.block_mask[0] == causal).all()
     expected = causal.copy()
-    expected[:4, :4] = [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 0, 1]]
+    expected[:, :4] = [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 0, 1], [0, 0, 0, 0]]
     assert (step.block_mask[1] == expected).all()
     assert (CausalStep.chain(0, step.input_ids, step.write_indices, step.logit_rows).block_mask[1] == causal).all()
 
