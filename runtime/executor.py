@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -120,23 +120,23 @@ class Candidates(NamedTuple):
 
     def of(self, index: int, rows: int) -> Candidates:
         """The first ``rows`` rows of one sequence: [rows, k], [rows, k], [rows], [rows, M]."""
-        return self._each(lambda array: array[index, :rows])
+        return self._part((index, slice(rows)))
 
     def of_sequences(self, first: int, count: int) -> Candidates:
         """Those of ``count`` sequences of the batch, from ``first`` on."""
-        return self._each(lambda array: array[first : first + count])
+        return self._part(slice(first, first + count))
 
     def first_rows(self, rows: int) -> Candidates:
         """The first ``rows`` rows of each sequence."""
-        return self._each(lambda array: array[:, :rows])
+        return self._part((slice(None), slice(rows)))
 
     def behind_first_row(self) -> Candidates:
         """Of one sequence's rows, as :meth:`of` gives them, all but the first."""
-        return self._each(lambda array: array[1:])
+        return self._part(slice(1, None))
 
-    def _each(self, part: Callable[[NDArray[Any]], NDArray[Any]]) -> Candidates:
-        asked = None if self.asked_logits is None else part(self.asked_logits)
-        return Candidates(part(self.logits), part(self.tokens), part(self.log_sum_exp), asked)
+    def _part(self, at: slice | tuple[int | slice, slice]) -> Candidates:
+        asked = None if self.asked_logits is None else self.asked_logits[at]
+        return Candidates(self.logits[at], self.tokens[at], self.log_sum_exp[at], asked)
 
 
 AnyStep = TypeVar("AnyStep", bound=Step)

@@ -16,8 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Self, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -161,9 +160,10 @@ class Scheduler:
 
     def _cancel(self, request: Request) -> None:
         for answer in (request, *request.siblings):
-            with _Isolated(answer):
+            try:
                 answer.cancel()
-            if answer.failure is not None:
+            except Exception as error:
+                answer.failure = error
                 self._fail(answer)
 
     def _admit(self) -> None:
@@ -173,17 +173,22 @@ class Scheduler:
             rows = max(other.sequence.kv_rows for other in (request, *self._running))
             if self._running and self._pool.most_rows(len(self._running) + 1) < rows:
                 return
-            with _Isolated(request):
+            try:
                 slot = self._pool.acquire(rows)
-                self._running.append(self.waiting.popleft())
+            except Exception as error:
+                request.failure = error
+                self.waiting.popleft()
+                self._fail(request)
+                continue
+            self._running.append(self.waiting.popleft())
+            try:
                 request.admit()
                 sequence = request.sequence
                 if self._prefix_cache is not None and sequence.prompt_logprobs is None:
                     sequence.committed = self._prefix_cache.restore(sequence.prompt, self._pool, slot)
                     sequence.counts.cached_tokens = sequence.committed
-            if request.failure is not None and request not in self._running:
-                self.waiting.popleft()
-                self._fail(request)
+            except Exception as error:
+                request.failure = error
 
     def _open_blocks(self) -> None:
         """Begin a block wherever the last one is finished: choose its length in mode ``auto``, and whether its drafts
@@ -192,9 +197,12 @@ class Scheduler:
         opening = [request for request in self._active() if request.sequence.needs_block]
         chosen = self._choose(opening)
         for request in opening:
-            with _Isolated(request):
-                length, looked_up, tree = chosen.get(request, (request.sequence.longest_block, False, False))
-                request.sequence.open_block(min(length, request.sequence.longest_block), looked_up, tree)
+            try:
+                longest = request.sequence.longest_block
+                length, looked_up, tree = chosen.get(request, (longest, False, False))
+                request.sequence.open_block(min(length, longest), looked_up, tree)
+            except Exception as error:
+                request.failure = error
 
     def _choose(self, opening: list[Request]) -> dict[Request, tuple[int, bool, bool]]:
         """The block length, whether the drafts are copies, and whether they form a tree, of the requests that leave it
@@ -202,13 +210,15 @@ class Scheduler:
         """
         choices: dict[Request, Opening] = {}
         for request in opening:
-            with _Isolated(request):
+            try:
                 sequence = request.sequence
                 if sequence.replaying:
                     continue
                 copy_yields = sequence.look_up()
                 if copy_yields or sequence.params.mode == "auto":
                     choices[request] = Opening(sequence, copy_yields)
+            except Exception as error:
+                request.failure = error
         if not choices:
             return {}
         others = [
@@ -236,8 +246,10 @@ class Scheduler:
             return
         for member, found in self._passes.run(engine, members, self._committed, self._most_rows()):
             request = self._running[member.slot]
-            with _Isolated(request):
+            try:
                 self._absorb(member.slot, member.needed, _candidates(found))
+            except Exception as error:
+                request.failure = error
 
     def _speculate(self) -> bool:
         """Draft and commit in one call, if the executor can and if every running sequence is about to do both."""
@@ -250,10 +262,12 @@ class Scheduler:
             return False
         for member, found in self._passes.speculate(members, self._committed, self._most_rows()):
             request = self._running[member.slot]
-            with _Isolated(request):
+            try:
                 drafted, verified = _candidates(found)
                 self._absorb(member.slot, member.needed, drafted)
                 self._absorb(member.slot, request.sequence.next_pass(), verified)
+            except Exception as error:
+                request.failure = error
         return True
 
     def _sequence(self, member: Member) -> Sequence:
@@ -279,7 +293,7 @@ class Scheduler:
                 continue
             if sequence.fills_block != (engine == "diffusion") or (again and not sequence.runs_again):
                 continue
-            with _Isolated(request):
+            try:
                 needed = sequence.next_pass()
                 if needed.kind == "prefill":
                     # One chunk always runs; more of them would delay the sequences that decode. Chunks of one pass take
@@ -294,6 +308,8 @@ class Scheduler:
                 members.append(
                     Member(slot, needed, sequence.params.uses_adapter, sequence.candidates, sequence.draft_candidates)
                 )
+            except Exception as error:
+                request.failure = error
         return members
 
     def _absorb(self, slot: int, needed: Pass, found: Candidates) -> None:
@@ -316,8 +332,10 @@ class Scheduler:
                 self._count(request)
                 self._release(slot)
             if request.failure is None:
-                with _Isolated(request):
+                try:
                     request.deliver()
+                except Exception as error:
+                    request.failure = error
             if request.failure is not None:
                 if not finished:
                     self._free(slot)
@@ -371,24 +389,6 @@ class Scheduler:
         last = self._running.pop()
         if slot < len(self._running):
             self._running[slot] = last
-
-
-class _Isolated:
-    """A context in which an exception ends one request instead of the step."""
-
-    def __init__(self, request: Request) -> None:
-        self._request = request
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, _type: type[BaseException] | None, error: BaseException | None, _traceback: TracebackType | None
-    ) -> bool:
-        if not isinstance(error, Exception):
-            return False
-        self._request.failure = error
-        return True
 
 
 def _candidates(found: Found | Exception) -> Found:
