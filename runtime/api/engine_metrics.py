@@ -9,9 +9,14 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from trimode.runtime.api.llm import EngineLLM
+from trimode.runtime.api.metric_families import metric_families
 from trimode.runtime.api.request_output import RequestOutput
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+_FAMILIES: dict[str, type[GaugeMetricFamily | CounterMetricFamily]] = {
+    "gauge": GaugeMetricFamily,
+    "counter": CounterMetricFamily,
+}
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 16384)
 
 
@@ -20,33 +25,11 @@ class _EngineCollector(Collector):
         self._llm = llm
 
     def collect(self) -> Iterator[Metric]:
-        stats = self._llm.stats()
-        yield GaugeMetricFamily("trimode_requests_running", "Answers in a slot.", stats.running)
-        yield GaugeMetricFamily("trimode_requests_waiting", "Answers that wait for a slot.", stats.waiting)
-        yield GaugeMetricFamily("trimode_slots", "Slots of the KV pool.", stats.slots)
-        yield GaugeMetricFamily(
-            "trimode_prefix_cache_bytes", "Bytes of KV rows kept for reuse.", stats.prefix_cache_bytes
-        )
-        yield CounterMetricFamily("trimode_steps", "Steps of the scheduler.", stats.steps)
-        # Sums over finished answers.
-        yield CounterMetricFamily("trimode_answers", "Finished answers.", stats.finished)
-        yield CounterMetricFamily("trimode_tokens_emitted", "Tokens of answers.", stats.emitted)
-        yield CounterMetricFamily("trimode_tokens_drafted", "Drafted tokens.", stats.counts.drafted)
-        yield CounterMetricFamily("trimode_tokens_accepted", "Drafted tokens that were emitted.", stats.counts.accepted)
-        yield CounterMetricFamily("trimode_tokens_copied", "Drafted tokens that lookup copied.", stats.counts.copied)
-        yield CounterMetricFamily(
-            "trimode_tokens_copied_accepted", "Copied tokens that were emitted.", stats.counts.accepted_copies
-        )
-        yield CounterMetricFamily(
-            "trimode_tokens_cached", "Prompt tokens whose KV rows were reused.", stats.counts.cached_tokens
-        )
-        yield CounterMetricFamily("trimode_cycles", "Finished blocks.", stats.counts.cycles)
-        yield CounterMetricFamily("trimode_trees", "Cycles with drafts verified as trees.", stats.counts.trees)
-        yield CounterMetricFamily("trimode_lookups", "Cycles with copied drafts.", stats.counts.lookups)
-        passes = CounterMetricFamily("trimode_passes", "Passes that answers took part in.", labels=["kind"])
-        for kind in ("prefill", "draft", "denoise", "commit"):
-            passes.add_metric([kind], getattr(stats.counts, kind))
-        yield passes
+        for family in metric_families(self._llm.stats()):
+            made = _FAMILIES[family.kind](family.name, family.text, labels=family.labels)
+            for labels, value in family.samples.items():
+                made.add_metric(labels, value)
+            yield made
 
 
 class EngineMetrics:

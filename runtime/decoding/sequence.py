@@ -35,7 +35,16 @@ from trimode.runtime.decoding.ruled_tree import DOUBTFUL_RANK, Drafted, legal_tr
 from trimode.runtime.decoding.sampling import Sampler
 from trimode.runtime.decoding.token_rules import TokenRules, Walk
 from trimode.runtime.executor import Candidates, Ints, Words
-from trimode.runtime.request.outputs import Counts, Cycle, Drafting, Logprob, Origin, PromptLogprobs
+from trimode.runtime.request.outputs import (
+    Choice,
+    Counts,
+    Cycle,
+    Drafting,
+    DraftRecord,
+    Logprob,
+    Origin,
+    PromptLogprobs,
+)
 from trimode.runtime.request.sampling_params import SamplingParams
 
 PassKind = Literal["prefill", "draft", "denoise", "commit"]
@@ -125,6 +134,7 @@ class Sequence:
         self.rejected: list[int] = []  # drafts that the latest commit rejected
         self.moves: Moves | None = None  # that the latest pass needs before the next one
         self.cycles: list[Cycle] = []
+        self.choice: Choice | None = None  # of the block, for its record
         self.counts = Counts()
         self._sampler = Sampler(params, self.prompt, seed)
         self._context = context
@@ -551,13 +561,9 @@ class Sequence:
                 self._observe_tree(tree, self.emitted[before:], ended)
             if self.params.mode == "auto" and tree is None:
                 self.acceptance.forget_trees()
-        source: Drafting = "draft" if drafts else "none"
-        if tree is not None:
-            source = "tree"
-        elif self._looked_up or self._uses_kept:
-            source = "copy" if self._looked_up else "kept"
         emitted = len(self.emitted) - before
-        self.cycles.append(Cycle(source, self._drafted_tokens, 1 + len(drafts), expected, emitted))
+        record = self._record(rows) if self.params.record_drafts else None
+        self.cycles.append(Cycle(self._drafting, self._drafted_tokens, 1 + len(drafts), expected, emitted, record))
         if self._lookup is not None:
             self._lookup.observe(self.emitted[before + len(self._forced_next()) :], ended)
         self.rejected = rest if tested > agreed else []
@@ -572,6 +578,23 @@ class Sequence:
             self.counts.copied += drafted
             self.counts.accepted_copies += agreed - forced
         self._block, self._forced_run = NO_BLOCK, None
+
+    @property
+    def _drafting(self) -> Drafting:
+        """The source of the block's drafts."""
+        if self._tree is not None:
+            return "tree"
+        if self._looked_up:
+            return "copy"
+        if self._uses_kept:
+            return "kept"
+        if self._drafted_tokens > 1 + len(self._forced_run or ()):
+            return "draft"
+        return "forced" if self._drafted_tokens > 1 else "none"
+
+    def _record(self, path: list[int]) -> DraftRecord:
+        choice, self.choice = self.choice, None
+        return DraftRecord(self._block.tolist(), None if self._tree is None else self._tree.parents, path, choice)
 
     def _observe_tree(self, tree: DraftTree, emitted: list[int], ended: bool) -> None:
         """Learn what the block alone would have yielded, and how many tokens came because of the tree."""
@@ -599,7 +622,8 @@ class Sequence:
             yields = self._lookup.yields()
         else:
             yields = (self._kept_acceptance if self._uses_kept else self.acceptance).yields()
-        return yields[min(len(self._block), len(yields)) - 1]
+        forced = len(self._forced_run or ())
+        return forced + yields[min(len(self._block) - forced, len(yields)) - 1]
 
     def _commit_diffusion(self, found: Candidates) -> None:
         """Accept the whole block, and one more token."""

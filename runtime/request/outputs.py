@@ -9,9 +9,9 @@ FinishReason = Literal["stop", "length", "cancelled"]
 # The source of a token: the prefill's last row; an accepted draft; the causal row's own token after the drafts; a
 # denoise pass of a diffusion block; the thinking budget, or a grammar that allows no other token.
 Origin = Literal["prefill", "accepted", "bonus", "denoised", "forced"]
-# The source of a cycle's drafts: no drafts; a draft pass, verified as a chain or as a tree; prompt lookup; the rows
-# behind the draft that the last commit rejected.
-Drafting = Literal["none", "draft", "tree", "copy", "kept"]
+# The source of a cycle's drafts: no drafts; a draft pass, verified as a chain or as a tree; prompt lookup; what the
+# last commit predicted after the draft that it rejected; a grammar alone.
+Drafting = Literal["none", "draft", "tree", "copy", "kept", "forced"]
 
 
 # Of each token of the prompt, its own log-probability first, then those of the likeliest. None for the first token.
@@ -27,9 +27,34 @@ class Logprob(NamedTuple):
     rank: int | None
 
 
+class Choice(NamedTuple):
+    """What ``auto`` compared when it chose how a cycle drafts.
+
+    trial: whether the choice was made to measure its passes, and not because it is expected to be the fastest. rates:
+    expected tokens per second of the whole batch by block length, each with its fastest way to draft.
+    """
+
+    trial: bool
+    rates: dict[int, float]
+
+
+class DraftRecord(NamedTuple):
+    """The drafts of a cycle, recorded if the request sets ``record_drafts``.
+
+    tokens: that the commit pass verified, pending token first. parents: of each token of a tree, -1 for the first; None
+    for a chain. path: the indices of the accepted tokens, 0 first. choice: None if the request fixes how it drafts.
+    """
+
+    tokens: list[int]
+    parents: list[int] | None
+    path: list[int]
+    choice: Choice | None
+
+
 class Cycle(NamedTuple):
     """One cycle of self-speculation or AR, by its tokens. drafted: of the block that was drafted or copied, pending
     token included. verified: of the commit. expected: that the cycle was expected to emit. emitted: that it emitted.
+    record: None unless the request sets ``record_drafts``.
     """
 
     drafting: Drafting
@@ -37,6 +62,7 @@ class Cycle(NamedTuple):
     verified: int
     expected: float
     emitted: int
+    record: DraftRecord | None = None
 
 
 @dataclass

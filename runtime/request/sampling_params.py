@@ -79,7 +79,8 @@ class SamplingParams:
 
     Output. logprobs: alternatives to report with each token, 0 for the token alone; log-probabilities are the model's,
     before temperature and penalties. prompt_logprobs: the same for the prompt's tokens, whose KV rows are then
-    computed and not reused. skip_special_tokens: leave them out of the text.
+    computed and not reused. skip_special_tokens: leave them out of the text. record_drafts: record the drafts of each
+    cycle, and what ``auto`` compared when it chose them (``Cycle.record``).
 
     Modes. mode: None for the LLM's default; ``auto`` chooses each cycle, by its cost at the current load, the block
     length of self-speculation, copies, and how much of a draft is verified. block_length: tokens of a block, pending
@@ -127,6 +128,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    record_drafts: bool = False
     mode: Mode | None = None
     block_length: int | None = None
     adapter: bool | None = None

@@ -60,13 +60,26 @@ class Opening(NamedTuple):
 class Plan(NamedTuple):
     """How a cycle drafts. block: length of the drafted blocks of ``auto``. copy_block: of the blocks that are copies.
     copying: for each opening sequence, whether its drafts are copies. tree: whether the drafts of ``auto`` are verified
-    as trees of as many nodes as their blocks have tokens.
+    as trees of as many nodes as their blocks have tokens. trial: whether it is chosen to measure its passes.
     """
 
     block: int
     copy_block: int
     copying: list[bool]
     tree: bool = False
+    trial: bool = False
+
+
+class Expectation(NamedTuple):
+    """Of a cycle of the whole batch: the tokens that it generates, and the seconds of its passes and trees."""
+
+    tokens: float
+    seconds: float
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second."""
+        return self.tokens / self.seconds
 
 
 class _Cycle(NamedTuple):
@@ -85,6 +98,12 @@ class _Cycle(NamedTuple):
     def rate(self, seconds: float) -> float:
         """Tokens a second, if the passes take so many seconds, with trees where that is faster."""
         return max(self.tokens / seconds, (self.tokens + self.gained) / (seconds + TREE_SECONDS * self.trees))
+
+    def expectation(self, seconds: float) -> Expectation:
+        """With trees where that is faster."""
+        if self.chosen(seconds).tree:
+            return Expectation(self.tokens + self.gained, seconds + TREE_SECONDS * self.trees)
+        return Expectation(self.tokens, seconds)
 
     def chosen(self, seconds: float) -> Plan:
         """The plan, with trees where that is faster."""
@@ -106,6 +125,7 @@ class BlockChooser:
         self._cost = cost
         self._owed = 0.0  # seconds that trials have lost and that are not made up for
         self._trial: tuple[_Cycle, float] | None = None  # the last choice, and the tokens a second of the best one
+        self._compared: tuple[list[_Cycle], list[float]] = [], []  # by the last choice: cycles, and their seconds
 
     def choose(self, opening: Many[Opening], others: Many[Sequence]) -> Plan:
         """The plan of this cycle.
@@ -116,6 +136,7 @@ class BlockChooser:
         self._settle_trial()
         cycles = _cycles(opening, others)
         found = [cycle.seconds(self._cost) for cycle in cycles]
+        self._compared = cycles, found
         rates = [cycle.rate(seconds) for cycle, seconds in zip(cycles, found, strict=True)]
         rate = max(rates)
         best, seconds = cycles[rates.index(rate)], found[rates.index(rate)]
@@ -123,9 +144,20 @@ class BlockChooser:
             for cycle in cycles:
                 if cycle is not best and cycle.rate(cycle.least_seconds(self._cost)) > rate:
                     self._trial = cycle, rate
-                    return cycle.plan
+                    return cycle.plan._replace(trial=True)
         self._owed = max(0.0, self._owed - TRIAL_SHARE * seconds)
         return best.chosen(seconds)
+
+    def expectations(self) -> dict[int, Expectation]:
+        """What the last choice compared: for each block length, the plan with the most tokens per second. Callable from
+        any thread.
+        """
+        by_block: dict[int, Expectation] = {}
+        for cycle, seconds in zip(*self._compared, strict=True):
+            found, block = cycle.expectation(seconds), cycle.plan.copy_block
+            if block not in by_block or found.rate > by_block[block].rate:
+                by_block[block] = found
+        return by_block
 
     def _settle_trial(self) -> None:
         """Charge what the last trial took beyond the best choice; its passes have been observed by now."""

@@ -67,6 +67,13 @@ class _Place(NamedTuple):
     cells: list[tuple[int, int, float]]
 
 
+class PassSeconds(NamedTuple):
+    """Sums over the passes observed: the seconds that they were expected to take, and that they took."""
+
+    expected: float
+    seconds: float
+
+
 class PassCost:
     """Seconds of a pass. max_batch, max_step: the table's largest pass; larger passes cost in proportion to it."""
 
@@ -84,6 +91,7 @@ class PassCost:
         self._log_pace = 0.0
         self._pace_doubt = _FIRST_PACE_DOUBT
         self._passes = 0  # observed so far
+        self._observed = {engine: [0.0, 0.0] for engine in get_args(EngineName)}  # sums, as PassSeconds
         self._places: dict[tuple[int, int], _Place] = {}
         self._least: dict[tuple[EngineName, int], list[float]] = {}  # by row, after ``_least_at`` passes
         self._least_at = 0
@@ -105,6 +113,9 @@ class PassCost:
         place = self._place(batch, step)
         expected = self._log_seconds(engine, place)
         error = math.log(seconds) - expected
+        sums = self._observed[engine]
+        sums[0] += math.exp(expected)
+        sums[1] += seconds
         met = [(self._cells[engine][row][column], weight) for row, column, weight in place.cells]
         doubts = [self._doubt(cell) for cell, _ in met]
         credible = max(_OUTLIER, *doubts)  # one pass may have been disturbed
@@ -131,6 +142,11 @@ class PassCost:
                 cell.growth = _GROWTH
             cell.doubt = (1 - weight) * doubt + weight * remaining
             cell.met_at = self._passes
+
+    @property
+    def observed(self) -> dict[EngineName, PassSeconds]:
+        """Callable from any thread."""
+        return {engine: PassSeconds(*self._observed[engine]) for engine in get_args(EngineName)}
 
     def measure(
         self,

@@ -23,9 +23,10 @@ import numpy as np
 from trimode.runtime.decoding.sequence import Pass, Sequence
 from trimode.runtime.executor import Candidates, Executor, Ints
 from trimode.runtime.kv.prefix_cache import PrefixCache
-from trimode.runtime.request.outputs import Counts
+from trimode.runtime.request.outputs import Choice, Counts
 from trimode.runtime.scheduling.auto_block import BlockChooser, Opening
 from trimode.runtime.scheduling.batching import Member
+from trimode.runtime.scheduling.drafting_stats import DraftingCounts, DraftingStats
 from trimode.runtime.scheduling.pass_cost import EngineName, PassCost
 from trimode.runtime.scheduling.pass_runner import PassRunner
 from trimode.runtime.scheduling.running_request import Request
@@ -43,7 +44,8 @@ class Stats:
     """A snapshot of the scheduler, and sums over the answers finished so far.
 
     running, waiting: answers. slots: allocated KV slots. steps: scheduler steps. finished: answers. failed: answers
-    that ended with an error. emitted: tokens of finished answers. counts: their passes and drafts.
+    that ended with an error. emitted: tokens of finished answers. counts: their passes and drafts. drafting: how they
+    drafted, and what ``auto`` chose.
     """
 
     running: int
@@ -55,6 +57,7 @@ class Stats:
     emitted: int
     counts: Counts
     prefix_cache_bytes: int
+    drafting: DraftingStats
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,7 @@ class Scheduler:
         self._prefill_tokens = prefill_tokens
         self._cost = cost
         self._block_chooser = BlockChooser(cost)
+        self._drafting = DraftingCounts()
         self._prefix_cache = prefix_cache
         self._steps = 0
         self._totals = _Totals()
@@ -116,6 +120,12 @@ class Scheduler:
             emitted=totals.emitted,
             counts=totals.counts,
             prefix_cache_bytes=0 if self._prefix_cache is None else self._prefix_cache.bytes,
+            drafting=DraftingStats(
+                self._drafting.cycles(),
+                self._drafting.choices(),
+                self._block_chooser.expectations(),
+                self._cost.observed,
+            ),
         )
 
     def step(self) -> None:
@@ -237,6 +247,13 @@ class Scheduler:
                 chosen[request] = plan.copy_block, True, False
             elif each.decides:
                 chosen[request] = plan.block, False, tree
+            else:
+                continue
+            if each.sequence.params.record_drafts:
+                rates = {block: found.rate for block, found in self._block_chooser.expectations().items()}
+                each.sequence.choice = Choice(plan.trial, rates)
+        if chosen:
+            self._drafting.count_choice(plan, tree)
         return chosen
 
     def _run_passes(self, engine: EngineName, again: bool = False) -> None:
@@ -349,6 +366,7 @@ class Scheduler:
             emitted=totals.emitted + len(sequence.emitted),
             counts=totals.counts + sequence.counts,
         )
+        self._drafting.count_cycles(sequence.params.mode, sequence.cycles)
 
     def _fail(self, request: Request) -> None:
         """Report the failure of a request that has no slot any more."""

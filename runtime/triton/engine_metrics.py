@@ -1,4 +1,4 @@
-"""The engine's counts as metrics of Triton, under the names that the OpenAI server uses."""
+"""The engine's metrics as metrics of Triton, under the names that the OpenAI server uses."""
 
 from __future__ import annotations
 
@@ -8,42 +8,20 @@ from typing import Any
 import triton_python_backend_utils as pb_utils
 
 from trimode.runtime.api.llm import EngineLLM
+from trimode.runtime.api.metric_families import MetricFamily, metric_families
 
 PERIOD_SECONDS = 0.5
 
 
 class EngineMetrics:
-    """A thread reports the counts periodically, because the Python backend has no hook for a scrape."""
+    """A thread reports the metrics periodically, because the Python backend has no hook for a scrape."""
 
     def __init__(self, llm: EngineLLM) -> None:
         self._llm = llm
-        family = pb_utils.MetricFamily
-        self._gauges = {
-            name: family(f"trimode_{name}", text, family.GAUGE)
-            for name, text in {
-                "requests_running": "Answers in a slot",
-                "requests_waiting": "Answers that wait for a slot",
-            }.items()
-        }
-        self._counters = {
-            name: family(f"trimode_{name}_total", text, family.COUNTER)
-            for name, text in {
-                "steps": "Steps of the scheduler",
-                "answers": "Finished answers",
-                "tokens_emitted": "Tokens of answers",
-                "tokens_drafted": "Drafted tokens",
-                "tokens_accepted": "Drafted tokens that were emitted",
-                "trees": "Cycles with drafts verified as trees",
-                "lookups": "Cycles with copied drafts",
-                "tokens_copied": "Drafted tokens that lookup copied",
-                "tokens_copied_accepted": "Copied tokens that were emitted",
-                "tokens_cached": "Prompt tokens not computed again",
-            }.items()
-        }
-        self._metrics: dict[str, Any] = {
-            name: found.Metric(labels={}) for name, found in (self._gauges | self._counters).items()
-        }
-        self._reported = dict.fromkeys(self._counters, 0)
+        self._families: dict[str, Any] = {}
+        self._metrics: dict[tuple[str, tuple[str, ...]], Any] = {}
+        self._reported: dict[tuple[str, tuple[str, ...]], float] = {}
+        self._report()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="trimode-metrics", daemon=True)
         self._thread.start()
@@ -57,22 +35,22 @@ class EngineMetrics:
             self._report()
 
     def _report(self) -> None:
-        stats = self._llm.stats()
-        self._metrics["requests_running"].set(stats.running)
-        self._metrics["requests_waiting"].set(stats.waiting)
-        now = {
-            "steps": stats.steps,
-            "answers": stats.finished,
-            "tokens_emitted": stats.emitted,
-            "tokens_drafted": stats.counts.drafted,
-            "tokens_accepted": stats.counts.accepted,
-            "trees": stats.counts.trees,
-            "lookups": stats.counts.lookups,
-            "tokens_copied": stats.counts.copied,
-            "tokens_copied_accepted": stats.counts.accepted_copies,
-            "tokens_cached": stats.counts.cached_tokens,
-        }
-        for name, count in now.items():
-            if count > self._reported[name]:
-                self._metrics[name].increment(count - self._reported[name])
-        self._reported = now
+        for family in metric_families(self._llm.stats()):
+            for labels, value in family.samples.items():
+                metric, key = self._metric(family, labels), (family.name, labels)
+                if family.kind == "gauge":
+                    metric.set(value)
+                elif value > self._reported.get(key, 0):
+                    metric.increment(value - self._reported.get(key, 0))
+                    self._reported[key] = value
+
+    def _metric(self, family: MetricFamily, labels: tuple[str, ...]) -> Any:
+        key = family.name, labels
+        if key not in self._metrics:
+            if family.name not in self._families:
+                gauge, made = family.kind == "gauge", pb_utils.MetricFamily
+                name = family.name if gauge else f"{family.name}_total"
+                self._families[family.name] = made(name, family.text, made.GAUGE if gauge else made.COUNTER)
+            by_name = dict(zip(family.labels, labels, strict=True))
+            self._metrics[key] = self._families[family.name].Metric(labels=by_name)
+        return self._metrics[key]

@@ -9,6 +9,9 @@ import pytest
 
 from trimode.runtime.api.engine_metrics import EngineMetrics
 from trimode.runtime.request.outputs import CompletionOutput, Counts
+from trimode.runtime.scheduling.auto_block import Expectation
+from trimode.runtime.scheduling.drafting_stats import ChoiceKey, CycleKey, CycleSums, DraftingStats
+from trimode.runtime.scheduling.pass_cost import PassSeconds
 from trimode.runtime.scheduling.scheduler import Stats
 
 COUNTS = Counts(
@@ -25,8 +28,26 @@ COUNTS = Counts(
     accepted_copies=111,
     cached_tokens=112,
 )
+DRAFTING = DraftingStats(
+    cycles={
+        CycleKey("auto", "tree", 16): CycleSums(201, 202, 203.5, 204),
+        CycleKey("linear_spec", "draft", 0): CycleSums(205, 206, 207.5, 208),
+    },
+    choices={ChoiceKey(16, "tree", False): 209, ChoiceKey(32, "draft", True): 210},
+    expectations={1: Expectation(1.0, 0.25), 16: Expectation(7.5, 0.5)},
+    passes={"ar": PassSeconds(212.5, 213.5), "diffusion": PassSeconds(215.5, 216.5)},
+)
 STATS = Stats(
-    running=1, waiting=2, slots=3, steps=4, finished=5, failed=6, emitted=7, counts=COUNTS, prefix_cache_bytes=8
+    running=1,
+    waiting=2,
+    slots=3,
+    steps=4,
+    finished=5,
+    failed=6,
+    emitted=7,
+    counts=COUNTS,
+    prefix_cache_bytes=8,
+    drafting=DRAFTING,
 )
 SAMPLES = {
     "requests_running": 1,
@@ -48,6 +69,24 @@ SAMPLES = {
     "tokens_copied_total": 110,
     "tokens_copied_accepted_total": 111,
     "tokens_cached_total": 112,
+    'drafting_cycles_total{block="16",drafting="tree",mode="auto"}': 201,
+    'drafting_tokens_verified_total{block="16",drafting="tree",mode="auto"}': 202,
+    'drafting_tokens_expected_total{block="16",drafting="tree",mode="auto"}': 203.5,
+    'drafting_tokens_emitted_total{block="16",drafting="tree",mode="auto"}': 204,
+    'drafting_cycles_total{block="over 64",drafting="draft",mode="linear_spec"}': 205,
+    'drafting_tokens_verified_total{block="over 64",drafting="draft",mode="linear_spec"}': 206,
+    'drafting_tokens_expected_total{block="over 64",drafting="draft",mode="linear_spec"}': 207.5,
+    'drafting_tokens_emitted_total{block="over 64",drafting="draft",mode="linear_spec"}': 208,
+    'auto_choices_total{block="16",drafting="tree",reason="fastest"}': 209,
+    'auto_choices_total{block="32",drafting="draft",reason="trial"}': 210,
+    'auto_expected_tokens{block="1"}': 1.0,
+    'auto_expected_tokens{block="16"}': 7.5,
+    'auto_expected_seconds{block="1"}': 0.25,
+    'auto_expected_seconds{block="16"}': 0.5,
+    'pass_expected_seconds_total{attention="causal"}': 212.5,
+    'pass_seconds_total{attention="causal"}': 213.5,
+    'pass_expected_seconds_total{attention="bidirectional"}': 215.5,
+    'pass_seconds_total{attention="bidirectional"}': 216.5,
 }
 SECONDS = ["0.005", "0.01", "0.025", "0.05", "0.1", "0.25", "0.5", "1.0", "2.5", "5.0", "10.0", "30.0", "60.0", "300.0"]
 TOKENS = ["1.0", "8.0", "16.0", "32.0", "64.0", "128.0", "256.0", "512.0", "1024.0", "2048.0", "4096.0", "16384.0"]

@@ -281,3 +281,9 @@ def test_metrics(http: httpx.Client) -> None:
     for name in ("trimode_tokens_emitted_total", "trimode_slots", 'trimode_passes_total{kind="commit"}'):
         assert f"\n{name} " in text
     assert "trimode_time_to_first_token_seconds_count 0" not in text
+    for name in (
+        "trimode_auto_choices_total{",
+        "trimode_drafting_cycles_total{",
+        'trimode_auto_expected_tokens{block="1"}',
+    ):
+        assert f"\n{name}" in text

@@ -11,11 +11,18 @@ from trimode.runtime.triton.tensors import OPTIONAL_INPUTS
 
 FIELDS = {field.name for field in dataclasses.fields(SamplingParams)}
 IN_PYTHON_ONLY = {"logits_processor"}  # a function
-OTHER_HTTP_NAMES = {"bad": "bad_words", "guided_decoding": "structured_outputs"}
+OTHER_HTTP_NAMES = {
+    "bad": "bad_words",
+    "guided_decoding": "structured_outputs",
+    "record_drafts": "return_token_origins",
+}
 NOT_OVER_HTTP = {"bad_token_ids"} | IN_PYTHON_ONLY
 # Triton's ensemble builds guided_decoding from two tensors.
 OF_TWO_TENSORS = {"guided_decoding"}
-NOT_IN_TRITON = {"allowed_token_ids", "bad_token_ids", "logit_bias", "logprobs", "prompt_logprobs"} | IN_PYTHON_ONLY
+NOT_IN_TRITON = {
+    *("allowed_token_ids", "bad_token_ids", "logit_bias", "logprobs", "prompt_logprobs", "record_drafts"),
+    *IN_PYTHON_ONLY,
+}
 # Of requests through Dynamo, what the frontend has a field for: test_generate_request.py sends each.
 OF_DYNAMOS_FRONTEND = {
     *("max_tokens", "min_tokens", "stop", "ignore_eos", "include_stop_str_in_output", "skip_special_tokens"),
@@ -23,7 +30,7 @@ OF_DYNAMOS_FRONTEND = {
     *("presence_penalty", "frequency_penalty", "repetition_penalty"),
     *("guided_decoding", "logprobs", "prompt_logprobs"),
 }
-NOT_THROUGH_DYNAMO = {"n"} | IN_PYTHON_ONLY
+NOT_THROUGH_DYNAMO = {"n", "record_drafts"} | IN_PYTHON_ONLY
 
 
 def test_http() -> None:

@@ -17,9 +17,12 @@ from trimode import SamplingParams
 from trimode.runtime.executor import BidirectionalStep, CausalStep
 from trimode.runtime.request.outputs import Counts
 from trimode.runtime.scheduling.auto_block import Opening, Plan
+from trimode.runtime.scheduling.drafting_stats import DraftingStats
+from trimode.runtime.scheduling.pass_cost import PassSeconds
 from trimode.runtime.scheduling.running_request import Request
 from trimode.runtime.scheduling.scheduler import Stats
 
+NOTHING_DRAFTED = DraftingStats({}, {}, {}, dict.fromkeys(("ar", "diffusion"), PassSeconds(0.0, 0.0)))  # type: ignore[arg-type]
 PREFILL_STEP = 4  # of the bench's sequences
 
 
@@ -297,7 +300,7 @@ def test_an_executor_that_speculates_drafts_no_trees() -> None:
 def test_a_snapshot_of_the_scheduler() -> None:
     bench = Watched(max_batch=2, prefill_tokens=100)
     requests = [bench.submit(1, max_tokens=tokens) for tokens in (1, 3, 3, 3)]
-    assert bench.scheduler.stats() == Stats(0, 4, 1, 0, 0, 0, 0, Counts(), 0)
+    assert bench.scheduler.stats() == Stats(0, 4, 1, 0, 0, 0, 0, Counts(), 0, NOTHING_DRAFTED)
     bench.step()
     stats = bench.scheduler.stats()
     assert (stats.running, stats.waiting, stats.slots, stats.steps) == (1, 2, 2, 1)

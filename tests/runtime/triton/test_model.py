@@ -404,3 +404,8 @@ def test_metrics(triton: Ports) -> None:
     after = metrics(triton)
     assert after["trimode_tokens_emitted_total"] - before["trimode_tokens_emitted_total"] > 40
     assert after["trimode_tokens_accepted_total"] > before["trimode_tokens_accepted_total"]
+    generate(triton, mode="auto")
+    wait_for_metrics(triton, answers_total=before["trimode_answers_total"] + 2)
+    names = {name.partition("{")[0] for name in metrics(triton)}
+    assert {"trimode_auto_choices_total", "trimode_auto_expected_tokens", "trimode_drafting_cycles_total"} <= names
+    assert metrics(triton)['trimode_pass_seconds_total{attention="causal"}'] > 0
