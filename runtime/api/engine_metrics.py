@@ -38,6 +38,7 @@ class EngineMetrics:
     def __init__(self, llm: EngineLLM) -> None:
         self.registry = CollectorRegistry()
         self.registry.register(_EngineCollector(llm))
+        self._slot = self._histogram("trimode_time_to_slot_seconds", "From arrival, in the queue.", SECONDS)
         self._first_token = self._histogram("trimode_time_to_first_token_seconds", "From arrival.", SECONDS)
         self._answer = self._histogram("trimode_answer_seconds", "From arrival to the last token.", SECONDS)
         self._tokens = self._histogram("trimode_answer_tokens", "Tokens of finished answers.", TOKENS)
@@ -48,6 +49,8 @@ class EngineMetrics:
     def observe(self, request: RequestOutput) -> None:
         """The answers of a finished request."""
         for output in request.outputs:
+            if output.time_to_slot is not None:
+                self._slot.observe(output.time_to_slot)
             if output.time_to_first_token is not None:
                 self._first_token.observe(output.time_to_first_token)
             if output.seconds is not None:

@@ -107,19 +107,20 @@ def values(metrics: EngineMetrics) -> dict[str, float]:
 def test_every_count_of_the_snapshot_has_its_own_metric(metrics: EngineMetrics) -> None:
     found = values(metrics)
     assert {name: found[name] for name in SAMPLES} == SAMPLES
-    assert set(found) - set(SAMPLES) == {name for name in found if "answer_" in name or "first_token" in name}
+    assert set(found) - set(SAMPLES) == {name for name in found if "answer_" in name or "time_to_" in name}
 
 
 def test_answers_are_counted_by_their_times_and_lengths(metrics: EngineMetrics) -> None:
-    """A cancelled answer may have no first token, and an answer in progress has no end."""
+    """A cancelled answer may have no slot and no first token, and an answer in progress has no end."""
     outputs = [
-        CompletionOutput(0, token_ids=[1] * 9, time_to_first_token=0.03, seconds=2.0),
-        CompletionOutput(1, token_ids=[1] * 3, time_to_first_token=0.2),
+        CompletionOutput(0, token_ids=[1] * 9, time_to_slot=0.0, time_to_first_token=0.03, seconds=2.0),
+        CompletionOutput(1, token_ids=[1] * 3, time_to_slot=0.1, time_to_first_token=0.2),
         CompletionOutput(2, seconds=0.004),
     ]
     metrics.observe(SimpleNamespace(outputs=outputs))  # type: ignore[arg-type]
     found = values(metrics)
     for name, buckets, entries in (
+        ("time_to_slot_seconds", SECONDS, [0.0, 0.1]),
         ("time_to_first_token_seconds", SECONDS, [0.03, 0.2]),
         ("answer_seconds", SECONDS, [2.0, 0.004]),
         ("answer_tokens", TOKENS, [9, 3, 0]),
