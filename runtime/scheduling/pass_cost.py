@@ -60,7 +60,7 @@ class _Cell:
 
 class _Place(NamedTuple):
     """Where a pass lies. log_beyond: logarithm of the factor by which it exceeds the table. cells: those around it, by
-    row and column, each with its weight.
+    row and column, each with its weight; the nearest comes first.
     """
 
     log_beyond: float
@@ -110,32 +110,34 @@ class PassCost:
 
     def observe(self, engine: EngineName, batch: int, step: int, seconds: float) -> None:
         """A pass took so many seconds."""
-        place = self._place(batch, step)
+        place, cells = self._place(batch, step), self._cells[engine]
         expected = self._log_seconds(engine, place)
         error = math.log(seconds) - expected
         sums = self._observed[engine]
         sums[0] += math.exp(expected)
         sums[1] += seconds
-        met = [(self._cells[engine][row][column], weight) for row, column, weight in place.cells]
-        doubts = [self._doubt(cell) for cell, _ in met]
-        credible = max(_OUTLIER, *doubts)  # one pass may have been disturbed
-        nearest = max(met, key=lambda cell: cell[1])[0]
-        credible_delay = min(credible, max(nearest.error, *doubts, _CREDIBLE_DELAY))
+        met: list[tuple[_Cell, float, float]] = []  # each with its weight and doubt
+        most_doubt, total = 0.0, self._pace_doubt**2 + _NOISE**2
+        for row, column, weight in place.cells:
+            cell = cells[row][column]
+            doubt = self._doubt(cell)
+            met.append((cell, weight, doubt))
+            most_doubt = max(most_doubt, doubt)
+            total += (weight * max(doubt, _LEAST_CELL_DOUBT)) ** 2
+        nearest = met[0][0]
+        credible = max(_OUTLIER, most_doubt)  # one pass may have been disturbed
+        credible_delay = min(credible, max(nearest.error, most_doubt, _CREDIBLE_DELAY))
         counted = max(min(error, credible_delay), -credible)
         nearest.error = error
-        variances = [
-            (weight * max(doubt, _LEAST_CELL_DOUBT)) ** 2 for (_, weight), doubt in zip(met, doubts, strict=True)
-        ]
-        total = self._pace_doubt**2 + sum(variances) + _NOISE**2
         self._log_pace += counted * self._pace_doubt**2 / total
-        for (cell, weight), variance in zip(met, variances, strict=True):
-            cell.log_seconds += counted * variance / total / weight
-        remaining = abs(expected + counted - self._log_seconds(engine, place))
+        for cell, weight, doubt in met:
+            cell.log_seconds += counted * weight * max(doubt, _LEAST_CELL_DOUBT) ** 2 / total
+        remaining = abs(counted) * _NOISE**2 / total  # the noise's part of the error; the rest was learnt
         self._pace_doubt = max(_LEAST_PACE_DOUBT, (self._pace_doubt + min(2 * remaining, _FIRST_PACE_DOUBT)) / 2)
         self._passes += 1
-        if abs(counted) > _SURPRISE + max(doubts):
+        if abs(counted) > _SURPRISE + most_doubt:
             self._doubt_all()
-        for (cell, weight), doubt in zip(met, doubts, strict=True):
+        for cell, weight, doubt in met:
             if weight >= 0.5 and abs(counted) < _CONFIRMED:
                 cell.growth = max(_LEAST_GROWTH, cell.growth * _SLOWER_GROWTH)
             elif abs(counted) > _SURPRISE:
@@ -226,7 +228,7 @@ class PassCost:
                 for row, down in _neighbours(self._batches, min(batch, self._batches[-1]))
                 for column, right in _neighbours(self._steps, min(step, self._steps[-1]))
             ]
-            self._places[batch, step] = _Place(math.log(beyond), cells)
+            self._places[batch, step] = _Place(math.log(beyond), sorted(cells, key=lambda cell: -cell[2]))
         return self._places[batch, step]
 
 
