@@ -61,14 +61,17 @@ class CausalStep(Step):
         cls, first_slot: int, input_ids: Ints, write_indices: Ints, logit_rows: Ints, top_k: int | None = None
     ) -> CausalStep:
         """Causal attention within the step, at the positions after the committed rows."""
-        positions = write_indices[:, None] + _places(input_ids.shape[1])
+        positions = write_indices[:, None] + places(input_ids.shape[1])
         mask = _causal_mask(*input_ids.shape)
         return cls(first_slot, input_ids, positions, write_indices, logit_rows, mask, top_k=top_k)
 
 
 @cache
-def _places(size: int) -> Ints:
-    return np.arange(size)
+def places(size: int) -> Ints:
+    """0 .. ``size`` - 1, read-only."""
+    numbers = np.arange(size)
+    numbers.flags.writeable = False
+    return numbers
 
 
 @cache
@@ -95,7 +98,7 @@ class BidirectionalStep(Step):
         top_k: int | None = None,
     ) -> BidirectionalStep:
         """A block of each sequence, at the positions after its committed rows."""
-        positions = write_indices[:, None] + _places(input_ids.shape[1])
+        positions = write_indices[:, None] + places(input_ids.shape[1])
         return cls(first_slot, input_ids, positions, write_indices, logit_rows, step_lengths, adapter, top_k=top_k)
 
     def verification(self, drafted: Ints | None = None, top_k: int | None = None) -> CausalStep:
@@ -121,10 +124,6 @@ class Candidates(NamedTuple):
     def of(self, index: int, rows: int) -> Candidates:
         """The first ``rows`` rows of one sequence: [rows, k], [rows, k], [rows], [rows, M]."""
         return self._part((index, slice(rows)))
-
-    def of_sequences(self, first: int, count: int) -> Candidates:
-        """Those of ``count`` sequences of the batch, from ``first`` on."""
-        return self._part(slice(first, first + count))
 
     def first_rows(self, rows: int) -> Candidates:
         """The first ``rows`` rows of each sequence."""

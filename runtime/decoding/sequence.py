@@ -34,7 +34,7 @@ from trimode.runtime.decoding.ruled_rows import AgainRate, Biases, RuledRows
 from trimode.runtime.decoding.ruled_tree import DOUBTFUL_RANK, Drafted, legal_tree
 from trimode.runtime.decoding.sampling import Sampler
 from trimode.runtime.decoding.token_rules import TokenRules, Walk
-from trimode.runtime.executor import Candidates, Ints, Words
+from trimode.runtime.executor import Candidates, Ints, Words, places
 from trimode.runtime.request.outputs import (
     Choice,
     Counts,
@@ -189,11 +189,11 @@ class Sequence:
     @property
     def fills_block(self) -> bool:
         """Whether the next pass is bidirectional."""
-        return not self.prefilling and self._masks > 0
+        return self._masks > 0
 
     @property
     def needs_block(self) -> bool:
-        return not self.prefilling and not len(self._block)
+        return not len(self._block) and not self.prefilling
 
     @property
     def drafts_on_host(self) -> bool:
@@ -274,9 +274,9 @@ class Sequence:
             free += self._lookup.proposal[: length - 1]
             length = len(free) - len(forced)
         length += len(kept) if self._uses_kept else 0
-        self._block = np.full(length + len(forced), self._mask_id, np.int64)
-        self._block[: len(free)] = free
-        self._masks = 0 if self._uses_kept else len(self._block) - len(free)
+        masked = length + len(forced) - len(free)
+        self._block = np.array(free + [self._mask_id] * masked, np.int64)
+        self._masks = 0 if self._uses_kept else masked
         self._forced_places = set(range(1, 1 + len(forced)))
         self._begin_block(looked_up, self.params.tree_width or (length if tree else None))
         if (looked_up or self._uses_kept) and self._rules is not None:
@@ -350,7 +350,7 @@ class Sequence:
         if self._masks:
             masked = np.flatnonzero(self._block == self._mask_id)
             return Pass("denoise" if diffusion else "draft", self._block, masked)
-        rows = np.array([len(self._block) - 1]) if diffusion else np.arange(len(self._block))
+        rows = np.array([len(self._block) - 1]) if diffusion else places(len(self._block))
         return self._with_rules(Pass("commit", self._block, rows, tree=self._tree), True)
 
     def _prompt_logprob_pass(self) -> Pass:
@@ -527,14 +527,17 @@ class Sequence:
     def _commit(self, found: Candidates) -> None:
         """Accept the longest path of drafts that equal the causal rows' tokens, and one more token."""
         drafts, tree = self._block[1:].tolist(), self._tree
-        depths = range(len(self._block)) if tree is None else tree.depths
+        first = self.committed + 1
+        positions: Many[int] = range(first, first + len(self._block))
+        if tree is not None:
+            positions = [first + depth for depth in tree.depths]
         before, expected = len(self.emitted), self._expected_tokens()
 
         def next_in_chain(row: int, token: int) -> int | None:
             return row + 1 if row < len(drafts) and token == drafts[row] else None
 
         follow = next_in_chain if tree is None else tree.child
-        rows, accepted = self._emit_run(found, [self.committed + 1 + depth for depth in depths], "bonus", follow)
+        rows, accepted = self._emit_run(found, positions, "bonus", follow)
         agreed = len(accepted)
         if rows[-1] != len(rows) - 1:
             stays = next(place for place, row in enumerate(rows) if row != place)
@@ -654,7 +657,7 @@ class Sequence:
         next_row: int | None = 0
         while next_row is not None:
             row = next_row
-            replayed = self.replaying
+            replayed = len(self.emitted) < len(self.begun)
             forced = self.begun[len(self.emitted)] if replayed else self.ending.forced
             token = draw(row) if forced is None else forced
             if self.params.logprobs is not None:

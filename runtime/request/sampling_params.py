@@ -9,6 +9,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -214,13 +215,13 @@ class SamplingParams:
             self, mode=resolved_mode, block_length=block_length, max_tokens=self.max_tokens or max_tokens
         )
 
-    @property
+    @cached_property
     def greedy(self) -> bool:
         if self.temperature == 0 or self.top_k == 1 or self.top_p == 0:
             return True
         return self.temperature is None and not self.top_k and not self.top_p
 
-    @property
+    @cached_property
     def penalised(self) -> bool:
         return any(getattr(self, field) != neutral for field, neutral in _PENALTIES.items())
 
@@ -241,19 +242,19 @@ class SamplingParams:
             return ()
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
-    @property
+    @cached_property
     def needed_candidates(self) -> int | None:
         """Legal candidates of a row that the choice of its token may need; None for all that the engine returns."""
         if self.penalised or self.logits_processor is not None:
             return None
         return 1 if self.greedy else self.top_k or None
 
-    @property
+    @cached_property
     def candidates(self) -> int | None:
         """Candidates of a row that the choice of its token and its log-probabilities may need; None for all."""
         return max(1, self.logprobs or 0) if self.needed_candidates == 1 else None
 
-    @property
+    @cached_property
     def longest_block(self) -> int:
         """Tokens of a block, pending token included; AR's block is its one token."""
         return 1 if self.mode == "ar" else self.block_length or DEFAULT_BLOCK_LENGTH
@@ -269,7 +270,7 @@ class SamplingParams:
         blocks = -(-(self.max_tokens - 1) // self.longest_block) if self.mode == "diffusion" else 0
         return prompt + max(self.max_tokens, blocks * self.longest_block)
 
-    @property
+    @cached_property
     def uses_adapter(self) -> bool:
         return self.mode in ("auto", "linear_spec") and self.adapter is not False
 

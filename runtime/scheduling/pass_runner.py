@@ -63,20 +63,23 @@ class PassRunner:
         slot may have.
         """
 
-        def run(span: Span) -> Candidates:
+        def run(span: Span) -> tuple[int, Candidates]:
             rows = committed()
             padded = self._padded(span, rows, most_rows)
             step = causal_step(padded, rows) if engine == "ar" else bidirectional_step(padded, rows)
             found, seconds = self._timed(lambda: self._executor.run(step))
             if seconds is not None:
                 self._cost.observe(engine, padded.batch, span.step, seconds)
-            return found.of_sequences(span.first - padded.first, span.batch)
+            return padded.first, found
 
         for span in plan_spans(members, committed(), most_rows, engine, self._cost):
-            for part, found in _in_halves(run, span):
+            for part, result in _in_halves(run, span):
                 for member in part.members:
-                    index = member.slot - part.first
-                    yield member, found if isinstance(found, Exception) else found.of(index, len(member.needed.rows))
+                    if isinstance(result, Exception):
+                        yield member, result
+                    else:
+                        first, found = result
+                        yield member, found.of(member.slot - first, len(member.needed.rows))
 
     def speculate(
         self, members: list[Member], committed: Callable[[], list[int]], most_rows: int
@@ -89,7 +92,7 @@ class PassRunner:
         if speculating is None:
             raise ValueError("this executor does not speculate")
 
-        def run(span: Span) -> Speculated:
+        def run(span: Span) -> tuple[int, Speculated]:
             kv_rows = committed()
             padded = self._padded(span, kv_rows, most_rows)
             rows = np.tile(np.arange(padded.step), (padded.batch, 1))
@@ -97,16 +100,16 @@ class PassRunner:
             found, seconds = self._timed(lambda: speculating.speculate(draft, chosen_among(span)))
             if seconds is not None:
                 self._observe_both(padded, seconds)
-            first = span.first - padded.first
-            return Speculated(*(each.of_sequences(first, span.batch) for each in found))
+            return padded.first, found
 
         for span in plan_spans(members, committed(), most_rows, "diffusion", self._cost):
-            for part, found in _in_halves(run, span):
+            for part, result in _in_halves(run, span):
                 for member in part.members:
-                    if isinstance(found, Exception):
-                        yield member, found
+                    if isinstance(result, Exception):
+                        yield member, result
                     else:
-                        index, length = member.slot - part.first, len(member.needed.tokens)
+                        first, found = result
+                        index, length = member.slot - first, len(member.needed.tokens)
                         drafted = found.drafted.of(index, length).behind_first_row()
                         yield member, Speculated(drafted, found.verified.of(index, length))
 

@@ -59,18 +59,19 @@ class Request:
     def deliver(self) -> None:
         """Send what is new, if an update is due."""
         sequence = self.sequence
-        new = sequence.emitted[self._sent :]
-        now = time.perf_counter()
+        new = len(sequence.emitted) > self._sent
         if new and self._first_token_at is None:
-            self._first_token_at = now
+            self._first_token_at = time.perf_counter()
         self._rejected += sequence.rejected
         finish_reason = sequence.ending.finish_reason
         if finish_reason is not None:
             self._finish(finish_reason, sequence.ending.stop_reason)
-        elif new and self._update_seconds is not None and now - self._sent_at >= self._update_seconds:
-            self._sent_at = now
-            self._feed(new)
-            self._send(self._text.new_text())
+        elif new and self._update_seconds is not None:
+            now = time.perf_counter()
+            if now - self._sent_at >= self._update_seconds:
+                self._sent_at = now
+                self._feed(sequence.emitted[self._sent :])
+                self._send(self._text.new_text())
 
     def cancel(self) -> None:
         """Send the last update of an aborted request."""
