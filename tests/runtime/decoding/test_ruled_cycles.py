@@ -12,6 +12,7 @@ from tests.support.ruled_language import LETTERS, rules
 from trimode import SamplingParams
 from trimode.runtime.decoding.acceptance_rates import Acceptance
 from trimode.runtime.decoding.ending import Ending
+from trimode.runtime.decoding.ruled_rows import AgainRate
 from trimode.runtime.decoding.sequence import Sequence
 from trimode.runtime.executor import Candidates
 from trimode.runtime.request.outputs import Counts, Cycle
@@ -27,7 +28,7 @@ def rows(*tokens: list[int]) -> Candidates:
     return Candidates(logits, np.array(tokens), np.full(len(tokens), most + 0.1, np.float32))
 
 
-def begun(expression: str, first: int, **options: Any) -> Sequence:
+def begun(expression: str, first: int, again_rate: AgainRate | None = None, **options: Any) -> Sequence:
     """An answer whose first token has come."""
     params = SamplingParams(**{"mode": "linear_spec", "block_length": 4, "max_tokens": 20} | options)
     sequence = Sequence(
@@ -40,6 +41,7 @@ def begun(expression: str, first: int, **options: Any) -> Sequence:
         prefill_step=8,
         seed=0,
         rules=rules(LLMatcher(LETTERS.tokenizer, LLMatcher.grammar_from_regex(expression))),
+        again_rate=again_rate,
     )
     sequence.absorb(sequence.next_pass(), rows([first]))
     return sequence
@@ -73,6 +75,40 @@ def test_a_draft_is_repaired(
     commit = sequence.next_pass()
     assert commit.tokens.tolist() == block
     assert masked_rows(commit.masks) == masked
+
+
+class RecordedRate(AgainRate):
+    """Masks never come at once. seen: what it was told."""
+
+    pays = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[int, int, int]] = []
+
+    def observe(self, masked: int, again: int, enough: int) -> None:
+        self.seen.append((masked, again, enough))
+
+
+@pytest.mark.parametrize(
+    ("options", "best", "seen"),
+    [
+        ({}, E, [(0, 1, 0)]),
+        ({}, B, [(0, 0, 1)]),
+        ({"temperature": 1.0}, B, []),
+        ({"repetition_penalty": 1.1}, B, []),
+    ],
+)
+def test_doubtful_rows_are_counted_where_one_candidate_is_enough(
+    options: dict[str, Any], best: int, seen: list[tuple[int, int, int]]
+) -> None:
+    """Where more are needed, all rows have masks. e is not legal."""
+    rate = RecordedRate()
+    sequence = begun("[a-c]{2,9}", A, rate, **options)
+    rate.seen.clear()
+    sequence.open_block(1)
+    sequence.absorb(sequence.next_pass(), rows([best]))
+    assert rate.seen == seen
 
 
 @pytest.mark.parametrize(
