@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from statistics import fmean
 from typing import get_args
 
 from trimode.runtime.request.outputs import Cycle, Drafting
@@ -29,8 +30,10 @@ def explain(cycles: list[Cycle], pass_seconds: Callable[[EngineName, int, int], 
     lines = [f"{'drafts of a cycle':<32}{'cycles':>8}{'drafted':>9}{'verified':>10}{'expected':>10}{'emitted':>9}"]
     for kind in get_args(Drafting):
         if found := by_kind.get(kind):
-            means = [sum(each) / len(found) for each in zip(*(cycle[1:] for cycle in found), strict=True)]
-            drafted, verified, expected, emitted = means
+            drafted, verified, expected, emitted = (
+                fmean(getattr(cycle, field) for cycle in found)
+                for field in ("drafted", "verified", "expected", "emitted")
+            )
             lines.append(
                 f"{_MEANINGS[kind]:<32}{len(found):>8}{drafted:>9.1f}{verified:>10.1f}{expected:>10.1f}{emitted:>9.1f}"
             )
