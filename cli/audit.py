@@ -26,11 +26,15 @@ from trimode.cli.parameters import PATH, integers, json_option
     "windows",
     callback=integers,
     metavar="N,N,...",
-    help="KV rows [default: 512,4096, as far as ENGINE allows].",
+    help="KV entries of each sequence [default: 512,4096, as far as ENGINE allows].",
 )
-@click.option("--gpu", help="GPU whose minimum times to compute, such as h100 [default: one that ENGINE is built for].")
+@click.option(
+    "--gpu", help="GPU to compute lower bounds of times for, such as h100 [default: one that ENGINE is built for]."
+)
 @click.option("--link", help="Link between GPUs, such as nvlink4 or pcie5 [default: the usual one of --gpu].")
-@click.option("--acceptance", type=float, default=6.82, show_default=True, help="Tokens of a self-speculation cycle.")
+@click.option(
+    "--acceptance", type=float, default=6.82, show_default=True, help="Tokens that a self-speculation cycle generates."
+)
 @click.option("--plot", type=PATH, help="Write the bytes of each kind of kernel to this PNG.")
 @json_option
 def command(

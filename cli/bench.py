@@ -42,41 +42,49 @@ WARM_UP = 4
     "--words", type=click.IntRange(min=1), help=f"Random words of a synthetic prompt [default: {DEFAULT_WORDS}]."
 )
 @click.option(
-    "--requests", type=click.IntRange(min=1), help=f"Requests of a point [default: the file's prompts, or {REQUESTS}]."
+    "--requests",
+    type=click.IntRange(min=1),
+    help=f"Requests of each measurement [default: the file's prompts, or {REQUESTS}].",
 )
 @click.option(
     "--mode",
     "modes",
     type=click.Choice(get_args(Mode)),
     multiple=True,
-    help=f"Repeatable [default: {', '.join(MODES)}; for a URL, the server's default].",
+    help=f"Mode to measure; repeatable [default: {', '.join(MODES)}; for a URL, the server's default].",
 )
 @click.option(
     "--block-length",
     "block_lengths",
     callback=integers,
     metavar="N,N,...",
-    help="Of linear_spec and diffusion [default: the engine's].",
+    help="Block lengths of linear_spec and diffusion [default: the engine's].",
 )
 @click.option(
     "--concurrency",
     callback=integers,
     metavar="N,N,...",
-    help=f"Loads: requests that run at once [default: {','.join(map(str, LOADS))}].",
+    help=f"Loads, as numbers of concurrent requests [default: {','.join(map(str, LOADS))}].",
 )
 @click.option(
     "--rate",
     "rates",
     type=click.FloatRange(min=0, min_open=True),
     multiple=True,
-    help="Instead: requests a second, which arrive at random. Repeatable.",
+    help="Load as requests per second with random arrivals, in place of --concurrency; repeatable.",
 )
-@click.option("--max-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Of an answer.")
+@click.option(
+    "--max-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Most tokens of an answer."
+)
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--ignore-eos", is_flag=True, help="Give every answer --max-tokens tokens.")
-@click.option("--max-batch", type=click.IntRange(min=1), help="Answers that run at once [default: the largest load].")
-@click.option("--threads", type=click.IntRange(min=1), help="Threads of a pass [default: the CPUs it may use].")
-@click.option("--api-key", envvar="TRIMODE_API_KEY", show_envvar=True, help="Of the server at URL.")
+@click.option(
+    "--max-batch", type=click.IntRange(min=1), help="Most answers that run at once [default: the largest load]."
+)
+@click.option(
+    "--threads", type=click.IntRange(min=1), help="Threads of a pass [default: all CPUs that the process may use]."
+)
+@click.option("--api-key", envvar="TRIMODE_API_KEY", show_envvar=True, help="Key of the server at URL.")
 @click.option("--model-name", help="Model of the server at URL [default: the server's default].")
 @click.option("--plot", type=PATH, help="Write the curves to this PNG.")
 @build_options
@@ -105,8 +113,8 @@ def command(
 ) -> None:
     """Measure throughput and latency by mode, block length and load.
 
-    MODEL, an engine directory, a checkpoint folder or a hub id, runs in this process, without a prefix cache. URL is a
-    server of OpenAI's API. Every answer is streamed.
+    MODEL is an engine directory, a checkpoint folder or a Hugging Face model ID. It runs in this process, without a
+    prefix cache. URL is a server with OpenAI's API. Every answer is streamed.
     """
     if plot is not None:
         with requires_extra("build"):

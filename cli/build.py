@@ -30,7 +30,7 @@ from trimode.model.checkpoint import open_checkpoint
     type=click.IntRange(min=1),
     default=256,
     show_default=True,
-    help="Tokens of a prefill pass.",
+    help="Most prompt tokens of a pass.",
 )
 @click.option(
     "--top-k",
@@ -50,7 +50,9 @@ def command(
     as_json: bool,
     **options: object,
 ) -> None:
-    """Build the AR and the diffusion engine of CHECKPOINT (a folder or a hub id), into the new folder OUT."""
+    """Build the AR and the diffusion engine of CHECKPOINT (a folder or a Hugging Face model ID), into the new folder
+    OUT.
+    """
     with requires_extra("build"):
         from trimode.build.engine_builder import build_engine
 

@@ -19,8 +19,8 @@ from trimode.engine_cache import list_entries, remove_entry
 @json_option
 @click.pass_context
 def command(context: click.Context, as_json: bool) -> None:
-    """List the engines that `trimode serve`, `trimode generate` and `trimode.LLM` built from checkpoints, and the files
-    of tactics that target cuda has timed.
+    """List the engines that `trimode serve`, `trimode generate` and `trimode.LLM` built from checkpoints, and the
+    tactics that were timed for target cuda.
 
     The cache is $TRIMODE_CACHE, else $XDG_CACHE_HOME/trimode, else ~/.cache/trimode.
     """

@@ -16,7 +16,7 @@ SUMMARIES = {
     "build": "Build the engine directory of a checkpoint.",
     "compile": "Compile the plans of an engine that was built with --emit-only.",
     "convert": "Convert an engine between targets cuda and tensorrt.",
-    "export": "Export a checkpoint's AR half for another program.",
+    "export": "Export a checkpoint's AR network for another program.",
     "info": "Describe an engine directory.",
     "doctor": "Show what this machine can build and run.",
     "audit": "List an engine's GPU kernels and the bytes they move.",

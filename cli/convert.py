@@ -28,8 +28,8 @@ _TARGETS = {name: target for name, target in TARGETS.items() if issubclass(targe
 def command(engine: Path, out: Path, target: str, operators: Operators | None, as_json: bool) -> None:
     """Write ENGINE for another target into the new folder OUT, without its checkpoint.
 
-    ENGINE is what `trimode build` wrote for one of the targets of --target. They share weights and kernels, which are
-    not copied where the file system has hard links.
+    ENGINE was built for target cuda or tensorrt. Both use the same weights and kernels. These are hard-linked, or
+    copied if the file system has no hard links.
     """
     with requires_extra("build"):
         from trimode.build.conversion import convert_engine

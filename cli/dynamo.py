@@ -39,7 +39,7 @@ from trimode.runtime.request.sampling_params import Mode
     envvar="DYN_DISCOVERY_BACKEND",
     default="file",
     show_default=True,
-    help="How frontend and workers find each other: file is for one machine.",
+    help="How frontend and workers find each other. file works on one machine only.",
 )
 @click.option(
     "--host",
@@ -48,12 +48,13 @@ from trimode.runtime.request.sampling_params import Mode
 @click.option(
     "--kv-events/--no-kv-events",
     default=None,
-    help="Publish which prompts are cached, for KV-aware routing [default: unless it would listen on all interfaces].",
+    help="Publish which prompts are cached, for KV-aware routing [default: on, unless that would listen on all "
+    "interfaces].",
 )
 @click.option(
     "--tool-call-parser", envvar="DYN_TOOL_CALL_PARSER", help="Dynamo's parser of tool calls [default: none]."
 )
-@click.option("--reasoning-parser", envvar="DYN_REASONING_PARSER", help="Dynamo's parser of thoughts [default: none].")
+@click.option("--reasoning-parser", envvar="DYN_REASONING_PARSER", help="Dynamo's parser of reasoning [default: none].")
 @click.option(
     "--mode",
     type=click.Choice(get_args(Mode)),
@@ -63,31 +64,37 @@ from trimode.runtime.request.sampling_params import Mode
 )
 @click.option("--block-length", type=click.IntRange(min=1), help="Block length of requests that do not set it.")
 @click.option(
-    "--max-batch", type=click.IntRange(min=1), default=16, show_default=True, help="Sequences that run at once."
+    "--max-batch", type=click.IntRange(min=1), default=16, show_default=True, help="Most sequences that run at once."
 )
 @click.option(
-    "--max-queue", type=click.IntRange(min=1), default=1024, show_default=True, help="Sequences that may wait."
+    "--max-queue", type=click.IntRange(min=1), default=1024, show_default=True, help="Most sequences that may wait."
 )
 @click.option(
-    "--max-seq-len", type=click.IntRange(min=2), help="Longest prompt and answer in tokens [default: the engine's]."
+    "--max-seq-len",
+    type=click.IntRange(min=2),
+    help="Most tokens of a prompt and its answer together [default: the engine's].",
 )
 @click.option(
-    "--kv-cache-bytes", type=click.IntRange(min=1), help="Memory of the KV cache [default: most of what is available]."
+    "--kv-cache-bytes",
+    type=click.IntRange(min=1),
+    help="Memory of the KV cache in bytes [default: most of the available memory].",
 )
 @click.option(
     "--prefix-cache-bytes",
     type=click.IntRange(min=0),
     default=DEFAULT_PREFIX_CACHE_BYTES,
     show_default=True,
-    help="Memory for reusing earlier prompts; 0 turns it off.",
+    help="Memory of the prefix cache, which reuses earlier prompts; 0 turns it off.",
 )
-@click.option("--threads", type=click.IntRange(min=1), help="Threads of a pass [default: the CPUs it may use].")
+@click.option(
+    "--threads", type=click.IntRange(min=1), help="Threads of a pass [default: all CPUs that the process may use]."
+)
 @click.option(
     "--update-seconds",
     type=click.FloatRange(min=0),
     default=0.04,
     show_default=True,
-    help="Least time between two chunks of a stream. The last chunk is never delayed.",
+    help="Least seconds between two chunks of a stream. The last chunk is never delayed.",
 )
 @build_options
 def command(
@@ -115,9 +122,9 @@ def command(
 ) -> None:
     """Serve MODEL as a worker of NVIDIA Dynamo, behind `python -m dynamo.frontend`.
 
-    MODEL is an engine directory, a checkpoint folder, or a hub id. A checkpoint is quantised and built once, into the
-    cache (see `trimode cache`). Dynamo's own settings are environment variables, such as $DYN_SYSTEM_PORT for metrics
-    and health.
+    MODEL is an engine directory, a checkpoint folder, or a Hugging Face model ID. A checkpoint is quantised and built
+    once, into the cache (see `trimode cache`). Dynamo's own settings are environment variables, such as
+    $DYN_SYSTEM_PORT for metrics and health.
     """
     try:
         with exit_on_interrupt():

@@ -21,7 +21,9 @@ from trimode.quantize import export_trtllm
 )
 @json_option
 def command(checkpoint: str, out: Path, form: Literal["trtllm"], as_json: bool) -> None:
-    """Export the AR half of CHECKPOINT (a folder or a hub id) for another program, into the new folder OUT."""
+    """Export the AR network of CHECKPOINT (a folder or a Hugging Face model ID) for another program, into the new
+    folder OUT.
+    """
     with progress_bars() as progress:
         report = export_trtllm(open_checkpoint(checkpoint), out, progress)
     if as_json:

@@ -34,18 +34,22 @@ from trimode.runtime.request.sampling_params import (
 @click.option(
     "--threshold",
     type=float,
-    help=f"diffusion: confidence at which a mask is filled [default: {DEFAULT_THRESHOLD}].",
+    help=f"diffusion: confidence at which a masked position is filled [default: {DEFAULT_THRESHOLD}].",
 )
 @click.option(
     "--draft-threshold",
     type=float,
-    help="linear_spec: confidence at which a drafted token is kept; 0 drafts a block in one pass [default: 0].",
+    help="linear_spec: least probability of a draft token, else further passes refine the draft [default: 0].",
 )
 @click.option("--max-tokens", type=int, default=256, show_default=True)
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--lookup/--no-lookup", default=None, help="Copy drafts from earlier text where that is faster.")
-@click.option("--tree-width", type=int, help="linear_spec: verify a tree of so many drafted tokens.")
+@click.option(
+    "--lookup/--no-lookup",
+    default=None,
+    help="Copy draft tokens from earlier text where that is expected to be faster.",
+)
+@click.option("--tree-width", type=int, help="linear_spec: nodes of the draft tree to verify, its root included.")
 @click.option("--explain", is_flag=True, help="Print to stderr how the cycles drafted, and what passes cost.")
 @click.option("--no-adapter", is_flag=True, help="Draft without the draft adapter.")
 @click.option("--no-chat-template", is_flag=True, help="Pass the prompt to the model unchanged.")
@@ -71,7 +75,7 @@ def command(
     group: int | None,
     as_json: bool,
 ) -> None:
-    """Answer one prompt with MODEL: an engine directory, a checkpoint folder, or a hub id.
+    """Answer one prompt with MODEL: an engine directory, a checkpoint folder, or a Hugging Face model ID.
 
     A checkpoint is quantised and built once, into the cache (see `trimode cache`). The text goes to stdout, its counts
     go to stderr.

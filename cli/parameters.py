@@ -36,14 +36,16 @@ def build_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--group",
             type=int,
-            help="Of a checkpoint: input channels that share a scale [default: 128, or less if the matrices need it].",
+            help="For a checkpoint: input channels that share a scale [default: 128, or less if a matrix requires it].",
         ),
         click.option(
             "--method",
             type=click.Choice(get_args(Method)),
-            help="Of a checkpoint: quantisation [default: awq where it has a calibration.jsonl, else rtn].",
+            help="For a checkpoint: quantisation [default: awq if it has a calibration.jsonl, else rtn].",
         ),
-        click.option("--target", type=click.Choice(list(SECTIONS)), help="Of a checkpoint [default: cpu]."),
+        click.option(
+            "--target", type=click.Choice(list(SECTIONS)), help="For a checkpoint: target to build for [default: cpu]."
+        ),
     ):
         command = option(command)
     return command

@@ -18,9 +18,17 @@ from trimode.quantize import quantize_checkpoint
 @click.command()
 @click.argument("checkpoint")
 @click.argument("out", type=PATH)
-@click.option("--method", type=click.Choice(get_args(Method)), default="awq", show_default=True)
+@click.option(
+    "--method",
+    type=click.Choice(get_args(Method)),
+    default="awq",
+    show_default=True,
+    help="awq (activation-aware) needs calibration text; rtn rounds to nearest.",
+)
 @click.option("--group", type=int, default=128, show_default=True, help="Input channels that share a scale.")
-@click.option("--head", type=click.Choice(get_args(HeadFormat)), default="16bit", show_default=True)
+@click.option(
+    "--head", type=click.Choice(get_args(HeadFormat)), default="16bit", show_default=True, help="Type of the LM head."
+)
 @click.option(
     "--calibration",
     type=PATH,
@@ -36,7 +44,7 @@ def command(
     calibration: Path | None,
     as_json: bool,
 ) -> None:
-    """Quantise CHECKPOINT (a folder or a hub id) to w4a16, into the new folder OUT."""
+    """Quantise CHECKPOINT (a folder or a Hugging Face model ID) to w4a16, into the new folder OUT."""
     with progress_bars() as progress:
         report = quantize_checkpoint(
             open_checkpoint(checkpoint),

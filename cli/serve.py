@@ -39,7 +39,7 @@ from trimode.runtime.request.sampling_params import Mode
 @click.option(
     "--enable-thinking/--no-enable-thinking",
     default=None,
-    help="Thinking of requests that do not set it [default: the chat template's].",
+    help="Whether the model thinks in requests that do not set it [default: the chat template's].",
 )
 @click.option(
     "--tool-call-parser",
@@ -59,25 +59,31 @@ from trimode.runtime.request.sampling_params import Mode
 @click.option(
     "--max-batch",
     type=click.IntRange(min=1),
-    help="Sequences that run at once [default: 16, or what the engine was built for if that is less].",
+    help="Most sequences that run at once [default: 16, or what the engine was built for if that is less].",
 )
 @click.option(
-    "--max-queue", type=click.IntRange(min=1), default=1024, show_default=True, help="Sequences that may wait."
+    "--max-queue", type=click.IntRange(min=1), default=1024, show_default=True, help="Most sequences that may wait."
 )
 @click.option(
-    "--max-seq-len", type=click.IntRange(min=2), help="Longest prompt and answer in tokens [default: the engine's]."
+    "--max-seq-len",
+    type=click.IntRange(min=2),
+    help="Most tokens of a prompt and its answer together [default: the engine's].",
 )
 @click.option(
-    "--kv-cache-bytes", type=click.IntRange(min=1), help="Memory of the KV cache [default: most of what is available]."
+    "--kv-cache-bytes",
+    type=click.IntRange(min=1),
+    help="Memory of the KV cache in bytes [default: most of the available memory].",
 )
 @click.option(
     "--prefix-cache-bytes",
     type=click.IntRange(min=0),
     default=DEFAULT_PREFIX_CACHE_BYTES,
     show_default=True,
-    help="Memory for reusing earlier prompts; 0 turns it off.",
+    help="Memory of the prefix cache, which reuses earlier prompts; 0 turns it off.",
 )
-@click.option("--threads", type=click.IntRange(min=1), help="Threads of a pass [default: the CPUs it may use].")
+@click.option(
+    "--threads", type=click.IntRange(min=1), help="Threads of a pass [default: all CPUs that the process may use]."
+)
 @click.option(
     "--max-body", type=click.IntRange(min=1), default=4 << 20, show_default=True, help="Largest request in bytes."
 )
@@ -86,21 +92,21 @@ from trimode.runtime.request.sampling_params import Mode
     type=click.FloatRange(min=1),
     default=600,
     show_default=True,
-    help="Longest time for an answer.",
+    help="Most seconds that an answer may take.",
 )
 @click.option(
     "--drain-seconds",
     type=click.FloatRange(min=0),
     default=7,
     show_default=True,
-    help="Time to finish running answers after SIGTERM.",
+    help="Seconds to finish running answers after SIGTERM.",
 )
 @click.option(
     "--update-seconds",
     type=click.FloatRange(min=0),
     default=0.04,
     show_default=True,
-    help="Least time between two events of a stream. The last event is never delayed.",
+    help="Least seconds between two events of a stream. The last event is never delayed.",
 )
 @build_options
 def command(
@@ -133,8 +139,8 @@ def command(
 ) -> None:
     """Serve MODEL over the OpenAI API, with a playground at /.
 
-    MODEL is an engine directory, a checkpoint folder, or a hub id. A checkpoint is quantised and built once, into the
-    cache (see `trimode cache`).
+    MODEL is an engine directory, a checkpoint folder, or a Hugging Face model ID. A checkpoint is quantised and built
+    once, into the cache (see `trimode cache`).
     """
     with requires_extra("serve"):
         from trimode.runtime.openai_server.server import ServerOptions, serve

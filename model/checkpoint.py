@@ -189,7 +189,8 @@ class Checkpoint:
     def __init__(self, folder: Path, name: str | None = None) -> None:
         if not folder.is_dir():
             raise TriModeError(
-                f"{folder} is not a folder; give a checkpoint folder (config.json, *.safetensors) or a hub id"
+                f"{folder} is not a folder; give a checkpoint folder (config.json, *.safetensors) or a Hugging Face "
+                "model ID"
             )
         self.folder = folder
         self.config = ModelConfig.of_folder(folder)

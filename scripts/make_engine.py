@@ -28,7 +28,9 @@ COMMAND = Path(sys.executable).parent / "trimode"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="", help="checkpoint folder or hub id [default: checkpoints/tiny]")
+    parser.add_argument(
+        "--model", default="", help="checkpoint folder or Hugging Face model ID [default: checkpoints/tiny]"
+    )
     parser.add_argument("--engine", default="", help="engine directory [default: engines/<model>-<target>]")
     parser.add_argument("--target", default="", help="[default: cpu]")
     parser.add_argument("--method", default="", help="[default: awq]")

@@ -161,7 +161,9 @@ def test_an_engine_directory_takes_no_build_options(random_engine: Path) -> None
 def test_a_folder_that_is_neither_engine_nor_checkpoint(tmp_path: Path, random_checkpoint: Path) -> None:
     with pytest.raises(TriModeError, match=r"no manifest\.json, no config\.json"):
         engine_of(tmp_path, BuildOptions())
-    with pytest.raises(TriModeError, match="is not an engine directory, a checkpoint folder or a hub id"):
+    with pytest.raises(
+        TriModeError, match="is not an engine directory, a checkpoint folder or a Hugging Face model ID"
+    ):
         engine_of(tmp_path / "none", BuildOptions())
     with pytest.raises(TriModeError, match="target abacus is unknown; give one of cpu"):
         engine_of(random_checkpoint, BuildOptions(target="abacus"))

@@ -75,7 +75,7 @@ class CacheEntry(BaseModel):
 
 
 def engine_of(model: str | Path, options: BuildOptions, progress: Progress = no_progress) -> Path:
-    """The engine directory of ``model``: an engine directory itself, a checkpoint folder, or a hub id.
+    """The engine directory of ``model``: an engine directory itself, a checkpoint folder, or a Hugging Face model ID.
 
     A checkpoint is quantised and built into the cache unless it is there already. If another process builds the same
     entry, wait for it. Raises TriModeError.
@@ -88,7 +88,7 @@ def engine_of(model: str | Path, options: BuildOptions, progress: Progress = no_
     if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
         raise TriModeError(f"{model} is not an engine directory or a checkpoint: no manifest.json, no config.json")
     if not Path(model).is_dir() and not is_hub_id(model):
-        raise TriModeError(f"{model} is not an engine directory, a checkpoint folder or a hub id")
+        raise TriModeError(f"{model} is not an engine directory, a checkpoint folder or a Hugging Face model ID")
     return _built(open_checkpoint(model), options, progress)
 
 

@@ -1,4 +1,4 @@
-"""``trimode.LLM``: an engine directory, a checkpoint folder or a hub id that answers prompts."""
+"""``trimode.LLM``: an engine directory, a checkpoint folder or a Hugging Face model ID that answers prompts."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from trimode.runtime.api.llm import EngineLLM
 class LLM(EngineLLM):
     """Answers many requests at once, each in its own mode.
 
-    model: an engine directory, a checkpoint folder, or a hub id such as ``nvidia/Nemotron-Labs-Diffusion-8B``. A
-    checkpoint is quantised to w4a16 and built on first use, then kept in a cache (``trimode cache``); this needs the
-    extra ``build``. target, method, group: how it is built, see :class:`trimode.engine_cache.BuildOptions`; a
-    checkpoint that is int4 already is not quantised again. progress: called with stage, steps done, and steps in all;
-    bars on stderr if None and stderr is a terminal.
+    model: an engine directory, a checkpoint folder, or a Hugging Face model ID such as
+    ``nvidia/Nemotron-Labs-Diffusion-8B``. A checkpoint is quantised to w4a16 and built on first use, then kept in a
+    cache (``trimode cache``); this needs the extra ``build``. target, method, group: how it is built, see
+    :class:`trimode.engine_cache.BuildOptions`; a checkpoint that is int4 already is not quantised again. progress:
+    called with stage, steps done, and steps in all; bars on stderr if None and stderr is a terminal.
 
     The other options are those of :class:`trimode.runtime.api.llm.EngineLLM`. Raises TriModeError.
     """

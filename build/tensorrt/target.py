@@ -44,7 +44,7 @@ class TensorrtTarget(KernelTarget):
     )
     operators: Operators = field(
         default="standard",
-        metadata=option("Products with weights that are not int4: standard operators, or our plugins."),
+        metadata=option("Matrix products with 16-bit weights: standard operators, or TriMode's plugins."),
     )
     emit_only: bool = field(
         default=False, metadata=option("Write everything but the plans; `trimode compile` adds them.")
