@@ -13,7 +13,7 @@ from trimode.llm import LLM
 from trimode.model.quantization import Method
 from trimode.runtime.api.llm import DEFAULT_PREFIX_CACHE_BYTES
 from trimode.runtime.openai_server.server_log import LogLevel
-from trimode.runtime.openai_server.tools.call_syntax import SYNTAXES
+from trimode.runtime.openai_server.tools.syntaxes import SYNTAXES
 from trimode.runtime.request.sampling_params import Mode
 
 

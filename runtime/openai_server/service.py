@@ -32,7 +32,8 @@ from trimode.runtime.openai_server.response_bodies import (
     Usage,
 )
 from trimode.runtime.openai_server.running import ClientLeftError, Run, Running
-from trimode.runtime.openai_server.tools.call_syntax import SYNTAXES, CallSyntax, syntax_of_template
+from trimode.runtime.openai_server.tools.call_syntax import CallSyntax
+from trimode.runtime.openai_server.tools.syntaxes import SYNTAXES, syntax_of_template
 from trimode.runtime.request.errors import GrammarError
 from trimode.runtime.request.outputs import CompletionOutput
 from trimode.runtime.request.sampling_params import SamplingParams

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from trimode.model.tokenizer import Tokenizer
 from trimode.runtime.grammar.compiler import GrammarCompiler
 from trimode.runtime.openai_server.tools.call_splitter import CallSplitter
-from trimode.runtime.openai_server.tools.call_syntax import SYNTAXES, CallSyntax, syntax_of_template
+from trimode.runtime.openai_server.tools.call_syntax import CallSyntax
+from trimode.runtime.openai_server.tools.syntaxes import SYNTAXES, syntax_of_template
 from trimode.runtime.openai_server.tools.tool import Tool, ToolChoice
 from trimode.runtime.request.errors import GrammarError
 from trimode.runtime.request.guided_decoding import GuidedDecodingParams
