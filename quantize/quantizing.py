@@ -16,14 +16,13 @@ from trimode.model.quantization import QUANT_CONFIG_FILE, HeadFormat, Method
 from trimode.model.tokenizer import Tokenizer
 from trimode.quantize.calibration import calibration_tokens
 from trimode.quantize.companions import copy_companions, write_json
+from trimode.quantize.methods import METHODS, Task
 from trimode.quantize.modelopt_format import (
     excluded_modules,
     hf_quant_config,
     quantization_config,
 )
-from trimode.quantize.quiet import quiet
-from trimode.quantize.report import REPORT_FILE, CalibrationReport, QuantizationReport, weight_errors
-from trimode.quantize.round_to_nearest import write_rounded
+from trimode.quantize.report import REPORT_FILE, QuantizationReport, weight_errors
 
 DEFAULT_GROUP, MIN_GROUP = 128, 16
 
@@ -48,18 +47,15 @@ def quantize_checkpoint(
     modules = [module for module in linear_shapes(checkpoint.config) if head == "int4" or module != HEAD]
     _check_shapes(checkpoint, modules, group)
     _check_what_is_copied(checkpoint)
-    texts = calibration_tokens(checkpoint, calibration) if method == "awq" else []
+    chosen = METHODS[method]
+    texts = calibration_tokens(checkpoint, calibration) if chosen.calibrated else []
     with atomic_folder(out) as folder:
         copy_companions(checkpoint.folder, folder)
         if checkpoint.adapter is not None:
             shutil.copytree(checkpoint.folder / ADAPTER_FOLDER, folder / ADAPTER_FOLDER)
         write_json(folder / "config.json", _config(checkpoint, head))
         write_json(folder / QUANT_CONFIG_FILE, hf_quant_config(group, excluded_modules(head == "int4")))
-        calibrated: CalibrationReport | None = None
-        if method == "awq":
-            calibrated = _awq(checkpoint, folder, texts, group, head == "int4", progress)
-        else:
-            write_rounded(checkpoint, folder, modules, group, progress)
+        calibrated = chosen.write(Task(checkpoint, modules, group, texts), folder, progress)
         report = QuantizationReport(
             method=method,
             group=group,
@@ -77,29 +73,16 @@ def fitting_group(checkpoint: Checkpoint) -> int:
     return math.gcd(DEFAULT_GROUP, *columns)
 
 
-def _awq(
-    checkpoint: Checkpoint, folder: Path, texts: list[list[int]], group: int, int4_head: bool, progress: Progress
-) -> CalibrationReport:
-    with quiet(progress) as shown:
-        try:
-            from trimode.quantize import awq
-        except ImportError as error:
-            raise TriModeError(
-                f"--method awq needs {error.name}: pip install 'trimode[build]', or use --method rtn"
-            ) from None
-        before = awq.write_awq(checkpoint, folder, texts, group, int4_head, shown)
-        return awq.calibration_report(Checkpoint(folder), texts, before)
-
-
-def _check_options(checkpoint: Checkpoint, method: str, group: int, head: str, calibration: Path | None) -> None:
+def _check_options(checkpoint: Checkpoint, method: Method, group: int, head: str, calibration: Path | None) -> None:
     for option, value, allowed in (("--method", method, get_args(Method)), ("--head", head, get_args(HeadFormat))):
         if value not in allowed:
             raise TriModeError(f"{option} {value} is unknown; give one of {', '.join(allowed)}")
     if group < MIN_GROUP or group & (group - 1):
         raise TriModeError(f"--group {group}: a group is a power of two, at least {MIN_GROUP} (128 is usual)")
-    if calibration is not None and method != "awq":
+    if calibration is not None and not METHODS[method].calibrated:
+        others = " or ".join(name for name, other in METHODS.items() if other.calibrated)
         raise TriModeError(
-            f"--calibration {calibration}: --method {method} uses none; leave it out, or use --method awq"
+            f"--calibration {calibration}: --method {method} uses none; leave it out, or use --method {others}"
         )
     if checkpoint.quantization is not None:
         raise TriModeError(f"{checkpoint.folder} is int4 already; give the 16-bit checkpoint it was made from")

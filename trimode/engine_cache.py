@@ -122,7 +122,7 @@ def _built(checkpoint: Checkpoint, options: BuildOptions, progress: Progress) ->
         target_options.import_packages()
         with requires_extra("build"):
             from trimode.build.engine_builder import build_engine
-            from trimode.quantize import CALIBRATION_FILE, fitting_group, quantize_checkpoint
+            from trimode.quantize import CALIBRATION_FILE, METHODS, fitting_group, quantize_checkpoint
     except TriModeError as error:
         raise TriModeError(f"{checkpoint.folder} is a checkpoint; building its engine failed: {error}") from None
     method, group = options.method, options.group
@@ -133,7 +133,9 @@ def _built(checkpoint: Checkpoint, options: BuildOptions, progress: Progress) ->
         method = method or ("awq" if (checkpoint.folder / CALIBRATION_FILE).is_file() else "rtn")
         group = group or fitting_group(checkpoint)
     folder = _make(cache_folder())
-    files = _files_read(checkpoint.folder, [CALIBRATION_FILE] if method == "awq" else [])
+    files = _files_read(
+        checkpoint.folder, [CALIBRATION_FILE] if method is not None and METHODS[method].calibrated else []
+    )
     identity = {
         "source": checkpoint.name,
         "files": _hashes(folder, checkpoint.folder, files, progress),

@@ -8,7 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -17,7 +17,8 @@ from safetensors.numpy import load_file, save_file
 from tests.support.random_checkpoint import write_random_checkpoint
 from trimode.common.errors import TriModeError
 from trimode.model.checkpoint import HEAD, Checkpoint
-from trimode.quantize import QuantizationReport, quantize_checkpoint, safetensors_stream
+from trimode.model.quantization import Method
+from trimode.quantize import METHODS, QuantizationReport, quantize_checkpoint, safetensors_stream
 
 
 def changed_copy(source: Checkpoint, folder: Path, drop: tuple[str, ...] = (), **arrays: np.ndarray) -> Checkpoint:
@@ -219,3 +220,7 @@ def test_a_failure_half_way_leaves_nothing(
         assert str(caught.value) == (
             f"{tmp_path / 'out'}: the disk is full; nothing was kept. Free some space, or write elsewhere"
         )
+
+
+def test_every_method_is_registered() -> None:
+    assert set(METHODS) == set(get_args(Method))
