@@ -13,7 +13,7 @@ from llguidance import LLMatcher
 from tests.support.ruled_language import LETTERS, rules
 from tests.support.token_masks import best_legal
 from trimode.runtime.decoding.ruled_rows import AgainRate, Biases, RuledRows
-from trimode.runtime.decoding.token_rules import TokenRules, are_legal
+from trimode.runtime.decoding.token_rules import TokenRules, are_legal, token_bits
 from trimode.runtime.executor import Candidates
 
 VOCABULARY, MASK, END = 40, 0, 39
@@ -208,3 +208,9 @@ def test_the_first_legal_of_many_tokens() -> None:
     assert law.first_legal(np.arange(1, 9)) is None
     assert law.first_legal(np.arange(1, 20)) is None
     assert law.take_first_legal(np.arange(1, 20)) is None
+
+
+@pytest.mark.parametrize("vocabulary", [31, 32, 33, 64])
+def test_a_mask_has_no_bit_of_a_token_that_the_model_does_not_have(vocabulary: int) -> None:
+    bits = token_bits(vocabulary, [0, vocabulary - 1, vocabulary, vocabulary + 1, 1000])
+    assert np.flatnonzero(np.unpackbits(bits.view(np.uint8), bitorder="little")).tolist() == [0, vocabulary - 1]

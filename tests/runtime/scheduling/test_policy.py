@@ -288,6 +288,21 @@ def test_each_sequence_opens_the_block_that_the_plan_gives_it() -> None:
     ]
 
 
+def test_a_speculation_runs_only_if_all_take_part() -> None:
+    """Others would get no token in a step that is a speculation."""
+    bench = Watched(max_batch=2, executor=SpeculatingExactLawExecutor)
+    plain, drafting = bench.submit(1, max_tokens=4), bench.submit(1, mode="linear_spec", block_length=4)
+    bench.step()
+    for emitted in (2, 3, 4):
+        drafted = drafting.sequence.counts.draft
+        bench.step()
+        assert len(plain.sequence.emitted) == emitted
+        assert drafting.sequence.counts.draft == drafted + 1
+    assert bench.executor.speculations == 0
+    bench.step()
+    assert bench.executor.speculations == 1
+
+
 def test_an_executor_that_speculates_drafts_no_trees() -> None:
     bench = Watched(max_batch=1, executor=SpeculatingExactLawExecutor)
     request = bench.submit(1, mode="auto")
