@@ -336,3 +336,19 @@ def test_tree_gains_are_learnt_and_forgotten() -> None:
     for _ in range(10_000):
         own.forget_trees()
     assert own.tree_gains == pytest.approx(first, abs=0.1)
+
+
+def test_expectations_have_the_fastest_plan_of_each_block_length() -> None:
+    """A copy yields less than a draft here, and needs half the time. Trees gain tokens, and cost the host time."""
+    deciding = sequence(0.9, block_length=8)
+    deciding.acceptance.tree_gains = [0.0, 0.0, 1.5, 0.0, 0.0, 0.0]
+    cost, chooser = machine(1000), BlockChooser(machine(1000))
+    assert chooser.expectations() == {}
+    copies = [1.0, 1.8, 2.2, 2.3, 2.3, 2.3, 2.3, 2.3]
+    chooser.choose([Opening(deciding, copies)], [])
+    found = chooser.expectations()
+    one, both = cost.seconds("ar", 1, 1), cost.seconds("ar", 1, 4) + cost.seconds("diffusion", 1, 4)
+    drafts = deciding.acceptance.yields()
+    expected = {1: (1.0, one), 2: (1.8, one), 4: (drafts[3] + 1.5, both + TREE_SECONDS), 8: (drafts[7], both)}
+    assert found == {block: pytest.approx(values) for block, values in expected.items()}
+    assert found[4].rate == pytest.approx((drafts[3] + 1.5) / (both + TREE_SECONDS))
