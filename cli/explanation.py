@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from statistics import fmean
 from typing import get_args
@@ -16,11 +16,13 @@ _MEANINGS: dict[Drafting, str] = {
     "tree": "draft pass, verified as a tree",
     "copy": "copied by lookup, no draft pass",
     "kept": "kept from the last commit",
+    "forced": "forced by the grammar",
 }
 
 
 def explain(cycles: list[Cycle], pass_seconds: Callable[[EngineName, int, int], float], longest: int) -> list[str]:
-    """Lines for the terminal: means over the cycles of each kind, and the seconds of passes for one request.
+    """Lines for the terminal: means over the cycles of each kind, the seconds of passes for one request, and by block
+    length what ``auto`` expected last and how often it chose it.
 
     pass_seconds: by engine, batch and step. longest: tokens of the longest block.
     """
@@ -42,4 +44,14 @@ def explain(cycles: list[Cycle], pass_seconds: Callable[[EngineName, int, int], 
     names: dict[EngineName, str] = {"diffusion": "draft", "ar": "commit"}
     for engine, name in names.items():
         lines.append(f"{name:<32}" + "".join(f"{1e3 * pass_seconds(engine, 1, step):>9.2f}" for step in steps))
+    choices = [cycle.record.choice for cycle in cycles if cycle.record and cycle.record.choice]
+    if choices:
+        latest = choices[-1].rates
+        chosen = Counter((choice.block, choice.trial) for choice in choices)
+        for name, cells in {
+            "tokens/s expected at last": (f"{latest[step]:.0f}" if step in latest else "-" for step in steps),
+            "cycles that chose the length": (str(chosen[step, False]) for step in steps),
+            "cycles that tried it": (str(chosen[step, True]) for step in steps),
+        }.items():
+            lines.append(f"{name:<32}" + "".join(f"{cell:>9}" for cell in cells))
     return lines

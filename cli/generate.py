@@ -90,6 +90,7 @@ def command(
         max_tokens=max_tokens,
         temperature=temperature,
         seed=seed,
+        record_drafts=explain,
     )
     if no_adapter:
         if not params.uses_adapter:

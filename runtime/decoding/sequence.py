@@ -565,7 +565,7 @@ class Sequence:
             if self.params.mode == "auto" and tree is None:
                 self.acceptance.forget_trees()
         emitted = len(self.emitted) - before
-        record = self._record(rows) if self.params.record_drafts else None
+        record = self._record([0, *accepted]) if self.params.record_drafts else None
         self.cycles.append(Cycle(self._drafting, self._drafted_tokens, 1 + len(drafts), expected, emitted, record))
         if self._lookup is not None:
             self._lookup.observe(self.emitted[before + len(self._forced_next()) :], ended)

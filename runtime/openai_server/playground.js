@@ -55,19 +55,22 @@ class Lane {
     this.turns = this.talk.firstElementChild;
     this.talk.setAttribute("aria-label", `Conversation, ${name}`);
     this.messages = [];
-    const { mode: select, block_length: block } = this.fields;
+    const { mode: select, block_length: block, tree_width: tree } = this.fields;
     select.value = mode;
-    const fit = () => { block.disabled = select.value === "ar"; };
+    const fit = () => {
+      block.disabled = select.value === "ar";
+      tree.disabled = select.value !== "linear_spec";
+    };
     select.addEventListener("change", fit);
     fit();
   }
 
   request() {
-    const { mode, block_length, temperature, thinking } = this.fields;
+    const { mode, temperature, thinking } = this.fields;
     return {
       messages: this.messages,
       mode: mode.value,
-      ...(mode.value !== "ar" && block_length.value ? { block_length: Number(block_length.value) } : {}),
+      ...Object.fromEntries(this.lengths().map(({ name, value }) => [name, Number(value)])),
       temperature: Number(temperature.value),
       chat_template_kwargs: { enable_thinking: thinking.checked },
       return_token_origins: true,
@@ -75,9 +78,15 @@ class Lane {
     };
   }
 
+  // The fields of lengths that are set and have a meaning in the mode.
+  lengths() {
+    const { block_length, tree_width } = this.fields;
+    return [block_length, tree_width].filter((field) => field.value && !field.disabled);
+  }
+
   label() {
-    const { mode, block_length } = this.fields;
-    return mode.value === "ar" || !block_length.value ? mode.value : `${mode.value}, block ${block_length.value}`;
+    const words = this.lengths().map(({ dataset, value }) => `${dataset.word} ${value}`);
+    return [this.fields.mode.value, ...words].join(", ");
   }
 
   turn(who, text = "") {
@@ -148,11 +157,82 @@ class Lane {
   }
 }
 
+const counted = (number, word) => `${number} ${word}${number === 1 ? "" : "s"}`;
+
+// How a cycle drafted, in words.
+function drafting({ drafting: source, drafted, verified }) {
+  switch (source) {
+    case "none": return "no drafts";
+    case "draft": return `draft pass, block ${drafted}`;
+    case "tree": return `draft pass, block ${drafted}, tree of ${verified}`;
+    case "copy": return `${counted(verified - 1, "copied token")}`;
+    default: return `${counted(verified - 1, `${source} token`)}`;
+  }
+}
+
+// The verified tokens of a cycle: a column for each position, and a row for each branch. The last row has what the
+// cycle generated after the accepted path.
+function drawDrafts({ pieces, parents, path, generated }) {
+  const grid = element("div", "drafts");
+  grid.tabIndex = 0;
+  const accepted = new Set(path);
+  const depths = [];
+  let row = 1;
+  const place = (piece, kind, column) => {
+    const token = element("span", `token ${kind}`, piece.replaceAll("\n", "\u23ce"));
+    token.style.gridArea = `${row} / ${column + 1}`;
+    grid.append(token);
+  };
+  pieces.forEach((piece, node) => {
+    const parent = parents ? parents[node] : node - 1;
+    if (parent !== node - 1) row += 1;
+    depths.push(node ? depths[parent] + 1 : 0);
+    place(piece, node === 0 ? "prefill" : accepted.has(node) ? "accepted" : "rejected", depths[node]);
+  });
+  row += 1;
+  const beyond = depths[path.at(-1)] + 1;
+  generated.slice(path.length - 1).forEach(({ piece, origin }, index) => place(piece, origin, beyond + index));
+  return grid;
+}
+
+// The cycles of an answer, in a list that is drawn while it is open.
+class Cycles {
+  constructor(turn) {
+    this.cycles = [];
+    this.drawn = 0;
+    this.details = element("details", "");
+    this.summary = element("summary", "");
+    this.list = element("ol", "");
+    this.details.append(this.summary, this.list);
+    this.details.addEventListener("toggle", () => this.draw());
+    const item = element("li", "cycles");
+    item.append(this.details);
+    turn.after(item);
+  }
+
+  add(cycle) {
+    this.cycles.push(cycle);
+    this.summary.textContent = counted(this.cycles.length, "cycle");
+  }
+
+  draw() {
+    if (!this.details.open) return;
+    for (; this.drawn < this.cycles.length; this.drawn += 1) {
+      const cycle = this.cycles[this.drawn];
+      const item = element("li", "");
+      const words = `${drafting(cycle)}: ${counted(cycle.emitted, "token")}, ${cycle.expected.toFixed(1)} expected`;
+      item.append(element("div", "", words), element("div", "reason", cycle.reason), drawDrafts(cycle));
+      this.list.append(item);
+    }
+  }
+}
+
 class Answer {
   constructor(lane, turn, thinking) {
     this.lane = lane;
     this.turn = turn;
     this.thinking = thinking;
+    this.cycles = null;
     this.content = "";
     this.tokens = 0;
     this.counts = {};
@@ -165,13 +245,25 @@ class Answer {
     if (!found) return;
     this.first ??= performance.now();
     this.lane.follow(() => {
-      found.pieces.forEach((piece, index) => this.addToken(piece, found.origins[index]));
+      const tokens = found.pieces.map((piece, index) => ({ piece, origin: found.origins[index] }));
+      let at = 0;
+      const addUntil = (end, title) => {
+        for (; at < end; at += 1) this.addToken(tokens[at].piece, tokens[at].origin, title);
+      };
+      addUntil(tokens.length - found.cycles.reduce((sum, { emitted }) => sum + emitted, 0), "");
+      for (const cycle of found.cycles) {
+        this.cycles ??= new Cycles(this.turn);
+        this.cycles.add({ ...cycle, generated: tokens.slice(at, at + cycle.emitted) });
+        addUntil(at + cycle.emitted, `\ncycle ${this.cycles.cycles.length}: ${drafting(cycle)}\n${cycle.reason}`);
+      }
+      this.cycles?.draw();
       this.flash(found.rejected);
     });
     this.lane.show(this.figures(found.passes));
   }
 
-  addToken(piece, origin) {
+  // title: of the token, after its origin.
+  addToken(piece, origin, title) {
     this.tokens += 1;
     this.counts[origin] = (this.counts[origin] ?? 0) + 1;
     if (this.thinking && piece === THINK_END) {
@@ -179,7 +271,7 @@ class Answer {
       this.turn.append("\n");
     } else if (piece) {
       const token = element("span", `token ${origin}${this.thinking ? " thought" : ""}`, piece);
-      token.title = origin;
+      token.title = origin + title;
       this.turn.append(token);
     }
   }

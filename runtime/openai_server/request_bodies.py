@@ -316,6 +316,7 @@ class DecodingBody(PromptBody):
         """
         given = self.model_dump(include=set(SAMPLING_FIELDS) - resolved.keys(), exclude_none=True)
         given |= {name: value for name, value in resolved.items() if value is not None}
+        given["record_drafts"] = bool(self.return_token_origins)
         if self.bad_words:
             given["bad"] = self.bad_words
         if not given.get("allowed_token_ids"):

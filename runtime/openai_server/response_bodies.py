@@ -61,16 +61,35 @@ class PassCounts(ResponseBody):
     accepted_copies: int
 
 
+class DraftedCycle(ResponseBody):
+    """A cycle and its drafts (``trimode.runtime.request.outputs.Cycle`` and ``DraftRecord``).
+
+    pieces: the text of each verified token, pending token first. parents: None for a chain. reason: one line.
+    """
+
+    drafting: str
+    drafted: int
+    verified: int
+    expected: float
+    emitted: int
+    pieces: list[str]
+    parents: list[int] | None
+    path: list[int]
+    reason: str
+
+
 class TokenOrigins(ResponseBody):
     """The tokens of a choice or chunk.
 
     pieces: the text of each token. origins: how each token was produced. rejected: drafted tokens that were rejected.
-    passes: counts of the whole choice so far.
+    cycles: those of the choice or chunk, whose tokens are its tokens without the prefill's; empty in diffusion. passes:
+    counts of the whole choice so far.
     """
 
     pieces: list[str]
     origins: list[str]
     rejected: list[str]
+    cycles: list[DraftedCycle]
     passes: PassCounts
 
 

@@ -14,13 +14,15 @@ from trimode.runtime.openai_server.reasoning import CLOSE, OPEN
 from trimode.runtime.openai_server.response_bodies import (
     ChatLogprobs,
     CompletionLogprobs,
+    DraftedCycle,
     PassCounts,
     PromptLogprob,
     TokenLogprob,
     TokenOrigins,
     TopLogprob,
 )
-from trimode.runtime.request.outputs import CompletionOutput, Logprob, PromptLogprobs
+from trimode.runtime.request.cycle_reason import cycle_reason
+from trimode.runtime.request.outputs import CompletionOutput, Cycle, Logprob, PromptLogprobs
 
 # OpenAI's value for a token of almost no probability; JSON has no infinity.
 LEAST_LOGPROB = -9999.0
@@ -33,15 +35,30 @@ class OriginsBuilder:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._stream = DecodeStream(skip_special_tokens=True)
+        self._cycles = 0  # built
 
     def build(self, token_ids: Sequence[int], output: CompletionOutput) -> TokenOrigins:
         """``token_ids``: the newest tokens of ``output``."""
         counts = dataclasses.asdict(output.counts)
+        begin, self._cycles = self._cycles, len(output.cycles)
         return TokenOrigins(
             pieces=[self._tokenizer.step(self._stream, token) or "" for token in token_ids],
             origins=list(output.origins[len(output.origins) - len(token_ids) :]),
             rejected=[_text(self._tokenizer, token) for token in output.rejected],
+            cycles=[self._cycle(cycle) for cycle in output.cycles[begin:]],
             passes=PassCounts(**{name: counts[name] for name in PassCounts.model_fields}),
+        )
+
+    def _cycle(self, cycle: Cycle) -> DraftedCycle:
+        *counts, record = cycle
+        if record is None:
+            raise ValueError("the request does not record its drafts")
+        return DraftedCycle(
+            **dict(zip(Cycle._fields, counts, strict=False)),
+            pieces=[_text(self._tokenizer, token) for token in record.tokens],
+            parents=record.parents,
+            path=record.path,
+            reason=cycle_reason(cycle),
         )
 
 

@@ -30,10 +30,12 @@ class Logprob(NamedTuple):
 class Choice(NamedTuple):
     """What ``auto`` compared when it chose how a cycle drafts.
 
-    trial: whether the choice was made to measure its passes, and not because it is expected to be the fastest. rates:
-    expected tokens per second of the whole batch by block length, each with its fastest way to draft.
+    block: the block length that it chose. trial: whether it did so to measure the passes, and not because it expects
+    them to be the fastest. rates: expected tokens per second of the whole batch by block length, each with its fastest
+    way to draft.
     """
 
+    block: int
     trial: bool
     rates: dict[int, float]
 

@@ -251,7 +251,7 @@ class Scheduler:
                 continue
             if each.sequence.params.record_drafts:
                 rates = {block: found.rate for block, found in self._block_chooser.expectations().items()}
-                each.sequence.choice = Choice(plan.trial, rates)
+                each.sequence.choice = Choice(chosen[request][0], plan.trial, rates)
         if chosen:
             self._drafting.count_choice(plan, tree)
         return chosen

@@ -1,4 +1,4 @@
-"""Screenshots of the playground while it answers: light, dark, phone width.
+"""Screenshots of the playground: while it answers, in light, dark and phone width; then the cycles of an answer.
 
 python -m scripts.serving.playground_picture ENGINE OUT
 """
@@ -24,12 +24,37 @@ MODES = ("linear_spec", "diffusion")
 SEEN_TOKENS = 250  # of both answers: enough to see
 # name: width, height, dark
 PICTURES = {"light": (1240, 620, False), "dark": (1240, 620, True), "phone": (390, 844, True)}
+CYCLES = 1240, 760, False
 
 
 def rejected_are_seen(page: Chrome) -> bool:
     """Whether rejected drafts of the last answers are visible."""
     tokens = page.find_elements(By.CSS_SELECTOR, ".turn .token")
     return len(tokens) > SEEN_TOKENS and bool(page.find_elements(By.CSS_SELECTOR, ".turn .rejected"))
+
+
+def opened(page: Chrome, url: str, modes: tuple[str, str]) -> WebDriverWait[Chrome]:
+    """The page with the key entered, in two lanes."""
+    page.get(f"{url}/")
+    wait = WebDriverWait(page, 30)
+    key = page.find_element(By.ID, "key")
+    wait.until(lambda _: key.is_displayed())
+    key.send_keys(KEY, Keys.ENTER)
+    page.execute_script("document.getElementById('key-field').hidden = true")
+    page.find_element(By.ID, "compare").click()
+    for field, mode in zip(page.find_elements(By.NAME, "mode"), modes, strict=True):
+        Select(field).select_by_visible_text(mode)
+    return wait
+
+
+def ask(page: Chrome, wait: WebDriverWait[Chrome], question: str) -> None:
+    wait.until(lambda page: page.find_element(By.ID, "send").is_enabled())
+    page.find_element(By.ID, "prompt").send_keys(question, Keys.ENTER)
+
+
+def save(page: Chrome, path: Path) -> None:
+    picture = Image.open(io.BytesIO(page.get_screenshot_as_png())).convert("RGB")
+    picture.quantize(256).save(path, optimize=True)
 
 
 def main() -> None:
@@ -41,21 +66,23 @@ def main() -> None:
     with serving(options.engine) as server:
         for name, (width, height, dark) in PICTURES.items():
             with browser(width, height, dark, still=True) as page:
-                page.get(f"{server.url}/")
-                wait = WebDriverWait(page, 30)
-                key = page.find_element(By.ID, "key")
-                wait.until(lambda _, key=key: key.is_displayed())  # type: ignore[misc]
-                key.send_keys(KEY, Keys.ENTER)
-                page.execute_script("document.getElementById('key-field').hidden = true")
-                page.find_element(By.ID, "compare").click()
-                for field, mode in zip(page.find_elements(By.NAME, "mode"), MODES, strict=True):
-                    Select(field).select_by_visible_text(mode)
+                wait = opened(page, server.url, MODES)
                 for question in QUESTIONS:
-                    wait.until(lambda page: page.find_element(By.ID, "send").is_enabled())
-                    page.find_element(By.ID, "prompt").send_keys(question, Keys.ENTER)
+                    ask(page, wait, question)
                 wait.until(rejected_are_seen)
-                picture = Image.open(io.BytesIO(page.get_screenshot_as_png())).convert("RGB")
-                picture.quantize(256).save(options.out / f"playground-{name}.png", optimize=True)
+                save(page, options.out / f"playground-{name}.png")
+        with browser(*CYCLES, still=True) as page:
+            wait = opened(page, server.url, ("linear_spec", "auto"))
+            Select(page.find_element(By.NAME, "tree_width")).select_by_visible_text("32")
+            for question in QUESTIONS:  # in the first, auto measures passes
+                ask(page, wait, question)
+            wait.until(lambda page: page.find_element(By.ID, "send").is_enabled())
+            for summary in page.find_elements(By.CSS_SELECTOR, ".cycles summary")[1::2]:
+                summary.click()
+            wait.until(lambda page: len(page.find_elements(By.CSS_SELECTOR, ".lane:has(.drafts)")) == len(MODES))
+            page.execute_script("document.querySelectorAll('.talk').forEach((talk) => { talk.scrollTop = 1e6; })")
+            page.execute_script("document.activeElement.blur()")
+            save(page, options.out / "playground-cycles.png")
 
 
 if __name__ == "__main__":

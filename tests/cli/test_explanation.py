@@ -3,7 +3,22 @@
 from __future__ import annotations
 
 from trimode.cli.explanation import explain
-from trimode.runtime.request.outputs import Cycle
+from trimode.runtime.request.outputs import Choice, Cycle, DraftRecord
+
+
+def test_what_auto_chose() -> None:
+    choices = [
+        Choice(1, False, {1: 1000.0, 2: 900.0}),
+        Choice(4, True, {1: 1000.0, 2: 900.0}),
+        Choice(1, False, {1: 1234.4, 2: 900.0}),
+    ]
+    cycles = [Cycle("none", 1, 1, 1.0, 1, DraftRecord([1], None, [0], choice)) for choice in choices]
+    rows = [line.split() for line in explain(cycles, lambda *_: 1e-3, 4)]
+    assert rows[-3:] == [
+        ["tokens/s", "expected", "at", "last", "1234", "900", "-"],
+        ["cycles", "that", "chose", "the", "length", "2", "0", "0"],
+        ["cycles", "that", "tried", "it", "0", "0", "1"],
+    ]
 
 
 def test_means_by_kind_and_pass_costs() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import httpx
@@ -241,6 +242,28 @@ def test_token_origins(http: httpx.Client) -> None:
         .count("denoised")
     )
     assert "trimode" not in http.post("/v1/chat/completions", json={"messages": QUESTION}).json()["choices"][0]
+
+
+@pytest.mark.parametrize("options", [{"mode": "linear_spec", "tree_width": 16}, {"mode": "auto"}, {"mode": "ar"}])
+def test_cycles_of_token_origins(http: httpx.Client, options: dict[str, Any]) -> None:
+    """In a stream, each chunk has the cycles of its tokens. The accepted drafts are in the text."""
+    body = {"messages": QUESTION, "return_token_origins": True, "stream": True, **options}
+    lines = http.post("/v1/chat/completions", json=body).text.split("\n\n")
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+    found = [choice["trimode"] for chunk in chunks for choice in chunk["choices"] if "trimode" in choice]
+    for number, chunk in enumerate(found):
+        of_prefill = int(number == 0)
+        assert sum(cycle["emitted"] for cycle in chunk["cycles"]) == len(chunk["pieces"]) - of_prefill
+    cycles = [cycle for chunk in found for cycle in chunk["cycles"]]
+    assert len(cycles) == found[-1]["passes"]["cycles"]
+    assert sum(cycle["drafting"] == "tree" for cycle in cycles) == found[-1]["passes"]["trees"]
+    for cycle in cycles:
+        assert len(cycle["pieces"]) == cycle["verified"]
+        assert (cycle["parents"] is not None) == (cycle["drafting"] == "tree")
+        assert ("expected to be fastest" in cycle["reason"]) == (options["mode"] == "auto")
+        assert cycle["path"][0] == 0
+    path = "".join(cycle["pieces"][node] for cycle in cycles for node in cycle["path"])
+    assert path.removesuffix("<|im_end|>") == ANSWER
 
 
 def test_completions(client: openai.OpenAI) -> None:

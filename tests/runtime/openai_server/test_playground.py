@@ -158,6 +158,86 @@ def test_denoised_tokens_have_their_own_colour(page: Chrome) -> None:
     assert "denoised" in kinds(page)
 
 
+STORY = "Write a short story about Milo, who finds 37 stones and later 90 more."
+# Of each cycle that is drawn: its words, its reason, and its tokens as (text, kind, row, column).
+DRAWN = """
+return [...document.querySelectorAll(".cycles li")].map((item) => {
+  const [words, reason] = item.querySelectorAll("div");
+  const tokens = [...item.querySelectorAll(".drafts > .token")].map((token) => [
+    token.textContent, token.classList[1], Number(token.style.gridRowStart), Number(token.style.gridColumnStart),
+  ]);
+  return { words: words.textContent, reason: reason.textContent, tokens };
+});
+"""
+
+
+def shown_text(page: Chrome) -> str:
+    return str(page.execute_script("return [...document.querySelectorAll('.turn')].at(-1).textContent"))
+
+
+def test_cycles_show_the_branches_of_trees_and_the_accepted_path(page: Chrome) -> None:
+    choose(page, 0, mode="linear_spec", tree_width="32")
+    ask(page, STORY)
+    assert page.find_elements(By.CLASS_NAME, "turn")[-1].get_attribute("data-who") == "linear_spec, tree 32"
+    assert page.execute_script(DRAWN) == []  # until it is opened
+    page.find_element(By.CSS_SELECTOR, ".cycles summary").click()
+    WebDriverWait(page, HANG_SECONDS).until(lambda page: page.execute_script(DRAWN))
+    cycles = page.execute_script(DRAWN)
+    assert page.find_element(By.CSS_SELECTOR, ".cycles summary").text == f"{len(cycles)} cycles"
+    text, branches = "", 0
+    for cycle in cycles:
+        assert re.fullmatch(r"draft pass, block \d+, tree of \d+: \d+ tokens?, \d+\.\d expected", cycle["words"])
+        assert cycle["reason"] == "set by the request"
+        tokens = cycle["tokens"]
+        assert tokens[0][1:] == ["prefill", 1, 1]
+        path = [token for token in tokens if token[1] in ("accepted", "bonus")]
+        assert [column for *_, column in path] == list(range(2, 2 + len(path)))  # each token after the one before it
+        assert [row for _, _, row, _ in tokens] == sorted(row for _, _, row, _ in tokens)
+        text += "".join([tokens[0][0], *(token[0] for token in path[:-1])])
+        branches += len({row for _, kind, row, _ in tokens if kind != "bonus"}) - 1
+    assert branches > 0
+    assert shown_text(page).startswith(text.replace("\u23ce", "\n"))
+    assert complaints(page) == []
+
+
+def test_cycles_of_auto_show_why(page: Chrome) -> None:
+    choose(page, 0, mode="auto", block_length="8")
+    ask(page, STORY)
+    page.find_element(By.CSS_SELECTOR, ".cycles summary").click()
+    WebDriverWait(page, HANG_SECONDS).until(lambda page: page.execute_script(DRAWN))
+    for cycle in page.execute_script(DRAWN):
+        assert re.search(r"block [1248] is expected to be fastest, [\d,]+ tokens/s", cycle["reason"])
+    titles = [str(token.get_attribute("title")) for token in page.find_elements(By.CSS_SELECTOR, ".turn .token")]
+    assert titles[0] == "prefill"
+    assert all(re.match(r"\w+\ncycle \d+: (no drafts|draft pass, block \d)", title) for title in titles[1:])
+    numbers = [int(title.split("cycle ")[1].split(":")[0]) for title in titles[1:]]
+    assert numbers == sorted(numbers)
+    assert numbers[0] == 1
+
+
+def test_open_cycles_grow_while_the_answer_arrives(page: Chrome) -> None:
+    page.execute_script(PAUSED)
+    choose(page, 0, mode="ar", temperature="1")
+    page.find_element(By.ID, "prompt").send_keys("y", Keys.ENTER)
+    WebDriverWait(page, HANG_SECONDS, 0.02).until(lambda page: page.find_elements(By.CSS_SELECTOR, ".cycles summary"))
+    page.find_element(By.CSS_SELECTOR, ".cycles summary").click()
+    WebDriverWait(page, HANG_SECONDS, 0.02).until(lambda page: page.execute_script("return !!window.goOn"))
+    WebDriverWait(page, HANG_SECONDS).until(lambda page: page.execute_script(DRAWN))
+    before = len(page.execute_script(DRAWN))
+    page.execute_script("window.goOn()")
+    WebDriverWait(page, HANG_SECONDS, 0.02).until(lambda page: len(page.execute_script(DRAWN)) > before + 20)
+    press(page, Keys.ESCAPE)
+    WebDriverWait(page, HANG_SECONDS).until(lambda page: page.find_element(By.ID, "send").is_enabled())
+
+
+def test_diffusion_has_no_cycles_to_show(page: Chrome) -> None:
+    choose(page, 0, mode="diffusion", block_length="8")
+    ask(page, QUESTION)
+    assert page.find_elements(By.CLASS_NAME, "cycles") == []
+    titles = {token.get_attribute("title") for token in page.find_elements(By.CSS_SELECTOR, ".turn .token")}
+    assert titles == {"prefill", "denoised", "bonus"}
+
+
 def test_rejected_drafts_are_shown_briefly(page: Chrome) -> None:
     page.execute_script(
         "window.flashed = 0; new MutationObserver((changes) => changes.forEach((change) => change.addedNodes.forEach("
@@ -165,7 +245,7 @@ def test_rejected_drafts_are_shown_briefly(page: Chrome) -> None:
         ".observe(document.querySelector('.talk'), { childList: true, subtree: true })"
     )
     choose(page, 0, mode="linear_spec", block_length="32")
-    ask(page, "Write a short story about Milo, who finds 37 stones and later 90 more.")
+    ask(page, STORY)
     assert answers(page)
     assert page.execute_script("return window.flashed") > 0
 

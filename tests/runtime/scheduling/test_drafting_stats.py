@@ -144,8 +144,8 @@ def test_records_have_the_drafts_and_the_path_through_them() -> None:
                 assert [tokens[node] for node in path] == list(text[at : at + len(path)])
                 for before, node in pairwise(path):
                     assert before == (node - 1 if parents is None else parents[node])
-                assert cycle.emitted == len(path)
-                at += len(path)
+                assert cycle.emitted in (len(path), len(path) - 1)  # the latter if the last draft ends the answer
+                at += cycle.emitted
             assert at == len(text) - 1
 
 
