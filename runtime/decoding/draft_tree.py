@@ -18,8 +18,6 @@ from heapq import heappop, heappush, heapreplace
 import numpy as np
 from numpy.typing import NDArray
 
-from trimode.runtime.executor import Ints
-
 # cost: negative logarithm of the product of its path's probabilities. order: of equal costs, the lower one comes first.
 # parent: index among the nodes, -1 for the pending token. place, rank: of its token.
 Node = tuple[float, int, int, int, int]
@@ -78,10 +76,9 @@ class DraftTree:
         return cls(ids, list(range(-1, nodes - 1)), list(range(nodes)), [nodes] * nodes)
 
     @classmethod
-    def of(cls, pending_token: int, tokens: Ints, nodes: Sequence[Node]) -> DraftTree:
+    def of(cls, pending_token: int, tokens: Sequence[Sequence[int]], nodes: Sequence[Node]) -> DraftTree:
         """The tree of the pending token and these nodes, in the order of :func:`likeliest_nodes`. tokens: [D, k]."""
-        by_place = tokens.tolist()
-        ids = [pending_token, *[by_place[place][rank] for _, _, _, place, rank in nodes]]
+        ids = [pending_token, *[tokens[place][rank] for _, _, _, place, rank in nodes]]
         return cls.depth_first(ids, [-1, *[node[2] + 1 for node in nodes]])[0]
 
     @classmethod

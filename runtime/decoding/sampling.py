@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trimode.common.errors import TriModeError
-from trimode.runtime.executor import Ints
+from trimode.runtime.executor import Ints, places
 from trimode.runtime.request.sampling_params import LogitsProcessor, SamplingParams
 
 Reals = NDArray[np.float32]
@@ -31,7 +31,10 @@ class UniformNumbers:
 
     def at(self, positions: Sequence[int], draw: int = 0) -> NDArray[np.float64]:
         """[R] for R positions of one pass. draw: number of the draw at a position; denoise passes repeat positions."""
-        return np.array([self._chunk(position // self._CHUNK, draw)[position % self._CHUNK] for position in positions])
+        first, last = min(positions) // self._CHUNK, max(positions) // self._CHUNK
+        numbers = np.concatenate([self._chunk(number, draw) for number in range(first, last + 1)])
+        found: NDArray[np.float64] = numbers[np.array(positions) - first * self._CHUNK]
+        return found
 
     def _chunk(self, number: int, draw: int) -> NDArray[np.float64]:
         if (number, draw) not in self._chunks:
@@ -71,7 +74,7 @@ class Sampler:
         weights = kept_weights(logits, self._params)
         cumulative = weights.cumsum(axis=-1)
         below = cumulative <= self._numbers.at(positions, draw)[:, None] * cumulative[:, -1:]
-        chosen: Ints = np.take_along_axis(tokens, below.sum(axis=-1)[:, None], axis=-1)[:, 0]
+        chosen: Ints = tokens[places(len(tokens)), below.sum(axis=-1)]
         return chosen
 
     def by_row(self, logits: Reals, tokens: Ints, positions: Sequence[int]) -> Callable[[int], int]:

@@ -446,10 +446,11 @@ class Sequence:
         # A tree may be wider than the block is long, but its rows must have room.
         room = self.kv_rows - self.committed
         if self._rules is None:
-            tokens, logits = found.tokens[:, :TREE_RANKS], found.logits[:, :TREE_RANKS]
-            nodes = likeliest_nodes(logits - found.log_sum_exp[:, None], min(width, room) - 1)
+            tokens: list[list[int]] = found.tokens[:, :TREE_RANKS].tolist()
+            log_probs = found.logits[:, :TREE_RANKS] - found.log_sum_exp[:, None]
+            nodes = likeliest_nodes(log_probs, min(width, room) - 1)
             self._tree = DraftTree.of(self.pending_token, tokens, nodes)
-            self._likeliest = tokens[:, 0].tolist()
+            self._likeliest = [ranked[0] for ranked in tokens]
         else:
             width = min(width + len(self._forced_places), room, self._most_step or room)
             log_probs = found.logits - found.log_sum_exp[:, None]

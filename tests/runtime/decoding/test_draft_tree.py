@@ -25,7 +25,7 @@ def places(draw: st.DrawFn) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
 
 def grown(tokens: NDArray[np.int64], log_probs: NDArray[np.float64], nodes: int) -> DraftTree:
     """A tree of at most ``nodes`` nodes, the pending token included."""
-    return DraftTree.of(PENDING, tokens, likeliest_nodes(log_probs, nodes - 1))
+    return DraftTree.of(PENDING, tokens.tolist(), likeliest_nodes(log_probs, nodes - 1))
 
 
 def path(tree: DraftTree, node: int) -> tuple[int, ...]:

@@ -120,7 +120,7 @@ def test_the_probability_of_illegal_candidates_goes_to_those_behind_them() -> No
     drafted = Drafted(1, tokens, np.log([[0.5, 0.35, 0.15], [0.6, 0.3, 0.1]]))
     found = legal_tree(rules(GRAMMARS["[ab][a-d]{1,9}"]), PENDING, drafted, 3, 2).walk.tree
     assert [path(found, node) for node in range(3)] == [[], [2], [2, 3]]
-    free = DraftTree.of(PENDING, tokens, likeliest_nodes(drafted.log_probs, 3))
+    free = DraftTree.of(PENDING, tokens.tolist(), likeliest_nodes(drafted.log_probs, 3))
     assert [path(free, node) for node in (1, 2, 3)] == [[2], [2, 6], [3]]
 
 
