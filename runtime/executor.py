@@ -17,7 +17,7 @@ Ints = NDArray[np.int64]
 Words = NDArray[np.uint32]
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen, which would make creation several times slower
 class Step:
     """The inputs of one pass over ``batch`` slots from ``first_slot`` on, as :mod:`trimode.model.step` defines them.
 
@@ -50,7 +50,7 @@ class Step:
         return int(max(self.write_indices.tolist()) + self.input_ids.shape[1])
 
 
-@dataclass(frozen=True)
+@dataclass
 class CausalStep(Step):
     """A pass of the AR engine."""
 
@@ -62,7 +62,7 @@ class CausalStep(Step):
     ) -> CausalStep:
         """Causal attention within the step, at the positions after the committed rows."""
         positions = write_indices[:, None] + places(input_ids.shape[1])
-        mask = _causal_mask(*input_ids.shape)
+        mask = causal_mask(*input_ids.shape)
         return cls(first_slot, input_ids, positions, write_indices, logit_rows, mask, top_k=top_k)
 
 
@@ -75,11 +75,12 @@ def places(size: int) -> Ints:
 
 
 @cache
-def _causal_mask(batch: int, size: int) -> NDArray[np.bool_]:
+def causal_mask(batch: int, size: int) -> NDArray[np.bool_]:
+    """The ``block_mask`` of chains, read-only."""
     return np.broadcast_to(np.tril(np.ones((size, size), np.bool_)), (batch, size, size))
 
 
-@dataclass(frozen=True)
+@dataclass
 class BidirectionalStep(Step):
     """A pass of the diffusion engine."""
 

@@ -9,16 +9,16 @@ long as many cycles.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from collections.abc import Sequence as Many
 from functools import cache
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from trimode.runtime.decoding.sequence import Pass
-from trimode.runtime.executor import BidirectionalStep, CausalStep, Ints, Words
+from trimode.runtime.executor import BidirectionalStep, CausalStep, Ints, Words, causal_mask, places
 from trimode.runtime.scheduling.pass_cost import EngineName, PassCost
 
 
@@ -137,37 +137,48 @@ def _cut(
 def causal_step(span: Span, committed: Many[int]) -> CausalStep:
     """The span as a pass of the AR engine. Padding writes past the committed rows, where the next pass writes again."""
     ids, rows, write = _arrays(span, committed)
-    step = _with_trees(CausalStep.chain(span.first, ids, write, rows, chosen_among(span)), span)
-    masks, asked = _masks(span, rows.shape), _asked(span, rows.shape)
-    return step if masks is None and asked is None else dataclasses.replace(step, token_mask=masks, asked_ids=asked)
+    depths, mask = _trees(span)
+    return CausalStep(
+        span.first,
+        ids,
+        write[:, None] + depths,
+        write,
+        rows,
+        mask,
+        top_k=chosen_among(span),
+        token_mask=_masks(span, rows.shape),
+        asked_ids=_asked(span, rows.shape),
+    )
 
 
-def _with_trees(step: CausalStep, span: Span) -> CausalStep:
-    """The step in which each node of a member's tree sees its ancestors, at the position of its depth."""
+def _trees(span: Span) -> tuple[Ints, NDArray[np.bool_]]:
+    """Depths of the tokens, [S] or [B, S], and which tokens of the step each one sees, [B, S, S]: itself and its
+    ancestors. Members without a tree and padding are chains.
+    """
     trees = [(member.slot - span.first, tree) for member in span.members if (tree := member.needed.tree) is not None]
+    before = causal_mask(span.batch, span.step)
     if not trees:
-        return step
-    depths = np.tile(np.arange(span.step), (span.batch, 1))
-    ends = np.full_like(depths, span.step)
+        return places(span.step), before
+    depths = [list(range(span.step))] * span.batch
+    ends = [[span.step] * span.step] * span.batch
     for index, tree in trees:
-        depths[index, : len(tree)] = tree.depths
-        ends[index, : len(tree)] = tree.ends
+        depths[index] = tree.depths + depths[index][len(tree) :]
+        ends[index] = tree.ends + ends[index][len(tree) :]
     # A node comes behind its ancestors and before their ends.
-    mask = step.block_mask & (np.arange(span.step)[:, None] < ends[:, None])
-    return dataclasses.replace(step, block_mask=mask, position_ids=step.write_indices[:, None] + depths)
+    return np.array(depths), before & (places(span.step)[:, None] < np.array(ends)[:, None])
 
 
 def bidirectional_step(span: Span, committed: Many[int]) -> BidirectionalStep:
     """The span as a pass of the diffusion engine."""
     ids, rows, write = _arrays(span, committed)
-    lengths, adapter = np.ones(span.batch, np.int64), np.zeros(span.batch, np.bool_)
+    lengths, adapter = [1] * span.batch, [False] * span.batch
     for member in span.members:
         lengths[member.slot - span.first] = len(member.needed.tokens)
         adapter[member.slot - span.first] = member.adapter
     wanted = [
         member.draft_candidates if member.needed.kind == "draft" else member.candidates for member in span.members
     ]
-    return BidirectionalStep.block(span.first, ids, write, rows, lengths, adapter, _most(wanted))
+    return BidirectionalStep.block(span.first, ids, write, rows, np.array(lengths), np.array(adapter), _most(wanted))
 
 
 def chosen_among(span: Span) -> int | None:
@@ -188,10 +199,9 @@ def _arrays(span: Span, committed: Many[int]) -> tuple[Ints, Ints, Ints]:
         needed, index = member.needed, member.slot - span.first
         ids[index, : len(needed.tokens)] = needed.tokens
         rows[index, : len(needed.rows)] = needed.rows
-    write = np.zeros(span.batch, np.int64)  # a slot that no sequence has needs none of its rows
-    given = committed[span.first : span.last + 1]
-    write[: len(given)] = given
-    return ids, rows, write
+    write = list(committed[span.first : span.last + 1])
+    write += [0] * (span.batch - len(write))  # a slot that no sequence has needs none of its rows
+    return ids, rows, np.array(write)
 
 
 def _masks(span: Span, shape: tuple[int, ...]) -> Words | None:
