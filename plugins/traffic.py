@@ -330,7 +330,7 @@ def operator_traffic(operator: Operator, node: Node, tactic: Tactic, real: int) 
     read = {o.name: (size[o.name], size[o.name]) for o in operator.inputs}
     if isinstance(operator, Embed):
         read["input_ids"] = (programs * INDEX_BYTES, size["input_ids"])
-        read["table"] = ((1 + operator.for_norm) * size["embedded"], size["embedded"])
+        read["table"] = (size["embedded"], size["embedded"])
         if operator.for_norm:
             read["next_weight"] = (math.prod(shapes["input_ids"]) * size["next_weight"], size["next_weight"])
     elif isinstance(operator, SelectRows):
