@@ -6,9 +6,9 @@ from pathlib import Path, PurePosixPath
 
 import onnx
 
+from trimode.build.gpu.kernel_network import KernelNetwork
+from trimode.build.gpu.kernel_target import KernelTarget
 from trimode.build.graph.raw_pool import PoolRange, find_raw_pool
-from trimode.build.kernel_network import KernelNetwork
-from trimode.build.kernel_target import KernelTarget
 from trimode.common.atomic_folder import atomic_folder
 from trimode.common.errors import TriModeError
 from trimode.common.linked_file import link_file

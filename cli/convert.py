@@ -7,7 +7,7 @@ from typing import get_args
 
 import click
 
-from trimode.build.kernel_target import KernelTarget
+from trimode.build.gpu.kernel_target import KernelTarget
 from trimode.build.registry import TARGETS
 from trimode.cli.extras import requires_extra
 from trimode.cli.manifest_table import print_manifest

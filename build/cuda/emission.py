@@ -6,7 +6,7 @@ from pathlib import Path
 
 import onnx
 
-from trimode.build.kernel_network import KernelNetwork
+from trimode.build.gpu.kernel_network import KernelNetwork
 from trimode.common.progress import Progress
 from trimode.engine.targets.cuda import GRAPH
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from trimode.build.kernel_target import KernelTarget
+from trimode.build.gpu.kernel_target import KernelTarget
 from trimode.build.target import BuildTarget, Built, option
 from trimode.common.errors import TriModeError
 from trimode.common.extras import requires_extra
@@ -22,7 +22,7 @@ from trimode.plugins.operators.all_reduce import MOST_RANKS
 
 if TYPE_CHECKING:
     from trimode.build.audit import EngineAudit
-    from trimode.build.kernel_network import KernelNetwork
+    from trimode.build.gpu.kernel_network import KernelNetwork
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class CudaTarget(KernelTarget):
     tp: int = field(default=1, metadata=option("Tensor parallelism: ranks (GPUs) to divide the network among."))
 
     def build(self, checkpoint: Checkpoint, folder: Path, limits: Limits, progress: Progress) -> Built:
-        from trimode.build.kernel_network import write_ranks
+        from trimode.build.gpu.kernel_network import write_ranks
 
         if self.tp > MOST_RANKS:
             raise TriModeError(f"--tp {self.tp}: target {self.name} has at most {MOST_RANKS} ranks")

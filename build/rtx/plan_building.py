@@ -17,9 +17,9 @@ import numpy as np
 import onnx
 import tensorrt_rtx as trt
 
+from trimode.build.gpu.plan_builder import BuilderProgress, HeldSignals, ProfileSizes, optional_inputs
 from trimode.build.graph.network import NetworkOptions, build_network
 from trimode.build.graph.raw_pool import RawPool, write_raw_pool
-from trimode.build.plan_builder import BuilderProgress, HeldSignals, ProfileSizes, optional_inputs
 from trimode.build.rtx.graph_form import KEY_HEADS, refuse_disorder, tensorrt_form
 from trimode.build.rtx.kernel_list import KernelList, parse_kernels
 from trimode.build.rtx.target import RtxTarget

@@ -7,7 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from trimode.build.gpu_target import GpuTarget
+from trimode.build.gpu.gpu_target import GpuTarget
 from trimode.build.target import BuildTarget, Built, option
 from trimode.common.extras import requires_extra
 from trimode.common.installation import Installation

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import onnx
 
+from trimode.build.gpu.kernel_emission import plugin_nodes
+from trimode.build.gpu.kernel_network import KernelNetwork
 from trimode.build.graph.operator_network import build_operator_network
-from trimode.build.kernel_emission import plugin_nodes
-from trimode.build.kernel_network import KernelNetwork
 from trimode.common.progress import Progress
 from trimode.engine.targets.tensorrt import GRAPH, Operators
 from trimode.model.step import ENGINES

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import tensorrt as trt
 
-from trimode.build.plan_builder import BuilderProgress, HeldSignals, ProfileSizes, optional_inputs
+from trimode.build.gpu.plan_builder import BuilderProgress, HeldSignals, ProfileSizes, optional_inputs
 from trimode.common.gpus import Gpu
 from trimode.common.progress import Progress
 from trimode.engine.kernel_library import KERNELS, KernelLibrary

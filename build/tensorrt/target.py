@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from trimode.build.kernel_target import KernelTarget
+from trimode.build.gpu.kernel_target import KernelTarget
 from trimode.build.target import BuildTarget, Built, option
 from trimode.common.errors import TriModeError
 from trimode.common.installation import Installation
@@ -18,7 +18,7 @@ from trimode.model.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from trimode.build.audit import EngineAudit
-    from trimode.build.kernel_network import KernelNetwork
+    from trimode.build.gpu.kernel_network import KernelNetwork
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class TensorrtTarget(KernelTarget):
     )
 
     def build(self, checkpoint: Checkpoint, folder: Path, limits: Limits, progress: Progress) -> Built:
-        from trimode.build.kernel_network import write_pool_and_kernels
+        from trimode.build.gpu.kernel_network import write_pool_and_kernels
         from trimode.build.tensorrt.compiled_directory import require_tensorrt
 
         gpu = None if self.emit_only else require_tensorrt("or give --emit-only here and run `trimode compile` there")

@@ -55,7 +55,7 @@ def emit(folder: Path, sm: int) -> None:
         write_packages,
     )
     from scripts.gpu.random_weights import TIMED
-    from trimode.build.kernel_emission import NeededKernel, kernels_of, write_kernels
+    from trimode.build.gpu.kernel_emission import NeededKernel, kernels_of, write_kernels
     from trimode.common.progress import no_progress
     from trimode.engine.kernel_library import library_folder
     from trimode.engine.manifest import Limits

@@ -96,7 +96,7 @@ def emit(folder: Path, sm: int, prompts: int, largest: int) -> None:
     )
     from scripts.gpu.kernel_tests import KERNELS, emit_test_kernels
     from scripts.gpu.random_weights import TIMED
-    from trimode.build.kernel_emission import NeededKernel, kernels_of, write_kernels
+    from trimode.build.gpu.kernel_emission import NeededKernel, kernels_of, write_kernels
     from trimode.common.progress import no_progress
     from trimode.engine.kernel_library import library_folder
 

@@ -26,7 +26,7 @@ from typing import NamedTuple
 from scripts.gpu.disassembly import disassembled, main_loop
 from scripts.gpu.kernels_8b import ATTENTION
 from scripts.gpu.pool_layout import pool_layout
-from trimode.build.kernel_network import KernelNetwork
+from trimode.build.gpu.kernel_network import KernelNetwork
 from trimode.build.roofline import (
     ACCEPTANCE_LENGTH,
     ADAPTER_RANK,

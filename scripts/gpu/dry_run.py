@@ -30,7 +30,7 @@ from tests.support.interpreting_gpu import TorchOnHost, interpreting_gpu
 from tests.support.random_checkpoint import write_random_checkpoint
 from tests.support.torch_on_meta import TorchOnMeta
 from tests.support.uncompiled_kernels import UncompiledKernels
-from trimode.build import kernel_network
+from trimode.build.gpu import kernel_network
 from trimode.engine.manifest import Limits
 
 SM, SPLITS = 121, 2

@@ -35,7 +35,7 @@ from trimode.build.cpu.target import CpuTarget
 from trimode.build.cuda.emission import write_launches
 from trimode.build.cuda.target import CudaTarget
 from trimode.build.engine_builder import build_engine
-from trimode.build.kernel_network import KernelNetwork, write_network_kernels
+from trimode.build.gpu.kernel_network import KernelNetwork, write_network_kernels
 from trimode.common.progress import no_progress
 from trimode.common.version import __version__
 from trimode.engine.files import ADAPTER, MANIFEST, POOL, TOKENIZER, EngineFile

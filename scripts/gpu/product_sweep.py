@@ -180,7 +180,7 @@ def markdown(records: list[dict[str, Any]]) -> str:
 
 def emit(folder: Path, sm: int) -> None:
     """Compile every variant. sm: compute capability, 90 for 9.0."""
-    from trimode.build.kernel_emission import NeededKernel, kernels_of, write_kernels
+    from trimode.build.gpu.kernel_emission import NeededKernel, kernels_of, write_kernels
     from trimode.common.progress import no_progress
 
     needed: dict[str, NeededKernel] = {}

@@ -15,7 +15,7 @@ from tests.support.uncompiled_kernels import UncompiledKernels
 from trimode.build.conversion import convert_engine
 from trimode.build.cuda.target import CudaTarget
 from trimode.build.engine_builder import build_engine
-from trimode.build.kernel_target import KernelTarget
+from trimode.build.gpu.kernel_target import KernelTarget
 from trimode.build.tensorrt.target import TensorrtTarget
 from trimode.common.errors import TriModeError
 from trimode.engine.files import POOL

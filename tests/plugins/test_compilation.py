@@ -16,7 +16,7 @@ from triton.compiler import ASTSource
 
 from scripts.gpu import graph_checks
 from scripts.gpu.kernels_8b import ATTENTION, PRODUCTS, QKV, SPLITS, qkv_node
-from trimode.build.kernel_emission import kernels_of, write_kernels
+from trimode.build.gpu.kernel_emission import kernels_of, write_kernels
 from trimode.common.errors import TriModeError
 from trimode.common.progress import no_progress
 from trimode.engine.kernel_library import KernelLibrary

@@ -25,7 +25,8 @@ from scripts.gpu.kernels_8b import (
 from tests.support.kernel_cases import AttentionCase, ProductCase, operator_inputs
 from tests.support.kernel_functions import attend, int4_product, kv_write, run
 from tests.support.triton_interpreter import Traffic
-from trimode.build import kernel_network, roofline
+from trimode.build import roofline
+from trimode.build.gpu import kernel_network
 from trimode.plugins.operators import (
     OPERATORS,
     PLUGINS,

@@ -28,7 +28,7 @@ import torch
 from cuda.bindings import driver as real_driver
 
 from tests.support.triton_interpreter import interpret
-from trimode.build.kernel_emission import NeededKernel
+from trimode.build.gpu.kernel_emission import NeededKernel
 from trimode.plugins.compilation import kernel_of
 from trimode.plugins.operators import AllReduce, Operator
 

@@ -104,7 +104,7 @@ def compile_kernels(file: Path, folder: Path, sm: int) -> int:
 
     Some do not, since the tests take any tactic with any sizes.
     """
-    from trimode.build.kernel_emission import NeededKernel, write_library
+    from trimode.build.gpu.kernel_emission import NeededKernel, write_library
 
     needed: dict[Real, dict[str, NeededKernel]] = {}
     for kernel in listed_kernels(file):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tests.support.driver_double import DriverDouble, LibcudaDouble
-from trimode.build.kernel_emission import NeededKernel
+from trimode.build.gpu.kernel_emission import NeededKernel
 from trimode.runtime.gpu import device
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from trimode.build.kernel_emission import NeededKernel, kernels_of, write_kernels
+from trimode.build.gpu.kernel_emission import NeededKernel, kernels_of, write_kernels
 from trimode.common.progress import no_progress
 from trimode.plugins.operators import OPERATORS, PLUGINS, Head, Node
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import pytest
 
-from trimode.build import kernel_emission
-from trimode.build.kernel_emission import NeededKernel
+from trimode.build.gpu import kernel_emission
+from trimode.build.gpu.kernel_emission import NeededKernel
 from trimode.engine.precision import Real
 from trimode.plugins.compilation import CompiledKernel, Resources, kernel_of
 from trimode.plugins.operators import Constants, Operator, Tactic

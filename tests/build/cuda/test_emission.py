@@ -16,9 +16,9 @@ from trimode.build.cpu.target import CpuTarget
 from trimode.build.cuda.emission import write_launches
 from trimode.build.cuda.target import CudaTarget
 from trimode.build.engine_builder import build_engine
+from trimode.build.gpu.kernel_network import write_pool_and_kernels
 from trimode.build.graph import split_products
 from trimode.build.graph.lowering import launch_list
-from trimode.build.kernel_network import write_pool_and_kernels
 from trimode.common.errors import TriModeError
 from trimode.common.progress import no_progress
 from trimode.engine.files import ADAPTER, POOL, verify_files

@@ -16,7 +16,7 @@ from tests.support.graph_executor import GraphExecutor
 from tests.support.tensorrt_double import one_tactic_each
 from trimode import LLM, SamplingParams
 from trimode.build.engine_builder import build_engine
-from trimode.build.kernel_network import write_pool_and_kernels
+from trimode.build.gpu.kernel_network import write_pool_and_kernels
 from trimode.build.tensorrt.emission import write_graphs
 from trimode.build.tensorrt.target import TensorrtTarget
 from trimode.common.errors import TriModeError
@@ -227,7 +227,7 @@ def test_groups_that_tensor_cores_cannot_process_are_refused(
 def test_the_error_without_triton_names_the_remedy(
     random_int4_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("plugins.compilation", "build.kernel_emission", "build.kernel_network"):
+    for name in ("plugins.compilation", "build.gpu.kernel_emission", "build.gpu.kernel_network"):
         monkeypatch.delitem(sys.modules, f"trimode.{name}", raising=False)
     monkeypatch.setitem(sys.modules, "triton", None)
     options = TensorrtTarget(sms=(90,), emit_only=True)
@@ -254,7 +254,7 @@ def test_compile_names_what_is_missing_and_which_engines_it_accepts(
 def test_compilation_needs_neither_torch_nor_triton_nor_onnx() -> None:
     """All modules that `trimode compile` imports, except the two that import TensorRT."""
     modules = (
-        *("cli.compile", "build.tensorrt.compiled_directory", "build.plan_builder"),
+        *("cli.compile", "build.tensorrt.compiled_directory", "build.gpu.plan_builder"),
         *("plugins.operators", "engine.kernel_library"),
     )
     imports = "".join(f"import trimode.{module}\n" for module in modules)

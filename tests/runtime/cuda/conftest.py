@@ -17,11 +17,11 @@ from tests.support.executor_cases import StepCases
 from tests.support.input_scales import write_input_scales
 from tests.support.random_checkpoint import write_random_checkpoint
 from tests.support.uncompiled_kernels import UncompiledKernels
-from trimode.build import kernel_network
 from trimode.build.cpu.target import CpuTarget
 from trimode.build.cuda.target import CudaTarget
 from trimode.build.engine_builder import build_engine
-from trimode.build.kernel_emission import NeededKernel
+from trimode.build.gpu import kernel_network
+from trimode.build.gpu.kernel_emission import NeededKernel
 from trimode.model.checkpoint import Checkpoint
 from trimode.quantize import quantize_checkpoint
 from trimode.runtime.gpu import device

@@ -20,9 +20,9 @@ from tests.support.input_scales import write_input_scales
 from tests.support.interpreting_gpu import interpreting_gpu
 from tests.support.random_checkpoint import write_random_checkpoint
 from tests.support.uncompiled_kernels import UncompiledKernels
-from trimode.build import kernel_network
 from trimode.build.cuda.target import CudaTarget
 from trimode.build.engine_builder import build_engine
+from trimode.build.gpu import kernel_network
 from trimode.engine.launch_list import LaunchList
 from trimode.model.checkpoint import Checkpoint
 from trimode.plugins.operators import int4_product

@@ -16,10 +16,10 @@ from tests.support.driver_double import DriverDouble
 from tests.support.interpreting_gpu import interpreting_gpu
 from tests.support.random_checkpoint import write_random_checkpoint
 from tests.support.uncompiled_kernels import UncompiledKernels
-from trimode.build import kernel_network
 from trimode.build.cuda.target import CudaTarget
 from trimode.build.engine_builder import build_engine
-from trimode.build.kernel_emission import NeededKernel
+from trimode.build.gpu import kernel_network
+from trimode.build.gpu.kernel_emission import NeededKernel
 from trimode.common.errors import TriModeError
 from trimode.model.checkpoint import Checkpoint
 from trimode.plugins.operators import Int4Product

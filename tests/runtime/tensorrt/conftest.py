@@ -16,7 +16,7 @@ from tests.support.tensorrt_double import TensorrtDouble
 from tests.support.tensorrt_runtime_double import TrtRuntimeDouble
 from tests.support.uncompiled_kernels import UncompiledKernels
 from trimode.build.engine_builder import build_engine
-from trimode.build.kernel_network import write_pool_and_kernels
+from trimode.build.gpu.kernel_network import write_pool_and_kernels
 from trimode.build.tensorrt import compiled_directory
 from trimode.build.tensorrt.emission import write_graphs
 from trimode.build.tensorrt.target import TensorrtTarget

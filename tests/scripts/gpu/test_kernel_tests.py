@@ -15,7 +15,7 @@ from scripts.gpu.kernel_tests import KERNELS, PYTEST, results_of_tests
 from tests.plugins import conftest
 from tests.support.gpu_kernels import compile_kernels, listed_kernels
 from tests.support.uncompiled_kernels import UncompiledKernels
-from trimode.build import kernel_emission
+from trimode.build.gpu import kernel_emission
 from trimode.common import gpus
 from trimode.common.gpus import Gpu, Gpus
 from trimode.plugins.compilation import CompiledKernel, Resources

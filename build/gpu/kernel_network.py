@@ -12,11 +12,7 @@ from typing import NamedTuple
 
 import onnx
 
-from trimode.build.graph.lowering import launch_list
-from trimode.build.graph.operator_network import OperatorNetworkOptions, build_operator_network
-from trimode.build.graph.raw_pool import RawPool, write_raw_pool
-from trimode.build.graph.results import REAL_TYPES
-from trimode.build.kernel_emission import (
+from trimode.build.gpu.kernel_emission import (
     NeededKernel,
     kernels_of,
     plugin_nodes,
@@ -24,6 +20,10 @@ from trimode.build.kernel_emission import (
     refuse_unknown_gpus,
     write_kernels,
 )
+from trimode.build.graph.lowering import launch_list
+from trimode.build.graph.operator_network import OperatorNetworkOptions, build_operator_network
+from trimode.build.graph.raw_pool import RawPool, write_raw_pool
+from trimode.build.graph.results import REAL_TYPES
 from trimode.build.sharded_checkpoint import sharded
 from trimode.common.progress import Progress
 from trimode.engine.files import POOL, rank_folder

@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from trimode.build.gpu_target import GpuTarget
+from trimode.build.gpu.gpu_target import GpuTarget
 from trimode.build.target import RequestedLimits
 from trimode.common.errors import TriModeError
 from trimode.common.extras import requires_extra
@@ -19,7 +19,7 @@ from trimode.model.config import ModelConfig
 from trimode.plugins.operators.candidates import MOST_CANDIDATES
 
 if TYPE_CHECKING:
-    from trimode.build.kernel_network import KernelNetwork
+    from trimode.build.gpu.kernel_network import KernelNetwork
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class KernelTarget(GpuTarget, ABC):
 
     def import_packages(self) -> None:
         with requires_extra("build"):
-            import_module("trimode.build.kernel_network")
+            import_module("trimode.build.gpu.kernel_network")
 
     @abstractmethod
     def write_engines(
