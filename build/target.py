@@ -20,7 +20,7 @@ from trimode.model.checkpoint import Checkpoint
 from trimode.model.config import ModelConfig
 
 if TYPE_CHECKING:
-    from trimode.build.audit import EngineAudit
+    from trimode.build.pass_audit import EngineAudit
 
 
 class RequestedLimits(NamedTuple):

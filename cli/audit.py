@@ -50,7 +50,8 @@ def command(
 ) -> None:
     """List the GPU kernels of ENGINE (target cuda or rtx) and the bytes that they move. Needs no GPU."""
     with requires_extra("build"):
-        from trimode.build.audit import audit_engine, print_report, write_plot
+        from trimode.build.audit import audit_engine
+        from trimode.build.audit_report import print_report, write_plot
 
     report = audit_engine(engine, batch=batch, steps=steps, windows=windows, gpu=gpu, acceptance=acceptance, link=link)
     if plot is not None:

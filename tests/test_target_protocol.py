@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from trimode.build import registry
-from trimode.build.audit import EngineAudit, no_kernels
 from trimode.build.engine_builder import build_engine
+from trimode.build.pass_audit import EngineAudit, no_kernels
 from trimode.build.target import Built, RequestedLimits, TargetOption, option, options_of
 from trimode.cli.machine_report import examine
 from trimode.cli.target_options import chosen_options, target_options

@@ -17,7 +17,7 @@ from trimode.model.checkpoint import Checkpoint
 from trimode.model.config import ModelConfig
 
 if TYPE_CHECKING:
-    from trimode.build.audit import EngineAudit
+    from trimode.build.pass_audit import EngineAudit
 
 DEFAULT_TOP_K = 64
 
@@ -67,7 +67,7 @@ class CpuTarget:
 
     @classmethod
     def open_audit(cls, engine: Path, _manifest: Manifest) -> EngineAudit:
-        from trimode.build.audit import no_kernels
+        from trimode.build.pass_audit import no_kernels
 
         raise no_kernels(engine, cls.name)
 

@@ -19,8 +19,8 @@ from typing import Literal, NamedTuple
 
 from pydantic import BaseModel
 
-from trimode.build.audit import PassAudit, kv_pool_bytes, least_work
 from trimode.build.graph.raw_pool import merged_matrices
+from trimode.build.pass_audit import PassAudit, kv_pool_bytes, least_work
 from trimode.build.roofline import REAL_BYTES, GpuModel
 from trimode.common.errors import TriModeError
 from trimode.engine.files import ADAPTER, POOL, rank_folder, verify_file

@@ -21,8 +21,8 @@ from trimode.model.checkpoint import Checkpoint
 from trimode.plugins.operators.all_reduce import MOST_RANKS
 
 if TYPE_CHECKING:
-    from trimode.build.audit import EngineAudit
     from trimode.build.gpu.kernel_network import KernelNetwork
+    from trimode.build.pass_audit import EngineAudit
 
 
 @dataclass(frozen=True, kw_only=True)

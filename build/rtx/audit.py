@@ -34,8 +34,8 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from trimode.build.audit import PassAudit, kv_pool_bytes, least_work
 from trimode.build.graph.raw_pool import merged_matrices
+from trimode.build.pass_audit import PassAudit, kv_pool_bytes, least_work
 from trimode.build.roofline import GpuModel
 from trimode.build.rtx.kernel_list import KernelList, KernelTensor, PlanKernel
 from trimode.common.records import read_json_record

@@ -16,7 +16,7 @@ from trimode.engine.manifest import Limits, Manifest
 from trimode.model.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
-    from trimode.build.audit import EngineAudit
+    from trimode.build.pass_audit import EngineAudit
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,8 +17,8 @@ from trimode.engine.targets.tensorrt import Operators, TensorrtSection, has_tens
 from trimode.model.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
-    from trimode.build.audit import EngineAudit
     from trimode.build.gpu.kernel_network import KernelNetwork
+    from trimode.build.pass_audit import EngineAudit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ class TensorrtTarget(KernelTarget):
 
     @classmethod
     def open_audit(cls, engine: Path, _manifest: Manifest) -> EngineAudit:
-        from trimode.build.audit import no_kernels
+        from trimode.build.pass_audit import no_kernels
 
         raise no_kernels(engine, cls.name)
 

@@ -13,7 +13,8 @@ from rich.console import Console
 from scripts.gpu.random_w4a16_checkpoint import RANK, write_checkpoint
 from tests.support.command import run_here
 from tests.support.uncompiled_kernels import UncompiledKernels
-from trimode.build.audit import audit_engine, host_bytes, print_report
+from trimode.build.audit import audit_engine, host_bytes
+from trimode.build.audit_report import print_report
 from trimode.build.cuda import audit as cuda_audit
 from trimode.build.cuda.audit import LaunchAudit, LaunchPass
 from trimode.build.cuda.target import CudaTarget

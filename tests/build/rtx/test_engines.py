@@ -16,7 +16,8 @@ import pytest
 from PIL import Image
 
 from tests.support.command import run_here
-from trimode.build.audit import audit_engine, write_plot
+from trimode.build.audit import audit_engine
+from trimode.build.audit_report import write_plot
 from trimode.build.engine_builder import build_engine
 from trimode.build.rtx import plan_building as rtx
 from trimode.build.rtx.audit import Plan, audit_pass, kind_of, read_plans

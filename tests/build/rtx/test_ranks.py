@@ -10,7 +10,8 @@ import pytest
 from rich.console import Console
 
 from tests.build.rtx.test_engines import write_random_checkpoint
-from trimode.build.audit import audit_engine, print_report
+from trimode.build.audit import audit_engine
+from trimode.build.audit_report import print_report
 from trimode.build.engine_builder import build_engine
 from trimode.build.rtx.audit import audit_pass, kind_of, read_plans
 from trimode.build.rtx.target import RtxTarget
