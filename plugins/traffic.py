@@ -33,7 +33,7 @@ from trimode.plugins.operators import (
 )
 from trimode.plugins.operators.attention import KV_TILE, split_count
 from trimode.plugins.operators.candidates import TILE
-from trimode.plugins.operators.int4_product import SPLIT_ROWS, norm_tiles
+from trimode.plugins.operators.int4_product import norm_tiles
 from trimode.plugins.operators.operator import ceil_div, row_count
 
 # A third of the smallest L2 of the GPUs that kernels are compiled for (GeForce RTX 3090, 6 MB).
@@ -212,12 +212,11 @@ def int4_product_traffic(operator: Int4Product, node: Node, tactic: Tactic, real
     if (packed + scales) * block_n // columns <= CACHED:
         for name in ("packed", "scale"):
             traffic[name].reloaded = traffic[name].loaded - traffic[name].needed
-    separate = min(tiles, SPLIT_ROWS // block_m) if operator.grid(node, tactic)[2] > 1 else 0
-    if separate:
-        parts = splits * min(separate * block_m, rows) * columns * FLOAT_BYTES
+    if operator.grid(node, tactic)[2] > 1:
+        parts = splits * rows * columns * FLOAT_BYTES
         # The last program of a tile reads the parts just after they were written.
         traffic["partial"] = TensorTraffic(loaded=parts, stored=parts, needed=parts, reloaded=parts)
-        traffic["counters"] = _written(separate * strips * FLOAT_BYTES)
+        traffic["counters"] = _written(tiles * strips * FLOAT_BYTES)
     if "squares" in node.shapes:
         squares = math.prod(node.shapes["squares"]) * FLOAT_BYTES
         programs = operator.grid(node, tactic)[2] * strips
@@ -262,11 +261,10 @@ def dense_product_traffic(operator: DenseProduct, node: Node, tactic: Tactic, re
     y = rows * columns * real
     traffic = {**_dense_operands(node, tactic, real), "y": _written(y)}
     splits = operator.constants(node)["SPLITS"]
-    separate = min(tiles, SPLIT_ROWS // block_m) if splits > 1 else 0
-    if separate:
-        parts = splits * min(separate * block_m, rows) * columns * FLOAT_BYTES
+    if operator.grid(node, tactic)[2] > 1:
+        parts = splits * rows * columns * FLOAT_BYTES
         traffic["partial"] = TensorTraffic(loaded=parts, stored=parts, needed=parts, reloaded=parts)
-        traffic["counters"] = _written(separate * strips * FLOAT_BYTES)
+        traffic["counters"] = _written(tiles * strips * FLOAT_BYTES)
     if "row_scale" in node.shapes:
         traffic["row_scale"] = _read(rows * strips * real, node.shapes["x"][0] * real)
     if "narrow" in node.shapes:

@@ -45,7 +45,7 @@ def dense_product_kernel(
     else:
         PART: tl.constexpr = INNER // SPLITS
         part = tl.program_id(2)
-        separate = (tl.program_id(0) + 1) * BLOCK_M <= SPLIT_ROWS
+        separate = rows <= SPLIT_ROWS
         complete = part == 0
         first, end = 0, SPLITS * complete.to(tl.int32)
         if separate:

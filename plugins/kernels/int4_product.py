@@ -31,7 +31,7 @@ from trimode.plugins.kernels.norm_terms import one_over_rms, write_norm_terms
 
 # As trimode.plugins.operators.int4_product defines them.
 _TILE = tl.constexpr(128)
-SPLIT_ROWS = tl.constexpr(64)
+SPLIT_ROWS = tl.constexpr(128)
 _PAIRED = tl.constexpr(8)
 # Sums of the largest tile of a step.
 _LARGE = tl.constexpr(64 * 128)
@@ -155,13 +155,13 @@ def product_sum(
     """Whether this program has the sum over all of K of its tile, and that sum, [columns, rows]."""
     part = tl.program_id(2)
     first, end, complete = 0, SPLITS, True
-    # Whether the parts of this tile's sums are separate programs: known for steps, whose programs then hold no sum of
-    # several parts in registers while they sum one.
-    SEPARABLE: tl.constexpr = SPLITS > 1 and partial is not None and BLOCK_M <= SPLIT_ROWS
+    # Whether the parts of the sums are separate programs: known for steps, whose programs then hold no sum of several
+    # parts in registers while they sum one.
+    SEPARABLE: tl.constexpr = SPLITS > 1 and partial is not None
     ONE_PART: tl.constexpr = SEPARABLE and STEPS
     separate = ONE_PART
     if SEPARABLE and not ONE_PART:
-        separate = (tl.program_id(0) + 1) * BLOCK_M <= SPLIT_ROWS
+        separate = rows <= SPLIT_ROWS
         if separate:
             first, end = part, part + 1
         else:

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from trimode.plugins.operators.int4_product import COUNTERS, COUNTERS_OUT, MAX_SPLITS, PARTIAL, SPLIT_ROWS
+from trimode.plugins.operators.int4_product import (
+    COUNTERS,
+    COUNTERS_OUT,
+    MAX_SPLITS,
+    PARTIAL,
+    SPLIT_ROWS,
+    has_separate_parts,
+)
 from trimode.plugins.operators.operator import (
     Constants,
     Dim,
@@ -111,7 +118,7 @@ class DenseProduct(Operator):
         """
         rows, constants = row_count(node.shapes["x"]), self.constants(node)
         block_m, block_n = tactic.constants["BLOCK_M"], tactic.constants["BLOCK_N"]
-        parts = constants["SPLITS"] if block_m <= SPLIT_ROWS else 1
+        parts = constants["SPLITS"] if has_separate_parts(node) else 1
         return ceil_div(rows, block_m), ceil_div(constants["COLUMNS"], block_n), parts
 
     def scalar_values(self, node: Node) -> tuple[Dim, ...]:

@@ -29,7 +29,7 @@ NORM_COLUMNS = 64
 # The most such tiles that a product adds up (trimode.plugins.kernels.norm_terms).
 MOST_NORM_TILES = 255
 # Rows whose parts of K may be summed by several programs. They have room in ``partial``.
-SPLIT_ROWS = 64
+SPLIT_ROWS = 128
 MAX_SPLITS = 8
 # A split has at least so many rows of the matrix, and all splits of a matrix at most so many tiles.
 _LEAST_SPLIT, _MOST_TILES = 1024, 256
@@ -67,6 +67,12 @@ EPSILON = Operand("epsilon", "fp32", ("1",))
 NEXT_SQUARES = SQUARES._replace(name="next_squares")
 
 
+def has_separate_parts(node: Node) -> bool:
+    """Whether the parts of K may be separate programs. It is False only if x is known to have too many rows."""
+    sizes = node.fixed["x"]
+    return min(sizes) < 0 or row_count(sizes) <= SPLIT_ROWS
+
+
 def norm_tiles(width: Dim) -> Dim:
     return ceil_div(width, NORM_COLUMNS)
 
@@ -99,8 +105,8 @@ class Int4Product(Operator):
     scalars: tuple[str, ...] = ("rows",)
 
     # BLOCK_N divides TILE_COLUMNS: a program reads words of one tile of the layout.
-    # For steps, by their rows; the last two for chunks of prompts. Where K is split, a tactic with STEPS is for at most
-    # SPLIT_ROWS rows: a program sums one part, so its threads need no registers for the sum of several.
+    # For steps, by their rows; the last one for chunks of prompts. A tactic with STEPS is for at most SPLIT_ROWS rows:
+    # where K is split, a program sums one part, so its threads need no registers for the sum of several.
     TACTICS: ClassVar[tuple[Tactic, ...]] = (
         Tactic({"BLOCK_M": 16, "BLOCK_N": 64}, warps=4, stages=5),
         Tactic({"BLOCK_M": 16, "BLOCK_N": 128}, warps=4, stages=5),
@@ -109,7 +115,6 @@ class Int4Product(Operator):
         Tactic({"BLOCK_M": 64, "BLOCK_N": 64}, warps=4, stages=3),
         Tactic({"BLOCK_M": 64, "BLOCK_N": 128, "STEPS": 1}, warps=4, stages=3),
         Tactic({"BLOCK_M": 64, "BLOCK_N": 128}, warps=8, stages=3),
-        Tactic({"BLOCK_M": 128, "BLOCK_N": 128}, warps=8, stages=3),
     )
 
     def __init__(
@@ -206,23 +211,21 @@ class Int4Product(Operator):
 
     def tactics(self, node: Node) -> dict[int, Tactic]:
         sizes = node.fixed["x"]
-        is_step = min(sizes) >= 0 and row_count(sizes) <= SPLIT_ROWS
-        any_rows = self.parts(node) == 1 or is_step
-        return {n: t for n, t in self.compiled_tactics(node).items() if any_rows or "STEPS" not in t.constants}
+        is_step = min(sizes) >= 0 and has_separate_parts(node)
+        return {n: t for n, t in self.compiled_tactics(node).items() if is_step or "STEPS" not in t.constants}
 
     def default_tactic(self, node: Node, emitted: Collection[int]) -> int:
         """The tactic for a launch that was not timed. emitted: the tactics that the GPU has kernels of.
 
-        By measurements on an H100: the smallest tile that holds all rows; narrow tiles for narrow matrices; in chunks
-        of prompts, the largest tile of which there are enough for all multiprocessors.
+        By measurements on an H100: the smallest tile that holds all rows, or else the tile of 64 rows; narrow tiles for
+        narrow matrices, and for chunks of prompts if K is split.
         """
-        constants, rows = self.constants(node), self.rows(node)
+        rows, parts = self.rows(node), self.parts(node)
         shapes = {_shape(tactic): n for n, tactic in reversed(self.tactics(node).items()) if n in emitted}
-        tiles = ceil_div(constants["COLUMNS"], TILE_COLUMNS)
-        block_n = 128 if rows > 32 or tiles * self.parts(node) >= _ENOUGH_TILES else 64
+        tiles = ceil_div(self.constants(node)["COLUMNS"], TILE_COLUMNS)
+        wide = parts == 1 if rows > SPLIT_ROWS else tiles * parts >= _ENOUGH_TILES
+        block_n = 128 if wide else 64
         block_m = 16 if rows <= 16 else 32 if rows <= 32 else 64
-        if rows > SPLIT_ROWS and ceil_div(rows, 128) * tiles >= _ENOUGH_TILES:
-            block_m = 128
         # Without the wanted kernel, the one with the next smaller or else the next larger tile.
         return shapes[min(shapes, key=lambda shape: (shape[0] > block_m, abs(shape[0] - block_m), shape[1] != block_n))]
 
@@ -231,7 +234,7 @@ class Int4Product(Operator):
         share weights are neighbours.
         """
         rows, constants, (block_m, block_n) = self.rows(node), self.constants(node), _shape(tactic)
-        parts = self.parts(node) if self.split and block_m <= SPLIT_ROWS else 1
+        parts = self.parts(node) if self.split and has_separate_parts(node) else 1
         return ceil_div(rows, block_m), ceil_div(constants["COLUMNS"], block_n), parts
 
     def scalar_values(self, node: Node) -> tuple[Dim, ...]:

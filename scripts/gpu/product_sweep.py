@@ -33,7 +33,6 @@ from scripts.gpu.kernel_checks import (
 from scripts.gpu.kernel_launch import prepare
 from scripts.gpu.kernels_8b import HIDDEN, INTERMEDIATE, KV_WIDTH, QUERY_WIDTH, Product
 from trimode.plugins.operators import Int4Product, Node, Tactic
-from trimode.plugins.operators.int4_product import SPLIT_ROWS
 
 
 class SplitVariant(Int4Product):
@@ -100,8 +99,9 @@ TACTICS = tuple(
         )
     )
 )
-STEP_TACTICS = tuple(tactic for tactic in TACTICS if _block_m(tactic) < SPLIT_ROWS)
-CHUNK_TACTICS = tuple(tactic for tactic in TACTICS if _block_m(tactic) >= SPLIT_ROWS)
+_LARGE = 64
+STEP_TACTICS = tuple(tactic for tactic in TACTICS if _block_m(tactic) < _LARGE)
+CHUNK_TACTICS = tuple(tactic for tactic in TACTICS if _block_m(tactic) >= _LARGE)
 SIZES_8B = SweepSizes(
     {
         "qkv": Matrix(HIDDEN, QUERY_WIDTH + 2 * KV_WIDTH, False, (2, 4, 8)),
@@ -117,10 +117,10 @@ SMALL_SIZES = SweepSizes({"split": Matrix(2048, 130, True, (2,)), "whole": Matri
 
 
 def suits(tactic: Tactic, rows: int) -> bool:
-    """Whether the tactic may be the fastest: the smallest tile that holds a step, any large tile for a chunk."""
-    if rows > SPLIT_ROWS:
-        return _block_m(tactic) >= SPLIT_ROWS
-    return _block_m(tactic) == next(size for size in (16, 32, SPLIT_ROWS) if rows <= size)
+    """Whether the tactic may be the fastest: the smallest tile that holds a step, any large tile for more rows."""
+    if rows > _LARGE:
+        return _block_m(tactic) >= _LARGE
+    return _block_m(tactic) == next(size for size in (16, 32, _LARGE) if rows <= size)
 
 
 def results(host: Host, sizes: SweepSizes, kernels: Collection[str] | None = None) -> Iterator[dict[str, Any]]:

@@ -68,7 +68,6 @@ LARGEST = (
     "product in parts, 64 x 64, 4 warps",
     "qkv product, 64 x 128, 4 warps",
     "product, 64 x 128, 4 warps",
-    "product, 128 x 128, 8 warps",
 )
 HEAVIEST = (
     "masked attention, 64 queries",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from scripts.gpu.kernel_checks import distance
 from scripts.gpu.kernel_launch import prepare
-from scripts.gpu.kernels_8b import PRODUCTS
+from scripts.gpu.kernels_8b import PRODUCTS, Product
 from tests.support.kernel_cases import ProductCase, product_cases
 from tests.support.kernel_functions import TOLERANCES, int4_product, launch
 from trimode.build.graph.int4_tiles import pack_tiles, pair_rows
@@ -135,14 +135,14 @@ FLAGS = {
 @pytest.mark.parametrize("split", [False, True], ids=["one program", "separate programs"])
 @pytest.mark.parametrize(("groups", "gated"), [(3, False), (16, False), (16, True)])
 def test_a_rows_bits_depend_neither_on_other_rows_nor_on_the_tile(groups: int, gated: bool, split: bool) -> None:
-    """Steps of 1, 8, 32 and 64 rows, and a chunk, in every tactic; the matrix of 16 groups is summed in two parts."""
-    case = replace(SPLIT, rows=70, groups=groups, split=split, for_norm=True)
+    """Steps of 1 to 128 rows, and a chunk, in every tactic; the matrix of 16 groups is summed in two parts."""
+    case = replace(SPLIT, rows=SPLIT_ROWS + 6, groups=groups, split=split, for_norm=True)
     if gated:
         case = replace(case, columns=80, rank=0, residual=False, for_norm=False, normed=True, gated=True)
     inputs = case.inputs()
     *_, chunk = case.operator.tactics(case.node).values()
-    expected = rows_of(inputs, 0, 70, chunk, gated=gated)
-    for first, rows in ((69, 1), (3, 8), (7, 32), (5, 64)):
+    expected = rows_of(inputs, 0, SPLIT_ROWS + 6, chunk, gated=gated)
+    for first, rows in ((129, 1), (3, 8), (99, 32), (5, 64), (6, SPLIT_ROWS)):
         tactics = case.operator.tactics(replace(case, rows=rows).node).values()
         assert any("STEPS" in tactic.constants for tactic in tactics) == (split or groups == 3)
         for tactic in tactics:
@@ -169,8 +169,8 @@ def test_parts_and_their_order_depend_on_the_matrix_alone() -> None:
         assert product.operator.split == (splits > 1)
         for tactic in product.operator.tactics(product.node(1)).values():
             assert tactic.constants.keys() - {"STEPS"} == {"BLOCK_M", "BLOCK_N"}
-            parts = {product.operator.grid(product.node(rows), tactic)[2] for rows in (1, 16, 64, 65, 4096)}
-            assert parts == {splits if tactic.constants["BLOCK_M"] <= SPLIT_ROWS else 1}
+            parts = [product.operator.grid(product.node(rows), tactic)[2] for rows in (1, SPLIT_ROWS, SPLIT_ROWS + 1)]
+            assert parts == [splits, splits, 1]
     assert {name: split_count(p.inner, p.columns, 128) for name, p in PRODUCTS.items()} == {
         "qkv": 4,
         "o": 4,
@@ -181,8 +181,12 @@ def test_parts_and_their_order_depend_on_the_matrix_alone() -> None:
 
 
 def test_a_tactic_for_steps_is_used_for_steps_only() -> None:
-    """Where K is split: it is compiled, but neither a chunk nor a number of rows that is not known has it."""
-    product = PRODUCTS["down"]
+    """It is compiled, but neither a chunk nor a number of rows that is not known has it."""
+    for product in (PRODUCTS["down"], PRODUCTS["gate_up"]):
+        _check_the_tactic_for_steps(product)
+
+
+def _check_the_tactic_for_steps(product: Product) -> None:
     node = product.node(1)
     (number,) = (n for n, tactic in product.operator.compiled_tactics(node).items() if "STEPS" in tactic.constants)
     assert number in product.operator.tactics(product.node(SPLIT_ROWS))
@@ -191,7 +195,6 @@ def test_a_tactic_for_steps_is_used_for_steps_only() -> None:
         unknown = node._replace(fixed={**node.fixed, "x": x})
         assert number in product.operator.compiled_tactics(unknown)
         assert number not in product.operator.tactics(unknown)
-    assert number in PRODUCTS["gate_up"].operator.tactics(PRODUCTS["gate_up"].node(4096))
 
 
 def test_the_counters_are_zero_after_each_launch() -> None:
@@ -230,13 +233,28 @@ def test_the_default_tactic_has_a_kernel_and_holds_all_rows_of_a_step() -> None:
             node = product.node(rows)
             tactics = product.operator.tactics(node)
             block_m = tactics[product.operator.default_tactic(node, tactics.keys())].constants["BLOCK_M"]
-            assert block_m >= min(rows, SPLIT_ROWS)
+            assert block_m >= min(rows, 64)
             for only in tactics:
                 assert product.operator.default_tactic(node, {only}) == only
-    node = PRODUCTS["gate_up"].node(4096)
-    assert PRODUCTS["gate_up"].operator.tactics(node)[
-        PRODUCTS["gate_up"].operator.default_tactic(node, range(1, 9))
-    ].constants == {"BLOCK_M": 128, "BLOCK_N": 128}
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "block_n", "warps"),
+    [
+        ("gate_up", 128, 128, 4),
+        ("gate_up", 129, 128, 8),
+        ("down", 128, 128, 4),
+        ("down", 129, 64, 4),
+        ("qkv", 33, 64, 4),
+        ("o", 256, 64, 4),
+    ],
+)
+def test_the_default_tactic_of_many_rows(name: str, rows: int, block_n: int, warps: int) -> None:
+    """As measured on an H100 (docs/results-h100.md)."""
+    product = PRODUCTS[name]
+    tactics = product.operator.tactics(product.node(rows))
+    tactic = tactics[product.operator.default_tactic(product.node(rows), tactics)]
+    assert (tactic.constants["BLOCK_M"], tactic.constants["BLOCK_N"], tactic.warps) == (64, block_n, warps)
 
 
 @pytest.mark.parametrize("group", [16, 48, 64, 128])

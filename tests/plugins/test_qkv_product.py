@@ -18,6 +18,7 @@ from tests.support.kernel_cases import DTYPES
 from tests.support.kernel_functions import TOLERANCES, launch
 from trimode.build.graph.int4_tiles import pack_tiles, pair_rows
 from trimode.plugins.operators import Node, QkvProduct, Tactic
+from trimode.plugins.operators.int4_product import SPLIT_ROWS
 from trimode.plugins.reference import kv_write
 from trimode.plugins.reference import qkv_product as reference
 
@@ -177,7 +178,9 @@ def test_pairs_are_the_columns_of_the_checkpoints_heads() -> None:
 @pytest.mark.parametrize("split", [False, True], ids=["one program", "separate programs"])
 def test_a_rows_bits_depend_neither_on_other_rows_nor_on_the_tile(split: bool) -> None:
     """Steps of 1, 8 and 64 tokens in every tactic, and the rows of a batch."""
-    case = QkvCase((0,), 70, groups=16, weight_group=128, kv_heads=1, group=2, split=split, dtype=torch.bfloat16)
+    case = QkvCase(
+        (0,), SPLIT_ROWS + 6, groups=16, weight_group=128, kv_heads=1, group=2, split=split, dtype=torch.bfloat16
+    )
     case = replace(case, normed=True)
     inputs = case.inputs()
     tokens = ("x", "query_cos", "query_sin", "key_cos", "key_sin")

@@ -21,6 +21,7 @@ from trimode.plugins.operators import (
     Tactic,
 )
 from trimode.plugins.operators.candidates import TILE
+from trimode.plugins.operators.int4_product import SPLIT_ROWS
 from trimode.plugins.reference.head_product import tiles_of_logits
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -173,7 +174,7 @@ class ProductCase:
 def product_cases(draw: Any) -> ProductCase:
     group = draw(st.sampled_from([128, 128, 128, 256, 96, 64, 32, 16]))
     case = ProductCase(
-        rows=draw(st.integers(1, 70)),
+        rows=draw(st.integers(1, 70) | st.integers(SPLIT_ROWS + 1, SPLIT_ROWS + 20)),
         groups=draw(st.integers(1, 5)),
         columns=2 * draw(st.integers(1, 150)),
         group=group,

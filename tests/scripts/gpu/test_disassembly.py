@@ -52,7 +52,8 @@ def test_a_weight_takes_few_instructions_and_no_load_blocks(matrix: str, rows: i
 
 
 def test_steps_of_64_rows_have_the_tile_with_fewest_instructions() -> None:
-    for operator, node in MATRICES.values():
+    """In matrices with enough tiles. On an H100, tiles of 64 columns were faster in the others."""
+    for operator, node in (MATRICES["gate_up"], MATRICES["down"]):
         step = node._replace(shapes={**node.shapes, "x": (1, 64, node.fixed["x"][-1])})
         step = step._replace(fixed=step.shapes)
         tactics = operator.tactics(step)
