@@ -70,7 +70,7 @@ NEXT_SQUARES = SQUARES._replace(name="next_squares")
 def has_separate_parts(node: Node) -> bool:
     """Whether the parts of K may be separate programs. It is False only if x is known to have too many rows."""
     sizes = node.fixed["x"]
-    return min(sizes) < 0 or row_count(sizes) <= SPLIT_ROWS
+    return bool(min(sizes) < 0 or row_count(sizes) <= SPLIT_ROWS)
 
 
 def norm_tiles(width: Dim) -> Dim:
