@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from trimode.runtime.decoding.acceptance_rates import Acceptance, SharedAcceptance
 from trimode.runtime.decoding.ngram_index import NgramIndex
+from trimode.runtime.request.outputs import Drafting
 
 LONG_MATCH = 8  # tokens
 
@@ -40,8 +41,11 @@ class SharedLookupAcceptance:
 class Lookup:
     """Copied drafts of one answer.
 
-    prompt: its tokens. proposal: the tokens of the latest :meth:`find` that are not compared yet; may be empty.
+    A source of drafts (:mod:`trimode.runtime.decoding.draft_sources`). prompt: its tokens. proposal: the tokens of the
+    latest :meth:`find` that are not compared yet; may be empty.
     """
+
+    kind: Drafting = "copy"
 
     def __init__(self, prompt: Sequence[int], acceptance: LookupAcceptance) -> None:
         self.proposal: list[int] = []
@@ -63,9 +67,16 @@ class Lookup:
         if match is not None:
             self._of_proposal = self._acceptance.long if match.length >= LONG_MATCH else self._acceptance.short
 
+    def propose(self, count: int) -> list[int]:
+        """At most ``count`` tokens of the proposal."""
+        return self.proposal[:count]
+
     def yields(self) -> list[float]:
         """Expected tokens of a cycle that verifies the proposal, by block length from 1 on."""
         return self._of_proposal.yields()[: len(self.proposal) + 1]
+
+    def learn(self, accepted: int, tested: int, ended: bool) -> None:
+        """The commit of the copies says no more than :meth:`observe` learns."""
 
     def observe(self, emitted: Sequence[int], ended: bool) -> None:
         """Learn from the tokens that came where the proposal was expected. ended: whether they end the text."""

@@ -27,6 +27,14 @@ from numpy.typing import NDArray
 
 from trimode.runtime.decoding.acceptance_rates import Acceptance
 from trimode.runtime.decoding.denoising import settled
+from trimode.runtime.decoding.draft_sources import (
+    FORCED_ONLY,
+    NO_DRAFTS,
+    DraftSource,
+    KeptDrafts,
+    MaskedDrafts,
+    expected_tokens,
+)
 from trimode.runtime.decoding.draft_tree import DraftTree, likeliest_nodes
 from trimode.runtime.decoding.ending import Ending
 from trimode.runtime.decoding.lookup import Lookup
@@ -39,7 +47,6 @@ from trimode.runtime.request.outputs import (
     Choice,
     Counts,
     Cycle,
-    Drafting,
     DraftRecord,
     Logprob,
     Origin,
@@ -51,7 +58,6 @@ PassKind = Literal["prefill", "draft", "denoise", "commit"]
 TREE_RANKS = 8  # candidates of each place that may be nodes of a tree
 # Most tokens of a prefill pass that needs the logits of all its rows, which a CPU computes over the whole vocabulary.
 PROMPT_LOGPROB_STEP = 128
-LEAST_KEPT = 0.1  # least probability that a kept draft and all before it are accepted
 NO_BLOCK = np.empty(0, np.int64)
 
 
@@ -143,11 +149,12 @@ class Sequence:
         self._block = NO_BLOCK
         self._masks = 0  # places of the block that are not settled
         self._forced_places: set[int] = set()  # of the block, or of its tree's nodes
-        self._forced_run: list[int] | None = None  # at the start of the block, once it is known
+        self._forced_run: list[int] | None = None  # the tokens after the pending token that are known, once they are
         self._walk: Walk | None = None  # of the rules along the block
         self._lookup = lookup
-        self._looked_up = False  # whether the block's drafts are copies
-        self._replays = False  # whether the block's tokens are begun ones
+        self._masked = MaskedDrafts(mask_id, acceptance)
+        self._kept = KeptDrafts(kept_acceptance or Acceptance())
+        self._source: DraftSource = NO_DRAFTS  # of the block's drafts
         self._tree: DraftTree | None = None  # of the block
         self._tree_width: int | None = params.tree_width  # for the block
         self._likeliest: list[int] = []  # the likeliest token of each place of the block's draft
@@ -158,9 +165,6 @@ class Sequence:
         self._ruled_rows: RuledRows | None = None  # of the causal pass in progress
         self._again: tuple[Ints, Words] | None = None  # its rows to run again, with their masks
         self._drafted: dict[int, Ints] = {}  # the draft's candidates [k], by place
-        self._kept: dict[int, Ints] = {}  # the same, of the rows behind the draft that the latest commit rejected
-        self._uses_kept = False  # whether they are the block's drafts
-        self._kept_acceptance = kept_acceptance or Acceptance()
         self._doubtful_rows: set[int] = set()  # of the block: their best candidates are probably illegal
         self._again_rate = again_rate or AgainRate()
         # Of the block, in diffusion:
@@ -249,94 +253,77 @@ class Sequence:
         return self._lookup.yields() if self._lookup.proposal else []
 
     def open_block(self, length: int, looked_up: bool = False, tree: bool = False) -> None:
-        """Start the next block: the pending token and ``length`` - 1 drafts; ``length`` is at most ``longest_block``.
+        """Start the next block: the pending token, known tokens, and drafts of one source.
 
-        The drafts are masks, or copies if ``looked_up``; the latest :meth:`look_up` has found some. Tokens that the
-        grammar forces come first, in addition, as far as a pass has room; AR's block stays one token. There are no
-        masks where the forced tokens and kept drafts alone yield more a pass. tree: as many nodes of the draft are
-        verified as the block has tokens; a request's own ``tree_width`` comes first.
+        length: of the block without known tokens, at most ``longest_block``. Known tokens are those that the grammar
+        forces, as far as a pass has room, or begun tokens, which are part of ``length``; AR's block stays one token.
+        looked_up: the drafts are copies; the latest :meth:`look_up` has found some. There is no draft pass where the
+        known tokens and kept drafts alone yield more tokens per pass. tree: as many nodes of the draft are verified as
+        the block has tokens; a request's own ``tree_width`` comes first.
         """
-        if self.replaying:
-            self._open_replay(length)
-            return
-        forced = self._forced_next()
-        kept = {} if looked_up else self._kept_behind(len(forced))
-        if length > 1 and (forced or kept) and not looked_up:
-            undrafted = 1 + len(forced) + self._expected_kept(len(kept))  # tokens of a cycle without a draft pass
-            if 1 + len(forced) + self._expected_drafts(length) <= 2 * undrafted:
-                length = 1
-            elif kept:
-                self._kept_acceptance.forget()
-        self._uses_kept = bool(kept) and length == 1
-        length = min(length, self._room - len(forced)) if forced else length
-        free = [self.pending_token, *forced]
-        if looked_up and self._lookup is not None:
-            free += self._lookup.proposal[: length - 1]
-            length = len(free) - len(forced)
-        length += len(kept) if self._uses_kept else 0
-        masked = length + len(forced) - len(free)
-        self._block = np.array(free + [self._mask_id] * masked, np.int64)
-        self._masks = 0 if self._uses_kept else masked
-        self._forced_places = set(range(1, 1 + len(forced)))
-        self._begin_block(looked_up, self.params.tree_width or (length if tree else None))
-        if (looked_up or self._uses_kept) and self._rules is not None:
-            self._drafted = kept
+        known = self._known_next(length)
+        source, count = self._source_of(length, looked_up, len(known))
+        drafts = source.propose(count)
+        self._source = source
+        self._block = np.array([self.pending_token, *known, *drafts], np.int64)
+        self._masks = len(drafts) if source is self._masked else 0
+        self._forced_places = set(range(1, 1 + len(known)))
+        self._tree = None
+        self._tree_width = self.params.tree_width or (1 + len(drafts) if tree else None)
+        self._likeliest = []
+        self._drafted = {}
+        self._doubtful_rows = set() if drafts else {len(self._block) - 1}
+        self.rejected = []
+        self._drafted_tokens = len(self._block)
+        self._walk = None
+        if drafts and not self._masks and self._rules is not None:
+            self._drafted = self._kept.candidates if source is self._kept else {}
             self._repair_drafts(self._rules)
-        if self.params.mode == "diffusion":
+        if self.params.mode == "diffusion" and not self.replaying:
             self._place_end_of_thinking()
             self._masks_at_first = self._masks
             self._denoise_passes = 0
             self._block_logprobs = {}
 
-    def _open_replay(self, length: int) -> None:
-        """Start a block of the pending token and the next begun tokens."""
-        self._block = np.array([self.pending_token, *self.begun[len(self.emitted) :][: length - 1]], np.int64)
-        self._masks = 0
-        self._forced_places = set(range(1, len(self._block)))
-        self._replays = True
-        self._begin_block(False, None)
-
-    def _begin_block(self, looked_up: bool, tree_width: int | None) -> None:
-        """Reset what depends on the block."""
-        self._looked_up = looked_up
-        self._tree = None
-        self._tree_width = tree_width
-        self._likeliest = []
-        self._drafted = {}
-        self._doubtful_rows = set() if self._masks or looked_up or self._uses_kept else {len(self._block) - 1}
-        self.rejected = []
-        self._drafted_tokens = len(self._block)
-        self._walk = None
+    def _source_of(self, length: int, looked_up: bool, known: int) -> tuple[DraftSource, int]:
+        """The source of a block's drafts, and the most drafts of it. known: tokens of the block that are known."""
+        if self.replaying:
+            return FORCED_ONLY, 0
+        count = (min(length, self._room - known) if known else length) - 1
+        if looked_up and self._lookup is not None:
+            return self._lookup, count
+        self._kept.select(known, self._room)
+        kept = len(self._kept.candidates)
+        if count and (known or kept):
+            with_draft_pass = known + expected_tokens(self._masked, length - 1)
+            if with_draft_pass > 2 * (known + expected_tokens(self._kept, kept)):
+                if kept:
+                    self._kept.forget()
+                return self._masked, count
+        elif count:
+            return self._masked, count
+        if kept:
+            return self._kept, kept
+        return (FORCED_ONLY if known else NO_DRAFTS), 0
 
     @property
     def _room(self) -> int:
         """Most tokens of the next block, those included that the grammar forces."""
         return self.ending.remaining if self._most_step is None else min(self.ending.remaining, self._most_step)
 
+    def _known_next(self, length: int) -> list[int]:
+        """The known tokens after the pending token: begun ones for a block of ``length``, or forced ones."""
+        if not self.replaying:
+            return self._forced_next()
+        self._forced_run = self.begun[len(self.emitted) :][: length - 1]
+        return self._forced_run
+
     def _forced_next(self) -> list[int]:
-        """The tokens that the grammar forces behind the pending token, as far as a block has room."""
+        """The tokens that the grammar forces after the pending token, as far as a block has room."""
         if self._forced_run is None:
             rules = None if self.params.mode == "ar" else self._rules
             self._forced_run = [] if rules is None else rules.forced_run(self._room - 1)
         return self._forced_run
-
-    def _expected_drafts(self, length: int) -> float:
-        """Drafts that are expected to be accepted of a block."""
-        yields = self.acceptance.yields()
-        return yields[min(length, len(yields)) - 1] - 1
-
-    def _kept_behind(self, forced: int) -> dict[int, Ints]:
-        """The kept candidates by place, behind so many forced tokens, as far as their drafts may well be accepted."""
-        if not self._kept:
-            return {}
-        likely = sum(product >= LEAST_KEPT for product in accumulate(self._kept_acceptance.rates, mul))
-        end = min(forced + likely + 1, self._room)
-        return {place: found for place, found in self._kept.items() if forced < place < end}
-
-    def _expected_kept(self, count: int) -> float:
-        """Drafts that are expected to be accepted of so many kept ones."""
-        yields = self._kept_acceptance.yields()
-        return yields[min(1 + count, len(yields)) - 1] - 1
 
     def next_pass(self) -> Pass:
         """The next pass of a sequence that is in its prefill or has a block."""
@@ -532,7 +519,8 @@ class Sequence:
         positions: Many[int] = range(first, first + len(self._block))
         if tree is not None:
             positions = [first + depth for depth in tree.depths]
-        before, expected = len(self.emitted), self._expected_tokens()
+        before, known = len(self.emitted), len(self._forced_run or ())
+        expected = known + expected_tokens(self._source, len(drafts) - known)
 
         def next_in_chain(row: int, token: int) -> int | None:
             return row + 1 if row < len(drafts) and token == drafts[row] else None
@@ -544,57 +532,38 @@ class Sequence:
             stays = next(place for place, row in enumerate(rows) if row != place)
             self.moves = Moves(self.committed + stays, [self.committed + row for row in rows[stays:]])
         self.committed += len(rows)
-        self._kept = {}
-        if self._replays:  # which says nothing about drafts
-            self.cycles.append(Cycle("none", len(rows), len(rows), len(rows), len(rows)))
-            self.counts.cycles += 1
-            self._block, self._forced_run, self._replays = NO_BLOCK, None, False
-            return
         rest = drafts[agreed:] if tree is None else tree.likeliest_path(rows[-1])
         tested = agreed + bool(rest and self.ending.finish_reason is None)
-        # What the grammar forces says nothing about the draft.
+        # Forced tokens say nothing about the drafts.
         forced = len(self._forced_places.intersection(accepted))
         drafted = len(drafts) - len(self._forced_places)
         ended = self.ending.finish_reason == "stop"
-        if drafted > 0 and not self._looked_up:
-            if tree is None:
-                untested = len([place for place in self._forced_places if place <= tested])
-                acceptance = self._kept_acceptance if self._uses_kept else self.acceptance
-                acceptance.observe(agreed - forced, tested - untested, ended)
-            else:
-                self._observe_tree(tree, self.emitted[before:], ended)
-            if self.params.mode == "auto" and tree is None:
+        if drafted > 0 and tree is not None:
+            self._observe_tree(tree, self.emitted[before:], ended)
+        elif drafted > 0:
+            untested = len([place for place in self._forced_places if place <= tested])
+            self._source.learn(agreed - forced, tested - untested, ended)
+            if self.params.mode == "auto" and self._source is not self._lookup:
                 self.acceptance.forget_trees()
         emitted = len(self.emitted) - before
         record = self._record([0, *accepted]) if self.params.record_drafts else None
-        self.cycles.append(Cycle(self._drafting, self._drafted_tokens, 1 + len(drafts), expected, emitted, record))
+        kind = self._source.kind if tree is None else "tree"
+        self.cycles.append(Cycle(kind, self._drafted_tokens, 1 + len(drafts), expected, emitted, record))
         if self._lookup is not None:
-            self._lookup.observe(self.emitted[before + len(self._forced_next()) :], ended)
+            self._lookup.observe(self.emitted[before + known :], ended)
         self.rejected = rest if tested > agreed else []
-        if self._rules is not None and tree is None:
-            self._kept = {row - agreed: found.tokens[row] for row in range(agreed + 1, len(self._block))}
+        if self._rules is not None:
+            behind = range(agreed + 1, len(self._block)) if tree is None else ()
+            self._kept.keep({row - agreed: found.tokens[row] for row in behind})
         self.counts.cycles += 1
         self.counts.trees += tree is not None
         self.counts.drafted += drafted
         self.counts.accepted += agreed - forced
-        if self._looked_up:
+        if self._source is self._lookup:
             self.counts.lookups += 1
             self.counts.copied += drafted
             self.counts.accepted_copies += agreed - forced
         self._block, self._forced_run = NO_BLOCK, None
-
-    @property
-    def _drafting(self) -> Drafting:
-        """The source of the block's drafts."""
-        if self._tree is not None:
-            return "tree"
-        if self._looked_up:
-            return "copy"
-        if self._uses_kept:
-            return "kept"
-        if self._drafted_tokens > 1 + len(self._forced_run or ()):
-            return "draft"
-        return "forced" if self._drafted_tokens > 1 else "none"
 
     def _record(self, path: list[int]) -> DraftRecord:
         choice, self.choice = self.choice, None
@@ -620,15 +589,6 @@ class Sequence:
             gained = -sum(accumulate(self.acceptance.rates[agreed : len(chain)], mul))
         self.acceptance.observe_tree(min(self._tree_width or 1, len(tree)), gained)
 
-    def _expected_tokens(self) -> float:
-        """Tokens that the block's commit is expected to emit."""
-        if self._looked_up and self._lookup is not None:
-            yields = self._lookup.yields()
-        else:
-            yields = (self._kept_acceptance if self._uses_kept else self.acceptance).yields()
-        forced = len(self._forced_run or ())
-        return forced + yields[min(len(self._block) - forced, len(yields)) - 1]
-
     def _commit_diffusion(self, found: Candidates) -> None:
         """Accept the whole block, and one more token."""
         before = len(self.emitted)
@@ -637,7 +597,7 @@ class Sequence:
             self._emit_run(found, [self.committed + len(self._block)], "bonus", _no_drafts)
         self.committed += len(self.emitted) - before
         self.counts.cycles += 1
-        self._block, self._replays = NO_BLOCK, False
+        self._block, self._forced_run = NO_BLOCK, None
 
     def _emit_run(
         self,
@@ -695,7 +655,8 @@ class Sequence:
         """Emit the block behind its pending token, up to the end of the text."""
         for place, token in enumerate(self._block[1:].tolist(), start=1):
             if self.params.logprobs is not None:
-                self.logprobs.append({} if self._replays else self._block_logprobs[place])
+                replayed = len(self.emitted) < len(self.begun)
+                self.logprobs.append({} if replayed else self._block_logprobs[place])
             if not self._emit(token, "forced" if place in self._forced_places else "denoised"):
                 return
 

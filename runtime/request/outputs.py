@@ -10,7 +10,7 @@ FinishReason = Literal["stop", "length", "cancelled"]
 # denoise pass of a diffusion block; the thinking budget, or a grammar that allows no other token.
 Origin = Literal["prefill", "accepted", "bonus", "denoised", "forced"]
 # The source of a cycle's drafts: no drafts; a draft pass, verified as a chain or as a tree; prompt lookup; what the
-# last commit predicted after the draft that it rejected; a grammar alone.
+# last commit predicted after the draft that it rejected; a grammar alone, or an answer that another process began.
 Drafting = Literal["none", "draft", "tree", "copy", "kept", "forced"]
 
 

@@ -106,7 +106,7 @@ def test_only_what_a_request_asks_for_is_made(llm: LLM) -> None:
     assert biased._rules is not None
     assert sequence(llm, [300], min_tokens=2)._biases is None
     assert plain.acceptance.rates[0] == pytest.approx(0.8)
-    assert plain._kept_acceptance.rates[0] == pytest.approx(0.5)
+    assert plain._kept._acceptance.rates[0] == pytest.approx(0.5)
 
 
 def test_end_tokens_and_stop_tokens_do_not_come_before_the_least_length(llm: LLM) -> None:

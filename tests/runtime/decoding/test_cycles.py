@@ -271,11 +271,11 @@ def test_begun_tokens_are_committed_without_drafts_and_teach_nothing() -> None:
     found = case.cycle([], [999] * 4)
     assert found.emitted == [300, 301, 302, 303, 304]
     assert found.replaying
-    assert found.cycles == [Cycle("none", 4, 4, 4, 4)]
+    assert found.cycles == [Cycle("forced", 4, 4, 4, 4)]
     found = case.cycle([], [999, 306], length=2)
     assert found.emitted == [300, 301, 302, 303, 304, 305, 306]
     assert not found.replaying
-    assert found.cycles[1] == Cycle("none", 2, 2, 2, 2)
+    assert found.cycles[1] == Cycle("forced", 2, 2, 2, 2)
     assert found.origins == ["forced"] * 6 + ["bonus"]
     assert found.counts == Counts(prefill=1, commit=2, cycles=2)
     assert (case.acceptance.cycles, case.kept.cycles) == ([], [])

@@ -1,0 +1,122 @@
+"""The sources of a block's drafts, under one protocol: a draft pass, kept candidates, prompt lookup, or none.
+
+Drafts of all sources are verified alike. Tokens that are known, such as those that a grammar forces, come before the
+drafts of the source. A tree is not a source: it is a wider choice among the candidates of a draft pass.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from operator import mul
+from typing import Protocol
+
+from trimode.runtime.decoding.acceptance_rates import Acceptance
+from trimode.runtime.executor import Ints
+from trimode.runtime.request.outputs import Drafting
+
+LEAST_KEPT = 0.1  # least probability that a kept draft and all before it are accepted
+
+
+class DraftSource(Protocol):
+    """kind: as cycles report it."""
+
+    @property
+    def kind(self) -> Drafting: ...
+
+    def propose(self, count: int) -> list[int]:
+        """At most ``count`` tokens that follow the known tokens of the block."""
+        ...
+
+    def yields(self) -> list[float]:
+        """Expected tokens of a cycle without its known tokens, by number of proposed tokens from 0 on."""
+        ...
+
+    def learn(self, accepted: int, tested: int, ended: bool) -> None:
+        """A commit verified the proposed tokens; as :meth:`Acceptance.observe`."""
+        ...
+
+
+class MaskedDrafts:
+    """Masked positions, which a draft pass fills."""
+
+    kind: Drafting = "draft"
+
+    def __init__(self, mask_id: int, acceptance: Acceptance) -> None:
+        self._mask_id = mask_id
+        self._acceptance = acceptance
+
+    def propose(self, count: int) -> list[int]:
+        return [self._mask_id] * count
+
+    def yields(self) -> list[float]:
+        return self._acceptance.yields()
+
+    def learn(self, accepted: int, tested: int, ended: bool) -> None:
+        self._acceptance.observe(accepted, tested, ended)
+
+
+class KeptDrafts:
+    """Candidates of the positions after the draft that the last commit rejected, best first.
+
+    With rules, a rejected draft is often one wrong value in the right structure, so that the tokens after it are often
+    right. candidates: those of the next block [k], by position of the block; empty if it has none.
+    """
+
+    kind: Drafting = "kept"
+
+    def __init__(self, acceptance: Acceptance) -> None:
+        self.candidates: dict[int, Ints] = {}
+        self._kept: dict[int, Ints] = {}
+        self._acceptance = acceptance
+
+    def keep(self, candidates: dict[int, Ints]) -> None:
+        """Replace all candidates by those of the last commit."""
+        self._kept = candidates
+
+    def select(self, known: int, room: int) -> None:
+        """Set ``candidates``: those after ``known`` known tokens in a block of at most ``room`` tokens, as far as they
+        are likely to be accepted.
+        """
+        self.candidates = {}
+        if self._kept:
+            likely = sum(product >= LEAST_KEPT for product in accumulate(self._acceptance.rates, mul))
+            end = min(known + likely + 1, room)
+            self.candidates = {place: found for place, found in self._kept.items() if known < place < end}
+
+    def propose(self, count: int) -> list[int]:
+        return [int(found[0]) for found in self.candidates.values()][:count]
+
+    def yields(self) -> list[float]:
+        return self._acceptance.yields()
+
+    def learn(self, accepted: int, tested: int, ended: bool) -> None:
+        self._acceptance.observe(accepted, tested, ended)
+
+    def forget(self) -> None:
+        """Decay: the candidates were not used."""
+        self._acceptance.forget()
+
+
+class NoDrafts:
+    """The known tokens alone."""
+
+    def __init__(self, kind: Drafting) -> None:
+        self.kind = kind
+
+    def propose(self, _count: int) -> list[int]:
+        return []
+
+    def yields(self) -> list[float]:
+        return [1.0]
+
+    def learn(self, accepted: int, tested: int, ended: bool) -> None:
+        """Known tokens say nothing about drafts."""
+
+
+NO_DRAFTS, FORCED_ONLY = NoDrafts("none"), NoDrafts("forced")
+
+
+def expected_tokens(source: DraftSource, count: int) -> float:
+    """Tokens that a cycle is expected to generate, without its known tokens. count: of proposed tokens."""
+    yields = source.yields()
+    return yields[min(1 + count, len(yields)) - 1]
