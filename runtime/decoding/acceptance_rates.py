@@ -1,10 +1,10 @@
-"""Acceptance rates: a moving average for each place of the block, and the expected tokens of a cycle.
+"""Acceptance rates: a moving average for each position of the block, and the expected tokens of a cycle.
 
-Drafts behind the end of a text are lost. The rate at which texts end is estimated over all sequences.
+Drafts after the end of an answer are lost. The rate at which answers end is estimated over all sequences.
 
 A new sequence starts from the averages over all sequences. Until enough is seen, those are plain means, so that they
-settle within a few answers. A place that few cycles reach is assumed to be like the place before it: otherwise a short
-block would keep ``auto`` from finding out what a longer one yields.
+settle within a few answers. A position that few cycles reach is assumed to have the rate of the preceding one:
+otherwise short blocks would keep ``auto`` from measuring what longer ones yield.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from functools import cached_property
 from itertools import accumulate
 from operator import mul
 
-LONGEST_BLOCK = 32  # longest block that auto chooses; later places are assumed as good as its last
+LONGEST_BLOCK = 32  # longest block that auto chooses; later positions are assumed to be accepted like its last
 
 FIRST_GUESS = 0.8  # of the diffusion draft's rates
 # Of trees of 1, 2, 4, ... nodes.
 _FIRST_TREE_GAINS = [(1 << exponent) / 16 for exponent in range(LONGEST_BLOCK.bit_length())]
 _OWN_WEIGHT = 0.1  # weight of a cycle in the sequence's own averages
 _OWN_TREE_WEIGHT = 0.05  # of a cycle in the sequence's own tree gains
-_LIKE_BEFORE = 4.0  # cycles that the rate of the place before counts as, and the first guess of a tree gain
+_LIKE_BEFORE = 4.0  # cycles that the rate of the preceding position counts as, and the first guess of a tree gain
 _MOST_CYCLES = 100.0  # that count in the averages over all sequences; older ones are forgotten
 _FIRST_END_RATE = 0.01
 _FIRST_TOKENS, _MOST_TOKENS = 100.0, 500.0  # that count in the end rate: before anything is seen, and at most

@@ -1,4 +1,4 @@
-"""Words that must not appear in the text of an answer, however its tokens spell them."""
+"""Words that must not appear in the text of an answer, whichever tokens spell them."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ class BadWords:
         self._containing = {token for word in self._words for token in texts.containing(word)}
 
     def completed_by(self, taken: Sequence[int], token: int) -> bool:
-        """Whether the text contains a word once ``token`` comes behind the tokens ``taken``."""
+        """Whether the text contains a word if ``token`` follows the tokens ``taken``."""
         if token in self._containing:
             return True
         text = self._tail(taken) + self._texts.of[token]
         return any(word in text for word in self._words)
 
     def completing(self, taken: Sequence[int]) -> set[int]:
-        """The tokens that complete a word behind the tokens ``taken``."""
+        """The tokens that complete a word if they follow the tokens ``taken``."""
         tail, found = self._tail(taken), set(self._containing)
         for word in self._words:
             for length in range(1, len(word)):

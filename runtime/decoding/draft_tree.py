@@ -1,13 +1,14 @@
 """Draft trees: several continuations of one text, verified in one causal pass.
 
-A draft pass gives each place of the block its own distribution, whatever the other places hold. The probability of a
-path is estimated by the product of its tokens' probabilities, and the nodes with the highest products form the tree
-(DDTree, arXiv 2604.12989). A chain is a tree in which every node has one child.
+A draft pass gives each position of the block its own distribution, independent of the other positions. The probability
+of a path is estimated by the product of its tokens' probabilities, and the nodes with the highest products form the
+tree (DDTree, arXiv 2604.12989). A chain is a tree in which every node has one child.
 
-Verification draws a token at the root and goes to the child that has this token, and so on; the first drawn token that
-no child has ends the path. Each token is drawn from a causal row that sees its ancestors only, so the tokens are AR's,
-whatever the tree. For candidates that are given, such as the k best tokens of a place, no other acceptance rule accepts
-more often: a node goes on with the whole probability of its children.
+Verification samples a token at the root and follows the child that has this token, and so on; the first sampled token
+that no child has ends the path. Each token is sampled from the logits of a node that attends only to itself and its
+ancestors, so the tokens are AR's for any tree. For a given set of candidates, such as the k best tokens of a position,
+no other acceptance rule accepts more tokens: at each node, the path continues with the total probability of the
+children.
 """
 
 from __future__ import annotations
@@ -19,14 +20,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 # cost: negative logarithm of the product of its path's probabilities. order: of equal costs, the lower one comes first.
-# parent: index among the nodes, -1 for the pending token. place, rank: of its token.
+# parent: index among the nodes, -1 for the pending token. place: position after the pending token, from 0. rank:
+# of its token among the candidates.
 Node = tuple[float, int, int, int, int]
 
 
 def likeliest_nodes(log_probs: NDArray[np.floating], most: int) -> list[Node]:
-    """The ``most`` nodes with the highest products, by falling product; each comes behind its parent.
+    """The ``most`` nodes with the highest products, by decreasing product; each comes after its parent.
 
-    log_probs: [D, k] of the D places behind the pending token, falling in each row.
+    log_probs: [D, k] of the D positions after the pending token, decreasing in each row.
     """
     places, ranks = log_probs.shape
     if not places or most < 1:
@@ -57,7 +59,7 @@ class DraftTree:
     prefix of the nodes.
 
     Of each node, ids: its token. parents: -1 for node 0; every parent comes before its children. depths: its number of
-    ancestors; node 0 has the pending token's position, its children the next one, ... ends: the node behind its last
+    ancestors; node 0 has the pending token's position, its children the next one, ... ends: the node after its last
     descendant.
     """
 
@@ -83,7 +85,7 @@ class DraftTree:
 
     @classmethod
     def depth_first(cls, ids: list[int], parents: list[int]) -> tuple[DraftTree, list[int]]:
-        """The tree of nodes that come behind their parents, the likelier child first, and the place of each in it.
+        """The tree of nodes that come after their parents, the likelier child first, and the index of each in it.
 
         ids, parents: as of the tree, but for the order.
         """
@@ -91,7 +93,7 @@ class DraftTree:
         sizes = [1] * nodes  # of each node and its descendants
         for index in range(nodes - 1, 0, -1):
             sizes[parents[index]] += sizes[index]
-        places, free = [0], [1]  # free: the place of the next child of each node
+        places, free = [0], [1]  # free: the index of the next child of each node
         new_ids, new_parents, depths, ends = ids[:1] * nodes, [-1] * nodes, [0] * nodes, [nodes] * nodes
         for index in range(1, nodes):
             parent = parents[index]

@@ -12,21 +12,21 @@ from trimode.runtime.request.sampling_params import SamplingParams
 
 
 class Forced(NamedTuple):
-    """A token that the thinking budget forces. place: its index among the tokens to come."""
+    """A token that the thinking budget forces. place: its index among the next tokens."""
 
     place: int
     token: int
 
 
 class Ending:
-    """Takes a sequence's tokens one by one, as they are emitted, and says when the text has ended.
+    """Receives a sequence's tokens one by one, as they are emitted, and reports when the text has ended.
 
     end_ids: the model's end tokens. stop_tokens: stop strings that are one token, by its id. text: the decoded text, if
     the request has other stop strings; it is fed with every token, so that the token that completes a stop string ends
     the text. budget: the request's thinking budget.
 
-    finish_reason, stop_reason: why the text ended; None while it goes on. remaining: tokens that may still be emitted.
-    hides_last: whether the last token is a stop token that is not part of the text.
+    finish_reason, stop_reason: why the text ended; None while it continues. remaining: tokens that may still be
+    emitted. hides_last: whether the last token is a stop token that is not part of the text.
     """
 
     def __init__(
@@ -57,17 +57,17 @@ class Ending:
 
     @property
     def forced(self) -> int | None:
-        """The token that must come next, whatever the model predicts."""
+        """The token that must come next, regardless of the model's prediction."""
         return self._budget.ids.end if self._budget is not None and self._budget.spent else None
 
     def forced_among(self, tokens: list[int]) -> list[Forced]:
-        """The tokens that the budget forces if these come next."""
+        """The tokens that the budget forces if ``tokens`` come next."""
         if self._budget is None:
             return []
         return [Forced(place, self._budget.ids.end) for place in self._budget.ends_among(tokens)]
 
     def ends_with(self, token: int) -> bool:
-        """Whether this token ends the text, wherever it comes."""
+        """Whether this token always ends the text."""
         return token in self._end_ids
 
     def take(self, token: int) -> None:

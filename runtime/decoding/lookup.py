@@ -1,10 +1,10 @@
 """Prompt lookup: drafts that need no pass, copied from an earlier occurrence of the text's end in prompt and answer.
 
-A copied draft is verified as any other is, so it changes when tokens come, never which.
+Copied drafts are verified like all others, so they affect speed, not the tokens.
 
-How far copies hold is learnt in every cycle, whether they were verified or not: the tokens that the cycle emitted say
-how many of the copied ones were right. Copies behind a long match are better than those behind a short one, so their
-acceptance is learnt apart.
+The acceptance of copies is learnt in every cycle, also if they were not verified: the emitted tokens show how many
+copied ones were right. Copies after a long match are accepted more often than those after a short one, so the two are
+learnt separately.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LONG_MATCH = 8  # tokens
 
 
 class LookupAcceptance(NamedTuple):
-    """Acceptance of one answer's copies behind a short match, and of those behind a long one."""
+    """Acceptance of one answer's copies after a short match, and of those after a long one."""
 
     short: Acceptance
     long: Acceptance
@@ -34,7 +34,7 @@ class SharedLookupAcceptance:
         self.long = SharedAcceptance(first_guess=0.8)
 
     def of_new_answer(self) -> LookupAcceptance:
-        """That of an answer, which starts from this one and updates it."""
+        """The acceptance of a new answer, which starts from the averages and updates them."""
         return LookupAcceptance(Acceptance(self.short), Acceptance(self.long))
 
 
@@ -58,11 +58,11 @@ class Lookup:
         """A token was emitted."""
         self._unread.append(token)
 
-    def find(self, behind: Sequence[int], most: int) -> None:
-        """Set ``proposal``: at most ``most`` tokens that may follow the text and the tokens ``behind`` it."""
+    def find(self, known: Sequence[int], most: int) -> None:
+        """Set ``proposal``: at most ``most`` tokens that may follow the text and the ``known`` tokens after it."""
         self._index.extend(self._unread)
         self._unread.clear()
-        match = self._index.continuation(behind, most)
+        match = self._index.continuation(known, most)
         self.proposal = [] if match is None else match.tokens
         if match is not None:
             self._of_proposal = self._acceptance.long if match.length >= LONG_MATCH else self._acceptance.short
@@ -76,10 +76,10 @@ class Lookup:
         return self._of_proposal.yields()[: len(self.proposal) + 1]
 
     def learn(self, accepted: int, tested: int, ended: bool) -> None:
-        """The commit of the copies says no more than :meth:`observe` learns."""
+        """Nothing to learn: :meth:`observe` compares every proposal, verified or not."""
 
     def observe(self, emitted: Sequence[int], ended: bool) -> None:
-        """Learn from the tokens that came where the proposal was expected. ended: whether they end the text."""
+        """Compare the proposal with the tokens that the cycle emitted. ended: whether they end the text."""
         proposal, self.proposal = self.proposal, []
         tested = min(len(proposal), len(emitted))
         if tested:

@@ -1,6 +1,6 @@
-"""The text of one answer, indexed by its n-grams: where did the latest tokens occur before, and what followed them?
+"""The text of one answer, indexed by its n-grams: finds earlier occurrences of its last tokens, and what followed them.
 
-Hash chains, as zlib uses them: a table holds the newest position behind each n-gram, and each position links to the one
+Hash chains, as zlib uses them: a table holds the newest position after each n-gram, and each position links to the one
 before it with the same n-gram. Adding a token takes one table update. A search compares at most ``MOST_PLACES`` earlier
 positions with the end of the text, at most ``LONGEST_MATCH`` tokens each.
 """
@@ -45,13 +45,13 @@ class NgramIndex:
                 newest[gram] = position
             text.append(token)
 
-    def continuation(self, behind: Sequence[int], most: int) -> Match | None:
-        """At most ``most`` tokens that may follow the text and ``behind``; None if their end did not occur before.
+    def continuation(self, known: Sequence[int], most: int) -> Match | None:
+        """At most ``most`` tokens that may follow the text and then ``known``; None if their end did not occur before.
 
         Of the newest occurrences, the one with the longest match is used; of equally long ones, the newest. Where the
-        occurrence overlaps the end of the text, its repetition goes on.
+        occurrence overlaps the end of the text, the repetition is continued.
         """
-        end = [*self.tokens[-LONGEST_MATCH:], *behind][-LONGEST_MATCH:]
+        end = [*self.tokens[-LONGEST_MATCH:], *known][-LONGEST_MATCH:]
         if len(end) < GRAM or most < 1:
             return None
         best, longest = _NONE, 0
@@ -66,8 +66,8 @@ class NgramIndex:
         if best == _NONE:
             return None
         found = self.tokens[best : best + most]
-        tail = [*behind, *found]
-        while len(found) < most:  # behind the text come ``behind`` and the tokens found so far
+        tail = [*known, *found]
+        while len(found) < most:  # the text is followed by ``known`` and by what is found so far
             token = tail[best + len(found) - len(self.tokens)]
             found.append(token)
             tail.append(token)

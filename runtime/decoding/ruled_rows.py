@@ -5,14 +5,14 @@ The engine reports the k best tokens of a row over the whole vocabulary, without
 would report them. Greedy decoding needs the best one only.
 
 - Where the grammar forces a token, it is the only candidate.
-- Tokens with a bias are asked for, so their logits are known wherever they rank.
+- Logits of tokens with a bias are always requested, so they are known at any rank.
 - Where enough of the reported tokens are legal, they are the candidates. A token that was not reported cannot be among
   them: its logit is at most the last reported one, and it has no bias.
 - Otherwise the row is run again with a mask of the legal tokens without a bias.
 
-Rows that would probably be run again get their masks at once. A walk along the pass's drafts has found what the grammar
-forces and which drafts are legal, so the rules move to a row only where more must be known. The drafts form a tree, of
-which a chain is one; what is legal at a row depends on its node's path alone.
+Rows that would probably be run again get their masks in the first run. A walk along the drafts has determined which
+tokens the grammar forces and which drafts are legal, so the rules move to a row only if more is needed. The drafts form
+a tree (a chain is a tree); the legal tokens of a row depend only on the path of its node.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from trimode.runtime.decoding.token_rules import DeadEndError, TokenRules, Walk, are_legal, count_legal, token_bits
 from trimode.runtime.executor import Candidates, Ints, Words
 
-_ABSENT = -1e29  # logits below it mark places behind the last legal token
+_ABSENT = -1e29  # lower logits mark entries after the last legal token
 _OF_ONE = np.zeros(1, np.float32)  # logits of a choice of one token
 
 _FIRST_RATE = 0.1
@@ -48,8 +48,8 @@ class Biases:
 
 class AgainRate:
     """Running estimate, over all answers, of how many doubtful rows are run again: rows whose best candidates may well
-    be illegal. Where the rate is high they get their masks at once. A mask hides whether it was needed, so the rate
-    falls with each one, and rows are tried without again.
+    be illegal. If the rate is high, they get their masks in the first run. With a mask, it is not known whether the row
+    would have been run again, so the rate decreases with each mask, until rows are tried without masks again.
     """
 
     def __init__(self) -> None:
@@ -75,7 +75,7 @@ class Choice(NamedTuple):
 
 
 class RowInputs(NamedTuple):
-    """What the rows of a pass have beside their tokens: masks [R, ceil(V / 32)] and asked ids [R, M]."""
+    """Inputs of the rows of a pass besides their tokens: masks [R, ceil(V / 32)] and asked ids [R, M]."""
 
     masks: Words | None = None
     asked: Ints | None = None
@@ -84,9 +84,9 @@ class RowInputs(NamedTuple):
 class RuledRows:
     """The rows of one causal pass.
 
-    walk: along the tokens of the pass behind the one of its first logit row. needed: candidates that a choice needs;
-    None for as many as the engine reports. logprobs: the rows' log-probabilities are wanted; they are over the whole
-    vocabulary, so the first run has no masks.
+    walk: along the tokens of the pass after that of its first logit row. needed: candidates that a choice needs;
+    None for as many as the engine reports. logprobs: whether the rows' log-probabilities are requested; they are over
+    the whole vocabulary, so the first run has no masks.
     """
 
     def __init__(
@@ -95,15 +95,15 @@ class RuledRows:
         # Greedy rows from the first one on whose best legal candidate is a draft, each with that token.
         self._agreed: dict[int, int] = {}
         self._choices: dict[int, Choice] = {}  # of the other rows that may be emitted, once the pass is complete
-        self._dead_ends: dict[int, DeadEndError] = {}  # of the rows behind them
+        self._dead_ends: dict[int, DeadEndError] = {}  # of the rows after them
         self._rules = rules
         self._biases = biases
         self._walk = walk
         self._needed = needed
         self._logprobs = logprobs
-        self._at = 0  # the node that the rules are behind
+        self._at = 0  # the node that the rules have taken last
         self._masked: set[int] = set()  # rows that have their mask in the first run
-        self._reached: set[int] = set()  # rows that the text may come to, by their candidates
+        self._reached: set[int] = set()  # rows that the text may reach, by their candidates
         self._again: dict[int, Words] = {}  # masks of the rows that must be run again
         self._asked: Ints | None = None
         self._reported: Candidates | None = None  # by the first run
@@ -143,7 +143,7 @@ class RuledRows:
         return (np.array(list(self._again)), np.stack(list(self._again.values()))) if self._again else None
 
     def observe(self, doubtful: Collection[int], rate: AgainRate) -> None:
-        """Update the rate, after the first run, by the doubtful rows that the text may come to."""
+        """Update the rate, after the first run, by the doubtful rows that the text may reach."""
         reached = [row for row in doubtful if row in self._reached and self._walk.forced[row] is None]
         masked = len(self._masked.intersection(reached))
         again = len(self._again.keys() & reached)
@@ -156,15 +156,15 @@ class RuledRows:
         self._choose()
 
     def forces(self, row: int) -> bool:
-        """Whether the grammar forces the token of a row that the text comes to."""
+        """Whether the grammar forces the token of a row that the text reaches."""
         return self._walk.forced[row] is not None
 
     def agreed_draft(self, row: int) -> int | None:
-        """The token of a row that the text comes to, if it is known to be the draft; else :meth:`choice` has it."""
+        """The token of a row that the text reaches, if it is known to be the draft; otherwise see :meth:`choice`."""
         return self._agreed.get(row)
 
     def choice(self, row: int) -> Choice:
-        """Of a row that the text comes to, without an agreed draft. Raises DeadEndError if no token is legal there."""
+        """Of a row that the text reaches, without an agreed draft. Raises DeadEndError if no token is legal there."""
         if row in self._dead_ends:
             raise self._dead_ends[row]
         return self._choices[row]
@@ -182,7 +182,7 @@ class RuledRows:
     def _choose(self) -> None:
         """Set the choices of the rows that may be emitted, and the masks of those that must be run again.
 
-        A row without a legal token ends its path: it is an error only if the text comes to it.
+        A row without a legal token ends its path. It is an error only if the text reaches it.
         """
         self._choices, self._dead_ends, self._again = {}, {}, {}
         self._agreed = self._agreed_rows()
@@ -219,7 +219,7 @@ class RuledRows:
         return agreed
 
     def _leads_to(self, row: int) -> bool:
-        """Whether the text may come to a row, by what is known of the rows before it."""
+        """Whether the text may reach a row, by what is known of the rows before it."""
         if not row:
             return True
         tree = self._walk.tree
@@ -288,7 +288,7 @@ class RuledRows:
         return mask if self._biases is None else mask & self._biases.others
 
     def _move(self, row: int) -> None:
-        """Move the rules to the place behind the row's node."""
+        """Move the rules to the row's node, so that it is the last token taken."""
         self._rules.move(self._walk.tree.ids, self._walk.tree.parents, self._at, row)
         self._at = row
 

@@ -3,8 +3,8 @@
 A node's rules are those of its path. The search takes the nodes with the highest products of probabilities first, as
 :func:`trimode.runtime.decoding.draft_tree.likeliest_nodes` does, and moves the rules along: mostly from a node to its
 child, since a sure draft is a chain. Of a node's candidates, the best legal one is found at once, and the others are
-checked when their turn comes. The probability of illegal ones is shared out among those behind them. A token that the
-grammar forces is the only child of its node and has probability 1.
+checked when they are the next best. The probability of illegal ones is redistributed over the next ones. A token
+that the grammar forces is the only child of its node and has probability 1.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from trimode.runtime.decoding.draft_tree import DraftTree
 from trimode.runtime.decoding.token_rules import TokenRules, Walk
 from trimode.runtime.executor import Ints
 
-DOUBTFUL_RANK = 8  # of a place's best legal candidate, from which on the verifier may report no legal one at all
+DOUBTFUL_RANK = 8  # of a position's best legal candidate, from which on the verifier may report no legal one at all
 
 
 class Drafted(NamedTuple):
-    """A draft's candidates of the places ``first``, ``first`` + 1, ... of a block, best first.
+    """A draft's candidates of the positions ``first``, ``first`` + 1, ... of a block, best first.
 
     tokens, log_probs: [D, k].
     """
@@ -48,16 +48,16 @@ class _Waiting(NamedTuple):
     """A candidate that may become a node. cost: negative logarithm of its path's product. rank: None if forced."""
 
     cost: float
-    order: int  # of equal costs, the one that waited first comes first
+    order: int  # of equal costs, the one added first comes first
     parent: int
     rank: int | None
     token: int
 
 
 def legal_tree(rules: TokenRules, pending_token: int, drafted: Drafted, most: int, deepest: int) -> RuledTree:
-    """The tree of the pending token and the likeliest legal drafts behind it; ``most`` nodes, fewer if there are fewer.
+    """The tree of the pending token and the likeliest legal drafts after it; ``most`` nodes, fewer if there are fewer.
 
-    Tokens that the grammar forces may lie before the drafted places and behind them. deepest: most drafts of a path.
+    Tokens that the grammar forces may come before and after the drafted positions. deepest: most drafts of a path.
     """
     return _Search(rules, pending_token, drafted, deepest).found(most)
 
@@ -70,12 +70,12 @@ class _Search:
         self._drafted = drafted
         self._deepest = deepest
         self._ids, self._parents, self._depths, self._costs = [pending_token], [-1], [0], [0.0]
-        self._legal_shares = [1.0]  # probability of the candidates behind a node that are not known to be illegal
+        self._legal_shares = [1.0]  # probability of the candidates after a node that are not known to be illegal
         self._forced: dict[int, int | None] = {}  # as of Walk
         self._doubtful: set[int] = set()
         self._waiting: list[_Waiting] = []
         self._pushed = 0
-        self._at = 0  # the node that the rules are behind
+        self._at = 0  # the node that the rules have taken last
 
     def found(self, most: int) -> RuledTree:
         self._expand()
@@ -111,7 +111,7 @@ class _Search:
         self._expand()
 
     def _expand(self) -> None:
-        """Let the first candidate behind the newest node wait; the rules are there."""
+        """Add the first candidate after the newest node to the queue; the rules are at this node."""
         node = self._at
         if self._rules.ended:
             return
@@ -128,13 +128,13 @@ class _Search:
             else:
                 self._pass_over(node, 0)
         elif beyond > 0:
-            self._doubtful.add(node)  # behind forced tokens that no draft has seen
+            self._doubtful.add(node)  # after forced tokens that the draft pass did not have
 
     def _pass_over(self, node: int, rank: int) -> None:
-        """Let the next legal candidate behind a node wait in place of an illegal one; the rules are at the node."""
+        """Add the next legal candidate after a node to the queue, not an illegal one; the rules are at the node."""
         place = self._place(node)
-        behind = self._rules.first_legal(self._drafted.tokens[place, rank + 1 :])
-        next_rank = None if behind is None else rank + 1 + behind
+        skipped = self._rules.first_legal(self._drafted.tokens[place, rank + 1 :])
+        next_rank = None if skipped is None else rank + 1 + skipped
         if (next_rank is None or next_rank >= DOUBTFUL_RANK) and node not in self._parents:
             self._doubtful.add(node)
         if next_rank is not None:
@@ -143,13 +143,13 @@ class _Search:
 
     def _wait(self, node: int, rank: int) -> None:
         place = self._place(node)
-        # Candidates behind illegal ones have at most what these leave, up to rounding.
+        # Candidates after illegal ones have at most the remaining probability, up to rounding.
         share = max(self._legal_shares[node], 1e-9)
         cost = max(0.0, math.log(share) - float(self._drafted.log_probs[place, rank]))
         self._push(self._costs[node] + cost, node, rank, int(self._drafted.tokens[place, rank]))
 
     def _place(self, node: int) -> int:
-        """The row of the drafts that has the candidates behind a node."""
+        """The row of the drafts that has the candidates after a node."""
         return self._depths[node] + 1 - self._drafted.first
 
     def _push(self, cost: float, node: int, rank: int | None, token: int) -> None:

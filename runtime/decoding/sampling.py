@@ -38,7 +38,7 @@ class UniformNumbers:
 
     def _chunk(self, number: int, draw: int) -> NDArray[np.float64]:
         if (number, draw) not in self._chunks:
-            # Positions only grow, so chunks behind the current one are not needed again.
+            # Positions only grow, so chunks before the previous one are not needed again.
             self._chunks = {key: chunk for key, chunk in self._chunks.items() if key[0] >= number - 1}
             generator = np.random.Generator(np.random.Philox(key=self._seed, counter=[0, 0, draw, number]))
             self._chunks[number, draw] = generator.random(self._CHUNK)

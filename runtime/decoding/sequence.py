@@ -10,8 +10,9 @@ Every cycle drafts zero or more bidirectional passes until its block is full, th
 | ``auto`` | chosen each cycle | as ``linear_spec``, or ``ar`` with a block of one | as ``linear_spec`` |
 
 AR is speculation with a block of one. Tokens that a grammar forces, tokens that prompt lookup copies, and tokens that
-the last commit predicted behind a rejected draft are drafts without a bidirectional pass. A :class:`Sequence` is one
-answer's state: it states which pass it needs next and absorbs the result, so sequences of all modes can share a batch.
+the last commit predicted after a rejected draft are drafts without a bidirectional pass. A :class:`Sequence` is one
+answer's state: it determines which pass it needs next and receives the result, so sequences of all modes can share a
+batch.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ from trimode.runtime.request.outputs import (
 from trimode.runtime.request.sampling_params import SamplingParams
 
 PassKind = Literal["prefill", "draft", "denoise", "commit"]
-TREE_RANKS = 8  # candidates of each place that may be nodes of a tree
+TREE_RANKS = 8  # candidates of each position that may be nodes of a tree
 # Most tokens of a prefill pass that needs the logits of all its rows, which a CPU computes over the whole vocabulary.
 PROMPT_LOGPROB_STEP = 128
 NO_BLOCK = np.empty(0, np.int64)
@@ -96,14 +97,14 @@ class Sequence:
     for any number. lookup: copied drafts, None if the request has none. begun: the answer's first tokens, which another
     process has emitted.
 
-    The begun tokens are *replayed*: blocks of them are committed without drafts, in passes of the length that the mode
-    has, so that KV rows, penalties, rules and budgets become those of the process that emitted them.
+    The begun tokens are *replayed*: they are committed in blocks of the mode's length, without drafts, so that KV rows,
+    penalties, rules and budgets become those of the process that emitted them.
 
-    With rules, tokens that the grammar forces enter a block without a draft, illegal drafts are replaced by the draft's
-    own next best, trees have legal nodes only (:mod:`trimode.runtime.decoding.ruled_tree`), and every emitted token is
+    With rules, tokens that the grammar forces enter a block without a draft, illegal drafts are replaced by the next
+    best candidate, trees have legal nodes only (:mod:`trimode.runtime.decoding.ruled_tree`), and every emitted token is
     chosen among its row's legal candidates (:mod:`trimode.runtime.decoding.ruled_rows`).
 
-    With rules, a rejected draft is often one wrong value in the right structure. So the candidates of the rows behind
+    With rules, a rejected draft is often one wrong value in the right structure. So the candidates of the rows after
     it are *kept*: the best legal ones are the drafts of the next block, unless a draft pass is expected to yield more.
     """
 
@@ -147,7 +148,7 @@ class Sequence:
         self._mask_id = mask_id
         self._prefill_step = prefill_step
         self._block = NO_BLOCK
-        self._masks = 0  # places of the block that are not settled
+        self._masks = 0  # positions of the block that are not settled
         self._forced_places: set[int] = set()  # of the block, or of its tree's nodes
         self._forced_run: list[int] | None = None  # the tokens after the pending token that are known, once they are
         self._walk: Walk | None = None  # of the rules along the block
@@ -157,20 +158,20 @@ class Sequence:
         self._source: DraftSource = NO_DRAFTS  # of the block's drafts
         self._tree: DraftTree | None = None  # of the block
         self._tree_width: int | None = params.tree_width  # for the block
-        self._likeliest: list[int] = []  # the likeliest token of each place of the block's draft
+        self._likeliest: list[int] = []  # the likeliest token of each position of the draft
         self._drafted_tokens = 1  # of the block as it was opened
         self._rules = rules
         self._biases = biases
         self._most_step = most_step
         self._ruled_rows: RuledRows | None = None  # of the causal pass in progress
         self._again: tuple[Ints, Words] | None = None  # its rows to run again, with their masks
-        self._drafted: dict[int, Ints] = {}  # the draft's candidates [k], by place
+        self._drafted: dict[int, Ints] = {}  # the draft's candidates [k], by position of the block
         self._doubtful_rows: set[int] = set()  # of the block: their best candidates are probably illegal
         self._again_rate = again_rate or AgainRate()
         # Of the block, in diffusion:
         self._masks_at_first = 0
         self._denoise_passes = 0
-        self._block_logprobs: dict[int, dict[int, Logprob]] = {}  # by place
+        self._block_logprobs: dict[int, dict[int, Logprob]] = {}  # by position of the block
 
     @property
     def tokens(self) -> list[int]:
@@ -450,8 +451,9 @@ class Sequence:
         self._block, self._masks = np.array(self._tree.ids), 0
 
     def _repair_drafts(self, rules: TokenRules) -> None:
-        """Replace illegal drafts by the best legal candidate of their place, and places that the grammar forces by what
-        it forces. The block ends before a place without a legal candidate, or behind what is forced after its end.
+        """Replace illegal drafts by the best legal candidate of their position, and the tokens of positions that the
+        grammar forces by the forced ones. The block ends before a position without a legal candidate, or after the
+        tokens that are forced after its last draft.
         """
         drafted, drafts, forced_tokens = len(self._block), list[int](), dict[int, int | None]()
         while not rules.ended:
@@ -497,7 +499,7 @@ class Sequence:
             self._block, self._masks = NO_BLOCK, 0
 
     def _place_end_of_thinking(self) -> None:
-        """Put the end of thinking wherever the budget runs out, so that the next passes attend to it.
+        """Insert the end of thinking where the budget is used up, so that the next passes attend to it.
 
         NVIDIA's code does so when it opens the block. Here each pass repeats it, since the block may open ``<think>``,
         also more than once.
@@ -553,8 +555,8 @@ class Sequence:
             self._lookup.observe(self.emitted[before + known :], ended)
         self.rejected = rest if tested > agreed else []
         if self._rules is not None:
-            behind = range(agreed + 1, len(self._block)) if tree is None else ()
-            self._kept.keep({row - agreed: found.tokens[row] for row in behind})
+            later = range(agreed + 1, len(self._block)) if tree is None else ()
+            self._kept.keep({row - agreed: found.tokens[row] for row in later})
         self.counts.cycles += 1
         self.counts.trees += tree is not None
         self.counts.drafted += drafted
@@ -570,12 +572,12 @@ class Sequence:
         return DraftRecord(self._block.tolist(), None if self._tree is None else self._tree.parents, path, choice)
 
     def _observe_tree(self, tree: DraftTree, emitted: list[int], ended: bool) -> None:
-        """Learn what the block alone would have yielded, and how many tokens came because of the tree."""
+        """Learn what the chain alone would have yielded, and how many tokens the tree has gained."""
         chain = self._likeliest
         compared = min(len(chain), len(emitted))
         agreed = next((place for place in range(compared) if chain[place] != emitted[place]), compared)
         tested = min(agreed + 1, compared)
-        # The likeliest path comes first, so its nodes are places. What the grammar forces says nothing about the draft.
+        # The likeliest path comes first, so its nodes are positions. Forced tokens say nothing about the draft.
         path = len(tree.likeliest_path(0))
         forced, untested = (
             len([place for place in self._forced_places if place <= min(last, path)]) for last in (agreed, tested)
@@ -606,10 +608,10 @@ class Sequence:
         origin: Origin,
         follow: Callable[[int, int], int | None],
     ) -> tuple[list[int], list[int]]:
-        """Emit the tokens of causal rows, as long as each is drafted; returns the rows, and the rows behind accepted
+        """Emit the tokens of causal rows, as long as each is drafted; returns the rows, and the rows after accepted
         drafts.
 
-        positions: absolute positions of the rows' tokens. follow: the row behind a row if this is its token, None if
+        positions: absolute positions of the rows' tokens. follow: the row that follows a row with this token, None if
         the token is not drafted.
         """
         draw = self._draw(found, positions)
@@ -652,7 +654,7 @@ class Sequence:
         return draw
 
     def _emit_denoised(self) -> None:
-        """Emit the block behind its pending token, up to the end of the text."""
+        """Emit the block after its pending token, up to the end of the text."""
         for place, token in enumerate(self._block[1:].tolist(), start=1):
             if self.params.logprobs is not None:
                 replayed = len(self.emitted) < len(self.begun)

@@ -1,4 +1,4 @@
-"""The thinking budget: the number of tokens behind ``<think>`` after which ``</think>`` is forced."""
+"""The thinking budget: the number of tokens after ``<think>`` at which ``</think>`` is forced."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ class ThinkingIds(NamedTuple):
         return ids
 
     def leave_open(self, prompt: list[int], thinking: bool | None) -> bool:
-        """Whether a prompt ends inside a thought. thinking: whether it does, if that is known; otherwise its last mark
-        decides.
+        """Whether a prompt ends inside a thought. thinking: whether it does, if that is known; otherwise the last
+        ``<think>`` or ``</think>`` decides.
         """
         marks = [token for token in prompt if token in self] if thinking is None else []
         return bool(marks) and marks[-1] == self.begin if thinking is None else thinking
 
 
 class ThinkingBudget:
-    """Counts the tokens behind an open ``<think>``, whether the prompt or the answer opened it.
+    """Counts the tokens after an open ``<think>``, which the prompt or the answer has opened.
 
     tokens: how many may come before thinking is closed. thinking: as in :meth:`ThinkingIds.leave_open`.
     """
@@ -66,7 +66,7 @@ class ThinkingBudget:
             self._open, self._thought = True, 0
 
     def ends_among(self, tokens: list[int]) -> list[int]:
-        """Indices of the next ``tokens`` at which thinking must end. A mask counts as a thought."""
+        """Indices of the next ``tokens`` at which thinking must end. A mask token counts as a token of the thought."""
         ahead, ends = copy(self), []
         for index, token in enumerate(tokens):
             if ahead.spent:

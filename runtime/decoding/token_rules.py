@@ -1,7 +1,7 @@
 """Which tokens may come next in one answer: its grammar, and the tokens and words that the request allows or bans.
 
-A grammar begins after the thought. In a thought, every token is legal but the end tokens, since the answer is yet to
-come.
+A grammar begins after the thought. In a thought, every token is legal except the end tokens, because the answer
+has not begun.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ _SINGLE_CHECKS = 8  # tokens that are checked one by one before the mask is comp
 
 
 class DeadEndError(GrammarError):
-    """No token is legal at some place of an answer."""
+    """No token is legal at some position of an answer."""
 
 
 class Walk(NamedTuple):
-    """Drafts of an answer, and what the grammar says of the rows of a pass that verifies them.
+    """Drafts of an answer, and which tokens the grammar forces in the rows of a pass that verifies them.
 
-    tree: the newest token taken, and the drafts behind it. Row i of the pass is behind node i and its ancestors.
-    forced: for each row that the text may come to, the token that the grammar forces there, None where it forces none.
-    The text comes to no row behind an illegal draft, or behind an end token.
+    tree: the newest token taken, and the drafts after it. Row i of the pass predicts the token after node i.
+    forced: for each row that the text may reach, the token that the grammar forces there, None if it forces none. The
+    text reaches no row after an illegal draft or after an end token.
     """
 
     tree: DraftTree
     forced: dict[int, int | None]
 
     def legal_child(self, row: int, token: int) -> int | None:
-        """The row behind this one if the token is drafted, legal, and no end of the text; otherwise None."""
+        """The row that follows if the token is drafted, legal, and does not end the text; otherwise None."""
         child = self.tree.child(row, token)
         return child if child in self.forced else None
 
@@ -47,7 +47,7 @@ class Walk(NamedTuple):
 class TokenRules:
     """The rules of one answer. Tokens are taken as they are emitted; drafts are taken and undone.
 
-    vocab_size: of the model. ends: tokens that end the text. grammar: None for free text. thought_end: the token behind
+    vocab_size: of the model. ends: tokens that end the text. grammar: None for free text. thought_end: the token after
     which the grammar begins; None if it begins at once. allowed: the only legal tokens, None for all. banned: tokens
     that are never legal. min_tokens: tokens before which no token of ``ends`` is legal, unless the grammar is complete
     before. bad_words: None if there are none.
@@ -77,7 +77,7 @@ class TokenRules:
         always &= token_bits(vocab_size, range(vocab_size)) & ~token_bits(vocab_size, banned)
         self._always = _Static.of(always)
         self._always_without_ends = _Static.of(always & ~token_bits(vocab_size, ends))
-        self._changes = min_tokens > 0 or thought_end is not None  # whether the static mask depends on the place
+        self._changes = min_tokens > 0 or thought_end is not None  # whether the static mask depends on the tokens taken
 
     @property
     def complete(self) -> bool:
@@ -134,14 +134,14 @@ class TokenRules:
         """Take the first legal one of some tokens; returns its index, None if there is none."""
         if self.take_if_legal(int(tokens[0])):
             return 0
-        behind = self.first_legal(tokens[1:])
-        if behind is None:
+        skipped = self.first_legal(tokens[1:])
+        if skipped is None:
             return None
-        self.take(int(tokens[1 + behind]))
-        return 1 + behind
+        self.take(int(tokens[1 + skipped]))
+        return 1 + skipped
 
     def take(self, token: int) -> None:
-        """A token that was emitted or drafted. Raises ValueError if the grammar does not allow it."""
+        """Take a token that was emitted or drafted. Raises ValueError if the grammar does not allow it."""
         if not self._take(token):
             raise ValueError(f"token {token} is not legal here")
 
@@ -169,7 +169,7 @@ class TokenRules:
         return run
 
     def walk(self, ids: list[int]) -> Walk:
-        """Along the newest token taken and a chain of drafts behind it."""
+        """Along the newest token taken and a chain of drafts after it."""
         forced = {0: self.forced_token}
         taken = 0
         for token in ids[1:]:
@@ -199,7 +199,7 @@ class TokenRules:
 
     @property
     def ended(self) -> bool:
-        """Whether an end token of the grammar was taken, behind which nothing is legal."""
+        """Whether an end token of the grammar was taken, after which nothing is legal."""
         return self._matcher is not None and self._matcher.ended
 
     def _take(self, token: int) -> bool:
