@@ -122,10 +122,10 @@ def _ignore(_update: Any) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batches", default="1,16", help="requests at once, with commas")
+    parser.add_argument("--batches", default="1,16", help="concurrent requests, with commas")
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
-    table = Table("setting", "requests", "ms a cycle", "tokens a cycle of one request")
+    table = Table("setting", "requests", "ms per cycle", "tokens per cycle of one request")
     for batch in map(int, arguments.batches.split(",")):
         found: dict[str, list[tuple[float, float]]] = {name: [] for name in SETTINGS}
         for turn in range(arguments.rounds + 1):

@@ -130,7 +130,7 @@ class Replayed(NamedTuple):
 
 
 class Replay:
-    """A scheduler that answers ``load`` recorded prompts at once. What it learns stays from one run to the next."""
+    """A scheduler that answers ``load`` recorded prompts concurrently. What it has learnt is kept between runs."""
 
     def __init__(self, texts: Sequence[Text], table: CostTable, load: int) -> None:
         self._texts = texts

@@ -1,4 +1,4 @@
-"""Compare ways to draft on machines that need not be at hand: recorded drafts over cost tables.
+"""Compare ways to draft on machines that are not available: replay recorded drafts with cost tables.
 
     python -m scripts.drafting.simulate record engines/tiny-cpu engines/tiny-weak-cpu --out engines/drafts
     python -m scripts.drafting.simulate compare engines/drafts --cpu engines/tiny-cpu --out engines/drafting.json
@@ -6,9 +6,9 @@
     python -m scripts.drafting.simulate tokens engines/drafts
     python -m scripts.drafting.simulate check engines/tiny-cpu engines/drafts/tiny-cpu-structured.npz
 
-``record`` runs the engines: the texts of three kinds of prompts, and the drafts behind each of their tokens.
-``compare`` replays them through the runtime's scheduler. ``tokens`` prints tokens a cycle of trees beside those of
-blocks, with intervals. ``check`` compares the prediction for this CPU with runs of the engine, in processor time by
+``record`` runs the engines: the answers to three kinds of prompts, and the drafts after each of their tokens.
+``compare`` replays them through the runtime's scheduler. ``tokens`` prints the tokens per cycle of trees and of chains,
+with intervals. ``check`` compares the prediction for this CPU with runs of the engine, in processor time by
 default, so that it can run beside other work.
 """
 
@@ -54,7 +54,7 @@ GPUS = ("dgx-spark", "b200")
 PROMPTS = 20
 RESAMPLES = 2000
 
-# By machine, drafter, kind of prompts, load and policy: tokens a second.
+# By machine, drafter, kind of prompts, load and policy: tokens per second.
 Speeds = dict[str, dict[str, dict[str, dict[str, dict[str, float]]]]]
 
 
@@ -130,21 +130,21 @@ def draw(found: Speeds, path: Path) -> None:
         for drafter, by_kind in by_drafter.items():
             kinds = {kind: by_kind[kind] for kind in KINDS if kind in by_kind}
             loads = list(next(iter(kinds.values())))
-            shown = {"tree / linear": ("-", TREES, LINEAR), "auto / fastest fixed": (":", ["auto"], FIXED)}
+            shown = {"tree / chain": ("-", TREES, LINEAR), "auto / best fixed setting": (":", ["auto"], FIXED)}
             for name, (style, *sides) in shown.items():
                 values = [ratio(kinds, load, *sides) for load in loads]
-                axes.plot([int(load) for load in loads], values, style, marker=".", label=f"{name}, {drafter}")
+                axes.plot([int(load) for load in loads], values, style, marker=".", label=f"{name}, {drafter} drafter")
         axes.axhline(1, color="grey", linewidth=0.5)
-        axes.set(title=machine, xscale="log", xlabel="requests at once")
+        axes.set(title=machine, xscale="log", xlabel="concurrent requests")
         axes.set_xticks([int(load) for load in loads], loads)
-    figure.axes[0].set_ylabel("tokens a second, ratio")
+    figure.axes[0].set_ylabel("tokens per second, ratio")
     figure.axes[0].legend(fontsize=7)
     figure.savefig(path, dpi=120)
 
 
 def tokens(folder: Path) -> list[str]:
-    """Tokens a cycle of blocks of 32 and of trees of 32 nodes; their ratio with its 95 % interval over prompts."""
-    lines = ["| recording | block of 32 | tree of 32 | ratio |", "|---|---|---|---|"]
+    """Tokens per cycle of chains of 32 and of trees of 32 nodes; their ratio with its 95 % interval over prompts."""
+    lines = ["| recording | chain of 32 | tree of 32 | ratio |", "|---|---|---|---|"]
     flat = CostTable.of("flat", "every pass alike", lambda _engine, _batch, _step: 1e-3)
     for path in sorted(folder.glob("*.npz")):
         texts = read(path)
