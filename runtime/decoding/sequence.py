@@ -523,6 +523,8 @@ class Sequence:
             positions = [first + depth for depth in tree.depths]
         before, known = len(self.emitted), len(self._forced_run or ())
         expected = known + expected_tokens(self._source, len(drafts) - known)
+        if tree is not None and self.params.mode == "auto":
+            expected += self.acceptance.tree_gain(min(self._tree_width or 1, len(tree)))
 
         def next_in_chain(row: int, token: int) -> int | None:
             return row + 1 if row < len(drafts) and token == drafts[row] else None
