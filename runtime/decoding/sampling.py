@@ -73,8 +73,8 @@ class Sampler:
             return tokens[:, 0]
         weights = kept_weights(logits, self._params)
         cumulative = weights.cumsum(axis=-1)
-        below = cumulative <= self._numbers.at(positions, draw)[:, None] * cumulative[:, -1:]
-        chosen: Ints = tokens[places(len(tokens)), below.sum(axis=-1)]
+        reached = cumulative > self._numbers.at(positions, draw)[:, None] * cumulative[:, -1:]
+        chosen: Ints = tokens[places(len(tokens)), reached.argmax(axis=-1)]
         return chosen
 
     def by_row(self, logits: Reals, tokens: Ints, positions: Sequence[int]) -> Callable[[int], int]:
@@ -122,7 +122,10 @@ def kept_weights(logits: Reals, params: SamplingParams) -> NDArray[np.float64]:
     """
     temperature = 1.0 if params.temperature is None else params.temperature
     with np.errstate(over="ignore"):  # a tiny temperature: -inf, whose weight is 0
-        weights = np.exp((logits.astype(np.float64) - logits[:, :1]) / temperature)
+        weights = logits.astype(np.float64)
+        weights -= logits[:, :1]
+        weights /= temperature
+        np.exp(weights, out=weights)
     if params.top_k:
         weights[:, params.top_k :] = 0
     if params.top_p:
