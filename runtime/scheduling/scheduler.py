@@ -220,10 +220,10 @@ class Scheduler:
         """
         choices: dict[Request, Opening] = {}
         for request in opening:
+            sequence = request.sequence
+            if not sequence.drafts_vary or sequence.replaying:
+                continue
             try:
-                sequence = request.sequence
-                if sequence.replaying:
-                    continue
                 copy_yields = sequence.look_up()
                 if copy_yields or sequence.params.mode == "auto":
                     choices[request] = Opening(sequence, copy_yields)
