@@ -6,7 +6,7 @@ drafts of the source. A tree is not a source: it is a wider choice among the can
 
 from __future__ import annotations
 
-from itertools import accumulate
+from itertools import accumulate, takewhile
 from operator import mul
 from typing import Protocol
 
@@ -79,8 +79,8 @@ class KeptDrafts:
         """
         self.candidates = {}
         if self._kept:
-            likely = sum(product >= LEAST_KEPT for product in accumulate(self._acceptance.rates, mul))
-            end = min(known + likely + 1, room)
+            likely = takewhile(lambda product: product >= LEAST_KEPT, accumulate(self._acceptance.rates, mul))
+            end = min(known + len(list(likely)) + 1, room)
             self.candidates = {place: found for place, found in self._kept.items() if known < place < end}
 
     def propose(self, count: int) -> list[int]:

@@ -17,8 +17,8 @@ a tree (a chain is a tree); the legal tokens of a row depend only on the path of
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -122,12 +122,14 @@ class RuledRows:
         masks = None
         if masked and not self._logprobs:
             masks = np.full((rows, self._rules.words), ~np.uint32(0))
-            with self._moving():
+            try:
                 for row in sorted(masked):
                     if row in forced and forced[row] is None:
                         with suppress(DeadEndError):
                             masks[row] = self._mask_of_unbiased(row)
                             self._masked.add(row)
+            finally:
+                self._move(0)
         biased = [] if self._biases is None else self._biases.ids.tolist()
         if biased or self._logprobs:
             self._asked = np.zeros((rows, len(biased) + self._logprobs), np.int64)
@@ -187,7 +189,7 @@ class RuledRows:
         self._choices, self._dead_ends, self._again = {}, {}, {}
         self._agreed = self._agreed_rows()
         self._reached = set(self._agreed)
-        with self._moving():
+        try:
             for row, forced in self._walk.forced.items():
                 if row in self._agreed or not self._leads_to(row):
                     continue
@@ -200,6 +202,8 @@ class RuledRows:
                     self._reached.add(row)
                 except DeadEndError as error:
                     self._dead_ends[row] = error
+        finally:
+            self._move(0)
 
     def _agreed_rows(self) -> dict[int, int]:
         """The first rows of greedy decoding whose token is drafted, forced or best. Each with its token."""
@@ -291,11 +295,3 @@ class RuledRows:
         """Move the rules to the row's node, so that it is the last token taken."""
         self._rules.move(self._walk.tree.ids, self._walk.tree.parents, self._at, row)
         self._at = row
-
-    @contextmanager
-    def _moving(self) -> Iterator[None]:
-        """Move the rules back to the first row at the end."""
-        try:
-            yield
-        finally:
-            self._move(0)

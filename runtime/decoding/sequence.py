@@ -364,7 +364,7 @@ class Sequence:
         else:
             masked = self._doubtful_rows if self._again_rate.pays else ()
         masks, asked = self._ruled_rows.inputs(masked)
-        return needed._replace(masks=masks, asked=asked)
+        return needed if masks is None and asked is None else needed._replace(masks=masks, asked=asked)
 
     def absorb(self, done: Pass, found: Candidates) -> None:
         """Process a pass's candidates: logits, tokens [R, k] and log_sum_exp [R] of its rows."""
