@@ -29,7 +29,7 @@ def emit_test_kernels(folder: Path, sm: int) -> int:
     from tests.support.gpu_kernels import compile_kernels
 
     listed = folder / "tested_kernels.json"
-    subprocess.run([*PYTEST, TESTS, f"--list-kernels={listed}"], cwd=ROOT, check=True)
+    subprocess.run([*PYTEST, TESTS, f"--list-kernels={listed}", f"--sm={sm}"], cwd=ROOT, check=True)
     return compile_kernels(listed, folder / KERNELS, sm)
 
 

@@ -33,6 +33,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--gpu", action="store_true", help="execute the kernel tests' kernels on a GPU")
     group.addoption("--kernels", type=Path, default=Path(".gpu/tests"), help="kernels compiled for --gpu")
     group.addoption("--list-kernels", type=Path, help="write the kernels that the kernel tests launch to this file")
+    group.addoption("--sm", type=int, help="of --list-kernels: list those that fit this GPU, 90 for 9.0")
 
 
 def _option(config: pytest.Config, name: str) -> Any:
@@ -56,7 +57,7 @@ def pytest_configure(config: pytest.Config) -> None:
         from tests.support.gpu_kernels import ListedKernels, draw_the_same_cases_everywhere
 
         draw_the_same_cases_everywhere()
-        config.stash[_EXECUTOR] = Executed.by = ListedKernels()
+        config.stash[_EXECUTOR] = Executed.by = ListedKernels(_option(config, "sm"))
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -1,8 +1,9 @@
 """The kernel tests on a GPU: ``pytest tests/plugins --gpu`` executes compiled kernels in place of the interpreter.
 
 Kernels are compiled beforehand, on any machine, from a list of those that the tests launch. ``pytest tests/plugins
---list-kernels FILE`` writes the list, and :func:`compile_kernels` compiles it. Random cases are the same in both runs
-(:func:`draw_the_same_cases_everywhere`), so the list is complete for one version of hypothesis.
+--list-kernels FILE --sm 90`` writes the list, and :func:`compile_kernels` compiles it. Random cases are the same in
+both runs, so the list is complete for one version of hypothesis (:func:`draw_the_same_cases_everywhere`). hypothesis
+draws other cases after one that was left out, so both runs leave out the same ones.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import astuple
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import hypothesis
 import pytest
@@ -69,18 +70,42 @@ class TestedKernel(NamedTuple):
     def compiles_soon(self) -> bool:
         return self.real != "fp32" or self.tactic.constants.get("BLOCK_M", 0) <= _MOST_FP32_ROWS
 
+    def fits(self, sm: int) -> bool:
+        """Whether it fits a GPU, 90 for 9.0. Some do not, since the tests take any tactic with any sizes."""
+        from trimode.plugins.compilation import compile_operator
+
+        return compile_operator(OPERATORS[self.operator], self.constants, self.tactic, self.real, sm).fits
+
+
+def leave_out(kernel: TestedKernel) -> NoReturn:
+    """End the test, or the random case: another one may have a kernel."""
+    if hypothesis.currently_in_test_context():
+        hypothesis.reject()
+    pytest.skip(f"{kernel} is not compiled")
+
 
 class ListedKernels:
-    """Executes launches in the interpreter, and lists their kernels."""
+    """Executes launches in the interpreter, and lists their kernels: those that compile within seconds and, if ``sm``
+    is given, that fit this GPU. Leaves out what launches others.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, sm: int | None = None) -> None:
+        self._sm = sm
         self._kernels: dict[tuple[Real, str], TestedKernel] = {}
+        self._left_out: set[tuple[Real, str]] = set()
 
     def __call__(self, launched: KernelLaunch) -> dict[str, Traffic]:
         from tests.support.kernel_functions import interpreted
 
         kernel = TestedKernel.of(launched)
-        self._kernels[kernel.real, kernel.name] = kernel
+        key = kernel.real, kernel.name
+        if key not in self._kernels and key not in self._left_out:
+            if kernel.compiles_soon and (self._sm is None or kernel.fits(self._sm)):
+                self._kernels[key] = kernel
+            else:
+                self._left_out.add(key)
+        if key in self._left_out:
+            leave_out(kernel)
         return interpreted(launched)
 
     def write(self, file: Path) -> None:
@@ -92,17 +117,13 @@ class ListedKernels:
 
 
 def listed_kernels(file: Path) -> Iterator[TestedKernel]:
-    """Those of a list that compile within seconds."""
     for real, operator, constants, tiles, warps, stages in json.loads(file.read_text(encoding="utf-8")):
-        kernel = TestedKernel(real, operator, constants, Tactic(tiles, warps=warps, stages=stages))
-        if kernel.compiles_soon:
-            yield kernel
+        yield TestedKernel(real, operator, constants, Tactic(tiles, warps=warps, stages=stages))
 
 
 def compile_kernels(file: Path, folder: Path, sm: int) -> int:
-    """Compile the kernels of a list for one GPU, 90 for 9.0, into ``folder``. Returns the number of those that fit it.
-
-    Some do not, since the tests take any tactic with any sizes.
+    """Compile the kernels of a list for one GPU, 90 for 9.0, into ``folder``. Returns the number of those that fit
+    it.
     """
     from trimode.build.gpu.kernel_emission import NeededKernel, write_library
 
@@ -166,8 +187,7 @@ class GpuKernels:
         library = self._libraries[tested.real]
         if tested.name not in library.index.kernels:
             self.missing.add(key)
-            # Another random case may have a kernel.
-            hypothesis.reject() if hypothesis.currently_in_test_context() else pytest.skip(f"{tested} is not compiled")
+            leave_out(tested)
         entry = library.find(tested.name)
         image = library.cubin(tested.name)
         self._loaded[key] = self._device.load_kernel(image, entry.entry, entry.threads, entry.shared_bytes)

@@ -6,6 +6,16 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scripts.gpu.kernel_launch import node_of, prepare
+from tests.support import gpu_kernels
+from trimode.plugins.operators import OPERATORS
 
 ROOT = Path(__file__).resolve().parents[3]
 PROGRAM = """
@@ -46,3 +56,25 @@ def test_other_loaded_modules_do_not_change_random_cases(tmp_path: Path) -> None
     assert alone != with_another
     assert same == same_with_another
     assert len(set(same)) > 100
+
+
+def test_the_list_has_no_kernel_that_a_gpu_run_would_miss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A random case with such a kernel is left out of the listing run too: hypothesis draws other cases after it."""
+    operator = OPERATORS["RmsNorm"]
+    listed, executed = gpu_kernels.ListedKernels(90), list[int]()
+    monkeypatch.setattr(
+        gpu_kernels.TestedKernel, "fits", lambda kernel, sm: sm == 90 and kernel.constants["WIDTH"] % 2 == 0
+    )
+
+    @settings(derandomize=True, database=None, deadline=None, max_examples=20)
+    @given(st.integers(1, 9))
+    def case(width: int) -> None:
+        inputs: dict[str, Any] = {"x": torch.ones(1, width), "weight": torch.ones(width), "epsilon": torch.ones(1)}
+        listed(prepare(operator, inputs, next(iter(operator.tactics(node_of(inputs)).values()))))
+        executed.append(width)
+
+    case()
+    assert set(executed) == {2, 4, 6, 8}
+    listed.write(tmp_path / "kernels.json")
+    kernels = list(gpu_kernels.listed_kernels(tmp_path / "kernels.json"))
+    assert {kernel.constants["WIDTH"] for kernel in kernels} == {2, 4, 6, 8}
