@@ -84,6 +84,20 @@ def test_candidates_are_the_best_legal_tokens_of_the_whole_vocabulary(
                 assert rows.logit(0, token) == pytest.approx(float(logits[token]))
 
 
+@pytest.mark.parametrize(("logit", "again"), [(2.5, False), (2.0, True), (1.5, True)])
+def test_a_bias_that_ties_with_the_last_reported_token_may_not_be_the_best(logit: float, again: bool) -> None:
+    """20 is banned. A token between 20 and 30 that is not reported may have the logit 3, too, and comes before 30."""
+    law = TokenRules(VOCABULARY, set(), banned=[20])
+    rows = RuledRows(law, Biases({30: 1.0}, VOCABULARY), law.walk([5]), 2, logprobs=False)
+    rows.inputs([])
+    logits, asked = np.array([[5.0, 3.0]], np.float32), np.array([[logit]], np.float32)
+    found = rows.absorb(Candidates(logits, np.array([[10, 20]]), np.zeros(1, np.float32), asked))
+    assert (found is not None) == again
+    if found is not None:
+        rows.absorb_again(found[0], Candidates(logits, np.array([[10, 25]]), np.zeros(1, np.float32)))
+    assert rows.choice(0).tokens.tolist() == ([10, 25] if again else [10, 30])
+
+
 def counted(rows: RuledRows, doubtful: set[int]) -> tuple[int, int, int]:
     """Rows with masks, rows run again, and rows with enough legal candidates."""
     found: list[tuple[int, int, int]] = []

@@ -46,6 +46,7 @@ def test_cycles_are_summed_by_mode_and_source() -> None:
     ("plan", "tree", "key"),
     [
         (Plan(1, 1, [False]), False, ChoiceKey(1, "none", False)),
+        (Plan(2, 2, [False]), False, ChoiceKey(2, "draft", False)),
         (Plan(16, 16, [False]), False, ChoiceKey(16, "draft", False)),
         (Plan(16, 16, [False], tree=True), True, ChoiceKey(16, "tree", False)),
         (Plan(16, 16, [False], tree=True), False, ChoiceKey(16, "draft", False)),  # the executor verifies no trees
