@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -81,15 +81,28 @@ class Result:
         return {**asdict(self), "right": self.right}
 
 
+class CheckedStep(NamedTuple):
+    """committed: rows of the longest sequence; each of the others has ``apart`` rows less than the one before it."""
+
+    batch: int
+    tokens: int
+    committed: int
+    apart: int = 37
+
+    def __str__(self) -> str:
+        ragged = "" if self.apart == 37 else f", lengths {self.apart} apart"
+        return f"batch {self.batch}, step {self.tokens}, {self.committed} rows{ragged}"
+
+
 @dataclass(frozen=True)
 class CheckSizes:
-    """Sizes of a run. steps: batch, tokens, and committed rows of the longest sequence. rows: of timed
-    products. same_rows: of products that are compared bit for bit. hidden: the inner size of ``qkv``.
+    """Sizes of a run. steps: of attention and of the KV write. rows: of timed products. same_rows: of products that are
+    compared bit for bit. hidden: the inner size of ``qkv``.
     """
 
     attention: dict[str, int]
     splits: int
-    steps: tuple[tuple[int, int, int], ...]
+    steps: tuple[CheckedStep, ...]
     products: dict[str, Product]
     rows: tuple[int, ...]
     same_rows: tuple[int, ...]
@@ -101,10 +114,11 @@ SIZES_8B = CheckSizes(
     ATTENTION,
     SPLITS,
     (
-        *((1, 1, committed) for committed in (0, 512, 4096, 32000)),
-        *((1, 32, committed) for committed in (0, 512, 4096, 32000)),
-        *((1, 64, 4096), (1, 256, 4096), (4, 8, 2000), (4, 32, 2000)),
-        *((16, 1, 4096), (16, 16, 2000), (16, 32, 4096)),
+        *(CheckedStep(1, tokens, committed) for tokens in (1, 32) for committed in (0, 512, 4096, 32000)),
+        *(CheckedStep(1, 64, 4096), CheckedStep(1, 256, 4096), CheckedStep(4, 8, 2000), CheckedStep(4, 32, 2000)),
+        *(CheckedStep(16, 1, 4096), CheckedStep(16, 16, 2000), CheckedStep(16, 32, 4096)),
+        # As many KV rows as the batches before, in sequences of 480 to 7,680 rows.
+        *(CheckedStep(16, tokens, 7680, apart=480) for tokens in (1, 32)),
     ),
     {**PRODUCTS, "head": Product(Int4Product(normed=True), HIDDEN, VOCABULARY)},
     (1, 4, 16, 32, 64, 256, 512),
@@ -115,7 +129,7 @@ SIZES_8B = CheckSizes(
 SMALL_SIZES = CheckSizes(
     {"kv_heads": 2, "group": 2, "head_dim": 64},
     4,
-    ((2, 5, 130), (1, 1, 0)),
+    (CheckedStep(2, 5, 130), CheckedStep(1, 1, 0)),
     {
         "fused": Product(Int4Product(adapter=True, residual=True), 256, 130, 16),
         "split": Product(Int4Product(split=True, adapter=True, residual=True, for_norm=True), 2048, 130, 16),
@@ -169,20 +183,21 @@ def _generator(host: Host, seed: int) -> torch.Generator:
     return torch.Generator(host.device).manual_seed(seed)
 
 
-def _write_inputs(host: Host, sizes: CheckSizes, batch: int, step: int, committed: int) -> dict[str, Tensor]:
-    """A pool of random rows; sequences are 37 rows apart in length."""
+def _write_inputs(host: Host, sizes: CheckSizes, checked: CheckedStep) -> dict[str, Tensor]:
+    """With a pool of random rows."""
     random = _generator(host, 2)
+    batch, step, committed, apart = checked
     capacity = -(-(committed + step + 40) // 64) * 64
     node = KvWrite.node(batch=batch, step=step, capacity=capacity, **sizes.attention)
     inputs = {name: _normal(host, random, *shape) for name, shape in node.shapes.items()}
-    firsts = [max(0, committed - 37 * sequence) for sequence in range(batch)]
+    firsts = [max(0, committed - apart * sequence) for sequence in range(batch)]
     return {**inputs, "write_indices": torch.tensor(firsts, device=host.device)}
 
 
 def _kv_writes(host: Host, sizes: CheckSizes) -> Iterator[Result]:
     operator = KvWrite()
-    for batch, step, committed in sizes.steps:
-        inputs = _write_inputs(host, sizes, batch, step, committed)
+    for checked in sizes.steps:
+        inputs = _write_inputs(host, sizes, checked)
         wanted = {**inputs, **{name: inputs[name].clone() for name in ("k_cache", "v_cache")}}
         expected = (kv_write.kv_write(**wanted), wanted["k_cache"], wanted["v_cache"])
         for number, tactic in operator.tactics(KvWrite.node(batch=1, step=1, capacity=1, **sizes.attention)).items():
@@ -193,7 +208,7 @@ def _kv_writes(host: Host, sizes: CheckSizes) -> Iterator[Result]:
             error = max(distance(*pair) for pair in zip(launched.outputs, expected, strict=True))
             yield Result(
                 operator.name,
-                f"batch {batch}, step {step}, {committed} rows",
+                str(checked),
                 f"{tactic.warps} warps",
                 error,
                 median_microseconds(host, name, [launched], 20),
@@ -203,8 +218,9 @@ def _kv_writes(host: Host, sizes: CheckSizes) -> Iterator[Result]:
 
 def _attention(host: Host, sizes: CheckSizes) -> Iterator[Result]:
     """Attention, and the merge as engines of AWQ's weights launch it: compared together and timed separately."""
-    for batch, step, committed in sizes.steps:
-        written = _write_inputs(host, sizes, batch, step, committed)
+    for checked in sizes.steps:
+        batch, step = checked.batch, checked.tokens
+        written = _write_inputs(host, sizes, checked)
         head_dim = sizes.attention["head_dim"]
         inputs = {name: written[name] for name in ("k_cache", "v_cache", "write_indices")}
         rows = torch.arange(inputs["k_cache"].shape[2], device=host.device)
@@ -232,7 +248,7 @@ def _attention(host: Host, sizes: CheckSizes) -> Iterator[Result]:
                     for sequence in range(batch)
                 ]
             )
-            yield from _attention_and_merge(host, sizes, Attend(pattern), seen, scale, expected, committed)
+            yield from _attention_and_merge(host, sizes, Attend(pattern), seen, scale, expected, str(checked))
 
 
 def _attention_and_merge(
@@ -242,11 +258,9 @@ def _attention_and_merge(
     inputs: dict[str, Tensor],
     output_scale: Tensor,
     expected: Tensor,
-    committed: int,
+    case: str,
 ) -> Iterator[Result]:
-    batch, _, step, _ = inputs["q"].shape
     merge, attributes = MergeSplits(output_scale=True), {"splits": sizes.splits, "group": sizes.attention["group"]}
-    case = f"batch {batch}, step {step}, {committed} rows"
     rows = [int(first) for first in inputs["write_indices"]]
     for number, tactic in enumerate(Attend.TACTICS, 1):
         over_splits = prepare(operator, inputs, tactic, {"splits": sizes.splits})
@@ -304,9 +318,9 @@ def _products(host: Host, sizes: CheckSizes) -> Iterator[Result]:
 def _qkv_products(host: Host, sizes: CheckSizes) -> Iterator[Result]:
     """Runs cycle through copies of the weights that together exceed the L2 cache."""
     operator = sizes.qkv
-    for batch, step, committed in sizes.steps:
-        written = _write_inputs(host, sizes, batch, step, committed)
-        capacity = written["k_cache"].shape[2]
+    for checked in sizes.steps:
+        written = _write_inputs(host, sizes, checked)
+        (batch, step, *_), capacity = checked, written["k_cache"].shape[2]
         node = operator.qkv_node(batch=batch, step=step, capacity=capacity, inner=sizes.hidden, **sizes.attention)
         columns = node.shapes["scale"][1]
         inputs = product_inputs(host, Product(operator, sizes.hidden, columns), node)
@@ -327,7 +341,7 @@ def _qkv_products(host: Host, sizes: CheckSizes) -> Iterator[Result]:
             traffic = qkv_product_traffic(operator, node, tactic, REAL_BYTES)
             yield Result(
                 operator.name,
-                f"batch {batch}, step {step}, {committed} rows",
+                str(checked),
                 f"{block_m} x {block_n}, {tactic.warps} warps",
                 max(distance(*pair) for pair in zip(found, expected, strict=True)),
                 median_microseconds(host, name, launches, copies),
