@@ -95,7 +95,7 @@ class Counts:
         return Counts(*(mine + theirs for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True)))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)  # not frozen, which would make creation several times slower
 class Update:
     """New tokens and text of one answer. The last update has a finish_reason or an error. prompt_logprobs: in the first
     update of a prompt's first answer, if they were requested.

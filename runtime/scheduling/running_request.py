@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from collections.abc import Callable
 
 from trimode.runtime.decoding.sequence import Sequence
 from trimode.runtime.decoding.text_stream import TextStream
-from trimode.runtime.request.outputs import FinishReason, Update
+from trimode.runtime.request.outputs import Counts, FinishReason, Update
 
 Listener = Callable[[Update], None]
 
@@ -118,7 +117,7 @@ class Request:
                 origins=sequence.origins[begin:],
                 rejected=rejected,
                 cycles=sequence.cycles[begin_cycle:],
-                counts=dataclasses.replace(sequence.counts),
+                counts=Counts(**vars(sequence.counts)),
                 prompt_logprobs=prompt_logprobs,
                 **ending,  # type: ignore[arg-type]
             )
