@@ -44,7 +44,8 @@ class TextStream:
 
     def new_text(self) -> str:
         """The text since the last call, up to what may still become a character or a stop string."""
-        return self._take_to(len(self._decoded) if self.stop else len(self._decoded) - self._possible_stop())
+        self._decode()
+        return self._take_to(len(self._decoded) - self._possible_stop())
 
     def finish(self) -> str:
         """The rest of the text. An incomplete character becomes the replacement character."""
@@ -54,9 +55,9 @@ class TextStream:
         return self._take_to(len(self._decoded))
 
     def _decode(self) -> None:
-        pieces = [self._tokenizer.step(self._stream, token) for token in self._tokens[self._fed :]]
+        pieces = [self._tokenizer.step(self._stream, token) or "" for token in self._tokens[self._fed :]]
         self._fed = len(self._tokens)
-        self._append("".join(piece for piece in pieces if piece))
+        self._append("".join(pieces))
 
     def _append(self, text: str) -> None:
         """Append decoded text, and find the stop string that is complete first."""
@@ -71,8 +72,10 @@ class TextStream:
             self._decoded = self._decoded[: end if self._include_stop else end - len(self._stop)]
 
     def _possible_stop(self) -> int:
-        """Length of the longest suffix of the text that is a prefix of a stop string."""
-        longest = max(map(len, self._stops), default=1) - 1
+        """Length of the longest suffix of the text that may become a stop string; 0 once one was found."""
+        if not self._stops or self._stop is not None:
+            return 0
+        longest = max(map(len, self._stops)) - 1
         for length in range(min(longest, len(self._decoded) - self._returned), 0, -1):
             if any(stop.startswith(self._decoded[-length:]) for stop in self._stops):
                 return length
