@@ -52,7 +52,8 @@ def plan_spans(
     members: list[Member], committed: Many[int], most_rows: int, engine: EngineName, cost: PassCost
 ) -> list[Span]:
     """The passes that take the least time together, in the order in which they must run. The members are cut by their
-    slots, or they are divided into those with short and those with long steps, and both are cut by their slots.
+    slots, or they are divided into those with steps of at most 1, 2, 4, ... tokens and those with longer ones, and both
+    are cut by their slots. A pass is assumed to take longer with more sequences and with a longer step.
 
     committed: KV rows of every active slot. most_rows: rows that a slot may have. No pass reaches past it, padding
     included: a slot too full for its neighbours' step gets a pass of its own.
@@ -62,9 +63,9 @@ def plan_spans(
         return [span_of(members)]
     seconds_of = cache(lambda batch, step: cost.seconds(engine, batch, step))
     plans = [_cut(blocks, committed, most_rows, seconds_of)]
-    for longest_short in sorted({_step(block) for block in blocks})[:-1]:
-        short = [member for member in members if len(member.needed.tokens) <= longest_short]
-        long = [member for member in members if len(member.needed.tokens) > longest_short]
+    for exponent in sorted({(_step(block) - 1).bit_length() for block in blocks})[:-1]:
+        short = [member for member in members if len(member.needed.tokens) <= 1 << exponent]
+        long = [member for member in members if len(member.needed.tokens) > 1 << exponent]
         first = _cut(_blocks(short, committed, most_rows), committed, most_rows, seconds_of)
         second = _cut(_blocks(long, committed, most_rows), _after(short, committed), most_rows, seconds_of)
         plans.append(_Cut(first.seconds + second.seconds, first.spans + second.spans))
@@ -111,21 +112,33 @@ def _cut(
     blocks: list[list[Member]], committed: Many[int], most_rows: int, seconds_of: Callable[[int, int], float]
 ) -> _Cut:
     """The blocks, in order of their slots, cut into the passes that take the least time together."""
+    # Of each block: its first slot, its step, and the most rows of its slots and of those up to the next block.
+    ends = [*[block[0].slot for block in blocks[1:]], blocks[-1][-1].slot + 1]
+    parts = [
+        (block[0].slot, _step(block), max(committed[block[0].slot : end]))
+        for block, end in zip(blocks, ends, strict=True)
+    ]
     # By number of blocks: the least seconds for the first blocks, and where the last span of them begins.
     least, begins = [0.0], [0]
-    for end in range(1, len(blocks) + 1):
-        choices: list[tuple[float, int]] = []
-        last, step, highest = blocks[end - 1][-1].slot, 0, 0
-        for start in range(end - 1, -1, -1):
-            first = blocks[start][0].slot
-            step = max(step, _step(blocks[start]))
-            highest = max(highest, *committed[first : blocks[start + 1][0].slot if start + 1 < end else last + 1])
-            if start < end - 1 and highest + step > most_rows:
+    for end, block in enumerate(blocks, start=1):
+        last, (first, step, _) = block[-1].slot, parts[end - 1]
+        highest = max(committed[first : last + 1])
+        best, begin = least[-1] + seconds_of(last - first + 1, step), end - 1
+        for start in range(end - 2, -1, -1):
+            first, own_step, rows = parts[start]
+            if own_step > step:
+                step = own_step
+            if rows > highest:
+                highest = rows
+            if highest + step > most_rows:
                 break
-            choices.append((least[start] + seconds_of(last - first + 1, step), start))
-        seconds, start = min(choices)
-        least.append(seconds)
-        begins.append(start)
+            seconds = seconds_of(last - first + 1, step)
+            if seconds > best:  # and longer spans take longer
+                break
+            if least[start] + seconds <= best:
+                best, begin = least[start] + seconds, start
+        least.append(best)
+        begins.append(begin)
     spans: list[Span] = []
     end = len(blocks)
     while end:
