@@ -176,3 +176,22 @@ def test_the_merges_reference_is_a_softmax_over_splits() -> None:
     weights = log_sum_exp[:, [0, 2]].softmax(1)
     expected = (partial[:, [0, 2]] * weights[..., None]).sum(1).transpose(1, 2).flatten(2)
     assert distance(merged, expected) < TOLERANCES[torch.float32]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "batch", "step", "queries"),
+    [
+        ("masked", 1, 1, 64),
+        ("masked", 1, 32, 128),
+        ("masked", 16, 32, 64),
+        ("bidirectional", 16, 32, 128),
+        ("bidirectional", 16, 16, 64),
+        ("bidirectional", 16, 64, 64),
+    ],
+)
+def test_the_default_tile(pattern: Pattern, batch: int, step: int, queries: int) -> None:
+    """As measured on an H100 (docs/results-h100.md)."""
+    operator = Attend(pattern)
+    node = operator.node(batch=batch, step=step, capacity=512, splits=16, kv_heads=8, group=4, head_dim=128)
+    number = operator.default_tactic(node, (1, 2, 3))
+    assert operator.tactics(node)[number].constants["BLOCK_M"] == queries
