@@ -156,6 +156,16 @@ def test_a_row_is_doubtful_where_no_likely_candidate_is_legal() -> None:
     assert (len(found.walk.tree), found.doubtful) == (1, {0})
 
 
+@pytest.mark.parametrize(("rank", "doubtful"), [(0, set()), (1, set()), (7, set()), (8, {0}), (9, {0})])
+def test_a_legal_candidate_of_a_low_rank_is_doubtful(rank: int, doubtful: set[int]) -> None:
+    """The verifier may report none that is legal there."""
+    tokens = np.arange(1, 11)[None]
+    law = TokenRules(40, set(), allowed=[int(tokens[0, rank])])
+    found = legal_tree(law, PENDING, Drafted(1, tokens, np.full((1, 10), np.log(0.1))), 2, 1)
+    assert path(found.walk.tree, 1) == [rank + 1]
+    assert found.doubtful == doubtful
+
+
 @pytest.fixture(scope="module", params=["tiny", "random"])
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Case, int]]:
     """An engine with its candidates a row: the shipped one, and one whose drafts are hardly ever legal."""
