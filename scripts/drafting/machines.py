@@ -29,11 +29,11 @@ from trimode.runtime.loading import load_engine
 from trimode.runtime.scheduling.pass_cost import EngineName
 
 MEASUREMENTS = Path(__file__).resolve().parents[2] / "docs" / "measurements"
-H100 = MEASUREMENTS / "2026-11-27-h100-check-2.json"
+H100 = MEASUREMENTS / "2026-11-27-h100-check-7.json"
 TRIALS = 5
 CPU_BATCHES = (1, 2, 4, 8, 16)
 WINDOW = 512  # KV rows of the GPUs' passes
-LAUNCHES = 350  # of a pass of the 8B (docs/results-h100.md)
+LAUNCHES: dict[EngineName, int] = {"ar": 210, "diffusion": 244}  # of a pass of the 8B (docs/results-h100.md)
 
 
 def of_this_cpu(engine: Path) -> CostTable:
@@ -76,7 +76,7 @@ def of_estimate(key: str) -> CostTable:
     def seconds(engine: EngineName, batch: int, step: int) -> float:
         shape = PassShape(batch, step, WINDOW, step, TOP_K, ranks[engine])
         least = pass_seconds(gpu, least_bytes(CONFIG_8B, shape, matrices), least_flops(CONFIG_8B, shape))
-        return least + LAUNCHES * LAUNCH_SECONDS
+        return least + LAUNCHES[engine] * LAUNCH_SECONDS
 
     return CostTable.of(f"{gpu.name}, 8B", "estimated: roofline and gaps between launches", seconds)
 
