@@ -83,14 +83,14 @@ def test_accepted_drafts_are_counted_to_the_answers_end() -> None:
 
 
 def test_the_h100_has_its_measured_passes() -> None:
-    """docs/results-h100.md, 512 rows."""
+    """docs/measurements/2026-11-27-h100-check-7.json, 512 rows."""
     table = of_h100()
     for engine, batch, step, milliseconds in (
-        ("ar", 1, 1, 2.70),
-        ("ar", 1, 32, 3.40),
-        ("diffusion", 1, 32, 3.75),
-        ("ar", 16, 32, 25.13),
-        ("diffusion", 4, 32, 9.33),
+        ("ar", 1, 1, 2.58),
+        ("ar", 1, 32, 3.05),
+        ("diffusion", 1, 32, 3.25),
+        ("ar", 16, 32, 21.82),
+        ("diffusion", 4, 32, 7.30),
     ):
         assert 1e3 * table.seconds(engine, batch, step) == pytest.approx(milliseconds, abs=0.01)  # type: ignore[arg-type]
 
