@@ -37,7 +37,7 @@ from trimode.engine.targets.section import TargetSection
 from trimode.model.config import ModelConfig
 from trimode.model.step import ENGINES
 
-FORMAT_VERSION = 8
+FORMAT_VERSION = 9
 
 Section = TypeVar("Section", bound=TargetSection)
 
@@ -94,7 +94,7 @@ class Manifest(Record):
     weight.
     """
 
-    format_version: Literal[8]
+    format_version: Literal[9]
     target: Annotated[SerializeAsAny[TargetSection], BeforeValidator(_section)]
     source: str
     quantization: str
