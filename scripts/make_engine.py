@@ -3,9 +3,9 @@
     python -m scripts.make_engine --model checkpoints/tiny --target cpu
 
 Prints the engine directory on stdout. Next to each folder that it makes, it writes ``<folder>.made.json`` with the
-options, and the size and modification time of each file of the model. It makes a folder again only if these change, and
-keeps the old folder until the new one is complete. It refuses to replace a folder without such a record. Changes of the
-code are not detected: remove the folder to build it again.
+options, the size and modification time of each file of the model, and the format of engines. It makes a folder again
+only if these change, and keeps the old folder until the new one is complete. It refuses to replace a folder without such
+a record. Other changes of the code are not detected: remove the folder to build it again.
 
 Uses the standard library only.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from typing import Any, NoReturn
 GROUPS = {"tiny": 64}
 DEFAULT_GROUP = 128
 COMMAND = Path(sys.executable).parent / "trimode"
+MANIFEST_SOURCE = Path(__file__).resolve().parents[1] / "engine" / "manifest.py"
 
 
 def main() -> None:
@@ -53,7 +55,7 @@ def main() -> None:
         if arguments.calibration:
             weights |= {"calibration": stamps(Path(arguments.calibration))}
         source = Path(f"engines/{name}-w4a16-{method}{group}")
-    plan = weights | {"target": target}
+    plan = weights | {"target": target, "format": engine_format()}
     stale = is_stale(engine, engine / "manifest.json", plan)
     if source != Path(model) and (stale or arguments.weights) and is_stale(source, source / "config.json", weights):
         log(f"Quantising {model} by {method} in groups of {group}, into {source}")
@@ -71,6 +73,12 @@ def stamps(path: Path) -> dict[str, list[int]]:
     files = sorted([*path.glob("*"), *path.glob("*/*")]) if path.is_dir() else [path]
     found = ((file, file.stat()) for file in files if file.is_file())
     return {str(file): [status.st_size, status.st_mtime_ns] for file, status in found}
+
+
+def engine_format() -> int:
+    """The format of the engines that this tree builds and reads."""
+    found = re.search(r"^FORMAT_VERSION = (\d+)$", MANIFEST_SOURCE.read_text(encoding="utf-8"), re.MULTILINE)
+    return int(found[1]) if found else fail(f"{MANIFEST_SOURCE} has no FORMAT_VERSION")
 
 
 def record_of(folder: Path) -> Path:

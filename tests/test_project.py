@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from trimode.engine.manifest import FORMAT_VERSION
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -91,9 +93,9 @@ esac
 def workshop(tmp_path: Path) -> Path:
     """The Makefile in a folder with a space in its name, two models of one name, a `trimode` that logs its calls."""
     folder = tmp_path / "a workshop"
-    for name in ("one model/tiny/linear_spec_lora", "two/tiny", "scripts", ".venv/bin"):
+    for name in ("one model/tiny/linear_spec_lora", "two/tiny", "scripts", "engine", ".venv/bin"):
         (folder / name).mkdir(parents=True)
-    for file in ("Makefile", "scripts/make_engine.py"):
+    for file in ("Makefile", "scripts/make_engine.py", "engine/manifest.py"):
         shutil.copyfile(ROOT / file, folder / file)
     adapter = "one model/tiny/linear_spec_lora/adapter_model.safetensors"
     for file in ("one model/tiny/config.json", adapter, "two/tiny/config.json"):
@@ -145,6 +147,15 @@ def test_make_builds_the_engine_again_when_its_inputs_change(workshop: Path, cha
     assert commands(workshop, "build-engine", MODEL, *arguments) == BUILD
     assert commands(workshop, "build-engine", MODEL, *arguments) == ["info"]
     assert not list(workshop.glob("engines/*.new"))
+
+
+def test_make_builds_engines_of_an_earlier_format_again(workshop: Path) -> None:
+    """From the same quantised weights."""
+    assert commands(workshop, "build-engine", MODEL) == BUILD
+    source = workshop / "engine/manifest.py"
+    source.write_text(source.read_text().replace(f"FORMAT_VERSION = {FORMAT_VERSION}\n", "FORMAT_VERSION = 1\n"))
+    assert commands(workshop, "build-engine", MODEL) == ["build", "info"]
+    assert commands(workshop, "build-engine", MODEL) == ["info"]
 
 
 def test_make_does_not_split_paths_with_spaces(workshop: Path) -> None:
