@@ -4,8 +4,8 @@
 
 Prints the engine directory on stdout. Next to each folder that it makes, it writes ``<folder>.made.json`` with the
 options, the size and modification time of each file of the model, and the format of engines. It makes a folder again
-only if these change, and keeps the old folder until the new one is complete. It refuses to replace a folder without such
-a record. Other changes of the code are not detected: remove the folder to build it again.
+only if these change, and keeps the old folder until the new one is complete. It refuses to replace a folder without
+such a record. Other changes of the code are not detected: remove the folder to build it again.
 
 Uses the standard library only.
 """
