@@ -33,7 +33,7 @@ from trimode.plugins.operators import (
 )
 from trimode.plugins.operators.attention import KV_TILE, split_count
 from trimode.plugins.operators.candidates import TILE
-from trimode.plugins.operators.int4_product import norm_tiles
+from trimode.plugins.operators.norm_terms import norm_tiles
 from trimode.plugins.operators.operator import ceil_div, row_count
 
 # A third of the smallest L2 of the GPUs that kernels are compiled for (GeForce RTX 3090, 6 MB).

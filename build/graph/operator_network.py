@@ -63,7 +63,7 @@ from trimode.plugins.operators import (
     SwiGlu,
 )
 from trimode.plugins.operators.dense_product import dense_split_count
-from trimode.plugins.operators.int4_product import MOST_NORM_TILES, norm_tiles
+from trimode.plugins.operators.norm_terms import MOST_NORM_TILES, norm_tiles
 
 FLOAT, INT32, INT64, BOOL = TensorProto.FLOAT, TensorProto.INT32, TensorProto.INT64, TensorProto.BOOL
 

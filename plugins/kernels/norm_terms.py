@@ -9,8 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# As trimode.plugins.operators.int4_product defines it.
-NORM_COLUMNS = tl.constexpr(64)
+from trimode.plugins.operators import norm_terms
+
+NORM_COLUMNS = tl.constexpr(norm_terms.NORM_COLUMNS)
 
 
 @triton.jit

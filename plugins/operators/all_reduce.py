@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from trimode.plugins.operators.int4_product import NEXT_SQUARES, norm_tiles
+from trimode.plugins.operators.norm_terms import NEXT_SQUARES, norm_tiles
 from trimode.plugins.operators.operator import (
     Constants,
     Dim,

@@ -6,6 +6,7 @@ import math
 from collections.abc import Collection
 from typing import ClassVar
 
+from trimode.plugins.operators.norm_terms import EPSILON, NEXT_SQUARES, SQUARES, norm_tiles
 from trimode.plugins.operators.operator import (
     Constants,
     Dim,
@@ -24,10 +25,6 @@ LEAST_GROUP = 16
 TILE_COLUMNS, WORD, LONGEST_UNIT = 128, 8, 128
 # Columns of a matrix of pairs: so many first ones, their second ones, the next first ones, and so on.
 PAIRED = 8
-# Columns of the residual stream whose squares are summed together, for the norm behind it.
-NORM_COLUMNS = 64
-# The most such tiles that a product adds up (trimode.plugins.kernels.norm_terms).
-MOST_NORM_TILES = 255
 # Rows whose parts of K may be summed by several programs. They have room in ``partial``.
 SPLIT_ROWS = 128
 MAX_SPLITS = 8
@@ -62,9 +59,6 @@ def split_count(inner: int, columns: int, group: int) -> int:
 COUNTERS = Operand("counters", "int32", ("tiles of y",))
 COUNTERS_OUT = Operand("counters_out", "int32", ("tiles of y",), aliases="counters")
 PARTIAL = Operand("partial", "fp32", ("MAX_SPLITS", "SPLIT_ROWS", "N"))
-SQUARES = Operand("squares", "fp32", ("norm tiles", "M"))
-EPSILON = Operand("epsilon", "fp32", ("1",))
-NEXT_SQUARES = SQUARES._replace(name="next_squares")
 
 
 def has_separate_parts(node: Node) -> bool:
@@ -73,17 +67,13 @@ def has_separate_parts(node: Node) -> bool:
     return bool(min(sizes) < 0 or row_count(sizes) <= SPLIT_ROWS)
 
 
-def norm_tiles(width: Dim) -> Dim:
-    return ceil_div(width, NORM_COLUMNS)
-
-
 class Int4Product(Operator):
     """y = x W + narrow up + residual, with the terms that the operator was made with.
 
     With ``normed``, x is the residual stream times the norm's weight, ``squares`` are the sums of the stream's squares
-    over tiles of :data:`NORM_COLUMNS` columns, and the product is divided by the root of their mean plus ``epsilon``.
-    With ``for_norm``, the operator also writes these two for the norm behind it: ``weighted`` is y * ``next_weight``.
-    In fp16, y * ``next_weight`` must be finite, since it is not divided before.
+    over tiles of columns (:mod:`trimode.plugins.operators.norm_terms`), and the product is divided by the root of their
+    mean plus ``epsilon``. With ``for_norm``, the operator also writes these two for the norm behind it: ``weighted`` is
+    y * ``next_weight``. In fp16, y * ``next_weight`` must be finite, since it is not divided before.
 
     With ``gated``, the columns of W are pairs in the order of :data:`PAIRED`, a gate and an up in each, and y
     [M, N / 2] is gate * sigmoid(gate) * up.

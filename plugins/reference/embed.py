@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from trimode.plugins.reference.int4_product import norm_terms
+from trimode.plugins.reference.norm_terms import norm_terms
 
 
 def embed(input_ids: Tensor, table: Tensor) -> Tensor:

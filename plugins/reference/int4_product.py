@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from trimode.plugins.operators.int4_product import NORM_COLUMNS, PAIRED
+from trimode.plugins.operators.int4_product import PAIRED
 
 
 def dequantize(packed: Tensor, scale: Tensor) -> Tensor:
@@ -17,13 +16,6 @@ def dequantize(packed: Tensor, scale: Tensor) -> Tensor:
     columns = scale.shape[1]
     integers = nibbles.permute(1, 4, 3, 0, 2).flatten(3).flatten(0, 2)[:, :columns] - 8
     return integers * scale.float().repeat_interleave(integers.shape[0] // scale.shape[0], 0)
-
-
-def norm_terms(x: Tensor, next_weight: Tensor) -> tuple[Tensor, Tensor]:
-    """x [.., N] times the norm's weight [N], and the sums of x^2 over tiles of columns [tiles, M]."""
-    squares = F.pad(x.float().square().flatten(0, -2), (0, -x.shape[-1] % NORM_COLUMNS))
-    sums = squares.reshape(len(squares), -1, NORM_COLUMNS).sum(-1).T.contiguous()
-    return (x.float() * next_weight.float()).to(x.dtype), sums
 
 
 def halves(y: Tensor) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,7 @@ from trimode.plugins.operators import (
     QkvProduct,
     Tactic,
 )
-from trimode.plugins.reference import attention, int4_product, kv_write, qkv_product
+from trimode.plugins.reference import attention, int4_product, kv_write, norm_terms, qkv_product
 from trimode.plugins.traffic import (
     attend_traffic,
     int4_product_traffic,
@@ -421,7 +421,7 @@ def product_error(launched: KernelLaunch, expected: Tensor) -> float:
     errors = [distance(y, expected)]
     if (weight := launched.arguments.get("next_weight")) is not None:
         assert isinstance(weight, Tensor)
-        terms = int4_product.norm_terms(y, weight)
+        terms = norm_terms.norm_terms(y, weight)
         errors += [distance(*pair) for pair in zip(others[:2], terms, strict=True)]
     return max(errors) if all(error == error for error in errors) else float("nan")
 

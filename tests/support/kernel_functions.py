@@ -26,7 +26,7 @@ from trimode.plugins.reference import (
     select_rows,
     swiglu,
 )
-from trimode.plugins.reference.int4_product import norm_terms
+from trimode.plugins.reference.norm_terms import norm_terms
 
 if TYPE_CHECKING:
     from tests.support.triton_interpreter import Traffic

@@ -53,6 +53,7 @@ from trimode.plugins.reference import (
     head_product,
     int4_product,
     kv_write,
+    norm_terms,
     qkv_product,
     rms_norm,
     rotations,
@@ -212,7 +213,7 @@ def test_what_a_norm_reads() -> None:
     inputs: dict[str, NDArray[np.generic]] = {name: random(*shape) for name, shape in node.shapes.items()}
     inputs["packed"] = np.random.default_rng(0).integers(0, 2**32, node.shapes["packed"], np.uint32).view(np.int32)
     y, weighted, squares = execute(int4_product_function(operator), inputs)
-    expected = int4_product.norm_terms(torch.from_numpy(y), torch.from_numpy(inputs["next_weight"]))
+    expected = norm_terms.norm_terms(torch.from_numpy(y), torch.from_numpy(inputs["next_weight"]))
     near(weighted, expected[0])
     np.testing.assert_allclose(squares.sum(0), expected[1].sum(0).numpy(), rtol=1e-5)
     given: dict[str, NDArray[np.generic]] = {
