@@ -120,6 +120,16 @@ def test_the_expectations_are_those_of_the_latest_choice() -> None:
     assert all(each.rate == each.tokens / each.seconds for each in found.values())
 
 
+@pytest.mark.parametrize("plan", [Plan(4, 4, [False]), Plan(1, 1, [False]), Plan(6, 6, [False], trial=True)])
+def test_a_record_has_the_block_length_that_was_chosen(plan: Plan) -> None:
+    bench = Recorder(max_batch=1, capacity=100, end=False)
+    bench.scheduler._block_chooser.choose = lambda *_: plan  # type: ignore[method-assign]
+    number = bench.submit(REPEATED, SamplingParams(max_tokens=20, mode="auto", record_drafts=True))
+    bench.run()
+    choices = {cycle.record.choice[:2] for cycle in joined(bench.updates[number], "cycles")}
+    assert choices == {(plan.block, plan.trial)}
+
+
 def test_records_have_the_drafts_and_the_path_through_them() -> None:
     """The tokens on the paths, without the pending ones, and each cycle's last token are the answer."""
     for executor in (ExactLawExecutor, SpeculatingExactLawExecutor):
