@@ -95,15 +95,16 @@ class Int4Product(Operator):
     scalars: tuple[str, ...] = ("rows",)
 
     # BLOCK_N divides TILE_COLUMNS: a program reads words of one tile of the layout.
-    # For steps, by their rows; the last one for chunks of prompts. A tactic with STEPS is for at most SPLIT_ROWS rows:
+    # For steps, by their rows; the last two for chunks of prompts. A tactic with STEPS is for at most SPLIT_ROWS rows:
     # where K is split, a program sums one part, so its threads need no registers for the sum of several.
     TACTICS: ClassVar[tuple[Tactic, ...]] = (
         Tactic({"BLOCK_M": 16, "BLOCK_N": 64}, warps=4, stages=5),
         Tactic({"BLOCK_M": 16, "BLOCK_N": 128}, warps=4, stages=5),
         Tactic({"BLOCK_M": 32, "BLOCK_N": 64}, warps=4, stages=4),
         Tactic({"BLOCK_M": 32, "BLOCK_N": 128}, warps=4, stages=5),
-        Tactic({"BLOCK_M": 64, "BLOCK_N": 64}, warps=4, stages=3),
+        Tactic({"BLOCK_M": 64, "BLOCK_N": 64, "STEPS": 1}, warps=4, stages=3),
         Tactic({"BLOCK_M": 64, "BLOCK_N": 128, "STEPS": 1}, warps=4, stages=3),
+        Tactic({"BLOCK_M": 64, "BLOCK_N": 64}, warps=4, stages=3),
         Tactic({"BLOCK_M": 64, "BLOCK_N": 128}, warps=8, stages=3),
     )
 

@@ -295,7 +295,7 @@ def _products(host: Host, sizes: CheckSizes) -> Iterator[Result]:
             expected = expected_product(product, inputs)
             packed = [inputs["packed"], *(inputs["packed"].clone() for _ in range(copies - 1))]
             for number, tactic in product.operator.tactics(product.node(rows)).items():
-                block_m, block_n = tactic.constants["BLOCK_M"], tactic.constants["BLOCK_N"]
+                block_m = tactic.constants["BLOCK_M"]
                 if block_m >= 4 * max(rows, 16) or rows > 8 * block_m:  # far from the fastest
                     continue
                 launches = [prepare(product.operator, {**inputs, "packed": words}, tactic) for words in packed]
@@ -306,13 +306,18 @@ def _products(host: Host, sizes: CheckSizes) -> Iterator[Result]:
                 yield Result(
                     product.operator.name,
                     f"{label}, {rows} rows",
-                    f"{block_m} x {block_n}, {tactic.warps} warps",
+                    _tile(tactic),
                     error,
                     took,
                     _least_product_bytes(product, node, tactic),
                 )
             if host.device != "cpu":
                 yield from _peers(host, label, product, inputs["x"], copies)
+
+
+def _tile(tactic: Tactic) -> str:
+    steps = ", steps" if "STEPS" in tactic.constants else ""
+    return f"{tactic.constants['BLOCK_M']} x {tactic.constants['BLOCK_N']}, {tactic.warps} warps{steps}"
 
 
 def _qkv_products(host: Host, sizes: CheckSizes) -> Iterator[Result]:
@@ -330,7 +335,7 @@ def _qkv_products(host: Host, sizes: CheckSizes) -> Iterator[Result]:
         copies = 2 if host.device == "cpu" else max(2, CACHE_BYTES // inputs["packed"].nbytes + 1)
         packed = [inputs["packed"], *(inputs["packed"].clone() for _ in range(copies - 1))]
         for number, tactic in operator.tactics(node).items():
-            block_m, block_n = tactic.constants["BLOCK_M"], tactic.constants["BLOCK_N"]
+            block_m = tactic.constants["BLOCK_M"]
             if block_m >= 4 * max(batch * step, 16) or batch * step > 8 * block_m:  # far from the fastest
                 continue
             caches = {name: inputs[name].clone() for name in ("k_cache", "v_cache")}
@@ -342,7 +347,7 @@ def _qkv_products(host: Host, sizes: CheckSizes) -> Iterator[Result]:
             yield Result(
                 operator.name,
                 str(checked),
-                f"{block_m} x {block_n}, {tactic.warps} warps",
+                _tile(tactic),
                 max(distance(*pair) for pair in zip(found, expected, strict=True)),
                 median_microseconds(host, name, launches, copies),
                 needed_bytes({name: tensor for name, tensor in traffic.items() if name not in ("partial", "counters")}),

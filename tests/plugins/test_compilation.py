@@ -28,7 +28,8 @@ ADAPTED, WIDE = PRODUCTS["o with adapter"], PRODUCTS["gate_up"]
 
 
 def shape(tactic: Tactic) -> str:
-    return f"{tactic.constants['BLOCK_M']} x {tactic.constants['BLOCK_N']}, {tactic.warps} warps"
+    steps = ", steps" if "STEPS" in tactic.constants else ""
+    return f"{tactic.constants['BLOCK_M']} x {tactic.constants['BLOCK_N']}, {tactic.warps} warps{steps}"
 
 
 def attention_kernel(operator: Attend, tactic: Tactic) -> tuple[Operator, Node, Tactic]:
@@ -66,8 +67,8 @@ KERNELS: dict[str, tuple[Operator, Node, Tactic]] = {
 # Without wgmma or tcgen05, the largest tiles spill, and are not emitted.
 LARGEST = (
     "product in parts, 64 x 64, 4 warps",
-    "qkv product, 64 x 128, 4 warps",
-    "product, 64 x 128, 4 warps",
+    "qkv product, 64 x 128, 4 warps, steps",
+    "product, 64 x 128, 4 warps, steps",
 )
 HEAVIEST = (
     "masked attention, 64 queries",
