@@ -221,15 +221,17 @@ class PassCost:
         return total
 
     def _place(self, batch: int, step: int) -> _Place:
-        if (batch, step) not in self._places:
+        place = self._places.get((batch, step))
+        if place is None:
             beyond = max(1, batch / self._batches[-1]) * max(1, step / self._steps[-1])
             cells = [
                 (row, column, down * right)
                 for row, down in _neighbours(self._batches, min(batch, self._batches[-1]))
                 for column, right in _neighbours(self._steps, min(step, self._steps[-1]))
             ]
-            self._places[batch, step] = _Place(math.log(beyond), sorted(cells, key=lambda cell: -cell[2]))
-        return self._places[batch, step]
+            place = _Place(math.log(beyond), sorted(cells, key=lambda cell: -cell[2]))
+            self._places[batch, step] = place
+        return place
 
 
 class _SecondsByTokens:
