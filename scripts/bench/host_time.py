@@ -33,9 +33,11 @@ CAPACITY, TOKENS, PROMPT = 1024, 512, (300, 301, 302)
 RANKS = 64  # candidates that the engine returns at most
 # Where the right token is among a draft's candidates: first, second, third, or not at all.
 RIGHT_AT = (0.75, 0.12, 0.05, 0.08)
+# A tuple has the values of the requests, repeated.
 SETTINGS: dict[str, dict[str, Any]] = {
     "ar": {"mode": "ar"},
     "linear 32": {"mode": "linear_spec", "block_length": 32},
+    "linear, mixed": {"mode": "linear_spec", "block_length": (32, 5, 17, 2, 24, 9, 13, 28)},
     "tree 16": {"mode": "linear_spec", "block_length": 16, "tree_width": 16},
     "tree 32": {"mode": "linear_spec", "block_length": 32, "tree_width": 32},
     "tree 64": {"mode": "linear_spec", "block_length": 32, "tree_width": 64},
@@ -87,7 +89,8 @@ def seconds_a_cycle(options: dict[str, Any], batch: int) -> tuple[float, float]:
         prefix_cache=None,
     )
     for number in range(batch):
-        params = SamplingParams(max_tokens=TOKENS, **options)
+        own = {key: value[number % len(value)] if isinstance(value, tuple) else value for key, value in options.items()}
+        params = SamplingParams(max_tokens=TOKENS, **own)
         sequence = Sequence(
             list(PROMPT),
             params,
