@@ -45,6 +45,7 @@ class Int4Head(Int4Product):
     kernel = "head_product.int4_head_kernel"
     scalars = _SCALARS
     attributes = ("top_k", "mask_token")
+    TACTICS = tuple(tactic for tactic in Int4Product.TACTICS if "STEPS" not in tactic.constants)
 
     def __init__(self, *, normed: bool = False, masked: bool = False) -> None:
         super().__init__(normed=normed)
