@@ -77,7 +77,13 @@ def places(size: int) -> Ints:
 @cache
 def causal_mask(batch: int, size: int) -> NDArray[np.bool_]:
     """The ``block_mask`` of chains, read-only."""
-    return np.broadcast_to(np.tril(np.ones((size, size), np.bool_)), (batch, size, size))
+    return np.broadcast_to(_triangle((size - 1).bit_length())[:size, :size], (batch, size, size))
+
+
+@cache
+def _triangle(exponent: int) -> NDArray[np.bool_]:
+    """Masks of all sizes up to 2^exponent are parts of one array: prompts end in chunks of many sizes."""
+    return np.tri(1 << exponent, dtype=np.bool_)
 
 
 @dataclass
