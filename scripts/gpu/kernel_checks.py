@@ -117,7 +117,7 @@ SIZES_8B = CheckSizes(
         *(CheckedStep(1, tokens, committed) for tokens in (1, 32) for committed in (0, 512, 4096, 32000)),
         *(CheckedStep(1, 64, 4096), CheckedStep(1, 256, 4096), CheckedStep(4, 8, 2000), CheckedStep(4, 32, 2000)),
         *(CheckedStep(16, 1, 4096), CheckedStep(16, 16, 2000), CheckedStep(16, 32, 4096)),
-        # As many KV rows as the batches before, in sequences of 480 to 7,680 rows.
+        # About as many KV rows as 16 sequences of 4,096, in sequences of 480 to 7,680.
         *(CheckedStep(16, tokens, 7680, apart=480) for tokens in (1, 32)),
     ),
     {**PRODUCTS, "head": Product(Int4Product(normed=True), HIDDEN, VOCABULARY)},

@@ -139,9 +139,7 @@ def test_records_have_the_drafts_and_the_path_through_them() -> None:
             {"mode": "linear_spec", "block_length": 5},
             {"mode": "ar"},
         ):
-            bench = Recorder(
-                max_batch=1, capacity=100, end=False, **({} if executor is None else {"executor": executor})
-            )
+            bench = Recorder(max_batch=1, capacity=100, end=False, executor=executor)
             number = bench.submit(REPEATED, SamplingParams(max_tokens=30, record_drafts=True, **options))
             bench.run()
             text = bench.texts[number]
