@@ -6,7 +6,7 @@ from trimode.runtime.request.outputs import Cycle, Drafting
 
 _WITHOUT_DRAFT_PASS: dict[Drafting, str] = {
     "kept": "the last verification predicted enough tokens, so no draft pass is needed",
-    "forced": "the next tokens are known from a grammar or a begun answer, so no draft pass is needed",
+    "forced": "the next tokens are known, so no draft pass is needed",
 }
 
 

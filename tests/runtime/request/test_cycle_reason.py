@@ -28,7 +28,7 @@ def cycle(drafting: Drafting, choice: Choice | None) -> Cycle:
         ("none", None, "nothing to draft"),
         ("kept", None, "the last verification predicted enough tokens, so no draft pass is needed"),
         ("kept", Choice(8, False, RATES), "the last verification predicted enough tokens, so no draft pass is needed"),
-        ("forced", Choice(8, False, RATES), "the next tokens are known from a grammar or a begun answer, so no draft pass is needed"),
+        ("forced", Choice(8, False, RATES), "the next tokens are known, so no draft pass is needed"),
     ],
 )
 def test_reasons(drafting: Drafting, choice: Choice | None, reason: str) -> None:
