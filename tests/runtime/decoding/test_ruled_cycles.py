@@ -131,6 +131,18 @@ def test_forced_tokens_end_at_the_longest_step(most_step: int | None, block: lis
     assert (commit.kind, commit.tokens.tolist()) == ("commit", block)
 
 
+def test_a_draft_that_is_rejected_after_a_forced_token_is_no_accepted_one() -> None:
+    sequence = begun("ab[ab]{4,9}", A, block_length=8)
+    sequence.open_block(8)
+    sequence.absorb(sequence.next_pass(), rows(*[[A, B]] * 7))
+    commit = sequence.next_pass()
+    assert commit.tokens.tolist() == [A, B, *[A] * 7]
+    before = list(sequence.acceptance.rates)
+    sequence.absorb(commit, rows([B], [B], *[[A]] * 7))
+    assert sequence.origins == ["forced", "forced", "bonus"]
+    assert sequence.acceptance.rates == pytest.approx([0.9 * before[0], *before[1:]])
+
+
 def test_forced_tokens_are_no_drafts() -> None:
     sequence = begun("a(bcde[ab]{3}|cc)", A)
     sequence.open_block(2)
