@@ -124,7 +124,7 @@ def test_output_shapes_and_types(built: dict[str, Built]) -> None:
             y, *others = zip(found.output_types, found.output_shapes, strict=True)
             assert y == ("HALF", (BATCH, STEP, COLUMNS // 2 if "Gated" in name else COLUMNS))
             terms = [("HALF", (BATCH, STEP, COLUMNS)), ("FLOAT", (3, BATCH * STEP))] if "ForNorm" in name else []
-            parts = [("FLOAT", (8, 64, COLUMNS)), ("INT32", (12,))] if "ProductSplit" in name else []
+            parts = [("FLOAT", (8, 128, COLUMNS)), ("INT32", (12,))] if "ProductSplit" in name else []
             assert others == [*terms, *parts]
     assert {
         name: (found.output_types, found.output_shapes) for name, found in built.items() if name in OUTPUTS
@@ -144,7 +144,7 @@ def test_launches_cover_the_work(built: dict[str, Built]) -> None:
     assert {kernel.scalars for kernel in built["MergeSplits"].kernels.values()} == {(STEP, 3)}
     assert built["QkvProductSplitNormed"].output_shapes == (
         (BATCH, HEADS, STEP, SIZE),
-        (8, 64, WIDTH),
+        (8, 128, WIDTH),
         CACHE,
         CACHE,
         (16,),
@@ -161,9 +161,10 @@ def test_launches_cover_the_work(built: dict[str, Built]) -> None:
         assert (kernel.grid, kernel.scalars) == (expected, (BATCH * STEP,))
 
 
-def test_a_small_groups_products_have_every_tactic(built: dict[str, Built]) -> None:
+def test_a_small_groups_products_have_every_tactic_for_any_rows(built: dict[str, Built]) -> None:
     assert GROUP < LONGEST_UNIT
-    assert built["Int4Product"].kernels.keys() == set(range(1, len(Int4Product.TACTICS) + 1))
+    for_any_rows = {n for n, tactic in enumerate(Int4Product.TACTICS, 1) if "STEPS" not in tactic.constants}
+    assert built["Int4Product"].kernels.keys() == for_any_rows
 
 
 def test_a_tactic_that_was_not_compiled_is_not_offered(built: dict[str, Built]) -> None:
