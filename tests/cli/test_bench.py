@@ -34,7 +34,7 @@ def test_an_engine(random_engine: Path, tmp_path: Path) -> None:
         mean, middle, high, highest = point["first_token"]
         assert 0 < middle <= high <= highest
         assert 0 < mean <= highest
-        assert point["answer"][1] > middle
+        assert point["answer"][1] >= middle  # equal if one update brings a whole answer
     assert points[0]["tokens_per_pass"] == 1
     assert plot.read_bytes().startswith(b"\x89PNG")
 
