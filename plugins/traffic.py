@@ -196,11 +196,10 @@ def merge_traffic(node: Node, pattern: Pattern, committed: Sequence[int], real: 
 
 def int4_product_traffic(operator: Int4Product, node: Node, tactic: Tactic, real: int) -> KernelTraffic:
     """real: bytes of an activation."""
-    block_m, block_n = (tactic.constants[name] for name in ("BLOCK_M", "BLOCK_N"))
+    block_n = tactic.constants["BLOCK_N"]
     constants, rows = operator.constants(node), operator.rows(node)
     inner, columns, unit = (constants[name] for name in ("INNER", "COLUMNS", "UNIT"))
-    splits = operator.parts(node)
-    tiles, strips = ceil_div(rows, block_m), ceil_div(columns, block_n)
+    tiles, strips, parts = operator.grid(node, tactic)
     x, packed, scales = rows * inner * real, inner * strips * block_n // 2, inner // unit * columns * FLOAT_BYTES
     traffic = {
         "x": _read(x * strips, x),
@@ -212,14 +211,10 @@ def int4_product_traffic(operator: Int4Product, node: Node, tactic: Tactic, real
     if (packed + scales) * block_n // columns <= CACHED:
         for name in ("packed", "scale"):
             traffic[name].reloaded = traffic[name].loaded - traffic[name].needed
-    if operator.grid(node, tactic)[2] > 1:
-        parts = splits * rows * columns * FLOAT_BYTES
-        # The last program of a tile reads the parts just after they were written.
-        traffic["partial"] = TensorTraffic(loaded=parts, stored=parts, needed=parts, reloaded=parts)
-        traffic["counters"] = _written(tiles * strips * FLOAT_BYTES)
+    traffic |= _separate_parts(tiles, strips, parts, rows * columns)
     if "squares" in node.shapes:
         squares = math.prod(node.shapes["squares"]) * FLOAT_BYTES
-        programs = operator.grid(node, tactic)[2] * strips
+        programs = parts * strips
         traffic["squares"] = _read(squares * programs, squares)
         traffic["epsilon"] = _read(tiles * programs * FLOAT_BYTES, FLOAT_BYTES)
     if "next_weight" in node.shapes:
@@ -255,16 +250,11 @@ def qkv_product_traffic(operator: QkvProduct, node: Node, tactic: Tactic, real: 
 
 def dense_product_traffic(operator: DenseProduct, node: Node, tactic: Tactic, real: int) -> KernelTraffic:
     """real: bytes of an activation."""
-    block_m, block_n = tactic.constants["BLOCK_M"], tactic.constants["BLOCK_N"]
     columns, rows = node.shapes["weight"][1], row_count(node.shapes["x"])
-    tiles, strips = ceil_div(rows, block_m), ceil_div(columns, block_n)
+    tiles, strips, parts = operator.grid(node, tactic)
     y = rows * columns * real
     traffic = {**_dense_operands(node, tactic, real), "y": _written(y)}
-    splits = operator.constants(node)["SPLITS"]
-    if operator.grid(node, tactic)[2] > 1:
-        parts = splits * rows * columns * FLOAT_BYTES
-        traffic["partial"] = TensorTraffic(loaded=parts, stored=parts, needed=parts, reloaded=parts)
-        traffic["counters"] = _written(tiles * strips * FLOAT_BYTES)
+    traffic |= _separate_parts(tiles, strips, parts, rows * columns)
     if "row_scale" in node.shapes:
         traffic["row_scale"] = _read(rows * strips * real, node.shapes["x"][0] * real)
     if "narrow" in node.shapes:
@@ -274,6 +264,16 @@ def dense_product_traffic(operator: DenseProduct, node: Node, tactic: Tactic, re
     if "residual" in node.shapes:
         traffic["residual"] = _read(y, y)
     return traffic
+
+
+def _separate_parts(tiles: int, strips: int, parts: int, elements: int) -> KernelTraffic:
+    """Of a product of so many elements whose parts of K are separate programs; nothing for one part."""
+    if parts == 1:
+        return {}
+    # The last program of a tile reads the parts just after they were written.
+    moved = parts * elements * FLOAT_BYTES
+    partial = TensorTraffic(loaded=moved, stored=moved, needed=moved, reloaded=moved)
+    return {"partial": partial, "counters": _written(tiles * strips * FLOAT_BYTES)}
 
 
 def _dense_operands(node: Node, tactic: Tactic, real: int) -> KernelTraffic:

@@ -28,11 +28,11 @@ import triton
 import triton.language as tl
 
 from trimode.plugins.kernels.norm_terms import one_over_rms, write_norm_terms
+from trimode.plugins.operators import int4_product
 
-# As trimode.plugins.operators.int4_product defines them.
-_TILE = tl.constexpr(128)
-SPLIT_ROWS = tl.constexpr(128)
-_PAIRED = tl.constexpr(8)
+_TILE = tl.constexpr(int4_product.TILE_COLUMNS)
+SPLIT_ROWS = tl.constexpr(int4_product.SPLIT_ROWS)
+_PAIRED = tl.constexpr(int4_product.PAIRED)
 # Sums of the largest tile of a step.
 _LARGE = tl.constexpr(64 * 128)
 

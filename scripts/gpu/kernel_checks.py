@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple, Protocol, get_args
 import torch
 from torch import Tensor
 
-from scripts.gpu.kernel_launch import KernelLaunch, prepare
+from scripts.gpu.kernel_launch import KernelLaunch, prepare, tile_name
 from scripts.gpu.kernels_8b import ATTENTION, HIDDEN, PRODUCTS, QKV, SPLITS, VOCABULARY, Product
 from trimode.plugins.operators import (
     Attend,
@@ -306,18 +306,13 @@ def _products(host: Host, sizes: CheckSizes) -> Iterator[Result]:
                 yield Result(
                     product.operator.name,
                     f"{label}, {rows} rows",
-                    _tile(tactic),
+                    tile_name(tactic),
                     error,
                     took,
                     _least_product_bytes(product, node, tactic),
                 )
             if host.device != "cpu":
                 yield from _peers(host, label, product, inputs["x"], copies)
-
-
-def _tile(tactic: Tactic) -> str:
-    steps = ", steps" if "STEPS" in tactic.constants else ""
-    return f"{tactic.constants['BLOCK_M']} x {tactic.constants['BLOCK_N']}, {tactic.warps} warps{steps}"
 
 
 def _qkv_products(host: Host, sizes: CheckSizes) -> Iterator[Result]:
@@ -347,7 +342,7 @@ def _qkv_products(host: Host, sizes: CheckSizes) -> Iterator[Result]:
             yield Result(
                 operator.name,
                 str(checked),
-                _tile(tactic),
+                tile_name(tactic),
                 max(distance(*pair) for pair in zip(found, expected, strict=True)),
                 median_microseconds(host, name, launches, copies),
                 needed_bytes({name: tensor for name, tensor in traffic.items() if name not in ("partial", "counters")}),
@@ -377,7 +372,7 @@ def _same_bits(host: Host, sizes: CheckSizes) -> Iterator[Result]:
                 yield Result(
                     product.operator.name,
                     f"{label}, last of {rows} rows",
-                    f"{tactic.constants['BLOCK_M']} x {tactic.constants['BLOCK_N']}, {tactic.warps} warps",
+                    tile_name(tactic),
                     differ,
                     None,
                     _least_product_bytes(product, launched.node, tactic),

@@ -33,6 +33,12 @@ class KernelLaunch(NamedTuple):
     outputs: tuple[Tensor, ...]
 
 
+def tile_name(tactic: Tactic) -> str:
+    """Of a product: ``64 x 128, 4 warps``, with ``steps`` if it is for steps only."""
+    steps = ", steps" if "STEPS" in tactic.constants else ""
+    return f"{tactic.constants['BLOCK_M']} x {tactic.constants['BLOCK_N']}, {tactic.warps} warps{steps}"
+
+
 def node_of(inputs: Mapping[str, Tensor], attributes: Mapping[str, int] | None = None) -> Node:
     return Node.of({name: tuple(tensor.shape) for name, tensor in inputs.items()}, attributes)
 

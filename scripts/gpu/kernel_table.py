@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from scripts.gpu import graph_checks
+from scripts.gpu.kernel_launch import tile_name
 from scripts.gpu.kernels_8b import ATTENTION, HIDDEN, PRODUCTS, QKV, SPLITS, VOCABULARY, Product, qkv_node
 from trimode.build.roofline import REAL_BYTES
 from trimode.engine.precision import Real
@@ -101,6 +102,7 @@ def print_resources(real: Real, head_dim: int, capabilities: list[int]) -> bool:
                 fitting.add((operator.name, capability))
             cells.append(cell)
         blocks = " ".join(f"{name[-1]}={value}" for name, value in tactic.constants.items() if name.startswith("BLOCK"))
+        blocks += " steps" if "STEPS" in tactic.constants else ""
         print(f"| {operator.name} | {blocks} | {tactic.warps} |", *(f"{cell} |" for cell in cells), flush=True)
     return needed == fitting
 
@@ -110,21 +112,20 @@ def print_instructions(capabilities: list[int]) -> None:
     from scripts.gpu.disassembly import disassembled, instructions_per_weight, main_loop
     from trimode.plugins.compilation import compile_operator
 
-    print("| product | tile | warps |", *(f"sm_{capability} |" for capability in capabilities))
-    print("|---|---|---|" + "---|" * len(capabilities))
+    print("| product | tile |", *(f"sm_{capability} |" for capability in capabilities))
+    print("|---|---|" + "---|" * len(capabilities))
     for name in ("qkv", "o", "gate_up", "down"):
         product = PRODUCTS[name]
         operator, node = product.operator, product.node(1)
         constants = operator.constants(node)
         for tactic in operator.tactics(node).values():
-            block_m, block_n = tactic.constants["BLOCK_M"], tactic.constants["BLOCK_N"]
             cells = []
             for capability in capabilities:
                 kernel = compile_operator(operator, constants, tactic, "bf16", capability)
                 loop = main_loop(disassembled(kernel))
-                count = instructions_per_weight(loop, kernel.warps, block_n * constants["UNIT"])
+                count = instructions_per_weight(loop, kernel.warps, tactic.constants["BLOCK_N"] * constants["UNIT"])
                 cells.append(f"{count:.2f}" if kernel.fits else "-")
-            print(f"| {name} | {block_m} x {block_n} | {tactic.warps} |", *(f"{cell} |" for cell in cells), flush=True)
+            print(f"| {name} | {tile_name(tactic)} |", *(f"{cell} |" for cell in cells), flush=True)
 
 
 def smallest_fitting(tactics: dict[int, Tactic], rows: int) -> Tactic:

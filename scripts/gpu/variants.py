@@ -13,7 +13,7 @@ import torch
 from scripts.gpu import graph_checks
 from scripts.gpu.graph_checks import GraphSizes
 from scripts.gpu.kernel_checks import REAL_BYTES, Host, Result, distance
-from scripts.gpu.kernel_launch import prepare
+from scripts.gpu.kernel_launch import prepare, tile_name
 from trimode.plugins.operators import (
     DenseHead,
     Int4Head,
@@ -79,7 +79,8 @@ def _separate_head(host: Host, sizes: GraphSizes, rows: int) -> Iterator[Result]
         wide.max(-1)
         wide.logsumexp(-1)
 
-    shown = f"{tactic.constants['BLOCK_M']} x {tactic.constants['BLOCK_N']}, {tactic.warps} warps"
     least = needed_bytes(int4_product_traffic(_PRODUCT, node, tactic, REAL_BYTES))
     took = host.microseconds(both, _RUNS)
-    yield Result(f"{_PRODUCT.name}, max, logsumexp", f"top 1, batch 1, step {rows}", shown, error, took, least)
+    yield Result(
+        f"{_PRODUCT.name}, max, logsumexp", f"top 1, batch 1, step {rows}", tile_name(tactic), error, took, least
+    )

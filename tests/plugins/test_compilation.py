@@ -15,6 +15,7 @@ import pytest
 from triton.compiler import ASTSource
 
 from scripts.gpu import graph_checks
+from scripts.gpu.kernel_launch import tile_name
 from scripts.gpu.kernels_8b import ATTENTION, PRODUCTS, QKV, SPLITS, qkv_node
 from trimode.build.gpu.kernel_emission import kernels_of, write_kernels
 from trimode.common.errors import TriModeError
@@ -25,11 +26,6 @@ from trimode.plugins.compilation import SHARED_MEMORY, CompiledKernel, compile_o
 from trimode.plugins.operators import Attend, Head, KvWrite, MergeSplits, Node, Operator, Tactic
 
 ADAPTED, WIDE = PRODUCTS["o with adapter"], PRODUCTS["gate_up"]
-
-
-def shape(tactic: Tactic) -> str:
-    steps = ", steps" if "STEPS" in tactic.constants else ""
-    return f"{tactic.constants['BLOCK_M']} x {tactic.constants['BLOCK_N']}, {tactic.warps} warps{steps}"
 
 
 def attention_kernel(operator: Attend, tactic: Tactic) -> tuple[Operator, Node, Tactic]:
@@ -53,13 +49,13 @@ KERNELS: dict[str, tuple[Operator, Node, Tactic]] = {
         for tactic in Attend.TACTICS
     },
     "merge": (MergeSplits(output_scale=True), MERGE, MergeSplits.TACTICS[0]),
-    **{f"qkv product, {shape(tactic)}": (QKV, QKV_NODE, tactic) for tactic in QKV.tactics(QKV_NODE).values()},
+    **{f"qkv product, {tile_name(tactic)}": (QKV, QKV_NODE, tactic) for tactic in QKV.tactics(QKV_NODE).values()},
     **{
-        f"product in parts, {shape(tactic)}": (ADAPTED.operator, ADAPTED.node(1), tactic)
+        f"product in parts, {tile_name(tactic)}": (ADAPTED.operator, ADAPTED.node(1), tactic)
         for tactic in ADAPTED.operator.tactics(ADAPTED.node(1)).values()
     },
     **{
-        f"product, {shape(tactic)}": (WIDE.operator, WIDE.node(1), tactic)
+        f"product, {tile_name(tactic)}": (WIDE.operator, WIDE.node(1), tactic)
         for tactic in WIDE.operator.tactics(WIDE.node(1)).values()
     },
     **{name: (o, node, list(o.tactics(node).values())[-1]) for name, (o, node) in AROUND.items()},
