@@ -19,6 +19,8 @@ from heapq import heappop, heappush, heapreplace
 import numpy as np
 from numpy.typing import NDArray
 
+NO_PARENT = -1  # the parent of a tree's node 0
+
 # cost: negative logarithm of the product of its path's probabilities. order: of equal costs, the lower one comes first.
 # parent: index among the nodes, -1 for the pending token. place: position after the pending token, from 0. rank:
 # of its token among the candidates.
@@ -58,9 +60,9 @@ class DraftTree:
     """Nodes in depth-first order, the likelier child first: node 0 is the pending token, and the likeliest path is a
     prefix of the nodes.
 
-    Of each node, ids: its token. parents: -1 for node 0; every parent comes before its children. depths: its number of
-    ancestors; node 0 has the pending token's position, its children the next one, ... ends: the node after its last
-    descendant.
+    Of each node, ids: its token. parents: NO_PARENT for node 0; every parent comes before its children. depths: its
+    number of ancestors; node 0 has the pending token's position, its children the next one, ... ends: the node after
+    its last descendant.
     """
 
     def __init__(self, ids: list[int], parents: list[int], depths: list[int], ends: list[int]) -> None:
@@ -81,7 +83,7 @@ class DraftTree:
     def of(cls, pending_token: int, tokens: Sequence[Sequence[int]], nodes: Sequence[Node]) -> DraftTree:
         """The tree of the pending token and these nodes, in the order of :func:`likeliest_nodes`. tokens: [D, k]."""
         ids = [pending_token, *[tokens[place][rank] for _, _, _, place, rank in nodes]]
-        return cls.depth_first(ids, [-1, *[node[2] + 1 for node in nodes]])[0]
+        return cls.depth_first(ids, [NO_PARENT, *[node[2] + 1 for node in nodes]])[0]
 
     @classmethod
     def depth_first(cls, ids: list[int], parents: list[int]) -> tuple[DraftTree, list[int]]:
@@ -94,7 +96,7 @@ class DraftTree:
         for index in range(nodes - 1, 0, -1):
             sizes[parents[index]] += sizes[index]
         places, free = [0], [1]  # free: the index of the next child of each node
-        new_ids, new_parents, depths, ends = ids[:1] * nodes, [-1] * nodes, [0] * nodes, [nodes] * nodes
+        new_ids, new_parents, depths, ends = ids[:1] * nodes, [NO_PARENT] * nodes, [0] * nodes, [nodes] * nodes
         for index in range(1, nodes):
             parent = parents[index]
             place, above = free[parent], places[parent]

@@ -14,8 +14,6 @@ GRAM = 3  # least number of tokens that must match
 MOST_PLACES = 8
 LONGEST_MATCH = 16
 
-_NONE = -1
-
 
 class Match(NamedTuple):
     """What followed an earlier occurrence of the text's end. length: tokens of that occurrence that match."""
@@ -30,7 +28,7 @@ class NgramIndex:
     def __init__(self) -> None:
         self.tokens: list[int] = []
         self._newest: dict[tuple[int, int, int], int] = {}
-        self._earlier: list[int] = []  # by position: the one before it that follows the same n-gram
+        self._earlier: list[int | None] = []  # by position: the one before it that follows the same n-gram
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Append to the text."""
@@ -38,10 +36,10 @@ class NgramIndex:
         for token in tokens:
             position = len(text)
             if position < GRAM:
-                earlier.append(_NONE)
+                earlier.append(None)
             else:
                 gram = text[-3], text[-2], text[-1]
-                earlier.append(newest.get(gram, _NONE))
+                earlier.append(newest.get(gram))
                 newest[gram] = position
             text.append(token)
 
@@ -54,17 +52,14 @@ class NgramIndex:
         end = [*self.tokens[-LONGEST_MATCH:], *known][-LONGEST_MATCH:]
         if len(end) < GRAM or most < 1:
             return None
-        best, longest = _NONE, 0
-        position = self._newest.get((end[-3], end[-2], end[-1]), _NONE)
-        for _ in range(MOST_PLACES):
-            if position == _NONE:
-                break
-            length = self._matched(position, end)
-            if length > longest:
-                best, longest = position, length
+        matches: list[tuple[int, int]] = []  # lengths and positions
+        position = self._newest.get((end[-3], end[-2], end[-1]))
+        while position is not None and len(matches) < MOST_PLACES:
+            matches.append((self._matched(position, end), position))
             position = self._earlier[position]
-        if best == _NONE:
+        if not matches:
             return None
+        longest, best = max(matches)
         found = self.tokens[best : best + most]
         tail = [*known, *found]
         while len(found) < most:  # the text is followed by ``known`` and by what is found so far

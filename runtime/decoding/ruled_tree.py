@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import math
 from heapq import heappop, heappush
+from itertools import count
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trimode.runtime.decoding.draft_tree import DraftTree
+from trimode.runtime.decoding.draft_tree import NO_PARENT, DraftTree
 from trimode.runtime.decoding.token_rules import TokenRules, Walk
 from trimode.runtime.executor import Ints
 
@@ -69,12 +70,12 @@ class _Search:
         self._rules = rules
         self._drafted = drafted
         self._deepest = deepest
-        self._ids, self._parents, self._depths, self._costs = [pending_token], [-1], [0], [0.0]
+        self._ids, self._parents, self._depths, self._costs = [pending_token], [NO_PARENT], [0], [0.0]
         self._legal_shares = [1.0]  # probability of the candidates after a node that are not known to be illegal
         self._forced: dict[int, int | None] = {}  # as of Walk
         self._doubtful: set[int] = set()
         self._waiting: list[_Waiting] = []
-        self._pushed = 0
+        self._pushed = count()
         self._at = 0  # the node that the rules have taken last
 
     def found(self, most: int) -> RuledTree:
@@ -153,8 +154,7 @@ class _Search:
         return self._depths[node] + 1 - self._drafted.first
 
     def _push(self, cost: float, node: int, rank: int | None, token: int) -> None:
-        heappush(self._waiting, _Waiting(cost, self._pushed, node, rank, token))
-        self._pushed += 1
+        heappush(self._waiting, _Waiting(cost, next(self._pushed), node, rank, token))
 
     def _move(self, node: int) -> None:
         self._rules.move(self._ids, self._parents, self._at, node)

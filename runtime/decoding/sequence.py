@@ -159,9 +159,9 @@ class Sequence:
         self._kept = KeptDrafts(kept_acceptance or Acceptance())
         self._source: DraftSource = NO_DRAFTS  # of the block's drafts
         self._tree: DraftTree | None = None  # of the block
-        self._tree_width: int | None = params.tree_width  # for the block
+        self._tree_width = params.tree_width or 0  # for the block; 0 for a chain
         self._likeliest: list[int] = []  # the likeliest token of each position of the draft
-        self._drafted_tokens = 1  # of the block as it was opened
+        self._drafted_tokens: int  # of the block as it was opened
         self._rules = rules
         self._biases = biases
         self._most_step = most_step
@@ -171,8 +171,8 @@ class Sequence:
         self._doubtful_rows: set[int] = set()  # of the block: their best candidates are probably illegal
         self._again_rate = again_rate or AgainRate()
         # Of the block, in diffusion:
-        self._masks_at_first = 0
-        self._denoise_passes = 0
+        self._masks_at_first: int
+        self._denoise_passes: int
         self._block_logprobs: dict[int, dict[int, Logprob]] = {}  # by position of the block
 
     @property
@@ -217,7 +217,7 @@ class Sequence:
         """Candidates needed of each row of a draft; None for all that the engine returns."""
         if self._rules is not None:
             return None
-        return 1 if self._tree_width is None else TREE_RANKS
+        return TREE_RANKS if self._tree_width else 1
 
     @property
     def candidates(self) -> int | None:
@@ -272,7 +272,7 @@ class Sequence:
         self._masks = len(drafts) if source is self._masked else 0
         self._forced_places = set(range(1, 1 + len(known)))
         self._tree = None
-        self._tree_width = self.params.tree_width or (1 + len(drafts) if tree else None)
+        self._tree_width = self.params.tree_width or (1 + len(drafts) if tree else 0)
         self._likeliest = []
         self._drafted = {}
         self._doubtful_rows = set() if drafts else {len(self._block) - 1}
@@ -415,7 +415,7 @@ class Sequence:
 
     def _draft(self, done: Pass, found: Candidates) -> None:
         """Fill masks with the most likely tokens, at any temperature: they are the most likely to be accepted."""
-        if self._tree_width is not None:
+        if self._tree_width:
             self._draft_tree(self._tree_width, done, found)
             return
         threshold = self.params.draft_threshold
@@ -526,7 +526,7 @@ class Sequence:
         before, known = len(self.emitted), len(self._forced_run or ())
         expected = known + expected_tokens(self._source, len(drafts) - known)
         if tree is not None and self.params.mode == "auto":
-            expected += self.acceptance.tree_gain(min(self._tree_width or 1, len(tree)))
+            expected += self.acceptance.tree_gain(min(self._tree_width, len(tree)))
 
         def next_in_chain(row: int, token: int) -> int | None:
             return row + 1 if row < len(drafts) and token == drafts[row] else None
@@ -593,7 +593,7 @@ class Sequence:
             gained = float(len(emitted) - min(agreed + 1, len(emitted)))
         else:  # the tree left out the end of the chain, whose drafts may have been right
             gained = -sum(accumulate(self.acceptance.rates[agreed : len(chain)], mul))
-        self.acceptance.observe_tree(min(self._tree_width or 1, len(tree)), gained)
+        self.acceptance.observe_tree(min(self._tree_width, len(tree)), gained)
 
     def _commit_diffusion(self, found: Candidates) -> None:
         """Accept the whole block, and one more token."""

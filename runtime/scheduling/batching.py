@@ -92,12 +92,15 @@ def _blocks(members: list[Member], committed: Many[int], most_rows: int) -> list
     too full for its own step is alone.
     """
     blocks: list[list[Member]] = []
-    room = False
+    too_full = {each.slot for each in members if committed[each.slot] + len(each.needed.tokens) > most_rows}
     for member in members:
-        had_room, step = room, len(member.needed.tokens)
-        room = committed[member.slot] + step <= most_rows
-        last = blocks[-1][-1] if blocks else None
-        if last is not None and room and had_room and last.slot + 1 == member.slot and len(last.needed.tokens) == step:
+        step = len(member.needed.tokens)
+        if (
+            blocks
+            and (last := blocks[-1][-1]).slot + 1 == member.slot
+            and len(last.needed.tokens) == step
+            and too_full.isdisjoint((last.slot, member.slot))
+        ):
             blocks[-1].append(member)
         else:
             blocks.append([member])
@@ -126,10 +129,7 @@ def _cut(
         best, begin = least[-1] + seconds_of(last - first + 1, step), end - 1
         for start in range(end - 2, -1, -1):
             first, own_step, rows = parts[start]
-            if own_step > step:
-                step = own_step
-            if rows > highest:
-                highest = rows
+            step, highest = max(step, own_step), max(highest, rows)
             if highest + step > most_rows:
                 break
             seconds = seconds_of(last - first + 1, step)
