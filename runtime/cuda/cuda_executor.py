@@ -16,7 +16,7 @@ from trimode.plugins.arena import arena_of
 from trimode.runtime.cuda.cuda_network import CudaNetwork
 from trimode.runtime.cuda.exchange import Exchange
 from trimode.runtime.cuda.kernels import Kernels
-from trimode.runtime.cuda.tactics import tactic_times
+from trimode.runtime.cuda.tactic_choice import tactic_times
 from trimode.runtime.executor import BidirectionalStep, CausalStep, Step
 from trimode.runtime.gpu.device import Buffer, Device
 from trimode.runtime.gpu.device_kv_pool import DeviceKvPool

@@ -11,7 +11,7 @@ from trimode.model.step import cache_inputs
 from trimode.plugins.arena import ArenaPlan, tensor_bytes
 from trimode.plugins.launches import PassShape, PlannedLaunch, plan_pass
 from trimode.runtime.cuda.kernels import Kernels
-from trimode.runtime.cuda.tactics import Candidate, Output, TacticTimes, can_be_timed, tactic_key
+from trimode.runtime.cuda.tactic_choice import Candidate, Output, TacticTimes, can_be_timed, tactic_key
 from trimode.runtime.gpu.buckets import Bucket
 from trimode.runtime.gpu.device import BoundLaunch, Device, Kernel
 from trimode.runtime.gpu.device_kv_pool import DeviceKvPool

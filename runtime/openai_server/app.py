@@ -19,17 +19,17 @@ from trimode.common.errors import TriModeError
 from trimode.common.version import __version__
 from trimode.runtime.openai_server import http_errors as errors
 from trimode.runtime.openai_server import tokenizer_endpoints
-from trimode.runtime.openai_server.chat import complete_chat
-from trimode.runtime.openai_server.completions import complete
-from trimode.runtime.openai_server.gate import HEALTH
-from trimode.runtime.openai_server.http_errors import BAD_METHOD, BAD_REQUEST, ENGINE_DEAD, NOT_FOUND, ApiError
-from trimode.runtime.openai_server.messages import count_tokens, create_message
-from trimode.runtime.openai_server.messages_bodies import (
+from trimode.runtime.openai_server.anthropic_bodies import (
     CountTokensRequest,
     MessageRecord,
     MessagesRequest,
     TokenCount,
 )
+from trimode.runtime.openai_server.anthropic_messages import count_tokens, create_message
+from trimode.runtime.openai_server.chat import complete_chat
+from trimode.runtime.openai_server.completions import complete
+from trimode.runtime.openai_server.gate import HEALTH
+from trimode.runtime.openai_server.http_errors import BAD_METHOD, BAD_REQUEST, ENGINE_DEAD, NOT_FOUND, ApiError
 from trimode.runtime.openai_server.model_names import ModelName
 from trimode.runtime.openai_server.request_bodies import (
     ChatCompletionRequest,

@@ -13,9 +13,7 @@ from fastapi.responses import Response
 from trimode.runtime.api.request_output import RequestOutput
 from trimode.runtime.openai_server.answer_events import AnswerEvents
 from trimode.runtime.openai_server.answer_splitter import AnswerPiece
-from trimode.runtime.openai_server.chat import StartedChat, encode_chat, start_chat
-from trimode.runtime.openai_server.http_errors import messages_error
-from trimode.runtime.openai_server.messages_bodies import (
+from trimode.runtime.openai_server.anthropic_bodies import (
     CountTokensRequest,
     MessageEvent,
     MessageRecord,
@@ -24,6 +22,8 @@ from trimode.runtime.openai_server.messages_bodies import (
     StopReason,
     TokenCount,
 )
+from trimode.runtime.openai_server.chat import StartedChat, encode_chat, start_chat
+from trimode.runtime.openai_server.http_errors import messages_error
 from trimode.runtime.openai_server.model_names import ModelName
 from trimode.runtime.openai_server.service import Service, json_response
 

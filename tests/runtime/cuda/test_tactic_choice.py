@@ -24,8 +24,8 @@ from trimode.common.errors import TriModeError
 from trimode.model.checkpoint import Checkpoint
 from trimode.plugins.operators import Int4Product
 from trimode.quantize import quantize_checkpoint
-from trimode.runtime.cuda import tactics
-from trimode.runtime.cuda.tactics import Candidate, Output, TacticTimes
+from trimode.runtime.cuda import tactic_choice
+from trimode.runtime.cuda.tactic_choice import Candidate, Output, TacticTimes
 from trimode.runtime.executor import Candidates, CausalStep
 from trimode.runtime.loading import load_engine
 
@@ -55,7 +55,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRIMODE_TACTICS", "timed")
-    monkeypatch.setattr(tactics, "_REPEATS", 1)
+    monkeypatch.setattr(tactic_choice, "_REPEATS", 1)
 
 
 @pytest.fixture
@@ -123,17 +123,17 @@ def test_another_gpu_or_driver_or_kernel_has_a_file_of_its_own(
     del cache
     kernels = half.cuda / "kernels" / "sm_121"
     device = tactics.Device(0)
-    files = {tactics.tactics_file(device, kernels)}
-    assert tactics.tactics_file(device, kernels) in files
+    files = {tactic_choice.tactics_file(device, kernels)}
+    assert tactic_choice.tactics_file(device, kernels) in files
     for name, value in (("name", "another"), ("driver_version", 12090)):
         with monkeypatch.context() as patch:
-            patch.setattr(tactics.Device, name, value)
-            files.add(tactics.tactics_file(device, kernels))
+            patch.setattr(tactic_choice.Device, name, value)
+            files.add(tactic_choice.tactics_file(device, kernels))
     other = tmp_path / "sm_121"
     other.mkdir()
     for file in kernels.iterdir():
         (other / file.name).write_bytes(file.read_bytes() + (b"x" if file.suffix == ".cubin" else b""))
-    files.add(tactics.tactics_file(device, other))
+    files.add(tactic_choice.tactics_file(device, other))
     assert len(files) == 4
 
 
