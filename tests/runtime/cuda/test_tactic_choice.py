@@ -122,7 +122,7 @@ def test_another_gpu_or_driver_or_kernel_has_a_file_of_its_own(
 ) -> None:
     del cache
     kernels = half.cuda / "kernels" / "sm_121"
-    device = tactics.Device(0)
+    device = tactic_choice.Device(0)
     files = {tactic_choice.tactics_file(device, kernels)}
     assert tactic_choice.tactics_file(device, kernels) in files
     for name, value in (("name", "another"), ("driver_version", 12090)):
