@@ -27,7 +27,7 @@ class NgramIndex:
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
-        self._newest: dict[tuple[int, int, int], int] = {}
+        self._newest: dict[tuple[int, ...], int] = {}
         self._earlier: list[int | None] = []  # by position: the one before it that follows the same n-gram
 
     def extend(self, tokens: Sequence[int]) -> None:
@@ -50,10 +50,10 @@ class NgramIndex:
         occurrence overlaps the end of the text, the repetition is continued.
         """
         end = [*self.tokens[-LONGEST_MATCH:], *known][-LONGEST_MATCH:]
-        if len(end) < GRAM or most < 1:
+        if most < 1:
             return None
         matches: list[tuple[int, int]] = []  # lengths and positions
-        position = self._newest.get((end[-3], end[-2], end[-1]))
+        position = self._newest.get(tuple(end[-GRAM:]))
         while position is not None and len(matches) < MOST_PLACES:
             matches.append((self._matched(position, end), position))
             position = self._earlier[position]

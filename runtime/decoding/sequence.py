@@ -153,8 +153,6 @@ class Sequence:
         self._forced_run: list[int] | None = None  # the tokens after the pending token that are known, once they are
         self._walk: Walk | None = None  # of the rules along the block
         self._lookup = lookup
-        # Whether there is a choice of how cycles draft.
-        self.drafts_vary = params.mode == "auto" or lookup is not None
         self._masked = MaskedDrafts(mask_id, acceptance)
         self._kept = KeptDrafts(kept_acceptance or Acceptance())
         self._source: DraftSource = NO_DRAFTS  # of the block's drafts

@@ -221,7 +221,7 @@ class Scheduler:
         choices: dict[Request, Opening] = {}
         for request in opening:
             sequence = request.sequence
-            if not sequence.drafts_vary or sequence.replaying:
+            if sequence.replaying:
                 continue
             try:
                 copy_yields = sequence.look_up()

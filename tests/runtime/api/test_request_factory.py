@@ -156,3 +156,13 @@ def test_a_thinking_budget_begins_in_the_prompts_thought(llm: LLM) -> None:
     for prompt, forced in (([THINK], 13), ([300], None)):
         assert sequence(llm, prompt, max_thinking_tokens=0).ending.forced == forced
     assert sequence(llm, [THINK]).ending.forced is None
+
+
+def test_a_request_starts_from_rates_that_are_probabilities(llm: LLM) -> None:
+    """Kept candidates and copies after a short match are first assumed to be worse than drafts."""
+    found = sequence(llm, [300], lookup=True, guided_decoding=REGEX)
+    assert found._lookup is not None
+    draft = found.acceptance.rates[0]
+    for other in (found._kept._acceptance.rates[0], found._lookup._acceptance.short.rates[0]):
+        assert 0 < other < draft < 1
+    assert draft <= found._lookup._acceptance.long.rates[0] < 1

@@ -171,3 +171,7 @@ def test_a_step_that_fails_ends_its_requests_alone(case: Case) -> None:
     request = case.submit()
     case.scheduler.steps.release()
     wait_until(lambda: case.scheduler.running == [request])
+
+
+def test_an_engine_that_nobody_shuts_down_does_not_keep_its_process_alive(case: Case) -> None:
+    assert case.thread._thread.daemon

@@ -155,6 +155,14 @@ def test_prompts_that_never_come_again_do_not_evict_a_reused_one() -> None:
     assert cache.known(chain(10, 8)) == 4
 
 
+def test_reused_blocks_may_fill_their_share_exactly() -> None:
+    cache = Cache(blocks=4)  # three of them for reused blocks
+    cache.store(chain(3))
+    assert cache.known(chain(3)) == 3
+    cache.store(chain(2, 2))
+    assert cache.known(chain(3)) == 3
+
+
 def test_blocks_that_are_no_longer_reused_give_way() -> None:
     cache = Cache(blocks=8)  # six of them for reused blocks
     cache.store(chain(6))

@@ -30,14 +30,15 @@ def test_blocks_are_counted_by_powers_of_two(block: int, bucket: int) -> None:
 def test_cycles_are_summed_by_mode_and_source() -> None:
     counts = DraftingCounts()
     counts.count_cycles("auto", [Cycle("draft", 8, 9, 3.5, 4), Cycle("draft", 7, 7, 2.0, 1), Cycle("tree", 8, 8, 5, 6)])
-    counts.count_cycles("linear_spec", [Cycle("draft", 8, 8, 3.0, 2)])
+    counts.count_cycles("linear_spec", [Cycle("draft", 8, 8, 3.0, 2), Cycle("draft", 8, 10, 2.5, 4)])
+    counts.count_cycles("linear_spec", [Cycle("draft", 8, 12, 1.5, 1)])
     counts.count_cycles("ar", [Cycle("none", 1, 1, 1.0, 1)])
     before = counts.cycles()
     counts.count_cycles("auto", [Cycle("none", 1, 1, 1.0, 1)])
     assert before == {
         ("auto", "draft", 8): (2, 16, 5.5, 5),
         ("auto", "tree", 8): (1, 8, 5, 6),
-        ("linear_spec", "draft", 8): (1, 8, 3.0, 2),
+        ("linear_spec", "draft", 8): (3, 30, 7.0, 7),
     }
     assert counts.cycles() == before | {CycleKey("auto", "none", 1): CycleSums(1, 1, 1.0, 1)}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -50,6 +51,29 @@ def test_a_pass_that_is_not_possible_is_not_run_and_costs_what_its_tokens_would(
     assert cost.seconds("ar", 8, 32) == pytest.approx(16 * seconds("ar", 1, 16))
     assert cost.seconds("ar", 4, 2) == pytest.approx(seconds("ar", 1, 8))
     assert cost.least_seconds("ar", 8, 32) < cost.seconds("ar", 8, 32) / 2
+
+
+def test_between_measured_passes_seconds_are_interpolated_by_the_logarithm_of_their_tokens() -> None:
+    """4 tokens are half way from 2 to 8."""
+    cost = PassCost(1, 8)
+    cost.measure(lambda _engine, _batch, step: {1: 1.0, 2: 1.0, 8: 9.0}[step], 1e9, lambda _, step: step != 4)
+    assert cost.seconds("ar", 1, 4) == pytest.approx(3.0)
+
+
+def test_a_pass_is_measured_only_if_there_is_time_for_its_tokens() -> None:
+    """A pass takes a second for each token. Three trials of all passes but the largest take 99 s, and its own 48 s."""
+    for seconds_of_each, largest in ((140, False), (150, True)):
+        cost, clock, run = PassCost(4, 4), Clock(), set[tuple[EngineName, int, int]]()
+
+        def slow(engine: EngineName, batch: int, step: int, clock: Clock = clock, run: Any = run) -> float:
+            clock.now += batch * step
+            run.add((engine, batch, step))
+            return float(batch * step)
+
+        cost.measure(slow, 2 * seconds_of_each, clock=clock)
+        for engine in ("ar", "diffusion"):
+            expected = {(engine, batch, step) for batch in (1, 2, 4) for step in (1, 2, 4)}
+            assert {each for each in run if each[0] == engine} == expected - (set() if largest else {(engine, 4, 4)})
 
 
 def test_the_time_to_measure_is_split_between_the_engines_and_kept() -> None:

@@ -162,6 +162,25 @@ def test_whom_auto_counts_as_others(monkeypatch: pytest.MonkeyPatch) -> None:
     assert autos[0].sequence.counts.drafted == 3
 
 
+def test_tokens_that_another_process_has_generated_are_no_choice_of_auto(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench, asked = Watched(max_batch=1), 0
+
+    def choose(opening: list[Opening], _others: list[Any]) -> Plan:
+        nonlocal asked
+        asked += 1
+        return Plan(1, 1, [False] * len(opening))
+
+    monkeypatch.setattr(bench.scheduler._block_chooser, "choose", choose)
+    request = bench.submit(1, mode="auto")
+    request.sequence.begun = [2, 3, 4, 5]
+    bench.step()
+    bench.step()
+    assert request.sequence.emitted[:4] == [2, 3, 4, 5]
+    assert (len(request.sequence.emitted), asked) == (5, 0)
+    bench.step()
+    assert (len(request.sequence.emitted), asked) == (6, 1)
+
+
 def test_a_failed_request_takes_part_in_nothing() -> None:
     bench = Watched(max_batch=4, prefill_tokens=100)
     failed, healthy = bench.submit(1), bench.submit(1)
@@ -399,3 +418,14 @@ def test_a_trial_pass_needs_the_logits_of_a_block_or_of_a_prefill() -> None:
     bench.cost.measure = lambda run, *_: [run("ar", 1, step) for step in (8, 32, 33)]  # type: ignore[method-assign]
     bench.scheduler.measure_passes()
     assert [step.logit_rows.tolist() for step in bench.passes[-1]] == [[list(range(8))], [list(range(32))], [[32]]]
+
+
+def test_a_trial_pass_takes_no_more_slots_than_its_batch() -> None:
+    """Four slots of 16 rows are all that the pool may have."""
+    bench = Watched(max_batch=4, capacity=64, limit_rows=64)
+    bench.passes.append([])
+    bench.cost.measure = lambda run, *_: run("ar", 4, 16)  # type: ignore[method-assign]
+    bench.scheduler.measure_passes()
+    (step,) = bench.passes[-1]
+    assert (step.input_ids.shape, step.write_indices.tolist()) == ((4, 16), [0] * 4)
+    assert bench.executor.pool.slots == 4
