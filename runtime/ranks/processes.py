@@ -26,6 +26,7 @@ from trimode.runtime.ranks.pmi import StartUp, environment
 # For all ranks to load their parts; the environment variable sets another limit, for slow disks.
 READY_SECONDS, READY_VARIABLE = 600.0, "TRIMODE_RANKS_READY_SECONDS"
 END_SECONDS = 5.0  # for ranks to end by themselves after their sockets are closed
+REAP_SECONDS = 60.0  # for a process that has closed its sockets to end; more than 5 s on a busy machine
 
 
 class RankProcesses:
@@ -173,7 +174,7 @@ class _Watch:
                     else:
                         selector.unregister(key.fileobj)
                         self._sockets[rank].close()
-                        self.lose(f"rank {rank} of {len(self._sockets)} has ended ({self._ending(rank)})")
+                        self.lose_rank(rank)
         for process in self.processes:
             process.wait()
 
@@ -184,13 +185,21 @@ class _Watch:
         self.lost = self.lost or reason
         self.kill()
 
-    def _ending(self, rank: int) -> str:
-        """How a process ended, whose sockets are closed."""
-        try:
-            code = self.processes[rank].wait(END_SECONDS)
-        except subprocess.TimeoutExpired:
-            return "its socket is closed"
-        return f"exit code {code}" if code >= 0 else f"signal {-code}, {signal.Signals(-code).name}"
+    def lose_rank(self, rank: int) -> None:
+        """End the other ranks of one that has closed its sockets; the reason is how its process ends."""
+        if self.closing or self.lost:
+            return
+        for other in self.processes[:rank] + self.processes[rank + 1 :]:
+            other.kill()
+        self.lose(f"rank {rank} of {len(self.processes)} has ended ({_ending(self.processes[rank])})")
+
+
+def _ending(process: subprocess.Popen[bytes]) -> str:
+    try:
+        code = process.wait(REAP_SECONDS)
+    except subprocess.TimeoutExpired:
+        return "its socket is closed"
+    return f"exit code {code}" if code >= 0 else f"signal {-code}, {signal.Signals(-code).name}"
 
 
 def _receive(its: socket.socket) -> bytes:

@@ -53,7 +53,7 @@ class TritonPythonModel:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="trimode-requests", daemon=True)
         self._thread.start()
-        self._watching = asyncio.run_coroutine_threadsafe(self._watch(), self._loop)
+        asyncio.run_coroutine_threadsafe(self._watch(), self._loop)
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
@@ -67,9 +67,10 @@ class TritonPythonModel:
         self._metrics.stop()
         self._llm.shutdown()
         wait(unfinished, LAST_WORDS_SECONDS)
-        self._watching.cancel()
+        asyncio.run_coroutine_threadsafe(_cancel_others(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
+        self._loop.close()
 
     async def _watch(self) -> None:
         """Stop the server if the engine stops by an error, so that a supervisor starts both again. Triton's Python
@@ -122,6 +123,14 @@ class TritonPythonModel:
             raise TriModeError("stop needs a request id: that of the request to end")
         if name in self._running:
             self._running[name].abort()
+
+
+async def _cancel_others() -> None:
+    """Cancel the event loop's other tasks, and wait until they have ended."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
 
 
 def stop_server() -> None:

@@ -1,5 +1,6 @@
 """A rank without an engine: ``python -m tests.support.scripted_rank SOCKET`` does what ``$TRIMODE_TEST_RANKS`` says,
-one word for each rank: ``ready`` loads, ``hang`` neither answers nor reads, and ``error`` answers with an error.
+one word for each rank: ``ready`` loads, ``hang`` neither answers nor reads, ``error`` answers with an error, and
+``close`` closes its sockets, and ends with exit code 7 as soon as no other rank runs.
 """
 
 import contextlib
@@ -7,6 +8,8 @@ import os
 import sys
 import time
 from multiprocessing.connection import Connection
+
+import psutil
 
 from trimode.common.errors import TriModeError
 from trimode.runtime.ranks.messages import Loaded
@@ -23,6 +26,13 @@ def main() -> None:
             connection.send(Loaded(None, 1, None))
         case "error":
             connection.send(TriModeError("this rank has no memory"))
+        case "close":
+            connection.close()
+            os.close(int(os.environ["PMI_FD"]))
+            others = [child for child in psutil.Process(parent).children() if child.pid != os.getpid()]
+            while any(other.is_running() and other.status() != psutil.STATUS_ZOMBIE for other in others):
+                time.sleep(0.1)
+            sys.exit(7)
         case "hang":
             while os.getppid() == parent:
                 time.sleep(0.1)

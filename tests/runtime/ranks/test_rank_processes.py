@@ -28,8 +28,10 @@ from trimode.build.engine_builder import build_engine
 from trimode.common.errors import TriModeError
 from trimode.model.checkpoint import Checkpoint
 from trimode.quantize import quantize_checkpoint
+from trimode.runtime.executor import ExecutorLostError
 from trimode.runtime.ranks import ranked_executor
-from trimode.runtime.ranks.processes import READY_VARIABLE
+from trimode.runtime.ranks.messages import Load
+from trimode.runtime.ranks.processes import READY_VARIABLE, RankProcesses
 from trimode.runtime.ranks.ranked_executor import RankedExecutor
 from trimode.runtime.request.errors import EngineDeadError
 
@@ -218,6 +220,16 @@ def test_ranks_that_hang_while_loading_end_a_command_with_one_line(
     assert ended.stderr.splitlines()[-1].endswith(f"{engine} cannot be loaded: {reason}")
     assert "Traceback" not in ended.stderr
     assert ended.stdout == ""
+
+
+def test_a_rank_that_ends_slowly_ends_the_others_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reason waits until its process has ended: it names the exit code."""
+    monkeypatch.setenv(scripted_rank.SCRIPT, "hang close")
+    ranks = RankProcesses(scripted_rank.MODULE, 2)
+    order = Load(Path("engine"), ranks=2, threads=1, kv_cache_bytes=None)
+    with pytest.raises(ExecutorLostError, match=r"rank 1 of 2 has ended \(exit code 7\)"):
+        ranks.load(order)
+    assert running(ranks.pids) == []
 
 
 def test_a_server_whose_rank_dies_exits(engine: Path) -> None:
