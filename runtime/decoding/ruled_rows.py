@@ -252,15 +252,15 @@ class RuledRows:
             return Choice(logits[:1], tokens[:1])
         self._move(row)
         if unmasked and greedy:
-            best = self._rules.first_legal(tokens[logits > _ABSENT])
+            best = self._rules.first_legal(tokens[_are_reported(logits)])
             return None if best is None else Choice(logits[best : best + 1], tokens[best : best + 1])
         needed = self._needed or reported.logits.shape[-1]
         asked = None if self._asked is None or reported.asked_logits is None else reported.asked_logits[row]
         if not unmasked:
-            legal = logits > _ABSENT
+            legal = _are_reported(logits)
             return self._best(logits[legal], tokens[legal], asked, needed)
         mask = self._rules.mask()
-        legal = are_legal(mask, tokens) & (logits > _ABSENT)
+        legal = are_legal(mask, tokens) & _are_reported(logits)
         if self._biases is None:
             enough = legal.sum() >= min(needed, count_legal(mask))
         else:
@@ -295,3 +295,9 @@ class RuledRows:
         """Move the rules to the row's node, so that it is the last token taken."""
         self._rules.move(self._walk.tree.ids, self._walk.tree.parents, self._at, row)
         self._at = row
+
+
+def _are_reported(logits: Reals) -> NDArray[np.bool_]:
+    """Which entries are tokens; the others come after the last legal one."""
+    reported: NDArray[np.bool_] = logits > _ABSENT
+    return reported

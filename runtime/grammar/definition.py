@@ -30,7 +30,7 @@ def definition(source: GrammarSource, special_tokens: Mapping[str, int]) -> str:
 
 
 def _json(schema: str) -> str:
-    return LLMatcher.grammar_from_json_schema(json.dumps(_with_style(json.loads(schema)), ensure_ascii=False))
+    return LLMatcher.grammar_from_json_schema(json.dumps(_with_style(json.loads(schema))))
 
 
 def _with_style(schema: Mapping[str, Any]) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def _structural_tag(tag: Any, special_tokens: Mapping[str, int]) -> str:
         trigger = next((trigger for trigger in triggers if trigger and begin.startswith(trigger)), None)
         if trigger is None:
             raise GrammarError(f"structural_tag: {begin!r} begins with none of the triggers")
-        content = "%json " + json.dumps(_with_style(schema), ensure_ascii=False)
+        content = "%json " + json.dumps(_with_style(schema))
         body = " ".join(part for part in (_literal(begin[len(trigger) :], special_tokens), content) if part)
         closing = _literal(end, special_tokens)
         if trigger in special_tokens:
@@ -107,7 +107,7 @@ def _special(token: int) -> str:
 
 
 def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
+    return json.dumps(text)
 
 
 def _is_list_of(value: Any, kind: type) -> bool:

@@ -169,13 +169,12 @@ class GrammarMatcher:
 
     def _follow(self) -> None:
         """Bring llguidance's matcher to the tokens taken."""
-        ahead = self._followed - self._at
-        if ahead > 0:
-            self._matcher.rollback(ahead)
-        elif ahead < 0:
-            self._matcher.consume_tokens(self._path[self._followed : self._at])
-        else:
+        if self._followed == self._at:
             return
+        if self._followed > self._at:
+            self._matcher.rollback(self._followed - self._at)
+        else:
+            self._matcher.consume_tokens(self._path[self._followed : self._at])
         self._followed = self._at
         self._require_intact()
 

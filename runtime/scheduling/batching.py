@@ -121,8 +121,8 @@ def _cut(
         (block[0].slot, _step(block), max(committed[block[0].slot : end]))
         for block, end in zip(blocks, ends, strict=True)
     ]
-    # By number of blocks: the least seconds for the first blocks, and where the last span of them begins.
-    least, begins = [0.0], [0]
+    # Of the first blocks: the least seconds, by their number from 0 on; where the last span of them begins, from 1 on.
+    least, begins = [0.0], list[int]()
     for end, block in enumerate(blocks, start=1):
         last, (first, step, _) = block[-1].slot, parts[end - 1]
         highest = max(committed[first : last + 1])
@@ -142,8 +142,9 @@ def _cut(
     spans: list[Span] = []
     end = len(blocks)
     while end:
-        spans.append(span_of([member for block in blocks[begins[end] : end] for member in block]))
-        end = begins[end]
+        begin = begins[end - 1]
+        spans.append(span_of([member for block in blocks[begin:end] for member in block]))
+        end = begin
     return _Cut(least[-1], spans[::-1])
 
 

@@ -190,6 +190,13 @@ def test_a_tree_learns_what_its_chain_would_have_yielded(
     assert found.committed == 1 + len(emitted)
 
 
+def test_a_tree_of_auto_has_as_many_nodes_as_its_block_has_tokens() -> None:
+    case = Case(mode="auto", block_length=8)
+    case.sequence.open_block(4, tree=True)
+    case.absorb("draft", of_two([(301, 401), (302, 402), (303, 403)], 0.6))
+    assert case.sequence.next_pass().tokens.tolist() == [300, 301, 302, 401]
+
+
 def test_a_fixed_tree_width_learns_of_the_chain_alone() -> None:
     case = tree_case(mode="linear_spec", tree_width=4)
     case.absorb("commit", certain([401, 0, 0, 999]))
@@ -286,6 +293,17 @@ def test_begun_tokens_have_no_logprobs_and_those_behind_them_do() -> None:
     found = case.cycle([], [301, 302], length=2)
     assert found.emitted == [300, 301, 302]
     assert [list(entry) for entry in found.logprobs] == [[], [], [302]]
+
+
+def test_a_denoised_token_after_begun_ones_has_its_logprob() -> None:
+    case = Case(mode="diffusion", begun=[300, 301, 302, 303, 304], logprobs=0)
+    found = case.cycle([], [999])
+    assert (found.emitted, found.replaying) == ([300, 301, 302, 303, 304], False)
+    found.open_block(4)
+    case.absorb("denoise", certain([401, 402, 403]))
+    case.absorb("commit", certain([404]))
+    assert found.emitted[5:] == [401, 402, 403, 404]
+    assert [list(entry) for entry in found.logprobs] == [*[[]] * 5, [401], [402], [403], [404]]
 
 
 def test_what_the_host_must_do_between_draft_and_commit() -> None:

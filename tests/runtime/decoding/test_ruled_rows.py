@@ -153,6 +153,28 @@ def test_rows_behind_another_token_are_neither_chosen_nor_counted() -> None:
     assert counted(rows, {0, 1, 2}) == (0, 0, 1)
 
 
+@pytest.mark.parametrize("needed", [2, None])
+def test_where_more_than_the_best_candidate_is_needed_a_draft_does_not_decide(needed: int | None) -> None:
+    """Such as in sampling. The text reaches the row after the draft only if it is drawn."""
+    law = TokenRules(VOCABULARY, {END}, banned=[3])
+    rows = RuledRows(law, None, law.walk([2, 6, 5]), needed, logprobs=False)
+    assert rows.absorb(of_tokens([6, 7], [5, 8], [8, 9])) is None
+    assert [rows.agreed_draft(row) for row in range(3)] == [None] * 3
+    assert [rows.choice(row).tokens.tolist() for row in range(3)] == [[6, 7], [5, 8], [8, 9]]
+
+
+def test_a_bias_may_decide_against_the_best_draft() -> None:
+    law = TokenRules(VOCABULARY, {END}, banned=[3])
+    rows = RuledRows(law, Biases({7: 9.0}, VOCABULARY), law.walk([2, 6, 5]), 1, logprobs=False)
+    asked = rows.inputs([]).asked
+    assert asked is not None
+    assert asked.tolist() == [[7]] * 3
+    found = of_tokens([6, 7], [5, 8], [8, 9])._replace(asked_logits=np.full((3, 1), 1.0, np.float32))
+    assert rows.absorb(found) is None
+    assert rows.agreed_draft(0) is None
+    assert rows.choice(0).tokens.tolist() == [7]
+
+
 def test_forced_rows_need_no_candidates_and_are_not_counted() -> None:
     law = rules(LLMatcher(LETTERS.tokenizer, LLMatcher.grammar_from_regex("a(bc|d)e")))
     rows = RuledRows(law, None, law.walk([99, 2, 3, 4, 6]), 1, logprobs=True)

@@ -214,6 +214,15 @@ def test_a_tree_has_the_forced_tokens_before_its_drafts_in_addition() -> None:
     assert (case.sequence.counts.drafted, case.sequence.counts.accepted) == (2, 1)
 
 
+def test_a_forced_token_at_the_end_of_a_tree_says_nothing_about_the_draft() -> None:
+    """The grammar forces c after the draft b. The draft was right, and its next token, d, was not."""
+    case = ruled_tree("a[be]c[a-e]{5,20}", 3, (B, E, 0.9), (D, A, 0.9), (D, A, 0.9))
+    assert case.sequence.next_pass().tokens.tolist() == [A, B, C]
+    case.absorb("commit", rows([B, E], [C, A], [E, D]))
+    assert case.sequence.emitted == [A, B, C, E]
+    assert case.acceptance.cycles == [(1, 2, False)]
+
+
 def test_the_chain_of_a_narrow_tree_under_a_grammar_goes_on_with_the_best_candidates() -> None:
     """The tree has b alone. The chain a, b, d, e would have gone on, by its own rates."""
     case = ruled_tree("[a-e]{9,20}", 2, (B, C, 0.9), (D, E, 0.9), (E, D, 0.9))

@@ -77,6 +77,13 @@ def test_it_is_the_best_of_all_choices(rates: list[float], free_tokens: float, l
     assert tokens_a_second(chosen) >= max(tokens_a_second(block) for block in CHOICES) * (1 - 1e-9)
 
 
+@pytest.mark.parametrize(("longest", "block"), [(1, 1), (5, 8), (8, 8), (9, 16)])
+def test_the_longest_block_of_a_request_need_be_no_power_of_two(longest: int, block: int) -> None:
+    """All drafts are accepted, and tokens cost nothing. The sequence shortens its block."""
+    chosen = BlockChooser(machine(1000)).choose(opening(sequence(0.99, block_length=longest)), [])
+    assert chosen.block == block
+
+
 def test_one_token_costs_a_pass_of_one_token() -> None:
     """Drafts are nearly free, but each verified token costs as much as the first one, and half of them are rejected."""
     cost = PassCost(1, 32)
@@ -251,27 +258,31 @@ def test_the_plan_is_the_best_of_all_that_are_considered(
                 assert found >= expected_rate(begins, beside, cost, other._replace(tree=tree)) * (1 - 1e-9)
 
 
-def test_a_block_that_may_be_better_is_tried_and_a_loss_is_made_up_for() -> None:
-    """A block of 2 seems to take twice as long as it may. The trial is slower than the best choice, so the next one
-    waits until a twentieth of the time since then is what it lost.
+@pytest.mark.parametrize("unit", [1.0, 0.25])
+def test_a_block_that_may_be_better_is_tried_and_a_loss_is_made_up_for(unit: float) -> None:
+    """Whatever the unit of time. A block of 2 seems to take twice as long as it may. The trial is slower than the best
+    choice, so the next one waits until a twentieth of the time since then is what it lost.
     """
 
     class Cost(PassCost):
         trial = 1.0
 
         def seconds(self, engine: EngineName, _batch: int, step: int) -> float:
-            return 1.0 if engine == "ar" and step == 1 else self.trial
+            return unit * (1.0 if engine == "ar" and step == 1 else self.trial)
 
         def least_seconds(self, engine: EngineName, batch: int, step: int) -> float:
-            return 0.1 if step == 2 else self.seconds(engine, batch, step)
+            return 0.1 * unit if step == 2 else self.seconds(engine, batch, step)
 
     cost = Cost(1, 2)
     chooser, begins = BlockChooser(cost), opening(sequence(0.52, block_length=2))
     # Two passes of 1 s yield 1.52 tokens, where one yields 1. The trial loses 2 - 1.52 s, made up for in 9.6 s.
-    blocks = [chooser.choose(begins, []).block for _ in range(24)]
-    assert blocks == [2, *[1] * 10, 2, *[1] * 10, 2, 1]
+    plans = [chooser.choose(begins, []) for _ in range(24)]
+    assert [plan.block for plan in plans] == [2, *[1] * 10, 2, *[1] * 10, 2, 1]
+    assert all(plan.trial == (plan.block == 2) for plan in plans)
     cost.trial = 0.5  # it has become the faster one
-    assert [chooser.choose(begins, []).block for _ in range(3)] == [2, 2, 2]
+    plans = [chooser.choose(begins, []) for _ in range(3)]
+    assert [plan.block for plan in plans] == [2, 2, 2]
+    assert not plans[-1].trial
 
 
 def test_a_copy_replaces_the_draft_where_it_yields_as_much() -> None:
@@ -282,6 +293,11 @@ def test_a_copy_replaces_the_draft_where_it_yields_as_much() -> None:
         assert BlockChooser(cost).choose([Opening(drafting, good)], []).copying == [True]
         assert BlockChooser(cost).choose([Opening(drafting, poor)], []).copying == [False]
         assert BlockChooser(cost).choose([Opening(drafting, [])], [sequence(0.8)]).copying == [False]
+
+
+def test_a_block_of_one_token_copies_nothing() -> None:
+    """Where every token costs as much as the first one, copies that fail cost more than they save."""
+    assert BlockChooser(machine(1)).choose([Opening(sequence(0.1), [1.0, 1.1, 1.1])], []) == Plan(1, 1, [False])
 
 
 def test_beside_sequences_that_draft_a_copy_must_yield_more() -> None:
@@ -323,6 +339,12 @@ def test_a_tree_may_pay_where_the_block_alone_does_not() -> None:
     each.acceptance.tree_gains = [0.0, 0.0, 0.0, 0.0, 0.0, 3.0]
     plan = BlockChooser(machine(1000)).choose(opening(each), [])
     assert (plan.block, plan.tree) == (32, True)
+
+
+def test_a_sequence_at_its_last_token_gains_nothing_by_a_tree() -> None:
+    long, last = sequence(0.9), sequence(0.9, block_length=1)
+    last.acceptance.tree_gains = [9.0] * len(CHOICES)
+    assert not BlockChooser(machine(1000)).choose(opening(long, last), []).tree
 
 
 def test_tree_gains_are_learnt_and_forgotten() -> None:

@@ -8,15 +8,21 @@ from typing import Any
 import pytest
 
 from tests.support.exact_law import (
+    END,
+    VOCABULARY,
     Bench,
     ExactLawExecutor,
     PreparingExactLawExecutor,
     SpeculatingExactLawExecutor,
 )
+from tests.support.ruled_language import FewCandidatesExecutor
 from trimode import SamplingParams
+from trimode.runtime.decoding.ruled_rows import AgainRate
+from trimode.runtime.decoding.token_rules import TokenRules
 from trimode.runtime.executor import BidirectionalStep, CausalStep
 from trimode.runtime.request.outputs import Counts
 from trimode.runtime.scheduling.auto_block import Opening, Plan
+from trimode.runtime.scheduling.batching import Span
 from trimode.runtime.scheduling.drafting_stats import DraftingStats
 from trimode.runtime.scheduling.pass_cost import PassSeconds
 from trimode.runtime.scheduling.running_request import Request
@@ -429,3 +435,33 @@ def test_a_trial_pass_takes_no_more_slots_than_its_batch() -> None:
     (step,) = bench.passes[-1]
     assert (step.input_ids.shape, step.write_indices.tolist()) == ((4, 16), [0] * 4)
     assert bench.executor.pool.slots == 4
+
+
+@pytest.mark.parametrize(("rows", "last"), [(56, 3), (57, 2)])
+def test_a_pass_is_padded_only_over_slots_that_have_rows_for_it(rows: int, last: int) -> None:
+    """The executor prefers all four slots. The fourth has 64 rows."""
+    bench = Bench(max_batch=4, capacity=64, executor=PreparingExactLawExecutor)
+    for _ in range(4):
+        bench.executor.pool.acquire()
+    padded = bench.scheduler._passes._padded(Span(0, 2, 8, []), [1, 1, 1, rows], 64)
+    assert (padded.first, padded.last) == (0, last)
+
+
+def test_a_pass_is_repeated_in_the_same_step_and_only_where_its_candidates_are_not_legal() -> None:
+    """Of seven tokens, the engine reports three; one token alone is legal. So some passes run twice."""
+    bench = Watched(max_batch=2, executor=FewCandidatesExecutor)
+    rate = AgainRate()
+    rate.observe(0, 0, enough=99)  # no masks before they are needed
+    params = SamplingParams(max_tokens=12, mode="ar")
+    ruled = bench.add((2,), params, lambda _: None, rules=TokenRules(VOCABULARY, {END}, allowed=[2]))
+    ruled.sequence._again_rate = rate
+    free = bench.submit(1, max_tokens=12)
+    repeated = 0
+    for emitted in range(1, 12):
+        passes = bench.step()
+        assert [len(request.sequence.emitted) for request in (ruled, free)] == [emitted] * 2
+        assert [step.batch for step in passes[1:]] in ([], [1])
+        repeated += len(passes) - 1
+    assert 0 < repeated < 11
+    assert ruled.sequence.emitted == [2] * 11
+    assert free.sequence.counts.commit == 10
