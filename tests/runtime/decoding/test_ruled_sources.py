@@ -259,3 +259,11 @@ def test_a_tree_under_a_grammar_ends_at_the_length_limit() -> None:
     tree = case.sequence.next_pass().tree
     assert tree is not None
     assert max(tree.depths) == 2
+
+
+def test_drafts_after_forced_tokens_end_at_the_length_limit() -> None:
+    """Four tokens may follow, and each row yields one."""
+    case = Case("aa[a-e]{9,20}", block_length=8, max_tokens=5)
+    case.sequence.open_block(5)
+    needed = case.sequence.next_pass()
+    assert (needed.kind, needed.tokens.tolist()) == ("draft", [A, A, MASK, MASK])
