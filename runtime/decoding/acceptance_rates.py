@@ -80,9 +80,10 @@ class SharedAcceptance:
         forgotten = min(1.0, (accepted + 1) / self._tokens)
         self.end_rate += ended / self._tokens - forgotten * self.end_rate
 
-    def forget(self) -> None:
-        """Decay after a cycle without drafts."""
-        self._cycles = [(1 - _SHARED_FORGETTING) * cycles for cycles in self._cycles]
+    def forget(self, cycles: int = 1) -> None:
+        """Decay for so many cycles without drafts."""
+        kept = (1 - _SHARED_FORGETTING) ** cycles
+        self._cycles = [kept * known for known in self._cycles]
 
 
 class Acceptance:
@@ -143,12 +144,15 @@ class Acceptance:
         if self._shared is not None:
             self._shared.forget_trees()
 
-    def forget(self) -> None:
-        """Decay after a cycle without drafts, towards the averages over all sequences, and those to the first guess."""
+    def forget(self, cycles: int = 1) -> None:
+        """Decay for so many cycles without drafts, towards the averages over all sequences, and those to the first
+        guess.
+        """
         if self._shared is not None:
-            self._shared.forget()
+            self._shared.forget(cycles)
+            forgotten = 1 - (1 - _OWN_FORGETTING) ** cycles
             own = zip(self.rates, self._shared.rates, strict=True)
-            self.rates = [rate + _OWN_FORGETTING * (of_all - rate) for rate, of_all in own]
+            self.rates = [rate + forgotten * (of_all - rate) for rate, of_all in own]
         self._yields = None
 
     def yields(self) -> list[float]:

@@ -5,13 +5,13 @@ commit pass alone. A sequence's cycle yields ``1 + sum over j < b of (r[1] * ...
 expected to be accepted before the text ends, and the causal row's token, with ``r[j] = rates[j] * (1 - end_rate)``
 (:mod:`trimode.runtime.decoding.acceptance_rates`). So each cycle uses
 
-    b* = argmax over b of  (sum of yields over the batch) / (seconds of the draft pass + seconds of the commit pass)
+    b* = argmax over b of  (sum of yields over the batch) / (seconds of the draft pass, the commit pass and the host)
 
-with the seconds of :mod:`trimode.runtime.scheduling.pass_cost` at this batch. Sequences of fixed modes count as they
-are: their tokens come whatever b is, and their passes are shared. One b serves all ``auto`` sequences of a batch: a
-pass is as long as its longest member, so a shorter block beside a longer one would save nothing. On an idle machine few
-sequences get long blocks, since a pass costs nearly the same for 1 token as for 16; a full batch is compute-bound,
-every drafted token costs, and b shrinks toward AR.
+with the passes' seconds of :mod:`trimode.runtime.scheduling.pass_cost` at this batch. Sequences of fixed modes count
+as they are: their tokens come whatever b is, and their passes are shared. One b serves all ``auto`` sequences of a
+batch: a pass is as long as its longest member, so a shorter block beside a longer one would save nothing. On an idle
+machine few sequences get long blocks, since a pass costs nearly the same for 1 token as for 16; a full batch is
+compute-bound, every drafted token costs, and b shrinks toward AR.
 
 A sequence whose text has occurred before may copy its drafts (:mod:`trimode.runtime.decoding.lookup`) and skip the
 draft pass. For each b there are three ways, each a candidate of the same argmax: those sequences copy whose copies
@@ -20,7 +20,8 @@ a copy decode one token beside copies of b.
 
 A block length that would be better if its passes took their least possible time is tried for one cycle, shorter ones
 first: their passes bound the cost of longer ones. Trials that turn out slower may take TRIAL_SHARE of the time. The
-choice affects when tokens come, never which.
+choice affects when tokens come, never which. Choosing takes long beside the cycles of one token, so b = 1 is kept for
+KEPT_CYCLES, unless a sequence may copy.
 
 With one sequence, or with a weak drafter, the likeliest nodes of a draft may yield more tokens than its block does, at
 the same cost of the passes (:mod:`trimode.runtime.decoding.draft_tree`). Each sequence learns how many more. They are
@@ -40,8 +41,12 @@ from trimode.runtime.scheduling.pass_cost import PassCost
 
 CHOICES = tuple(1 << exponent for exponent in range(LONGEST_BLOCK.bit_length()))
 TRIAL_SHARE = 0.05
+KEPT_CYCLES = 8  # of a choice of one token
+# Of the host, for a cycle of one token and for each of its sequences, on one core of a server CPU. Cycles of more
+# tokens take twice as long (``scripts/bench/host_time.py``).
+HOST_SECONDS, HOST_SECONDS_OF_A_SEQUENCE = 4e-5, 1.3e-5
 # That the host needs to build one tree of 32 nodes and its mask, on one core of a server CPU.
-TREE_SECONDS = 1e-4
+TREE_SECONDS = 5.5e-5
 
 
 class Opening(NamedTuple):
@@ -60,7 +65,8 @@ class Opening(NamedTuple):
 class Plan(NamedTuple):
     """How a cycle drafts. block: length of the drafted blocks of ``auto``. copy_block: of the blocks that are copies.
     copying: for each opening sequence, whether its drafts are copies. tree: whether the drafts of ``auto`` are verified
-    as trees of as many nodes as their blocks have tokens. trial: whether it is chosen to measure its passes.
+    as trees of as many nodes as their blocks have tokens. trial: whether it is chosen to measure its passes. cycles:
+    for how many it is chosen, this one included; 0 if it was chosen before.
     """
 
     block: int
@@ -68,6 +74,7 @@ class Plan(NamedTuple):
     copying: list[bool]
     tree: bool = False
     trial: bool = False
+    cycles: int = 1
 
 
 class Expectation(NamedTuple):
@@ -109,13 +116,18 @@ class _Cycle(NamedTuple):
         """The plan, with trees where that is faster."""
         return self.plan._replace(tree=self.rate(seconds) > self.tokens / seconds)
 
+    @property
+    def host_seconds(self) -> float:
+        seconds = HOST_SECONDS + HOST_SECONDS_OF_A_SEQUENCE * self.commits
+        return 2 * seconds if self.step > 1 else seconds
+
     def seconds(self, cost: PassCost) -> float:
         drafting = cost.seconds("diffusion", self.drafts, self.step) if self.drafts else 0.0
-        return drafting + cost.seconds("ar", self.commits, self.step)
+        return self.host_seconds + drafting + cost.seconds("ar", self.commits, self.step)
 
     def least_seconds(self, cost: PassCost) -> float:
         drafting = cost.least_seconds("diffusion", self.drafts, self.step) if self.drafts else 0.0
-        return drafting + cost.least_seconds("ar", self.commits, self.step)
+        return self.host_seconds + drafting + cost.least_seconds("ar", self.commits, self.step)
 
 
 class BlockChooser:
@@ -126,6 +138,7 @@ class BlockChooser:
         self._owed = 0.0  # seconds that trials have lost and that are not made up for
         self._trial: tuple[_Cycle, float] | None = None  # the last choice, and the tokens a second of the best one
         self._compared: tuple[list[_Cycle], list[float]] = [], []  # by the last choice: cycles, and their seconds
+        self._kept = 0  # cycles for which a choice of one token still holds
 
     def choose(self, opening: Many[Opening], others: Many[Sequence]) -> Plan:
         """The plan of this cycle.
@@ -133,6 +146,10 @@ class BlockChooser:
         opening: the sequences that begin a cycle and whose drafts are to be chosen: those of ``auto``, and those that
         may copy. others: the other sequences that are past their prefill.
         """
+        if self._kept and not any(copy_yields for _, copy_yields in opening):
+            self._kept -= 1
+            return Plan(1, 1, [False] * len(opening), cycles=0)
+        self._kept = 0
         self._settle_trial()
         cycles = _cycles(opening, others)
         found = [cycle.seconds(self._cost) for cycle in cycles]
@@ -145,8 +162,12 @@ class BlockChooser:
                 if cycle is not best and cycle.rate(cycle.least_seconds(self._cost)) > rate:
                     self._trial = cycle, rate
                     return cycle.plan._replace(trial=True)
-        self._owed = max(0.0, self._owed - TRIAL_SHARE * seconds)
-        return best.chosen(seconds)
+        plan = best.chosen(seconds)
+        if plan.copy_block == 1:
+            plan = plan._replace(cycles=KEPT_CYCLES)
+        self._kept = plan.cycles - 1
+        self._owed = max(0.0, self._owed - TRIAL_SHARE * seconds * plan.cycles)
+        return plan
 
     def expectations(self) -> dict[int, Expectation]:
         """What the last choice compared: for each block length, the plan with the most tokens per second. Callable from
@@ -170,18 +191,23 @@ class BlockChooser:
 def _cycles(opening: Many[Opening], others: Many[Sequence]) -> list[_Cycle]:
     """One for each plan, the shorter blocks first, up to the longest that a sequence can take."""
     deciding = [each.decides for each in opening]
-    fixed = [sequence for sequence in others if sequence.params.mode == "linear_spec"]
-    fixed += [each.sequence for each in opening if not each.decides]
-    fixed_step = max((sequence.longest_block for sequence in fixed), default=1)
-    longest = max(each.sequence.longest_block for each in opening)
+    lengths = [sequence.longest_block for sequence, _ in opening]
+    longest = max(lengths)
     blocks = [block for block in CHOICES if block < 2 * longest]
-    beside = sum(_yields(sequence.acceptance.yields(), sequence, [sequence.longest_block])[0] for sequence in others)
+    fixed = [sequence.longest_block for sequence in others if sequence.params.mode == "linear_spec"]
+    fixed += [length for length, decides in zip(lengths, deciding, strict=True) if not decides]
+    fixed_step = max(fixed, default=1)
+    beside = sum(
+        _yields(sequence.acceptance.yields(), sequence.longest_block, [LONGEST_BLOCK])[0] for sequence in others
+    )
     drafted = [
-        _yields(sequence.acceptance.yields(), sequence, blocks if decides else [sequence.longest_block] * len(blocks))
-        for (sequence, _), decides in zip(opening, deciding, strict=True)
+        _yields(sequence.acceptance.yields(), length, blocks if decides else [LONGEST_BLOCK] * len(blocks))
+        for (sequence, _), length, decides in zip(opening, lengths, deciding, strict=True)
     ]
-    able = [bool(each.copy_yields) for each in opening]
-    copied = [_yields(copy_yields, sequence, blocks) if copy_yields else [] for sequence, copy_yields in opening]
+    copied = [
+        _yields(copy_yields, length, blocks) if copy_yields else []
+        for (_, copy_yields), length in zip(opening, lengths, strict=True)
+    ]
 
     def cycle(column: int, copying: list[bool], auto_drafts: bool) -> _Cycle:
         block = blocks[column]
@@ -190,30 +216,33 @@ def _cycles(opening: Many[Opening], others: Many[Sequence]) -> list[_Cycle]:
             if copies:
                 tokens += copied[index][column]
                 drafts -= not deciding[index]
-            elif deciding[index]:
-                tokens += drafted[index][column] if auto_drafts else 1.0
-                drafts += auto_drafts
-                if auto_drafts and opening[index].sequence.longest_block > 1:
-                    trees, gained = trees + 1, gained + opening[index].sequence.acceptance.tree_gain(block)
+            elif deciding[index] and not auto_drafts:
+                tokens += 1.0
             else:
                 tokens += drafted[index][column]
+                if deciding[index]:
+                    drafts += 1
+                    if lengths[index] > 1:
+                        trees, gained = trees + 1, gained + opening[index].sequence.acceptance.tree_gains[column]
         step = max(min(block, longest), fixed_step if drafts else 1)
         plan = Plan(block if auto_drafts else 1, block, copying)
         return _Cycle(plan, len(opening) + len(others), drafts, step, tokens, trees, gained)
 
-    cycles: list[_Cycle] = []
-    for column, block in enumerate(blocks):
-        better = [can and block > 1 and copied[at][column] >= drafted[at][column] for at, can in enumerate(able)]
-        cycles.append(cycle(column, better, auto_drafts=block > 1))
-        if block > 1 and any(able):
-            if able != better:
-                cycles.append(cycle(column, able, auto_drafts=True))
-            if not all(able):
-                cycles.append(cycle(column, able, auto_drafts=False))
+    able = [bool(yields) for yields in copied]
+    if not any(able):
+        return [cycle(column, able, auto_drafts=column > 0) for column in range(len(blocks))]
+    cycles = [cycle(0, [False] * len(opening), auto_drafts=False)]
+    for column in range(1, len(blocks)):
+        better = [can and copied[at][column] >= drafted[at][column] for at, can in enumerate(able)]
+        cycles.append(cycle(column, better, auto_drafts=True))
+        if able != better:
+            cycles.append(cycle(column, able, auto_drafts=True))
+        if not all(able):
+            cycles.append(cycle(column, able, auto_drafts=False))
     return cycles
 
 
-def _yields(yields: list[float], sequence: Sequence, blocks: Many[int]) -> list[float]:
+def _yields(yields: list[float], longest: int, blocks: Many[int]) -> list[float]:
     """Tokens of a cycle with each of these blocks, as far as the sequence can take them."""
-    longest = min(sequence.longest_block, len(yields))
+    longest = min(longest, len(yields))
     return [yields[min(block, longest) - 1] for block in blocks]

@@ -241,8 +241,8 @@ class Scheduler:
         tree = plan.tree and not self._passes.speculates
         chosen: dict[Request, tuple[int, bool, bool]] = {}
         for (request, each), copies in zip(choices.items(), plan.copying, strict=True):
-            if each.decides and (copies or plan.block == 1):
-                each.sequence.acceptance.forget()
+            if plan.cycles and each.decides and (copies or plan.block == 1):
+                each.sequence.acceptance.forget(plan.cycles)
             if copies:
                 chosen[request] = plan.copy_block, True, False
             elif each.decides:

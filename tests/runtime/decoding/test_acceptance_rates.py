@@ -119,6 +119,19 @@ def test_a_tree_counts_for_the_power_of_two_below_its_width(width: int, place: i
     assert shared.tree_gains == pytest.approx(of_all)
 
 
+def test_cycles_without_drafts_may_be_counted_together() -> None:
+    one_by_one, together = (Acceptance(SharedAcceptance()) for _ in range(2))
+    for each in (one_by_one, together):
+        for _ in range(20):
+            each.observe(accepted=1, tested=2, ended=False)
+        each.rates = [0.5] * PLACES
+    for _ in range(8):
+        one_by_one.forget()
+    together.forget(8)
+    assert together.rates == pytest.approx(one_by_one.rates, abs=1e-3)
+    assert together.rates[0] > 0.6
+
+
 def test_a_cycle_with_a_draft_forgets_a_little_of_what_trees_gained() -> None:
     shared = SharedAcceptance()
     own = Acceptance(shared)

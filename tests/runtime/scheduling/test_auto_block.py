@@ -10,7 +10,16 @@ from trimode import SamplingParams
 from trimode.runtime.decoding.acceptance_rates import Acceptance, SharedAcceptance
 from trimode.runtime.decoding.ending import Ending
 from trimode.runtime.decoding.sequence import Sequence
-from trimode.runtime.scheduling.auto_block import CHOICES, TREE_SECONDS, BlockChooser, Opening, Plan
+from trimode.runtime.scheduling.auto_block import (
+    CHOICES,
+    HOST_SECONDS,
+    HOST_SECONDS_OF_A_SEQUENCE,
+    KEPT_CYCLES,
+    TREE_SECONDS,
+    BlockChooser,
+    Opening,
+    Plan,
+)
 from trimode.runtime.scheduling.pass_cost import EngineName, PassCost
 
 
@@ -29,12 +38,16 @@ def opening(*sequences: Sequence) -> list[Opening]:
     return [Opening(each, []) for each in sequences]
 
 
+def host_seconds(sequences: int, step: int) -> float:
+    return (HOST_SECONDS + HOST_SECONDS_OF_A_SEQUENCE * sequences) * (2 if step > 1 else 1)
+
+
 def machine(free_tokens: float, batches: int = 16) -> PassCost:
-    """A pass costs 1 ms up to so many tokens, and in proportion beyond."""
+    """A pass costs 10 ms up to so many tokens, and in proportion beyond."""
     cost = PassCost(batches, 32)
 
     def seconds(_: EngineName, batch: int, step: int) -> float:
-        return 1e-3 * max(1.0, batch * step / free_tokens)
+        return 1e-2 * max(1.0, batch * step / free_tokens)
 
     cost.measure(seconds, seconds=1e9)
     return cost
@@ -71,7 +84,8 @@ def test_it_is_the_best_of_all_choices(rates: list[float], free_tokens: float, l
         block = min(block, longest)
         tokens = sum(1 + sum((rate * (1 - ends)) ** place for place in range(1, min(block, 32))) for rate in rates)
         passes = ["ar"] if block == 1 else ["ar", "diffusion"]
-        return tokens / sum(cost.seconds(engine, len(rates), block) for engine in passes)  # type: ignore[arg-type]
+        seconds = sum(cost.seconds(engine, len(rates), block) for engine in passes)  # type: ignore[arg-type]
+        return tokens / (seconds + host_seconds(len(rates), block))
 
     chosen = BlockChooser(cost).choose(opening(*deciding), []).block
     assert tokens_a_second(chosen) >= max(tokens_a_second(block) for block in CHOICES) * (1 - 1e-9)
@@ -148,7 +162,7 @@ def test_drafts_past_the_end_of_a_text_are_not_learnt_from() -> None:
 def test_short_texts_get_short_blocks() -> None:
     """Drafts past the end of the text are lost, even if all would be accepted."""
     cost = machine(12)
-    assert BlockChooser(cost).choose(opening(sequence(1.0, ends=0.0)), []).block == 16
+    assert BlockChooser(cost).choose(opening(sequence(1.0, ends=0.01)), []).block == 16
     assert BlockChooser(cost).choose(opening(sequence(1.0, ends=0.2)), []).block == 8
 
 
@@ -227,6 +241,7 @@ def expected_rate(begins: list[Opening], beside: list[Sequence], cost: PassCost,
         step = max(step, *(each.longest_block for each in fixed), 1) if fixed else step
     batch = len(begins) + len(beside)
     seconds = cost.seconds("ar", batch, step) + (cost.seconds("diffusion", drafting, step) if drafting else 0.0)
+    seconds += host_seconds(batch, step)
     return (tokens + gained) / (seconds + trees * TREE_SECONDS) if plan.tree else tokens / seconds
 
 
@@ -261,7 +276,8 @@ def test_the_plan_is_the_best_of_all_that_are_considered(
 @pytest.mark.parametrize("unit", [1.0, 0.25])
 def test_a_block_that_may_be_better_is_tried_and_a_loss_is_made_up_for(unit: float) -> None:
     """Whatever the unit of time. A block of 2 seems to take twice as long as it may. The trial is slower than the best
-    choice, so the next one waits until a twentieth of the time since then is what it lost.
+    choice, so the next one waits until a twentieth of the time since then is what it lost. A choice of one token is
+    kept for a few cycles.
     """
 
     class Cost(PassCost):
@@ -274,15 +290,37 @@ def test_a_block_that_may_be_better_is_tried_and_a_loss_is_made_up_for(unit: flo
             return 0.1 * unit if step == 2 else self.seconds(engine, batch, step)
 
     cost = Cost(1, 2)
-    chooser, begins = BlockChooser(cost), opening(sequence(0.52, block_length=2))
-    # Two passes of 1 s yield 1.52 tokens, where one yields 1. The trial loses 2 - 1.52 s, made up for in 9.6 s.
-    plans = [chooser.choose(begins, []) for _ in range(24)]
-    assert [plan.block for plan in plans] == [2, *[1] * 10, 2, *[1] * 10, 2, 1]
+    chooser, begins = BlockChooser(cost), opening(sequence(0.53, block_length=2))
+    # Two passes of 1 s yield 1.53 tokens, where one yields 1. The trial loses 2 - 1.53 s, made up for in 9.4 s.
+    plans = [chooser.choose(begins, []) for _ in range(36)]
+    assert [plan.block for plan in plans] == [2, *[1] * 16, 2, *[1] * 16, 2, 1]
     assert all(plan.trial == (plan.block == 2) for plan in plans)
     cost.trial = 0.5  # it has become the faster one
-    plans = [chooser.choose(begins, []) for _ in range(3)]
-    assert [plan.block for plan in plans] == [2, 2, 2]
+    plans = [chooser.choose(begins, []) for _ in range(10)]
+    assert [plan.block for plan in plans] == [*[1] * (KEPT_CYCLES - 1), 2, 2, 2]
     assert not plans[-1].trial
+
+
+def test_a_choice_of_one_token_is_kept_unless_something_can_be_copied() -> None:
+    """It stands for a few cycles, whoever joins or leaves meanwhile."""
+    chooser, begins = BlockChooser(machine(1000)), opening(sequence(0.1))
+    joined = opening(sequence(0.1), sequence(0.99))
+    cycles = [chooser.choose(each, []).cycles for each in (begins, begins, joined)]
+    assert cycles == [KEPT_CYCLES, 0, 0]
+    for _ in range(KEPT_CYCLES - 3):
+        assert chooser.choose(joined, []) == Plan(1, 1, [False, False], cycles=0)
+    plan = chooser.choose(joined, [])
+    assert (plan.block, plan.cycles) == (32, 1)
+    assert chooser.choose(begins, []).cycles == KEPT_CYCLES
+    assert chooser.choose([Opening(sequence(0.1), [1.0, *[9.0] * 31])], []).copying == [True]
+
+
+def test_short_passes_are_worth_longer_blocks_because_of_the_hosts_time() -> None:
+    """By the passes alone, one token would be faster. The host takes as long for many tokens as for two."""
+    for milliseconds, longer in ((0.01, True), (10.0, False)):
+        cost = PassCost(1, 32)
+        cost.measure(lambda _engine, _batch, step, each=milliseconds: 1e-3 * each * step, seconds=1e9)
+        assert (BlockChooser(cost).choose(opening(sequence(0.95)), []).block > 1) == longer
 
 
 def test_a_copy_replaces_the_draft_where_it_yields_as_much() -> None:
@@ -297,7 +335,9 @@ def test_a_copy_replaces_the_draft_where_it_yields_as_much() -> None:
 
 def test_a_block_of_one_token_copies_nothing() -> None:
     """Where every token costs as much as the first one, copies that fail cost more than they save."""
-    assert BlockChooser(machine(1)).choose([Opening(sequence(0.1), [1.0, 1.1, 1.1])], []) == Plan(1, 1, [False])
+    assert BlockChooser(machine(1)).choose([Opening(sequence(0.1), [1.0, 1.1, 1.1])], []) == Plan(
+        1, 1, [False], cycles=KEPT_CYCLES
+    )
 
 
 def test_beside_sequences_that_draft_a_copy_must_yield_more() -> None:
@@ -369,8 +409,15 @@ def test_expectations_have_the_fastest_plan_of_each_block_length() -> None:
     copies = [1.0, 1.8, 2.2, 2.3, 2.3, 2.3, 2.3, 2.3]
     chooser.choose([Opening(deciding, copies)], [])
     found = chooser.expectations()
-    one, both = cost.seconds("ar", 1, 1), cost.seconds("ar", 1, 4) + cost.seconds("diffusion", 1, 4)
+    one = cost.seconds("ar", 1, 1)
+    copied = one + host_seconds(1, 2)
+    both = cost.seconds("ar", 1, 4) + cost.seconds("diffusion", 1, 4) + host_seconds(1, 4)
     drafts = deciding.acceptance.yields()
-    expected = {1: (1.0, one), 2: (1.8, one), 4: (drafts[3] + 1.5, both + TREE_SECONDS), 8: (drafts[7], both)}
+    expected = {
+        1: (1.0, one + host_seconds(1, 1)),
+        2: (1.8, copied),
+        4: (drafts[3] + 1.5, both + TREE_SECONDS),
+        8: (drafts[7], both),
+    }
     assert found == {block: pytest.approx(values) for block, values in expected.items()}
     assert found[4].rate == pytest.approx((drafts[3] + 1.5) / (both + TREE_SECONDS))

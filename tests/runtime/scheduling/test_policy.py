@@ -267,14 +267,14 @@ def test_a_cycle_of_auto_without_a_draft_forgets(block: int, copies: bool, forge
     bench, forgotten = Watched(max_batch=2, prefill_tokens=100), []
     requests = [bench.submit(6, mode=mode, lookup=True) for mode in ("auto", "linear_spec")]
     for index, request in enumerate(requests):
-        request.sequence.acceptance.forget = lambda index=index: forgotten.append(index)  # type: ignore[method-assign]
+        request.sequence.acceptance.forget = lambda cycles, index=index: forgotten.append((index, cycles))  # type: ignore[method-assign]
         # Three tokens of which a copy is known.
         request.sequence.look_up = lambda request=request: request.sequence.acceptance.yields()[:4]  # type: ignore[method-assign]
         request.sequence.open_block = lambda *_, open_block=request.sequence.open_block: open_block(1)  # type: ignore[method-assign]
-    planned(bench, lambda opening: Plan(block, 4, [copies] * len(opening)))
+    planned(bench, lambda opening: Plan(block, 4, [copies] * len(opening), cycles=3))
     for _ in range(3):
         bench.step()
-    assert forgotten == [0] * forgets
+    assert forgotten == [(0, 3)] * forgets
     assert all(len(request.sequence.emitted) == 2 for request in requests)
 
 
