@@ -18,6 +18,12 @@ MODULE = "tests.support.scripted_rank"
 SCRIPT = "TRIMODE_TEST_RANKS"
 
 
+def is_another_rank(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):  # it has ended
+        return MODULE in process.cmdline() and process.pid != os.getpid()
+    return False
+
+
 def main() -> None:
     parent, connection = os.getppid(), Connection(int(sys.argv[1]))
     connection.recv()
@@ -29,8 +35,7 @@ def main() -> None:
         case "close":
             connection.close()
             os.close(int(os.environ["PMI_FD"]))
-            others = [child for child in psutil.Process(parent).children() if child.pid != os.getpid()]
-            while any(other.is_running() and other.status() != psutil.STATUS_ZOMBIE for other in others):
+            while any(is_another_rank(child) for child in psutil.Process(parent).children()):
                 time.sleep(0.1)
             sys.exit(7)
         case "hang":
