@@ -49,6 +49,7 @@ class TritonPythonModel:
         )
         self._running: dict[str, RequestOutput] = {}
         self._executing: set[Future[None]] = set()
+        self._unloading = False
         self._metrics = EngineMetrics(self._llm)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="trimode-requests", daemon=True)
@@ -65,6 +66,7 @@ class TritonPythonModel:
         """Finish the running requests; those that need more than DRAIN_SECONDS end with an error."""
         unfinished = wait(set(self._executing), DRAIN_SECONDS).not_done
         self._metrics.stop()
+        self._unloading = True
         self._llm.shutdown()
         wait(unfinished, LAST_WORDS_SECONDS)
         asyncio.run_coroutine_threadsafe(_cancel_others(), self._loop).result()
@@ -78,6 +80,8 @@ class TritonPythonModel:
         """
         while self._llm.failure is None:
             await asyncio.sleep(WATCH_SECONDS)
+        if self._unloading:  # a shutdown counts as a failure too
+            return
         pb_utils.Logger.log_error(f"the server stops, because its engine has: {self._llm.failure}")
         stop_server()
 
