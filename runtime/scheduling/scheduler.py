@@ -29,12 +29,10 @@ from trimode.runtime.scheduling.batching import Member
 from trimode.runtime.scheduling.drafting_stats import DraftingCounts, DraftingStats
 from trimode.runtime.scheduling.pass_cost import EngineName, PassCost
 from trimode.runtime.scheduling.pass_runner import PassRunner
+from trimode.runtime.scheduling.prefill_budget import PrefillBudget
 from trimode.runtime.scheduling.running_request import Request
 
 log = logging.getLogger(__name__)
-
-# The time for which prompts may delay the sequences that decode in each step, if one chunk does not take longer.
-PREFILL_SECONDS = 0.05
 
 Found = TypeVar("Found")
 
@@ -73,9 +71,8 @@ class _Totals:
 class Scheduler:
     """Runs requests on one executor. All calls come from one thread, except for :meth:`stats`.
 
-    max_batch: the most sequences that run at once. context: the most KV rows of a sequence. prefill_tokens: prompt
-    tokens that one step processes, not counting the first chunk; more if they take at most PREFILL_SECONDS. clock:
-    seconds, for what passes take.
+    max_batch: the most sequences that run at once. context: the most KV rows of a sequence. prefill_tokens: as of
+    :class:`~trimode.runtime.scheduling.prefill_budget.PrefillBudget`. clock: seconds, for what passes take.
     """
 
     def __init__(
@@ -302,7 +299,7 @@ class Scheduler:
     def _members(self, engine: EngineName, again: bool = False) -> list[Member]:
         """The sequences that need a pass of this engine now, by slot. again: only those that must repeat their pass."""
         members: list[Member] = []
-        prefill, prefill_seconds = 0, 0.0
+        prefill = PrefillBudget(self._prefill_tokens, self._cost)
         for slot, request in enumerate(self._running):
             sequence = request.sequence
             # A denoise pass may have found the end of the text.
@@ -312,16 +309,8 @@ class Scheduler:
                 continue
             try:
                 needed = sequence.next_pass()
-                if needed.kind == "prefill":
-                    # One chunk always runs; more of them would delay the sequences that decode. Chunks of one pass take
-                    # less time than this sum.
-                    tokens = len(needed.tokens)
-                    seconds = self._cost.seconds(engine, 1, tokens)
-                    is_short = prefill_seconds + seconds <= PREFILL_SECONDS
-                    if prefill and prefill + tokens > self._prefill_tokens and not is_short:
-                        continue
-                    prefill += tokens
-                    prefill_seconds += seconds
+                if needed.kind == "prefill" and not prefill.admits(len(needed.tokens)):
+                    continue
                 members.append(
                     Member(slot, needed, sequence.params.uses_adapter, sequence.candidates, sequence.draft_candidates)
                 )
