@@ -73,8 +73,8 @@ class TokenRules:
         self._taken: list[int] = []
         self._grammar_from: int | None = 0 if thought_end is None else None  # in taken tokens; None in the thought
         self._matcher = grammar if thought_end is None else None  # the grammar's, where it has begun
-        always = ~np.zeros(mask_words(vocab_size), np.uint32) if allowed is None else token_bits(vocab_size, allowed)
-        always &= token_bits(vocab_size, range(vocab_size)) & ~token_bits(vocab_size, banned)
+        always = _all_bits(vocab_size) if allowed is None else token_bits(vocab_size, allowed)
+        always &= ~token_bits(vocab_size, banned)
         self._always = _Static.of(always)
         self._always_without_ends = _Static.of(always & ~token_bits(vocab_size, ends))
         self._changes = min_tokens > 0 or thought_end is not None  # whether the static mask depends on the tokens taken
@@ -243,6 +243,13 @@ def token_bits(vocab_size: int, tokens: Collection[int]) -> Words:
     bits = np.zeros(32 * mask_words(vocab_size), np.bool_)
     bits[[token for token in tokens if token < vocab_size]] = True
     return np.packbits(bits, bitorder="little").view("<u4").astype(np.uint32)
+
+
+def _all_bits(vocab_size: int) -> Words:
+    """A mask of all tokens of the model."""
+    bits = ~np.zeros(mask_words(vocab_size), np.uint32)
+    bits[-1] >>= -vocab_size % 32
+    return bits
 
 
 def are_legal(mask: Words, tokens: Ints) -> NDArray[np.bool_]:

@@ -256,6 +256,12 @@ def test_no_end_token_is_legal_in_the_thought_or_before_min_tokens(tiny: LLM) ->
     assert not short.allows(end)
 
 
+@pytest.mark.parametrize("size", [31, 32, 33, 768])
+def test_without_rules_all_tokens_of_the_model_are_legal_and_no_others(size: int) -> None:
+    bits = np.unpackbits(TokenRules(size, set()).mask().view(np.uint8), bitorder="little")
+    np.testing.assert_array_equal(np.flatnonzero(bits), np.arange(size))
+
+
 def test_several_draws_stop_strings_and_reused_prefixes(tiny: LLM) -> None:
     schema = drawn_schema(5)
     common: dict[str, Any] = {
