@@ -1,7 +1,8 @@
 """The host's KV pool: one buffer of keys and one of values for each layer, shared by both engines.
 
 Every buffer is one contiguous array [slots, kv_heads, rows, head_dim], so that a pass binds neighbouring slots without
-a copy. Slots and rows grow by doubling while the limit allows it, and exactly as needed near the limit.
+a copy. A pass reads all rows of its slots, so rows grow in small steps, by a quarter; slots grow by doubling. Near the
+limit, both grow exactly as needed.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from trimode.common.errors import TriModeError
 from trimode.runtime.kv.slots import Rows
 
 FIRST_ROWS = 128
+ROW_UNIT = 32  # rows are a multiple of this, except near the limit
 
 
 class KvBudget(NamedTuple):
@@ -113,7 +115,7 @@ class KvPool:
                 buffer[slot] = buffer[last]
         self.active = last
         if last == 0 and self.rows > FIRST_ROWS:
-            # A pass reads all rows of a slot: do not let one long sequence slow down the short ones after it.
+            # Do not let one long sequence slow down the short ones after it.
             self._resize(self.slots, FIRST_ROWS)
         return last
 
@@ -124,14 +126,14 @@ class KvPool:
         if rows > self._capacity:
             raise TriModeError(f"a sequence of {rows} tokens exceeds the engine's capacity of {self._capacity}")
         self._require(rows <= self.most_rows(self.active), self.active, rows)
-        doubled = self.rows
-        while doubled < rows:
-            doubled *= 2
-        doubled = min(doubled, self.most_rows(self.active))
+        grown = self.rows
+        while grown < rows:
+            grown += max(1, grown // 4)
+        grown = min(-(-grown // ROW_UNIT) * ROW_UNIT, self.most_rows(self.active))
         slots = self.slots
-        while not self._fits(slots, doubled):  # free slots give way to longer rows
+        while not self._fits(slots, grown):  # free slots give way to longer rows
             slots -= 1
-        self._resize(slots, doubled)
+        self._resize(slots, grown)
 
     def read_rows(self, slot: int, start: int, stop: int) -> Rows:
         """A copy of a sequence's rows ``start`` to ``stop`` - 1."""

@@ -139,13 +139,14 @@ def test_rows_are_read_moved_and_written_in_their_own_slot() -> None:
     assert pool.row_bytes == 2 * 2 * 3 * 2 * 4
 
 
-def test_rows_grow_by_doubling_up_to_the_capacity() -> None:
+def test_rows_grow_by_quarters_up_to_the_capacity() -> None:
+    """128, 160, 200, 250: each rounded up to a multiple of 32."""
     pool = KvPool(layers=1, kv_heads=1, head_dim=2, capacity=300)
     seen = []
-    for rows in (1, FIRST_ROWS, FIRST_ROWS + 1, 257, 300):
+    for rows in (1, FIRST_ROWS, FIRST_ROWS + 1, 160, 161, 225, 281, 300):
         pool.reserve(rows)
         seen.append((pool.rows, pool.generation))
-    assert seen == [(128, 0), (128, 0), (256, 1), (300, 2), (300, 2)]
+    assert seen == [(128, 0), (128, 0), (160, 1), (160, 1), (224, 2), (288, 3), (288, 3), (300, 4)]
     with pytest.raises(TriModeError, match="301 tokens exceeds the engine's capacity of 300"):
         pool.reserve(301)
 
