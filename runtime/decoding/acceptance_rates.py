@@ -65,9 +65,10 @@ class SharedAcceptance:
         self._tree_cycles[at] = min(self._tree_cycles[at] + 1, _MOST_CYCLES)
         self._tree_means[at] += (gained - self._tree_means[at]) / self._tree_cycles[at]
 
-    def forget_trees(self) -> None:
-        """Decay after a cycle with a draft."""
-        self._tree_cycles = [(1 - _TREE_FORGETTING) * cycles for cycles in self._tree_cycles]
+    def forget_trees(self, cycles: int = 1) -> None:
+        """Decay for so many cycles with a draft."""
+        kept = (1 - _TREE_FORGETTING) ** cycles
+        self._tree_cycles = [kept * known for known in self._tree_cycles]
 
     def observe(self, accepted: int, tested: int, ended: bool) -> None:
         """Count one commit, as :meth:`Acceptance.observe`."""
@@ -137,12 +138,13 @@ class Acceptance:
         if self._shared is not None:
             self._shared.observe_tree(at, gained)
 
-    def forget_trees(self) -> None:
-        """Decay after a cycle with a draft, towards the first guess."""
+    def forget_trees(self, cycles: int = 1) -> None:
+        """Decay for so many cycles with a draft, towards the first guess."""
+        forgotten = 1 - (1 - _TREE_FORGETTING) ** cycles
         known = zip(self.tree_gains, _FIRST_TREE_GAINS, strict=True)
-        self.tree_gains = [gain + _TREE_FORGETTING * (first - gain) for gain, first in known]
+        self.tree_gains = [gain + forgotten * (first - gain) for gain, first in known]
         if self._shared is not None:
-            self._shared.forget_trees()
+            self._shared.forget_trees(cycles)
 
     def forget(self, cycles: int = 1) -> None:
         """Decay for so many cycles without drafts, towards the averages over all sequences, and those to the first

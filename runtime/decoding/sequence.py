@@ -547,8 +547,6 @@ class Sequence:
         elif drafted > 0:
             untested = len([place for place in self._forced_places if place <= tested])
             self._source.learn(agreed - forced, tested - untested, ended)
-            if self.params.mode == "auto" and self._source is not self._lookup:
-                self.acceptance.forget_trees()
         emitted = len(self.emitted) - before
         record = self._record([0, *accepted]) if self.params.record_drafts else None
         kind = self._source.kind if tree is None else "tree"

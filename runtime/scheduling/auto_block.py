@@ -18,10 +18,11 @@ draft pass. For each b there are three ways, each a candidate of the same argmax
 yield at least as much as their drafts; all copy that can; or no ``auto`` sequence drafts at all, so that those without
 a copy decode one token beside copies of b.
 
-A block length that would be better if its passes took their least possible time is tried for one cycle, shorter ones
-first: their passes bound the cost of longer ones. Trials that turn out slower may take TRIAL_SHARE of the time. The
-choice affects when tokens come, never which. Choosing takes long beside the cycles of one token, so b = 1 is kept for
-KEPT_CYCLES, unless a sequence may copy.
+A block length that would be better if its passes took their least possible time is tried for one cycle. Trials that
+turn out slower may take a share of the time, which falls as they teach nothing.
+
+Choosing takes long beside short passes, so a choice is kept for some cycles, twice as many each time it is confirmed,
+unless the number of sequences changes much or one may copy. The choice affects when tokens come, never which.
 
 With one sequence, or with a weak drafter, the likeliest nodes of a draft may yield more tokens than its block does, at
 the same cost of the passes (:mod:`trimode.runtime.decoding.draft_tree`). Each sequence learns how many more. They are
@@ -32,16 +33,19 @@ verified as a tree where that is worth the time in which the host builds the tre
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as Many
 from typing import NamedTuple
 
 from trimode.runtime.decoding.acceptance_rates import LONGEST_BLOCK
 from trimode.runtime.decoding.sequence import Sequence
-from trimode.runtime.scheduling.pass_cost import PassCost
+from trimode.runtime.scheduling.pass_cost import CONFIRMED, PassCost
 
 CHOICES = tuple(1 << exponent for exponent in range(LONGEST_BLOCK.bit_length()))
-TRIAL_SHARE = 0.05
-KEPT_CYCLES = 8  # of a choice of one token
+MOST_TRIAL_SHARE, LEAST_TRIAL_SHARE = 0.05, 0.005  # of the time
+VAIN_TRIAL = 0.75  # factor of the share after a trial that teaches nothing
+LEAST_KEPT, MOST_KEPT = 4, 16  # cycles of a choice without copies
+MOST_CHANGE = 0.5  # of the number of sequences while a choice is kept
 # Of the host, for a cycle of one token and for each of its sequences, on one core of a server CPU. Cycles of more
 # tokens take twice as long (``scripts/bench/host_time.py``).
 HOST_SECONDS, HOST_SECONDS_OF_A_SEQUENCE = 4e-5, 1.3e-5
@@ -130,43 +134,96 @@ class _Cycle(NamedTuple):
         return self.host_seconds + drafting + cost.least_seconds("ar", self.commits, self.step)
 
 
+class _Trials:
+    """Which block lengths are tried, and when.
+
+    What a trial takes beyond the best choice is owed, and the next one waits until a share of the time since then has
+    made up for it. The share falls with each trial that is slower, as expected. It is restored by a trial that is not
+    slower, and by a pass after which the cost of all others is in doubt.
+    """
+
+    def __init__(self, cost: PassCost) -> None:
+        self._cost = cost
+        self._share = MOST_TRIAL_SHARE
+        self._owed = 0.0  # seconds
+        self._surprises = 0  # of the cost, so far
+        self._block = 0  # block length of the last one
+        # The last one if it is not settled, its expected seconds, and the tokens a second of the best choice.
+        self._open: tuple[_Cycle, float, float] | None = None
+
+    def next(self, cycles: Many[_Cycle], best: _Cycle, rate: float) -> _Cycle | None:
+        """The cycle to try now, if any. rate: tokens a second of the best one. Blocks take turns, shorter ones first,
+        since their passes bound the cost of longer ones.
+        """
+        if self._owed > 0:
+            return None
+        most = [cycle.rate(cycle.least_seconds(self._cost)) for cycle in cycles]
+        promising = [cycle for cycle, each in zip(cycles, most, strict=True) if each > rate and cycle is not best]
+        if not promising:
+            return None
+        tried = next((cycle for cycle in promising if cycle.plan.copy_block > self._block), promising[0])
+        self._open, self._block = (tried, tried.seconds(self._cost), rate), tried.plan.copy_block
+        return tried
+
+    def settle(self) -> None:
+        """Charge the last trial, whose passes have been observed by now."""
+        if self._open is not None:
+            cycle, expected, rate = self._open
+            seconds = cycle.seconds(self._cost)
+            lost = seconds - cycle.tokens / rate
+            self._owed += max(0.0, lost)
+            if lost <= 0:
+                self._share = MOST_TRIAL_SHARE
+            elif abs(math.log(seconds / expected)) < CONFIRMED:
+                self._share = max(LEAST_TRIAL_SHARE, VAIN_TRIAL * self._share)
+            self._open = None
+        if self._surprises != self._cost.surprises:
+            self._surprises, self._share = self._cost.surprises, MOST_TRIAL_SHARE
+
+    def make_up(self, seconds: float) -> None:
+        """The best choice is used for so many seconds."""
+        self._owed = max(0.0, self._owed - self._share * seconds)
+
+
 class BlockChooser:
     """Chooses by ``cost``, which its owner updates with every pass."""
 
     def __init__(self, cost: PassCost) -> None:
         self._cost = cost
-        self._owed = 0.0  # seconds that trials have lost and that are not made up for
-        self._trial: tuple[_Cycle, float] | None = None  # the last choice, and the tokens a second of the best one
+        self._trials = _Trials(cost)
         self._compared: tuple[list[_Cycle], list[float]] = [], []  # by the last choice: cycles, and their seconds
-        self._kept = 0  # cycles for which a choice of one token still holds
+        self._kept = Plan(0, 0, [])  # the last choice without copies
+        self._kept_for = 0  # sequences
+        self._left = 0  # cycles for which it still holds
 
-    def choose(self, opening: Many[Opening], others: Many[Sequence]) -> Plan:
+    def choose(self, opening: Many[Opening], others: Many[Sequence], prefilling: bool = False) -> Plan:
         """The plan of this cycle.
 
         opening: the sequences that begin a cycle and whose drafts are to be chosen: those of ``auto``, and those that
-        may copy. others: the other sequences that are past their prefill.
+        may copy. others: the other sequences that are past their prefill. prefilling: whether there are sequences that
+        are not, beside which a trial would measure something else.
         """
-        if self._kept and not any(copy_yields for _, copy_yields in opening):
-            self._kept -= 1
-            return Plan(1, 1, [False] * len(opening), cycles=0)
-        self._kept = 0
-        self._settle_trial()
+        sequences, copies = len(opening) + len(others), any(copy_yields for _, copy_yields in opening)
+        if self._left and not copies and abs(sequences - self._kept_for) <= MOST_CHANGE * self._kept_for:
+            self._left -= 1
+            return self._kept._replace(copying=[False] * len(opening), cycles=0)
+        self._left = 0
+        self._trials.settle()
         cycles = _cycles(opening, others)
         found = [cycle.seconds(self._cost) for cycle in cycles]
         self._compared = cycles, found
         rates = [cycle.rate(seconds) for cycle, seconds in zip(cycles, found, strict=True)]
         rate = max(rates)
         best, seconds = cycles[rates.index(rate)], found[rates.index(rate)]
-        if self._owed <= 0:
-            for cycle in cycles:
-                if cycle is not best and cycle.rate(cycle.least_seconds(self._cost)) > rate:
-                    self._trial = cycle, rate
-                    return cycle.plan._replace(trial=True)
+        tried = None if prefilling else self._trials.next(cycles, best, rate)
+        if tried is not None:
+            return tried.plan._replace(trial=True)
         plan = best.chosen(seconds)
-        if plan.copy_block == 1:
-            plan = plan._replace(cycles=KEPT_CYCLES)
-        self._kept = plan.cycles - 1
-        self._owed = max(0.0, self._owed - TRIAL_SHARE * seconds * plan.cycles)
+        if not copies:
+            confirmed = (plan.block, plan.tree) == (self._kept.block, self._kept.tree)
+            plan = plan._replace(cycles=min(2 * self._kept.cycles, MOST_KEPT) if confirmed else LEAST_KEPT)
+            self._kept, self._kept_for, self._left = plan, sequences, plan.cycles - 1
+        self._trials.make_up(seconds * plan.cycles)
         return plan
 
     def expectations(self) -> dict[int, Expectation]:
@@ -179,13 +236,6 @@ class BlockChooser:
             if block not in by_block or found.rate > by_block[block].rate:
                 by_block[block] = found
         return by_block
-
-    def _settle_trial(self) -> None:
-        """Charge what the last trial took beyond the best choice; its passes have been observed by now."""
-        if self._trial is not None:
-            cycle, rate = self._trial
-            self._owed += max(0.0, cycle.seconds(self._cost) - cycle.tokens / rate)
-            self._trial = None
 
 
 def _cycles(opening: Many[Opening], others: Many[Sequence]) -> list[_Cycle]:

@@ -41,7 +41,7 @@ _GROWTH = math.log(2) / 4  # of a guessed cell's doubt, for each pass elsewhere
 _MEASURED_GROWTH = _GROWTH / 4  # of a measured one's
 _SLOWER_GROWTH = 1 / 4  # factor after an observation that confirms the cell
 _LEAST_GROWTH = _GROWTH / 256
-_CONFIRMED = math.log(1.5)  # largest error of an observation that confirms a cell
+CONFIRMED = math.log(1.5)  # largest error of an observation that confirms a cell
 _SURPRISE = math.log(2)  # least error after which a cell's doubt grows fast again
 
 
@@ -90,6 +90,7 @@ class PassCost:
         }
         self._log_pace = 0.0
         self._pace_doubt = _FIRST_PACE_DOUBT
+        self.surprises = 0  # passes whose time shows that others may have changed, too
         self._passes = 0  # observed so far
         self._observed = {engine: [0.0, 0.0] for engine in get_args(EngineName)}  # sums, as PassSeconds
         self._places: dict[tuple[int, int], _Place] = {}
@@ -136,9 +137,10 @@ class PassCost:
         self._pace_doubt = max(_LEAST_PACE_DOUBT, (self._pace_doubt + min(2 * remaining, _FIRST_PACE_DOUBT)) / 2)
         self._passes += 1
         if abs(counted) > _SURPRISE + most_doubt:
+            self.surprises += 1
             self._doubt_all()
         for cell, weight, doubt in met:
-            if weight >= 0.5 and abs(counted) < _CONFIRMED:
+            if weight >= 0.5 and abs(counted) < CONFIRMED:
                 cell.growth = max(_LEAST_GROWTH, cell.growth * _SLOWER_GROWTH)
             elif abs(counted) > _SURPRISE:
                 cell.growth = _GROWTH

@@ -24,7 +24,7 @@ from trimode.runtime.decoding.sequence import Pass, Sequence
 from trimode.runtime.executor import Candidates, Executor, Ints
 from trimode.runtime.kv.prefix_cache import PrefixCache
 from trimode.runtime.request.outputs import Choice, Counts
-from trimode.runtime.scheduling.auto_block import BlockChooser, Opening
+from trimode.runtime.scheduling.auto_block import BlockChooser, Opening, Plan
 from trimode.runtime.scheduling.batching import Member
 from trimode.runtime.scheduling.drafting_stats import DraftingCounts, DraftingStats
 from trimode.runtime.scheduling.pass_cost import EngineName, PassCost
@@ -228,18 +228,16 @@ class Scheduler:
                 request.failure = error
         if not choices:
             return {}
-        others = [
-            request.sequence
-            for request in self._active()
-            if request not in choices and request.sequence.params.mode != "auto" and not request.sequence.prefilling
-        ]
-        plan = self._block_chooser.choose(list(choices.values()), others)
+        plan = self._plan(choices)
         # A tree needs the host between draft and commit, which an executor that speculates does without.
         tree = plan.tree and not self._passes.speculates
         chosen: dict[Request, tuple[int, bool, bool]] = {}
         for (request, each), copies in zip(choices.items(), plan.copying, strict=True):
-            if plan.cycles and each.decides and (copies or plan.block == 1):
-                each.sequence.acceptance.forget(plan.cycles)
+            if plan.cycles and each.decides:
+                if copies or plan.block == 1:
+                    each.sequence.acceptance.forget(plan.cycles)
+                elif not tree:
+                    each.sequence.acceptance.forget_trees(plan.cycles)
             if copies:
                 chosen[request] = plan.copy_block, True, False
             elif each.decides:
@@ -252,6 +250,16 @@ class Scheduler:
         if chosen:
             self._drafting.count_choice(plan, tree)
         return chosen
+
+    def _plan(self, choices: dict[Request, Opening]) -> Plan:
+        """How these requests draft in this cycle, given the others."""
+        prefilling, others = False, list[Sequence]()
+        for request in self._active():
+            if request.sequence.prefilling:
+                prefilling = True
+            elif request not in choices and request.sequence.params.mode != "auto":
+                others.append(request.sequence)
+        return self._block_chooser.choose(list(choices.values()), others, prefilling)
 
     def _run_passes(self, engine: EngineName, again: bool = False) -> None:
         """again: only for the sequences that must repeat their pass, which are then complete."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,8 +16,12 @@ from trimode.runtime.scheduling.auto_block import (
     CHOICES,
     HOST_SECONDS,
     HOST_SECONDS_OF_A_SEQUENCE,
-    KEPT_CYCLES,
+    LEAST_KEPT,
+    LEAST_TRIAL_SHARE,
+    MOST_KEPT,
+    MOST_TRIAL_SHARE,
     TREE_SECONDS,
+    VAIN_TRIAL,
     BlockChooser,
     Opening,
     Plan,
@@ -276,8 +282,8 @@ def test_the_plan_is_the_best_of_all_that_are_considered(
 @pytest.mark.parametrize("unit", [1.0, 0.25])
 def test_a_block_that_may_be_better_is_tried_and_a_loss_is_made_up_for(unit: float) -> None:
     """Whatever the unit of time. A block of 2 seems to take twice as long as it may. The trial is slower than the best
-    choice, so the next one waits until a twentieth of the time since then is what it lost. A choice of one token is
-    kept for a few cycles.
+    choice, so the next one waits until a share of the time since then is what it lost. The share falls with each trial
+    in vain.
     """
 
     class Cost(PassCost):
@@ -291,28 +297,96 @@ def test_a_block_that_may_be_better_is_tried_and_a_loss_is_made_up_for(unit: flo
 
     cost = Cost(1, 2)
     chooser, begins = BlockChooser(cost), opening(sequence(0.53, block_length=2))
-    # Two passes of 1 s yield 1.53 tokens, where one yields 1. The trial loses 2 - 1.53 s, made up for in 9.4 s.
-    plans = [chooser.choose(begins, []) for _ in range(36)]
-    assert [plan.block for plan in plans] == [2, *[1] * 16, 2, *[1] * 16, 2, 1]
-    assert all(plan.trial == (plan.block == 2) for plan in plans)
+    # Two passes of 1 s yield 1.53 tokens, where one yields 1. The trial loses 2 - 1.53 s.
+    plans = [chooser.choose(begins, []) for _ in range(1000)]
+    assert {(plan.block, plan.trial) for plan in plans} == {(2, True), (1, False)}
+    trials = [at for at, plan in enumerate(plans) if plan.trial]
+    share = MOST_TRIAL_SHARE
+    for before, after in pairwise(trials):
+        share = max(LEAST_TRIAL_SHARE, share * VAIN_TRIAL)
+        waited = (after - before - 1) - (2 - 1.53) / share
+        assert 0 <= waited < MOST_KEPT
+    assert len(trials) > 10
     cost.trial = 0.5  # it has become the faster one
-    plans = [chooser.choose(begins, []) for _ in range(10)]
-    assert [plan.block for plan in plans] == [*[1] * (KEPT_CYCLES - 1), 2, 2, 2]
+    plans = [chooser.choose(begins, []) for _ in range(2 * MOST_KEPT)]
+    assert plans[-1].block == 2
     assert not plans[-1].trial
 
 
-def test_a_choice_of_one_token_is_kept_unless_something_can_be_copied() -> None:
-    """It stands for a few cycles, whoever joins or leaves meanwhile."""
-    chooser, begins = BlockChooser(machine(1000)), opening(sequence(0.1))
-    joined = opening(sequence(0.1), sequence(0.99))
-    cycles = [chooser.choose(each, []).cycles for each in (begins, begins, joined)]
-    assert cycles == [KEPT_CYCLES, 0, 0]
-    for _ in range(KEPT_CYCLES - 3):
-        assert chooser.choose(joined, []) == Plan(1, 1, [False, False], cycles=0)
-    plan = chooser.choose(joined, [])
-    assert (plan.block, plan.cycles) == (32, 1)
-    assert chooser.choose(begins, []).cycles == KEPT_CYCLES
-    assert chooser.choose([Opening(sequence(0.1), [1.0, *[9.0] * 31])], []).copying == [True]
+def test_trials_are_allowed_more_time_after_a_pass_of_unexpected_time() -> None:
+    class Cost(PassCost):
+        def least_seconds(self, engine: EngineName, batch: int, step: int) -> float:
+            return 1e-9 if step == 2 else self.seconds(engine, batch, step)
+
+    def cycles_between_trials() -> int:
+        plans = [chooser.choose(begins, []) for _ in range(2000)]
+        first, second = [at for at, plan in enumerate(plans) if plan.trial][-2:]
+        return second - first
+
+    cost, begins = Cost(1, 2), opening(sequence(0.0, block_length=2))
+    cost.measure(lambda *_: 1e-3, seconds=1e9)
+    chooser = BlockChooser(cost)
+    assert cycles_between_trials() > 150
+    cost.observe("ar", 1, 2, 1e-5)
+    assert cost.surprises == 1
+    plans = [chooser.choose(begins, []) for _ in range(200)]
+    assert sum(plan.trial for plan in plans) > 3
+
+
+def test_blocks_are_tried_in_turn() -> None:
+    """Not only the shortest one, whose trials cost least."""
+
+    class Cost(PassCost):
+        def least_seconds(self, engine: EngineName, batch: int, step: int) -> float:
+            return self.seconds(engine, batch, step) if step == 1 else 1e-9
+
+    cost = Cost(1, 32)
+    cost.measure(lambda _engine, _batch, step: 1e-3 * step, seconds=1e9)
+    chooser, begins = BlockChooser(cost), opening(sequence(0.5))
+    plans = [chooser.choose(begins, []) for _ in range(20000)]
+    assert [plan.block for plan in plans if plan.trial][:6] == [2, 4, 8, 16, 32, 2]
+
+
+def test_nothing_is_tried_beside_a_prefill() -> None:
+    """Its pass would measure the prefill."""
+    cost = PassCost(1, 32)  # guesses only
+    begins = opening(sequence(0.9))
+    assert BlockChooser(cost).choose(begins, []).trial
+    assert not BlockChooser(cost).choose(begins, [], prefilling=True).trial
+
+
+def test_a_choice_is_kept_for_twice_as_many_cycles_each_time_it_is_confirmed() -> None:
+    chooser, begins = BlockChooser(machine(1000)), opening(sequence(0.99))
+    found = [chooser.choose(begins, []) for _ in range(LEAST_KEPT + 2 * LEAST_KEPT + 3 * MOST_KEPT)]
+    assert {plan.block for plan in found} == {32}
+    assert [plan.cycles for plan in found if plan.cycles] == [4, 8, 16, 16, 16]
+    poor = opening(sequence(0.1))
+    found = [chooser.choose(poor, []) for _ in range(LEAST_KEPT)]
+    assert found == [Plan(1, 1, [False], cycles=LEAST_KEPT)] + [Plan(1, 1, [False], cycles=0)] * (LEAST_KEPT - 1)
+
+
+@pytest.mark.parametrize(
+    ("opening_now", "others_now", "holds"), [(4, 0, True), (6, 0, True), (2, 0, True), (7, 0, False), (4, 3, False)]
+)
+def test_a_choice_is_kept_while_the_batch_changes_little(opening_now: int, others_now: int, holds: bool) -> None:
+    chooser = BlockChooser(machine(1000))
+    chosen = chooser.choose(opening(*[sequence(0.99)] * 4), [])
+    others = [sequence(0.99, "linear_spec")] * others_now
+    now = chooser.choose(opening(*[sequence(0.1)] * opening_now), others)
+    assert (now.cycles == 0) == holds
+    if holds:
+        assert now == chosen._replace(copying=[False] * opening_now, cycles=0)
+
+
+def test_a_choice_with_copies_or_of_a_trial_holds_for_one_cycle() -> None:
+    chooser, copied = BlockChooser(machine(1000)), [Opening(sequence(0.1), [1.0, *[9.0] * 31])]
+    assert [chooser.choose(opening(sequence(0.1)), []).cycles for _ in range(2)] == [LEAST_KEPT, 0]
+    assert [chooser.choose(copied, []).copying for _ in range(2)] == [[True], [True]]
+    assert [chooser.choose(copied, []).cycles for _ in range(2)] == [1, 1]
+    chooser, begins = BlockChooser(PassCost(1, 32)), opening(sequence(0.9))
+    plan = chooser.choose(begins, [])
+    assert (plan.trial, plan.cycles) == (True, 1)
+    assert chooser.choose(begins, []).cycles > 0
 
 
 def test_short_passes_are_worth_longer_blocks_because_of_the_hosts_time() -> None:
@@ -335,9 +409,7 @@ def test_a_copy_replaces_the_draft_where_it_yields_as_much() -> None:
 
 def test_a_block_of_one_token_copies_nothing() -> None:
     """Where every token costs as much as the first one, copies that fail cost more than they save."""
-    assert BlockChooser(machine(1)).choose([Opening(sequence(0.1), [1.0, 1.1, 1.1])], []) == Plan(
-        1, 1, [False], cycles=KEPT_CYCLES
-    )
+    assert BlockChooser(machine(1)).choose([Opening(sequence(0.1), [1.0, 1.1, 1.1])], []) == Plan(1, 1, [False])
 
 
 def test_beside_sequences_that_draft_a_copy_must_yield_more() -> None:

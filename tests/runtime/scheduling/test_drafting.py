@@ -38,7 +38,7 @@ def choose_at_random(bench: Bench, seed: int, copies: float = 0.5) -> None:
     """Replace the choices by random ones. copies: the share of the copies found that are used."""
     rng = np.random.default_rng(seed)
 
-    def choose(opening: list[Opening], _others: list[Any]) -> Plan:
+    def choose(opening: list[Opening], *_: Any) -> Plan:
         copying = [bool(each.copy_yields) and bool(rng.random() < copies) for each in opening]
         return Plan(int(rng.choice(CHOICES)), int(rng.choice(CHOICES[1:])), copying, bool(rng.random() < 0.5))
 

@@ -153,7 +153,7 @@ def test_whom_auto_counts_as_others(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Watched(max_batch=8, prefill_tokens=100)
     asked: list[tuple[list[Any], list[Any]]] = []
 
-    def choose(opening: list[Opening], others: list[Any]) -> Plan:
+    def choose(opening: list[Opening], others: list[Any], _prefilling: bool) -> Plan:
         asked.append(([each.sequence for each in opening], others))
         return Plan(4, 4, [False] * len(opening))
 
@@ -171,7 +171,7 @@ def test_whom_auto_counts_as_others(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_tokens_that_another_process_has_generated_are_no_choice_of_auto(monkeypatch: pytest.MonkeyPatch) -> None:
     bench, asked = Watched(max_batch=1), 0
 
-    def choose(opening: list[Opening], _others: list[Any]) -> Plan:
+    def choose(opening: list[Opening], *_: Any) -> Plan:
         nonlocal asked
         asked += 1
         return Plan(1, 1, [False] * len(opening))
@@ -256,7 +256,7 @@ def test_a_trial_pass_has_the_batch_and_the_step_that_it_measures() -> None:
 
 def planned(bench: Watched, plan: Callable[[list[Opening]], Plan]) -> None:
     """Replace the choices."""
-    bench.scheduler._block_chooser.choose = lambda opening, _others: plan(opening)  # type: ignore[method-assign]
+    bench.scheduler._block_chooser.choose = lambda opening, *_: plan(opening)  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize(
@@ -276,6 +276,23 @@ def test_a_cycle_of_auto_without_a_draft_forgets(block: int, copies: bool, forge
         bench.step()
     assert forgotten == [(0, 3)] * forgets
     assert all(len(request.sequence.emitted) == 2 for request in requests)
+
+
+@pytest.mark.parametrize(
+    ("block", "tree", "cycles", "forgets"),
+    [(4, False, 3, True), (4, True, 3, False), (1, False, 3, False), (4, False, 0, False)],
+)
+def test_a_choice_of_chains_forgets_what_trees_gained(block: int, tree: bool, cycles: int, forgets: bool) -> None:
+    """For all of its cycles at once, when it is made."""
+    bench, forgotten = Watched(max_batch=2, prefill_tokens=100), []
+    for index, mode in enumerate(("auto", "linear_spec")):
+        request = bench.submit(6, mode=mode)
+        request.sequence.acceptance.forget_trees = lambda cycles, index=index: forgotten.append((index, cycles))  # type: ignore[method-assign]
+        request.sequence.open_block = lambda *_, open_block=request.sequence.open_block: open_block(1)  # type: ignore[method-assign]
+    planned(bench, lambda opening: Plan(block, block, [False] * len(opening), tree, cycles=cycles))
+    for _ in range(3):
+        bench.step()
+    assert forgotten == [(0, cycles)] * forgets
 
 
 def test_each_sequence_opens_the_block_that_the_plan_gives_it() -> None:
