@@ -1,7 +1,8 @@
 """Replay recorded texts through the real scheduler, with the seconds of a cost table in place of an engine's.
 
 The scheduler, its sequences and the choices of ``auto`` are the runtime's own. Only the passes are replaced: they
-return recorded candidates and advance a virtual clock. The host's time is constants, so that a replay can be repeated.
+return recorded candidates and advance a virtual clock. The host's time is the constants of ``auto``, for each pass, so
+that a replay can be repeated.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from trimode.runtime.decoding.sequence import Sequence as Answer
 from trimode.runtime.executor import BidirectionalStep, Candidates, CausalStep
 from trimode.runtime.kv.host_kv_pool import KvPool
 from trimode.runtime.request.outputs import Cycle, Update
-from trimode.runtime.scheduling.auto_block import TREE_SECONDS
+from trimode.runtime.scheduling.auto_block import HOST_SECONDS, HOST_SECONDS_OF_A_SEQUENCE, TREE_SECONDS
 from trimode.runtime.scheduling.pass_cost import PassCost
 from trimode.runtime.scheduling.running_request import Request
 from trimode.runtime.scheduling.scheduler import Scheduler
@@ -31,11 +32,6 @@ from trimode.runtime.scheduling.scheduler import Scheduler
 CAPACITY = 2048
 MASK = -1  # no recorded text has it
 WRONG = -2
-
-
-# Seconds of the host, of a scheduler step and of each of its sequences, as measured by scripts/prove/runtime.py
-# (docs/results.md, "time outside the engines"). A tree takes TREE_SECONDS more.
-STEP_SECONDS, SEQUENCE_SECONDS = 8e-5, 5e-5
 
 
 class VirtualClock:
@@ -86,6 +82,7 @@ class ReplayingExecutor:
             else:
                 self._draft(number, step, index, tokens[index], logits[index])
         engine = "ar" if causal else "diffusion"
+        self._clock.seconds += HOST_SECONDS + HOST_SECONDS_OF_A_SEQUENCE * batch
         self._clock.seconds += self._table.seconds(engine, batch, step.input_ids.shape[1])
         return Candidates(logits, tokens, np.zeros((batch, rows), np.float32))
 
@@ -159,7 +156,6 @@ class Replay:
             self._submit(self._texts[number], options, order, finished)
         began, tokens = self._clock(), sum(len(self._texts[number].answer) - 1 for number in numbers)
         while self.scheduler.busy:
-            self._clock.seconds += STEP_SECONDS + SEQUENCE_SECONDS * self.scheduler.stats().running
             self.scheduler.step()
         return Replayed(self._clock() - began, tokens, [finished[order] for order in range(len(numbers))])
 

@@ -11,10 +11,10 @@ import pytest
 from scripts.drafting.cost_table import CostTable
 from scripts.drafting.machines import of_estimate, of_h100
 from scripts.drafting.recording import BLOCKS, Drafts, Text, read, write
-from scripts.drafting.replay import SEQUENCE_SECONDS, STEP_SECONDS, Replay
+from scripts.drafting.replay import Replay
 from scripts.drafting.simulate import POLICIES
 from trimode.runtime.decoding.sequence import TREE_RANKS
-from trimode.runtime.scheduling.auto_block import TREE_SECONDS
+from trimode.runtime.scheduling.auto_block import HOST_SECONDS, HOST_SECONDS_OF_A_SEQUENCE, TREE_SECONDS
 
 END, TOKENS = 11, 33
 FLAT = CostTable.of("flat", "", lambda engine, _batch, _step: 1e-3 if engine == "ar" else 2e-3)
@@ -42,9 +42,8 @@ def test_right_drafts_take_one_cycle_a_block(block: int) -> None:
     cycles = math.ceil((TOKENS - 1) / block)
     assert len(found.cycles[0]) == cycles
     steps = cycles + 1  # the prefill is a causal pass
-    assert found.seconds == pytest.approx(
-        steps * 1e-3 + cycles * 2e-3 + steps * STEP_SECONDS + cycles * SEQUENCE_SECONDS, abs=1e-9
-    )
+    host = (steps + cycles) * (HOST_SECONDS + HOST_SECONDS_OF_A_SEQUENCE)
+    assert found.seconds == pytest.approx(steps * 1e-3 + cycles * 2e-3 + host, abs=1e-9)
 
 
 def test_a_second_choice_is_found_by_a_tree_only() -> None:
