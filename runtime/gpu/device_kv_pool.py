@@ -80,7 +80,7 @@ class DeviceKvPool:
         self.active += 1
         return self.active - 1
 
-    def release(self, slot: int) -> int:
+    def release(self, slot: int, rows: int | None = None) -> int:  # noqa: ARG002 - the pool is allocated once
         """Give a slot back. The last active sequence moves into it; returns that sequence's former slot."""
         if not 0 <= slot < self.active:
             raise ValueError(f"slot {slot} is not active; {self.active} are")

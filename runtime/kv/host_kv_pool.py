@@ -1,8 +1,8 @@
 """The host's KV pool: one buffer of keys and one of values for each layer, shared by both engines.
 
 Every buffer is one contiguous array [slots, kv_heads, rows, head_dim], so that a pass binds neighbouring slots without
-a copy. A pass reads all rows of its slots, so rows grow in small steps, by a quarter; slots grow by doubling. Near the
-limit, both grow exactly as needed.
+a copy. A pass reads all rows of its slots, so rows grow in small steps, by an eighth, and are given up behind a long
+sequence. Slots grow by doubling. Near the limit, both grow exactly as needed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from trimode.common.errors import TriModeError
 from trimode.runtime.kv.slots import Rows
 
 FIRST_ROWS = 128
-ROW_UNIT = 32  # rows are a multiple of this, except near the limit
+_ROW_UNIT = 32
 
 
 class KvBudget(NamedTuple):
@@ -105,8 +105,12 @@ class KvPool:
         self.active += 1
         return self.active - 1
 
-    def release(self, slot: int) -> int:
-        """Free a slot. The last active sequence moves into it; returns that sequence's former slot."""
+    def release(self, slot: int, rows: int | None = None) -> int:
+        """Free a slot. The last active sequence moves into it; returns that sequence's former slot.
+
+        rows: the most rows that one of the other sequences has, None for all rows. If they need less than half of the
+        rows that there are, rows are given up.
+        """
         if not 0 <= slot < self.active:
             raise ValueError(f"slot {slot} is not active; {self.active} are")
         last = self.active - 1
@@ -114,9 +118,11 @@ class KvPool:
             for buffer in self.buffers:
                 buffer[slot] = buffer[last]
         self.active = last
-        if last == 0 and self.rows > FIRST_ROWS:
+        needed = 0 if last == 0 else self.rows if rows is None else rows
+        kept = max(FIRST_ROWS, _with_room(needed))
+        if 2 * kept <= self.rows or (last == 0 and kept < self.rows):
             # Do not let one long sequence slow down the short ones after it.
-            self._resize(self.slots, FIRST_ROWS)
+            self._resize(self.slots, kept)
         return last
 
     def reserve(self, rows: int) -> None:
@@ -126,10 +132,7 @@ class KvPool:
         if rows > self._capacity:
             raise TriModeError(f"a sequence of {rows} tokens exceeds the engine's capacity of {self._capacity}")
         self._require(rows <= self.most_rows(self.active), self.active, rows)
-        grown = self.rows
-        while grown < rows:
-            grown += max(1, grown // 4)
-        grown = min(-(-grown // ROW_UNIT) * ROW_UNIT, self.most_rows(self.active))
+        grown = min(_with_room(rows), self.most_rows(self.active))
         slots = self.slots
         while not self._fits(slots, grown):  # free slots give way to longer rows
             slots -= 1
@@ -174,3 +177,8 @@ class KvPool:
         # Zeros: rows past a sequence are masked, but 0 times a NaN would be a NaN.
         shape = (slots, self._kv_heads, rows + self._spare_rows, self._head_dim)
         return [np.zeros(shape, np.float32) for _ in range(2 * self._layers)]
+
+
+def _with_room(rows: int) -> int:
+    """An eighth more, so that not every pass of a growing sequence reallocates."""
+    return -(-(rows + rows // 8) // _ROW_UNIT) * _ROW_UNIT

@@ -46,8 +46,11 @@ class KvSlots(Protocol):
         """
         ...
 
-    def release(self, slot: int) -> int:
-        """Free a slot. The last active sequence moves into it; returns that sequence's former slot."""
+    def release(self, slot: int, rows: int | None = None) -> int:
+        """Free a slot. The last active sequence moves into it; returns that sequence's former slot.
+
+        rows: the most rows that one of the other sequences has. Memory beyond may be given up. None for all rows.
+        """
         ...
 
     def reserve(self, rows: int) -> None:

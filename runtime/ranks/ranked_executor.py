@@ -82,9 +82,9 @@ class RankedPool:
         self.active += 1
         return slot
 
-    def release(self, slot: int) -> int:
+    def release(self, slot: int, rows: int | None = None) -> int:
         try:
-            last = self._same("release", slot)
+            last = self._same("release", slot, rows)
         except ExecutorLostError:
             last = self.active - 1  # the memory is gone with the ranks
         self.active = last

@@ -400,7 +400,9 @@ class Scheduler:
 
     def _free(self, slot: int) -> None:
         """The last sequence moves into the slot."""
-        self._pool.release(slot)
+        committed = self._committed()
+        del committed[slot]
+        self._pool.release(slot, max(committed, default=0))
         last = self._running.pop()
         if slot < len(self._running):
             self._running[slot] = last

@@ -139,14 +139,14 @@ def test_rows_are_read_moved_and_written_in_their_own_slot() -> None:
     assert pool.row_bytes == 2 * 2 * 3 * 2 * 4
 
 
-def test_rows_grow_by_quarters_up_to_the_capacity() -> None:
-    """128, 160, 200, 250: each rounded up to a multiple of 32."""
+def test_rows_grow_by_an_eighth_up_to_the_capacity() -> None:
+    """In multiples of 32: 129 to 145, 161 to 181, 225 to 253, 281 beyond the capacity."""
     pool = KvPool(layers=1, kv_heads=1, head_dim=2, capacity=300)
     seen = []
     for rows in (1, FIRST_ROWS, FIRST_ROWS + 1, 160, 161, 225, 281, 300):
         pool.reserve(rows)
         seen.append((pool.rows, pool.generation))
-    assert seen == [(128, 0), (128, 0), (160, 1), (160, 1), (224, 2), (288, 3), (288, 3), (300, 4)]
+    assert seen == [(128, 0), (128, 0), (160, 1), (160, 1), (192, 2), (256, 3), (300, 4), (300, 4)]
     with pytest.raises(TriModeError, match="301 tokens exceeds the engine's capacity of 300"):
         pool.reserve(301)
 
@@ -157,6 +157,25 @@ def test_an_empty_pool_is_small_again() -> None:
     pool.release(pool.acquire())
     assert pool.rows == FIRST_ROWS
     assert pool.generation == 2
+
+
+@pytest.mark.parametrize(
+    ("needed", "rows"), [(None, 928), (1000, 928), (600, 928), (398, 448), (300, 352), (100, 128), (0, 128)]
+)
+def test_rows_behind_a_long_sequence_are_given_up_where_others_need_less_than_half(
+    needed: int | None, rows: int
+) -> None:
+    pool = KvPool(layers=1, kv_heads=1, head_dim=2, capacity=1000)
+    for _ in range(3):
+        pool.acquire()
+    pool.reserve(800)
+    assert pool.rows == 928
+    for slot in range(3):
+        pool.buffers[1][slot, :, :400] = slot
+    pool.release(0, needed)
+    assert (pool.active, pool.rows) == (2, rows)
+    kept = min(400, rows)
+    assert [pool.buffers[1][slot, 0, :kept, 1].tolist() for slot in range(2)] == [[2.0] * kept, [1.0] * kept]
 
 
 def test_a_slot_that_is_not_active_cannot_be_released() -> None:

@@ -90,6 +90,21 @@ def test_a_request_waits_until_the_kv_pool_has_rows_for_it_and_for_all_that_run(
     assert bench.running == [alone]
 
 
+def test_a_long_sequence_leaves_its_rows_when_others_go_on() -> None:
+    """Not only when the pool is empty. The rows of the others stay."""
+    bench = Watched(max_batch=2, capacity=1000, prefill_tokens=10_000)
+    long, short = bench.submit(601, max_tokens=1), bench.submit(9, max_tokens=200)
+    bench.step()
+    assert bench.running == [long, short]
+    rows = []
+    while long in bench.running:
+        bench.step()
+        rows.append(bench.executor.pool.rows)
+    assert bench.running == [short]
+    assert max(rows) > 600
+    assert 128 < short.sequence.committed < rows[-1] < 200
+
+
 @pytest.mark.parametrize(
     ("budget", "prompts", "prefilled"),
     [
