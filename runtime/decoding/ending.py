@@ -26,7 +26,9 @@ class Ending:
     the text. budget: the request's thinking budget.
 
     finish_reason, stop_reason: why the text ended; None while it continues. remaining: tokens that may still be
-    emitted. hides_last: whether the last token is a stop token that is not part of the text.
+    emitted. end_ids: tokens that always end the text. depends_on_text: whether other tokens before them decide as well
+    whether the text ends or what comes next. hides_last: whether the last token is a stop token that is not part of the
+    text.
     """
 
     def __init__(
@@ -45,10 +47,11 @@ class Ending:
         self.hides_last = False
         self._stops: dict[int, int | str] = {token: token for token in params.stop_token_ids or ()}
         self._stops |= stop_tokens or {}
-        self._end_ids = frozenset(self._stops) | (frozenset() if params.ignore_eos else end_ids)
+        self.end_ids = frozenset(self._stops) | (frozenset() if params.ignore_eos else end_ids)
         self._hides_stops = not params.include_stop_str_in_output
         self._text = text
         self._budget = budget
+        self.depends_on_text = text is not None or budget is not None
 
     @property
     def feeds_text(self) -> bool:
@@ -66,9 +69,14 @@ class Ending:
             return []
         return [Forced(place, self._budget.ids.end) for place in self._budget.ends_among(tokens)]
 
-    def ends_with(self, token: int) -> bool:
-        """Whether this token always ends the text."""
-        return token in self._end_ids
+    def take_all(self, tokens: list[int]) -> None:
+        """Count emitted tokens. Only the last of them may end the text."""
+        if self.depends_on_text:
+            for token in tokens:
+                self.take(token)
+        else:
+            self.remaining -= len(tokens) - 1
+            self.take(tokens[-1])
 
     def take(self, token: int) -> None:
         """Count an emitted token; sets ``finish_reason`` if it ends the text."""
@@ -78,7 +86,7 @@ class Ending:
         self.hides_last = token in self._stops and self._hides_stops
         if self._text is not None and not self.hides_last:
             self._text.feed([token])
-        if token in self._end_ids:
+        if token in self.end_ids:
             self.finish_reason, self.stop_reason = "stop", self._stops.get(token)
         elif self._text is not None and self._text.stop is not None:
             self.finish_reason, self.stop_reason = "stop", self._text.stop

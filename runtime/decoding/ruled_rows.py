@@ -146,6 +146,8 @@ class RuledRows:
 
     def observe(self, doubtful: Collection[int], rate: AgainRate) -> None:
         """Update the rate, after the first run, by the doubtful rows that the text may reach."""
+        if not doubtful:
+            return
         reached = [row for row in doubtful if row in self._reached and self._walk.forced[row] is None]
         masked = len(self._masked.intersection(reached))
         again = len(self._again.keys() & reached)
@@ -161,9 +163,12 @@ class RuledRows:
         """Whether the grammar forces the token of a row that the text reaches."""
         return self._walk.forced[row] is not None
 
-    def agreed_draft(self, row: int) -> int | None:
-        """The token of a row that the text reaches, if it is known to be the draft; otherwise see :meth:`choice`."""
-        return self._agreed.get(row)
+    @property
+    def agreed(self) -> Mapping[int, int]:
+        """The first rows that the text reaches whose token is known to be the draft, each with it. Of the others, see
+        :meth:`choice`.
+        """
+        return self._agreed
 
     def choice(self, row: int) -> Choice:
         """Of a row that the text reaches, without an agreed draft. Raises DeadEndError if no token is legal there."""
@@ -252,6 +257,10 @@ class RuledRows:
             return Choice(logits[:1], tokens[:1])
         self._move(row)
         if unmasked and greedy:
+            # The rules remember a token that was undone, so the check saves the time of taking it later.
+            if self._rules.take_if_legal(int(tokens[0])):
+                self._rules.undo(1)
+                return Choice(logits[:1], tokens[:1])
             best = self._rules.first_legal(tokens[_are_reported(logits)])
             return None if best is None else Choice(logits[best : best + 1], tokens[best : best + 1])
         needed = self._needed or reported.logits.shape[-1]

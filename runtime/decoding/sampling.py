@@ -49,6 +49,7 @@ class Sampler:
     """Chooses one sequence's tokens. :meth:`note` records emitted tokens, for the penalties.
 
     prompt: its tokens count for the repetition penalty; presence and frequency penalties count emitted tokens only.
+    depends_on_text: whether the choice of a token depends on the tokens noted before.
     """
 
     def __init__(self, params: SamplingParams, prompt: Ints, seed: int) -> None:
@@ -56,16 +57,17 @@ class Sampler:
         self._numbers = UniformNumbers(seed)
         self._penalised = params.penalised
         self._processor = params.logits_processor
+        self.depends_on_text = params.penalised or params.logits_processor is not None
         self._in_prompt = frozenset(prompt.tolist()) if self._penalised else frozenset[int]()
         self._emitted: Counter[int] = Counter()
         self._tokens: list[int] = []  # emitted, for the processor
 
-    def note(self, token: int) -> None:
-        """Record an emitted token."""
+    def note(self, tokens: list[int]) -> None:
+        """Record emitted tokens."""
         if self._penalised:
-            self._emitted[token] += 1
+            self._emitted.update(tokens)
         if self._processor is not None:
-            self._tokens.append(token)
+            self._tokens += tokens
 
     def rows(self, logits: Reals, tokens: Ints, positions: Sequence[int], draw: int = 0) -> Ints:
         """One token for each row, [R]; rows are independent. logits, tokens: [R, k], best first."""
@@ -81,14 +83,14 @@ class Sampler:
         """A function from a row of a causal pass to its token. With penalties, it depends on the tokens noted before
         the call.
         """
-        if not self._penalised and self._processor is None:
+        if not self.depends_on_text:
             chosen: list[int] = self.rows(logits, tokens, positions).tolist()
             return chosen.__getitem__
         return lambda row: self.choose(logits[row], tokens[row], positions[row])
 
     def choose(self, logits: Reals, tokens: Ints, position: int) -> int:
         """One token from a row's candidates, [k], best first. It may depend on the tokens noted before."""
-        if self._penalised or self._processor is not None:
+        if self.depends_on_text:
             if self._penalised:
                 logits = self._after_penalties(logits, tokens)
             if self._processor is not None:

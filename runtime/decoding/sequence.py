@@ -59,7 +59,7 @@ PassKind = Literal["prefill", "draft", "denoise", "commit"]
 TREE_RANKS = 8  # candidates of each position that may be nodes of a tree
 # Most tokens of a prefill pass that needs the logits of all its rows, which a CPU computes over the whole vocabulary.
 PROMPT_LOGPROB_STEP = 128
-NO_BLOCK = np.empty(0, np.int64)
+NO_TOKENS = np.empty(0, np.int64)
 
 
 class Pass(NamedTuple):
@@ -144,10 +144,11 @@ class Sequence:
         self.choice: Choice | None = None  # of the block, for its record
         self.counts = Counts()
         self._sampler = Sampler(params, self.prompt, seed)
+        self._one_by_one = self._sampler.depends_on_text or ending.depends_on_text  # whether tokens are emitted so
         self._context = context
         self._mask_id = mask_id
         self._prefill_step = prefill_step
-        self._block = NO_BLOCK
+        self._block = NO_TOKENS
         self._masks = 0  # positions of the block that are not settled
         self._forced_places: set[int] = set()  # of the block, or of its tree's nodes
         self._forced_run: list[int] | None = None  # the tokens after the pending token that are known, once they are
@@ -455,28 +456,32 @@ class Sequence:
         grammar forces by the forced ones. The block ends before a position without a legal candidate, or after the
         tokens that are forced after its last draft.
         """
-        drafted, drafts, forced_tokens = len(self._block), list[int](), dict[int, int | None]()
+        best, drafts, forced_tokens = self._block.tolist(), list[int](), dict[int, int | None]()
         while not rules.ended:
-            place, forced = len(drafts) + 1, rules.forced_token
-            forced_tokens[len(drafts)] = forced
-            if place == self._room or (forced is None and place >= drafted):
+            row = len(drafts)
+            forced = forced_tokens[row] = rules.forced_token
+            if row + 1 == self._room or (forced is None and row + 1 >= len(best)):
                 break
             if forced is not None:
-                rank = 0 if rules.take_if_legal(forced) else None
-                draft = forced
+                run = rules.take_forced(self._room - 1 - row)
+                if not run:
+                    self._doubtful_rows.add(row)
+                    break
+                drafts += run
+                forced_tokens.update(zip(range(row, len(drafts)), run, strict=True))
+                self._forced_places.update(range(row + 1, len(drafts) + 1))
+            elif rules.take_if_legal(best[row + 1]):
+                drafts.append(best[row + 1])
             else:
-                candidates = self._drafted.get(place, self._block[place : place + 1])
-                rank = rules.take_first_legal(candidates)
-                draft = int(candidates[rank or 0])
-            if rank is None or rank >= DOUBTFUL_RANK:
-                self._doubtful_rows.add(place - 1)
-            if rank is None:
-                break
-            if forced is not None:
-                self._forced_places.add(place)
-            drafts.append(draft)
+                candidates = self._drafted.get(row + 1, NO_TOKENS)
+                rank = rules.take_first_legal(candidates[1:])
+                if rank is None or rank + 1 >= DOUBTFUL_RANK:
+                    self._doubtful_rows.add(row)
+                if rank is None:
+                    break
+                drafts.append(int(candidates[1 + rank]))
         rules.undo(len(drafts))
-        if len(drafts) + 1 > drafted:  # the draft has no candidates for the last row's token
+        if len(drafts) + 1 > len(best):  # the draft has no candidates for the last row's token
             self._doubtful_rows.add(len(drafts))
         self._walk = Walk(DraftTree.chain([self.pending_token, *drafts]), forced_tokens)
         self._block = np.array(self._walk.tree.ids)
@@ -496,7 +501,7 @@ class Sequence:
         if self._text_ends_in_block():
             self.counts.cycles += 1
             self._emit_denoised()
-            self._block, self._masks = NO_BLOCK, 0
+            self._block, self._masks = NO_TOKENS, 0
 
     def _place_end_of_thinking(self) -> None:
         """Insert the end of thinking where the budget is used up, so that the next passes attend to it.
@@ -565,7 +570,7 @@ class Sequence:
             self.counts.lookups += 1
             self.counts.copied += drafted
             self.counts.accepted_copies += agreed - forced
-        self._block, self._forced_run = NO_BLOCK, None
+        self._block, self._forced_run = NO_TOKENS, None
 
     def _record(self, path: list[int]) -> DraftRecord:
         choice, self.choice = self.choice, None
@@ -599,7 +604,7 @@ class Sequence:
             self._emit_run(found, [self.committed + len(self._block)], "bonus", _no_drafts)
         self.committed += len(self.emitted) - before
         self.counts.cycles += 1
-        self._block, self._forced_run = NO_BLOCK, None
+        self._block, self._forced_run = NO_TOKENS, None
 
     def _emit_run(
         self,
@@ -611,43 +616,67 @@ class Sequence:
         """Emit the tokens of causal rows, as long as each is drafted; returns the rows, and the rows after accepted
         drafts.
 
-        positions: absolute positions of the rows' tokens. follow: the row that follows a row with this token, None if
-        the token is not drafted.
+        No path of rows is longer than the text may still become. positions: absolute positions of the rows' tokens.
+        follow: the row that follows a row with this token, None if the token is not drafted.
         """
-        draw = self._draw(found, positions)
+        draw, ruled, begun = self._draw(found, positions), self._ruled_rows, self.begun[len(self.emitted) :]
+        ends, one_by_one = self.ending.end_ids, self._one_by_one
+        given = bool(begun) or one_by_one  # whether tokens may be given, not drawn
         rows: list[int] = []
-        accepted: list[int] = []
+        tokens: list[int] = []
+        forced: set[int] = set()  # rows whose token is given
         next_row: int | None = 0
         while next_row is not None:
             row = next_row
-            replayed = len(self.emitted) < len(self.begun)
-            forced = self.begun[len(self.emitted)] if replayed else self.ending.forced
-            token = draw(row) if forced is None else forced
-            if self.params.logprobs is not None:
-                self.logprobs.append({} if replayed else self._logprobs(found, row, token))
+            token = self._given_token(begun, len(rows)) if given else None
+            if token is None:
+                token = draw(row)
+            else:
+                forced.add(row)
             next_row = follow(row, token)
             rows.append(row)
-            if next_row is not None:
-                accepted.append(next_row)
-            is_forced = forced is not None or (self._ruled_rows is not None and self._ruled_rows.forces(row))
-            if not self._emit(token, "forced" if is_forced else origin if next_row is None else "accepted"):
+            tokens.append(token)
+            if one_by_one:
+                self._emit([token])
+                if self.ending.finish_reason is not None:
+                    break
+            elif token in ends:
                 break
-        if self._rules is not None and self.ending.finish_reason is None and self.params.logprobs is None:
-            end = self._rules.forced_token if self._rules.complete else None
-            if end is not None:  # the end of a complete grammar needs no pass
-                self._emit(end, "forced")
-        return rows, accepted
+        if not one_by_one:
+            self._emit(tokens)
+        if ruled is not None:
+            forced.update(filter(ruled.forces, rows))
+        origins: list[Origin] = ["forced" if row in forced else "accepted" for row in rows]
+        if next_row is None and rows[-1] not in forced:
+            origins[-1] = origin
+        self.origins += origins
+        if self.params.logprobs is not None:
+            replayed = min(len(begun), len(rows))
+            self.logprobs += [{} for _ in range(replayed)]
+            drawn = zip(rows[replayed:], tokens[replayed:], strict=True)
+            self.logprobs += [self._logprobs(found, row, token) for row, token in drawn]
+        if self._rules is not None and self.ending.finish_reason is None:
+            self._rules.take_emitted(tokens)
+            if self._rules.complete and self.params.logprobs is None:
+                end = self._rules.forced_token
+                if end is not None:  # the end of a complete grammar needs no pass
+                    self._emit([end])
+                    self.origins.append("forced")
+        return rows, rows[1:] if next_row is None else [*rows[1:], next_row]
+
+    def _given_token(self, begun: list[int], place: int) -> int | None:
+        """The token that comes next regardless of the model's prediction, if there is one. place: in the commit."""
+        return begun[place] if place < len(begun) else self.ending.forced
 
     def _draw(self, found: Candidates, positions: Many[int]) -> Callable[[int], int]:
         """A function from a causal row to its token. A token may depend on those emitted before the call."""
         if self._ruled_rows is None:
             return self._sampler.by_row(found.logits, found.tokens, positions)
-        rows = self._ruled_rows
+        rows, agreed = self._ruled_rows, self._ruled_rows.agreed
 
         def draw(row: int) -> int:
-            agreed = rows.agreed_draft(row)
-            if agreed is not None:
-                return agreed
+            if row in agreed:
+                return agreed[row]
             choice = rows.choice(row)
             return self._sampler.choose(choice.logits, choice.tokens, positions[row])
 
@@ -659,20 +688,19 @@ class Sequence:
             if self.params.logprobs is not None:
                 replayed = len(self.emitted) < len(self.begun)
                 self.logprobs.append({} if replayed else self._block_logprobs[place])
-            if not self._emit(token, "forced" if place in self._forced_places else "denoised"):
+            self._emit([token])
+            self.origins.append("forced" if place in self._forced_places else "denoised")
+            if self.ending.finish_reason is not None:
                 return
 
-    def _emit(self, token: int, origin: Origin) -> bool:
-        """Append a token; returns whether another may follow."""
-        self.emitted.append(token)
-        self.origins.append(origin)
-        self._sampler.note(token)
+    def _emit(self, tokens: list[int]) -> None:
+        """Append tokens, of which only the last may end the text."""
+        self.emitted += tokens
+        self._sampler.note(tokens)
         if self._lookup is not None:
-            self._lookup.note(token)
-        if self._rules is not None:
-            self._rules.take(token)
-        self.ending.take(token)
-        return self.ending.finish_reason is None
+            for token in tokens:
+                self._lookup.note(token)
+        self.ending.take_all(tokens)
 
     def _text_ends_in_block(self) -> bool:
         """Whether the text ends in the block with no mask before its end, so that the rest is not needed."""
@@ -680,7 +708,7 @@ class Sequence:
         for token in text:
             if token == self._mask_id:
                 return False
-            if self.ending.ends_with(token):
+            if token in self.ending.end_ids:
                 return True
         return len(text) == self.ending.remaining
 

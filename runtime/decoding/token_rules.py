@@ -78,6 +78,9 @@ class TokenRules:
         self._always = _Static.of(always)
         self._always_without_ends = _Static.of(always & ~token_bits(vocab_size, ends))
         self._changes = min_tokens > 0 or thought_end is not None  # whether the static mask depends on the tokens taken
+        # Whether only the grammar decides. Tokens that the model does not have are never legal in a grammar.
+        self._only_grammar = self._matcher is not None and not self._changes and bad_words is None and allowed is None
+        self._only_grammar = self._only_grammar and not banned
 
     @property
     def complete(self) -> bool:
@@ -101,7 +104,9 @@ class TokenRules:
         )
 
     def allows(self, token: int) -> bool:
-        return self._allows_beside_grammar(token) and (self._matcher is None or self._matcher.allows(token))
+        if not self._only_grammar and not self._allows_beside_grammar(token):
+            return False
+        return self._matcher is None or self._matcher.allows(token)
 
     def mask(self) -> Words:
         """The legal tokens, [ceil(V / 32)], as :mod:`trimode.model.step` defines ``token_mask``.
@@ -132,22 +137,50 @@ class TokenRules:
 
     def take_first_legal(self, tokens: Ints) -> int | None:
         """Take the first legal one of some tokens; returns its index, None if there is none."""
-        if self.take_if_legal(int(tokens[0])):
-            return 0
-        skipped = self.first_legal(tokens[1:])
-        if skipped is None:
-            return None
-        self.take(int(tokens[1 + skipped]))
-        return 1 + skipped
+        found = self.first_legal(tokens)
+        if found is not None:
+            self.take(int(tokens[found]))
+        return found
 
     def take(self, token: int) -> None:
         """Take a token that was emitted or drafted. Raises ValueError if the grammar does not allow it."""
         if not self._take(token):
             raise ValueError(f"token {token} is not legal here")
 
+    def take_emitted(self, tokens: list[int]) -> None:
+        """Take tokens that were emitted. Raises ValueError if the grammar does not allow them."""
+        if self._only_grammar:
+            if self.take_all(tokens) < len(tokens):
+                raise ValueError(f"tokens {tokens} are not legal here")
+        else:
+            for token in tokens:
+                self.take(token)
+
     def take_if_legal(self, token: int) -> bool:
         """Take a token if it is legal; returns whether it was."""
-        return self._allows_beside_grammar(token) and self._take(token)
+        return (self._only_grammar or self._allows_beside_grammar(token)) and self._take(token)
+
+    def take_all(self, tokens: list[int]) -> int:
+        """Take these tokens up to the first illegal one; returns how many were taken."""
+        if self._only_grammar and self._grammar is not None:
+            taken = self._grammar.take_all(tokens)
+            self._taken += tokens[:taken]
+            return taken
+        for taken, token in enumerate(tokens):
+            if not self.take_if_legal(token):
+                return taken
+        return len(tokens)
+
+    def take_forced(self, most: int) -> list[int]:
+        """Take the next tokens that have no alternative, at most ``most``; the end token too. Returns them."""
+        run: list[int] = []
+        while self._matcher is not None and len(run) < most:
+            forced = self._matcher.forced[: most - len(run)]
+            taken = self.take_all(forced)
+            run += forced[:taken]
+            if not forced or taken < len(forced):
+                break
+        return run
 
     def undo(self, count: int) -> None:
         """Undo the latest tokens taken."""
@@ -162,9 +195,7 @@ class TokenRules:
 
     def forced_run(self, most: int) -> list[int]:
         """The next tokens that have no alternative, at most ``most``; the end token too."""
-        run: list[int] = []
-        while len(run) < most and (token := self.forced_token) is not None and self.take_if_legal(token):
-            run.append(token)
+        run = self.take_forced(most)
         self.undo(len(run))
         return run
 
@@ -194,8 +225,9 @@ class TokenRules:
                 undone += 1
                 at = parents[at]
         self.undo(undone)
-        for token in reversed(ahead):
-            self.take(token)
+        ahead.reverse()
+        if self.take_all(ahead) < len(ahead):
+            raise ValueError("a node of the tree is not legal")
 
     @property
     def ended(self) -> bool:

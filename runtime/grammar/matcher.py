@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +13,7 @@ from trimode.runtime.request.errors import GrammarError
 
 Words = NDArray[np.uint32]
 _KEPT_MASKS = 64
+_NOWHERE = -1
 
 
 @dataclass(frozen=True)
@@ -26,26 +25,11 @@ class Vocabulary:
     end_ids: tuple[int, ...]
 
 
-@dataclass(slots=True)
-class _Place:
-    """What is known of a place of the text.
-
-    run: tokens of forced text, of which the one at ``index`` is the only legal token here; empty if nothing is forced,
-    None if that is not known yet. complete: whether only an end token may come. ended: whether an end token came.
-    """
-
-    run: Sequence[int] | None = None
-    index: int = 0
-    complete: bool = False
-    ended: bool = False
-    mask: Words | None = None
-
-
 class GrammarMatcher:
     """Where one answer is in its grammar. Tokens are taken one after the other, and the latest can be undone.
 
     Where the grammar forces text, the only legal tokens are those of its usual spelling, as the tokenizer spells the
-    whole of it where it begins. End tokens are legal where the grammar may end, and nothing is legal behind them.
+    whole of it where it begins. End tokens are legal where the grammar may end, and nothing is legal after them.
     Behind a complete text, the model's first end token is the only legal token. Every method raises GrammarError if the
     grammar exceeds a limit of time or memory here.
 
@@ -56,64 +40,73 @@ class GrammarMatcher:
     def __init__(self, matcher: LLMatcher, vocabulary: Vocabulary) -> None:
         self._matcher = matcher
         self._vocabulary = vocabulary
-        self._path: list[int] = []  # the tokens taken, and behind them those undone
-        self._places = [_Place()]  # before each token of the path, and behind the last one
-        self._at = 0  # tokens taken
+        self._path: list[int] = []  # the tokens taken, and after them those undone
+        self._at = 0  # tokens taken; also the place of the text before the next token
         self._followed = 0  # tokens of the path that llguidance's matcher has consumed
-        self._masked = deque[_Place]()  # the latest places whose mask was computed
+        # By place, as far as it is known: the only legal token where the grammar forces text, None where it does not.
+        self._forced: list[int | None] = []
+        self._complete_at = _NOWHERE  # the place where only an end token may come
+        self._ended_at = _NOWHERE  # the place after an end token
+        self._masks: dict[int, Words] = {}  # by place, of the latest places whose mask was computed
 
     @property
     def ended(self) -> bool:
         """Whether an end token was taken."""
-        return self._places[self._at].ended
+        return self._at == self._ended_at
 
     @property
     def complete(self) -> bool:
         """Whether only an end token may come next."""
-        return self._known_place().complete
+        self._know_place()
+        return self._at == self._complete_at
 
     @property
     def forced_token(self) -> int | None:
         """The next token where it is the only legal one; None if several are legal, or none."""
-        place = self._places[self._at]
-        if place.run is None:
-            place = self._known_place()
-        return place.run[place.index] if place.run else None
+        if self._at == len(self._forced):
+            self._know_place()
+        return self._forced[self._at]
 
     @property
     def forced(self) -> list[int]:
         """The next tokens, if the grammar forces their text. May be empty."""
-        place = self._known_place()
-        return list(place.run[place.index :]) if place.run else []
+        run = list[int]()
+        if self.forced_token is not None:
+            for token in self._forced[self._at :]:
+                if token is None:
+                    break
+                run.append(token)
+        return run
 
     def allows(self, token: int) -> bool:
         if self._at < len(self._path) and token == self._path[self._at]:
             return True
-        place = self._known_place()
-        if place.run:
-            return token == place.run[place.index]
-        if place.ended or token >= self._vocabulary.size:
+        forced = self.forced_token
+        if forced is not None:
+            return token == forced
+        if self.ended or token >= self._vocabulary.size:
             return False
         self._follow()
         legal = self._matcher.validate_tokens([token]) == 1
-        self._require_intact()
+        if not legal:
+            self._require_intact()
         return legal
 
     def mask(self) -> Words:
         """The legal tokens, as :mod:`trimode.model.step` defines ``token_mask``: [ceil(V / 32)] uint32."""
-        place = self._known_place()
-        if place.mask is None:
-            place.mask = self._mask_of(place)
-            self._masked.append(place)
-            if len(self._masked) > _KEPT_MASKS:
-                self._masked.popleft().mask = None
-        return place.mask
+        mask = self._masks.get(self._at)
+        if mask is None:
+            mask = self._masks[self._at] = self._computed_mask()
+            if len(self._masks) > _KEPT_MASKS:
+                del self._masks[next(iter(self._masks))]
+        return mask
 
-    def _mask_of(self, place: _Place) -> Words:
-        if place.run or place.ended:
+    def _computed_mask(self) -> Words:
+        forced = self.forced_token
+        if forced is not None or self.ended:
             words = np.zeros(mask_words(self._vocabulary.size), np.uint32)
-            if place.run:
-                words[place.run[place.index] // 32] = 1 << place.run[place.index] % 32
+            if forced is not None:
+                words[forced // 32] = 1 << forced % 32
             return words
         self._follow()
         words = np.frombuffer(self._matcher.compute_bitmask(), "<u4")[: mask_words(self._vocabulary.size)].copy()
@@ -124,48 +117,78 @@ class GrammarMatcher:
 
     def take(self, token: int) -> bool:
         """Take a token if it is legal; returns whether it was."""
-        if self._at < len(self._path) and token == self._path[self._at]:
+        at, path = self._at, self._path
+        if at < len(path) and token == path[at]:
             self._at += 1
             return True
-        if token in self._vocabulary.end_ids:
+        forced = self.forced_token
+        if forced is not None:
+            if token != forced:
+                return False
+        elif token in self._vocabulary.end_ids:
             if not self.allows(token):
                 return False
-            behind = _Place(run=(), ended=True)
-        elif run := (place := self._known_place()).run:
-            if token != run[place.index]:
-                return False
-            behind = _Place(run, place.index + 1) if place.index + 1 < len(run) else _Place()
         else:
-            if place.ended or token >= self._vocabulary.size:
+            if at == self._ended_at or token >= self._vocabulary.size:
                 return False
             self._follow()
             if not self._matcher.try_consume_tokens([token]):
                 self._require_intact()
                 return False
             self._followed += 1
-            behind = _Place()
-        del self._path[self._at :], self._places[self._at + 1 :]
-        self._path.append(token)
-        self._places.append(behind)
+        if at < len(path):
+            self._forget_undone()
+        path.append(token)
         self._at += 1
+        if token in self._vocabulary.end_ids:
+            self._ended_at = self._at
+            self._forced[self._at :] = [None]
         return True
+
+    def take_all(self, tokens: list[int]) -> int:
+        """Take these tokens up to the first illegal one; returns how many were taken."""
+        at, end = self._at, self._at + len(tokens)
+        if self._path[at:end] == tokens:
+            self._at = end
+            return len(tokens)
+        if self._forced[at:end] == tokens and not any(end in tokens for end in self._vocabulary.end_ids):
+            self._path[at:end] = tokens
+            self._at = end
+            return len(tokens)
+        for taken, token in enumerate(tokens):
+            if not self.take(token):
+                return taken
+        return len(tokens)
 
     def undo(self, count: int) -> None:
         """Undo the latest tokens taken."""
         self._at -= count
 
-    def _known_place(self) -> _Place:
-        """The place of the next token, with what the grammar forces there."""
-        place = self._places[self._at]
-        if place.run is None:
-            self._follow()
-            if self._matcher.is_stopped():
-                self._require_intact()
-                place.run, place.complete = self._vocabulary.end_ids[:1], True
-            else:
-                place.run = self._matcher.compute_ff_tokens()
-                self._require_intact()
-        return place
+    def _forget_undone(self) -> None:
+        """Forget the undone tokens, and what is known of the places after them."""
+        at = self._at
+        del self._path[at:], self._forced[at + 1 :]
+        if self._masks:
+            self._masks = {place: mask for place, mask in self._masks.items() if place <= at}
+        if self._complete_at > at:
+            self._complete_at = _NOWHERE
+        if self._ended_at > at:
+            self._ended_at = _NOWHERE
+
+    def _know_place(self) -> None:
+        """Find out what the grammar forces at the place of the next token, if that is not known yet."""
+        if self._at < len(self._forced):
+            return
+        self._follow()
+        run = self._matcher.compute_ff_tokens()
+        if run:
+            self._forced += run
+        elif self._matcher.is_stopped():
+            self._require_intact()
+            self._forced.append(self._vocabulary.end_ids[0])
+            self._complete_at = self._at
+        else:
+            self._forced.append(None)
 
     def _follow(self) -> None:
         """Bring llguidance's matcher to the tokens taken."""

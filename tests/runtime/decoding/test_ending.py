@@ -26,7 +26,7 @@ def test_a_token_that_ends_the_text(token: int, reason: int | str | None, includ
     found = ending(include_stop_str_in_output=include)
     found.take(300)
     assert (found.finish_reason, found.remaining, found.hides_last) == (None, 3, False)
-    assert found.ends_with(token)
+    assert token in found.end_ids
     found.take(token)
     assert (found.finish_reason, found.stop_reason) == ("stop", reason)
     assert found.hides_last == (token != END and not include)
@@ -43,7 +43,7 @@ def test_the_last_token_of_the_length_may_end_the_text_itself() -> None:
 
 def test_an_ignored_end_token_leaves_the_requests_own_stop_tokens() -> None:
     found = ending(ignore_eos=True)
-    assert [found.ends_with(token) for token in (END, STOP, MARK)] == [False, True, True]
+    assert [token in found.end_ids for token in (END, STOP, MARK)] == [False, True, True]
     found.take(END)
     assert found.finish_reason is None
 

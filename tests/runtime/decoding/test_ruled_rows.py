@@ -75,7 +75,7 @@ def test_candidates_are_the_best_legal_tokens_of_the_whole_vocabulary(
         mask = are_legal(again[1][0], np.arange(VOCABULARY))
         assert again[0].tolist() == [0]
         rows.absorb_again(again[0], reported(logits, mask, most, None))
-    if rows.agreed_draft(0) is None:
+    if rows.agreed.get(0) is None:
         choice = rows.choice(0)
         assert choice.tokens.tolist() == best[:wanted]
         np.testing.assert_allclose(choice.logits, values[best[:wanted]])
@@ -134,10 +134,10 @@ def test_doubtful_rows_are_counted_where_the_text_may_come_to_them(
     assert (again is None) == (expected[1] == 0)
     assert counted(rows, {0, 1, 2}) == expected
     assert counted(rows, {1}) == (0, expected[1], expected[2])
-    assert rows.agreed_draft(0) == 6
+    assert rows.agreed.get(0) == 6
     if again is not None:
         rows.absorb_again(again[0], of_tokens([5, 9]))
-    assert rows.agreed_draft(1) == (5 if again is not None else None)
+    assert rows.agreed.get(1) == (5 if again is not None else None)
     if again is None:
         assert rows.choice(1).tokens.tolist() == [5]
     assert rows.choice(2).tokens.tolist() == [8]
@@ -148,7 +148,7 @@ def test_rows_behind_another_token_are_neither_chosen_nor_counted() -> None:
     rows = RuledRows(law, None, law.walk([2, 6, 5]), 1, logprobs=False)
     assert rows.inputs([]).masks is None
     assert rows.absorb(of_tokens([7, 6], [3, 5], [3, 3])) is None
-    assert rows.agreed_draft(0) is None
+    assert rows.agreed.get(0) is None
     assert rows.choice(0).tokens.tolist() == [7]
     assert counted(rows, {0, 1, 2}) == (0, 0, 1)
 
@@ -159,7 +159,7 @@ def test_where_more_than_the_best_candidate_is_needed_a_draft_does_not_decide(ne
     law = TokenRules(VOCABULARY, {END}, banned=[3])
     rows = RuledRows(law, None, law.walk([2, 6, 5]), needed, logprobs=False)
     assert rows.absorb(of_tokens([6, 7], [5, 8], [8, 9])) is None
-    assert [rows.agreed_draft(row) for row in range(3)] == [None] * 3
+    assert [rows.agreed.get(row) for row in range(3)] == [None] * 3
     assert [rows.choice(row).tokens.tolist() for row in range(3)] == [[6, 7], [5, 8], [8, 9]]
 
 
@@ -171,7 +171,7 @@ def test_a_bias_may_decide_against_the_best_draft() -> None:
     assert asked.tolist() == [[7]] * 3
     found = of_tokens([6, 7], [5, 8], [8, 9])._replace(asked_logits=np.full((3, 1), 1.0, np.float32))
     assert rows.absorb(found) is None
-    assert rows.agreed_draft(0) is None
+    assert rows.agreed.get(0) is None
     assert rows.choice(0).tokens.tolist() == [7]
 
 
@@ -184,7 +184,7 @@ def test_forced_rows_need_no_candidates_and_are_not_counted() -> None:
     assert inputs.asked.tolist() == [[2], [0], [4], [6], [1]]  # the tokens that the grammar forces
     assert rows.absorb(of_tokens([5, 6], [3, 5], [5, 5], [5, 5], [5, 5])) is None
     assert [rows.forces(row) for row in range(5)] == [True, False, True, True, True]
-    assert [rows.agreed_draft(row) for row in range(4)] == [2, 3, 4, 6]
+    assert [rows.agreed.get(row) for row in range(4)] == [2, 3, 4, 6]
     assert rows.choice(4).tokens.tolist() == [1]
     assert counted(rows, {0, 1, 2, 3, 4}) == (0, 0, 1)
 

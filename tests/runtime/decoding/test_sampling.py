@@ -83,7 +83,7 @@ def test_presence_and_frequency_count_what_was_emitted_since_the_row_before() ->
         token_of = sampler.by_row(logits, tokens, range(4))
         for row in range(4):
             drawn.append(token_of(row))
-            sampler.note(drawn[-1])
+            sampler.note(drawn[-1:])
         assert drawn == expected
 
 

@@ -25,6 +25,7 @@ from trimode.model.checkpoint import Checkpoint
 from trimode.model.reference.loading import load_reference
 from trimode.model.reference.network import NemotronLabsDiffusionModel
 from trimode.runtime.decoding.acceptance_rates import Acceptance, SharedAcceptance
+from trimode.runtime.decoding.bad_words import BadWords
 from trimode.runtime.decoding.ending import Ending
 from trimode.runtime.decoding.ruled_rows import Biases, RuledRows
 from trimode.runtime.decoding.sequence import Sequence
@@ -254,6 +255,43 @@ def test_no_end_token_is_legal_in_the_thought_or_before_min_tokens(tiny: LLM) ->
     assert short.allows(end)
     short.undo(1)
     assert not short.allows(end)
+
+
+@pytest.mark.parametrize("other", ["none", "allowed", "banned", "bad_words", "min_tokens", "thought_end"])
+def test_tokens_taken_at_once_are_those_that_the_masks_allow(tiny: LLM, other: str) -> None:
+    """With a grammar that forces "12", then allows digits, and each of the other rules alone."""
+    end, close = 11, 13
+    one, two, three = (tiny.tokenizer.encode(digit)[0] for digit in "123")
+    given: dict[str, Any] = {
+        "allowed": [one, two, end],
+        "banned": [three],
+        "bad_words": BadWords(["23", "11"], tiny._grammars.token_texts),
+        "min_tokens": 4,
+        "thought_end": close,
+    }
+    compiled = tiny._grammars.compile(GuidedDecodingParams(regex="12[1-3]{0,4}"))
+    runs = ([one, two, one, end], [one, two, three, end], [one, two, one, one, end], [one, two, one, three, two, end])
+    for tokens in [[*begin, *run] for run in runs for begin in ([], [close], [three, close])]:
+        single, together = (
+            TokenRules(
+                768, {end}, grammar=compiled.matcher(), **{name: rule for name, rule in given.items() if name == other}
+            )
+            for _ in range(2)
+        )
+        legal = list[int]()
+        for token in tokens:
+            if single.ended or not are_legal(single.mask(), np.array([token]))[0]:
+                break
+            assert single.allows(token)
+            single.take(token)
+            legal.append(token)
+        assert together.take_all(tokens) == len(legal)
+        if not together.ended and len(legal) < len(tokens):
+            assert not together.allows(tokens[len(legal)])
+            assert not together.take_if_legal(tokens[len(legal)])
+        together.undo(len(legal))
+        run = together.take_forced(2)
+        assert run == ([] if other == "thought_end" else [one, two])
 
 
 @pytest.mark.parametrize("size", [31, 32, 33, 768])
