@@ -5,7 +5,7 @@
 The schemas are drawn by tests/support/drawn_schemas.py: nesting, enums, patterns, arrays, optional keys, unions, bounds
 and Unicode. They are unlike the training data of the checkpoint: few drafts are right. Rows "trained task" have prompts
 of the training data that ask for JSON, and their schema. Speeds are of single requests, one after the other,
-by the processor time of the process behind the first token.
+by the processor time of the process behind the first token, with one thread.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     schemas = [drawn_schema(seed) for seed in range(arguments.schemas)]
-    with LLM(arguments.engine, prefix_cache_bytes=0) as llm:
+    with LLM(arguments.engine, threads=1, prefix_cache_bytes=0) as llm:
         found = rows(llm, arguments.checkpoint, schemas, arguments.max_tokens)
         print_table(found + trained_rows(llm, arguments.schemas), arguments.json)
 
