@@ -118,5 +118,7 @@ NO_DRAFTS, FORCED_ONLY = NoDrafts("none"), NoDrafts("forced")
 
 def expected_tokens(source: DraftSource, count: int) -> float:
     """Tokens that a cycle is expected to generate, without its known tokens. count: of proposed tokens."""
+    if not count:
+        return 1.0
     yields = source.yields()
     return yields[min(1 + count, len(yields)) - 1]

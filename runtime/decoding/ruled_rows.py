@@ -196,7 +196,7 @@ class RuledRows:
         self._reached = set(self._agreed)
         try:
             for row, forced in self._walk.forced.items():
-                if row in self._agreed or not self._leads_to(row):
+                if row in self._reached or not self._leads_to(row):
                     continue
                 try:
                     choice = self._choice(row) if forced is None else self._forced(row, forced)
@@ -233,11 +233,13 @@ class RuledRows:
             return True
         tree = self._walk.tree
         before, token = tree.parents[row], tree.ids[row]
+        if before not in self._reached:
+            return False
         if before in self._agreed:
             return self._agreed[before] == token
         if self._needed == 1 and before in self._choices:
             return bool(self._choices[before].tokens[0] == token)
-        return before in self._reached
+        return True
 
     def _forced(self, row: int, token: int) -> Choice:
         """The choice of a row where the grammar forces a token."""

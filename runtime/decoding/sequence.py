@@ -337,7 +337,7 @@ class Sequence:
             return self._with_rules(Pass("prefill", chunk, np.array([len(chunk) - 1])), whole)
         diffusion = self.params.mode == "diffusion"
         if self._masks:
-            masked = np.flatnonzero(self._block == self._mask_id)
+            masked = (self._block == self._mask_id).nonzero()[0]
             return Pass("denoise" if diffusion else "draft", self._block, masked)
         rows = np.array([len(self._block) - 1]) if diffusion else places(len(self._block))
         return self._with_rules(Pass("commit", self._block, rows, tree=self._tree), True)

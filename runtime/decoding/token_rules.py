@@ -109,24 +109,28 @@ class TokenRules:
         return self._matcher is None or self._matcher.allows(token)
 
     def mask(self) -> Words:
-        """The legal tokens, [ceil(V / 32)], as :mod:`trimode.model.step` defines ``token_mask``.
+        """The legal tokens, [ceil(V / 32)], as :mod:`trimode.model.step` defines ``token_mask``. Read only.
 
         Raises DeadEndError if there is none.
         """
-        words = self._static().words.copy()
+        words = self._static().words
         if self._matcher is not None:
-            words &= self._matcher.mask()
+            words = self._matcher.mask() if self._only_grammar else words & self._matcher.mask()
         if self._bad_words is not None:
-            words &= ~token_bits(self._vocab_size, self._bad_words.completing(self._taken))
+            words = words & ~token_bits(self._vocab_size, self._bad_words.completing(self._taken))
         if not words.any():
             raise self.dead_end()
         return words
 
     def first_legal(self, tokens: Ints) -> int | None:
         """The index of the first legal one of some tokens; None if there is none."""
-        for index, token in enumerate(tokens[:_SINGLE_CHECKS].tolist()):
-            if self.allows(token):
-                return index
+        checked = tokens[:_SINGLE_CHECKS].tolist()
+        if self._only_grammar and self._grammar is not None:
+            found = self._grammar.first_legal(checked)
+        else:
+            found = next((index for index, token in enumerate(checked) if self.allows(token)), None)
+        if found is not None:
+            return found
         if len(tokens) <= _SINGLE_CHECKS:
             return None
         try:
@@ -267,6 +271,7 @@ class _Static(NamedTuple):
 
     @classmethod
     def of(cls, words: Words) -> _Static:
+        words.setflags(write=False)
         return cls(words, words.astype("<u4").tobytes())
 
 

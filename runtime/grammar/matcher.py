@@ -81,22 +81,29 @@ class GrammarMatcher:
     def allows(self, token: int) -> bool:
         if self._at < len(self._path) and token == self._path[self._at]:
             return True
+        return self.first_legal([token]) is not None
+
+    def first_legal(self, tokens: list[int]) -> int | None:
+        """The index of the first legal one of some tokens; None if there is none."""
         forced = self.forced_token
         if forced is not None:
-            return token == forced
-        if self.ended or token >= self._vocabulary.size:
-            return False
+            return tokens.index(forced) if forced in tokens else None
+        if self.ended:
+            return None
         self._follow()
-        legal = self._matcher.validate_tokens([token]) == 1
-        if not legal:
-            self._require_intact()
-        return legal
+        valid, size = self._matcher.validate_tokens, self._vocabulary.size
+        for index, token in enumerate(tokens):
+            if token < size and valid([token]):
+                return index
+        self._require_intact()
+        return None
 
     def mask(self) -> Words:
-        """The legal tokens, as :mod:`trimode.model.step` defines ``token_mask``: [ceil(V / 32)] uint32."""
+        """The legal tokens, as :mod:`trimode.model.step` defines ``token_mask``: [ceil(V / 32)] uint32, read only."""
         mask = self._masks.get(self._at)
         if mask is None:
             mask = self._masks[self._at] = self._computed_mask()
+            mask.setflags(write=False)
             if len(self._masks) > _KEPT_MASKS:
                 del self._masks[next(iter(self._masks))]
         return mask

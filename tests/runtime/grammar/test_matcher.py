@@ -80,6 +80,23 @@ def test_a_walk_with_undone_tokens(compiled: CompiledGrammar, seed: int) -> None
             path, undone = path[: len(path) - count], path[len(path) - count :]
 
 
+def test_the_first_legal_one_of_some_tokens(compiled: CompiledGrammar) -> None:
+    matcher, draw = compiled.matcher(), np.random.default_rng(0)
+    for _ in range(20):
+        found = legal(matcher)
+        tokens = draw.permutation([*found[:2], *range(500, 504), END, VOCABULARY]).tolist()
+        first = next((index for index, token in enumerate(tokens) if token in found), None)
+        assert matcher.first_legal(tokens) == first
+        if not found:
+            break
+        assert matcher.take(found[int(draw.integers(len(found)))])
+
+
+def test_masks_are_read_only(compiled: CompiledGrammar) -> None:
+    with pytest.raises(ValueError, match="read-only"):
+        compiled.matcher().mask()[0] = 0
+
+
 def test_forced_tokens_can_be_taken_at_once(compiled: CompiledGrammar) -> None:
     matcher = compiled.matcher()
     for _ in range(20):
