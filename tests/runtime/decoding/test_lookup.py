@@ -38,7 +38,7 @@ def llm(tiny_engine: Path) -> Iterator[LLM]:
     """Copies wherever it can."""
     with LLM(tiny_engine, max_batch_size=4, measure_passes=False) as llm:
 
-        def copy(opening: list[Opening], _others: list[Any]) -> Plan:
+        def copy(opening: list[Opening], _others: list[Any], _prefilling: bool) -> Plan:
             return Plan(8, 8, [bool(each.copy_yields) for each in opening])
 
         llm._scheduler._block_chooser.choose = copy  # type: ignore[method-assign,assignment]
