@@ -22,11 +22,13 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple, get_args
 
 EngineName = Literal["ar", "diffusion"]
 
-_TRIALS = 3  # of a measured pass; the fastest counts
+_TRIALS = 3  # that a measured pass takes at least, and after which it is known if none was faster
+_FASTER = 0.98  # factor of the seconds of a trial that is faster than those before it
 _TOKENS_OF_AN_EMPTY_PASS = 64  # first guess: a pass costs as much as this many of its tokens
 _OUTLIER = math.log(4)  # a larger error of one pass counts as this
 _CREDIBLE_DELAY = 0.3  # error that a single slow pass counts as, if its cell was not in doubt
@@ -176,7 +178,7 @@ class PassCost:
                 batch, step = min(self._batches[row], self._largest[0]), min(self._steps[column], self._largest[1])
                 expected = _TRIALS * found.seconds(batch * step) if index else 0.0
                 if index == 0 or (clock() + expected < deadline and possible(batch, step)):
-                    fastest = min(run(engine, batch, step) for _ in range(_TRIALS))
+                    fastest = fastest_trial(partial(run, engine, batch, step))
                     found.add(batch * step, fastest)
                     table[row][column] = _Cell(math.log(fastest), 0.0, _MEASURED_GROWTH, self._passes)
                 else:
@@ -234,6 +236,16 @@ class PassCost:
             place = _Place(math.log(beyond), sorted(cells, key=lambda cell: -cell[2]))
             self._places[batch, step] = place
         return place
+
+
+def fastest_trial(run: Callable[[], float]) -> float:
+    """The least seconds of some passes alike, which ``run`` returns: the first ones of a kind are slow."""
+    fastest, vain = run(), 0
+    while vain < _TRIALS - 1:
+        seconds = run()
+        vain = 0 if seconds < _FASTER * fastest else vain + 1
+        fastest = min(fastest, seconds)
+    return fastest
 
 
 class _SecondsByTokens:

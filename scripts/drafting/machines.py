@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import time
 from bisect import bisect_left
 from itertools import pairwise
@@ -30,19 +31,19 @@ from trimode.runtime.scheduling.pass_cost import EngineName
 
 MEASUREMENTS = Path(__file__).resolve().parents[2] / "docs" / "measurements"
 H100 = MEASUREMENTS / "2026-11-27-h100-check-7.json"
-TRIALS = 5
+TRIALS = 15
 CPU_BATCHES = (1, 2, 4, 8, 16)
 WINDOW = 512  # KV rows of the GPUs' passes
 LAUNCHES: dict[EngineName, int] = {"ar": 210, "diffusion": 244}  # of a pass of the 8B (docs/results-h100.md)
 
 
 def of_this_cpu(engine: Path) -> CostTable:
-    """The fastest of a few passes of each batch and step, on one thread."""
+    """The median of a few passes of each batch and step, on one thread."""
     executor = load_engine(engine, threads=1).executor
     return CostTable.of(
         f"this CPU, {engine.name}",
-        f"measured, one thread, fastest of {TRIALS}",
-        lambda name, batch, step: min(_trial(executor, name, batch, step) for _ in range(TRIALS)),
+        f"measured, one thread, median of {TRIALS}",
+        lambda name, batch, step: statistics.median(_trial(executor, name, batch, step) for _ in range(TRIALS)),
         CPU_BATCHES,
     )
 

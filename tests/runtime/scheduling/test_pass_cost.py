@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trimode.runtime.scheduling.pass_cost import EngineName, PassCost
+from trimode.runtime.scheduling.pass_cost import EngineName, PassCost, fastest_trial
 
 
 def seconds(engine: EngineName, batch: int, step: int) -> float:
@@ -333,11 +333,26 @@ def test_trial_passes_are_no_larger_than_the_largest() -> None:
 
 
 def test_the_fastest_of_three_trials_counts_and_is_not_in_doubt() -> None:
-    cost, taken = PassCost(1, 1), iter([5e-3, 3e-3, 4e-3, 9e-3, 8e-3, 7e-3])
+    cost, taken = PassCost(1, 1), iter([3e-3, 5e-3, 4e-3, 7e-3, 8e-3, 9e-3])
     cost.measure(lambda *_: next(taken), seconds=1e9)
     for engine, expected in (("ar", 3e-3), ("diffusion", 7e-3)):
         assert cost.seconds(engine, 1, 1) == pytest.approx(expected)  # type: ignore[arg-type]
         assert cost.least_seconds(engine, 1, 1) == pytest.approx(expected)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("taken", "fastest", "trials"),
+    [
+        ([5.0, 5.0, 5.0], 5.0, 3),
+        ([5.0, 3.0, 2.0, 1.99, 1.98], 1.98, 5),  # two that are hardly faster
+        ([9.0, 5.0, 6.0, 4.0, 6.0, 5.0], 4.0, 6),
+    ],
+)
+def test_trials_go_on_while_they_get_faster(taken: list[float], fastest: float, trials: int) -> None:
+    """The first passes of an engine read weights that are in no cache."""
+    given = iter([*taken, 1.0])
+    assert fastest_trial(lambda: next(given)) == fastest
+    assert list(given) == [*taken, 1.0][trials:]
 
 
 def test_the_doubt_of_a_measured_pass_grows_more_slowly_than_that_of_a_guessed_one() -> None:

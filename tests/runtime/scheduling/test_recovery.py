@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from functools import cache
 
 import pytest
 
@@ -91,6 +92,7 @@ def test_auto_recovers_from_a_start_with_random_errors(seed: int, load: tuple[fl
     """Each cell is wrong by up to a factor of 30, either way."""
     simulation, noise = Simulation(*load), random.Random(seed)  # noqa: S311 - not for secrets
 
+    @cache
     def measured(engine: EngineName, batch: int, step: int) -> float:
         return simulation.seconds(engine, batch, step) * math.exp(noise.uniform(-math.log(30), math.log(30)))
 
