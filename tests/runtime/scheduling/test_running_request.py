@@ -51,7 +51,8 @@ class Case:
 
     def emit(self, *tokens: int) -> None:
         for token in tokens:
-            self.sequence._emit(token, "bonus")
+            self.sequence._emit([token])
+            self.sequence.origins.append("bonus")
 
     def deliver_at(self, now: float) -> list[list[int]]:
         """The tokens of each update that is sent then."""
