@@ -619,7 +619,8 @@ class Sequence:
         No path of rows is longer than the text may still become. positions: absolute positions of the rows' tokens.
         follow: the row that follows a row with this token, None if the token is not drafted.
         """
-        draw, ruled, begun = self._draw(found, positions), self._ruled_rows, self.begun[len(self.emitted) :]
+        draw, ruled = self._draw(found, positions), self._ruled_rows
+        begun = self.begun and self.begun[len(self.emitted) :]
         ends, one_by_one = self.ending.end_ids, self._one_by_one
         given = bool(begun) or one_by_one  # whether tokens may be given, not drawn
         rows: list[int] = []
@@ -646,9 +647,11 @@ class Sequence:
             self._emit(tokens)
         if ruled is not None:
             forced.update(filter(ruled.forces, rows))
-        origins: list[Origin] = ["forced" if row in forced else "accepted" for row in rows]
-        if next_row is None and rows[-1] not in forced:
+        origins: list[Origin] = ["accepted"] * len(rows)
+        if next_row is None:
             origins[-1] = origin
+        if forced:
+            origins = ["forced" if row in forced else each for row, each in zip(rows, origins, strict=True)]
         self.origins += origins
         if self.params.logprobs is not None:
             replayed = min(len(begun), len(rows))
