@@ -151,7 +151,7 @@ class PassRunner:
         """
         pool = self._executor.pool
         rows = np.arange(step) if step <= LONGEST_BLOCK else np.array([step - 1])
-        idle = Pass("commit", np.zeros(step, np.int64), rows)
+        idle = Pass("commit" if engine == "ar" else "draft", np.zeros(step, np.int64), rows)
         try:
             while pool.active < batch:
                 pool.acquire(step)
