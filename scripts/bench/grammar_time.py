@@ -4,7 +4,8 @@
 
 The vocabulary has 131,072 tokens: those of the checkpoint's tokenizer, and made-up pieces of words. There is no
 network. Candidates are made up: the token of an answer to the schema first with the given probability, else among
-random tokens. So the time is that of choosing drafts, masks, verification and emission, on one thread.
+random tokens. So the time is that of choosing drafts, masks, verification and emission, on one thread. The answers of a
+batch do each of these in turn, as in the scheduler, and a new answer takes the place of one that ends.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -44,7 +45,8 @@ _LETTERS = "etaoinshrdlucmfwypvbgkjqxz"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="whose tokenizer is enlarged")
-    parser.add_argument("--schemas", type=int, default=100)
+    parser.add_argument("--batches", default="1,16", help="answers at once, with commas")
+    parser.add_argument("--schemas", type=int, default=200)
     parser.add_argument("--block", type=int, default=16)
     parser.add_argument("--right", type=float, default=0.9, help="probability that a draft is right")
     arguments = parser.parse_args()
@@ -53,26 +55,25 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = enlarged_tokenizer(arguments.checkpoint, Path(folder))
     compiler = GrammarCompiler(tokenizer, VOCABULARY, [END])
-    schemas = [drawn_schema(seed) for seed in range(arguments.schemas)]
-    cells: dict[tuple[str, bool], list[float]] = {}
-    tokens = cycles = 0
+    batches = [int(batch) for batch in arguments.batches.split(",")]
+    table = Table("mode", "grammar", *(f"batch of {batch}: median; 90th percentile, ms a cycle" for batch in batches))
     for constrained in (True, False):
         for mode in ("ar", "linear_spec"):
             params = SamplingParams(
                 max_tokens=400, mode=mode, block_length=None if mode == "ar" else arguments.block
             ).with_defaults(mode=mode, block_length=None, max_tokens=400)
-            found, again_rate = list[float](), AgainRate()
-            cells[mode, constrained] = found
-            for seed, schema in enumerate(schemas):
-                matcher = compiler.compile(GuidedDecodingParams(json=schema)).matcher() if constrained else None
-                answer = answer_to(compiler, schema, seed)
-                rules = None if matcher is None else TokenRules(VOCABULARY, {END}, grammar=matcher)
-                one = sequence(params, rules, again_rate)
-                network = MadeUpNetwork(answer, arguments.right, seed)
-                found += cycle_seconds(one, network)
-                if constrained and mode == "linear_spec":
-                    tokens, cycles = tokens + len(one.emitted), cycles + one.counts.cycles
-    _print(cells, tokens / max(1, cycles))
+            cells = []
+            for batch in batches:
+                answers = made_up_answers(compiler, arguments.schemas, arguments.right, params, constrained)
+                cycles = Cycles()
+                cycles.run(answers, batch)
+                high = float(np.percentile(cycles.seconds, 90))
+                cells.append(f"{1e3 * statistics.median(cycles.seconds):.3f}; {1e3 * high:.3f}")
+            table.add_row(mode, "yes" if constrained else "no", *cells)
+            if constrained:
+                shown = f"{mode} with the grammar: {cycles.tokens_a_cycle:.2f} tokens a cycle"
+    Console(width=140).print(table)
+    Console().print(shown)
 
 
 def enlarged_tokenizer(checkpoint: Path, folder: Path) -> Tokenizer:
@@ -137,6 +138,29 @@ class MadeUpNetwork:
         return Candidates(logits, tokens, np.full(rows, TOP_K + 1, np.float32))
 
 
+class Answer(NamedTuple):
+    """An answer behind its prefill, and what stands for its network."""
+
+    sequence: Sequence
+    network: MadeUpNetwork
+
+
+def made_up_answers(
+    compiler: GrammarCompiler, schemas: int, right: float, params: SamplingParams, constrained: bool
+) -> Iterator[Answer]:
+    again_rate = AgainRate()
+    for seed in range(schemas):
+        schema = drawn_schema(seed)
+        matcher = compiler.compile(GuidedDecodingParams(json=schema)).matcher() if constrained else None
+        network = MadeUpNetwork(answer_to(compiler, schema, seed), right, seed)
+        rules = None if matcher is None else TokenRules(VOCABULARY, {END}, grammar=matcher)
+        one = sequence(params, rules, again_rate)
+        first = one.next_pass()
+        one.absorb(first, network.run(first, 0))
+        if one.ending.finish_reason is None:
+            yield Answer(one, network)
+
+
 def sequence(params: SamplingParams, rules: TokenRules | None, again_rate: AgainRate) -> Sequence:
     ending = Ending(params, frozenset([END]))
     options: dict[str, Any] = {"context": 4096, "mask_id": MASK, "prefill_step": 512, "seed": 0}
@@ -144,36 +168,50 @@ def sequence(params: SamplingParams, rules: TokenRules | None, again_rate: Again
     return Sequence([300, 301], params, ending, rules=rules, **rates, **options)
 
 
-def cycle_seconds(one: Sequence, network: MadeUpNetwork) -> list[float]:
-    """Processor seconds of each cycle behind the prefill, without the network's."""
-    seconds: list[float] = []
-    first = one.next_pass()
-    one.absorb(first, network.run(first, 0))
-    while one.ending.finish_reason is None:
+class Cycles:
+    """seconds: processor time of each cycle of a whole batch, without the network's."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._answers: list[Answer] = []
+        self._spent = 0.0
+
+    @property
+    def tokens_a_cycle(self) -> float:
+        """Of one answer. Its first token comes from the prefill."""
+        tokens = sum(len(answer.sequence.emitted) - 1 for answer in self._answers)
+        return tokens / sum(answer.sequence.counts.cycles for answer in self._answers)
+
+    def run(self, answers: Iterator[Answer], batch: int) -> None:
+        """Decode the answers, always so many at once. Cycles of fewer are not run."""
+        active: list[Answer] = []
+        while True:
+            active = [answer for answer in active if answer.sequence.ending.finish_reason is None]
+            joining = list(itertools.islice(answers, batch - len(active)))
+            active += joining
+            self._answers += joining
+            if len(active) < batch:
+                return
+            self._spent = 0.0
+            begun = time.thread_time()
+            for one, _ in active:
+                one.open_block(one.longest_block)
+            self._spent += time.thread_time() - begun
+            self._passes([answer for answer in active if answer.sequence.fills_block])
+            self._passes([answer for answer in active if not answer.sequence.needs_block])
+            self._passes([answer for answer in active if answer.sequence.runs_again])
+            self.seconds.append(self._spent)
+
+    def _passes(self, answers: list[Answer]) -> None:
+        """One pass of each, as the scheduler makes them: all are prepared, run, and processed."""
         begun = time.thread_time()
-        one.open_block(one.longest_block)
-        spent = time.thread_time() - begun
-        while one.ending.finish_reason is None and not one.needs_block:
-            begun = time.thread_time()
-            needed = one.next_pass()
-            spent += time.thread_time() - begun
-            found = network.run(needed, len(one.emitted))
-            begun = time.thread_time()
-            one.absorb(needed, found)
-            spent += time.thread_time() - begun
-        seconds.append(spent)
-    return seconds
-
-
-def _print(cells: dict[tuple[str, bool], list[float]], tokens_a_cycle: float) -> None:
-    table = Table("mode", "grammar", "median, ms a cycle", "90th percentile", "of 16 sequences, median")
-    generator = np.random.default_rng(0)
-    for (mode, constrained), seconds in cells.items():
-        together = [sum(generator.choice(seconds, 16)) for _ in range(1000)]
-        row = (statistics.median(seconds), float(np.percentile(seconds, 90)), statistics.median(together))
-        table.add_row(mode, "yes" if constrained else "no", *(f"{1e3 * value:.3f}" for value in row))
-    Console().print(table)
-    Console().print(f"linear_spec with the grammar: {tokens_a_cycle:.2f} tokens a cycle")
+        needed = [one.next_pass() for one, _ in answers]
+        self._spent += time.thread_time() - begun
+        found = [network.run(each, len(one.emitted)) for each, (one, network) in zip(needed, answers, strict=True)]
+        begun = time.thread_time()
+        for each, (one, _), candidates in zip(needed, answers, found, strict=True):
+            one.absorb(each, candidates)
+        self._spent += time.thread_time() - begun
 
 
 if __name__ == "__main__":
