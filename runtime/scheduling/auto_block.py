@@ -19,7 +19,7 @@ yield at least as much as their drafts; all copy that can; or no ``auto`` sequen
 a copy decode one token beside copies of b.
 
 A block length that would be better if its passes took their least possible time is tried for one cycle. Trials that
-turn out slower may take a share of the time, which falls as they teach nothing.
+turn out slower may take a small share of the time, and a larger one while pass times change.
 
 Choosing takes long beside short passes, so a choice is kept for some cycles, twice as many each time it is confirmed,
 unless the number of sequences changes much or one may copy. The choice affects when tokens come, never which.
@@ -39,11 +39,11 @@ from typing import NamedTuple
 
 from trimode.runtime.decoding.acceptance_rates import LONGEST_BLOCK
 from trimode.runtime.decoding.sequence import Sequence
-from trimode.runtime.scheduling.pass_cost import CONFIRMED, PassCost
+from trimode.runtime.scheduling.pass_cost import SURPRISE, PassCost
 
 CHOICES = tuple(1 << exponent for exponent in range(LONGEST_BLOCK.bit_length()))
 MOST_TRIAL_SHARE, LEAST_TRIAL_SHARE = 0.05, 0.005  # of the time
-VAIN_TRIAL = 0.75  # factor of the share after a trial that teaches nothing
+VAIN_TRIAL = 0.75  # factor of the share after a trial that was slower, as expected
 LEAST_KEPT, MOST_KEPT = 4, 16  # cycles of a choice without copies
 MOST_CHANGE = 0.5  # of the number of sequences while a choice is kept
 # Of the host, for a cycle of one token and for each of its sequences, on one core of a server CPU. Cycles of more
@@ -138,13 +138,13 @@ class _Trials:
     """Which block lengths are tried, and when.
 
     What a trial takes beyond the best choice is owed, and the next one waits until a share of the time since then has
-    made up for it. The share falls with each trial that is slower, as expected. It is restored by a trial that is not
-    slower, and by a pass after which the cost of all others is in doubt.
+    made up for it. The share is large after a trial that is not slower or that takes a very different time than
+    expected, and after a pass that puts the cost of all others in doubt. It falls with each other trial.
     """
 
     def __init__(self, cost: PassCost) -> None:
         self._cost = cost
-        self._share = MOST_TRIAL_SHARE
+        self._share = LEAST_TRIAL_SHARE
         self._owed = 0.0  # seconds
         self._surprises = 0  # of the cost, so far
         self._block = 0  # block length of the last one
@@ -172,9 +172,9 @@ class _Trials:
             seconds = cycle.seconds(self._cost)
             lost = seconds - cycle.tokens / rate
             self._owed += max(0.0, lost)
-            if lost <= 0:
+            if lost <= 0 or abs(math.log(seconds / expected)) > SURPRISE:
                 self._share = MOST_TRIAL_SHARE
-            elif abs(math.log(seconds / expected)) < CONFIRMED:
+            else:
                 self._share = max(LEAST_TRIAL_SHARE, VAIN_TRIAL * self._share)
             self._open = None
         if self._surprises != self._cost.surprises:

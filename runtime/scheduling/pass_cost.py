@@ -43,8 +43,8 @@ _GROWTH = math.log(2) / 4  # of a guessed cell's doubt, for each pass elsewhere
 _MEASURED_GROWTH = _GROWTH / 4  # of a measured one's
 _SLOWER_GROWTH = 1 / 4  # factor after an observation that confirms the cell
 _LEAST_GROWTH = _GROWTH / 256
-CONFIRMED = math.log(1.5)  # largest error of an observation that confirms a cell
-_SURPRISE = math.log(2)  # least error after which a cell's doubt grows fast again
+_CONFIRMED = math.log(1.5)  # largest error of an observation that confirms a cell
+SURPRISE = math.log(2)  # least error after which a cell's doubt grows fast again
 
 
 @dataclass(slots=True)
@@ -138,13 +138,13 @@ class PassCost:
         remaining = abs(counted) * _NOISE**2 / total  # the noise's part of the error; the rest was learnt
         self._pace_doubt = max(_LEAST_PACE_DOUBT, (self._pace_doubt + min(2 * remaining, _FIRST_PACE_DOUBT)) / 2)
         self._passes += 1
-        if abs(counted) > _SURPRISE + most_doubt:
+        if abs(counted) > SURPRISE + most_doubt:
             self.surprises += 1
             self._doubt_all()
         for cell, weight, doubt in met:
-            if weight >= 0.5 and abs(counted) < CONFIRMED:
+            if weight >= 0.5 and abs(counted) < _CONFIRMED:
                 cell.growth = max(_LEAST_GROWTH, cell.growth * _SLOWER_GROWTH)
-            elif abs(counted) > _SURPRISE:
+            elif abs(counted) > SURPRISE:
                 cell.growth = _GROWTH
             cell.doubt = (1 - weight) * doubt + weight * remaining
             cell.met_at = self._passes
