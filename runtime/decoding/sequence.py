@@ -144,7 +144,8 @@ class Sequence:
         self.choice: Choice | None = None  # of the block, for its record
         self.counts = Counts()
         self._sampler = Sampler(params, self.prompt, seed)
-        self._one_by_one = self._sampler.depends_on_text or ending.depends_on_text  # whether tokens are emitted so
+        # Whether each token of a commit must be emitted before the next one is chosen.
+        self._one_by_one = self._sampler.depends_on_text or ending.depends_on_text
         self._context = context
         self._mask_id = mask_id
         self._prefill_step = prefill_step

@@ -158,7 +158,7 @@ class GrammarMatcher:
         if self._path[at:end] == tokens:
             self._at = end
             return len(tokens)
-        if self._forced[at:end] == tokens and not any(end in tokens for end in self._vocabulary.end_ids):
+        if self._forced[at:end] == tokens and not any(token in tokens for token in self._vocabulary.end_ids):
             self._path[at:end] = tokens
             self._at = end
             return len(tokens)
