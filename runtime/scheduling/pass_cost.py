@@ -38,6 +38,7 @@ _FIRST_PACE_DOUBT = math.log(4)
 _LEAST_PACE_DOUBT = 0.13
 _GUESSED_DOUBT = math.log(8)
 _LEAST_CELL_DOUBT = 0.06
+_KNOWN_DOUBT = 0.15  # the most that counts of a known cell's doubt, if its pass is no surprise
 _MOST_DOUBT = math.log(1000)
 _GROWTH = math.log(2) / 4  # of a guessed cell's doubt, for each pass elsewhere
 _MEASURED_GROWTH = _GROWTH / 4  # of a measured one's
@@ -58,6 +59,11 @@ class _Cell:
     growth: float = _GROWTH
     met_at: int = 0
     error: float = 0.0
+
+    @property
+    def known(self) -> bool:
+        """Whether it was measured or confirmed, and has not been surprising since."""
+        return self.growth <= _MEASURED_GROWTH
 
 
 class _Place(NamedTuple):
@@ -119,34 +125,37 @@ class PassCost:
         sums = self._observed[engine]
         sums[0] += math.exp(expected)
         sums[1] += seconds
-        met: list[tuple[_Cell, float, float]] = []  # each with its weight and doubt
-        most_doubt, total = 0.0, self._pace_doubt**2 + _NOISE**2
-        for row, column, weight in place.cells:
-            cell = cells[row][column]
-            doubt = self._doubt(cell)
-            met.append((cell, weight, doubt))
-            most_doubt = max(most_doubt, doubt)
-            total += (weight * max(doubt, _LEAST_CELL_DOUBT)) ** 2
-        nearest = met[0][0]
+        met = [(cells[row][column], weight) for row, column, weight in place.cells]
+        doubts = [self._doubt(cell) for cell, _ in met]
+        nearest, most_doubt = met[0][0], max(doubts)
         credible = max(_OUTLIER, most_doubt)  # one pass may have been disturbed
         credible_delay = min(credible, max(nearest.error, most_doubt, _CREDIBLE_DELAY))
         counted = max(min(error, credible_delay), -credible)
         nearest.error = error
+        gains: list[float] = []  # of the cells, relative to the pace's
+        for (cell, weight), doubt in zip(met, doubts, strict=True):
+            if cell.known and abs(counted) <= SURPRISE:
+                doubt = min(doubt, _KNOWN_DOUBT)
+            gains.append(weight * max(doubt, _LEAST_CELL_DOUBT) ** 2)
+        of_cells = sum(weight * gain for (_, weight), gain in zip(met, gains, strict=True))
+        total = of_cells + self._pace_doubt**2 + _NOISE**2
         self._log_pace += counted * self._pace_doubt**2 / total
-        for cell, weight, doubt in met:
-            cell.log_seconds += counted * weight * max(doubt, _LEAST_CELL_DOUBT) ** 2 / total
+        for (cell, _), gain in zip(met, gains, strict=True):
+            cell.log_seconds += counted * gain / total
         remaining = abs(counted) * _NOISE**2 / total  # the noise's part of the error; the rest was learnt
+        of_cells = math.sqrt(of_cells)
+        cells_remaining = remaining * of_cells / (of_cells + self._pace_doubt)
         self._pace_doubt = max(_LEAST_PACE_DOUBT, (self._pace_doubt + min(2 * remaining, _FIRST_PACE_DOUBT)) / 2)
         self._passes += 1
         if abs(counted) > SURPRISE + most_doubt:
             self.surprises += 1
             self._doubt_all()
-        for cell, weight, doubt in met:
+        for (cell, weight), doubt in zip(met, doubts, strict=True):
             if weight >= 0.5 and abs(counted) < _CONFIRMED:
                 cell.growth = max(_LEAST_GROWTH, cell.growth * _SLOWER_GROWTH)
             elif abs(counted) > SURPRISE:
                 cell.growth = _GROWTH
-            cell.doubt = (1 - weight) * doubt + weight * remaining
+            cell.doubt = (1 - weight) * doubt + weight * cells_remaining
             cell.met_at = self._passes
 
     @property
