@@ -101,7 +101,6 @@ class Acceptance:
         self._shared = begins_with
         self._start = SharedAcceptance() if begins_with is None else begins_with
         self.end_rate: float = self._start.end_rate
-        self._yields: list[float] | None = None
 
     # Lists are faster than arrays here: few of their numbers change each cycle.
     @cached_property
@@ -124,7 +123,6 @@ class Acceptance:
         if self._shared is not None:
             self._shared.observe(accepted, tested, ended)
             self.end_rate = self._shared.end_rate
-        self._yields = None
 
     def tree_gain(self, width: int) -> float:
         """The tree gain of the largest width that is at most ``width``."""
@@ -155,15 +153,12 @@ class Acceptance:
             forgotten = 1 - (1 - _OWN_FORGETTING) ** cycles
             own = zip(self.rates, self._shared.rates, strict=True)
             self.rates = [rate + forgotten * (of_all - rate) for rate, of_all in own]
-        self._yields = None
 
-    def yields(self) -> list[float]:
-        """Expected tokens of a cycle, by block length from 1 on: the accepted drafts and one more."""
-        if self._yields is None:
-            goes_on = 1 - self.end_rate
-            emitted = accumulate([rate * goes_on for rate in self.rates], mul)
-            self._yields = list(accumulate(emitted, initial=1.0))
-        return self._yields
+    def yields(self, longest: int = LONGEST_BLOCK) -> list[float]:
+        """Expected tokens of a cycle, by block length from 1 to ``longest``: the accepted drafts and one more."""
+        goes_on = 1 - self.end_rate
+        emitted = accumulate([rate * goes_on for rate in self.rates[: longest - 1]], mul)
+        return list(accumulate(emitted, initial=1.0))
 
 
 def _place_of_width(width: int) -> int:

@@ -10,7 +10,7 @@ from itertools import accumulate, takewhile
 from operator import mul
 from typing import Protocol
 
-from trimode.runtime.decoding.acceptance_rates import Acceptance
+from trimode.runtime.decoding.acceptance_rates import LONGEST_BLOCK, Acceptance
 from trimode.runtime.executor import Ints
 from trimode.runtime.request.outputs import Drafting
 
@@ -27,8 +27,8 @@ class DraftSource(Protocol):
         """At most ``count`` tokens that follow the known tokens of the block."""
         ...
 
-    def yields(self) -> list[float]:
-        """Expected tokens of a cycle without its known tokens, by number of proposed tokens from 0 on."""
+    def yields(self, longest: int = LONGEST_BLOCK) -> list[float]:
+        """Expected tokens of a cycle without its known tokens, by length of its block up to ``longest``."""
         ...
 
     def learn(self, accepted: int, tested: int, ended: bool) -> None:
@@ -48,8 +48,8 @@ class MaskedDrafts:
     def propose(self, count: int) -> list[int]:
         return [self._mask_id] * count
 
-    def yields(self) -> list[float]:
-        return self._acceptance.yields()
+    def yields(self, longest: int = LONGEST_BLOCK) -> list[float]:
+        return self._acceptance.yields(longest)
 
     def learn(self, accepted: int, tested: int, ended: bool) -> None:
         self._acceptance.observe(accepted, tested, ended)
@@ -86,8 +86,8 @@ class KeptDrafts:
     def propose(self, count: int) -> list[int]:
         return [int(found[0]) for found in self.candidates.values()][:count]
 
-    def yields(self) -> list[float]:
-        return self._acceptance.yields()
+    def yields(self, longest: int = LONGEST_BLOCK) -> list[float]:
+        return self._acceptance.yields(longest)
 
     def learn(self, accepted: int, tested: int, ended: bool) -> None:
         self._acceptance.observe(accepted, tested, ended)
@@ -106,7 +106,7 @@ class NoDrafts:
     def propose(self, _count: int) -> list[int]:
         return []
 
-    def yields(self) -> list[float]:
+    def yields(self, _longest: int = LONGEST_BLOCK) -> list[float]:
         return [1.0]
 
     def learn(self, accepted: int, tested: int, ended: bool) -> None:
@@ -118,7 +118,4 @@ NO_DRAFTS, FORCED_ONLY = NoDrafts("none"), NoDrafts("forced")
 
 def expected_tokens(source: DraftSource, count: int) -> float:
     """Tokens that a cycle is expected to generate, without its known tokens. count: of proposed tokens."""
-    if not count:
-        return 1.0
-    yields = source.yields()
-    return yields[min(1 + count, len(yields)) - 1]
+    return source.yields(1 + count)[-1]

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from trimode.runtime.decoding.acceptance_rates import Acceptance, SharedAcceptance
+from trimode.runtime.decoding.acceptance_rates import LONGEST_BLOCK, Acceptance, SharedAcceptance
 from trimode.runtime.decoding.ngram_index import NgramIndex
 from trimode.runtime.request.outputs import Drafting
 
@@ -71,9 +71,9 @@ class Lookup:
         """At most ``count`` tokens of the proposal."""
         return self.proposal[:count]
 
-    def yields(self) -> list[float]:
+    def yields(self, longest: int = LONGEST_BLOCK) -> list[float]:
         """Expected tokens of a cycle that verifies the proposal, by block length from 1 on."""
-        return self._of_proposal.yields()[: len(self.proposal) + 1]
+        return self._of_proposal.yields(min(longest, len(self.proposal) + 1))
 
     def learn(self, accepted: int, tested: int, ended: bool) -> None:
         """Nothing to learn: :meth:`observe` compares every proposal, verified or not."""

@@ -21,14 +21,15 @@ a copy decode one token beside copies of b.
 A block length that would be better if its passes took their least possible time is tried for one cycle. Trials that
 turn out slower may take a small share of the time, and a larger one while pass times change.
 
-Choosing takes long beside short passes, so a choice is kept for some cycles, twice as many each time it is confirmed,
-unless the number of sequences changes much or one may copy. The choice affects when tokens come, never which.
+Choosing takes long beside short passes, so a choice is kept for some cycles, unless the number of sequences changes
+much or one may copy. It is kept for twice as many cycles each time it is confirmed, until choosing takes a small share
+of the time. The choice affects when tokens come, never which.
 
 With one sequence, or with a weak drafter, the likeliest nodes of a draft may yield more tokens than its block does, at
 the same cost of the passes (:mod:`trimode.runtime.decoding.draft_tree`). Each sequence learns how many more. They are
 verified as a tree where that is worth the time in which the host builds the trees. So each b has two yields:
 
-    tokens / seconds   and   (tokens + gained) / (seconds + trees * TREE_SECONDS)
+    tokens / seconds   and   (tokens + gained) / (seconds + seconds of the trees)
 """
 
 from __future__ import annotations
@@ -44,13 +45,21 @@ from trimode.runtime.scheduling.pass_cost import SURPRISE, PassCost
 CHOICES = tuple(1 << exponent for exponent in range(LONGEST_BLOCK.bit_length()))
 MOST_TRIAL_SHARE, LEAST_TRIAL_SHARE = 0.05, 0.005  # of the time
 VAIN_TRIAL = 0.75  # factor of the share after a trial that was slower, as expected
-LEAST_KEPT, MOST_KEPT = 4, 16  # cycles of a choice without copies
+LEAST_KEPT, MOST_KEPT = 4, 64  # cycles of a choice without copies
 MOST_CHANGE = 0.5  # of the number of sequences while a choice is kept
-# Of the host, for a cycle of one token and for each of its sequences, on one core of a server CPU. Cycles of more
-# tokens take twice as long (``scripts/bench/host_time.py``).
-HOST_SECONDS, HOST_SECONDS_OF_A_SEQUENCE = 4e-5, 1.3e-5
-# That the host needs to build one tree of 32 nodes and its mask, on one core of a server CPU.
-TREE_SECONDS = 5.5e-5
+# Of the host, for a cycle of one token and for each of its sequences, on one core of a server CPU between passes on the
+# same core. Cycles of more tokens take twice as long.
+HOST_SECONDS, HOST_SECONDS_OF_A_SEQUENCE = 4e-5, 2e-5
+# That the host needs for one tree and for each of its nodes, on the same core.
+TREE_SECONDS, TREE_SECONDS_OF_A_NODE = 1.8e-5, 3e-6
+# That the host needs to choose, and the share of the time that this may take.
+CHOOSING_SECONDS, CHOOSING_SECONDS_OF_A_SEQUENCE = 8e-5, 1e-5
+CHOOSING_SHARE = 0.005
+
+
+def seconds_of_a_tree(nodes: int) -> float:
+    """That the host needs to build and verify it."""
+    return TREE_SECONDS + TREE_SECONDS_OF_A_NODE * nodes
 
 
 class Opening(NamedTuple):
@@ -70,7 +79,7 @@ class Plan(NamedTuple):
     """How a cycle drafts. block: length of the drafted blocks of ``auto``. copy_block: of the blocks that are copies.
     copying: for each opening sequence, whether its drafts are copies. tree: whether the drafts of ``auto`` are verified
     as trees of as many nodes as their blocks have tokens. trial: whether it is chosen to measure its passes. cycles:
-    for how many it is chosen, this one included; 0 if it was chosen before.
+    for how many it is chosen.
     """
 
     block: int
@@ -108,12 +117,12 @@ class _Cycle(NamedTuple):
 
     def rate(self, seconds: float) -> float:
         """Tokens a second, if the passes take so many seconds, with trees where that is faster."""
-        return max(self.tokens / seconds, (self.tokens + self.gained) / (seconds + TREE_SECONDS * self.trees))
+        return max(self.tokens / seconds, (self.tokens + self.gained) / (seconds + self.tree_seconds))
 
     def expectation(self, seconds: float) -> Expectation:
         """With trees where that is faster."""
         if self.chosen(seconds).tree:
-            return Expectation(self.tokens + self.gained, seconds + TREE_SECONDS * self.trees)
+            return Expectation(self.tokens + self.gained, seconds + self.tree_seconds)
         return Expectation(self.tokens, seconds)
 
     def chosen(self, seconds: float) -> Plan:
@@ -121,7 +130,13 @@ class _Cycle(NamedTuple):
         return self.plan._replace(tree=self.rate(seconds) > self.tokens / seconds)
 
     @property
+    def tree_seconds(self) -> float:
+        """What the host needs for the trees, if the drafts are trees."""
+        return self.trees * seconds_of_a_tree(self.step)
+
+    @property
     def host_seconds(self) -> float:
+        """Without trees."""
         seconds = HOST_SECONDS + HOST_SECONDS_OF_A_SEQUENCE * self.commits
         return 2 * seconds if self.step > 1 else seconds
 
@@ -186,30 +201,36 @@ class _Trials:
 
 
 class BlockChooser:
-    """Chooses by ``cost``, which its owner updates with every pass."""
+    """Chooses by ``cost``, which its owner updates with every pass. trees: whether it may choose them."""
 
-    def __init__(self, cost: PassCost) -> None:
+    def __init__(self, cost: PassCost, trees: bool = True) -> None:
         self._cost = cost
+        self._trees = trees
         self._trials = _Trials(cost)
         self._compared: tuple[list[_Cycle], list[float]] = [], []  # by the last choice: cycles, and their seconds
         self._kept = Plan(0, 0, [])  # the last choice without copies
-        self._kept_for = 0  # sequences
+        self._kept_for = 0  # opening sequences
         self._left = 0  # cycles for which it still holds
 
+    def kept(self, opening: int) -> Plan | None:
+        """The plan of this cycle where the last choice still holds; None elsewhere. opening: the number of sequences that
+        begin a cycle, of which none may copy.
+        """
+        if self._left and abs(opening - self._kept_for) <= MOST_CHANGE * self._kept_for:
+            self._left -= 1
+            return self._kept
+        return None
+
     def choose(self, opening: Many[Opening], others: Many[Sequence], prefilling: bool = False) -> Plan:
-        """The plan of this cycle.
+        """A new plan, for this cycle and those for which :meth:`kept` returns it.
 
         opening: the sequences that begin a cycle and whose drafts are to be chosen: those of ``auto``, and those that
         may copy. others: the other sequences that are past their prefill. prefilling: whether there are sequences that
         are not, beside which a trial would measure something else.
         """
-        sequences, copies = len(opening) + len(others), any(copy_yields for _, copy_yields in opening)
-        if self._left and not copies and abs(sequences - self._kept_for) <= MOST_CHANGE * self._kept_for:
-            self._left -= 1
-            return self._kept._replace(copying=[False] * len(opening), cycles=0)
         self._left = 0
         self._trials.settle()
-        cycles = _cycles(opening, others)
+        cycles = _cycles(opening, others, self._trees)
         found = [cycle.seconds(self._cost) for cycle in cycles]
         self._compared = cycles, found
         rates = [cycle.rate(seconds) for cycle, seconds in zip(cycles, found, strict=True)]
@@ -219,10 +240,13 @@ class BlockChooser:
         if tried is not None:
             return tried.plan._replace(trial=True)
         plan = best.chosen(seconds)
-        if not copies:
+        if not any(copy_yields for _, copy_yields in opening):
             confirmed = (plan.block, plan.tree) == (self._kept.block, self._kept.tree)
-            plan = plan._replace(cycles=min(2 * self._kept.cycles, MOST_KEPT) if confirmed else LEAST_KEPT)
-            self._kept, self._kept_for, self._left = plan, sequences, plan.cycles - 1
+            choosing = CHOOSING_SECONDS + CHOOSING_SECONDS_OF_A_SEQUENCE * len(opening)
+            longest = min(math.ceil(choosing / (CHOOSING_SHARE * seconds)), MOST_KEPT)
+            cycles_kept = min(2 * self._kept.cycles, longest) if confirmed else 0
+            plan = plan._replace(cycles=max(cycles_kept, LEAST_KEPT))
+            self._kept, self._kept_for, self._left = plan, len(opening), plan.cycles - 1
         self._trials.make_up(seconds * plan.cycles)
         return plan
 
@@ -238,7 +262,7 @@ class BlockChooser:
         return by_block
 
 
-def _cycles(opening: Many[Opening], others: Many[Sequence]) -> list[_Cycle]:
+def _cycles(opening: Many[Opening], others: Many[Sequence], may_be_trees: bool) -> list[_Cycle]:
     """One for each plan, the shorter blocks first, up to the longest that a sequence can take."""
     deciding = [each.decides for each in opening]
     lengths = [sequence.longest_block for sequence, _ in opening]
@@ -272,7 +296,7 @@ def _cycles(opening: Many[Opening], others: Many[Sequence]) -> list[_Cycle]:
                 tokens += drafted[index][column]
                 if deciding[index]:
                     drafts += 1
-                    if lengths[index] > 1:
+                    if may_be_trees and lengths[index] > 1:
                         trees, gained = trees + 1, gained + opening[index].sequence.acceptance.tree_gains[column]
         step = max(min(block, longest), fixed_step if drafts else 1)
         plan = Plan(block if auto_drafts else 1, block, copying)

@@ -62,9 +62,9 @@ class DraftingCounts:
         self._cycles: dict[tuple[Mode, Drafting, int], list[float]] = {}
         self._choices: dict[ChoiceKey, int] = {}
 
-    def count_choice(self, plan: Plan, tree: bool) -> None:
-        """A scheduler step drafts by ``plan``. tree: whether it verifies trees."""
-        drafting: ChosenDrafting = "tree" if tree else "draft" if plan.block > 1 else "none"
+    def count_choice(self, plan: Plan) -> None:
+        """A scheduler step drafts by ``plan``."""
+        drafting: ChosenDrafting = "tree" if plan.tree else "draft" if plan.block > 1 else "none"
         copies = True in plan.copying
         key = ChoiceKey(plan.copy_block if copies else plan.block, "copy" if copies else drafting, plan.trial)
         self._choices[key] = self._choices.get(key, 0) + 1

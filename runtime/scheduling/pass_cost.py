@@ -8,11 +8,15 @@ Other work delays single passes at random. So a pass that is slower than expecte
 doubt, or if the pass before it was slow too.
 
 Every cell has a *doubt*, its expected error as a logarithm; so has the pace. An observed pass moves the cells and the
-pace in proportion to the squares of their doubts (a Kalman filter without correlations), and the remaining error is the
-new doubt. The doubt of a cell grows with every pass that does not meet it. :meth:`PassCost.least_seconds`, the cost
-less its doubt, is what blocks are chosen by: a choice that looks bad is tried again once its doubt exceeds the gap, so
-a wrong cell is always found out. Each time a retried cell proves right, its doubt grows more slowly, so retries become
-rare. Choices by cost never change which tokens are emitted.
+pace in proportion to the squares of their doubts (a Kalman filter without correlations). The remaining error is the new
+doubt of the pace, and a part of it that of the cells. The doubt of a cell grows with every pass that does not meet it.
+:meth:`PassCost.least_seconds`, the cost less its doubt, is what blocks are tried by: a choice that looks bad is tried
+again once its doubt exceeds the gap, so a wrong cell is always found out. Each time a retried cell proves right, its
+doubt grows more slowly, so retries become rare. Choices by cost never change which tokens are emitted.
+
+Passes keep their proportions while the machine becomes slower or faster. So little of a *known* cell's doubt counts
+where the pass is no surprise: otherwise the first pass after a slow period would be taken for a faster cell, and all
+others would seem slow for long.
 """
 
 from __future__ import annotations

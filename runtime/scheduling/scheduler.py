@@ -94,7 +94,8 @@ class Scheduler:
         self._context = context
         self._prefill_tokens = prefill_tokens
         self._cost = cost
-        self._block_chooser = BlockChooser(cost)
+        # A tree needs the host between draft and commit, which an executor that speculates does without.
+        self._block_chooser = BlockChooser(cost, trees=not self._passes.speculates)
         self._drafting = DraftingCounts()
         self._prefix_cache = prefix_cache
         self._steps = 0
@@ -215,51 +216,56 @@ class Scheduler:
         """The block length, whether the drafts are copies, and whether they form a tree, of the requests that leave it
         open.
         """
-        choices: dict[Request, Opening] = {}
+        copy_yields: dict[Request, list[float]] = {}
         for request in opening:
             sequence = request.sequence
             if sequence.replaying:
                 continue
             try:
-                copy_yields = sequence.look_up()
-                if copy_yields or sequence.params.mode == "auto":
-                    choices[request] = Opening(sequence, copy_yields)
+                yields = sequence.look_up()
+                if yields or sequence.params.mode == "auto":
+                    copy_yields[request] = yields
             except Exception as error:
                 request.failure = error
-        if not choices:
+        if not copy_yields:
             return {}
-        plan = self._plan(choices)
-        # A tree needs the host between draft and commit, which an executor that speculates does without.
-        tree = plan.tree and not self._passes.speculates
-        chosen: dict[Request, tuple[int, bool, bool]] = {}
-        for (request, each), copies in zip(choices.items(), plan.copying, strict=True):
-            if plan.cycles and each.decides:
-                if copies or plan.block == 1:
-                    each.sequence.acceptance.forget(plan.cycles)
-                elif not tree:
-                    each.sequence.acceptance.forget_trees(plan.cycles)
-            if copies:
-                chosen[request] = plan.copy_block, True, False
-            elif each.decides:
-                chosen[request] = plan.block, False, tree
-            else:
-                continue
-            if each.sequence.params.record_drafts:
+        plan = None if any(copy_yields.values()) else self._block_chooser.kept(len(copy_yields))
+        if plan is None:
+            plan, chosen = self._choose_anew(copy_yields)
+        else:
+            chosen = dict.fromkeys(copy_yields, (plan.block, False, plan.tree))
+        for request, (length, _, _) in chosen.items():
+            if request.sequence.params.record_drafts:
                 rates = {block: found.rate for block, found in self._block_chooser.expectations().items()}
-                each.sequence.choice = Choice(chosen[request][0], plan.trial, rates)
+                request.sequence.choice = Choice(length, plan.trial, rates)
         if chosen:
-            self._drafting.count_choice(plan, tree)
+            self._drafting.count_choice(plan)
         return chosen
 
-    def _plan(self, choices: dict[Request, Opening]) -> Plan:
-        """How these requests draft in this cycle, given the others."""
+    def _choose_anew(
+        self, copy_yields: dict[Request, list[float]]
+    ) -> tuple[Plan, dict[Request, tuple[int, bool, bool]]]:
+        """A new plan for these requests, and what it means for each. Acceptance that it does not test is forgotten."""
         prefilling, others = False, list[Sequence]()
         for request in self._active():
             if request.sequence.prefilling:
                 prefilling = True
-            elif request not in choices and request.sequence.params.mode != "auto":
+            elif request not in copy_yields and request.sequence.params.mode != "auto":
                 others.append(request.sequence)
-        return self._block_chooser.choose(list(choices.values()), others, prefilling)
+        choices = {request: Opening(request.sequence, yields) for request, yields in copy_yields.items()}
+        plan = self._block_chooser.choose(list(choices.values()), others, prefilling)
+        chosen: dict[Request, tuple[int, bool, bool]] = {}
+        for (request, each), copies in zip(choices.items(), plan.copying, strict=True):
+            if each.decides:
+                if copies or plan.block == 1:
+                    each.sequence.acceptance.forget(plan.cycles)
+                elif not plan.tree:
+                    each.sequence.acceptance.forget_trees(plan.cycles)
+            if copies:
+                chosen[request] = plan.copy_block, True, False
+            elif each.decides:
+                chosen[request] = plan.block, False, plan.tree
+        return plan, chosen
 
     def _run_passes(self, engine: EngineName, again: bool = False) -> None:
         """again: only for the sequences that must repeat their pass, which are then complete."""

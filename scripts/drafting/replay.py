@@ -24,7 +24,7 @@ from trimode.runtime.decoding.sequence import Sequence as Answer
 from trimode.runtime.executor import BidirectionalStep, Candidates, CausalStep
 from trimode.runtime.kv.host_kv_pool import KvPool
 from trimode.runtime.request.outputs import Cycle, Update
-from trimode.runtime.scheduling.auto_block import HOST_SECONDS, HOST_SECONDS_OF_A_SEQUENCE, TREE_SECONDS
+from trimode.runtime.scheduling.auto_block import HOST_SECONDS, HOST_SECONDS_OF_A_SEQUENCE, seconds_of_a_tree
 from trimode.runtime.scheduling.pass_cost import PassCost
 from trimode.runtime.scheduling.running_request import Request
 from trimode.runtime.scheduling.scheduler import Scheduler
@@ -94,7 +94,8 @@ class ReplayingExecutor:
         if length < 2 or not 0 <= place < len(text.answer):
             return
         places = np.minimum(step.logit_rows[index], block - 1) - 1
-        self._clock.seconds += TREE_SECONDS * (ranks > 1)
+        if ranks > 1:
+            self._clock.seconds += seconds_of_a_tree(length)
         tokens[:] = drafts.tokens[place, places, :ranks]
         logits[:] = drafts.log_probs[place, places, :ranks]
 

@@ -20,11 +20,11 @@ from trimode.runtime.scheduling.auto_block import (
     LEAST_TRIAL_SHARE,
     MOST_KEPT,
     MOST_TRIAL_SHARE,
-    TREE_SECONDS,
     VAIN_TRIAL,
     BlockChooser,
     Opening,
     Plan,
+    seconds_of_a_tree,
 )
 from trimode.runtime.scheduling.pass_cost import EngineName, PassCost
 
@@ -42,6 +42,11 @@ def sequence(rate: float, mode: str = "auto", block_length: int | None = None, e
 def opening(*sequences: Sequence) -> list[Opening]:
     """Without copies."""
     return [Opening(each, []) for each in sequences]
+
+
+def next_plan(chooser: BlockChooser, begins: list[Opening]) -> Plan:
+    """As the scheduler takes it, where none may copy and no others run."""
+    return chooser.kept(len(begins)) or chooser.choose(begins, [])
 
 
 def host_seconds(sequences: int, step: int) -> float:
@@ -248,7 +253,7 @@ def expected_rate(begins: list[Opening], beside: list[Sequence], cost: PassCost,
     batch = len(begins) + len(beside)
     seconds = cost.seconds("ar", batch, step) + (cost.seconds("diffusion", drafting, step) if drafting else 0.0)
     seconds += host_seconds(batch, step)
-    return (tokens + gained) / (seconds + trees * TREE_SECONDS) if plan.tree else tokens / seconds
+    return (tokens + gained) / (seconds + trees * seconds_of_a_tree(step)) if plan.tree else tokens / seconds
 
 
 @settings(deadline=None)
@@ -297,7 +302,7 @@ def test_a_block_that_may_be_better_is_tried_and_a_loss_is_made_up_for(unit: flo
     cost = Cost(1, 2)
     chooser, begins = BlockChooser(cost), opening(sequence(0.53, block_length=2))
     # Two passes of 1 s yield 1.53 tokens, where one yields 1. The trial loses 2 - 1.53 s.
-    plans = [chooser.choose(begins, []) for _ in range(1000)]
+    plans = [next_plan(chooser, begins) for _ in range(1000)]
     assert {(plan.block, plan.trial) for plan in plans} == {(2, True), (1, False)}
     trials = [at for at, plan in enumerate(plans) if plan.trial]
     for before, after in pairwise(trials):
@@ -305,7 +310,7 @@ def test_a_block_that_may_be_better_is_tried_and_a_loss_is_made_up_for(unit: flo
         assert 0 <= waited < MOST_KEPT
     assert len(trials) > 8
     cost.trial = 0.5  # it has become the faster one
-    plans = [chooser.choose(begins, []) for _ in range(2 * MOST_KEPT)]
+    plans = [next_plan(chooser, begins) for _ in range(2 * MOST_KEPT)]
     assert plans[-1].block == 2
     assert not plans[-1].trial
 
@@ -320,7 +325,7 @@ def test_trials_may_take_more_time_for_a_while_after_an_unexpected_time(reason: 
             return 1e-9 if step == 2 else self.seconds(engine, batch, step)
 
     def cycles_to_the_next_trial() -> int:
-        return next(cycle for cycle in range(5000) if chooser.choose(begins, []).trial)
+        return next(cycle for cycle in range(5000) if next_plan(chooser, begins).trial)
 
     factor, cost, begins = 1.0, Cost(1, 2), opening(sequence(0.0, block_length=2))
     chooser = BlockChooser(cost)
@@ -347,7 +352,7 @@ def test_blocks_are_tried_in_turn() -> None:
     cost = Cost(1, 32)
     cost.measure(lambda _engine, _batch, step: 1e-3 * step, seconds=1e9)
     chooser, begins = BlockChooser(cost), opening(sequence(0.5))
-    plans = [chooser.choose(begins, []) for _ in range(60000)]
+    plans = [next_plan(chooser, begins) for _ in range(60000)]
     assert [plan.block for plan in plans if plan.trial][:6] == [2, 4, 8, 16, 32, 2]
 
 
@@ -359,38 +364,38 @@ def test_nothing_is_tried_beside_a_prefill() -> None:
     assert not BlockChooser(cost).choose(begins, [], prefilling=True).trial
 
 
-def test_a_choice_is_kept_for_twice_as_many_cycles_each_time_it_is_confirmed() -> None:
-    chooser, begins = BlockChooser(machine(1000)), opening(sequence(0.99))
-    found = [chooser.choose(begins, []) for _ in range(LEAST_KEPT + 2 * LEAST_KEPT + 3 * MOST_KEPT)]
-    assert {plan.block for plan in found} == {32}
-    assert [plan.cycles for plan in found if plan.cycles] == [4, 8, 16, 16, 16]
-    poor = opening(sequence(0.1))
-    found = [chooser.choose(poor, []) for _ in range(LEAST_KEPT)]
-    assert found == [Plan(1, 1, [False], cycles=LEAST_KEPT)] + [Plan(1, 1, [False], cycles=0)] * (LEAST_KEPT - 1)
-
-
 @pytest.mark.parametrize(
-    ("opening_now", "others_now", "holds"), [(4, 0, True), (6, 0, True), (2, 0, True), (7, 0, False), (4, 3, False)]
+    ("milliseconds", "kept"), [(0.01, [4, 8, 16, 32, 64, 64]), (0.3, [4, 8, 16, 25, 25]), (10.0, [4, 4])]
 )
-def test_a_choice_is_kept_while_the_batch_changes_little(opening_now: int, others_now: int, holds: bool) -> None:
+def test_a_choice_is_kept_longer_each_time_it_is_confirmed_while_choosing_takes_long(
+    milliseconds: float, kept: list[int]
+) -> None:
+    cost = PassCost(1, 32)
+    cost.measure(lambda *_: 1e-3 * milliseconds, seconds=1e9)
+    chooser, begins = BlockChooser(cost), opening(sequence(0.99))
+    assert chooser.kept(1) is None
+    for cycles in kept:
+        plan = chooser.choose(begins, [])
+        assert (plan.block, plan.cycles) == (32, cycles)
+        assert [chooser.kept(1) for _ in range(cycles)] == [plan] * (cycles - 1) + [None]
+    assert chooser.choose(opening(sequence(0.1)), []) == Plan(1, 1, [False], cycles=LEAST_KEPT)
+
+
+@pytest.mark.parametrize(("opening_now", "holds"), [(4, True), (6, True), (2, True), (7, False), (1, False)])
+def test_a_choice_is_kept_while_the_batch_changes_little(opening_now: int, holds: bool) -> None:
     chooser = BlockChooser(machine(1000))
     chosen = chooser.choose(opening(*[sequence(0.99)] * 4), [])
-    others = [sequence(0.99, "linear_spec")] * others_now
-    now = chooser.choose(opening(*[sequence(0.1)] * opening_now), others)
-    assert (now.cycles == 0) == holds
-    if holds:
-        assert now == chosen._replace(copying=[False] * opening_now, cycles=0)
+    assert chooser.kept(opening_now) == (chosen if holds else None)
 
 
 def test_a_choice_with_copies_or_of_a_trial_holds_for_one_cycle() -> None:
     chooser, copied = BlockChooser(machine(1000)), [Opening(sequence(0.1), [1.0, *[9.0] * 31])]
-    assert [chooser.choose(opening(sequence(0.1)), []).cycles for _ in range(2)] == [LEAST_KEPT, 0]
-    assert [chooser.choose(copied, []).copying for _ in range(2)] == [[True], [True]]
-    assert [chooser.choose(copied, []).cycles for _ in range(2)] == [1, 1]
+    assert chooser.choose(opening(sequence(0.1)), []).cycles == LEAST_KEPT
+    plan = chooser.choose(copied, [])
+    assert (plan.copying, plan.cycles, chooser.kept(1)) == ([True], 1, None)
     chooser, begins = BlockChooser(PassCost(1, 32)), opening(sequence(0.9))
     plan = chooser.choose(begins, [])
-    assert (plan.trial, plan.cycles) == (True, 1)
-    assert chooser.choose(begins, []).cycles > 0
+    assert (plan.trial, plan.cycles, chooser.kept(1)) == (True, 1, None)
 
 
 def test_short_passes_are_worth_longer_blocks_because_of_the_hosts_time() -> None:
@@ -445,7 +450,7 @@ def test_a_tree_is_verified_where_it_is_worth_its_time(gained: float, tree: bool
     each.acceptance.tree_gains = [gained] * len(CHOICES)
     plan = BlockChooser(cost).choose(opening(each), [])
     assert plan.block == 32
-    assert plan.tree == (tree and milliseconds > 1e3 * 20 * TREE_SECONDS)
+    assert plan.tree == (tree and milliseconds > 1.0)
 
 
 def test_a_tree_may_pay_where_the_block_alone_does_not() -> None:
@@ -492,8 +497,8 @@ def test_expectations_have_the_fastest_plan_of_each_block_length() -> None:
     expected = {
         1: (1.0, one + host_seconds(1, 1)),
         2: (1.8, copied),
-        4: (drafts[3] + 1.5, both + TREE_SECONDS),
+        4: (drafts[3] + 1.5, both + seconds_of_a_tree(4)),
         8: (drafts[7], both),
     }
     assert found == {block: pytest.approx(values) for block, values in expected.items()}
-    assert found[4].rate == pytest.approx((drafts[3] + 1.5) / (both + TREE_SECONDS))
+    assert found[4].rate == pytest.approx((drafts[3] + 1.5) / (both + seconds_of_a_tree(4)))

@@ -44,21 +44,20 @@ def test_cycles_are_summed_by_mode_and_source() -> None:
 
 
 @pytest.mark.parametrize(
-    ("plan", "tree", "key"),
+    ("plan", "key"),
     [
-        (Plan(1, 1, [False]), False, ChoiceKey(1, "none", False)),
-        (Plan(2, 2, [False]), False, ChoiceKey(2, "draft", False)),
-        (Plan(16, 16, [False]), False, ChoiceKey(16, "draft", False)),
-        (Plan(16, 16, [False], tree=True), True, ChoiceKey(16, "tree", False)),
-        (Plan(16, 16, [False], tree=True), False, ChoiceKey(16, "draft", False)),  # the executor verifies no trees
-        (Plan(1, 8, [False, True]), False, ChoiceKey(8, "copy", False)),
-        (Plan(32, 32, [False], trial=True), False, ChoiceKey(32, "draft", True)),
+        (Plan(1, 1, [False]), ChoiceKey(1, "none", False)),
+        (Plan(2, 2, [False]), ChoiceKey(2, "draft", False)),
+        (Plan(16, 16, [False]), ChoiceKey(16, "draft", False)),
+        (Plan(16, 16, [False], tree=True), ChoiceKey(16, "tree", False)),
+        (Plan(1, 8, [False, True]), ChoiceKey(8, "copy", False)),
+        (Plan(32, 32, [False], trial=True), ChoiceKey(32, "draft", True)),
     ],
 )
-def test_choices_are_counted_by_what_they_run(plan: Plan, tree: bool, key: ChoiceKey) -> None:
+def test_choices_are_counted_by_what_they_run(plan: Plan, key: ChoiceKey) -> None:
     counts = DraftingCounts()
-    counts.count_choice(plan, tree)
-    counts.count_choice(plan, tree)
+    counts.count_choice(plan)
+    counts.count_choice(plan)
     assert counts.choices() == {key: 2}
 
 

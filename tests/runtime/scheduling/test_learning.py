@@ -69,8 +69,11 @@ class Decoding:
         return seconds / TOKENS
 
     def _chosen(self, acceptance: Acceptance, sequence: Sequence) -> int:
+        kept = self._chooser.kept(1)
+        if kept is not None:
+            return kept.block
         plan = self._chooser.choose([Opening(sequence, [])], [])
-        if plan.block == 1 and plan.cycles:
+        if plan.block == 1:
             acceptance.forget(plan.cycles)
         return plan.block
 

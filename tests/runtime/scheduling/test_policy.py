@@ -21,9 +21,9 @@ from trimode.runtime.decoding.ruled_rows import AgainRate
 from trimode.runtime.decoding.token_rules import TokenRules
 from trimode.runtime.executor import BidirectionalStep, CausalStep
 from trimode.runtime.request.outputs import Counts
-from trimode.runtime.scheduling.auto_block import Opening, Plan
+from trimode.runtime.scheduling.auto_block import CHOICES, Opening, Plan
 from trimode.runtime.scheduling.batching import Span
-from trimode.runtime.scheduling.drafting_stats import DraftingStats
+from trimode.runtime.scheduling.drafting_stats import ChoiceKey, DraftingStats
 from trimode.runtime.scheduling.pass_cost import PassSeconds
 from trimode.runtime.scheduling.running_request import Request
 from trimode.runtime.scheduling.scheduler import Stats
@@ -295,7 +295,7 @@ def test_a_cycle_of_auto_without_a_draft_forgets(block: int, copies: bool, forge
 
 @pytest.mark.parametrize(
     ("block", "tree", "cycles", "forgets"),
-    [(4, False, 3, True), (4, True, 3, False), (1, False, 3, False), (4, False, 0, False)],
+    [(4, False, 3, True), (4, True, 3, False), (1, False, 3, False)],
 )
 def test_a_choice_of_chains_forgets_what_trees_gained(block: int, tree: bool, cycles: int, forgets: bool) -> None:
     """For all of its cycles at once, when it is made."""
@@ -308,6 +308,28 @@ def test_a_choice_of_chains_forgets_what_trees_gained(block: int, tree: bool, cy
     for _ in range(3):
         bench.step()
     assert forgotten == [(0, cycles)] * forgets
+
+
+@pytest.mark.parametrize("block", [1, 4])
+def test_a_kept_choice_forgets_nothing_more(block: int) -> None:
+    bench, forgotten, opened = Watched(max_batch=2, prefill_tokens=100), [], []
+    for mode in ("auto", "linear_spec"):
+        request = bench.submit(1, mode=mode)
+        acceptance = request.sequence.acceptance
+        acceptance.forget = acceptance.forget_trees = forgotten.append  # type: ignore[method-assign]
+
+        def noted(*choice: Any, open_block: Any = request.sequence.open_block) -> None:
+            opened.append(choice)
+            open_block(1)
+
+        request.sequence.open_block = noted  # type: ignore[method-assign]
+    bench.step()
+    chooser = bench.scheduler._block_chooser
+    chooser.kept = lambda opening: Plan(block, 9, [False] * 7, tree=block > 1) if opening == 1 else None  # type: ignore[method-assign]
+    bench.step()
+    assert opened == [(block, False, block > 1), (32, False, False)]
+    assert forgotten == []
+    assert bench.scheduler.stats().drafting.choices == {ChoiceKey(block, "tree" if block > 1 else "none", False): 1}
 
 
 def test_each_sequence_opens_the_block_that_the_plan_gives_it() -> None:
@@ -363,10 +385,10 @@ def test_a_speculation_runs_only_if_all_take_part() -> None:
 def test_an_executor_that_speculates_drafts_no_trees() -> None:
     bench = Watched(max_batch=1, executor=SpeculatingExactLawExecutor)
     request = bench.submit(1, mode="auto")
-    planned(bench, lambda _: Plan(4, 4, [False], tree=True))
-    bench.step()
-    bench.step()
-    assert [cycle.drafting for cycle in request.sequence.cycles] == ["draft"]
+    request.sequence.acceptance.tree_gains = [100.0] * len(CHOICES)
+    for _ in range(4):
+        bench.step()
+    assert {cycle.drafting for cycle in request.sequence.cycles} == {"draft", "none"}
 
 
 def test_a_snapshot_of_the_scheduler() -> None:

@@ -14,7 +14,7 @@ from scripts.drafting.recording import BLOCKS, Drafts, Text, read, write
 from scripts.drafting.replay import Replay
 from scripts.drafting.simulate import POLICIES
 from trimode.runtime.decoding.sequence import TREE_RANKS
-from trimode.runtime.scheduling.auto_block import HOST_SECONDS, HOST_SECONDS_OF_A_SEQUENCE, TREE_SECONDS
+from trimode.runtime.scheduling.auto_block import HOST_SECONDS, HOST_SECONDS_OF_A_SEQUENCE, seconds_of_a_tree
 
 END, TOKENS = 11, 33
 FLAT = CostTable.of("flat", "", lambda engine, _batch, _step: 1e-3 if engine == "ar" else 2e-3)
@@ -52,7 +52,7 @@ def test_a_second_choice_is_found_by_a_tree_only() -> None:
     tree = Replay(texts, FLAT, 1).run([0], {"mode": "linear_spec", "block_length": 8, "tree_width": 24})
     assert block.tokens_per_cycle == 1
     assert tree.tokens_per_cycle >= 2
-    assert tree.seconds > len(tree.cycles[0]) * (3e-3 + TREE_SECONDS)
+    assert tree.seconds > len(tree.cycles[0]) * (3e-3 + seconds_of_a_tree(1))
 
 
 @pytest.mark.parametrize("load", [1, 5])
