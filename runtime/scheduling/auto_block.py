@@ -43,7 +43,7 @@ from trimode.runtime.decoding.sequence import Sequence
 from trimode.runtime.scheduling.pass_cost import SURPRISE, PassCost
 
 CHOICES = tuple(1 << exponent for exponent in range(LONGEST_BLOCK.bit_length()))
-MOST_TRIAL_SHARE, LEAST_TRIAL_SHARE = 0.05, 0.005  # of the time
+MOST_TRIAL_SHARE, LEAST_TRIAL_SHARE = 0.05, 0.002  # of the time
 VAIN_TRIAL = 0.75  # factor of the share after a trial that was slower, as expected
 LEAST_KEPT, MOST_KEPT = 4, 64  # cycles of a choice without copies
 MOST_CHANGE = 0.5  # of the number of sequences while a choice is kept
@@ -153,13 +153,13 @@ class _Trials:
     """Which block lengths are tried, and when.
 
     What a trial takes beyond the best choice is owed, and the next one waits until a share of the time since then has
-    made up for it. The share is large after a trial that is not slower or that takes a very different time than
-    expected, and after a pass that puts the cost of all others in doubt. It falls with each other trial.
+    made up for it. The share is large at the start, after a trial that is not slower or that takes a very different
+    time than expected, and after a pass that puts the cost of all others in doubt. It falls with each other trial.
     """
 
     def __init__(self, cost: PassCost) -> None:
         self._cost = cost
-        self._share = LEAST_TRIAL_SHARE
+        self._share = MOST_TRIAL_SHARE
         self._owed = 0.0  # seconds
         self._surprises = 0  # of the cost, so far
         self._block = 0  # block length of the last one
@@ -213,8 +213,8 @@ class BlockChooser:
         self._left = 0  # cycles for which it still holds
 
     def kept(self, opening: int) -> Plan | None:
-        """The plan of this cycle where the last choice still holds; None elsewhere. opening: the number of sequences that
-        begin a cycle, of which none may copy.
+        """The plan of this cycle where the last choice still holds; None elsewhere. opening: the number of sequences
+        that begin a cycle, of which none may copy.
         """
         if self._left and abs(opening - self._kept_for) <= MOST_CHANGE * self._kept_for:
             self._left -= 1
