@@ -43,10 +43,11 @@ from trimode.runtime.decoding.sequence import Sequence
 from trimode.runtime.scheduling.pass_cost import SURPRISE, PassCost
 
 CHOICES = tuple(1 << exponent for exponent in range(LONGEST_BLOCK.bit_length()))
-MOST_TRIAL_SHARE, LEAST_TRIAL_SHARE = 0.05, 0.002  # of the time
-VAIN_TRIAL = 0.75  # factor of the share after a trial that was slower, as expected
+MOST_TRIAL_SHARE, FIRST_TRIAL_SHARE, LEAST_TRIAL_SHARE = 0.05, 0.01, 0.002  # of the time
+MUCH_FASTER = 0.1  # share of its time that a trial saves, after which others may be much faster, too
+VAIN_TRIAL = 0.75  # factor of the share after any other trial
 LEAST_KEPT, MOST_KEPT = 4, 64  # cycles of a choice without copies
-MOST_CHANGE = 0.5  # of the number of sequences while a choice is kept
+MOST_CHANGE = 0.3  # of the number of sequences while a choice is kept
 # Of the host, for a cycle of one token and for each of its sequences, on one core of a server CPU between passes on the
 # same core. Cycles of more tokens take twice as long.
 HOST_SECONDS, HOST_SECONDS_OF_A_SEQUENCE = 4e-5, 2e-5
@@ -153,13 +154,13 @@ class _Trials:
     """Which block lengths are tried, and when.
 
     What a trial takes beyond the best choice is owed, and the next one waits until a share of the time since then has
-    made up for it. The share is large at the start, after a trial that is not slower or that takes a very different
-    time than expected, and after a pass that puts the cost of all others in doubt. It falls with each other trial.
+    made up for it. The share is large after a trial that is much faster or that takes a very different time than
+    expected, and after a pass that puts the cost of all others in doubt. It falls with each other trial.
     """
 
     def __init__(self, cost: PassCost) -> None:
         self._cost = cost
-        self._share = MOST_TRIAL_SHARE
+        self._share = FIRST_TRIAL_SHARE
         self._owed = 0.0  # seconds
         self._surprises = 0  # of the cost, so far
         self._block = 0  # block length of the last one
@@ -187,7 +188,7 @@ class _Trials:
             seconds = cycle.seconds(self._cost)
             lost = seconds - cycle.tokens / rate
             self._owed += max(0.0, lost)
-            if lost <= 0 or abs(math.log(seconds / expected)) > SURPRISE:
+            if lost < -MUCH_FASTER * seconds or abs(math.log(seconds / expected)) > SURPRISE:
                 self._share = MOST_TRIAL_SHARE
             else:
                 self._share = max(LEAST_TRIAL_SHARE, VAIN_TRIAL * self._share)
@@ -209,14 +210,14 @@ class BlockChooser:
         self._trials = _Trials(cost)
         self._compared: tuple[list[_Cycle], list[float]] = [], []  # by the last choice: cycles, and their seconds
         self._kept = Plan(0, 0, [])  # the last choice without copies
-        self._kept_for = 0  # opening sequences
+        self._kept_for = 0  # sequences
         self._left = 0  # cycles for which it still holds
 
-    def kept(self, opening: int) -> Plan | None:
-        """The plan of this cycle where the last choice still holds; None elsewhere. opening: the number of sequences
-        that begin a cycle, of which none may copy.
+    def kept(self, sequences: int) -> Plan | None:
+        """The plan of this cycle where the last choice still holds; None elsewhere. sequences: how many run; none of
+        them may copy.
         """
-        if self._left and abs(opening - self._kept_for) <= MOST_CHANGE * self._kept_for:
+        if self._left and abs(sequences - self._kept_for) <= MOST_CHANGE * self._kept_for:
             self._left -= 1
             return self._kept
         return None
@@ -224,9 +225,10 @@ class BlockChooser:
     def choose(self, opening: Many[Opening], others: Many[Sequence], prefilling: bool = False) -> Plan:
         """A new plan, for this cycle and those for which :meth:`kept` returns it.
 
-        opening: the sequences that begin a cycle and whose drafts are to be chosen: those of ``auto``, and those that
-        may copy. others: the other sequences that are past their prefill. prefilling: whether there are sequences that
-        are not, beside which a trial would measure something else.
+        opening: the sequences whose drafts are to be chosen: those of ``auto``, and those that may copy. others: the
+        other sequences. Those that are in their prefill count as if they were past it: they will join within a few
+        steps, and a block that is best for few sequences beside long prefills delays all. prefilling: whether there are
+        such sequences, beside which a trial would measure something else.
         """
         self._left = 0
         self._trials.settle()
@@ -246,7 +248,7 @@ class BlockChooser:
             longest = min(math.ceil(choosing / (CHOOSING_SHARE * seconds)), MOST_KEPT)
             cycles_kept = min(2 * self._kept.cycles, longest) if confirmed else 0
             plan = plan._replace(cycles=max(cycles_kept, LEAST_KEPT))
-            self._kept, self._kept_for, self._left = plan, len(opening), plan.cycles - 1
+            self._kept, self._kept_for, self._left = plan, len(opening) + len(others), plan.cycles - 1
         self._trials.make_up(seconds * plan.cycles)
         return plan
 

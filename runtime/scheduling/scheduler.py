@@ -229,7 +229,7 @@ class Scheduler:
                 request.failure = error
         if not copy_yields:
             return {}
-        plan = None if any(copy_yields.values()) else self._block_chooser.kept(len(copy_yields))
+        plan = None if any(copy_yields.values()) else self._block_chooser.kept(len(self._running))
         if plan is None:
             plan, chosen = self._choose_anew(copy_yields)
         else:
@@ -246,16 +246,18 @@ class Scheduler:
         self, copy_yields: dict[Request, list[float]]
     ) -> tuple[Plan, dict[Request, tuple[int, bool, bool]]]:
         """A new plan for these requests, and what it means for each. Acceptance that it does not test is forgotten."""
-        prefilling, others = False, list[Sequence]()
+        joining, others = list[Opening](), list[Sequence]()
         for request in self._active():
-            if request.sequence.prefilling:
-                prefilling = True
-            elif request not in copy_yields and request.sequence.params.mode != "auto":
-                others.append(request.sequence)
+            sequence = request.sequence
+            if request not in copy_yields and sequence.params.mode != "auto":
+                others.append(sequence)
+            elif sequence.prefilling:
+                joining.append(Opening(sequence, []))
         choices = {request: Opening(request.sequence, yields) for request, yields in copy_yields.items()}
-        plan = self._block_chooser.choose(list(choices.values()), others, prefilling)
+        prefilling = any(request.sequence.prefilling for request in self._running)
+        plan = self._block_chooser.choose([*choices.values(), *joining], others, prefilling)
         chosen: dict[Request, tuple[int, bool, bool]] = {}
-        for (request, each), copies in zip(choices.items(), plan.copying, strict=True):
+        for (request, each), copies in zip(choices.items(), plan.copying, strict=False):  # not those that are joining
             if each.decides:
                 if copies or plan.block == 1:
                     each.sequence.acceptance.forget(plan.cycles)

@@ -164,7 +164,7 @@ def test_a_step_drafts_and_commits(speculating: str) -> None:
 
 
 def test_whom_auto_counts_as_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sequences of fixed modes that are past their prefill share the passes; those of ``auto`` decide together."""
+    """Sequences of fixed modes share the passes; those of ``auto`` decide together. Prefills count, too."""
     bench = Watched(max_batch=8, prefill_tokens=100)
     asked: list[tuple[list[Any], list[Any]]] = []
 
@@ -175,12 +175,13 @@ def test_whom_auto_counts_as_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench.scheduler._block_chooser, "choose", choose)
     autos = [bench.submit(1, mode="auto") for _ in range(2)]
     fixed = [bench.submit(1), bench.submit(1, mode="linear_spec", block_length=3), bench.submit(1, mode="diffusion")]
-    bench.submit(20)  # three steps of prefill
+    fixed.append(bench.submit(20))  # three steps of prefill
+    autos.append(bench.submit(20, mode="auto"))
     bench.step()
     assert asked == []  # nobody has a first token yet
     bench.step()
     assert asked == [([each.sequence for each in autos], [each.sequence for each in fixed])]
-    assert autos[0].sequence.counts.drafted == 3
+    assert [each.sequence.counts.drafted for each in autos] == [3, 3, 0]
 
 
 def test_tokens_that_another_process_has_generated_are_no_choice_of_auto(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -325,7 +326,7 @@ def test_a_kept_choice_forgets_nothing_more(block: int) -> None:
         request.sequence.open_block = noted  # type: ignore[method-assign]
     bench.step()
     chooser = bench.scheduler._block_chooser
-    chooser.kept = lambda opening: Plan(block, 9, [False] * 7, tree=block > 1) if opening == 1 else None  # type: ignore[method-assign]
+    chooser.kept = lambda sequences: Plan(block, 9, [False] * 7, tree=block > 1) if sequences == 2 else None  # type: ignore[method-assign]
     bench.step()
     assert opened == [(block, False, block > 1), (32, False, False)]
     assert forgotten == []
