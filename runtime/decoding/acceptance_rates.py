@@ -23,7 +23,7 @@ _OWN_TREE_WEIGHT = 0.05  # of a cycle in the sequence's own tree gains
 _LIKE_BEFORE = 4.0  # cycles that the rate of the preceding position counts as, and the first guess of a tree gain
 _MOST_CYCLES = 100.0  # that count in the averages over all sequences; older ones are forgotten
 _FIRST_END_RATE = 0.01
-_FIRST_TOKENS, _MOST_TOKENS = 100.0, 500.0  # that count in the end rate: before anything is seen, and at most
+_FIRST_TOKENS, _MOST_TOKENS = 100.0, 2000.0  # that count in the end rate: before anything is seen, and at most
 # A cycle without drafts observes nothing; old averages decay.
 _OWN_FORGETTING = 0.05
 _SHARED_FORGETTING = 0.0005

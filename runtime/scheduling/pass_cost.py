@@ -8,15 +8,15 @@ Other work delays single passes at random. So a pass that is slower than expecte
 doubt, or if the pass before it was slow too.
 
 Every cell has a *doubt*, its expected error as a logarithm; so has the pace. An observed pass moves the cells and the
-pace in proportion to the squares of their doubts (a Kalman filter without correlations). The remaining error is the new
-doubt of the pace, and a part of it that of the cells. The doubt of a cell grows with every pass that does not meet it.
-:meth:`PassCost.least_seconds`, the cost less its doubt, is what blocks are tried by: a choice that looks bad is tried
-again once its doubt exceeds the gap, so a wrong cell is always found out. Each time a retried cell proves right, its
-doubt grows more slowly, so retries become rare. Choices by cost never change which tokens are emitted.
+pace in proportion to the squares of their doubts (a Kalman filter without correlations), and the remaining error is the
+new doubt. The doubt of a cell grows with every pass that does not meet it. :meth:`PassCost.least_seconds`, the cost
+less its doubt, is what blocks are tried by: a choice that looks bad is tried again once its doubt exceeds the gap, so a
+wrong cell is always found out. Each time a retried cell proves right, its doubt grows more slowly, so retries become
+rare. Choices by cost never change which tokens are emitted.
 
-Passes keep their proportions while the machine becomes slower or faster. So little of a *known* cell's doubt counts
-where the pass is no surprise: otherwise the first pass after a slow period would be taken for a faster cell, and all
-others would seem slow for long.
+Passes keep their proportions while the machine becomes slower or faster. So a *known* cell moves no more than the pace,
+however long ago it was met, if its pass is no surprise: otherwise the first pass after a slow period would be taken for
+a faster cell, and all others would seem slow for long.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ _CREDIBLE_DELAY = 0.3  # error that a single slow pass counts as, if its cell wa
 
 _NOISE = 0.4  # expected error of one observation
 _FIRST_PACE_DOUBT = math.log(4)
-_LEAST_PACE_DOUBT = 0.13
+_LEAST_PACE_DOUBT = 0.3
 _GUESSED_DOUBT = math.log(8)
-_LEAST_CELL_DOUBT = 0.06
-_KNOWN_DOUBT = 0.15  # the most that counts of a known cell's doubt, if its pass is no surprise
+_LEAST_CELL_DOUBT = 0.2
+_MOST_KNOWN_DOUBT = 0.3  # that counts of a known cell, if its pass is no surprise
 _MOST_DOUBT = math.log(1000)
 _GROWTH = math.log(2) / 4  # of a guessed cell's doubt, for each pass elsewhere
 _MEASURED_GROWTH = _GROWTH / 4  # of a measured one's
@@ -138,17 +138,14 @@ class PassCost:
         nearest.error = error
         gains: list[float] = []  # of the cells, relative to the pace's
         for (cell, weight), doubt in zip(met, doubts, strict=True):
-            if cell.known and abs(counted) <= SURPRISE:
-                doubt = min(doubt, _KNOWN_DOUBT)
-            gains.append(weight * max(doubt, _LEAST_CELL_DOUBT) ** 2)
-        of_cells = sum(weight * gain for (_, weight), gain in zip(met, gains, strict=True))
-        total = of_cells + self._pace_doubt**2 + _NOISE**2
+            most = _MOST_KNOWN_DOUBT if cell.known and abs(counted) <= SURPRISE else doubt
+            gains.append(weight * max(min(doubt, most), _LEAST_CELL_DOUBT) ** 2)
+        total = sum(weight * gain for (_, weight), gain in zip(met, gains, strict=True))
+        total += self._pace_doubt**2 + _NOISE**2
         self._log_pace += counted * self._pace_doubt**2 / total
         for (cell, _), gain in zip(met, gains, strict=True):
             cell.log_seconds += counted * gain / total
         remaining = abs(counted) * _NOISE**2 / total  # the noise's part of the error; the rest was learnt
-        of_cells = math.sqrt(of_cells)
-        cells_remaining = remaining * of_cells / (of_cells + self._pace_doubt)
         self._pace_doubt = max(_LEAST_PACE_DOUBT, (self._pace_doubt + min(2 * remaining, _FIRST_PACE_DOUBT)) / 2)
         self._passes += 1
         if abs(counted) > SURPRISE + most_doubt:
@@ -159,7 +156,7 @@ class PassCost:
                 cell.growth = max(_LEAST_GROWTH, cell.growth * _SLOWER_GROWTH)
             elif abs(counted) > SURPRISE:
                 cell.growth = _GROWTH
-            cell.doubt = (1 - weight) * doubt + weight * cells_remaining
+            cell.doubt = (1 - weight) * doubt + weight * remaining
             cell.met_at = self._passes
 
     @property

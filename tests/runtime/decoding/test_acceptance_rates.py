@@ -64,17 +64,17 @@ def test_a_hundred_cycles_count_in_the_averages_over_all_sequences() -> None:
 
 
 def test_the_end_rate_moves_by_the_share_of_the_tokens_that_count() -> None:
-    """Of 100 assumed tokens, one is an end. At most 500 count."""
+    """Of 100 assumed tokens, one is an end. At most 2000 count."""
     shared = SharedAcceptance()
     shared.observe(accepted=3, tested=3, ended=True)
     assert shared.end_rate == pytest.approx((1 - 4 / 104) * 0.01 + 1 / 104)
-    for _ in range(200):
+    for _ in range(400):
         shared.observe(accepted=4, tested=4, ended=False)
     before = shared.end_rate
     shared.observe(accepted=4, tested=4, ended=True)
-    assert shared.end_rate == pytest.approx((1 - 5 / 500) * before + 1 / 500)
-    shared.observe(accepted=600, tested=600, ended=True)
-    assert shared.end_rate == pytest.approx(1 / 500)
+    assert shared.end_rate == pytest.approx((1 - 5 / 2000) * before + 1 / 2000)
+    shared.observe(accepted=2000, tested=2000, ended=True)
+    assert shared.end_rate == pytest.approx(1 / 2000)
     assert Acceptance(shared).end_rate == shared.end_rate
 
 
