@@ -23,7 +23,7 @@ turn out slower may take a small share of the time, and a larger one while pass 
 
 Choosing takes long beside short passes, so a choice is kept for some cycles, unless the number of sequences changes
 much or one may copy. It is kept for twice as many cycles each time it is confirmed, until choosing takes a small share
-of the time. The choice affects when tokens come, never which.
+of the time; for a new choice, it may take four times that. The choice affects when tokens come, never which.
 
 With one sequence, or with a weak drafter, the likeliest nodes of a draft may yield more tokens than its block does, at
 the same cost of the passes (:mod:`trimode.runtime.decoding.draft_tree`). Each sequence learns how many more. They are
@@ -246,7 +246,7 @@ class BlockChooser:
             confirmed = (plan.block, plan.tree) == (self._kept.block, self._kept.tree)
             choosing = CHOOSING_SECONDS + CHOOSING_SECONDS_OF_A_SEQUENCE * len(opening)
             longest = min(math.ceil(choosing / (CHOOSING_SHARE * seconds)), MOST_KEPT)
-            cycles_kept = min(2 * self._kept.cycles, longest) if confirmed else 0
+            cycles_kept = min(2 * self._kept.cycles, longest) if confirmed else longest // 4
             plan = plan._replace(cycles=max(cycles_kept, LEAST_KEPT))
             self._kept, self._kept_for, self._left = plan, len(opening) + len(others), plan.cycles - 1
         self._trials.make_up(seconds * plan.cycles)

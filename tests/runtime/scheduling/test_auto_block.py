@@ -367,10 +367,11 @@ def test_nothing_is_tried_beside_a_prefill() -> None:
 
 
 @pytest.mark.parametrize(
-    ("milliseconds", "kept"), [(0.01, [4, 8, 16, 32, 64, 64]), (0.3, [4, 8, 16, 25, 25]), (10.0, [4, 4])]
+    ("milliseconds", "kept", "changed"),
+    [(0.01, [16, 32, 64, 64], 16), (0.3, [6, 12, 24, 25, 25], 12), (10.0, [4, 4], LEAST_KEPT)],
 )
 def test_a_choice_is_kept_longer_each_time_it_is_confirmed_while_choosing_takes_long(
-    milliseconds: float, kept: list[int]
+    milliseconds: float, kept: list[int], changed: int
 ) -> None:
     cost = PassCost(1, 32)
     cost.measure(lambda *_: 1e-3 * milliseconds, seconds=1e9)
@@ -380,7 +381,7 @@ def test_a_choice_is_kept_longer_each_time_it_is_confirmed_while_choosing_takes_
         plan = chooser.choose(begins, [])
         assert (plan.block, plan.cycles) == (32, cycles)
         assert [chooser.kept(1) for _ in range(cycles)] == [plan] * (cycles - 1) + [None]
-    assert chooser.choose(opening(sequence(0.1)), []) == Plan(1, 1, [False], cycles=LEAST_KEPT)
+    assert chooser.choose(opening(sequence(0.1)), []) == Plan(1, 1, [False], cycles=changed)
 
 
 @pytest.mark.parametrize(("now", "holds"), [(4, True), (5, True), (3, True), (6, False), (2, False)])
