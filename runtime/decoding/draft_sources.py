@@ -6,9 +6,9 @@ drafts of the source. A tree is not a source: it is a wider choice among the can
 
 from __future__ import annotations
 
-from itertools import accumulate, takewhile
-from operator import mul
 from typing import Protocol
+
+import numpy as np
 
 from trimode.runtime.decoding.acceptance_rates import LONGEST_BLOCK, Acceptance
 from trimode.runtime.executor import Ints
@@ -66,11 +66,11 @@ class KeptDrafts:
 
     def __init__(self, acceptance: Acceptance) -> None:
         self.candidates: dict[int, Ints] = {}
-        self._kept: dict[int, Ints] = {}
+        self._kept: Ints = np.empty((0, 0), np.int64)
         self._acceptance = acceptance
 
-    def keep(self, candidates: dict[int, Ints]) -> None:
-        """Replace all candidates by those of the last commit."""
+    def keep(self, candidates: Ints) -> None:
+        """Replace all candidates by those of the last commit: [n, k] of the positions from 1 on."""
         self._kept = candidates
 
     def select(self, known: int, room: int) -> None:
@@ -78,10 +78,13 @@ class KeptDrafts:
         are likely to be accepted.
         """
         self.candidates = {}
-        if self._kept:
-            likely = takewhile(lambda product: product >= LEAST_KEPT, accumulate(self._acceptance.rates, mul))
-            end = min(known + len(list(likely)) + 1, room)
-            self.candidates = {place: found for place, found in self._kept.items() if known < place < end}
+        likely = 1.0
+        rates = self._acceptance.rates if len(self._kept) else []
+        for place, rate in zip(range(known + 1, min(room, 1 + len(self._kept))), rates, strict=False):
+            likely *= rate
+            if likely < LEAST_KEPT:
+                break
+            self.candidates[place] = self._kept[place - 1]
 
     def propose(self, count: int) -> list[int]:
         return [int(found[0]) for found in self.candidates.values()][:count]

@@ -159,9 +159,10 @@ class RuledRows:
             self._second[row] = found.logits[index], found.tokens[index]
         self._choose()
 
-    def forces(self, row: int) -> bool:
-        """Whether the grammar forces the token of a row that the text reaches."""
-        return self._walk.forced[row] is not None
+    def forced_among(self, rows: list[int]) -> list[int]:
+        """Those of the rows that the text reaches whose token the grammar forces."""
+        forced = self._walk.forced
+        return [row for row in rows if forced[row] is not None]
 
     @property
     def agreed(self) -> Mapping[int, int]:
@@ -189,7 +190,8 @@ class RuledRows:
     def _choose(self) -> None:
         """Set the choices of the rows that may be emitted, and the masks of those that must be run again.
 
-        A row without a legal token ends its path. It is an error only if the text reaches it.
+        A row without a legal token ends its path. It is an error only if the text reaches it. Greedy decoding reaches
+        no other row after a row whose token is not drafted.
         """
         self._choices, self._dead_ends, self._again = {}, {}, {}
         self._agreed = self._agreed_rows()
@@ -205,8 +207,12 @@ class RuledRows:
                     else:
                         self._choices[row] = choice
                     self._reached.add(row)
+                    ends = choice is not None and self._walk.legal_child(row, int(choice.tokens[0])) is None
                 except DeadEndError as error:
                     self._dead_ends[row] = error
+                    ends = True
+                if ends and self._needed == 1 and not self._again:
+                    break
         finally:
             self._move(0)
 
@@ -218,14 +224,16 @@ class RuledRows:
         best = self.reported.tokens[:, 0].tolist()
         for row, (_, tokens) in self._second.items():
             best[row] = int(tokens[0])
-        following: int | None = 0
-        while following is not None:
-            row, forced = following, self._walk.forced[following]
-            token = best[row] if forced is None else forced
-            following = self._walk.legal_child(row, token)
-            if following is not None:
-                agreed[row] = token
-        return agreed
+        forced, child_of = self._walk.forced, self._walk.tree.child
+        row = 0
+        while True:
+            only = forced[row]
+            token = best[row] if only is None else only
+            child = child_of(row, token)
+            if child is None or child not in forced:
+                return agreed
+            agreed[row] = token
+            row = child
 
     def _leads_to(self, row: int) -> bool:
         """Whether the text may reach a row, by what is known of the rows before it."""

@@ -97,6 +97,8 @@ class Sampler:
                 logits = self._processed(self._processor, logits, tokens)
             order = np.argsort(-logits, kind="stable")
             logits, tokens = logits[order], tokens[order]
+        if self._params.greedy:
+            return int(tokens[0])
         return int(self.rows(logits[None], tokens[None], [position])[0])
 
     def _processed(self, processor: LogitsProcessor, logits: Reals, tokens: Ints) -> Reals:

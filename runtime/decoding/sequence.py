@@ -457,22 +457,27 @@ class Sequence:
         grammar forces by the forced ones. The block ends before a position without a legal candidate, or after the
         tokens that are forced after its last draft.
         """
-        best, drafts, forced_tokens = self._block.tolist(), list[int](), dict[int, int | None]()
-        while not rules.ended:
+        best, room = self._block.tolist(), self._room
+        drafts, forced_tokens = list[int](), dict[int, int | None]()
+        while True:
             row = len(drafts)
+            taken = rules.take_free(best[row + 1 : room])
+            drafts += best[row + 1 : row + 1 + taken]
+            forced_tokens.update(dict.fromkeys(range(row, row + taken)))
+            if rules.ended:
+                break
+            row += taken
             forced = forced_tokens[row] = rules.forced_token
-            if row + 1 == self._room or (forced is None and row + 1 >= len(best)):
+            if row + 1 == room or (forced is None and row + 1 >= len(best)):
                 break
             if forced is not None:
-                run = rules.take_forced(self._room - 1 - row)
+                run = rules.take_forced(room - 1 - row)
                 if not run:
                     self._doubtful_rows.add(row)
                     break
                 drafts += run
                 forced_tokens.update(zip(range(row, len(drafts)), run, strict=True))
                 self._forced_places.update(range(row + 1, len(drafts) + 1))
-            elif rules.take_if_legal(best[row + 1]):
-                drafts.append(best[row + 1])
             else:
                 candidates = self._drafted.get(row + 1, NO_TOKENS)
                 rank = rules.take_first_legal(candidates[1:])
@@ -561,8 +566,7 @@ class Sequence:
             self._lookup.observe(self.emitted[before + known :], ended)
         self.rejected = rest if tested > agreed else []
         if self._rules is not None:
-            later = range(agreed + 1, len(self._block)) if tree is None else ()
-            self._kept.keep({row - agreed: found.tokens[row] for row in later})
+            self._kept.keep(found.tokens[agreed + 1 : len(self._block)] if tree is None else NO_TOKENS)
         self.counts.cycles += 1
         self.counts.trees += tree is not None
         self.counts.drafted += drafted
@@ -628,6 +632,9 @@ class Sequence:
         tokens: list[int] = []
         forced: set[int] = set()  # rows whose token is given
         next_row: int | None = 0
+        if ruled is not None and ruled.agreed and not given and ends.isdisjoint(ruled.agreed.values()):
+            rows, tokens = [*ruled.agreed], [*ruled.agreed.values()]
+            next_row = follow(rows[-1], tokens[-1])
         while next_row is not None:
             row = next_row
             token = self._given_token(begun, len(rows)) if given else None
@@ -647,7 +654,7 @@ class Sequence:
         if not one_by_one:
             self._emit(tokens)
         if ruled is not None:
-            forced.update(filter(ruled.forces, rows))
+            forced.update(ruled.forced_among(rows))
         origins: list[Origin] = ["accepted"] * len(rows)
         if next_row is None:
             origins[-1] = origin

@@ -175,6 +175,19 @@ class TokenRules:
                 return taken
         return len(tokens)
 
+    def take_free(self, tokens: list[int]) -> int:
+        """Take these tokens up to the first illegal one, to a place where the grammar forces the token, or to the end;
+        returns how many were taken.
+        """
+        if self._only_grammar and self._grammar is not None:
+            taken = self._grammar.take_free(tokens)
+            self._taken += tokens[:taken]
+            return taken
+        for taken, token in enumerate(tokens):
+            if self.forced_token is not None or self.ended or not self.take_if_legal(token):
+                return taken
+        return len(tokens)
+
     def take_forced(self, most: int) -> list[int]:
         """Take the next tokens that have no alternative, at most ``most``; the end token too. Returns them."""
         run: list[int] = []

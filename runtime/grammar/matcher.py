@@ -124,33 +124,37 @@ class GrammarMatcher:
 
     def take(self, token: int) -> bool:
         """Take a token if it is legal; returns whether it was."""
-        at, path = self._at, self._path
-        if at < len(path) and token == path[at]:
+        if self._at < len(self._path) and token == self._path[self._at]:
             self._at += 1
             return True
         forced = self.forced_token
-        if forced is not None:
-            if token != forced:
-                return False
-        elif token in self._vocabulary.end_ids:
-            if not self.allows(token):
-                return False
-        else:
-            if at == self._ended_at or token >= self._vocabulary.size:
-                return False
-            self._follow()
-            if not self._matcher.try_consume_tokens([token]):
-                self._require_intact()
-                return False
-            self._followed += 1
-        if at < len(path):
+        legal = self._consume(token) if forced is None else token == forced
+        if legal:
+            self._append(token)
+        return legal
+
+    def _consume(self, token: int) -> bool:
+        """Have llguidance's matcher take a token of free text if it is legal; returns whether it was."""
+        if token in self._vocabulary.end_ids:
+            return self.allows(token)
+        if self._at == self._ended_at or token >= self._vocabulary.size:
+            return False
+        self._follow()
+        if not self._matcher.try_consume_tokens([token]):
+            self._require_intact()
+            return False
+        self._followed += 1
+        return True
+
+    def _append(self, token: int) -> None:
+        """Add a legal token to those taken."""
+        if self._at < len(self._path):
             self._forget_undone()
-        path.append(token)
+        self._path.append(token)
         self._at += 1
         if token in self._vocabulary.end_ids:
             self._ended_at = self._at
             self._forced[self._at :] = [None]
-        return True
 
     def take_all(self, tokens: list[int]) -> int:
         """Take these tokens up to the first illegal one; returns how many were taken."""
@@ -164,6 +168,25 @@ class GrammarMatcher:
             return len(tokens)
         for taken, token in enumerate(tokens):
             if not self.take(token):
+                return taken
+        return len(tokens)
+
+    def take_free(self, tokens: list[int]) -> int:
+        """Take these tokens up to the first illegal one, to a place where the grammar forces the token, or to the end;
+        returns how many were taken.
+        """
+        path, forced = self._path, self._forced
+        for taken, token in enumerate(tokens):
+            at = self._at
+            if at == len(forced):
+                self._know_place()
+            if forced[at] is not None:
+                return taken
+            if at < len(path) and token == path[at]:
+                self._at += 1
+            elif self._consume(token):
+                self._append(token)
+            else:
                 return taken
         return len(tokens)
 

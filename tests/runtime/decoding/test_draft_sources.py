@@ -29,7 +29,7 @@ def acceptance(*rates: float) -> Acceptance:
 def kept(rates: tuple[float, ...], places: int) -> KeptDrafts:
     """Candidates of the first positions of a block: 301 or 401, 302 or 402, ..."""
     source = KeptDrafts(acceptance(*rates))
-    source.keep({place: np.array([300 + place, 400 + place]) for place in range(1, places + 1)})
+    source.keep(np.array([[300 + place, 400 + place] for place in range(1, places + 1)]))
     return source
 
 
@@ -68,7 +68,7 @@ def test_kept_candidates_that_are_likely_and_have_room(known: int, room: int, se
     source = kept((0.9, 0.5, 0.1), 5)
     source.select(known, room)
     assert source.propose(9) == selected
-    source.keep({})
+    source.keep(np.empty((0, 2), np.int64))
     source.select(known, room)
     assert source.propose(9) == []
 

@@ -183,7 +183,7 @@ def test_forced_rows_need_no_candidates_and_are_not_counted() -> None:
     assert inputs.asked is not None
     assert inputs.asked.tolist() == [[2], [0], [4], [6], [1]]  # the tokens that the grammar forces
     assert rows.absorb(of_tokens([5, 6], [3, 5], [5, 5], [5, 5], [5, 5])) is None
-    assert [rows.forces(row) for row in range(5)] == [True, False, True, True, True]
+    assert rows.forced_among([0, 1, 2, 3, 4]) == [0, 2, 3, 4]
     assert [rows.agreed.get(row) for row in range(4)] == [2, 3, 4, 6]
     assert rows.choice(4).tokens.tolist() == [1]
     assert counted(rows, {0, 1, 2, 3, 4}) == (0, 0, 1)
