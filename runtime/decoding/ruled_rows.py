@@ -224,16 +224,14 @@ class RuledRows:
         best = self.reported.tokens[:, 0].tolist()
         for row, (_, tokens) in self._second.items():
             best[row] = int(tokens[0])
-        forced, child_of = self._walk.forced, self._walk.tree.child
-        row = 0
-        while True:
-            only = forced[row]
-            token = best[row] if only is None else only
-            child = child_of(row, token)
-            if child is None or child not in forced:
-                return agreed
-            agreed[row] = token
-            row = child
+        following: int | None = 0
+        while following is not None:
+            row, forced = following, self._walk.forced[following]
+            token = best[row] if forced is None else forced
+            following = self._walk.legal_child(row, token)
+            if following is not None:
+                agreed[row] = token
+        return agreed
 
     def _leads_to(self, row: int) -> bool:
         """Whether the text may reach a row, by what is known of the rows before it."""

@@ -632,6 +632,7 @@ class Sequence:
         tokens: list[int] = []
         forced: set[int] = set()  # rows whose token is given
         next_row: int | None = 0
+        # The agreed rows need no draw, and none of them ends the text.
         if ruled is not None and ruled.agreed and not given and ends.isdisjoint(ruled.agreed.values()):
             rows, tokens = [*ruled.agreed], [*ruled.agreed.values()]
             next_row = follow(rows[-1], tokens[-1])

@@ -175,18 +175,8 @@ class GrammarMatcher:
         """Take these tokens up to the first illegal one, to a place where the grammar forces the token, or to the end;
         returns how many were taken.
         """
-        path, forced = self._path, self._forced
         for taken, token in enumerate(tokens):
-            at = self._at
-            if at == len(forced):
-                self._know_place()
-            if forced[at] is not None:
-                return taken
-            if at < len(path) and token == path[at]:
-                self._at += 1
-            elif self._consume(token):
-                self._append(token)
-            else:
+            if self.forced_token is not None or not self.take(token):
                 return taken
         return len(tokens)
 

@@ -136,7 +136,7 @@ class PassCost:
         credible_delay = min(credible, max(nearest.error, most_doubt, _CREDIBLE_DELAY))
         counted = max(min(error, credible_delay), -credible)
         nearest.error = error
-        gains: list[float] = []  # of the cells, relative to the pace's
+        gains: list[float] = []  # of the cells, before division by ``total``
         for (cell, weight), doubt in zip(met, doubts, strict=True):
             most = _MOST_KNOWN_DOUBT if cell.known and abs(counted) <= SURPRISE else doubt
             gains.append(weight * max(min(doubt, most), _LEAST_CELL_DOUBT) ** 2)
