@@ -13,9 +13,10 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from functools import cached_property
 
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
 from trimode.model.tokenizer import Tokenizer
+from trimode.runtime.grammar.cached_spelling import CachedSpelling
 from trimode.runtime.grammar.definition import definition
 from trimode.runtime.grammar.matcher import GrammarMatcher, Vocabulary
 from trimode.runtime.grammar.token_texts import TokenTexts
@@ -114,8 +115,10 @@ class GrammarCompiler:
         with self._first_use:
             if self._vocabulary is None:
                 count = max(self._vocab_size, self._tokenizer.size)
-                tokenizer = LLTokenizer(self._tokenizer.serialized(), n_vocab=count, eos_token=list(self._end_ids))
-                self._vocabulary = Vocabulary(tokenizer, self._vocab_size, self._end_ids)
+                ends = list(self._end_ids)
+                tokenizer = LLTokenizer(self._tokenizer.serialized(), n_vocab=count, eos_token=ends)
+                cached = LLTokenizer(TokenizerWrapper(CachedSpelling(tokenizer)), eos_token=ends)
+                self._vocabulary = Vocabulary(cached, self._vocab_size, self._end_ids)
             return self._vocabulary
 
 

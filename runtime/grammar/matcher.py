@@ -14,6 +14,7 @@ from trimode.runtime.request.errors import GrammarError
 Words = NDArray[np.uint32]
 _KEPT_MASKS = 64
 _NOWHERE = -1
+_FREE = -1  # of a place, instead of a token: the grammar forces none
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ class GrammarMatcher:
         self._path: list[int] = []  # the tokens taken, and after them those undone
         self._at = 0  # tokens taken; also the place of the text before the next token
         self._followed = 0  # tokens of the path that llguidance's matcher has consumed
-        # By place, as far as it is known: the only legal token where the grammar forces text, None where it does not.
-        self._forced: list[int | None] = []
+        # By place, as far as it is known: the only legal token where the grammar forces text, else _FREE.
+        self._forced: list[int] = []
         self._complete_at = _NOWHERE  # the place where only an end token may come
         self._ended_at = _NOWHERE  # the place after an end token
         self._masks: dict[int, Words] = {}  # by place, of the latest places whose mask was computed
@@ -57,26 +58,14 @@ class GrammarMatcher:
     @property
     def complete(self) -> bool:
         """Whether only an end token may come next."""
-        self._know_place()
+        self._forced_here()
         return self._at == self._complete_at
 
     @property
     def forced_token(self) -> int | None:
         """The next token where it is the only legal one; None if several are legal, or none."""
-        if self._at == len(self._forced):
-            self._know_place()
-        return self._forced[self._at]
-
-    @property
-    def forced(self) -> list[int]:
-        """The next tokens, if the grammar forces their text. May be empty."""
-        run = list[int]()
-        if self.forced_token is not None:
-            for token in self._forced[self._at :]:
-                if token is None:
-                    break
-                run.append(token)
-        return run
+        forced = self._forced_here()
+        return None if forced == _FREE else forced
 
     def allows(self, token: int) -> bool:
         if self._at < len(self._path) and token == self._path[self._at]:
@@ -85,8 +74,8 @@ class GrammarMatcher:
 
     def first_legal(self, tokens: list[int]) -> int | None:
         """The index of the first legal one of some tokens; None if there is none."""
-        forced = self.forced_token
-        if forced is not None:
+        forced = self._forced_here()
+        if forced != _FREE:
             return tokens.index(forced) if forced in tokens else None
         if self.ended:
             return None
@@ -109,10 +98,10 @@ class GrammarMatcher:
         return mask
 
     def _computed_mask(self) -> Words:
-        forced = self.forced_token
-        if forced is not None or self.ended:
+        forced = self._forced_here()
+        if forced != _FREE or self.ended:
             words = np.zeros(mask_words(self._vocabulary.size), np.uint32)
-            if forced is not None:
+            if forced != _FREE:
                 words[forced // 32] = 1 << forced % 32
             return words
         self._follow()
@@ -127,24 +116,28 @@ class GrammarMatcher:
         if self._at < len(self._path) and token == self._path[self._at]:
             self._at += 1
             return True
-        forced = self.forced_token
-        legal = self._consume(token) if forced is None else token == forced
+        forced = self._forced_here()
+        if forced == _FREE:
+            return self._take_free(token)
+        if token == forced:
+            self._append(token)
+        return token == forced
+
+    def _take_free(self, token: int) -> bool:
+        """Take a token where the grammar forces none, if it is legal; returns whether it was."""
+        if token in self._vocabulary.end_ids:
+            legal = self.allows(token)
+        elif self._at == self._ended_at or token >= self._vocabulary.size:
+            legal = False
+        else:
+            self._follow()
+            legal = bool(self._matcher.try_consume_tokens([token]))
+            self._followed += legal
+            if not legal:
+                self._require_intact()
         if legal:
             self._append(token)
         return legal
-
-    def _consume(self, token: int) -> bool:
-        """Have llguidance's matcher take a token of free text if it is legal; returns whether it was."""
-        if token in self._vocabulary.end_ids:
-            return self.allows(token)
-        if self._at == self._ended_at or token >= self._vocabulary.size:
-            return False
-        self._follow()
-        if not self._matcher.try_consume_tokens([token]):
-            self._require_intact()
-            return False
-        self._followed += 1
-        return True
 
     def _append(self, token: int) -> None:
         """Add a legal token to those taken."""
@@ -152,18 +145,18 @@ class GrammarMatcher:
             self._forget_undone()
         self._path.append(token)
         self._at += 1
+        self._note_end(token)
+
+    def _note_end(self, token: int) -> None:
+        """If the token taken last is an end token, nothing is legal after it."""
         if token in self._vocabulary.end_ids:
             self._ended_at = self._at
-            self._forced[self._at :] = [None]
+            self._forced[self._at :] = [_FREE]
 
     def take_all(self, tokens: list[int]) -> int:
         """Take these tokens up to the first illegal one; returns how many were taken."""
-        at, end = self._at, self._at + len(tokens)
-        if self._path[at:end] == tokens:
-            self._at = end
-            return len(tokens)
-        if self._forced[at:end] == tokens and not any(token in tokens for token in self._vocabulary.end_ids):
-            self._path[at:end] = tokens
+        end = self._at + len(tokens)
+        if self._path[self._at : end] == tokens:
             self._at = end
             return len(tokens)
         for taken, token in enumerate(tokens):
@@ -176,9 +169,21 @@ class GrammarMatcher:
         returns how many were taken.
         """
         for taken, token in enumerate(tokens):
-            if self.forced_token is not None or not self.take(token):
+            if self._forced_here() != _FREE or not self.take(token):
                 return taken
         return len(tokens)
+
+    def take_forced(self, most: int) -> list[int]:
+        """Take the next tokens as long as the grammar forces them, at most ``most``; returns them."""
+        begin, end = self._at, self._at + most
+        while self._at < end and self._forced_here() != _FREE:
+            known = self._forced[self._at : end]
+            run = known[: known.index(_FREE)] if _FREE in known else known
+            if self._at + len(run) > len(self._path):  # an undone token here can only be the forced one
+                self._path[self._at :] = run
+            self._at += len(run)
+            self._note_end(run[-1])
+        return self._path[begin : self._at]
 
     def undo(self, count: int) -> None:
         """Undo the latest tokens taken."""
@@ -195,20 +200,20 @@ class GrammarMatcher:
         if self._ended_at > at:
             self._ended_at = _NOWHERE
 
-    def _know_place(self) -> None:
-        """Find out what the grammar forces at the place of the next token, if that is not known yet."""
-        if self._at < len(self._forced):
-            return
-        self._follow()
-        run = self._matcher.compute_ff_tokens()
-        if run:
-            self._forced += run
-        elif self._matcher.is_stopped():
-            self._require_intact()
-            self._forced.append(self._vocabulary.end_ids[0])
-            self._complete_at = self._at
-        else:
-            self._forced.append(None)
+    def _forced_here(self) -> int:
+        """The token that the grammar forces at the place of the next token, else _FREE."""
+        if self._at == len(self._forced):
+            self._follow()
+            run = self._matcher.compute_ff_tokens()
+            if run:
+                self._forced += run
+            elif self._matcher.is_stopped():
+                self._require_intact()
+                self._forced.append(self._vocabulary.end_ids[0])
+                self._complete_at = self._at
+            else:
+                self._forced.append(_FREE)
+        return self._forced[self._at]
 
     def _follow(self) -> None:
         """Bring llguidance's matcher to the tokens taken."""

@@ -55,7 +55,9 @@ def test_one_end_token_ends_a_complete_text(tokenizer: Tokenizer) -> None:
     matcher = GrammarCompiler(tokenizer, VOCABULARY, [END, END + 1]).compile(GuidedDecodingParams(regex="ab")).matcher()
     tokens = tokenizer.encode("ab")
     assert taken(matcher, tokens) == len(tokens)
-    assert (matcher.complete, matcher.forced, legal(matcher)) == (True, [END], {END})
+    assert (matcher.complete, matcher.forced_token, legal(matcher)) == (True, END, {END})
+    assert matcher.take_forced(9) == [END]
+    assert (matcher.complete, matcher.ended, legal(matcher)) == (False, True, set())
 
 
 @pytest.mark.parametrize(
@@ -134,17 +136,19 @@ def test_an_end_token_is_legal_exactly_where_the_grammar_may_end(
     for text, may_end, complete in (("a", False, False), ("b", True, False), ("c", True, True)):
         assert taken(matcher, tokenizer.encode(text)) == 1
         assert (END in legal(matcher), matcher.allows(END), matcher.complete) == (may_end, may_end, complete)
-    assert matcher.forced == [END]
+    assert matcher.forced_token == END
     assert legal(matcher) == {END}
 
 
 def test_forced_text_is_spelled_as_the_tokenizer_does(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
     matcher = compiler.compile(GuidedDecodingParams(regex="xthe name is (Anna|Bob)")).matcher()
     assert taken(matcher, tokenizer.encode("x")) == 1
-    forced = matcher.forced
+    forced = matcher.take_forced(99)
     assert tokenizer.decode(forced).strip() in "the name is "
     assert len(forced) > 1
-    assert taken(matcher, forced) == len(forced)
+    matcher.undo(len(forced))
+    assert matcher.take_forced(1) == forced[:1]
+    assert matcher.take_forced(99) == forced[1:]
 
 
 def test_a_tokenizer_may_have_more_or_fewer_tokens_than_the_model(tokenizer: Tokenizer) -> None:
