@@ -14,6 +14,7 @@ from trimode.runtime.decoding.acceptance_rates import LONGEST_BLOCK, Acceptance
 from trimode.runtime.executor import Ints
 from trimode.runtime.request.outputs import Drafting
 
+_NONE = np.empty((0, 1), np.int64)
 LEAST_KEPT = 0.1  # least probability that a kept draft and all before it are accepted
 
 
@@ -59,14 +60,14 @@ class KeptDrafts:
     """Candidates of the positions after the draft that the last commit rejected, best first.
 
     With rules, a rejected draft is often one wrong value in the right structure, so that the tokens after it are often
-    right. candidates: those of the next block [k], by position of the block; empty if it has none.
+    right. candidates: those of the next block, [n, k] of the positions after its known tokens; n is 0 if it has none.
     """
 
     kind: Drafting = "kept"
 
     def __init__(self, acceptance: Acceptance) -> None:
-        self.candidates: dict[int, Ints] = {}
-        self._kept: Ints = np.empty((0, 0), np.int64)
+        self.candidates: Ints = _NONE
+        self._kept: Ints = _NONE
         self._acceptance = acceptance
 
     def keep(self, candidates: Ints) -> None:
@@ -77,17 +78,18 @@ class KeptDrafts:
         """Set ``candidates``: those after ``known`` known tokens in a block of at most ``room`` tokens, as far as they
         are likely to be accepted.
         """
-        self.candidates = {}
-        likely = 1.0
-        rates = self._acceptance.rates if len(self._kept) else []
-        for place, rate in zip(range(known + 1, min(room, 1 + len(self._kept))), rates, strict=False):
+        likely, count = 1.0, 0
+        most = min(len(self._kept), room - 1) - known
+        for rate in self._acceptance.rates[:most] if most > 0 else ():
             likely *= rate
             if likely < LEAST_KEPT:
                 break
-            self.candidates[place] = self._kept[place - 1]
+            count += 1
+        self.candidates = self._kept[known : known + count]
 
     def propose(self, count: int) -> list[int]:
-        return [int(found[0]) for found in self.candidates.values()][:count]
+        drafts: list[int] = self.candidates[:count, 0].tolist()
+        return drafts
 
     def yields(self, longest: int = LONGEST_BLOCK) -> list[float]:
         return self._acceptance.yields(longest)

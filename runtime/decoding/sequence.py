@@ -42,7 +42,7 @@ from trimode.runtime.decoding.lookup import Lookup
 from trimode.runtime.decoding.ruled_rows import AgainRate, Biases, RuledRows
 from trimode.runtime.decoding.ruled_tree import DOUBTFUL_RANK, Drafted, legal_tree
 from trimode.runtime.decoding.sampling import Sampler
-from trimode.runtime.decoding.token_rules import TokenRules, Walk
+from trimode.runtime.decoding.token_rules import LIKELY_RANKS, TokenRules, Walk
 from trimode.runtime.executor import Candidates, Ints, Words, places
 from trimode.runtime.request.outputs import (
     Choice,
@@ -167,7 +167,7 @@ class Sequence:
         self._most_step = most_step
         self._ruled_rows: RuledRows | None = None  # of the causal pass in progress
         self._again: tuple[Ints, Words] | None = None  # its rows to run again, with their masks
-        self._drafted: dict[int, Ints] = {}  # the draft's candidates [k], by position of the block
+        self._drafted: list[tuple[Ints, Ints]] = []  # of each pass of the draft, positions and their candidates [n, k]
         self._doubtful_rows: set[int] = set()  # of the block: their best candidates are probably illegal
         self._again_rate = again_rate or AgainRate()
         # Of the block, in diffusion:
@@ -216,13 +216,15 @@ class Sequence:
     def draft_candidates(self) -> int | None:
         """Candidates needed of each row of a draft; None for all that the engine returns."""
         if self._rules is not None:
-            return None
+            return LIKELY_RANKS
         return TREE_RANKS if self._tree_width else 1
 
     @property
     def candidates(self) -> int | None:
         """Candidates needed of each row of any other pass; None for all that the engine returns."""
-        needed = self.params.candidates if self._rules is None else None
+        needed = self.params.candidates
+        if needed is not None and self._rules is not None:
+            needed = max(needed, LIKELY_RANKS)
         if needed is None or self.prompt_logprobs is None or not self.prefilling:
             return needed
         return max(needed, self.params.prompt_logprobs or 0)
@@ -274,13 +276,14 @@ class Sequence:
         self._tree = None
         self._tree_width = self.params.tree_width or (1 + len(drafts) if tree else 0)
         self._likeliest = []
-        self._drafted = {}
+        self._drafted = []
         self._doubtful_rows = set() if drafts else {len(self._block) - 1}
         self.rejected = []
         self._drafted_tokens = len(self._block)
         self._walk = None
         if drafts and not self._masks and self._rules is not None:
-            self._drafted = self._kept.candidates if source is self._kept else {}
+            if source is self._kept:
+                self._drafted.append((1 + len(known) + places(len(drafts)), self._kept.candidates))
             self._repair_drafts(self._rules)
         if self.params.mode == "diffusion" and not self.replaying:
             self._place_end_of_thinking()
@@ -420,7 +423,7 @@ class Sequence:
             return
         threshold = self.params.draft_threshold
         if self._rules is not None:
-            self._drafted |= dict(zip(done.rows.tolist(), found.tokens, strict=True))
+            self._drafted.append((done.rows, found.tokens))
         if not threshold:
             self._settle(done.rows, found.tokens[:, 0])
         else:
@@ -479,7 +482,7 @@ class Sequence:
                 forced_tokens.update(zip(range(row, len(drafts)), run, strict=True))
                 self._forced_places.update(range(row + 1, len(drafts) + 1))
             else:
-                candidates = self._drafted.get(row + 1, NO_TOKENS)
+                candidates = self._drafted_at(row + 1)
                 rank = rules.take_first_legal(candidates[1:])
                 if rank is None or rank + 1 >= DOUBTFUL_RANK:
                     self._doubtful_rows.add(row)
@@ -491,6 +494,15 @@ class Sequence:
             self._doubtful_rows.add(len(drafts))
         self._walk = Walk(DraftTree.chain([self.pending_token, *drafts]), forced_tokens)
         self._block = np.array(self._walk.tree.ids)
+
+    def _drafted_at(self, position: int) -> Ints:
+        """The draft's candidates at a position of the block, [k], by the latest pass that had it; empty if none had."""
+        for positions, candidates in reversed(self._drafted):
+            found = (positions == position).nonzero()[0]
+            if len(found):
+                ranked: Ints = candidates[found[0]]
+                return ranked
+        return NO_TOKENS
 
     def _denoise(self, done: Pass, found: Candidates) -> None:
         """Settle masked positions of the block by confidence, the probability of the token chosen for them."""
@@ -566,7 +578,7 @@ class Sequence:
             self._lookup.observe(self.emitted[before + known :], ended)
         self.rejected = rest if tested > agreed else []
         if self._rules is not None:
-            self._kept.keep(found.tokens[agreed + 1 : len(self._block)] if tree is None else NO_TOKENS)
+            self._kept.keep(found.tokens[agreed + 1 : len(self._block)] if tree is None else found.tokens[:0])
         self.counts.cycles += 1
         self.counts.trees += tree is not None
         self.counts.drafted += drafted

@@ -20,7 +20,9 @@ from trimode.runtime.executor import Ints, Words
 from trimode.runtime.grammar.matcher import GrammarMatcher
 from trimode.runtime.request.errors import GrammarError
 
-_SINGLE_CHECKS = 8  # tokens that are checked one by one before the mask is computed
+# Candidates of a row among which a legal one is usually found. They are checked one by one; for more, the mask is
+# computed.
+LIKELY_RANKS = 16
 
 
 class DeadEndError(GrammarError):
@@ -124,14 +126,14 @@ class TokenRules:
 
     def first_legal(self, tokens: Ints) -> int | None:
         """The index of the first legal one of some tokens; None if there is none."""
-        checked = tokens[:_SINGLE_CHECKS].tolist()
+        checked = tokens[:LIKELY_RANKS].tolist()
         if self._only_grammar and self._grammar is not None:
             found = self._grammar.first_legal(checked)
         else:
             found = next((index for index, token in enumerate(checked) if self.allows(token)), None)
         if found is not None:
             return found
-        if len(tokens) <= _SINGLE_CHECKS:
+        if len(tokens) <= LIKELY_RANKS:
             return None
         try:
             legal = are_legal(self.mask(), tokens)
@@ -190,13 +192,13 @@ class TokenRules:
 
     def take_forced(self, most: int) -> list[int]:
         """Take the next tokens that have no alternative, at most ``most``; the end token too. Returns them."""
-        run: list[int] = []
-        while self._matcher is not None and len(run) < most:
-            forced = self._matcher.forced[: most - len(run)]
-            taken = self.take_all(forced)
-            run += forced[:taken]
-            if not forced or taken < len(forced):
-                break
+        if self._only_grammar and self._grammar is not None:
+            run = self._grammar.take_forced(most)
+            self._taken += run
+            return run
+        run = []
+        while len(run) < most and (token := self.forced_token) is not None and self.take_if_legal(token):
+            run.append(token)
         return run
 
     def undo(self, count: int) -> None:

@@ -125,17 +125,17 @@ class MadeUpNetwork:
         self._right = right
         self._draw = np.random.default_rng(seed)
 
-    def run(self, needed: Pass, emitted: int) -> Candidates:
-        rows = len(needed.rows)
-        tokens = self._draw.integers(101, VOCABULARY, (rows, TOP_K))
+    def run(self, needed: Pass, emitted: int, asked: int | None) -> Candidates:
+        rows, ranks = len(needed.rows), asked or TOP_K
+        tokens = self._draw.integers(101, VOCABULARY, (rows, ranks))
         begin = emitted + (0 if needed.kind == "commit" else -1)
         for row, place in enumerate(needed.rows.tolist()):
             if needed.kind != "draft" or self._draw.random() < self._right:
                 tokens[row, 0] = self._answer[begin + place]
         if needed.kind == "prefill":
             tokens[0, 0] = self._answer[0]
-        logits = np.tile(np.arange(TOP_K, 0, -1, dtype=np.float32), (rows, 1))
-        return Candidates(logits, tokens, np.full(rows, TOP_K + 1, np.float32))
+        logits = np.tile(np.arange(ranks, 0, -1, dtype=np.float32), (rows, 1))
+        return Candidates(logits, tokens, np.full(rows, ranks + 1, np.float32))
 
 
 class Answer(NamedTuple):
@@ -156,7 +156,7 @@ def made_up_answers(
         rules = None if matcher is None else TokenRules(VOCABULARY, {END}, grammar=matcher)
         one = sequence(params, rules, again_rate)
         first = one.next_pass()
-        one.absorb(first, network.run(first, 0))
+        one.absorb(first, network.run(first, 0, one.candidates))
         if one.ending.finish_reason is None:
             yield Answer(one, network)
 
@@ -207,7 +207,10 @@ class Cycles:
         begun = time.thread_time()
         needed = [one.next_pass() for one, _ in answers]
         self._spent += time.thread_time() - begun
-        found = [network.run(each, len(one.emitted)) for each, (one, network) in zip(needed, answers, strict=True)]
+        found = [
+            network.run(each, len(one.emitted), one.draft_candidates if each.kind == "draft" else one.candidates)
+            for each, (one, network) in zip(needed, answers, strict=True)
+        ]
         begun = time.thread_time()
         for each, (one, _), candidates in zip(needed, answers, found, strict=True):
             one.absorb(each, candidates)

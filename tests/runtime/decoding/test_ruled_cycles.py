@@ -191,6 +191,10 @@ def test_ar_takes_forced_tokens_one_by_one() -> None:
     assert sequence.next_pass().tokens.tolist() == [A]
 
 
-def test_rules_need_all_candidates() -> None:
+@pytest.mark.parametrize(
+    ("options", "candidates"), [({}, 16), ({"logprobs": 20}, 20), ({"temperature": 1.0}, None), ({"top_k": 5}, None)]
+)
+def test_rules_need_more_candidates(options: dict[str, Any], candidates: int | None) -> None:
     sequence = begun("[a-e]{2,9}", A)
-    assert (sequence.candidates, sequence.draft_candidates, sequence.drafts_on_host) == (None, None, True)
+    sequence.params = SamplingParams(mode="linear_spec", block_length=4, max_tokens=20, **options)
+    assert (sequence.candidates, sequence.draft_candidates, sequence.drafts_on_host) == (candidates, 16, True)
