@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,8 +21,12 @@ from trimode.runtime.executor import BidirectionalStep, Candidates, CausalStep, 
 
 log = logging.getLogger(__name__)
 
-# Shapes of passes whose memory is kept.
+# Shapes of passes whose memory is kept, and bindings of this memory and some slots' caches.
 _MOST_SHAPES = 256
+_MOST_BINDINGS = 1024
+
+
+_Shape = tuple[type[Step], tuple[int, ...], bool]  # of a pass: its kind, its sizes, and whether it has a token mask
 
 
 class _Results(NamedTuple):
@@ -40,23 +43,6 @@ class _ShapeMemory(NamedTuple):
     results: _Results
     input_values: dict[str, ort.OrtValue]
     result_values: dict[str, ort.OrtValue]
-
-
-@dataclass
-class _Binding:
-    """A session's binding of some of the pool's slots, and of the memory of one shape of pass."""
-
-    session_binding: ort.IOBinding
-    memory: _ShapeMemory | None = None
-
-    def bind(self, memory: _ShapeMemory) -> None:
-        if self.memory is memory:  # true for most passes; binding takes longer than the rest of the call
-            return
-        for name, value in memory.input_values.items():
-            self.session_binding.bind_ortvalue_input(name, value)
-        for name, value in memory.result_values.items():
-            self.session_binding.bind_ortvalue_output(name, value)
-        self.memory = memory
 
 
 class CpuExecutor(GraphPasses):
@@ -80,29 +66,32 @@ class CpuExecutor(GraphPasses):
                 kind: load_session(engine / folder / model_file, weights, self.threads)
                 for kind, folder in FOLDERS.items()
             }
-        self._memories: dict[tuple[int, ...], _ShapeMemory] = {}
-        # A binding of the caches is valid until the pool is reallocated.
-        self._bindings: dict[tuple[type[Step], int, int], _Binding] = {}
+        self._memories: dict[_Shape, _ShapeMemory] = {}
+        # Binding takes longer than the rest of the call. A binding is valid until the pool is reallocated.
+        self._bindings: dict[tuple[_Shape, int], ort.IOBinding] = {}
         self._bound_generation = self.pool.generation
 
     def _run(self, step: CausalStep | BidirectionalStep) -> Candidates:
-        memory, binding = self._memory(step), self._binding(step)
+        shape = self._shape(step)
+        memory = self._memory(step, shape)
         for name, array in self._inputs(step).items():
             memory.inputs[name][...] = array
-        binding.bind(memory)
-        self._sessions[type(step)].run_with_iobinding(binding.session_binding)
+        self._sessions[type(step)].run_with_iobinding(self._binding(step, shape, memory))
         logits, tokens, log_sum_exp, asked = memory.results
         return Candidates(
             logits.copy(), tokens.copy(), log_sum_exp.copy(), None if step.asked_ids is None else asked.copy()
         )
 
-    def _memory(self, step: CausalStep | BidirectionalStep) -> _ShapeMemory:
-        top_k, batch_and_rows = self._candidates(step), step.logit_rows.shape
-        masked = step.token_mask is not None
-        key = (isinstance(step, CausalStep), *step.input_ids.shape, *batch_and_rows, top_k, masked, step.asked)
-        if key not in self._memories:
+    def _shape(self, step: CausalStep | BidirectionalStep) -> _Shape:
+        sizes = (*step.input_ids.shape, step.logit_rows.shape[1], self._candidates(step), step.asked)
+        return type(step), sizes, step.token_mask is not None
+
+    def _memory(self, step: CausalStep | BidirectionalStep, shape: _Shape) -> _ShapeMemory:
+        if shape not in self._memories:
             if len(self._memories) == _MOST_SHAPES:
                 self._memories.clear()
+                self._bindings.clear()
+            top_k, batch_and_rows = self._candidates(step), step.logit_rows.shape
             inputs = {name: np.empty(array.shape, array.dtype) for name, array in self._inputs(step).items()}
             results = _Results(
                 np.empty((*batch_and_rows, top_k), np.float32),
@@ -110,27 +99,38 @@ class CpuExecutor(GraphPasses):
                 np.empty(batch_and_rows, np.float32),
                 np.empty((*batch_and_rows, step.asked), np.float32),
             )
-            self._memories[key] = _ShapeMemory(inputs, results, _values(inputs), _values(results._asdict()))
-        return self._memories[key]
+            self._memories[shape] = _ShapeMemory(inputs, results, _values(inputs), _values(results._asdict()))
+        return self._memories[shape]
 
-    def _binding(self, step: Step) -> _Binding:
-        """The binding of the step's slots, with the same addresses for the caches as inputs and as outputs."""
+    def _binding(self, step: Step, shape: _Shape, memory: _ShapeMemory) -> ort.IOBinding:
+        """The binding of the memory and of the step's slots, with the same addresses for the caches as inputs and as
+        outputs.
+        """
         if self._bound_generation != self.pool.generation:
             self._bindings.clear()
             self._bound_generation = self.pool.generation
-        key = (type(step), step.first_slot, step.batch)
+        key = (shape, step.first_slot)
         if key not in self._bindings:
-            binding = self._sessions[type(step)].io_binding()
-            for (name, updated), buffer in zip(self._caches, self.pool.buffers, strict=True):
-                rows = buffer[step.first_slot : step.first_slot + step.batch]
-                place = ("cpu", 0, np.float32, rows.shape, rows.ctypes.data)
-                binding.bind_input(name, *place)
-                binding.bind_output(updated, *place)
-            if isinstance(step, BidirectionalStep):
-                for name, array in self._adapter.items():
-                    binding.bind_cpu_input(name, array)
-            self._bindings[key] = _Binding(binding)
+            if len(self._bindings) == _MOST_BINDINGS:
+                self._bindings.clear()
+            self._bindings[key] = self._bound(step, memory)
         return self._bindings[key]
+
+    def _bound(self, step: Step, memory: _ShapeMemory) -> ort.IOBinding:
+        binding = self._sessions[type(step)].io_binding()
+        for (name, updated), buffer in zip(self._caches, self.pool.buffers, strict=True):
+            rows = buffer[step.first_slot : step.first_slot + step.batch]
+            place = ("cpu", 0, np.float32, rows.shape, rows.ctypes.data)
+            binding.bind_input(name, *place)
+            binding.bind_output(updated, *place)
+        if isinstance(step, BidirectionalStep):
+            for name, array in self._adapter.items():
+                binding.bind_cpu_input(name, array)
+        for name, value in memory.input_values.items():
+            binding.bind_ortvalue_input(name, value)
+        for name, value in memory.result_values.items():
+            binding.bind_ortvalue_output(name, value)
+        return binding
 
 
 def _values(arrays: Arrays) -> dict[str, ort.OrtValue]:
