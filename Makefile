@@ -76,9 +76,9 @@ types: $(VENV)/.package ## mypy on the package
 docs: $(VENV)/.package ## Build the documentation site into site/, with warnings as errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-wheel: $(VENV)/.package ## Build the sdist and the wheel into dist/
+wheel: $(VENV)/.package ## Build the sdist and the wheel into dist/, with the decoding loop compiled (needs a C compiler)
 	@rm -rf dist
-	@env -u PYTHONPATH $(BIN)/pyproject-build --outdir dist . >/dev/null
+	@env -u PYTHONPATH TRIMODE_COMPILE=1 $(BIN)/pyproject-build --no-isolation --outdir dist . >/dev/null
 	@ls dist
 
 wheel-test: wheel ## Install the wheel alone in a fresh environment and answer a prompt there

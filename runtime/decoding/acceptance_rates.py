@@ -9,7 +9,6 @@ otherwise short blocks would keep ``auto`` from measuring what longer ones yield
 
 from __future__ import annotations
 
-from functools import cached_property
 from itertools import accumulate
 from operator import mul
 
@@ -101,15 +100,21 @@ class Acceptance:
         self._shared = begins_with
         self._start = SharedAcceptance() if begins_with is None else begins_with
         self.end_rate: float = self._start.end_rate
+        self._rates: list[float] | None = None
+        self._tree_gains: list[float] | None = None
 
     # Lists are faster than arrays here: few of their numbers change each cycle.
-    @cached_property
+    @property
     def rates(self) -> list[float]:
-        return self._start.rates
+        if self._rates is None:
+            self._rates = self._start.rates
+        return self._rates
 
-    @cached_property
+    @property
     def tree_gains(self) -> list[float]:
-        return self._start.tree_gains
+        if self._tree_gains is None:
+            self._tree_gains = self._start.tree_gains
+        return self._tree_gains
 
     def observe(self, accepted: int, tested: int, ended: bool) -> None:
         """Count one commit. accepted: drafts accepted. tested: one more if the next draft was rejected; the same if the
@@ -140,7 +145,7 @@ class Acceptance:
         """Decay for so many cycles with a draft, towards the first guess."""
         forgotten = 1 - (1 - _TREE_FORGETTING) ** cycles
         known = zip(self.tree_gains, _FIRST_TREE_GAINS, strict=True)
-        self.tree_gains = [gain + forgotten * (first - gain) for gain, first in known]
+        self._tree_gains = [gain + forgotten * (first - gain) for gain, first in known]
         if self._shared is not None:
             self._shared.forget_trees(cycles)
 
@@ -152,7 +157,7 @@ class Acceptance:
             self._shared.forget(cycles)
             forgotten = 1 - (1 - _OWN_FORGETTING) ** cycles
             own = zip(self.rates, self._shared.rates, strict=True)
-            self.rates = [rate + forgotten * (of_all - rate) for rate, of_all in own]
+            self._rates = [rate + forgotten * (of_all - rate) for rate, of_all in own]
 
     def yields(self, longest: int = LONGEST_BLOCK) -> list[float]:
         """Expected tokens of a cycle, by block length from 1 to ``longest``: the accepted drafts and one more."""

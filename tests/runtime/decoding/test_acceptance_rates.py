@@ -124,7 +124,7 @@ def test_cycles_without_drafts_may_be_counted_together() -> None:
     for each in (one_by_one, together):
         for _ in range(20):
             each.observe(accepted=1, tested=2, ended=False)
-        each.rates = [0.5] * PLACES
+        each.rates[:] = [0.5] * PLACES
     for _ in range(8):
         one_by_one.forget()
     together.forget(8)

@@ -245,7 +245,7 @@ def test_a_copy_is_counted_apart_and_says_nothing_about_drafts() -> None:
 def test_a_copy_that_was_found_is_compared_even_if_it_was_not_verified() -> None:
     lookup, acceptance = copies([7, 8, 300, 301, 302, 303, 7, 8])
     case = Case(lookup)
-    case.acceptance.rates = [0.5] * 31  # unlike those of copies
+    case.acceptance.rates[:] = [0.5] * 31  # unlike those of copies
     expected = case.acceptance.yields()[3]
     case.sequence.look_up()
     case.cycle([401, 402, 403], [301, 999, 303, 304])

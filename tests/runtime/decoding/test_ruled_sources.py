@@ -36,7 +36,7 @@ class Case:
         rate = AgainRate()
         rate.observe(0, 0, enough=99)
         self.acceptance, self.kept = Noted(), Noted()
-        self.kept.rates = [kept_rate] * len(self.kept.rates)
+        self.kept.rates[:] = [kept_rate] * len(self.kept.rates)
         self.sequence = Sequence(
             list(prompt),
             params,
@@ -192,7 +192,7 @@ def test_a_tree_under_a_grammar_has_the_likeliest_paths(sure: float, width: int,
 
 def ruled_tree(expression: str, width: int, *places: tuple[int, int, float], **options: Any) -> Case:
     case = Case(expression, **{"mode": "auto", "block_length": 8} | options)
-    case.acceptance.rates = [0.98] * len(case.acceptance.rates)
+    case.acceptance.rates[:] = [0.98] * len(case.acceptance.rates)
     case.sequence.open_block(len(places) + 1, tree=True)
     case.sequence._tree_width = width
     case.absorb("draft", of_probabilities(*places))
@@ -244,7 +244,7 @@ def test_the_chain_after_forced_tokens_goes_on_with_the_best_candidates() -> Non
 def test_a_tree_under_a_grammar_has_no_more_nodes_than_a_step(most_step: int | None, nodes: int) -> None:
     case = Case("aa[a-e]{9,20}", block_length=8, tree_width=5)
     case.sequence._most_step = most_step
-    case.acceptance.rates = [1.0] * len(case.acceptance.rates)
+    case.acceptance.rates[:] = [1.0] * len(case.acceptance.rates)
     case.sequence.open_block(8)
     places = len(case.sequence.next_pass().rows)
     case.absorb("draft", of_probabilities(*[(B, C, 0.6)] * places))

@@ -32,8 +32,8 @@ from trimode.runtime.scheduling.pass_cost import EngineName, PassCost
 def sequence(rate: float, mode: str = "auto", block_length: int | None = None, ends: float = 0.0) -> Sequence:
     params = SamplingParams(mode=mode, block_length=block_length, max_tokens=100)  # type: ignore[arg-type]
     acceptance = Acceptance()
-    acceptance.rates, acceptance.end_rate = [rate] * len(acceptance.rates), ends
-    acceptance.tree_gains = [0.0] * len(CHOICES)
+    acceptance.rates[:], acceptance.end_rate = [rate] * len(acceptance.rates), ends
+    acceptance.tree_gains[:] = [0.0] * len(CHOICES)
     return Sequence(
         [5], params, Ending(params, frozenset()), acceptance, context=1000, mask_id=0, prefill_step=8, seed=0
     )
@@ -205,7 +205,7 @@ def loads(draw: st.DrawFn) -> tuple[list[Opening], list[Sequence]]:
         mode = draw(st.sampled_from(["auto", "auto", "linear_spec"]))
         each = sequence(draw(rates), mode, block_length=draw(lengths))
         gain = draw(st.sampled_from([0.0, 0.0, 0.5, 2.0]))
-        each.acceptance.tree_gains = [gain * width / 32 for width in CHOICES]
+        each.acceptance.tree_gains[:] = [gain * width / 32 for width in CHOICES]
         copy = [1.0]
         for _ in range(draw(st.sampled_from([0, 3, 12]))):
             copy.append(copy[-1] + draw(rates))
@@ -450,7 +450,7 @@ def test_a_tree_is_verified_where_it_is_worth_its_time(gained: float, tree: bool
     cost = PassCost(1, 32)
     cost.measure(lambda _engine, _batch, _step: 1e-3 * milliseconds, seconds=1e9)
     each = sequence(0.9, ends=0.0)
-    each.acceptance.tree_gains = [gained] * len(CHOICES)
+    each.acceptance.tree_gains[:] = [gained] * len(CHOICES)
     plan = BlockChooser(cost).choose(opening(each), [])
     assert plan.block == 32
     assert plan.tree == (tree and milliseconds > 1.0)
@@ -460,14 +460,14 @@ def test_a_tree_may_pay_where_the_block_alone_does_not() -> None:
     """Few drafts are accepted, so the block would be one token; as a tree it yields three tokens more."""
     each = sequence(0.3)
     assert BlockChooser(machine(1000)).choose(opening(each), []).block == 1
-    each.acceptance.tree_gains = [0.0, 0.0, 0.0, 0.0, 0.0, 3.0]
+    each.acceptance.tree_gains[:] = [0.0, 0.0, 0.0, 0.0, 0.0, 3.0]
     plan = BlockChooser(machine(1000)).choose(opening(each), [])
     assert (plan.block, plan.tree) == (32, True)
 
 
 def test_a_sequence_at_its_last_token_gains_nothing_by_a_tree() -> None:
     long, last = sequence(0.9), sequence(0.9, block_length=1)
-    last.acceptance.tree_gains = [9.0] * len(CHOICES)
+    last.acceptance.tree_gains[:] = [9.0] * len(CHOICES)
     assert not BlockChooser(machine(1000)).choose(opening(long, last), []).tree
 
 
@@ -487,7 +487,7 @@ def test_tree_gains_are_learnt_and_forgotten() -> None:
 def test_expectations_have_the_fastest_plan_of_each_block_length() -> None:
     """A copy yields less than a draft here, and needs half the time. Trees gain tokens, and cost the host time."""
     deciding = sequence(0.9, block_length=8)
-    deciding.acceptance.tree_gains = [0.0, 0.0, 1.5, 0.0, 0.0, 0.0]
+    deciding.acceptance.tree_gains[:] = [0.0, 0.0, 1.5, 0.0, 0.0, 0.0]
     cost, chooser = machine(1000), BlockChooser(machine(1000))
     assert chooser.expectations() == {}
     copies = [1.0, 1.8, 2.2, 2.3, 2.3, 2.3, 2.3, 2.3]

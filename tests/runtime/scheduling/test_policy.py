@@ -386,7 +386,7 @@ def test_a_speculation_runs_only_if_all_take_part() -> None:
 def test_an_executor_that_speculates_drafts_no_trees() -> None:
     bench = Watched(max_batch=1, executor=SpeculatingExactLawExecutor)
     request = bench.submit(1, mode="auto")
-    request.sequence.acceptance.tree_gains = [100.0] * len(CHOICES)
+    request.sequence.acceptance.tree_gains[:] = [100.0] * len(CHOICES)
     for _ in range(4):
         bench.step()
     assert {cycle.drafting for cycle in request.sequence.cycles} == {"draft", "none"}

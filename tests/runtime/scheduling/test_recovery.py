@@ -27,8 +27,8 @@ LOADS = [(0.99, 1000, 1), (0.9, 16, 1), (0.9, 16, 16), (0.4, 1000, 1), (0.8, 64,
 def sequence(acceptance_rate: float) -> Sequence:
     params = SamplingParams(mode="auto", max_tokens=100)
     acceptance = Acceptance()
-    acceptance.rates, acceptance.end_rate = [acceptance_rate] * len(acceptance.rates), 0.0
-    acceptance.tree_gains = [0.0] * len(CHOICES)
+    acceptance.rates[:], acceptance.end_rate = [acceptance_rate] * len(acceptance.rates), 0.0
+    acceptance.tree_gains[:] = [0.0] * len(CHOICES)
     return Sequence(
         [5], params, Ending(params, frozenset()), acceptance, context=1000, mask_id=0, prefill_step=8, seed=0
     )
