@@ -3,14 +3,17 @@
     python -m scripts.bench.grammar_time checkpoints/tiny
 
 The vocabulary has 131,072 tokens: those of the checkpoint's tokenizer, and made-up pieces of words. There is no
-network. Candidates are made up: the token of an answer to the schema first with the given probability, else among
-random tokens. So the time is that of choosing drafts, masks, verification and emission, on one thread. The answers of a
-batch do each of these in turn, as in the scheduler, and a new answer takes the place of one that ends.
+network. Candidates are made up, as many as target cpu returns: the token of an answer to the schema first with the
+given probability, else among random tokens. So the time is that of choosing drafts, masks, verification and emission,
+on one thread, with the server's settings of the garbage collector. Each schema was answered once before, with other
+values. The answers of a batch do each of these in turn, as in the scheduler, and a new answer takes the place of one
+that ends.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import json
 import os
@@ -35,6 +38,8 @@ from trimode.runtime.decoding.sequence import Pass, Sequence
 from trimode.runtime.decoding.token_rules import TokenRules
 from trimode.runtime.executor import Candidates
 from trimode.runtime.grammar.compiler import GrammarCompiler
+from trimode.runtime.grammar.matcher import GrammarMatcher
+from trimode.runtime.openai_server.server import GARBAGE_OBJECTS
 from trimode.runtime.request.guided_decoding import GuidedDecodingParams
 from trimode.runtime.request.sampling_params import SamplingParams
 
@@ -52,9 +57,14 @@ def main() -> None:
     arguments = parser.parse_args()
     # If RUST_BACKTRACE is 1, llguidance captures a backtrace wherever a grammar ends, which takes 25 to 80 us.
     os.environ["RUST_LIB_BACKTRACE"] = "0"
+    gc.set_threshold(GARBAGE_OBJECTS)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = enlarged_tokenizer(arguments.checkpoint, Path(folder))
-    compiler = GrammarCompiler(tokenizer, VOCABULARY, [END])
+    compiler, other = (GrammarCompiler(tokenizer, VOCABULARY, [END]) for _ in range(2))
+    schemas = [drawn_schema(seed) for seed in range(arguments.schemas)]
+    answers_of = [answer_to(other, schema, seed) for seed, schema in enumerate(schemas)]
+    for seed, schema in enumerate(schemas):
+        answer_to(compiler, schema, arguments.schemas + seed)
     batches = [int(batch) for batch in arguments.batches.split(",")]
     table = Table("mode", "grammar", *(f"batch of {batch}: median; 90th percentile, ms a cycle" for batch in batches))
     for constrained in (True, False):
@@ -64,9 +74,14 @@ def main() -> None:
             ).with_defaults(mode=mode, block_length=None, max_tokens=400)
             cells = []
             for batch in batches:
-                answers = made_up_answers(compiler, arguments.schemas, arguments.right, params, constrained)
+                matchers = [
+                    compiler.compile(GuidedDecodingParams(json=schema)).matcher() if constrained else None
+                    for schema in schemas
+                ]
+                answers = list(made_up_answers(answers_of, matchers, arguments.right, params))
+                gc.freeze()
                 cycles = Cycles()
-                cycles.run(answers, batch)
+                cycles.run(iter(answers), batch)
                 high = float(np.percentile(cycles.seconds, 90))
                 cells.append(f"{1e3 * statistics.median(cycles.seconds):.3f}; {1e3 * high:.3f}")
             table.add_row(mode, "yes" if constrained else "no", *cells)
@@ -102,7 +117,11 @@ def _pieces() -> Iterator[tuple[str, tuple[str, str]]]:
 
 
 def answer_to(compiler: GrammarCompiler, schema: Schema, seed: int) -> list[int]:
-    """The tokens of a random answer: forced ones where there are some, else a random legal token."""
+    """The tokens of a random answer: forced ones where there are some, else a legal token.
+
+    As in texts, the n-th token is drawn with a probability of about 1 / n: a vocabulary's first tokens are the common
+    ones.
+    """
     draw = np.random.default_rng(seed)
     matcher = compiler.compile(GuidedDecodingParams(json=schema)).matcher()
     tokens: list[int] = []
@@ -110,7 +129,7 @@ def answer_to(compiler: GrammarCompiler, schema: Schema, seed: int) -> list[int]
         token = matcher.forced_token
         if token is None:
             legal = np.flatnonzero(np.unpackbits(matcher.mask().view(np.uint8), bitorder="little"))
-            token = int(draw.choice(legal))
+            token = int(legal[int(len(legal) ** draw.random()) - 1])
         if not matcher.take(token):
             raise ValueError(f"token {token} is not legal")
         tokens.append(token)
@@ -146,13 +165,11 @@ class Answer(NamedTuple):
 
 
 def made_up_answers(
-    compiler: GrammarCompiler, schemas: int, right: float, params: SamplingParams, constrained: bool
+    texts: list[list[int]], matchers: list[GrammarMatcher | None], right: float, params: SamplingParams
 ) -> Iterator[Answer]:
     again_rate = AgainRate()
-    for seed in range(schemas):
-        schema = drawn_schema(seed)
-        matcher = compiler.compile(GuidedDecodingParams(json=schema)).matcher() if constrained else None
-        network = MadeUpNetwork(answer_to(compiler, schema, seed), right, seed)
+    for seed, (text, matcher) in enumerate(zip(texts, matchers, strict=True)):
+        network = MadeUpNetwork(text, right, seed)
         rules = None if matcher is None else TokenRules(VOCABULARY, {END}, grammar=matcher)
         one = sequence(params, rules, again_rate)
         first = one.next_pass()
