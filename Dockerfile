@@ -1,8 +1,10 @@
 # The OpenAI server. `docker compose up` mounts the engine directory at /engine.
-FROM python:3.12-slim AS wheel
+# Not the slim image: compiling the decoding loop needs a C compiler.
+FROM python:3.12 AS wheel
+RUN pip install --no-cache-dir "setuptools>=77,<90" "mypy>=1.15,<3" "numpy>=1.26,<3"
 WORKDIR /source
 COPY . .
-RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
+RUN TRIMODE_COMPILE=1 pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir /wheels .
 
 FROM python:3.12-slim
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
