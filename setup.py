@@ -1,7 +1,7 @@
 """Compiles the decoding loop into the wheel, if TRIMODE_COMPILE is 1. Everything else is in pyproject.toml.
 
-Between two passes of an engine, the host runs a few thousand lines of Python. Compiled by mypyc, they take about two
-thirds of the time (docs/cycle.md). The sources stay as they are: the working tree is interpreted, the wheel is compiled.
+These modules run between two passes of an engine. Compiled by mypyc, they take about two thirds of the time
+(docs/cycle.md). Their sources are plain Python: the working tree is interpreted, and only the wheel is compiled.
 """
 
 import os
@@ -33,7 +33,8 @@ if os.environ.get("TRIMODE_COMPILE") == "1" and "bdist_wheel" in sys.argv:
     try:
         from mypyc.build import mypycify
     except ImportError:
-        sys.exit("TRIMODE_COMPILE=1 needs mypy and trimode's own dependencies where it builds: see `make wheel`")
-    extensions = mypycify([*COMPILED, "--config-file=setup.cfg"], debug_level="0", target_dir=".setuptools/mypyc")
+        sys.exit("TRIMODE_COMPILE=1 needs mypy and numpy, without build isolation: see `make wheel`")
+    options = {"group_name": "trimode", "debug_level": "0", "target_dir": ".setuptools/mypyc"}
+    extensions = mypycify([*COMPILED, "--config-file=setup.cfg"], **options)
 
 setup(ext_modules=extensions)
