@@ -1,7 +1,7 @@
 """A tokenizer for llguidance that remembers the latest texts.
 
-Where a grammar forces text, llguidance tokenizes this text with the token before it. Answers to one schema force the
-same texts again and again. A tokenizer takes 3 us and more for each; looking it up takes less than 1 us.
+Where a grammar forces text, llguidance tokenizes this text with the token before it, in about 6 us. Answers to one
+schema force the same texts after the same few tokens: a look-up takes 1 us.
 """
 
 from __future__ import annotations
