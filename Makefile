@@ -81,7 +81,7 @@ wheel: $(VENV)/.package ## Build the sdist and the wheel into dist/, with the de
 	@env -u PYTHONPATH TRIMODE_COMPILE=1 $(BIN)/pyproject-build --no-isolation --outdir dist . >/dev/null
 	@ls dist
 
-wheel-test: wheel ## Install the wheel alone in a fresh environment and answer a prompt there
+wheel-test: wheel ## Install the wheel alone in a fresh environment and compare its answers with the working tree's
 	@$(BIN)/python -m scripts.check_wheel dist
 
 prove: $(VENV)/.package ## Compare the engines with the PyTorch reference: first table of docs/results.md

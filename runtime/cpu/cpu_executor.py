@@ -25,8 +25,8 @@ log = logging.getLogger(__name__)
 _MOST_SHAPES = 256
 _MOST_BINDINGS = 1024
 
-
-_Shape = tuple[type[Step], tuple[int, ...], bool]  # of a pass: its kind, its sizes, and whether it has a token mask
+# Of a pass: its kind, its sizes, and whether it has a token mask.
+_Shape = tuple[type[Step], tuple[int, ...], bool]
 
 
 class _Results(NamedTuple):
@@ -103,9 +103,7 @@ class CpuExecutor(GraphPasses):
         return self._memories[shape]
 
     def _binding(self, step: Step, shape: _Shape, memory: _ShapeMemory) -> ort.IOBinding:
-        """The binding of the memory and of the step's slots, with the same addresses for the caches as inputs and as
-        outputs.
-        """
+        """The binding of the memory and of the step's slots."""
         if self._bound_generation != self.pool.generation:
             self._bindings.clear()
             self._bound_generation = self.pool.generation
@@ -117,6 +115,7 @@ class CpuExecutor(GraphPasses):
         return self._bindings[key]
 
     def _bound(self, step: Step, memory: _ShapeMemory) -> ort.IOBinding:
+        """A new binding, with the same addresses for the caches as inputs and as outputs."""
         binding = self._sessions[type(step)].io_binding()
         for (name, updated), buffer in zip(self._caches, self.pool.buffers, strict=True):
             rows = buffer[step.first_slot : step.first_slot + step.batch]

@@ -179,6 +179,9 @@ class GrammarMatcher:
         while self._at < end and self._forced_here() != _FREE:
             known = self._forced[self._at : end]
             run = known[: known.index(_FREE)] if _FREE in known else known
+            for ending in self._vocabulary.end_ids:
+                if ending in run:
+                    run = run[: run.index(ending) + 1]
             if self._at + len(run) > len(self._path):  # an undone token here can only be the forced one
                 self._path[self._at :] = run
             self._at += len(run)
