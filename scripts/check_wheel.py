@@ -72,6 +72,7 @@ def main() -> None:
         script = ("-c", ANSWERS, scratch / "engine", json.dumps(COMPILED))
         found = json.loads(output(scratch, binaries / "python", *script))
         expected = json.loads(output(ROOT, sys.executable, *script))
+        output(scratch, binaries / "trimode", "generate", scratch / "engine", "--prompt", "Hello", "--max-tokens", "4")
     interpreted = [module for module in found["modules"] if not module.endswith(".so")]
     if interpreted:
         sys.exit(f"{wheel.name} is not compiled: {', '.join(interpreted)}; build it with `make wheel`")

@@ -1,7 +1,9 @@
 """Run a script with the wheel in dist/, whose decoding loop is compiled, rather than with the working tree.
 
-make wheel
-python -m scripts.with_wheel scripts.bench.grammar_time checkpoints/tiny
+    make wheel
+    python -m scripts.with_wheel scripts.bench.grammar_time checkpoints/tiny
+
+The wheel is installed for this run alone. Other packages are those of the environment.
 """
 
 from __future__ import annotations
