@@ -5,7 +5,9 @@ These modules run between two passes of an engine. Compiled by mypyc, they take 
 """
 
 import os
+import shutil
 import sys
+import sysconfig
 
 from setuptools import setup
 
@@ -34,6 +36,9 @@ if os.environ.get("TRIMODE_COMPILE") == "1" and "bdist_wheel" in sys.argv:
         from mypyc.build import mypycify
     except ImportError:
         sys.exit("TRIMODE_COMPILE=1 needs mypy and numpy, without build isolation: see `make wheel`")
+    compiler = (os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc").split()[0]
+    if shutil.which(compiler) is None:
+        sys.exit(f"TRIMODE_COMPILE=1 needs a C compiler, but {compiler} is not installed")
     options = {"group_name": "trimode", "debug_level": "0", "target_dir": ".setuptools/mypyc"}
     extensions = mypycify([*COMPILED, "--config-file=setup.cfg"], **options)
 
