@@ -169,6 +169,19 @@ def test_the_end_of_a_complete_grammar_needs_no_pass(logprobs: int | None, emitt
     assert (sequence.ending.finish_reason is None) == (logprobs is not None)
 
 
+def test_an_illegal_draft_is_replaced_by_a_candidate_of_the_latest_pass() -> None:
+    """The first pass settles only the first position. e is not legal."""
+    sequence = begun("[a-d]{2,9}", A, draft_threshold=0.9)
+    sequence.open_block(3)
+    unsure = rows([B, C], [E, C])
+    unsure.log_sum_exp[1] += 2.0
+    sequence.absorb(sequence.next_pass(), unsure)
+    again = sequence.next_pass()
+    assert (again.kind, again.rows.tolist()) == ("draft", [2])
+    sequence.absorb(again, rows([E, D]))
+    assert sequence.next_pass().tokens.tolist() == [A, B, D]
+
+
 def test_a_row_without_a_legal_candidate_is_run_again_alone() -> None:
     sequence = begun("a[b-e][ab]", A)
     sequence.open_block(2)
