@@ -71,9 +71,14 @@ def ask(page: Chrome, prompt: str) -> None:
     WebDriverWait(page, HANG_SECONDS).until(lambda page: page.find_element(By.ID, "send").is_enabled())
 
 
+def wait_for_rejected_drafts(page: Chrome) -> None:
+    """Rejected drafts are shown for a moment after the answer is complete."""
+    WebDriverWait(page, HANG_SECONDS).until(lambda page: not page.find_elements(By.CSS_SELECTOR, ".turn .rejected"))
+
+
 def answers(page: Chrome) -> list[str]:
     """The latest answer of each lane, after rejected drafts have disappeared."""
-    WebDriverWait(page, HANG_SECONDS).until(lambda page: not page.find_elements(By.CSS_SELECTOR, ".turn .rejected"))
+    wait_for_rejected_drafts(page)
     return [lane.find_elements(By.CLASS_NAME, "turn")[-1].text for lane in page.find_elements(By.CLASS_NAME, "lane")]
 
 
@@ -172,6 +177,8 @@ return [...document.querySelectorAll(".cycles li")].map((item) => {
 
 
 def shown_text(page: Chrome) -> str:
+    """The latest answer with its white space, after rejected drafts have disappeared."""
+    wait_for_rejected_drafts(page)
     return str(page.execute_script("return [...document.querySelectorAll('.turn')].at(-1).textContent"))
 
 
